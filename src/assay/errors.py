@@ -1,0 +1,31 @@
+"""The errors a user meets. Each carries the exit code of the command line; its text is one line that says what to do.
+
+Library code (`methods`) raises plain `ValueError`/`TypeError` for bad arguments; these classes are for what a user of the
+command line hands over: models, files, settings, missing parts.
+"""
+
+from __future__ import annotations
+
+
+class AssayError(Exception):
+    """Anything assay reports without a traceback."""
+
+    exit_code = 2
+
+
+class InputError(AssayError, ValueError):
+    """Bad usage or bad input: names the thing, what was given and what is allowed. Exit code 2."""
+
+    exit_code = 2
+
+
+class MissingError(AssayError):
+    """Something needed is not there; says how to get it. Exit code 3."""
+
+    exit_code = 3
+
+
+class NotMetError(AssayError):
+    """A claim or goal was not met, and the caller asked to be told (`--check`). Exit code 1."""
+
+    exit_code = 1

@@ -1,0 +1,82 @@
+"""How the tuner applies a method to a model.
+
+A transform is any object with the attributes of `Transform`. It lives in its method's module under the name `transform`, so
+that the tuner finds it by convention and imports it only when it tunes. A recipe holds at most one step per slot, applied in
+the order of `SLOTS`; that order is what makes combinations well defined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+Goal = Literal["ttft", "decode", "throughput", "memory", "energy"]
+GOALS: tuple[Goal, ...] = ("ttft", "decode", "throughput", "memory", "energy")
+
+Slot = Literal["structure", "dtype", "linear", "attention", "decode", "batching", "compile", "settings"]
+SLOTS: tuple[Slot, ...] = ("structure", "dtype", "linear", "attention", "decode", "batching", "compile", "settings")
+
+OpKind = Literal["linear", "attention", "other"]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a transform does to one kind of work, as factors of what was there: the input of the roofline prediction.
+
+    `macs` and `bytes` multiply operations and bytes moved; `dtype` names the arithmetic it then runs in
+    ("float32" | "bfloat16" | "int8", a key of the machine's calibration) or None for unchanged.
+    """
+
+    kind: OpKind
+    macs: float = 1.0
+    bytes: float = 1.0
+    dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Whether a transform can be applied to this model, why not, and what it should change if so."""
+
+    applies: bool
+    reason: str = ""
+    effects: tuple[Effect, ...] = ()
+
+
+@dataclass(frozen=True)
+class TuneContext:
+    """What a transform may look at: the goal, the shape of the work, and real token ids to calibrate on."""
+
+    goal: Goal
+    prompt_tokens: int
+    new_tokens: int
+    batch_size: int = 1
+    calibration: Sequence[torch.Tensor] = field(default_factory=tuple)  # each (1, n) int64, never the held-out text
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """Protocol; see the module docstring. `exact` means nothing is lost, so that it belongs to the free baseline."""
+
+    name: str
+    slot: Slot
+    goals: frozenset[str]
+    exact: bool
+
+    def applies_to(self, model: nn.Module, context: TuneContext) -> Fit:
+        """Cheap: looks, changes nothing, runs no forward pass."""
+        ...
+
+    def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
+        """The configurations worth trying, JSON-able, most promising first (one to about five)."""
+        ...
+
+    def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+        """Change `model` in place where possible and return it. Deterministic: a recipe replays to the same model.
+
+        Raises ValueError naming the argument when the configuration does not fit the model.
+        """
+        ...
