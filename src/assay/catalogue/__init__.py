@@ -1,0 +1,128 @@
+"""What the papers say: 138 entries of `papers.toml` as frozen dataclasses.
+
+`status` is not written anywhere: a paper `works` when a module `assay.methods.<family>.<slug>` exists, else it is `planned`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources, util
+from typing import Any
+
+from assay.errors import InputError
+
+SAVES = ("time", "memory", "energy", "communication", "data", "money", "tokens")
+FAMILIES = (
+    "attention", "mixers", "layers", "inference", "serving", "compression", "reasoning", "code", "moe", "training",
+    "hardware", "federated", "multimodal", "vision", "generation", "alignment", "graphs", "estimators", "science",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One number of a paper. `value` is None where the paper states a direction only (or the number could not be confirmed).
+
+    `higher_is_better` tells the direction of `metric`; `baseline` is what the number is measured against.
+    """
+
+    id: str  # "slug/what"
+    metric: str
+    value: float | None
+    unit: str
+    baseline: str
+    conditions: str
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A catalogue entry. `year` and `arxiv` are None where they are not sure; `code` is the official repository or None."""
+
+    slug: str
+    number: int
+    title: str
+    family: str
+    summary: str
+    saves: tuple[str, ...]
+    claims: tuple[Claim, ...]
+    year: int | None = None
+    arxiv: str | None = None
+    code: str | None = None
+
+    @property
+    def status(self) -> str:
+        """`works` when the method's module exists, else `planned`."""
+        return "works" if _has_module(self.family, self.slug) else "planned"
+
+    @property
+    def module(self) -> str:
+        return f"assay.methods.{self.family}.{self.slug}"
+
+
+@cache
+def papers() -> tuple[Paper, ...]:
+    """All papers, by number."""
+    text = (resources.files(__package__) / "papers.toml").read_text(encoding="utf-8")
+    return tuple(sorted((_paper(entry) for entry in tomllib.loads(text)["paper"]), key=lambda paper: paper.number))
+
+
+def get(slug: str) -> Paper:
+    """The paper of that slug. Raises InputError with the nearest slugs when there is none."""
+    known = {paper.slug: paper for paper in papers()}
+    if slug not in known:
+        near = difflib.get_close_matches(slug, known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`assay papers` lists them"
+        raise InputError(f"no paper is called {slug!r}; {hint}")
+    return known[slug]
+
+
+def get_claim(claim_id: str) -> Claim:
+    """The claim with that id ("slug/what"). Raises InputError naming the paper's claims when there is none."""
+    paper = get(claim_id.split("/", 1)[0])
+    for claim in paper.claims:
+        if claim.id == claim_id:
+            return claim
+    raise InputError(f"no claim is called {claim_id!r}; {paper.slug} has: {', '.join(c.id for c in paper.claims)}")
+
+
+def _paper(entry: dict[str, Any]) -> Paper:
+    slug = entry["slug"]
+    claims = tuple(
+        Claim(
+            id=f"{slug}/{claim['id']}",
+            metric=claim["metric"],
+            value=claim.get("value"),
+            unit=claim.get("unit", ""),
+            baseline=claim.get("baseline", ""),
+            conditions=claim.get("conditions", ""),
+            higher_is_better=claim.get("better", "higher") == "higher",
+        )
+        for claim in entry.get("claims", [])
+    )
+    fields = {name: entry.get(name) for name in ("year", "arxiv", "code")}
+    return Paper(
+        slug,
+        entry["number"],
+        entry["title"],
+        entry["family"],
+        entry["summary"],
+        tuple(entry["saves"]),
+        claims,
+        **fields,
+    )
+
+
+@cache
+def _has_module(family: str, slug: str) -> bool:
+    # asked of the package's own path: neither the family nor the method is imported
+    package = util.find_spec("assay.methods")
+    for folder in package.submodule_search_locations or [] if package else []:
+        from pathlib import Path
+
+        room = Path(folder) / family / slug
+        if room.with_suffix(".py").is_file() or (room / "__init__.py").is_file():
+            return True
+    return False

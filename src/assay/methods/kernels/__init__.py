@@ -71,3 +71,12 @@ def _cpu() -> bytes:
     except OSError:
         return platform.processor().encode()
     return next((line for line in lines if line.startswith("flags")), platform.processor()).encode()
+
+
+def names() -> list[str]:
+    """The kernels there are sources for."""
+    return sorted(
+        Path(str(entry)).stem
+        for entry in (resources.files(__package__) / "csrc").iterdir()
+        if entry.name.endswith(".cpp")
+    )

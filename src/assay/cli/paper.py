@@ -1,0 +1,48 @@
+"""`assay paper SLUG`: one card."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import typer
+
+
+def paper(
+    slug: Annotated[str, typer.Argument(help="A slug of `assay papers`.")],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show a paper: its claims, what was seen of them, and how to import it."""
+    from assay.catalogue import get
+    from assay.cli import print_json
+
+    found = get(slug)
+    seen = latest_verdicts(slug)
+    if json:
+        print_json({**dataclasses.asdict(found), "status": found.status, "module": found.module, "evidence": seen})
+        return
+    where = f"arXiv {found.arxiv}" if found.arxiv else "no arXiv id"
+    typer.echo(
+        f"{found.title}\n{found.slug}, no. {found.number}, {found.family}, {found.year or 'year unknown'}, {where}"
+    )
+    typer.echo(f"code     {found.code or 'none known'}\nsaves    {', '.join(found.saves)}\n\n{found.summary}\n\nclaims")
+    for claim in found.claims:
+        value = "direction only" if claim.value is None else f"{claim.value:g} {claim.unit}".strip()
+        typer.echo(f"  {claim.id}: {claim.metric}: {value}, against {claim.baseline or 'nothing stated'}")
+        if claim.conditions:
+            typer.echo(f"    {claim.conditions}")
+        for row in (row for row in seen if row["claim"] == claim.id):
+            typer.echo(f"    here: {row['verdict']} ({row['scale']}, {row['created'][:10]})")
+    if found.status == "works":
+        typer.echo(f"\nimport   from {found.module.rsplit('.', 1)[0]} import {found.slug}")
+        typer.echo(f"verify   assay verify {found.slug}")
+    else:
+        typer.echo("\nplanned: there is no code for this paper yet")
+
+
+def latest_verdicts(slug: str) -> list[dict[str, Any]]:
+    """The newest verdict of each claim in the store; empty when the store does not exist yet."""
+    from assay.evidence.store import latest
+
+    rows = latest(slug)
+    return [{"claim": r.claim, "verdict": r.verdict, "scale": r.scale, "created": str(r.created)} for r in rows]

@@ -1,0 +1,165 @@
+"""`assay verify SLUG...`: measure what papers claim, on this machine.
+
+Exit codes: 0 measured, whatever the verdicts; 1 with `--check`, when a claim's verdict is `refuted here` or `does not pay here`
+or one of its points failed; 2 bad input, or evidence the store could not take; 3 when a paper named on the command line has
+nothing that could be measured (the others are measured all the same), or nothing at all could be.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from assay.evidence.record import Evidence
+    from assay.evidence.runner import Plan
+
+
+def verify(
+    slugs: Annotated[list[str] | None, typer.Argument(metavar="SLUG...", help="Papers, by their slug.")] = None,
+    family: Annotated[str | None, typer.Option(help="Every paper of this family.")] = None,
+    all: Annotated[bool, typer.Option("--all", help="Every paper of the catalogue.")] = False,
+    scale: Annotated[
+        str, typer.Option(help="smoke (seconds a point), small (minutes) or full (hours, or a GPU).")
+    ] = "small",
+    resume: Annotated[bool, typer.Option("--resume", help="Skip points that are recorded already.")] = False,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Measure on a Ray cluster; `local` starts one.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 1 when a claim does not hold or a point fails.")
+    ] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots to this file.")] = None,
+    jsonl: Annotated[Path | None, typer.Option(help="Write the evidence as JSON lines to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Measure the claims of papers and judge them."""
+    from assay.cli import print_json
+    from assay.errors import InputError, MissingError
+    from assay.evidence.report import table, write_html
+    from assay.evidence.runner import plan
+    from assay.evidence.store import StoreError, write_jsonl
+    from assay.evidence.verdict import summaries
+
+    if bool(slugs) + (family is not None) + all != 1:
+        raise InputError("name one or more papers, or give --family FAMILY, or --all: one of the three")
+    chosen = list(slugs or _slugs_of(family))
+    todo = plan(chosen, scale)  # type: ignore[arg-type]
+    if not todo.jobs:
+        raise MissingError(f"nothing to measure: {_reasons(todo, 5)}")
+    if todo.unavailable:
+        _say(f"not measured: {_reasons(todo, 5)}")
+
+    records: list[Evidence] = []
+    unsaved = None
+    try:
+        _run(chosen, scale, resume, ray, records)
+    except StoreError as error:
+        if not records:
+            raise
+        unsaved = error
+    claims = summaries(records)
+    if html is not None:
+        write_html(records, html)
+    if jsonl is not None:
+        write_jsonl(records, jsonl)
+    if json:
+        print_json(_document(records, todo, scale))
+    else:
+        _print(
+            table(records),
+            [f"{claim.claim}: {claim.verdict or claim.deciding.status}: {claim.reason}" for claim in claims],
+        )
+
+    unmet = [claim.claim for claim in claims if not claim.met and claim.verdict != "needs other hardware"]
+    if unsaved is not None:
+        _leave(str(unsaved), 2)
+    if check and unmet:
+        _leave(f"not met: {', '.join(dict.fromkeys(unmet))}", 1)
+    if slugs and (nothing := [slug for slug in slugs if slug in todo.unavailable]):
+        _leave(f"nothing was measured for {', '.join(nothing)}", 3)
+
+
+def _slugs_of(family: str | None) -> list[str]:
+    from assay.catalogue import FAMILIES, papers
+    from assay.errors import InputError
+
+    if family is not None and family not in FAMILIES:
+        raise InputError(f"--family must be one of {', '.join(FAMILIES)}; got {family!r}")
+    return [paper.slug for paper in papers() if family in (None, paper.family)]
+
+
+def _reasons(todo: Plan, most: int) -> str:
+    """The first few of what cannot be measured, and how many more there are."""
+    parts = [f"{name} ({reason})" for name, reason in todo.unavailable.items()]
+    return ", ".join(parts[:most]) + (f" and {len(parts) - most} more" if len(parts) > most else "")
+
+
+def _run(slugs: list[str], scale: str, resume: bool, ray: str | None, records: list[Evidence]) -> None:
+    """Measure with a progress bar on stderr, filling `records` in the order of the plan."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from assay.evidence.report import point_text, verdict_text
+    from assay.evidence.runner import Progress as Step
+    from assay.evidence.runner import verify as measure
+
+    console = Console(stderr=True)
+    columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(step: Step) -> None:
+            where = f"{step.job.claim} {point_text(step.job.point)}"
+            bar.update(task, description=where, completed=step.done, total=step.total)
+            if step.record is not None:
+                records.append(step.record)
+                if not console.is_terminal:
+                    again = " (recorded before)" if step.resumed else ""
+                    line = f"[{step.done}/{step.total}] {where}: {verdict_text(step.record)}{again}"
+                    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+        records[:] = measure(slugs, scale=scale, resume=resume, ray_address=ray, progress=show)  # type: ignore[arg-type]
+
+
+def _document(records: list[Evidence], todo: Plan, scale: str) -> dict[str, Any]:
+    from assay.evidence.verdict import summaries
+
+    return {
+        "scale": scale,
+        "evidence": [record.model_dump(mode="json") for record in records],
+        "claims": [
+            {
+                "claim": claim.claim,
+                "fingerprint": claim.fingerprint,
+                "verdict": claim.verdict,
+                "reason": claim.reason,
+                "decided_by": claim.deciding.id,
+                "points": len(claim.points),
+                "failed": len(claim.failed),
+            }
+            for claim in summaries(records)
+        ],
+        "unavailable": todo.unavailable,
+    }
+
+
+def _print(table: Any, lines: list[str]) -> None:
+    from rich.console import Console
+
+    out = Console()
+    out.print(table)
+    for line in lines:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    typer.echo(f"assay: {text}", err=True)
+
+
+def _leave(text: str, code: int) -> None:
+    """End with an exit code once the results are out: raising an error would print a second JSON document."""
+    _say(text)
+    raise typer.Exit(code)

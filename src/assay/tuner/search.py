@@ -1,0 +1,184 @@
+"""Which recipe to try next: predict from the roofline, measure, correct the prediction, repeat.
+
+A candidate holds at most one option per slot. Its predicted time is the measured time of each kind of work (linear, attention,
+other) multiplied by what the roofline says the options change, and by what earlier trials taught about each option. Its
+expected loss of quality is the sum of what its options were seen to lose. A candidate that contains a whole recipe already
+seen to lose too much is not tried.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from assay.methods.transform import SLOTS, Effect
+from assay.tuner.recipe import Step
+
+SIBLING = (
+    0.25  # an unseen configuration is suspected of losing at least this share of what its mildest seen sibling lost
+)
+LIMIT = 4000  # candidates kept at most; the configurations of a slot are cut from the end when there are more
+
+
+@dataclass(frozen=True)
+class Option:
+    """One step that could be part of a recipe."""
+
+    step: Step
+    slot: str
+    exact: bool
+    effects: tuple[Effect, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return json.dumps([self.step.transform, self.step.config], sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of work in the profile of the base model."""
+
+    seconds: float
+    macs: float
+    bytes: float
+    dtype: str
+
+
+@dataclass
+class Search:
+    """The state of the search; `next()` names the candidate to try, `learn()` takes in what came out."""
+
+    options: list[Option]
+    kinds: dict[str, Kind]
+    peak: dict[str, float]  # operations per second by dtype
+    bandwidth: float  # bytes per second
+    max_drop: float
+    correction: dict[str, float] = field(default_factory=dict)  # log of measured / predicted, by option
+    single_drop: dict[str, float] = field(default_factory=dict)
+    measured: dict[frozenset[str], tuple[float, float]] = field(default_factory=dict)  # keys -> (time ratio, drop)
+    failed: set[str] = field(default_factory=set)
+    tried: set[frozenset[str]] = field(default_factory=set)
+
+    def candidates(self) -> list[tuple[Option, ...]]:
+        """Every combination of at most one option per slot, without the empty one, in slot order."""
+        slots = [[o for o in self.options if o.slot == slot] for slot in SLOTS]
+        slots = [found for found in slots if found]
+        while math.prod(len(found) + 1 for found in slots) > LIMIT:
+            max(slots, key=len).pop()
+        picks = itertools.product(*([None, *found] for found in slots))
+        return [tuple(o for o in pick if o is not None) for pick in picks if any(o is not None for o in pick)]
+
+    def roofline(self, options: tuple[Option, ...]) -> float:
+        """Predicted time over the base's, from the roofline alone."""
+        total = 0.0
+        for name, kind in self.kinds.items():
+            macs, moved, dtype = kind.macs, kind.bytes, kind.dtype
+            for effect in (e for o in options for e in o.effects if e.kind == name):
+                macs, moved, dtype = macs * effect.macs, moved * effect.bytes, effect.dtype or dtype
+            floor = self._floor(kind.macs, kind.bytes, kind.dtype)
+            total += kind.seconds * (self._floor(macs, moved, dtype) / floor if floor > 0 else 1.0)
+        base = sum(kind.seconds for kind in self.kinds.values())
+        return total / base if base > 0 else 1.0
+
+    def predict(self, options: tuple[Option, ...]) -> float:
+        """Predicted time over the base's, with what was learnt."""
+        return self.roofline(options) * math.exp(sum(self.correction.get(o.key, 0.0) for o in options))
+
+    def known_drop(self, options: tuple[Option, ...]) -> float:
+        """Sum of the losses seen of single options; one never judged alone counts as harmless."""
+        return sum(self.single_drop.get(o.key, 0.0) for o in options)
+
+    def expected_drop(self, options: tuple[Option, ...]) -> float:
+        """The same, but one never judged alone is suspected of a share of what its mildest sibling lost."""
+        return sum(self._drop(o) for o in options if not o.exact)
+
+    def next(self) -> tuple[Option, ...] | None:
+        """The candidate predicted fastest among those that may keep the quality; None when nothing is left to try.
+
+        When a recipe lost too much, its options are judged alone first, so that the blame falls on the right one.
+        Candidates suspected of losing too much come last. Combinations predicted slower than the base are left out,
+        unless nothing is known of them yet but the roofline.
+        """
+        for option in self._suspects():
+            return (option,)
+        best: tuple[bool, float, int] | None = None
+        chosen: tuple[Option, ...] | None = None
+        for options in self.candidates():
+            keys = frozenset(o.key for o in options)
+            if keys in self.tried or keys & self.failed or self._contains_violator(keys):
+                continue
+            if self.known_drop(options) > self.max_drop:
+                continue
+            time = self.predict(options)
+            if time > 1.05 and len(options) > 1 and all(o.key in self.correction for o in options):
+                continue
+            rank = (self.expected_drop(options) > self.max_drop, time, len(options))
+            if best is None or rank < best:
+                best, chosen = rank, options
+        return chosen
+
+    def learn(self, options: tuple[Option, ...], ratio: float, drop: float) -> None:
+        """Take in a measured time (over the base's) and loss; the surprise is shared among the candidate's options."""
+        keys = frozenset(o.key for o in options)
+        self.tried.add(keys)
+        self.measured[keys] = (ratio, drop)
+        surprise = math.log(max(ratio, 1e-9) / max(self.predict(options), 1e-9))
+        for option in options:
+            self.correction[option.key] = self.correction.get(option.key, 0.0) + surprise / len(options)
+        lossy = [o for o in options if not o.exact]
+        if len(lossy) == 1:
+            self.single_drop[lossy[0].key] = drop
+
+    def fail(self, options: tuple[Option, ...]) -> None:
+        """A trial died. A single option is not tried again; a combination is only not repeated."""
+        self.tried.add(frozenset(o.key for o in options))
+        if len(options) == 1:
+            self.failed.add(options[0].key)
+
+    def skip(self, options: tuple[Option, ...]) -> None:
+        """The candidate is equivalent to one already measured."""
+        self.tried.add(frozenset(o.key for o in options))
+
+    def _drop(self, option: Option) -> float:
+        if option.key in self.single_drop:
+            return self.single_drop[option.key]
+        siblings = [self.single_drop[o.key] for o in self._siblings(option) if o.key in self.single_drop]
+        return SIBLING * min(siblings) if siblings else 0.0
+
+    def _siblings(self, option: Option) -> list[Option]:
+        return [o for o in self.options if o.step.transform == option.step.transform and o.key != option.key]
+
+    def _suspects(self) -> list[Option]:
+        """Options of recipes that lost too much which have not been judged alone: one of them is to blame."""
+        found = []
+        for keys, (_, drop) in self.measured.items():
+            if drop > self.max_drop:
+                found += [o for o in self.options if o.key in keys and not o.exact and o.key not in self.single_drop]
+        return [o for o in found if frozenset([o.key]) not in self.tried and o.key not in self.failed]
+
+    def _contains_violator(self, keys: frozenset[str]) -> bool:
+        return any(drop > self.max_drop and seen <= keys for seen, (_, drop) in self.measured.items())
+
+    def _floor(self, macs: float, moved: float, dtype: str) -> float:
+        peak = self.peak.get(dtype) or self.peak.get("float32") or 1.0
+        return max(2 * macs / peak, moved / self.bandwidth)
+
+
+def option_from(document: dict[str, Any]) -> Option:
+    """An option as the survey of a model describes it."""
+    effects = tuple(Effect(**effect) for effect in document["effects"])
+    step = Step(transform=document["transform"], config=document["config"])
+    return Option(step, document["slot"], document["exact"], effects)
+
+
+def pareto(points: list[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other beats in both coordinates (lower is better in both), by the first coordinate."""
+    order = sorted(range(len(points)), key=lambda i: points[i])
+    front: list[int] = []
+    for i in order:
+        if not front or points[i][1] < points[front[-1]][1]:
+            front.append(i)
+    return front

@@ -1,0 +1,66 @@
+"""Finding the transforms: every module under `assay.methods` that defines `transform`, and those of other packages.
+
+A module is imported only if its text defines the name, so that looking through the methods costs no imports.
+Other packages offer theirs through the entry-point group `assay.papers`: each entry point names a module with a `transform`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from functools import cache
+from importlib import metadata, util
+from pathlib import Path
+
+from assay.errors import InputError
+from assay.methods.transform import SLOTS, Transform
+
+
+@cache
+def transforms() -> dict[str, Transform]:
+    """Every transform by its name, in slot order. Raises InputError when two claim one name."""
+    import assay.methods
+
+    found: dict[str, Transform] = {}
+    modules = [
+        f"{family.name}.{module.name}"
+        for family in pkgutil.iter_modules(assay.methods.__path__, "assay.methods.")
+        if family.ispkg
+        for module in pkgutil.iter_modules(
+            [str(Path(p) / family.name.rsplit(".", 1)[1]) for p in assay.methods.__path__]
+        )
+        if _defines_transform(f"{family.name}.{module.name}")
+    ]
+    modules += [entry.value for entry in metadata.entry_points(group="assay.papers")]
+    for name in modules:
+        transform = getattr(importlib.import_module(name), "transform", None)
+        if not isinstance(transform, Transform):
+            raise InputError(
+                f"{name}.transform is not a transform: it needs name, slot, goals, exact, applies_to, configs and apply"
+            )
+        if transform.name in found:
+            raise InputError(f"two transforms are called {transform.name!r}; one of them is in {name}")
+        found[transform.name] = transform
+    return dict(sorted(found.items(), key=lambda item: (SLOTS.index(item[1].slot), item[0])))
+
+
+def get_transform(name: str) -> Transform:
+    """The transform of that name. Raises InputError naming those there are."""
+    known = transforms()
+    if name not in known:
+        raise InputError(f"no transform is called {name!r}; there are: {', '.join(known)}")
+    return known[name]
+
+
+def _defines_transform(module: str) -> bool:
+    spec = util.find_spec(module)
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        return False
+    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        if any(isinstance(target, ast.Name) and target.id == "transform" for target in targets):
+            return True
+    return False

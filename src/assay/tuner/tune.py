@@ -1,0 +1,463 @@
+"""`tune`: survey, baselines, search, proof, artefact. Every trial runs in a child process and is journalled as it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from assay.errors import AssayError, InputError, MissingError
+from assay.measure.isolate import ChildResult, run_isolated
+from assay.measure.stats import Interval, bootstrap, paired_ratio
+from assay.tuner.recipe import Recipe, Step
+from assay.tuner.search import Kind, Option, Search, option_from, pareto
+from assay.tuner.work import UNITS, Settings
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Row:
+    """One line of the journal: a recipe and what came out of measuring it."""
+
+    kind: str  # "baseline" | "free" | "candidate"
+    recipe: Recipe
+    status: str  # "ok" | "equivalent" | a failure of `run_isolated`
+    cost: float | None = None  # the goal's cost, lower is better: the median of the samples
+    drop: float | None = None  # relative perplexity increase over the baseline; the worst of the goal's paths
+    drop_low: float | None = None
+    drop_high: float | None = None
+    predicted: float | None = None  # predicted time over the base's, before the trial
+    seconds: float = 0.0  # the whole trial
+    run_seconds: float = 0.0  # one run of the work
+    error: str = ""
+    function: str = ""
+    structure: str = ""
+    samples: list[float] = field(default_factory=list)
+    quality: dict[str, list[float]] = field(default_factory=dict)
+    options: list[str] = field(default_factory=list)
+
+    def label(self) -> str:
+        return self.recipe.label()
+
+
+@dataclass
+class Outcome:
+    """What `tune` found; `document()` is the JSON answer."""
+
+    settings: Settings
+    max_drop: float
+    rows: list[Row]
+    survey: dict[str, Any]
+    best: Row
+    free: Row
+    baseline: Row
+    final: dict[str, Any]
+    helped: bool
+    artefact: Path
+    seconds: float
+    machine: dict[str, Any]
+
+    def speedup(self, over: str) -> Interval:
+        """Paired ratio of the final run: `over` is "baseline" or "free"."""
+        samples = self.final["samples"]
+        return paired_ratio(samples[over], samples["best"])
+
+    def level(self, label: str) -> dict[str, Any]:
+        """The goal's figure of "baseline", "free" or "best" in the final run, in its unit, with its interval."""
+        unit = UNITS[self.settings.goal]
+        cost = bootstrap(self.final["samples"][label])
+        low, high = sorted((unit.show(cost.low), unit.show(cost.high)))
+        row = {"baseline": self.baseline, "free": self.free, "best": self.best}[label]
+        return {"label": row.label(), "value": unit.show(cost.median), "unit": unit.name, "low": low, "high": high}
+
+    def quality(self) -> dict[str, Any]:
+        """Perplexity of the path that lost most, before and after, and the relative increase with its interval."""
+        before, after = self.final["quality"]["baseline"], self.final["quality"]["best"]
+        drops = {path: drop_of(before, {path: values}) for path, values in after.items()}
+        path = max(drops, key=lambda name: drops[name].median)
+        return {
+            "metric": f"perplexity ({path})",
+            "baseline": float(np.exp(np.mean(reference(before, path)))),
+            "candidate": float(np.exp(np.mean(after[path]))),
+            "drop": drops[path].median,
+            "low": drops[path].low,
+            "high": drops[path].high,
+        }
+
+    def document(self) -> dict[str, Any]:
+        def interval(found: Interval) -> dict[str, float]:
+            return {"median": found.median, "low": found.low, "high": found.high}
+
+        return {
+            "goal": self.settings.goal,
+            "model": self.settings.model,
+            "prompt_tokens": self.settings.prompt_tokens,
+            "new_tokens": self.settings.new_tokens,
+            "max_drop": self.max_drop,
+            "baseline": self.level("baseline"),
+            "free_baseline": self.level("free"),
+            "best": self.level("best"),
+            "speedup": interval(self.speedup("baseline")),
+            "speedup_vs_free": interval(self.speedup("free")),
+            "quality": self.quality(),
+            "helped": self.helped,
+            "recipe": [step.model_dump() for step in self.best.recipe.steps],
+            "trials": len(self.rows),
+            "failed_trials": sum(row.status not in ("ok", "equivalent") for row in self.rows),
+            "seconds": self.seconds,
+            "noisy": self.noisy(),
+            "artefact": str(self.artefact),
+            "report": str(self.artefact / "report.html"),
+            "machine": self.machine,
+        }
+
+    def noisy(self) -> bool:
+        """True when others kept the machine busy: more load before the final run than half a core."""
+        return bool(self.final["load_before"] > float(os.cpu_count() or 1) + 0.5)
+
+
+def reference(baseline: dict[str, list[float]], path: str) -> list[float]:
+    """The untouched model has one path: its prefill is the reference of a decoding path too."""
+    return baseline.get(path) or baseline["prefill"]
+
+
+def drop_of(baseline: dict[str, list[float]], candidate: dict[str, list[float]]) -> Interval:
+    """Relative perplexity increase, paired block by block, of the path that lost most."""
+
+    def increase(differences: np.ndarray, axis: int) -> np.ndarray:
+        return np.expm1(differences.mean(axis=axis))
+
+    found = []
+    for path, values in candidate.items():
+        difference = np.asarray(values) - np.asarray(reference(baseline, path))
+        if not np.isfinite(difference).all():
+            return Interval(float("inf"), float("inf"), float("inf"), len(difference))
+        found.append(bootstrap(difference, increase))
+    return max(found, key=lambda interval: interval.median)
+
+
+class Journal:
+    """One JSON line a finished trial, synced to disk before the next begins; `--resume` reads it back."""
+
+    def __init__(self, path: Path, settings: Settings, resume: bool):
+        self.path, self.old = path, {}  # type: Path, dict[str, dict[str, Any]]
+        head = {"settings": dataclasses.asdict(settings)}
+        if resume and path.exists():
+            lines = [line for line in (_line(text) for text in path.read_text(encoding="utf-8").splitlines()) if line]
+            if lines and lines[0] != head:
+                raise InputError(f"{path} was begun with other settings; leave out --resume to start anew")
+            self.old = {line["key"]: line["value"] for line in lines[1:] if "key" in line}
+            whole = "".join(json.dumps(line) + "\n" for line in ([head, *lines[1:]]))
+            path.write_text(whole, encoding="utf-8")  # a line cut short by a crash is dropped
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(head) + "\n", encoding="utf-8")
+
+    def get(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The journalled value of `key`, or `make()`, journalled."""
+        if key in self.old:
+            return self.old[key]
+        value = make()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"key": key, "value": value}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return value
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def tune(
+    settings: Settings,
+    output: Path,
+    *,
+    max_drop: float = 0.01,
+    minutes: float = 10.0,
+    resume: bool = False,
+    memory_gib: float | None = None,
+    say: Say = lambda text: None,
+) -> Outcome:
+    """Find, prove and save a cheaper version of a model.
+
+    `max_drop` is the relative perplexity increase allowed (0.01 = 1 %), `minutes` the time for everything, `memory_gib` the
+    limit of one trial (default: 80 % of the machine's memory). The artefact is written to `output`, whole or not at all; until
+    then the journal beside it holds every finished trial.
+
+    Raises InputError for settings that make no sense, a model that cannot be read, or an output folder that holds something
+    else; MissingError when the goal needs a counter the machine lacks.
+    """
+    from assay.measure.machine import calibrate, machine
+    from assay.tuner.artefact import check_output, save
+
+    if not 0 <= max_drop < 1:
+        raise InputError(f"--max-drop must lie in [0, 1), got {max_drop}")
+    if not minutes > 0:
+        raise InputError(f"--minutes must be positive, got {minutes}")
+    check_output(output)
+    began = time.monotonic()
+    deadline = began + minutes * 60
+    here = machine()
+    limit = int((memory_gib * 2**30) if memory_gib else 0.8 * here.ram_bytes)
+    journal = Journal(output.parent / f".{output.name}.journal.jsonl", settings, resume)
+    plain = dataclasses.asdict(settings)
+
+    def child(function: str, timeout: float, **arguments: Any) -> ChildResult:
+        return run_isolated(
+            f"assay.tuner.trial:{function}",
+            {"settings": plain, **arguments},
+            timeout_s=max(timeout, 20.0),
+            memory_bytes=limit,
+        )
+
+    def must(function: str, **arguments: Any) -> dict[str, Any]:
+        """A step nothing can go on without: the deadline does not cut it, its failure ends the run."""
+        result = child(function, max(600.0, minutes * 60), **arguments)
+        if result.status != "ok":
+            raise _failure(result, function, settings)
+        return dict(result.value)
+
+    say("calibrating the machine")
+    limits = calibrate()
+    fast = "bfloat16" if limits.peak_flops.get("bfloat16", 0) > 1.1 * limits.peak_flops["float32"] else None
+    say("looking where the time goes")
+    survey = journal.get("survey", lambda: must("survey", dtype=fast))
+
+    rows: list[Row] = []
+    known: dict[str, dict[str, Any]] = {}
+
+    def trial(
+        kind: str, steps: tuple[Step, ...], options: list[str] | None = None, predicted: float | None = None
+    ) -> Row:
+        recipe = Recipe(
+            architecture=survey["architecture"],
+            goal=settings.goal,
+            prompt_tokens=settings.prompt_tokens,
+            new_tokens=settings.new_tokens,
+            steps=steps,
+        )
+        say(f"trial {len(rows) + 1}: {recipe.label()}")
+
+        def run() -> dict[str, Any]:
+            begin = time.monotonic()
+            left = deadline - begin if kind == "candidate" else 600.0
+            result = child(
+                "measure", left, recipe=recipe.model_dump(mode="json"), known=known, seconds=minutes * 60 * 0.03
+            )
+            found = dict(result.value) if result.status == "ok" else {}
+            if result.status == "ok" and settings.goal == "memory" and not found["equivalent"]:
+                found["samples"] = [_peak(child, recipe, deadline) for _ in range(2)]
+            found |= {"status": result.status, "error": result.error, "seconds": time.monotonic() - begin}
+            return found
+
+        found = journal.get(f"{kind}:{recipe.key()}", run)
+        row = Row(kind, recipe, found["status"], predicted=predicted, seconds=found["seconds"], error=found["error"])
+        row.options = options or []
+        if row.status == "ok":
+            row.function, row.structure = found["function"], found["structure"]
+            if found["equivalent"]:
+                row.status = "equivalent"
+            else:
+                row.samples, row.quality, row.run_seconds = found["samples"], found["quality"], found["run_seconds"]
+                row.cost = float(np.median(row.samples))
+                entry = known.setdefault(row.function, {"quality": row.quality, "structures": []})
+                entry["structures"].append(row.structure)
+                first = rows[0] if rows else row
+                drop = drop_of(first.quality, row.quality)
+                row.drop, row.drop_low, row.drop_high = drop.median, drop.low, drop.high
+        rows.append(row)
+        return row
+
+    baseline = trial("baseline", ())
+    if baseline.status != "ok":
+        raise _failure(ChildResult(**_child_fields(baseline)), "measure", settings)
+    for steps in free_recipes(survey, settings, fast):
+        if time.monotonic() < deadline - 0.35 * minutes * 60 or len(rows) < 2:
+            trial("free", steps)
+    free = min((r for r in rows if r.status == "ok"), key=lambda r: r.cost or float("inf"))
+    base = base_row(rows) or baseline
+
+    search = make_search(survey, limits, max_drop)
+    for row, options in _search(search, base, trial, deadline, lambda: _final_seconds(rows, free)):
+        judge(search, row, options, base)
+    good = [
+        r for r in rows if r.status == "ok" and r.drop is not None and (r.drop <= max_drop or r.kind != "candidate")
+    ]
+    best = min(good, key=lambda r: r.cost or float("inf"))
+
+    def prove(chosen: Row) -> dict[str, Any]:
+        recipes = {"baseline": baseline.recipe, "free": free.recipe, "best": chosen.recipe}
+        documents = {name: recipe.model_dump(mode="json") for name, recipe in recipes.items()}
+        if settings.goal == "memory":
+            load = os.getloadavg()[0]
+            samples = {name: [_peak(child, r, deadline + 600) for _ in range(3)] for name, r in recipes.items()}
+            quality = {"baseline": baseline.quality, "free": free.quality, "best": chosen.quality}
+            return {"samples": samples, "quality": quality, "load_before": load, "load_after": os.getloadavg()[0]}
+        left = max(deadline - time.monotonic() - 30, 30.0)
+        return must("final", recipes=documents, pairs=9, seconds=left)
+
+    say(f"proving: {best.label()} against both baselines, interleaved in one process")
+    final = journal.get(f"final:{best.recipe.key()}", lambda: prove(best))
+    helped = best.kind == "candidate" and paired_ratio(final["samples"]["free"], final["samples"]["best"]).low > 1
+    if best.kind == "candidate" and drop_of(final["quality"]["baseline"], final["quality"]["best"]).median > max_drop:
+        helped = False
+    if not helped and best is not free:
+        say("nothing beats the free baseline for certain; it is what will be saved")
+        best = free
+        final = {**final, "samples": {**final["samples"], "best": final["samples"]["free"]}}
+        final["quality"] = {**final["quality"], "best": final["quality"]["free"]}
+    after = journal.get(
+        f"waterline:{best.recipe.key()}", lambda: must("waterline", recipe=best.recipe.model_dump(mode="json"))
+    )
+    outcome = Outcome(
+        settings,
+        max_drop,
+        rows,
+        survey,
+        best,
+        free,
+        baseline,
+        final,
+        helped,
+        output,
+        time.monotonic() - began,
+        here.describe(),
+    )
+    say("writing the artefact")
+    save(outcome, after, limits)
+    journal.path.unlink(missing_ok=True)
+    return outcome
+
+
+def free_recipes(survey: dict[str, Any], settings: Settings, fast: str | None) -> Iterator[tuple[Step, ...]]:
+    """What a user gets at no loss from torch and transformers alone: the faster dtype, compilation, sorted batches."""
+    there = {option["transform"] for option in survey["options"]} | {"dtype"}
+    dtype = dtype_steps(fast)
+    if dtype:
+        yield dtype
+    if settings.goal == "throughput" and "sorted_batches" in there:
+        yield (*dtype, *steps_of(survey, "sorted_batches"))
+    if "compile" in there and settings.goal != "memory":
+        yield (*dtype, *steps_of(survey, "compile"))
+
+
+def dtype_steps(fast: str | None) -> tuple[Step, ...]:
+    """The recipe of the faster dtype; empty when the machine has none."""
+    return (Step(transform="dtype", config={"dtype": fast}),) if fast else ()
+
+
+def steps_of(survey: dict[str, Any], name: str) -> tuple[Step, ...]:
+    """The first configuration of a transform in the survey, as a recipe of one step."""
+    found = next(option for option in survey["options"] if option["transform"] == name)
+    return (Step(transform=name, config=found["config"]),)
+
+
+def make_search(survey: dict[str, Any], limits: Any, max_drop: float) -> Search:
+    """The search over everything the survey found to fit, on top of the faster dtype."""
+    options = [option_from(document) for document in survey["options"] if document["transform"] != "dtype"]
+    kinds = {
+        name: Kind(kind["seconds"], kind["macs"], kind["bytes"], survey["dtype"])
+        for name, kind in survey["kinds"].items()
+    }
+    return Search(options, kinds, dict(limits.peak_flops), limits.read_bandwidth, max_drop)
+
+
+def judge(search: Search, row: Row, options: tuple[Option, ...], base: Row) -> None:
+    """Tell the search what came out of a trial."""
+    if row.status == "equivalent":
+        search.skip(options)
+    elif row.status != "ok" or row.cost is None or base.cost is None:
+        search.fail(options)
+    else:
+        search.learn(options, row.cost / base.cost, row.drop if row.drop is not None else float("inf"))
+
+
+def _search(
+    search: Search,
+    base: Row,
+    trial: Callable[..., Row],
+    deadline: float,
+    reserve: Callable[[], float],
+) -> Iterator[tuple[Row, tuple[Option, ...]]]:
+    longest = base.seconds
+    while (options := search.next()) is not None:
+        if time.monotonic() + longest > deadline - reserve():
+            return
+        predicted = search.roofline(options)
+        steps = sorted([*base.recipe.steps, *(o.step for o in options)], key=_slot_order)
+        row = trial("candidate", tuple(steps), [o.key for o in options], predicted)
+        longest = max(longest * 0.7, row.seconds)
+        yield row, options
+
+
+def _slot_order(step: Step) -> int:
+    from assay.methods.transform import SLOTS
+    from assay.tuner.transforms import get_transform
+
+    return SLOTS.index(get_transform(step.transform).slot)
+
+
+def _final_seconds(rows: list[Row], free: Row) -> float:
+    """Time to keep for the proof: loading and judging three models again, seven rounds of each, and the report."""
+    first = rows[0]
+    overhead = sum(row.seconds - row.run_seconds * len(row.samples) for row in (first, free)) * 1.5
+    return 20.0 + overhead + 8 * (first.run_seconds + 2 * free.run_seconds)
+
+
+def _peak(child: Callable[..., ChildResult], recipe: Recipe, deadline: float) -> float:
+    result = child("once", deadline - time.monotonic(), recipe=recipe.model_dump(mode="json"))
+    if result.status != "ok":
+        raise AssayError(
+            f"measuring the memory of {recipe.label()} did not work: {result.status} {result.error}".strip()
+        )
+    return float(result.peak_rss_bytes)
+
+
+def _failure(result: ChildResult, function: str, settings: Settings) -> AssayError:
+    """The error of a child that nothing can go on without, as the user's."""
+    error = result.error or result.status
+    if error.startswith("InputError: "):
+        return InputError(error.removeprefix("InputError: "))
+    if error.startswith("MissingError: "):
+        return MissingError(error.removeprefix("MissingError: "))
+    if result.status == "out of memory":
+        return InputError(f"{settings.model} does not fit into the memory of one trial: {error}; see --memory-gib")
+    return AssayError(f"{function} of {settings.model} ended with {result.status}: {error}")
+
+
+def _child_fields(row: Row) -> dict[str, Any]:
+    return {
+        "status": row.status,
+        "value": None,
+        "error": row.error,
+        "seconds": row.seconds,
+        "peak_rss_bytes": 0,
+        "cpu_seconds": 0.0,
+    }
+
+
+def front(rows: list[Row]) -> list[Row]:
+    """The rows no other beats in both cost and loss of quality."""
+    done = [row for row in rows if row.cost is not None and row.drop is not None]
+    return [done[i] for i in pareto([(row.cost or 0.0, row.drop or 0.0) for row in done])]
+
+
+def base_row(rows: list[Row]) -> Row | None:
+    """The row candidates are built on: the faster dtype alone, or the model as loaded where there is none."""
+    for row in rows:
+        if row.status == "ok" and [step.transform for step in row.recipe.steps] == ["dtype"]:
+            return row
+    return rows[0] if rows and rows[0].status == "ok" else None

@@ -1,0 +1,179 @@
+"""What is measured for each goal: the inputs, one run of the work, and the quality of a model on text it was not tuned on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from assay.errors import InputError, MissingError
+from assay.methods.transform import GOALS, Goal, TuneContext
+
+BLOCK = 128  # tokens whose mean likelihood is one sample of quality: long enough to be stable, short enough to be many
+QUALITY_TOKENS = 16384  # held-out tokens a candidate is judged on
+
+
+@dataclass(frozen=True)
+class Unit:
+    """How a goal's cost (always: lower is better) is shown to people."""
+
+    name: str
+    higher_is_better: bool
+    show: Callable[[float], float]
+
+
+UNITS: dict[str, Unit] = {
+    "ttft": Unit("ms to the first token", False, lambda seconds: seconds * 1e3),
+    "decode": Unit("tokens/s", True, lambda seconds: 1 / seconds),
+    "throughput": Unit("tokens/s", True, lambda seconds: 1 / seconds),
+    "memory": Unit("MiB at peak", False, lambda size: size / 2**20),
+    "energy": Unit("J per request", False, lambda joules: joules),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that defines a tuning run besides the recipe; JSON-able, so that child processes rebuild the same work."""
+
+    model: str
+    goal: Goal
+    prompt_tokens: int = 512
+    new_tokens: int = 32
+    workload: str | None = None
+    allow_download: bool = False
+
+    def __post_init__(self) -> None:
+        if self.goal not in GOALS:
+            raise InputError(f"--goal must be one of {', '.join(GOALS)}; got {self.goal!r}")
+        for name in ("prompt_tokens", "new_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass
+class Work:
+    """Real inputs for one tuning run, as token ids."""
+
+    settings: Settings
+    prompt: torch.Tensor  # (1, prompt_tokens)
+    prompts: list[list[int]]  # the mixed-length batch of the throughput goal
+    windows: torch.Tensor  # (n, w) held-out text for quality
+    calibration: list[torch.Tensor] = field(default_factory=list)  # each (1, n), disjoint from `windows`
+
+    def context(self) -> TuneContext:
+        s = self.settings
+        size = len(self.prompts) if s.goal == "throughput" else 1
+        return TuneContext(s.goal, s.prompt_tokens, s.new_tokens, size, self.calibration)
+
+
+def load_for(settings: Settings) -> Any:
+    """The model as it is stored (its own dtype), with its tokenizer."""
+    from assay.workloads.models import load_model
+
+    loaded = load_model(settings.model, dtype="auto", allow_download=settings.allow_download)
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    wanted = settings.prompt_tokens + settings.new_tokens
+    if limit is not None and wanted > limit:
+        raise InputError(
+            f"--prompt-tokens {settings.prompt_tokens} and --new-tokens {settings.new_tokens} need {wanted} positions, "
+            f"the model has {limit}"
+        )
+    return loaded
+
+
+def build_work(loaded: Any, settings: Settings) -> Work:
+    """The same work in every process: the user's own workload if given, else the bundled text."""
+    from assay.workloads import text
+    from assay.workloads.workload import load_workload
+
+    tokenizer = loaded.tokenizer
+    limit = getattr(loaded.model.config, "max_position_embeddings", 2**31)
+    # sparse attention and caches show their loss only at the lengths they are used at
+    width = max(256, min(settings.prompt_tokens + settings.new_tokens, limit, 8192))
+    windows = text.heldout_windows(tokenizer, window=width, n=max(2, QUALITY_TOKENS // width))
+    calibration = list(text.calibration_windows(tokenizer, window=min(512, width), n=16).split(1))
+    if settings.workload is not None:
+        own = load_workload(settings.workload, tokenizer, max_tokens=limit - settings.new_tokens)
+        longest = max(own.prompts, key=len)
+        return Work(settings, torch.tensor([longest]), own.prompts, windows, calibration)
+    prompt = text.long_prompt(tokenizer, settings.prompt_tokens)
+    prompts = [p[:limit] for p in text.mixed_prompts(tokenizer, n=32)] if settings.goal == "throughput" else []
+    return Work(settings, prompt, prompts, windows, calibration)
+
+
+@torch.inference_mode()
+def run_once(model: nn.Module, work: Work) -> float:
+    """Do the goal's work once and return its cost: seconds (to the first token, per decoded token) or joules."""
+    s = work.settings
+    if s.goal == "ttft":
+        start = time.perf_counter()
+        first_token(model, work.prompt)
+        return time.perf_counter() - start
+    if s.goal == "decode":
+        start = time.perf_counter()
+        generate(model, work.prompt, 1)
+        middle = time.perf_counter()
+        generate(model, work.prompt, s.new_tokens + 1)
+        end = time.perf_counter()
+        # T(p, n + 1) - T(p, 1): what the tokens after the first cost; the difference may not go below the clock's noise
+        return max((end - middle) - (middle - start), 1e-6) / s.new_tokens
+    if s.goal == "throughput":
+        from assay.methods.inference.loop import generate_batch
+
+        start = time.perf_counter()
+        generate_batch(model, work.prompts, new_tokens=s.new_tokens)
+        return (time.perf_counter() - start) / (len(work.prompts) * s.new_tokens)
+    if s.goal == "energy":
+        from assay.measure.energy import EnergyMeter
+
+        with EnergyMeter() as meter:
+            generate(model, work.prompt, s.new_tokens)
+        if meter.joules is None:
+            raise MissingError("no energy counter can be read on this machine (RAPL or NVML); choose another --goal")
+        return meter.joules
+    generate(model, work.prompt, s.new_tokens)  # memory: the peak of the process is read by the parent
+    return 0.0
+
+
+def first_token(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Prefill with a cache and the greedy first token, the work of time to first token."""
+    return model(input_ids=ids, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
+
+
+def generate(model: nn.Module, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Greedy generation of exactly `new_tokens` tokens."""
+    return model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+
+
+def quality(model: nn.Module, work: Work) -> dict[str, list[float]]:
+    """Mean negative log-likelihood (nats a token) of every block of the held-out text, for each path the goal takes.
+
+    `prefill` is the model's own forward pass. `decode` is there when the model carries a decoding path of its own
+    (`assay_decode_nll`), which is then judged by feeding it the text token by token.
+    """
+    from assay.workloads.quality import token_nll
+
+    paths = {}
+    if work.settings.goal != "decode" or not hasattr(model, "assay_decode_nll"):
+        paths["prefill"] = blocks(token_nll(model, work.windows))
+    if hasattr(model, "assay_decode_nll") and work.settings.goal != "ttft":
+        paths["decode"] = blocks(model.assay_decode_nll(work.windows))  # type: ignore[operator]
+    return paths
+
+
+def blocks(nll: torch.Tensor) -> list[float]:
+    """Means over blocks of BLOCK tokens of (n, w - 1) likelihoods; a shorter last block of a window is dropped."""
+    width = min(BLOCK, nll.shape[1])
+    usable = nll.shape[1] // width * width
+    return nll[:, :usable].double().reshape(-1, width).mean(1).tolist()

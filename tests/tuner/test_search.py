@@ -1,0 +1,133 @@
+"""The search must find the best allowed recipe of a world whose truth we know, and waste no trial on what it can rule out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from assay.methods.transform import Effect
+from assay.tuner.recipe import Step
+from assay.tuner.search import Kind, Option, Search, pareto
+
+PEAK = {"float32": 1e11, "bfloat16": 4e11, "int8": 8e11}
+KINDS = {
+    "linear": Kind(2.0, 4e11, 1e9, "bfloat16"),
+    "attention": Kind(1.5, 3e11, 1e9, "bfloat16"),
+    "other": Kind(0.5, 0.0, 1e10, "bfloat16"),
+}
+
+
+def option(name, slot, *effects, exact=False, **config):
+    return Option(Step(transform=name, config=config), slot, exact, effects)
+
+
+INT8 = option("int8", "linear", Effect("linear", bytes=0.5, dtype="int8"))
+HALF = option("sparse", "attention", Effect("attention", macs=0.5, bytes=0.5), tau=0.9)
+TENTH = option("sparse", "attention", Effect("attention", macs=0.1, bytes=0.1), tau=0.5)
+RANK = option("rank", "structure", Effect("linear", macs=0.5, bytes=0.5), rank=0.5)
+RANK2 = option("rank", "structure", Effect("linear", macs=0.8, bytes=0.8), rank=0.8)
+FUSE = option("fuse", "compile", Effect("other", bytes=0.5), exact=True)
+WORLD = [INT8, HALF, TENTH, RANK, RANK2, FUSE]
+TIME = {INT8.key: 0.75, HALF.key: 0.85, TENTH.key: 0.7, RANK.key: 0.8, RANK2.key: 0.95, FUSE.key: 0.9}
+DROP = {INT8.key: 0.004, HALF.key: 0.003, TENTH.key: 0.05, RANK.key: 0.8, RANK2.key: 0.3, FUSE.key: 0.0}
+
+
+def make(max_drop=0.01, options=WORLD):
+    return Search(list(options), KINDS, PEAK, 4e10, max_drop)
+
+
+def truth(options):
+    return math.prod(TIME[o.key] for o in options), sum(DROP[o.key] for o in options)
+
+
+def explore(search, trials):
+    seen = []
+    for _ in range(trials):
+        options = search.next()
+        if options is None:
+            break
+        search.learn(options, *truth(options))
+        seen.append(options)
+    return seen
+
+
+def test_candidates_hold_at_most_one_option_a_slot_in_slot_order():
+    found = make().candidates()
+    assert len(found) == 2 * 3 * 3 * 2 - 1
+    assert len({frozenset(o.key for o in c) for c in found}) == len(found)
+    for candidate in found:
+        slots = [o.slot for o in candidate]
+        assert len(set(slots)) == len(slots)
+        assert slots == sorted(slots, key=["structure", "linear", "attention", "compile"].index)
+
+
+def test_roofline_prediction_is_the_arithmetic_of_the_floor():
+    search = make()
+    assert search.roofline(()) == pytest.approx(1.0)
+    # linears are compute-bound: int8 halves 2.0 s of 4.0 s
+    assert search.roofline((INT8,)) == pytest.approx(3.0 / 4.0)
+    assert search.roofline((HALF,)) == pytest.approx((2.0 + 0.75 + 0.5) / 4.0)
+    # rank then int8 multiply: half the operations at twice the rate
+    assert search.roofline((RANK, INT8)) == pytest.approx((0.5 + 1.5 + 0.5) / 4.0)
+    assert search.roofline((FUSE,)) == pytest.approx((2.0 + 1.5 + 0.25) / 4.0)
+
+
+def test_finds_the_best_allowed_recipe_in_few_trials():
+    search = make()
+    seen = explore(search, 12)
+    allowed = [c for c in search.candidates() if truth(c)[1] <= 0.01]
+    best = min(allowed, key=lambda c: truth(c)[0])
+    assert {o.key for o in best} == {INT8.key, HALF.key, FUSE.key}
+    assert best in seen
+
+
+def test_no_candidate_is_tried_twice_or_contains_a_known_violator():
+    search = make()
+    seen = explore(search, 100)
+    keys = [frozenset(o.key for o in c) for c in seen]
+    assert len(set(keys)) == len(keys)
+    violators: list[frozenset] = []
+    for candidate, key in zip(seen, keys, strict=True):
+        assert not any(v <= key for v in violators)
+        if truth(candidate)[1] > 0.01:
+            violators.append(key)
+
+
+def test_after_a_violation_its_options_are_judged_alone():
+    search = make()
+    first = search.next()
+    assert first is not None
+    assert len([o for o in first if not o.exact]) > 1
+    search.learn(first, 0.5, 0.9)
+    second = search.next()
+    assert second is not None
+    assert len(second) == 1
+    assert second[0] in first
+
+
+def test_a_failed_single_is_never_part_of_a_candidate_again():
+    search = make()
+    search.fail((INT8,))
+    assert all(INT8 not in list(c) for c in explore(search, 60))
+
+
+def test_with_nothing_allowed_only_exact_options_remain():
+    search = make(max_drop=0.0)
+    explore(search, 200)
+    good = [k for k, (_, drop) in search.measured.items() if drop <= 0]
+    assert good == [frozenset([FUSE.key])]
+
+
+def test_learning_corrects_the_prediction():
+    search = make()
+    before = search.predict((INT8,))
+    search.learn((INT8,), 0.9, 0.0)
+    assert search.predict((INT8,)) == pytest.approx(0.9)
+    assert before < 0.9
+    assert search.roofline((INT8,)) == pytest.approx(before)
+
+
+def test_pareto_front():
+    assert pareto([(1, 5), (2, 2), (3, 3), (4, 1), (1, 6)]) == [0, 1, 3]
+    assert pareto([]) == []
