@@ -1,0 +1,87 @@
+"""Real queries, keys and values, as a model's attention layers see them on real text."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+_names = (f"assay_capture_{i}" for i in itertools.count())
+
+
+class _AllCaptured(Exception):
+    """Ends a forward pass early: the later layers are not needed."""
+
+
+def captured_qkv(model: Any, input_ids: torch.Tensor, *, layers: Sequence[int] | None = None) -> list[QKV]:
+    """Run `model` on `input_ids` and return what its attention layers got: (q, k, v) of each layer of `layers`, in that order.
+
+    q is (B, Hq, N, d), k and v (B, Hkv, N, d): after rotary embedding, key and value heads not expanded, not yet scaled, in
+    the model's dtype, copies. `input_ids` is int64 (B, N); `layers` are indices from 0 (default: all); layers after the last
+    one asked for are not run. The model is a transformers model whose attention goes through `AttentionInterface`; while
+    capturing it attends by SDPA, whatever it is set to, and is set back afterwards.
+
+    Raises ValueError for input ids of another shape or dtype, a layer the model does not have, or a model whose attention
+    cannot be captured. Not for models with several attentions a layer (encoder-decoders).
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import AttentionInterface
+
+    if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
+        raise ValueError(f"input_ids must be int64 (batch, tokens), got {input_ids.dtype} {tuple(input_ids.shape)}")
+    total = model.config.get_text_config().num_hidden_layers
+    wanted = list(range(total)) if layers is None else list(layers)
+    if unknown := [layer for layer in wanted if type(layer) is not int or not 0 <= layer < total]:
+        raise ValueError(f"layers must be integers from 0 to {total - 1}, got {unknown[0]!r}")
+    if not wanted:
+        raise ValueError("layers must name at least one layer")
+
+    captured: dict[int, QKV] = {}
+
+    def capture(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        layer = module.layer_idx
+        if layer in wanted:
+            captured[layer] = (_copy(query), _copy(key), _copy(value))
+        if len(captured) == len(set(wanted)):
+            raise _AllCaptured
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+    name = next(_names)
+    before = _attention_of(model.config)
+    training = model.training
+    AttentionInterface.register(name, capture)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    try:
+        model.eval()
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            model.base_model(input_ids=input_ids.to(model.device), use_cache=False)
+    except _AllCaptured:
+        pass
+    finally:
+        model.set_attn_implementation(before)
+        model.train(training)
+        AttentionInterface._global_mapping.pop(name)
+        AttentionMaskInterface._global_mapping.pop(name)
+    if missing := sorted(set(wanted) - captured.keys()):
+        raise ValueError(f"layer {missing[0]} of {type(model).__name__} has no attention that can be captured")
+    return [captured[layer] for layer in wanted]
+
+
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _attention_of(config: Any) -> str | dict[str, str]:
+    """The attention set in a configuration, by part where it has parts, in the form `set_attn_implementation` takes."""
+    parts = {
+        name: getattr(config, name)._attn_implementation for name in config.sub_configs if getattr(config, name, None)
+    }
+    return {"": config._attn_implementation, **parts} if parts else config._attn_implementation

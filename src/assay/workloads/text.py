@@ -1,0 +1,247 @@
+"""Real text that every Python installation has: the standard library's sources, and its language reference as English.
+
+The text is cut, document by document, into three parts that share nothing: held-out (quality), calibration, and prompts (speed
+and docstrings). Its words change a little with the Python version; `text_hash` tells which text a figure was measured on.
+
+Windows and prompts begin with the tokenizer's beginning-of-sequence token where the tokenizer itself would put one; otherwise
+no special tokens are added.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import random
+import re
+import sys
+import sysconfig
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from assay.errors import MissingError
+
+Kind = Literal["code", "english"]
+Part = Literal["heldout", "calibration", "prompts"]
+KINDS: tuple[Kind, ...] = ("code", "english")
+
+SHORTEST_PROMPT, LONGEST_PROMPT = 6, 470  # tokens of a docstring among `mixed_prompts`
+
+_SHARES: dict[Part, float] = {"prompts": 0.5, "heldout": 0.25, "calibration": 0.25}  # of the characters; our choice
+
+
+def code_text() -> str:
+    """Sources of the standard library's public top-level modules, in order of their names."""
+    return "\n\n".join(text for _, text in _documents("code"))
+
+
+def english_text() -> str:
+    """Python's language reference (`pydoc_data.topics`), without the paragraphs that its topics repeat."""
+    return "\n\n".join(text for _, text in _documents("english"))
+
+
+def docstrings() -> list[str]:
+    """Distinct docstrings of public modules, classes and functions of the standard library (the prompts part), in order.
+
+    They are read from the sources by `ast`; nothing is imported or run.
+    """
+    return list(_docstrings())
+
+
+def text_hash() -> str:
+    """SHA-256 (hex) of all the text above."""
+    return _text_hash()
+
+
+def long_prompt(tokenizer: Any, tokens: int, *, kind: Kind = "code", seed: int = 0) -> torch.Tensor:
+    """A prompt of exactly `tokens` tokens of real text: int64, shape (1, tokens).
+
+    `seed` picks the line where it starts (the text goes round at its end); the same arguments give the same prompt.
+    Raises ValueError for `tokens` < 1, an unknown kind, or more tokens than the text has.
+    """
+    if type(tokens) is not int or tokens < 1:
+        raise ValueError(f"tokens must be an integer of at least 1, got {tokens!r}")
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    text = _joined(kind, "prompts")
+    start = text.find("\n", random.Random(f"{kind} {seed}").randrange(len(text))) + 1
+    return torch.tensor([_first_tokens(tokenizer, text[start:] + "\n\n" + text[:start], tokens, kind)])
+
+
+def mixed_prompts(tokenizer: Any, n: int = 32, *, seed: int = 0) -> list[list[int]]:
+    """`n` whole docstrings as token lists, of 6 to about 470 tokens, in a random (arrival) order.
+
+    Lengths are spread evenly over their logarithm, so that short and long ones meet in every batch; no docstring comes twice.
+    Raises ValueError for `n` < 1 or more prompts than there are docstrings of such lengths.
+    """
+    if type(n) is not int or n < 1:
+        raise ValueError(f"n must be an integer of at least 1, got {n!r}")
+    chosen = random.Random(f"mixed {seed}")
+    pool = [ids for ids in _ids_of(tokenizer, docstrings()) if SHORTEST_PROMPT <= len(ids) <= LONGEST_PROMPT]
+    if n > len(pool):
+        raise ValueError(f"n must be at most {len(pool)}, the number of docstrings of fitting length, got {n}")
+    chosen.shuffle(pool)
+    pool.sort(key=len)  # stable: docstrings of one length stay shuffled
+    prompts = []
+    for i in range(n):
+        share = (i + chosen.random()) / n if 0 < i < n - 1 else float(i > 0)
+        target = SHORTEST_PROMPT * (LONGEST_PROMPT / SHORTEST_PROMPT) ** share
+        nearest = min(range(len(pool)), key=lambda place: abs(len(pool[place]) - target))
+        prompts.append(pool.pop(nearest))
+    chosen.shuffle(prompts)
+    return prompts
+
+
+def heldout_windows(tokenizer: Any, *, window: int = 1024, n: int = 8) -> torch.Tensor:
+    """Text to judge quality on: int64, shape (n, window); even rows are code, odd rows English.
+
+    Shares no document with `calibration_windows`, `long_prompt` or `docstrings`; rows do not overlap and are spread evenly
+    over the text.
+    Raises ValueError for `window` < 2, `n` < 1, or more than the held-out text has.
+    """
+    return _windows(tokenizer, "heldout", window, n)
+
+
+def calibration_windows(tokenizer: Any, *, window: int = 512, n: int = 16) -> torch.Tensor:
+    """Text to calibrate on: int64, shape (n, window); even rows are code, odd rows English. See `heldout_windows`."""
+    return _windows(tokenizer, "calibration", window, n)
+
+
+# Documents -------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _documents(kind: Kind) -> tuple[tuple[str, str], ...]:
+    """(name, text) of every document, ordered by name."""
+    return tuple(_code_documents() if kind == "code" else _english_documents())
+
+
+def _code_documents() -> Iterator[tuple[str, str]]:
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    files = [file for file in sorted(folder.glob("*.py")) if _is_public_module(file.stem)]
+    if len(files) < 50:
+        raise MissingError(f"the standard library's sources are not in {folder}; use a Python that comes with them")
+    for file in files:
+        yield file.stem, file.read_text(encoding="utf-8")
+
+
+def _is_public_module(name: str) -> bool:
+    return name in sys.stdlib_module_names and not name.startswith("_")
+
+
+def _english_documents() -> Iterator[tuple[str, str]]:
+    """Topics quote each other at length: every paragraph stays only in the longest topic that has it."""
+    from pydoc_data.topics import topics
+
+    seen: set[str] = set()
+    documents = {}
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        fresh = []
+        for paragraph in re.split(r"\n\s*\n", topics[name].strip("\n")):
+            words = " ".join(paragraph.split())
+            if words not in seen:
+                seen.add(words)
+                fresh.append(paragraph)
+        if sum(map(len, fresh)) > 200:
+            documents[name] = "\n\n".join(fresh)
+    yield from sorted(documents.items())
+
+
+@cache
+def _parts(kind: Kind) -> dict[Part, tuple[str, ...]]:
+    """Every document in exactly one part: the longest first, each to the part that is furthest behind its share."""
+    filled: dict[Part, float] = dict.fromkeys(_SHARES, 0.0)
+    part_of: dict[str, Part] = {}
+    for name, text in sorted(_documents(kind), key=lambda document: (-len(document[1]), document[0])):
+        part = min(_SHARES, key=lambda part: filled[part] / _SHARES[part])
+        filled[part] += len(text)
+        part_of[name] = part
+    return {part: tuple(text for name, text in _documents(kind) if part_of[name] == part) for part in _SHARES}
+
+
+@cache
+def _joined(kind: Kind, part: Part) -> str:
+    return "\n\n".join(_parts(kind)[part])
+
+
+@cache
+def _docstrings() -> tuple[str, ...]:
+    return tuple(
+        dict.fromkeys(text for source in _parts("code")["prompts"] for text in _docstrings_of(ast.parse(source)))
+    )
+
+
+def _docstrings_of(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    text = ast.get_docstring(node, clean=False)
+    if text and text.strip():
+        yield inspect.cleandoc(text)
+    if isinstance(node, ast.Module | ast.ClassDef):
+        for child in node.body:
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and child.name[0] != "_":
+                yield from _docstrings_of(child)
+
+
+@cache
+def _text_hash() -> str:
+    return hashlib.sha256(f"{code_text()}\0{english_text()}".encode()).hexdigest()
+
+
+# Tokens ----------------------------------------------------------------------------------------------------------------
+
+
+def _ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def start_tokens(tokenizer: Any) -> list[int]:
+    """The beginning-of-sequence token in a list, if this tokenizer puts one before every text; else an empty list."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
+
+
+def _first_tokens(tokenizer: Any, text: str, count: int, kind: Kind) -> list[int]:
+    """Exactly the first `count` tokens of `text`, tokenising only as much of it as that takes."""
+    start = start_tokens(tokenizer)
+    characters = 4 * count + 64
+    while True:
+        ids = start + _ids_of(tokenizer, [text[:characters]])[0]
+        # the last token may depend on what follows the cut
+        if len(ids) > count + 8 or (characters >= len(text) and len(ids) >= count):
+            return ids[:count]
+        if characters >= len(text):
+            raise ValueError(f"tokens must be at most {len(ids)}, the length of the {kind} text, got {count}")
+        characters *= 2
+
+
+def _windows(tokenizer: Any, part: Part, window: int, n: int) -> torch.Tensor:
+    if type(window) is not int or window < 2:
+        raise ValueError(f"window must be an integer of at least 2, got {window!r}")
+    if type(n) is not int or n < 1:
+        raise ValueError(f"n must be an integer of at least 1, got {n!r}")
+    counts: dict[Kind, int] = {"code": (n + 1) // 2, "english": n // 2}
+    rows = {kind: _spread(tokenizer, kind, part, window, count) for kind, count in counts.items() if count}
+    return torch.tensor([rows[KINDS[i % 2]][i // 2] for i in range(n)])
+
+
+def _spread(tokenizer: Any, kind: Kind, part: Part, window: int, count: int) -> list[list[int]]:
+    """`count` windows from evenly spread lines of a text, none overlapping another."""
+    start = start_tokens(tokenizer)
+    fresh = window - len(start)
+    text = _joined(kind, part)
+    begins = [text.find("\n", i * len(text) // count) + 1 for i in range(count)]
+    pieces = [text[a : min(b, a + 16 * window)] for a, b in zip(begins, [*begins[1:], len(text)], strict=True)]
+    rows = _ids_of(tokenizer, pieces)
+    if min(map(len, rows)) < fresh:  # the text is nearly used up: spread by tokens, which waste none
+        ids = _ids_of(tokenizer, [text])[0]
+        if len(ids) < count * fresh:
+            raise ValueError(
+                f"{count} windows of {window} tokens are more than the {part} {kind} text has ({len(ids)} tokens); "
+                "ask for fewer or shorter ones"
+            )
+        rows = [ids[i * len(ids) // count :] for i in range(count)]
+    return [start + row[:fresh] for row in rows]

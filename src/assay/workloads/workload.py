@@ -1,0 +1,185 @@
+"""The work a model is tuned for: the bundled text, or the user's own prompts from a JSON-lines file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from assay.errors import InputError
+from assay.workloads.text import heldout_windows, long_prompt, start_tokens
+
+NEW_TOKENS = 64  # generated per prompt where the user does not say; our choice
+_MAX_LINE = 16 << 20  # bytes
+_MAX_SHOWN = 20  # bad lines named in one message
+_FEWEST_WINDOWS = 4  # below this an interval says nothing; our choice
+
+
+@dataclass(frozen=True)
+class TextWorkload:
+    """Prompts as token lists, each with its expected completion (token list, empty where there is none), in order of arrival.
+
+    `new_tokens` are generated per prompt; `bundled` tells assay's own text from the user's.
+    """
+
+    name: str
+    prompts: list[list[int]]
+    completions: list[list[int]]
+    new_tokens: int
+    bundled: bool = False
+
+
+@dataclass(frozen=True)
+class QualityText:
+    """Windows to judge quality on, int64 (n, window), and one line that says where they come from."""
+
+    windows: torch.Tensor
+    source: str
+
+
+def bundled_workload(
+    tokenizer: Any, prompt_tokens: int, *, new_tokens: int = NEW_TOKENS, n: int = 8, seed: int = 0
+) -> TextWorkload:
+    """`n` prompts of exactly `prompt_tokens` tokens of real text, code and English in turn. ValueError as `long_prompt`."""
+    _check_counts(new_tokens=new_tokens, n=n)
+    prompts = [
+        long_prompt(tokenizer, prompt_tokens, kind="english" if i % 2 else "code", seed=seed + i)[0].tolist()
+        for i in range(n)
+    ]
+    return TextWorkload(
+        f"bundled text, {prompt_tokens} tokens", prompts, [[] for _ in prompts], new_tokens, bundled=True
+    )
+
+
+def read_workload(path: Path | str, tokenizer: Any, *, context: int, new_tokens: int = NEW_TOKENS) -> TextWorkload:
+    """Read a JSON-lines file of {"prompt": str, "completion": str (optional)}, one object a line; blank lines are skipped.
+
+    A prompt and what follows it (its completion or `new_tokens`, whichever is longer) must fit into the model's `context`
+    tokens. Raises InputError that names every bad line (at most 20) by its number and what is wrong with it; also for a file
+    that is missing or has no prompts. The whole file is refused when one line is bad.
+    """
+    _check_counts(context=context, new_tokens=new_tokens)
+    prompts, completions, bad = [], [], []
+    for number, line in _lines(Path(path)):
+        try:
+            prompt, completion = _parse(line)
+            tokens = tokenizer(prompt, verbose=False)["input_ids"]
+            after = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"] if completion else []
+            if not tokens:
+                raise _BadLine("prompt gives no tokens")
+            room = context - len(tokens)
+            if room < max(len(after), new_tokens):
+                follows = f"a completion of {len(after)}" if len(after) > new_tokens else f"{new_tokens} new tokens"
+                raise _BadLine(
+                    f"too long: a prompt of {len(tokens)} tokens and {follows}, but the model's context is {context}"
+                )
+            prompts.append(tokens)
+            completions.append(after)
+        except _BadLine as error:
+            bad.append(f"line {number}: {error}")
+    if bad:
+        more = [f"and {len(bad) - _MAX_SHOWN} more"] if len(bad) > _MAX_SHOWN else []
+        raise InputError(f"{path}: " + "\n  ".join([*bad[:_MAX_SHOWN], *more]))
+    if not prompts:
+        raise InputError(f'{path}: empty; expected one {{"prompt": "..."}} a line')
+    return TextWorkload(Path(path).name, prompts, completions, new_tokens)
+
+
+def quality_windows(workload: TextWorkload, tokenizer: Any, *, window: int = 1024, n: int = 8) -> QualityText:
+    """Windows of the user's own prompts and completions when these fill at least four; else bundled held-out text.
+
+    The prompts of a bundled workload are not used: held-out text is. Raises ValueError for `n` < 1 or `window` < 2.
+    """
+    _check_counts(n=n)
+    if type(window) is not int or window < 2:
+        raise ValueError(f"window must be an integer of at least 2, got {window!r}")
+    if workload.bundled:
+        return QualityText(heldout_windows(tokenizer, window=window, n=n), "bundled held-out text")
+    start, end = start_tokens(tokenizer), tokenizer.eos_token_id
+    fresh = window - len(start)
+    stream: list[int] = []
+    for prompt, completion in zip(workload.prompts, workload.completions, strict=True):
+        stream += [*prompt, *completion] if end is None else [*prompt, *completion, end]
+    count, fewest = min(n, len(stream) // fresh), min(n, _FEWEST_WINDOWS)
+    if count < fewest:
+        reason = f"{workload.name} has {len(stream)} tokens, {fewest} windows of {window} need {fewest * fresh}"
+        return QualityText(heldout_windows(tokenizer, window=window, n=n), f"bundled held-out text: {reason}")
+    step = len(stream) // count
+    rows = [start + stream[i * step : i * step + fresh] for i in range(count)]
+    return QualityText(torch.tensor(rows), f"{count} windows of {window} tokens of {workload.name}")
+
+
+class _BadLine(Exception):
+    pass
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines that are not blank; a line over the limit comes cut, so that no file fills the memory."""
+    try:
+        with open(path, "rb") as file:
+            number = 0
+            while line := file.readline(_MAX_LINE + 1):
+                number += 1
+                whole = len(line) <= _MAX_LINE
+                while not whole and not line.endswith(b"\n") and (rest := file.readline(_MAX_LINE)):
+                    whole = rest.endswith(b"\n")
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield number, line
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such workload file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise InputError(f"{path}: cannot be read ({error})") from None
+
+
+def _parse(raw: bytes) -> tuple[str, str]:
+    """Prompt and completion ("" if none) of one line."""
+    if len(raw) > _MAX_LINE:
+        raise _BadLine(f"longer than {_MAX_LINE >> 20} MiB")
+    try:
+        record = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        raise _BadLine(f"not UTF-8 (byte {error.start + 1})") from None
+    except RecursionError:
+        raise _BadLine("not JSON that can be read: nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise _BadLine(f"not JSON ({error.msg}, character {error.pos + 1})") from None
+    except ValueError:
+        raise _BadLine("not JSON that can be read: a number is too long") from None
+    if not isinstance(record, dict):
+        raise _BadLine(f'not an object but {_kind(record)}; expected {{"prompt": "..."}}')
+    if unknown := sorted(set(record) - {"prompt", "completion"}):
+        raise _BadLine(f"unknown key {unknown[0][:40]!r}; allowed: prompt, completion")
+    if "prompt" not in record:
+        raise _BadLine("prompt is missing")
+    for key, value in record.items():
+        if not isinstance(value, str):
+            raise _BadLine(f"{key} must be a string, not {_kind(value)}")
+        if not value.isprintable() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise _BadLine(f"{key} holds half of a surrogate pair, which no text has")
+    if not record["prompt"].strip():
+        raise _BadLine("prompt is empty")
+    return record["prompt"], record.get("completion", "")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        raise _BadLine("a key is given twice")
+    return record
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
