@@ -68,10 +68,9 @@ def verify(
     if json:
         print_json(_document(records, todo, scale))
     else:
-        _print(
-            table(records),
-            [f"{claim.claim}: {claim.verdict or claim.deciding.status}: {claim.reason}" for claim in claims],
-        )
+        from rich.console import Console
+
+        Console().print(table(records))
 
     unmet = [claim.claim for claim in claims if not claim.met and claim.verdict != "needs other hardware"]
     if unsaved is not None:
@@ -144,15 +143,6 @@ def _document(records: list[Evidence], todo: Plan, scale: str) -> dict[str, Any]
         ],
         "unavailable": todo.unavailable,
     }
-
-
-def _print(table: Any, lines: list[str]) -> None:
-    from rich.console import Console
-
-    out = Console()
-    out.print(table)
-    for line in lines:
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _say(text: str) -> None:

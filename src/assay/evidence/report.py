@@ -1,0 +1,217 @@
+"""Claim against measured: a table for the terminal and a page of HTML that needs nothing beside itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from assay.evidence.record import Estimate, Evidence
+from assay.evidence.verdict import Summary, Verdict, claimed_ratio, no_gain, summaries, unit_name
+from assay.paths import atomic_file
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+PAGE = Path(__file__).parent / "page.html"
+STYLES = {
+    Verdict.REPRODUCED: "bold green",
+    Verdict.DIRECTION_HOLDS: "green",
+    Verdict.DOES_NOT_PAY: "yellow",
+    Verdict.REFUTED: "bold red",
+    Verdict.NEEDS_HARDWARE: "cyan",
+}
+
+
+def figure_text(value: float | None, unit: str) -> str:
+    """A number with its unit, four digits; "-" for None."""
+    if value is None:
+        return "-"
+    name = unit_name(unit)
+    return f"{value:.4g}{name}" if name in ("x", "%") else f"{value:.4g} {unit}".rstrip()
+
+
+def estimate_text(estimate: Estimate | None, unit: str) -> str:
+    """The figure with its interval, which is left out when it is exact."""
+    if estimate is None:
+        return "-"
+    ends = f" [{estimate.low:.4g}, {estimate.high:.4g}]" if estimate.low != estimate.high else ""
+    return figure_text(estimate.median, unit) + ends
+
+
+def point_text(point: dict[str, Any]) -> str:
+    """A point of the grid in a few words."""
+    return ", ".join(f"{name}={value}" for name, value in point.items()) or "-"
+
+
+def quality_text(record: Evidence) -> str:
+    """The candidate's quality beside the baseline's."""
+    quality = record.quality
+    if quality is None:
+        return "-"
+    interval = (
+        f" [{quality.low:.4g}, {quality.high:.4g}]" if quality.low is not None and quality.high is not None else ""
+    )
+    against = f" against {quality.baseline:.4g}" if quality.baseline is not None else ""
+    return f"{quality.metric} {quality.candidate:.4g}{interval}{against}"
+
+
+def free_text(record: Evidence) -> str:
+    """The ratio against the strongest free baseline (of a figure: the free baseline's own figure)."""
+    if record.vs_free is not None:
+        return f"{estimate_text(record.vs_free, 'x')} vs {record.free_label or 'free'}"
+    if record.kind == "figure" and record.free is not None:
+        return f"{record.free_label or 'free'}: {figure_text(record.free, record.unit)}"
+    return "-"
+
+
+def verdict_text(record: Evidence) -> str:
+    """The verdict, or the status of a point that failed; a star marks a noisy record."""
+    text = record.verdict.value if record.verdict is not None else record.status
+    return text + (" *" if record.noisy else "")
+
+
+def table(records: Sequence[Evidence]) -> Group:
+    """Claim against measured, for rich to print: per claim its verdict and why, and a row for each point."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    parts: list[Text | Table] = []
+    for summary in summaries(records):
+        deciding = summary.deciding
+        verdict = summary.verdict.value if summary.verdict is not None else deciding.status
+        paper = "no number" if deciding.paper_value is None else figure_text(deciding.paper_value, deciding.paper_unit)
+        style = STYLES[summary.verdict] if summary.verdict is not None else "bold red"
+        parts.append(Text.assemble((summary.claim, "bold"), f"  the paper: {paper}, {deciding.metric}"))
+        parts.append(Text.assemble((verdict, style), f": {summary.reason}"))
+        points = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for column in ("point", "measured here", "free baseline", "quality", "verdict"):
+            points.add_column(column, overflow="fold")
+        for point in summary.points:
+            cells = (
+                point_text(point.point),
+                estimate_text(point.measured, point.unit),
+                free_text(point),
+                quality_text(point),
+                verdict_text(point),
+            )
+            points.add_row(*(Text(cell) for cell in cells), style="" if point is deciding else "dim")
+        parts += [points, Text()]
+    if any(record.noisy for record in records):
+        parts.append(Text("* measured while the machine was busy with other things"))
+    return Group(*parts)
+
+
+def plot_svg(summary: Summary) -> str:
+    """The claim as an SVG picture: each point's measured interval, a line at the paper's number and one at "no gain"."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib.figure import Figure as Canvas
+
+    drawn = [point for point in summary.points if point.measured is not None]
+    deciding = summary.deciding
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "assay", "font.size": 9}):
+        canvas = Canvas(figsize=(7.0, 0.9 + 0.34 * len(drawn)), layout="constrained")
+        axes = canvas.add_subplot()
+        for row, point in enumerate(drawn):
+            assert point.measured is not None
+            low, median, high = point.measured.low, point.measured.median, point.measured.high
+            axes.plot([low, high], [row, row], color="#1f5fa8", linewidth=3, solid_capstyle="round")
+            axes.plot([median], [row], "o", color="#1f5fa8")
+        paper = _paper_on_axis(deciding)
+        if paper is not None:
+            axes.axvline(paper, color="#b3401f", linestyle="--", label="the paper")
+        if (neutral := no_gain(deciding)) is not None:
+            axes.axvline(neutral, color="#777777", linewidth=1, label="no gain")
+        if unit_name(deciding.unit) == "x":
+            _ratio_axis(axes)
+        axes.set_yticks(range(len(drawn)), [point_text(point.point) for point in drawn])
+        axes.set_ylim(len(drawn) - 0.5, -0.5)
+        axes.set_xlabel(f"{deciding.metric or 'measured'} ({deciding.unit})" if deciding.unit else deciding.metric)
+        if axes.get_legend_handles_labels()[0]:
+            canvas.legend(loc="outside upper right", ncols=2, frameon=False)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        text = io.StringIO()
+        canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()
+
+
+def _ratio_axis(axes: Any) -> None:
+    """Ratios on a logarithmic axis, so that 2x and 0.5x lie equally far from 1x; as it is when something is not above 0."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    low, high = axes.dataLim.intervalx
+    if low <= 0:
+        return
+    axes.set_xscale("log")
+    narrow = high / low < 20
+    steps = (1.0, 2.0, 5.0) if high / low < 1000 else (1.0,)
+    axes.xaxis.set_major_locator(MaxNLocator(6) if narrow else LogLocator(subs=steps))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:.3g}")
+
+
+def _paper_on_axis(record: Evidence) -> float | None:
+    """The paper's number in the unit that was measured, None when it has none."""
+    return claimed_ratio(record) if record.kind == "trial" else record.paper_value
+
+
+def html(records: Sequence[Evidence], title: str = "assay: claims and what was measured here") -> str:
+    """A self-contained page: per claim the verdict, the plot and every point with its conditions."""
+    from jinja2 import Environment
+
+    claims = [_claim_view(summary) for summary in summaries(records)]
+    counts: dict[str, int] = {}
+    for claim in claims:
+        counts[claim["verdict"]] = counts.get(claim["verdict"], 0) + 1
+    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        PAGE.read_text(encoding="utf-8")
+    )
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return page.render(title=title, claims=claims, counts=counts, made=made)
+
+
+def write_html(records: Sequence[Evidence], path: Path | str) -> None:
+    """Write the page, whole or not at all."""
+    text = html(records)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _claim_view(summary: Summary) -> dict[str, Any]:
+    deciding = summary.deciding
+    machine = deciding.machine
+    has_plot = any(point.measured is not None for point in summary.points)
+    picture = base64.b64encode(plot_svg(summary).encode()).decode() if has_plot else ""
+    return {
+        "id": summary.claim,
+        "metric": deciding.metric,
+        "paper": figure_text(deciding.paper_value, deciding.paper_unit),
+        "verdict": summary.verdict.value if summary.verdict is not None else deciding.status,
+        "reason": summary.reason,
+        "picture": picture,
+        "machine": f"{machine.get('cpu', 'unknown processor')}, {machine.get('threads', '?')} threads",
+        "scale": deciding.scale,
+        "commit": deciding.commit or f"version {deciding.assay_version}",
+        "command": deciding.command,
+        "points": [
+            {
+                "deciding": point.id == deciding.id,
+                "id": point.id,
+                "point": point_text(point.point),
+                "measured": estimate_text(point.measured, point.unit) if point.measured else point.error or "-",
+                "free": free_text(point),
+                "quality": quality_text(point),
+                "verdict": verdict_text(point),
+                "seconds": f"{point.seconds:.1f} s",
+                "created": point.created.strftime("%Y-%m-%d %H:%M"),
+            }
+            for point in summary.points
+        ],
+    }

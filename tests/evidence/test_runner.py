@@ -1,0 +1,346 @@
+"""Running experiments for real, in child processes: whatever a point does, it becomes a record and the sweep goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import toy_experiments
+
+from assay.errors import InputError, MissingError
+from assay.evidence import place, trial
+from assay.evidence.runner import plan, verify
+from assay.evidence.store import Store, StoreError
+from assay.evidence.verdict import Verdict
+from assay.experiments import Experiment, Figure, Quality, Trial, experiments_of
+
+HERE = Path(__file__).parent
+real_commit = place.commit
+
+
+@pytest.fixture(autouse=True)
+def _toys(monkeypatch, tmp_path):
+    toy_experiments.install(monkeypatch)
+    monkeypatch.setenv("TOY_LOG", str(tmp_path / "runs"))
+    yield
+    place.here.cache_clear()
+
+
+def runs(tmp_path):
+    """What the experiments have noted: one line a run."""
+    file = tmp_path / "runs"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def test_a_trial_and_a_figure(tmp_path):
+    steps = []
+    with Store() as store:
+        records = verify(["toy"], scale="smoke", store=store, progress=steps.append)
+        assert store.records() == records
+    first, second, third = records
+    assert [(r.claim, r.point, r.index) for r in records] == [
+        ("toy/speedup", {"n": 1}, 0),
+        ("toy/speedup", {"n": 2}, 1),
+        ("toy/loss", {}, 0),
+    ]
+    assert all(r.status == "ok" for r in records), [r.error for r in records]
+
+    assert first.kind == "trial"
+    assert first.unit == "x"
+    assert first.verdict is Verdict.REPRODUCED
+    assert first.measured.low <= first.measured.median <= first.measured.high
+    assert first.baseline > first.free > first.candidate > 0
+    assert first.vs_free.median < first.measured.median
+    assert first.free_label == "a shorter sleep"
+    assert first.quality.candidate == 0.9
+    assert first.details["n"] == 1
+    assert first.details["shape"] == [1, 1]
+    assert first.details["bad"] == "NaN"
+    assert first.details["timing"]["rounds"] == 6
+    assert first.details["process"]["peak_rss_bytes"] > 2**20
+    assert (first.paper_value, first.paper_unit, first.metric) == (5.0, "x", "speed-up")
+
+    assert third.kind == "figure"
+    assert (third.measured.low, third.measured.median, third.measured.high) == (2.05, 2.1, 2.15)
+    assert third.baseline == 2.5
+    assert third.unit == "nats"
+    assert third.verdict is Verdict.REPRODUCED
+
+    for record in records:
+        assert record.fingerprint == place.here().fingerprint
+        assert record.machine["cpu"]
+        assert record.machine["versions"]["torch"]
+        assert record.machine["threads"] >= 1
+        assert "governor" in record.machine
+        assert record.commit == "toycommit"
+        assert record.command == "assay verify toy --scale smoke"
+        assert record.seconds > 0
+        assert record.created.utcoffset().total_seconds() == 0
+        assert record.load_before >= 0
+    assert [(step.done, step.record is None) for step in steps] == [
+        (0, True), (1, False), (1, True), (2, False), (2, True), (3, False),
+    ]  # fmt: skip
+    assert runs(tmp_path) == ["speedup 1", "speedup 2"]
+
+
+def test_whatever_breaks_becomes_a_record():
+    records = {record.claim.split("/")[1]: record for record in verify(["toybroken"], scale="smoke")}
+    told = {what: (record.status, record.error) for what, record in records.items()}
+    assert told["raises"] == ("failed", "ValueError: the stars are wrong")
+    assert "toy_experiments.py" in records["raises"].details["process"]["traceback"]
+    assert told["crash"] == ("failed", "crashed: SIGABRT")
+    assert told["hang"][0] == "timeout"
+    assert told["memory"][0] == "out of memory"
+    assert told["unit"] == ("failed", "the experiment reports a figure in 'bytes', but the claim is in 'x'")
+    assert all(record.verdict is None and record.measured is None for record in records.values())
+    with Store() as store:
+        assert store.count() == len(records) == 5
+
+
+def test_what_the_machine_lacks_is_not_run(tmp_path):
+    record, _ = verify(["toyneeds"], scale="smoke")
+    assert record.verdict is Verdict.NEEDS_HARDWARE
+    assert record.needs == ("no_such_flag",)
+    assert runs(tmp_path) == []
+
+
+def test_needs_know_flags_and_cuda(monkeypatch):
+    flag = place.here().machine["flags"][0]
+    assert place.lacking([flag]) == []
+    assert place.lacking([flag, "no_such_flag"]) == ["no_such_flag"]
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert place.lacking(["cuda"]) == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert place.lacking(["cuda"]) == ["cuda"]
+
+
+def test_resume_measures_only_what_is_not_recorded(tmp_path, monkeypatch):
+    first = verify(["toyneeds", "toyrefuted"], scale="smoke")
+    steps = []
+    assert verify(["toyrefuted", "toyneeds"], scale="smoke", resume=True, progress=steps.append) == [
+        *first[2:],
+        *first[:2],
+    ]
+    assert [step.resumed for step in steps] == [True] * 3
+
+    def changed_place(**changes):
+        fields = {name: getattr(here, name) for name in ("fingerprint", "machine", "assay_version", "commit")} | changes
+        return lambda: place.Place(**fields)
+
+    here = place.here()
+    import assay.evidence.runner as runner
+
+    known = {record.id for record in first}
+    for changes in ({"fingerprint": "another"}, {"commit": "another"}, {"assay_version": "9.9"}):
+        monkeypatch.setattr(runner, "here", changed_place(**changes))
+        assert not known & {record.id for record in verify(["toyneeds"], scale="smoke", resume=True)}
+    assert not known & {record.id for record in verify(["toyneeds"], scale="smoke", resume=True, seed=1)}
+
+
+def test_without_resume_points_are_measured_again(tmp_path):
+    verify(["toyneeds"], scale="smoke")
+    verify(["toyneeds"], scale="smoke")
+    with Store() as store:
+        assert store.count() == 4
+
+
+def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    code = """
+import toy_experiments
+toy_experiments.install()
+from assay.evidence.runner import verify
+verify(["toyslow"], scale="smoke", resume=True)
+"""
+    path = os.pathsep.join([str(HERE), *filter(None, sys.path)])
+    sweep = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, start_new_session=True
+    )
+    with Store() as store:
+        deadline = time.monotonic() + 90
+        while store.count() < 1 and time.monotonic() < deadline:
+            assert sweep.poll() is None
+            time.sleep(0.05)
+        sweep.send_signal(signal.SIGKILL)
+        sweep.wait(30)
+        kept = store.records()
+    assert 1 <= len(kept) < 3
+    started = len(runs(tmp_path))
+    records = verify(["toyslow"], scale="smoke", resume=True)
+    assert [record.point["n"] for record in records] == [0, 1, 2]
+    assert all(record in records for record in kept)
+    assert len(runs(tmp_path)) == started + 3 - len(kept)
+
+
+def test_an_interrupt_keeps_what_is_there(tmp_path):
+    def interrupt(step):
+        if step.done == 1 and step.record is None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verify(["toyslow"], scale="smoke", progress=interrupt)
+    with Store() as store:
+        assert [record.point["n"] for record in store.records()] == [0]
+
+
+def test_a_store_that_fails_midway_does_not_end_the_sweep(tmp_path, monkeypatch):
+    steps = []
+    with Store() as store:
+        calls = []
+
+        def full(records):
+            calls.append(records)
+            if len(calls) == 1:
+                raise StoreError("cannot write to the evidence store: disk full")
+            return type(store).add(store, records)
+
+        monkeypatch.setattr(store, "add", full)
+        with pytest.raises(StoreError, match=r"disk full; the record is kept in .*evidence-unsaved\.jsonl"):
+            verify(["toyneeds"], scale="smoke", store=store, progress=steps.append)
+        assert len([step for step in steps if step.record is not None]) == 2
+        assert store.count() == 1
+        monkeypatch.undo()
+        assert store.import_jsonl(store.fallback_paths()[0]).added == 1
+
+
+def test_a_store_that_cannot_be_written_is_told_before_anything_runs(tmp_path, monkeypatch):
+    def refuse(self):
+        raise StoreError("cannot write to the evidence store: read-only")
+
+    monkeypatch.setattr(Store, "check_writable", refuse)
+    with pytest.raises(StoreError, match="read-only"):
+        verify(["toyslow"], scale="smoke")
+    assert runs(tmp_path) == []
+
+
+def test_the_plan():
+    todo = plan(["toyslow", "toy", "toyplanned", "toy"], "small")
+    assert [(job.claim, job.point) for job in todo.jobs] == [("toy/speedup", {"n": 3})]
+    assert todo.unavailable == {
+        "toyslow/points": "no points at scale small; it has smoke",
+        "toy/loss": "no points at scale small; it has smoke",
+        "toyplanned": "planned: it has no experiment yet",
+    }
+    with pytest.raises(InputError, match="scale must be one of smoke, small, full, got 'tiny'"):
+        plan(["toy"], "tiny")
+    with pytest.raises(InputError, match="no paper is called 'nothing'"):
+        plan(["nothing"], "small")
+
+
+def test_an_experiment_without_its_claim_is_named(monkeypatch):
+    monkeypatch.setitem(toy_experiments.PAPERS, "toyneeds", toy_experiments.Paper("toyneeds", ()))
+    with pytest.raises(InputError, match="no claim 'toyneeds/gpu', for which toy_experiments has an experiment"):
+        plan(["toyneeds"], "smoke")
+
+
+def test_an_experiment_that_cannot_be_imported_does_not_end_the_sweep(monkeypatch):
+    import assay.experiments
+
+    def broken(slug):
+        if slug == "toy":
+            raise ModuleNotFoundError("No module named 'timm'")
+        return experiments_of(slug)
+
+    monkeypatch.setattr(assay.experiments, "experiments_of", broken)
+    todo = plan(["toy", "toyneeds"], "smoke")
+    assert len(todo.jobs) == 2
+    assert todo.unavailable == {"toy": "its experiments cannot be loaded: ModuleNotFoundError: No module named 'timm'"}
+
+
+def test_nothing_to_verify():
+    with pytest.raises(MissingError, match="toyplanned: planned"):
+        verify(["toyplanned"], scale="smoke")
+    with pytest.raises(MissingError, match="no paper was named"):
+        verify([], scale="smoke")
+
+
+def run_here(monkeypatch, function, *, seed=0, seconds=60.0):
+    """A point in this process, of an experiment that is one function."""
+    monkeypatch.setattr(trial, "experiments_of", lambda slug: [Experiment("toy/loss", function, {"smoke": [{}]})])
+    return trial.run_point("toy_experiments", "toy/loss", {}, seed, seconds)
+
+
+def test_a_point_is_repeatable(monkeypatch):
+    """The seed is set before the experiment is built."""
+    values = []
+
+    def draws():
+        import random
+
+        import numpy as np
+        import torch
+
+        values.append((random.random(), float(np.random.rand()), float(torch.rand(1))))
+        return Figure(2.0, "nats")
+
+    for seed in (0, 0, 1):
+        run_here(monkeypatch, draws, seed=seed)
+    assert values[0] == values[1] != values[2]
+
+
+def test_timing_stays_within_the_time_limit(monkeypatch):
+    long = Trial(baseline=lambda: time.sleep(0.2), candidate=lambda: time.sleep(0.1), pairs=1000)
+    seen = run_here(monkeypatch, lambda: long, seconds=3.0)
+    assert 2 <= seen["details"]["timing"]["rounds"] < 20
+
+
+def test_quality_and_details_come_after_the_timing(monkeypatch):
+    order = []
+    seen = run_here(
+        monkeypatch,
+        lambda: Trial(
+            baseline=lambda: order.append("a"),
+            candidate=lambda: order.append("b"),
+            quality=lambda: order.append("quality") or Quality("accuracy", 0.5),
+            details=lambda: order.append("details") or {"k": 1},
+            pairs=2,
+            warmup=1,
+        ),
+    )
+    assert order == ["a", "b", "a", "b", "b", "a", "quality", "details"]
+    assert seen["vs_free"] is None
+    assert "free" not in seen
+
+
+def test_what_is_no_result_is_refused(monkeypatch):
+    with pytest.raises(TypeError, match="must return a Trial or a Figure, toy/loss returned float"):
+        run_here(monkeypatch, lambda: 3.0)
+    with pytest.raises(ValueError, match="the figure must be finite, got nan"):
+        run_here(monkeypatch, lambda: Figure(float("nan"), "x"))
+
+
+def test_a_quality_that_is_not_finite_is_refused(monkeypatch):
+    made = Trial(baseline=int, candidate=int, quality=lambda: Quality("accuracy", float("inf")), pairs=2)
+    with pytest.raises(ValueError, match="the quality's candidate must be finite, got inf"):
+        run_here(monkeypatch, lambda: made)
+
+
+def git(folder, *arguments):
+    call = ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments]
+    return subprocess.run(call, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_commit_and_its_dirt(tmp_path):
+    package = tmp_path / "src" / "assay"
+    package.mkdir(parents=True)
+    assert real_commit(package) == ""  # no checkout at all
+    (package / "a.py").write_text("1")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "one")
+    head = git(tmp_path, "rev-parse", "HEAD")
+    assert real_commit(package) == head
+    (tmp_path / "notes").write_text("outside of the package")
+    assert real_commit(package) == head
+    (package / "a.py").write_text("2")
+    dirty = real_commit(package)
+    assert dirty.startswith(f"{head}-dirty-")
+    (package / "b.py").write_text("new")
+    assert real_commit(package) not in (dirty, head)
+    elsewhere = tmp_path / "venv" / "assay"  # installed inside somebody else's checkout
+    elsewhere.mkdir(parents=True)
+    assert real_commit(elsewhere) == ""
