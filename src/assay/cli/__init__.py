@@ -43,10 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     An error nobody foresaw gives 70. `--debug` may stand anywhere and shows tracebacks.
     """
-    import click
+    import typer
 
     from assay.errors import AssayError, MissingError
 
+    # typer carries its own copy of click or uses the installed one, by version: ask it for the class
+    usage_error: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments or os.environ.get("ASSAY_DEBUG") == "1"
     arguments = [word for word in arguments if word != "--debug"]
@@ -56,12 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = build()(args=arguments, prog_name="assay", standalone_mode=False)
         code = result if isinstance(result, int) else 0
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         code = stop.exit_code
-    except click.exceptions.ClickException as error:
+    except usage_error as error:
         error.show()
         code = 2
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         code = _report("interrupted; what was measured so far is kept, `--resume` goes on from there", 130, as_json)
     except AssayError as error:
         if debug:

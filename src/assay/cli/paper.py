@@ -32,7 +32,7 @@ def paper(
         if claim.conditions:
             typer.echo(f"    {claim.conditions}")
         for row in (row for row in seen if row["claim"] == claim.id):
-            typer.echo(f"    here: {row['verdict']} ({row['scale']}, {row['created'][:10]})")
+            typer.echo(f"    seen: {row['verdict']} ({row['scale']}): {row['reason']}")
     if found.status == "works":
         typer.echo(f"\nimport   from {found.module.rsplit('.', 1)[0]} import {found.slug}")
         typer.echo(f"verify   assay verify {found.slug}")
@@ -41,8 +41,12 @@ def paper(
 
 
 def latest_verdicts(slug: str) -> list[dict[str, Any]]:
-    """The newest verdict of each claim in the store; empty when the store does not exist yet."""
-    from assay.evidence.store import latest
+    """The newest verdict of each of the paper's claims on each machine; empty when nothing was measured yet."""
+    from assay.evidence.store import Store
+    from assay.evidence.verdict import summaries
 
-    rows = latest(slug)
-    return [{"claim": r.claim, "verdict": r.verdict, "scale": r.scale, "created": str(r.created)} for r in rows]
+    rows = summaries(Store().records(slug=slug))
+    return [
+        {"claim": r.claim, "verdict": str(r.verdict or "failed"), "scale": r.deciding.scale, "reason": r.reason}
+        for r in rows
+    ]

@@ -54,7 +54,7 @@ def _calibration(path: Path) -> list[torch.Tensor]:
         return []
     from safetensors.torch import load_file
 
-    from assay.workloads.models import check_safetensors
+    from assay.workloads.files import check_safetensors
 
     check_safetensors(path)
     return list(load_file(path)["input_ids"].long().split(1))

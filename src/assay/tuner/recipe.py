@@ -102,6 +102,8 @@ def apply_recipe(model: nn.Module, recipe: Recipe, context: TuneContext) -> nn.M
     with torch.no_grad():
         for step in recipe.steps:
             transform = get_transform(step.transform)
+            if step.transform == "dtype" and _is_in(model, step.config.get("dtype")):
+                continue  # an artefact's weights are stored in the recipe's dtype already
             fit = transform.applies_to(model, context)
             if not fit.applies:
                 raise InputError(f"{step.transform} does not fit this model: {fit.reason}")
@@ -110,6 +112,10 @@ def apply_recipe(model: nn.Module, recipe: Recipe, context: TuneContext) -> nn.M
             except (ValueError, TypeError) as error:
                 raise InputError(f"{step.label()} cannot be applied: {error}") from error
     return model.eval()
+
+
+def _is_in(model: nn.Module, dtype: Any) -> bool:
+    return all(str(p.dtype) == f"torch.{dtype}" for p in model.parameters() if p.is_floating_point())
 
 
 def _short(value: Any) -> str:

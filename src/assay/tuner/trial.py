@@ -14,7 +14,7 @@ from torch import nn
 from assay.methods.transform import Effect
 from assay.tuner.recipe import Recipe, apply_recipe
 from assay.tuner.transforms import transforms
-from assay.tuner.work import Settings, build_work, load_for, quality, run_once
+from assay.tuner.work import Settings, build_work, decode_nll, load_for, quality, run_once
 
 
 def survey(settings: dict[str, Any], dtype: str | None) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def measure(
     if before is not None and structure in before["structures"]:
         return {"equivalent": True, "function": function, "structure": structure}
     run_once(model, work)  # warm-up: compilation, packing, allocator
-    samples = []
+    samples: list[float] = []
     start = time.perf_counter()
     while len(samples) < repeats and (not samples or time.perf_counter() - start < seconds):
         samples.append(run_once(model, work))
@@ -151,8 +151,8 @@ def function_hash(model: nn.Module, work: Any) -> str:
 
     def outputs() -> list[torch.Tensor]:
         found = [model(input_ids=probe, use_cache=False, logits_to_keep=8).logits.float()]
-        if hasattr(model, "assay_decode_nll"):
-            found.append(model.assay_decode_nll(probe[:, :16]).float())  # type: ignore[operator]
+        if work.settings.goal != "ttft":
+            found.append(decode_nll(model, work.forced[:2, :24], 8))
         return found
 
     return functional_hash(outputs, [()], digits=4)

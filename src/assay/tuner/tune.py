@@ -334,7 +334,7 @@ def tune(
         helped,
         output,
         time.monotonic() - began,
-        here.describe(),
+        describe(here),
     )
     say("writing the artefact")
     save(outcome, after, limits)
@@ -461,3 +461,12 @@ def base_row(rows: list[Row]) -> Row | None:
         if row.status == "ok" and [step.transform for step in row.recipe.steps] == ["dtype"]:
             return row
     return rows[0] if rows and rows[0].status == "ok" else None
+
+
+def describe(here: Any) -> dict[str, Any]:
+    """The machine as the report shows it."""
+    found = here.as_dict()
+    versions = ", ".join(f"{name} {version}" for name, version in found.pop("versions").items())
+    found["ram"] = f"{found.pop('ram_bytes') / 2**30:.1f} GiB"
+    found.pop("flags")
+    return {**found, "versions": versions}

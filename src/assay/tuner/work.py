@@ -13,7 +13,8 @@ from torch import nn
 from assay.errors import InputError, MissingError
 from assay.methods.transform import GOALS, Goal, TuneContext
 
-BLOCK = 128  # tokens whose mean likelihood is one sample of quality: long enough to be stable, short enough to be many
+BLOCK = 64  # tokens whose mean likelihood is one sample of quality: long enough to be stable, short enough to be many
+PREFIX, FORCED = 64, 192  # decoding is judged on windows of so many tokens of context and so many forced ones
 QUALITY_TOKENS = 16384  # held-out tokens a candidate is judged on
 
 
@@ -61,7 +62,8 @@ class Work:
     settings: Settings
     prompt: torch.Tensor  # (1, prompt_tokens)
     prompts: list[list[int]]  # the mixed-length batch of the throughput goal
-    windows: torch.Tensor  # (n, w) held-out text for quality
+    windows: torch.Tensor  # (n, w) held-out text for the quality of the forward pass
+    forced: torch.Tensor  # (16, PREFIX + FORCED) held-out text for the quality of decoding
     calibration: list[torch.Tensor] = field(default_factory=list)  # each (1, n), disjoint from `windows`
 
     def context(self) -> TuneContext:
@@ -88,21 +90,23 @@ def load_for(settings: Settings) -> Any:
 def build_work(loaded: Any, settings: Settings) -> Work:
     """The same work in every process: the user's own workload if given, else the bundled text."""
     from assay.workloads import text
-    from assay.workloads.workload import load_workload
+    from assay.workloads.workload import quality_windows, read_workload
 
     tokenizer = loaded.tokenizer
     limit = getattr(loaded.model.config, "max_position_embeddings", 2**31)
     # sparse attention and caches show their loss only at the lengths they are used at
     width = max(256, min(settings.prompt_tokens + settings.new_tokens, limit, 8192))
     windows = text.heldout_windows(tokenizer, window=width, n=max(2, QUALITY_TOKENS // width))
+    forced = text.heldout_windows(tokenizer, window=min(PREFIX + FORCED, limit), n=16)
     calibration = list(text.calibration_windows(tokenizer, window=min(512, width), n=16).split(1))
     if settings.workload is not None:
-        own = load_workload(settings.workload, tokenizer, max_tokens=limit - settings.new_tokens)
+        own = read_workload(settings.workload, tokenizer, context=limit, new_tokens=settings.new_tokens)
+        judged = quality_windows(own, tokenizer, window=width, n=len(windows)).windows
         longest = max(own.prompts, key=len)
-        return Work(settings, torch.tensor([longest]), own.prompts, windows, calibration)
+        return Work(settings, torch.tensor([longest]), own.prompts, judged, forced, calibration)
     prompt = text.long_prompt(tokenizer, settings.prompt_tokens)
     prompts = [p[:limit] for p in text.mixed_prompts(tokenizer, n=32)] if settings.goal == "throughput" else []
-    return Work(settings, prompt, prompts, windows, calibration)
+    return Work(settings, prompt, prompts, windows, forced, calibration)
 
 
 @torch.inference_mode()
@@ -157,23 +161,53 @@ def generate(model: nn.Module, ids: torch.Tensor, new_tokens: int) -> torch.Tens
 
 
 def quality(model: nn.Module, work: Work) -> dict[str, list[float]]:
-    """Mean negative log-likelihood (nats a token) of every block of the held-out text, for each path the goal takes.
+    """Mean negative log-likelihood (nats a token) of blocks of held-out text, for each path the goal takes.
 
-    `prefill` is the model's own forward pass. `decode` is there when the model carries a decoding path of its own
-    (`assay_decode_nll`), which is then judged by feeding it the text token by token.
+    `prefill` is the model's own forward pass over whole windows. `decode` (every goal but time to first token) feeds the text
+    token by token through `generate`, and so judges whatever loop, cache and packed weights the model decodes with.
     """
     from assay.workloads.quality import token_nll
 
-    paths = {}
-    if work.settings.goal != "decode" or not hasattr(model, "assay_decode_nll"):
-        paths["prefill"] = blocks(token_nll(model, work.windows))
-    if hasattr(model, "assay_decode_nll") and work.settings.goal != "ttft":
-        paths["decode"] = blocks(model.assay_decode_nll(work.windows))  # type: ignore[operator]
+    paths = {"prefill": blocks(token_nll(model, work.windows), BLOCK)}
+    if work.settings.goal != "ttft":
+        paths["decode"] = blocks(decode_nll(model, work.forced, PREFIX), BLOCK)
     return paths
 
 
-def blocks(nll: torch.Tensor) -> list[float]:
-    """Means over blocks of BLOCK tokens of (n, w - 1) likelihoods; a shorter last block of a window is dropped."""
-    width = min(BLOCK, nll.shape[1])
+@torch.inference_mode()
+def decode_nll(model: nn.Module, windows: torch.Tensor, prefix: int) -> torch.Tensor:
+    """Negative log-likelihood (n, w - prefix) of (n, w) windows behind their first `prefix` tokens, by forced decoding."""
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class Forced(LogitsProcessor):  # type: ignore[misc]
+        """Keeps the likelihood of the next token of the text, and makes it the one that is chosen."""
+
+        def __init__(self) -> None:
+            self.nll: list[torch.Tensor] = []
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            wanted = windows[:, input_ids.shape[1]]
+            self.nll.append(nn.functional.cross_entropy(scores.float(), wanted, reduction="none"))
+            return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
+
+    forced = Forced()
+    steps = windows.shape[1] - prefix
+    start = windows[:, :prefix]
+    generator: Any = model
+    generator.generate(
+        input_ids=start,
+        attention_mask=torch.ones_like(start),
+        max_new_tokens=steps,
+        do_sample=False,
+        eos_token_id=-1,
+        pad_token_id=0,
+        logits_processor=LogitsProcessorList([forced]),
+    )
+    return torch.stack(forced.nll, dim=1)
+
+
+def blocks(nll: torch.Tensor, size: int) -> list[float]:
+    """Means over blocks of `size` tokens of (n, w) likelihoods; a shorter last block of a window is dropped."""
+    width = min(size, nll.shape[1])
     usable = nll.shape[1] // width * width
     return nll[:, :usable].double().reshape(-1, width).mean(1).tolist()

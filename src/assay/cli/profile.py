@@ -1,0 +1,266 @@
+"""`assay profile MODEL`: where time and bytes go, and how far that is from what the machine could do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from assay.measure.profile import Profile
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Profile of {{ model }}</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1f2937; background: #fff; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; margin: 0.5rem 0 1.5rem; }
+th, td { padding: 0.2rem 0.6rem; text-align: right; border-bottom: 1px solid #e5e7eb; }
+th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; }
+figure { margin: 1rem 0; overflow-x: auto; }
+svg { max-width: 100%; height: auto; }
+.note { color: #92400e; }
+</style>
+</head>
+<body>
+<h1>Profile of {{ model }}</h1>
+<p>{{ p.prompt_tokens }} prompt tokens, {{ p.new_tokens }} new ones. The machine's calibrated limits would allow
+{{ "%.0f"|format(100 * p.roofline_share) }} % of the measured time, each module by itself. Modelled figures: MACs (1 MAC = 2 FLOPs), bytes,
+attainable time. Measured: time.</p>
+{% for note in notes %}<p class="note">{{ note }}</p>
+{% endfor %}
+{% for phase, kinds in p.phases.items() %}
+<h2>{{ phase }}: {{ "%.1f"|format(1e3 * p.seconds[phase]) }} ms</h2>
+<table>
+<tr><th>kind of work</th><th>ms</th><th>share</th><th>GMACs</th><th>MB</th><th>attainable ms</th></tr>
+{% for name, kind in kinds.items() %}
+<tr><td>{{ name }}</td><td>{{ "%.1f"|format(1e3 * kind.seconds) }}</td><td>{{ "%.0f"|format(100 * kind.share) }} %</td>
+<td>{{ "%.2f"|format(kind.macs / 1e9) }}</td><td>{{ "%.1f"|format(kind.bytes / 1e6) }}</td>
+<td>{{ "%.1f"|format(1e3 * kind.attainable_seconds) }}</td></tr>
+{% endfor %}
+</table>
+{% for drawing in drawings[phase] %}
+<figure role="img" aria-label="{{ drawing.label }}, {{ phase }}">{{ drawing.svg | safe }}</figure>
+{% endfor %}
+{% endfor %}
+<h2>Runtime model</h2>
+<p>T(p, o) = T_prompt(p) + (o - 1) x {{ "%.2f"|format(1e3 * runtime.seconds_per_token) }} ms; r² = {{ "%.3f"|format(runtime.r2) }}</p>
+<table>
+<tr><th>prompt tokens p</th>{% for p in runtime.prompt_tokens %}<td>{{ p }}</td>{% endfor %}</tr>
+<tr><th>T_prompt(p), ms</th>{% for s in runtime.prompt_seconds %}<td>{{ "%.1f"|format(1e3 * s) }}</td>{% endfor %}</tr>
+</table>
+<h2>Machine</h2>
+<table>
+{% for name, value in machine.items() %}<tr><th>{{ name }}</th><td>{{ value }}</td></tr>
+{% endfor %}
+</table>
+</body>
+</html>
+"""
+
+
+def profile(
+    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id in the local cache, or smollm2-135m.")],
+    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt, real text.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate after it.")] = 16,
+    html: Annotated[Path | None, typer.Option(help="Write a page with tables and plots to this file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the plots to this file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show where the time and the bytes of MODEL go, against what this machine could do, and fit its runtime model T(p, o)."""
+    from rich.console import Console
+
+    from assay.cli import print_json
+    from assay.errors import InputError
+
+    for name, value in (("--prompt-tokens", prompt_tokens), ("--new-tokens", new_tokens)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    for option, path in (("--html", html), ("--png", png)):
+        if path is not None and path.is_dir():
+            raise InputError(f"{option} must name a file, {path} is a folder")
+
+    console = Console(stderr=True)
+    with console.status("loading the model") as status:
+        measured, runtime = examine(model, prompt_tokens, new_tokens, status.update)
+        if html is not None:
+            status.update("drawing")
+            write_page(model, measured, runtime, html)
+        if png is not None:
+            write_png(measured, png)
+    if json:
+        print_json({"model": model, **measured.as_dict(), "runtime_model": runtime})
+        return
+    print_tables(model, measured, runtime)
+    for path in (html, png):
+        if path is not None:
+            typer.echo(f"wrote {path}")
+
+
+def examine(
+    source: str, prompt_tokens: int, new_tokens: int, say: Callable[[str], None]
+) -> tuple[Profile, dict[str, Any]]:
+    """Load, profile and fit: the profile, and the runtime model as JSON with the grid's corners predicted."""
+    import json
+
+    from assay.errors import InputError
+    from assay.measure.machine import calibrate
+    from assay.measure.profile import profile_model
+    from assay.methods.serving import idealized_runtime
+    from assay.tuner.artefact import load
+    from assay.workloads.models import load_model
+    from assay.workloads.text import long_prompt
+
+    loaded = load_model(source, dtype="auto")
+    model = load(loaded.folder) if (loaded.folder / "recipe.toml").is_file() else loaded.model
+    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    if longest is not None and prompt_tokens + new_tokens > longest:
+        raise InputError(
+            f"--prompt-tokens {prompt_tokens} and --new-tokens {new_tokens} need {prompt_tokens + new_tokens} positions, "
+            f"the model has {longest}"
+        )
+    say("calibrating the machine")
+    limits = calibrate(device="cpu")
+    say("timing the modules")
+    measured = profile_model(model, long_prompt(loaded.tokenizer, prompt_tokens), new_tokens, calibration=limits)
+
+    say("fitting the runtime model")
+    seeds = itertools.count(1)  # another place in the text each time, so that nothing is served from a prompt cache
+    run = idealized_runtime.transformers_runner(
+        model, make_prompt=lambda p: long_prompt(loaded.tokenizer, p, seed=next(seeds))
+    )
+    prompts, outputs = grid(prompt_tokens, new_tokens)
+    fitted = idealized_runtime.profile(run, prompt_tokens=prompts, output_tokens=outputs, repeats=2)
+    runtime: dict[str, Any] = json.loads(fitted.to_json())
+    runtime["predicted"] = [
+        {"prompt_tokens": p, "output_tokens": o, "seconds": fitted.predict(p, o)} for p in prompts for o in outputs
+    ]
+    return measured, runtime
+
+
+def grid(prompt_tokens: int, new_tokens: int) -> tuple[list[int], list[int]]:
+    """Prompt and output lengths of the runtime model: few, for it runs in seconds; `profile` of the paper's room has the full grid."""
+    most = max(new_tokens, 2)  # the time per token needs two output lengths
+    return sorted({max(prompt_tokens // 4, 1), prompt_tokens}), sorted({1, (most + 1) // 2, most})
+
+
+def notes(measured: Profile) -> list[str]:
+    """What a reader must know to trust the figures."""
+    found = []
+    if measured.noisy:
+        found.append("Other processes kept the machine busy: the times are noisy.")
+    if measured.calibration.noisy:
+        found.append("The machine was busy when it was calibrated: the attainable times are estimates.")
+    if measured.uncounted:
+        found.append(f"MACs unknown of: {', '.join(measured.uncounted)}.")
+    return found
+
+
+SHOWN = 0.005  # share of the time below which a module gets no line of its own; --json has them all
+
+
+def phase_table(name: str, measured: Profile, phase: Any) -> Any:
+    """Modules in the order they run, the small ones together, then the kinds of work."""
+    from rich import box
+    from rich.table import Table
+
+    title = f"{name}, {phase}: {1e3 * measured.seconds[phase]:,.1f} ms"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("module", overflow="ellipsis", no_wrap=True)
+    table.add_column("kind", no_wrap=True)
+    for heading in ("ms", "time", "MMACs", "MB", "op/byte", "attainable", "of it"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows = measured.grouped(phase)
+    whole = sum(row.seconds for row in rows)
+
+    def add(label: str, kind: str, together: list[Any]) -> None:
+        fields = ("seconds", "attainable_seconds", "macs", "bytes")
+        spent, attainable, macs, moved = (sum(getattr(row, field) for row in together) for field in fields)
+        table.add_row(
+            label,
+            kind,
+            f"{1e3 * spent:,.2f}",
+            f"{100 * spent / whole:.1f} %" if whole else "",
+            f"{macs / 1e6:,.1f}",
+            f"{moved / 1e6:,.1f}",
+            f"{2 * macs / moved:,.1f}" if moved else "",
+            f"{1e3 * attainable:,.2f}",
+            f"{100 * attainable / spent:.0f} %" if spent else "",
+        )
+
+    small = [row for row in rows if row.seconds < SHOWN * whole]
+    for row in rows:
+        if row.seconds >= SHOWN * whole:
+            add(row.name or "(model)", row.kind, [row])
+    if small:
+        add(f"{len(small)} smaller", "", small)
+    table.add_section()
+    for kind in ("linear", "attention", "other"):
+        add(f"all {kind}", kind, [row for row in rows if row.kind == kind])
+    return table
+
+
+def print_tables(name: str, measured: Profile, runtime: dict[str, Any]) -> None:
+    """Modules by phase, kinds of work, the runtime model."""
+    from rich.console import Console
+
+    out = Console(highlight=False)
+    if not out.is_terminal:
+        out = Console(highlight=False, width=120)
+    for phase in measured.seconds:
+        out.print(phase_table(name, measured, phase))
+    out.print(
+        f"The machine's limits would allow {100 * measured.roofline_share:.0f} % of the measured time. 1 MAC = 2 FLOPs."
+    )
+    per_token = 1e3 * runtime["seconds_per_token"]
+    out.print(f"Runtime model: T(p, o) = T_prompt(p) + (o - 1) x {per_token:.2f} ms, r2 = {runtime['r2']:.3f}")
+    for p, seconds in zip(runtime["prompt_tokens"], runtime["prompt_seconds"], strict=True):
+        out.print(f"  T_prompt({p}) = {1e3 * seconds:,.1f} ms")
+    for note in notes(measured):
+        out.print(note)
+
+
+def write_page(name: str, measured: Profile, runtime: dict[str, Any], path: Path) -> None:
+    """One HTML file with its plots inside, readable without a network; whole or not at all."""
+    from jinja2 import Environment
+
+    from assay.measure import plots
+    from assay.paths import atomic_file
+
+    drawings = {
+        phase: [
+            {"label": "Waterline", "svg": plots.svg(plots.waterline_figure(measured, phase))},
+            {"label": "Efficiency gap", "svg": plots.svg(plots.gap_figure(measured, phase))},
+        ]
+        for phase in measured.seconds
+    }
+    text = (
+        Environment(autoescape=True, trim_blocks=True)
+        .from_string(PAGE)
+        .render(
+            model=name,
+            p=measured.as_dict(),
+            runtime=runtime,
+            drawings=drawings,
+            notes=notes(measured),
+            machine=measured.machine.describe(),
+        )
+    )
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_png(measured: Profile, path: Path) -> None:
+    """Waterline and gap of each phase, below one another."""
+    from assay.measure import plots
+
+    figures = [
+        draw(measured, phase) for phase in measured.seconds for draw in (plots.waterline_figure, plots.gap_figure)
+    ]
+    plots.save_png(figures, path)

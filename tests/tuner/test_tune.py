@@ -1,0 +1,310 @@
+"""The tuning run: what it decides, what it survives, and the artefact it leaves. Children are simulated where only logic is asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import assay
+from assay.errors import InputError
+from assay.measure.isolate import ChildResult
+from assay.tuner import tune as tuning
+from assay.tuner.recipe import Recipe
+from assay.tuner.tune import Journal, drop_of, tune
+from assay.tuner.work import BLOCK, Settings, blocks, build_work, decode_nll, load_for
+from tiny import write_tiny_llama
+
+COST = {"dtype": 0.6, "compile": 0.9, "fp8_vs_int8": 0.6, "xattention": 0.8, "greenformers": 0.5}
+LOSS = {"fp8_vs_int8": 0.002, "xattention": 0.004, "greenformers": 0.3}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    write_tiny_llama(folder)
+    return folder
+
+
+class Children:
+    """Stands for the child processes: a world whose costs and losses we know."""
+
+    def __init__(self, cost=COST, loss=LOSS, die_after=None):
+        self.cost, self.loss, self.die_after = cost, loss, die_after
+        self.calls: list[tuple[str, str]] = []
+
+    def __call__(self, target, kwargs, *, timeout_s, memory_bytes):
+        function = target.split(":")[1]
+        if self.die_after is not None and len(self.calls) >= self.die_after:
+            raise KeyboardInterrupt
+        self.calls.append((function, Recipe.model_validate(kwargs["recipe"]).label() if "recipe" in kwargs else ""))
+        return ChildResult("ok", getattr(self, function)(**kwargs), "", 1.0, 2**30, 1.0)
+
+    def survey(self, settings, dtype):
+        effect = {"kind": "linear", "macs": 0.5, "bytes": 0.5, "dtype": None}
+        slots = {
+            "greenformers": "structure",
+            "dtype": "dtype",
+            "fp8_vs_int8": "linear",
+            "xattention": "attention",
+            "compile": "compile",
+        }
+        kind = {"seconds": 1.0, "macs": 1e9, "bytes": 1e6}
+        options = [
+            {"transform": name, "config": {}, "slot": slot, "exact": name in ("dtype", "compile"), "effects": [effect]}
+            for name, slot in slots.items()
+            if name in self.cost
+        ]
+        bars = [{"name": "q_proj", "share": 0.5, "intensity": 30.0, "dtype": "float32"}]
+        found = {"kinds": {"linear": kind, "attention": kind, "other": kind}, "waterline": bars, "options": options}
+        return found | {"unfit": {"prepacking": "no"}, "architecture": "llama", "dtype": "bfloat16", "parameters": 1000}
+
+    def waterline(self, settings, recipe):
+        found = self.survey(settings, None)
+        return {"kinds": found["kinds"], "waterline": found["waterline"]}
+
+    def outcome(self, recipe):
+        names = [step["transform"] for step in recipe["steps"]]
+        nll = 2.0 + math.log1p(sum(self.loss.get(name, 0.0) for name in names))
+        return math.prod(self.cost[name] for name in names), [nll] * 40
+
+    def measure(self, settings, recipe, known, seconds):
+        cost, nll = self.outcome(recipe)
+        labels = json.dumps(recipe["steps"])
+        found = {
+            "equivalent": False,
+            "function": labels,
+            "structure": labels,
+            "samples": [cost] * 5,
+            "run_seconds": cost,
+        }
+        return found | {"quality": {"prefill": nll}, "apply_seconds": 0.0}
+
+    def final(self, settings, recipes, pairs, seconds):
+        noise = [1 + 0.002 * math.sin(i) for i in range(9)]
+        samples = {name: [self.outcome(recipe)[0] * x for x in noise] for name, recipe in recipes.items()}
+        quality = {name: {"prefill": self.outcome(recipe)[1]} for name, recipe in recipes.items()}
+        return {"samples": samples, "quality": quality, "load_before": 0.0, "load_after": 0.0}
+
+
+@pytest.fixture
+def world(monkeypatch):
+    def install(children):
+        monkeypatch.setattr(tuning, "run_isolated", children)
+        return children
+
+    return install
+
+
+def test_finds_the_best_recipe_within_the_loss_and_leaves_a_whole_artefact(world, model, tmp_path):
+    children = world(Children())
+    said = []
+    outcome = tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", max_drop=0.01, minutes=5, say=said.append)
+    document = outcome.document()
+    assert [step["transform"] for step in document["recipe"]] == ["dtype", "fp8_vs_int8", "xattention", "compile"]
+    assert document["helped"]
+    assert document["speedup"]["median"] == pytest.approx(1 / (0.6 * 0.6 * 0.8 * 0.9))
+    assert document["speedup_vs_free"]["low"] > 1
+    assert document["quality"]["drop"] == pytest.approx(0.006, abs=1e-6)
+    keys = {
+        "goal",
+        "baseline",
+        "free_baseline",
+        "best",
+        "speedup",
+        "speedup_vs_free",
+        "quality",
+        "recipe",
+        "artefact",
+        "report",
+        "machine",
+    }
+    assert keys <= set(document)
+    for name in ("baseline", "free_baseline", "best"):
+        assert {"label", "value", "unit", "low", "high"} <= set(document[name])
+    assert document["free_baseline"]["label"] == "dtype(dtype=bfloat16) + compile"
+    json.dumps(document, allow_nan=False)
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {
+        "model.safetensors",
+        "config.json",
+        "recipe.toml",
+        "report.html",
+        "evidence.jsonl",
+        "calibration.safetensors",
+    } <= files
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "journal and temporary files must be gone"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<svg") == 4
+    assert "src=" not in page
+    assert 'href="http' not in page
+    lines = [json.loads(line) for line in (tmp_path / "out" / "evidence.jsonl").read_text().splitlines()]
+    assert sum(line["kind"] == "trial" for line in lines) == len(outcome.rows)
+    assert said[0]
+    assert len({call for call in children.calls if call[0] == "measure"}) == sum(
+        c[0] == "measure" for c in children.calls
+    )
+
+
+def test_when_nothing_helps_the_free_baseline_is_saved_and_it_says_so(world, model, tmp_path):
+    world(Children(cost={"dtype": 0.6, "compile": 0.9, "fp8_vs_int8": 1.2}, loss={}))
+    outcome = tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", minutes=5)
+    document = outcome.document()
+    assert not document["helped"]
+    assert document["best"]["label"] == document["free_baseline"]["label"] == "dtype(dtype=bfloat16) + compile"
+    assert document["speedup_vs_free"]["median"] == 1.0
+    assert "free baseline was saved" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_loss_that_only_shows_in_the_proof_is_not_accepted(world, model, tmp_path):
+    class Worse(Children):
+        def final(self, settings, recipes, pairs, seconds):
+            found = super().final(settings, recipes, pairs, seconds)
+            found["quality"]["best"] = {"prefill": [3.0] * 40}
+            return found
+
+    world(Worse())
+    assert not tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", minutes=5).helped
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(world, model, tmp_path):
+    settings = Settings(str(model), "ttft", 64, 4)
+    first = world(Children(die_after=5))
+    with pytest.raises(KeyboardInterrupt):
+        tune(settings, tmp_path / "out", minutes=5)
+    assert not (tmp_path / "out").exists()
+    second = world(Children())
+    tune(settings, tmp_path / "out", minutes=5, resume=True)
+    assert not set(first.calls) & set(second.calls)
+    with pytest.raises(KeyboardInterrupt):
+        world(Children(die_after=3))
+        tune(settings, tmp_path / "out", minutes=5)
+    with pytest.raises(InputError, match="other settings"):
+        tune(Settings(str(model), "ttft", 65, 4), tmp_path / "out", minutes=5, resume=True)
+
+
+def test_a_line_cut_short_by_a_crash_is_measured_again(tmp_path):
+    settings = Settings("m", "ttft")
+    journal = Journal(tmp_path / "j", settings, resume=False)
+    journal.get("a", lambda: {"x": 1})
+    journal.get("b", lambda: {"x": 2})
+    text = (tmp_path / "j").read_text()
+    (tmp_path / "j").write_text(text[:-5])
+    again = Journal(tmp_path / "j", settings, resume=True)
+    assert again.get("a", lambda: {"x": 9}) == {"x": 1}
+    assert again.get("b", lambda: {"x": 9}) == {"x": 9}
+    assert len((tmp_path / "j").read_text().splitlines()) == 3
+
+
+def test_a_failed_trial_is_a_row_and_not_the_end(world, model, tmp_path):
+    class Crashing(Children):
+        def __call__(self, target, kwargs, *, timeout_s, memory_bytes):
+            if any(step["transform"] == "xattention" for step in kwargs.get("recipe", {}).get("steps", [])):
+                self.calls.append((target, "crash"))
+                return ChildResult("out of memory", None, "used 9 GiB of 1 GiB", 1.0, 2**33, 1.0)
+            return super().__call__(target, kwargs, timeout_s=timeout_s, memory_bytes=memory_bytes)
+
+    world(Crashing())
+    outcome = tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", minutes=5)
+    assert outcome.document()["failed_trials"] >= 1
+    assert "out of memory" in (tmp_path / "out" / "report.html").read_text()
+    assert [step.transform for step in outcome.best.recipe.steps] == ["dtype", "fp8_vs_int8", "compile"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "says"),
+    [
+        ({"goal": "speed"}, {}, "--goal must be one of"),
+        ({"prompt_tokens": 0}, {}, "--prompt-tokens must be at least 1"),
+        ({}, {"max_drop": 1.0}, r"--max-drop must lie in \[0, 1\)"),
+        ({}, {"max_drop": -0.1}, "--max-drop"),
+        ({}, {"max_drop": float("nan")}, "--max-drop"),
+        ({}, {"minutes": 0}, "--minutes must be positive"),
+    ],
+)
+def test_settings_that_make_no_sense(tmp_path, settings, options, says):
+    with pytest.raises(InputError, match=says):
+        tune(Settings(**{"model": "m", "goal": "ttft", **settings}), tmp_path / "out", **options)
+
+
+def test_an_output_folder_with_something_else_in_it_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="not an artefact"):
+        tune(Settings("m", "ttft"), tmp_path / "out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is a file"):
+        tune(Settings("m", "ttft"), tmp_path / "file")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+
+
+def test_too_long_a_prompt_names_the_numbers(model):
+    limit = load_for(Settings(str(model), "ttft", 8, 1)).model.config.max_position_embeddings
+    with pytest.raises(InputError, match=f"the model has {limit}"):
+        load_for(Settings(str(model), "ttft", limit, 1))
+
+
+def test_forced_decoding_sees_what_the_forward_pass_sees(model):
+    settings = Settings(str(model), "decode", 64, 4)
+    loaded = load_for(settings)
+    work = build_work(loaded, settings)
+    windows = work.forced[:3, :40]
+    with torch.no_grad():
+        logits = loaded.model(windows).logits[:, 15:-1].float()
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), windows[:, 16:], reduction="none")
+    torch.testing.assert_close(decode_nll(loaded.model, windows, 16), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_blocks_drop_only_the_ragged_end():
+    nll = torch.arange(2 * 130, dtype=torch.float32).reshape(2, 130)
+    assert blocks(nll, BLOCK) == pytest.approx([31.5, 95.5, 161.5, 225.5])
+    assert blocks(nll[:, :3], BLOCK) == pytest.approx([1.0, 131.0])
+
+
+def test_drop_is_the_paired_perplexity_ratio_of_the_worst_path():
+    base = {"prefill": [1.0, 2.0, 3.0], "decode": [1.0, 2.0]}
+    found = drop_of(base, {"prefill": [1.0, 2.0, 3.0], "decode": [1.1, 2.1]})
+    assert found.median == pytest.approx(math.expm1(0.1))
+    assert found.low == pytest.approx(found.high)
+    assert drop_of(base, {"prefill": [1.0, 2.0, float("nan")]}).median == math.inf
+
+
+@pytest.mark.slow
+def test_real_run_survives_kill_and_leaves_a_model_that_generates(model, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "assay",
+        "tune",
+        str(model),
+        "--goal",
+        "ttft",
+        "--prompt-tokens",
+        "256",
+        "--new-tokens",
+        "4",
+    ]
+    command += ["--minutes", "2", "--max-drop", "0.5", "-o", str(tmp_path / "out"), "--json"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    journal = tmp_path / ".out.journal.jsonl"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and (not journal.exists() or len(journal.read_text().splitlines()) < 4):
+        time.sleep(0.2)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    kept = journal.read_text().splitlines()
+    assert len(kept) >= 4
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True)
+    document = json.loads(done.stdout)
+    assert document["trials"] >= 3
+    tuned = assay.load(tmp_path / "out")
+    ids = torch.arange(20)[None]
+    out = tuned.generate(input_ids=ids, attention_mask=ids * 0 + 1, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert out.shape == (1, 25)
