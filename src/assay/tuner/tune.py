@@ -291,6 +291,9 @@ def tune(
     base = base_row(rows) or baseline
 
     search = make_search(survey, limits, max_drop)
+    for row in rows:
+        if options := _options_over(base, row, search.options):
+            judge(search, row, options, base)
     for row, options in _search(search, base, trial, deadline, lambda: _final_seconds(rows, free)):
         judge(search, row, options, base)
     good = [
@@ -401,6 +404,15 @@ def _search(
         row = trial("candidate", tuple(steps), [o.key for o in options], predicted)
         longest = max(longest * 0.7, row.seconds)
         yield row, options
+
+
+def _options_over(base: Row, row: Row, options: list[Option]) -> tuple[Option, ...]:
+    """What a row added to the base's recipe; empty when it is not the base and options on top of it."""
+    if any(step not in row.recipe.steps for step in base.recipe.steps):
+        return ()
+    added = [step for step in row.recipe.steps if step not in base.recipe.steps]
+    found = tuple(option for option in options if option.step in added)
+    return found if len(found) == len(added) else ()
 
 
 def _slot_order(step: Step) -> int:

@@ -179,7 +179,7 @@ def decode_nll(model: nn.Module, windows: torch.Tensor, prefix: int) -> torch.Te
     """Negative log-likelihood (n, w - prefix) of (n, w) windows behind their first `prefix` tokens, by forced decoding."""
     from transformers import LogitsProcessor, LogitsProcessorList
 
-    class Forced(LogitsProcessor):  # type: ignore[misc]
+    class Forced(LogitsProcessor):
         """Keeps the likelihood of the next token of the text, and makes it the one that is chosen."""
 
         def __init__(self) -> None:
