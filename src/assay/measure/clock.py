@@ -1,0 +1,248 @@
+"""Comparing how long things take: paired, interleaved, in one process.
+
+Runs are taken in rounds; each round runs every callable once, and the order changes from round to round (A B, B A, B A, A B,
+...), so that drift, cache state and what happens to come first fall on all alike. What is reported is the median over rounds of
+the ratio within a round, with an interval that calls a difference between two equal things at most 5 % of the time
+(`assay.measure.stats.paired_ratio`; `self_test` tries it on the machine itself).
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+from assay.measure.stats import Interval, paired_ratio, positive_median
+
+NOISY_SHARE = 0.10
+"""A measurement is `noisy` when other processes used more than this share of the machine's processor time meanwhile."""
+
+
+@dataclass
+class Paired:
+    """Two callables timed side by side. Times in seconds; `speedup` is baseline time / candidate time, above 1 is faster."""
+
+    baseline: list[float]
+    candidate: list[float]
+    baseline_time: Interval
+    candidate_time: Interval
+    speedup: Interval
+    cpu_baseline: float  # median processor seconds of one run, over all threads
+    cpu_candidate: float
+    load_before: float  # one-minute load average, of everything on the machine
+    load_after: float
+    others: float  # share of the machine's processor time that other processes used meanwhile
+    noisy: bool
+
+    @property
+    def differs(self) -> bool:
+        """True if the interval of the speed-up leaves out 1."""
+        return not self.speedup.contains(1.0)
+
+
+@dataclass
+class Timings:
+    """Several callables timed side by side: the seconds of every run, by label, one a round."""
+
+    seconds: dict[str, list[float]]
+    cpu: dict[str, list[float]]
+    load_before: float
+    load_after: float
+    others: float
+    noisy: bool
+    orders: list[tuple[str, ...]] = field(default_factory=list)  # the order of each round
+
+    def speedup(self, baseline: str, candidate: str) -> Interval:
+        """Median of baseline time / candidate time, round by round."""
+        return paired_ratio(self.seconds[baseline], self.seconds[candidate])
+
+    def paired(self, baseline: str, candidate: str) -> Paired:
+        """The two-callable view of two of the labels."""
+        a, b = self.seconds[baseline], self.seconds[candidate]
+        return Paired(
+            baseline=a,
+            candidate=b,
+            baseline_time=positive_median(a),
+            candidate_time=positive_median(b),
+            speedup=paired_ratio(a, b),
+            cpu_baseline=_median(self.cpu[baseline]),
+            cpu_candidate=_median(self.cpu[candidate]),
+            load_before=self.load_before,
+            load_after=self.load_after,
+            others=self.others,
+            noisy=self.noisy,
+        )
+
+
+def compare(
+    baseline: Callable[[], Any],
+    candidate: Callable[[], Any],
+    *,
+    pairs: int = 10,
+    warmup: int = 1,
+    max_seconds: float | None = None,
+) -> Paired:
+    """Time two callables in `pairs` rounds (A B, B A, B A, A B, ...) after `warmup` runs of each.
+
+    With `max_seconds` no new round starts after that many seconds (warm-up included), but at least two are run. Fewer than six
+    rounds give a wide interval, see `assay.measure.stats.median_interval`. Raises ValueError for pairs < 2, warmup < 0 or
+    max_seconds <= 0; whatever a callable raises passes through.
+    """
+    functions = {"baseline": baseline, "candidate": candidate}
+    return compare_many(functions, rounds=pairs, warmup=warmup, max_seconds=max_seconds).paired("baseline", "candidate")
+
+
+def compare_many(
+    functions: Mapping[str, Callable[[], Any]], *, rounds: int = 10, warmup: int = 1, max_seconds: float | None = None
+) -> Timings:
+    """Time any number of callables in rounds; over 2k rounds each of k callables comes equally often at each place.
+
+    Wall time is `time.perf_counter_ns`, processor time that of this process with all its threads. Once CUDA is in use in this
+    process the device is synchronised before and after each run. The garbage collector is held off during a run. A result is
+    dropped outside the timed part. Arguments and errors as for `compare`.
+    """
+    if not functions:
+        raise ValueError("functions must hold at least one callable, got none")
+    if rounds < 2:
+        raise ValueError(f"pairs (rounds) must be at least 2, got {rounds}")
+    if warmup < 0:
+        raise ValueError(f"warmup must be at least 0, got {warmup}")
+    if max_seconds is not None and not max_seconds > 0:
+        raise ValueError(f"max_seconds must be positive, got {max_seconds}")
+    labels = list(functions)
+    timings = Timings({label: [] for label in labels}, {label: [] for label in labels}, load_average(), 0.0, 0.0, False)
+    begin = time.perf_counter()
+    for label in labels * warmup:
+        functions[label]()
+    watch = OthersWatch()
+    for round_number in range(rounds):
+        if round_number >= 2 and max_seconds is not None and time.perf_counter() - begin > max_seconds:
+            break
+        order = round_order(labels, round_number)
+        for label in order:
+            seconds, cpu = time_once(functions[label])
+            timings.seconds[label].append(seconds)
+            timings.cpu[label].append(cpu)
+        timings.orders.append(order)
+    timings.others, timings.noisy = watch.stop()
+    timings.load_after = load_average()
+    return timings
+
+
+def round_order(labels: list[str], round_number: int) -> tuple[str, ...]:
+    """Rotations of the labels, each followed by its mirror image: balanced places, and no period a disturbance could hit."""
+    turn = (round_number // 2) % len(labels)
+    order = tuple(labels[turn:] + labels[:turn])
+    return order[::-1] if round_number % 2 else order
+
+
+def time_once(function: Callable[[], Any]) -> tuple[float, float]:
+    """Wall and processor seconds of one run, at least a nanosecond each."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        synchronize()
+        cpu = time.process_time_ns()
+        start = time.perf_counter_ns()
+        result = function()
+        synchronize()
+        wall = time.perf_counter_ns() - start
+        cpu = time.process_time_ns() - cpu
+        del result
+    finally:
+        if collecting:
+            gc.enable()
+    return max(wall, 1) / 1e9, max(cpu, 1) / 1e9
+
+
+def synchronize() -> None:
+    """Wait for the GPU if this process uses one; never starts CUDA by itself."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def load_average() -> float:
+    """One-minute load average, NaN where the system keeps none."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return math.nan
+
+
+class OthersWatch:
+    """How much processor time other processes use while something is measured.
+
+    Rule (our choice): the machine's busy time (all but idle and waiting for disks; stolen time of a virtual machine counts as
+    busy) less what this process and its finished children used, as a share of all cores over the elapsed time. Above
+    `NOISY_SHARE` the measurement is noisy. The kernel counts in ticks of 10 ms, so two ticks a core are forgiven.
+    """
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        times = psutil.cpu_times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        # guest time is already part of user time on Linux
+        busy = sum(times) - idle - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0)
+        own = os.times()
+        return time.perf_counter(), busy, own.user + own.system + own.children_user + own.children_system
+
+    def stop(self) -> tuple[float, bool]:
+        """(share of the machine others used since the start, whether that is too much)."""
+        (t0, busy0, own0), (t1, busy1, own1) = self._start, self._now()
+        cores = psutil.cpu_count() or 1
+        others = max((busy1 - busy0) - (own1 - own0), 0.0)
+        elapsed = max(t1 - t0, 1e-9)
+        return min(others / (elapsed * cores), 1.0), others > NOISY_SHARE * elapsed * cores + 0.02 * cores
+
+
+def self_test(*, sets: int = 40, pairs: int = 10, work: Callable[[], Any] | None = None) -> dict[str, Any]:
+    """Compare a callable with itself, `sets` times over: does this machine's clock see differences where there are none?
+
+    `work` defaults to about a millisecond of arithmetic; the whole test then takes about a second. Returns `sets`,
+    `differences` (comparisons that called one), `allowed` (the most that 5 % errors explain, 99 % of the time), `passed`,
+    and `noisy`.
+    """
+    if sets < 1:
+        raise ValueError(f"sets must be at least 1, got {sets}")
+    run = work or _millisecond
+    watch = OthersWatch()
+    differences = sum(compare(run, run, pairs=pairs, warmup=1).differs for _ in range(sets))
+    allowed = binomial_bound(sets, 0.05, 0.99)
+    return {
+        "sets": sets,
+        "differences": differences,
+        "allowed": allowed,
+        "passed": differences <= allowed,
+        "noisy": watch.stop()[1],
+    }
+
+
+def binomial_bound(n: int, p: float, level: float) -> int:
+    """The smallest k with P(Binomial(n, p) <= k) >= level."""
+    total = 0.0
+    for k in range(n + 1):
+        total += math.comb(n, k) * p**k * (1 - p) ** (n - k)
+        if total >= level:
+            return k
+    return n
+
+
+def _millisecond() -> int:
+    return sum(i * i for i in range(15_000))
+
+
+def _median(values: list[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

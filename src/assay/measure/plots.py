@@ -1,0 +1,146 @@
+"""Drawings of a profile: the waterline and the efficiency gap, as matplotlib figures, SVG text and PNG files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from assay.measure.profile import Phase, Profile, Row
+from assay.measure.roofline import GapPoint
+from assay.paths import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INK, WATER, DRY, WET = "#1f2937", "#2563eb", "#047857", "#b45309"
+COLOURS = {"linear": "#1d4ed8", "attention": "#b45309", "other": "#6b7280"}
+LOWEST = 1e-2  # operations per byte drawn for work without MACs, on the log axis
+
+
+def waterline_figure(profile: Profile, phase: Phase) -> Figure:
+    """Bars of operational intensity, as wide as their share of the phase's time; those that end under water wait for memory.
+
+    Raises ValueError for a phase that was not profiled.
+    """
+    _check(profile, phase)
+    figure, axes = _axes(9.0, 3.4)
+    left, top = 0.0, 1.0
+    for bar in profile.waterline(phase):
+        share, height = bar["share"], max(bar["intensity"], LOWEST)
+        ridge = profile.calibration.ridge(bar["dtype"])
+        axes.bar(
+            left, height, share, align="edge", color=DRY if height >= ridge else WET, edgecolor="white", linewidth=0.4
+        )
+        axes.plot([left, left + share], [ridge, ridge], color=WATER, linewidth=1.5)
+        if share > 0.04:
+            axes.text(
+                left + share / 2, height * 1.15, _short(bar["name"]), ha="center", va="bottom", fontsize=7, rotation=25
+            )
+        left += share
+    axes.set(
+        yscale="log", xlim=(0, max(left, 1e-9)), xlabel=f"share of the time, {phase}", ylabel="operations per byte"
+    )
+    axes.set_ylim(LOWEST / 1.5, 6 * top)
+    axes.set_title(f"Waterline, {phase}: under the blue line memory is the limit", fontsize=10, loc="left")
+    return figure
+
+
+def gap_figure(profile: Profile, phase: Phase, *, most: int = 14) -> Figure:
+    """The groups that take longest: measured time, and in it the part this machine could do it in.
+
+    Raises ValueError for a phase that was not profiled or most < 1.
+    """
+    _check(profile, phase)
+    if most < 1:
+        raise ValueError(f"most must be at least 1, got {most}")
+    rows = sorted(profile.grouped(phase), key=lambda row: row.seconds, reverse=True)[:most][::-1]
+    figure, axes = _axes(9.0, 0.9 + 0.28 * len(rows))
+    names = [_label(row) for row in rows]
+    axes.barh(names, [1e3 * row.seconds for row in rows], color=[COLOURS[row.kind] for row in rows], alpha=0.45)
+    axes.barh(
+        names,
+        [1e3 * min(row.attainable_seconds, row.seconds) for row in rows],
+        color=[COLOURS[row.kind] for row in rows],
+    )
+    for place, row in enumerate(rows):
+        axes.text(1e3 * row.seconds, place, f" {100 * row.roofline_share:.0f} %", va="center", fontsize=7)
+    axes.set_xlabel("milliseconds; dark: attainable, light: the gap, number: attainable over measured")
+    axes.set_title(f"Efficiency gap, {phase}", fontsize=10, loc="left")
+    axes.tick_params(axis="y", labelsize=7)
+    return figure
+
+
+def gap_points_figure(points: Sequence[GapPoint]) -> Figure:
+    """Efficiency-gap plot of whole models: accuracy over latency, ideal and measured latency joined by a line.
+
+    Raises ValueError for no points.
+    """
+    if not points:
+        raise ValueError("points must hold at least one model, got none")
+    figure, axes = _axes(6.5, 4.2)
+    for point in points:
+        axes.plot([point.ideal_seconds, point.seconds], [point.accuracy] * 2, color=INK, linewidth=0.8)
+        axes.plot(point.ideal_seconds, point.accuracy, "o", color="white", markeredgecolor=INK)
+        axes.plot(point.seconds, point.accuracy, "o", color=INK)
+        axes.annotate(
+            f"{point.name} ({point.gap:.1f}x)",
+            (point.seconds, point.accuracy),
+            fontsize=8,
+            xytext=(5, 4),
+            textcoords="offset points",
+        )
+    axes.set(xscale="log", xlabel="seconds: ideal (hollow) to measured (filled)", ylabel="accuracy")
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """The figure as one <svg> element, to stand in an HTML page."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]
+
+
+def save_png(figures: Sequence[Figure], path: Path | str) -> None:
+    """All figures below one another in one PNG file, written whole or not at all. Raises ValueError for no figures."""
+    import numpy as np
+    from matplotlib import image
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    if not figures:
+        raise ValueError("figures must hold at least one, got none")
+    pictures = []
+    for figure in figures:
+        figure.set_dpi(130)
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pictures.append(np.asarray(canvas.buffer_rgba()))
+    width = max(picture.shape[1] for picture in pictures)
+    padded = [np.pad(p, ((0, 0), (0, width - p.shape[1]), (0, 0)), constant_values=255) for p in pictures]
+    with atomic_file(path) as temporary:
+        image.imsave(temporary, np.concatenate(padded), format="png")
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _check(profile: Profile, phase: str) -> None:
+    if phase not in profile.seconds:
+        raise ValueError(f"phase must be one of {', '.join(profile.seconds)}, got {phase!r}")
+
+
+def _short(name: str) -> str:
+    return ".".join(name.split(".")[-2:]) if name.endswith("*") else name.split(".")[-1]
+
+
+def _label(row: Row) -> str:
+    name = row.name or "(model)"
+    return f"{name} x{row.modules}" if row.modules > 1 else name

@@ -1,0 +1,152 @@
+"""`assay profile`: one run end to end on a tiny model, its outputs, and its errors."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from assay.cli import main
+from assay.cli import profile as command
+from assay.measure.machine import Calibration
+
+CALIBRATION = Calibration(
+    peak_flops={"float32": 1e11, "bfloat16": 4e11},
+    read_bandwidth=4e10,
+    copy_bandwidth=3e10,
+    cache_bandwidth={1 << 20: 2e11, 1 << 28: 4e10},
+    device="cpu",
+    threads=2,
+    fingerprint="f",
+    torch="2",
+    noisy=True,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A llama of two layers with a tokenizer of bytes, as transformers saves it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("models") / "tiny <b>model"
+    vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="a").save_pretrained(path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def calibrated(monkeypatch):
+    monkeypatch.setattr("assay.measure.machine.calibrate", lambda *a, **k: CALIBRATION)
+
+
+def run(capsys, *arguments):
+    code = main(["profile", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_json_is_one_document_with_the_promised_parts(capsys, folder):
+    code, out, _ = run(capsys, folder, "--prompt-tokens", 32, "--new-tokens", 4, "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert {"model", "machine", "calibration", "modules", "kinds", "phases", "runtime_model"} <= set(document)
+    assert set(document["kinds"]) == {"linear", "attention", "other"}
+    assert set(document["phases"]) == {"prefill", "decode"}
+    up = next(row for row in document["modules"] if row["name"] == "model.layers.1.mlp.up_proj")
+    assert up["macs"] == 32 * 32 * 48
+    runtime = document["runtime_model"]
+    assert runtime["prompt_tokens"] == [8, 32]
+    assert math.isfinite(runtime["seconds_per_token"])
+    assert {(c["prompt_tokens"], c["output_tokens"]) for c in runtime["predicted"]} == {
+        (p, o) for p in (8, 32) for o in (1, 2, 4)
+    }
+
+
+def test_tables_page_and_plots(capsys, folder, tmp_path):
+    page, picture = tmp_path / "new" / "p.html", tmp_path / "p.png"
+    code, out, _ = run(capsys, folder, "--prompt-tokens", 16, "--new-tokens", 2, "--html", page, "--png", picture)
+    assert code == 0
+    for text in (
+        "model.layers.*.mlp.down_proj",
+        "all linear",
+        "all attention",
+        "Runtime model",
+        "T_prompt(16)",
+        "prefill",
+        "decode",
+    ):
+        assert text in out
+    assert "model.layers.0" not in out
+    assert "busy when it was calibrated" in out
+    html = page.read_text()
+    assert html.count("<svg") == 4
+    assert "tiny &lt;b&gt;model" in html
+    assert "<b>" not in html
+    assert "Runtime model" in html
+    assert "http://" not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--prompt-tokens", 0], "--prompt-tokens must be at least 1, got 0"),
+        (["--new-tokens", -1], "--new-tokens must be at least 1, got -1"),
+        (["--prompt-tokens", 63, "--new-tokens", 2], "need 65 positions, the model has 64"),
+    ],
+)
+def test_bad_lengths_are_one_line(capsys, folder, arguments, says):
+    code, out, err = run(capsys, folder, *arguments)
+    assert code == 2
+    assert says in err
+    assert len(err.strip().splitlines()) == 1
+    assert not out
+
+
+def test_output_that_is_a_folder_is_refused_before_any_work(capsys, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "examine", lambda *a: pytest.fail("worked"))
+    for option in ("--html", "--png"):
+        code, _, err = run(capsys, folder, option, tmp_path)
+        assert code == 2
+        assert option in err
+
+
+def test_unknown_model_is_one_line(capsys, tmp_path):
+    code, out, err = run(capsys, tmp_path / "nothing", "--json")
+    assert code in (2, 3)
+    assert json.loads(out)["exit_code"] == code
+    assert "Traceback" not in err
+
+
+def test_one_new_token_still_gives_a_time_per_token():
+    assert command.grid(512, 1) == ([128, 512], [1, 2])
+    assert command.grid(512, 16) == ([128, 512], [1, 8, 16])
+    assert command.grid(1, 3) == ([1], [1, 2, 3])
+
+
+@pytest.mark.model
+def test_bundled_model(capsys):
+    code, out, _ = run(capsys, "smollm2-135m", "--prompt-tokens", 32, "--new-tokens", 2, "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert sum(row["params"] for row in document["modules"] if row["phase"] == "prefill") == 134_515_008
+    assert document["kinds"]["linear"]["share"] > 0.3

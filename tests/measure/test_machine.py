@@ -1,0 +1,193 @@
+"""The machine's fingerprint and its calibration: stable, cached, attainable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+
+import pytest
+import torch
+
+from assay.measure import machine as module
+from assay.measure.machine import Calibration, calibrate, machine
+
+RATES = {"float32": 1e11, "bfloat16": 4e11}
+KNOWN = Calibration(
+    peak_flops=RATES,
+    read_bandwidth=4e10,
+    copy_bandwidth=3e10,
+    cache_bandwidth={1000: 5e11, 10_000: 6e11, 100_000: 1e11, 10**8: 4e10},
+    device="cpu",
+    threads=2,
+    fingerprint="abc",
+    torch="2",
+    noisy=False,
+)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASSAY_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_machine_says_what_it_is():
+    here = machine()
+    assert here.cores >= 1
+    assert here.threads == torch.get_num_threads()
+    assert here.ram_bytes > 2**28
+    assert here.cpu
+    assert here.versions["torch"] == torch.__version__
+    assert json.loads(json.dumps(here.as_dict()))["fingerprint"] == here.fingerprint
+
+
+def test_fingerprint_is_the_hardware_alone(monkeypatch):
+    before = machine().fingerprint
+    monkeypatch.setattr(module, "_versions", lambda: {"torch": "9"})
+    monkeypatch.setattr(module.platform, "release", lambda: "another kernel")
+    monkeypatch.setattr(module, "load_average", lambda: 7.0)
+    assert machine().fingerprint == before
+    monkeypatch.setattr(module, "_cpu", lambda: ("another processor", []))
+    other = machine().fingerprint
+    assert other != before
+    monkeypatch.setattr(module, "_gpu", lambda: "1 x a GPU")
+    assert machine().fingerprint not in (before, other)
+
+
+def test_simd_flags_are_read(monkeypatch):
+    text = "model name\t: Some CPU\nflags\t\t: fpu avx2 avx512f amx_int8 fma hypervisor smep"
+    monkeypatch.setattr(module, "_read", lambda path: text)
+    assert module._cpu() == ("Some CPU", ["amx_int8", "avx2", "avx512f", "fma"])
+    assert module._virtual()
+
+
+def test_calibration_is_kept_and_attainable(own_cache):
+    first = calibrate(quick=True, device="cpu")
+    assert set(first.peak_flops) >= {"float32", "bfloat16", "int8", "float64"}
+    assert all(rate > 1e8 for rate in first.peak_flops.values())
+    assert first.read_bandwidth > 1e8
+    assert first.copy_bandwidth > 1e8
+    file = next((own_cache / "calibration").glob("*.json"))
+    file.write_text(json.dumps(dataclasses.replace(first, noisy=False).as_dict()))
+    start = time.perf_counter()
+    assert calibrate(device="cpu") == dataclasses.replace(first, noisy=False)
+    assert time.perf_counter() - start < 1
+    assert first.threads == torch.get_num_threads()
+
+
+def test_measuring_again_keeps_the_better_figure(own_cache, monkeypatch):
+    other = {"float32": 5e10, "bfloat16": 9e11}
+    figures = iter([KNOWN, dataclasses.replace(KNOWN, peak_flops=other)])
+    monkeypatch.setattr(module, "_measure", lambda *a, **k: next(figures))
+    calibrate(device="cpu")
+    again = calibrate(force=True, device="cpu")
+    assert again.peak_flops == {"float32": 1e11, "bfloat16": 9e11}
+    assert calibrate(device="cpu") == again
+
+
+@pytest.mark.parametrize("first_noisy", [True, False])
+def test_figures_of_an_idle_machine_are_not_mixed_with_noisy_ones(own_cache, monkeypatch, first_noisy):
+    quiet = dataclasses.replace(KNOWN, peak_flops={"float32": 5e10})
+    noisy = dataclasses.replace(KNOWN, noisy=True)
+    figures = iter([noisy, quiet] if first_noisy else [quiet, noisy])
+    monkeypatch.setattr(module, "_measure", lambda *a, **k: next(figures))
+    calibrate(device="cpu")
+    assert calibrate(force=True, device="cpu") == quiet
+
+
+def test_busy_machine_is_judged_by_one_thread(monkeypatch):
+    threads = torch.get_num_threads()
+    blocks = {module.CACHE_SIZES[0]: 1e11, 1 << 30: 5e10}
+    one = dataclasses.replace(KNOWN, peak_flops={"float32": 9e10}, cache_bandwidth=blocks, read_bandwidth=5e10)
+    all_threads = dataclasses.replace(KNOWN, cache_bandwidth=dict.fromkeys(blocks, 1e9))
+    seen = []
+
+    def rates(here, device, rounds, clock):
+        seen.append(torch.get_num_threads())
+        return all_threads if len(seen) == 1 else one
+
+    here = dataclasses.replace(machine(), threads=threads)
+    monkeypatch.setattr(module, "_rates", rates)
+    monkeypatch.setattr(module.OthersWatch, "stop", lambda self: (0.9, True))
+    found = module._measure(here, "cpu", 1)
+    assert seen == [threads, 1]
+    assert torch.get_num_threads() == threads
+    assert found.noisy
+    assert found.peak_flops["float32"] == max(1e11, threads * 9e10)
+    assert found.read_bandwidth == 5e10
+    assert found.cache_bandwidth == {module.CACHE_SIZES[0]: threads * 1e11, 1 << 30: 5e10}
+
+
+@pytest.mark.parametrize(("load", "measures"), [(50.0, 1), (0.0, 2)])
+def test_noisy_figures_are_taken_again_when_the_machine_is_idle(own_cache, monkeypatch, load, measures):
+    taken = []
+    monkeypatch.setattr(module, "load_average", lambda: load)
+    monkeypatch.setattr(
+        module, "_measure", lambda *a, **k: taken.append(1) or dataclasses.replace(KNOWN, noisy=len(taken) == 1)
+    )
+    calibrate(device="cpu")
+    calibrate(device="cpu")
+    calibrate(device="cpu")
+    assert len(taken) == measures
+
+
+def test_another_thread_count_is_another_calibration(own_cache, monkeypatch):
+    taken = []
+    monkeypatch.setattr(module, "_measure", lambda *a, **k: taken.append(1) or KNOWN)
+    threads = torch.get_num_threads()
+    try:
+        calibrate(device="cpu")
+        torch.set_num_threads(threads + 1)
+        calibrate(device="cpu")
+    finally:
+        torch.set_num_threads(threads)
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"peak_flops": {}}'])
+def test_damaged_file_is_measured_again(own_cache, monkeypatch, damage):
+    monkeypatch.setattr(module, "_measure", lambda *a, **k: KNOWN)
+    calibrate(device="cpu")
+    file = next((own_cache / "calibration").glob("*.json"))
+    file.write_text(damage)
+    assert calibrate(device="cpu") == KNOWN
+    assert json.loads(file.read_text())["fingerprint"] == "abc"
+
+
+@pytest.mark.parametrize(
+    ("working_set", "rate"),
+    [
+        (1, 6e11),
+        (1000, 6e11),
+        (9999, 6e11),
+        (10_000, 6e11),
+        (50_000, 6e11),
+        (200_000, 1e11),
+        (10**8, 4e10),
+        (10**12, 4e10),
+    ],
+)
+def test_bandwidth_never_rises_with_the_working_set(working_set, rate):
+    assert KNOWN.bandwidth(working_set) == rate
+
+
+def test_ridge_is_operations_per_byte():
+    assert KNOWN.ridge("float32") == pytest.approx(1e11 / 4e10)
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="device"):
+        calibrate(device="tpu")
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, got 'int3'"):
+        KNOWN.peak("int3")
+
+
+@pytest.mark.gpu
+def test_cuda_calibration(own_cache):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    found = calibrate(quick=True)
+    assert found.device == "cuda"
+    assert found.peak_flops["bfloat16"] > found.peak_flops["float64"]
+    assert found.bandwidth(1) == found.memory_bandwidth
