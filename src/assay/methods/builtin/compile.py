@@ -1,0 +1,88 @@
+"""torch.compile as a transform: the small operators of a model are fused into loops of the machine's own.
+
+`region="blocks"` (default, our choice) compiles the parts of each repeated block that are not attention (norms, feed-forward) on
+their own. All blocks share these graphs, so a model of 30 layers compiles in seconds, whatever back end its attention uses and
+however its cache grows. `region="model"` compiles the whole forward pass: more to fuse, but a deep language model takes minutes,
+and the growing cache of a generation loop leads to further compilation. Compilation happens at the first calls, apart for one
+and for several tokens, and for one and for several sequences; their numbers are dynamic, so other lengths do not compile again.
+
+Only `forward` is compiled: `generate`, saving and copying work as before, and a copy runs uncompiled until it is compiled too.
+Modules of assay's own that carry compiled kernels already are left as they are.
+
+When NOT to use it: short runs (the compilation has to pay), models that change their structure from call to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from assay.methods.transform import GOALS, Effect, Fit, TuneContext
+
+MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+REGIONS = ("blocks", "model")
+
+
+class Compile:
+    """Configuration: `mode` (torch.compile's), `region` "blocks" or "model"."""
+
+    name = "compile"
+    slot = "compile"
+    goals: frozenset[str] = frozenset(GOALS) - {"memory"}
+    exact = True
+
+    def applies_to(self, model: nn.Module, context: TuneContext) -> Fit:
+        if not parts(model):
+            return Fit(False, "no repeated blocks with parts beside attention that torch could compile")
+        return Fit(True, effects=(Effect("other", bytes=0.5),))
+
+    def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
+        return [{"mode": "default", "region": "blocks"}]
+
+    def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+        mode, region = config.get("mode", "default"), config.get("region", "blocks")
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if region not in REGIONS:
+            raise ValueError(f"region must be one of {', '.join(REGIONS)}, got {region!r}")
+        if unknown := set(config) - {"mode", "region"}:
+            raise ValueError(f"unknown configuration {sorted(unknown)}; allowed: mode, region")
+        chosen = parts(model) if region == "blocks" else [model]
+        if not chosen:
+            raise ValueError(
+                "model has no repeated blocks with parts to compile; region='model' compiles it as a whole"
+            )
+        for module in chosen:
+            module.compile(mode=mode, dynamic=True)
+        return model
+
+
+def parts(model: nn.Module) -> list[nn.Module]:
+    """The parts that `region="blocks"` compiles: what is not attention in the blocks of the model's longest list of layers."""
+    lists = [
+        module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
+    ]
+    stacks = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
+    if not stacks:
+        return []
+    blocks = max(stacks, key=len)
+    return [
+        child
+        for block in blocks
+        for name, child in block.named_children()
+        if not ("att" in name and _has_children(child)) and any(True for _ in child.parameters()) and not _ours(child)
+    ]
+
+
+def _has_children(module: nn.Module) -> bool:
+    """Norms have attention in their names too, but nothing inside."""
+    return any(True for _ in module.children())
+
+
+def _ours(module: nn.Module) -> bool:
+    return any(type(inner).__module__.startswith("assay.") for inner in module.modules())
+
+
+transform = Compile()

@@ -1,0 +1,93 @@
+"""torch.compile as a transform: same results, shared graphs, generate keeps working."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from assay.methods.builtin import weight_only
+from assay.methods.builtin.compile import parts, transform
+from assay.methods.transform import Transform, TuneContext
+
+CONTEXT = TuneContext(goal="ttft", prompt_tokens=8, new_tokens=8)
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 101}
+    return LlamaForCausalLM(
+        LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, pad_token_id=0)
+    ).eval()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_graphs():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_parts_are_norms_and_feed_forward(model):
+    chosen = parts(model)
+    assert len(chosen) == 9
+    assert {type(part).__name__ for part in chosen} == {"LlamaRMSNorm", "LlamaMLP"}
+
+
+def test_modules_with_kernels_of_their_own_are_left_alone(model):
+    quantised = weight_only.transform.apply(model, {"bits": 4}, CONTEXT)
+    assert {type(part).__name__ for part in parts(quantised)} == {"LlamaRMSNorm"}
+
+
+@needs_compiler
+def test_generate_gives_the_same_tokens_and_blocks_share_their_graphs(model):
+    from torch._dynamo.utils import counters
+
+    ids = torch.randint(1, 101, (1, 9))
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    counters.clear()
+    made = transform.apply(model, transform.configs(model, CONTEXT)[0], CONTEXT)
+    assert made is model
+    assert torch.equal(made.generate(ids, max_new_tokens=6, do_sample=False), expected)
+    # a norm and a feed-forward, each for many rows and for one, whatever the number of layers
+    assert 0 < counters["stats"]["unique_graphs"] <= 4
+    longer = torch.randint(1, 101, (1, 31))
+    with torch.no_grad():
+        torch.testing.assert_close(made(longer).logits, copy.deepcopy(made)(longer).logits, atol=1e-4, rtol=1e-4)
+    assert counters["stats"]["unique_graphs"] <= 4
+    assert set(made.state_dict()) == set(state)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_whole_model(model):
+    ids = torch.randint(1, 101, (1, 9))
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False)
+    made = transform.apply(model, {"region": "model"}, CONTEXT)
+    assert torch.equal(made.generate(ids, max_new_tokens=6, do_sample=False), expected)
+
+
+def test_protocol(model):
+    assert isinstance(transform, Transform)
+    assert transform.exact
+    assert transform.applies_to(model, CONTEXT).applies
+    assert not transform.applies_to(nn.Linear(3, 3), CONTEXT).applies
+    assert transform.configs(model, CONTEXT)[0] == {"mode": "default", "region": "blocks"}
+
+
+def test_says_what_is_wrong(model):
+    with pytest.raises(ValueError, match="mode must be one of default"):
+        transform.apply(model, {"mode": "fastest"}, CONTEXT)
+    with pytest.raises(ValueError, match="region must be one of blocks, model, got 'layer'"):
+        transform.apply(model, {"region": "layer"}, CONTEXT)
+    with pytest.raises(ValueError, match=r"unknown configuration \['backend'\]"):
+        transform.apply(model, {"backend": "x"}, CONTEXT)
+    with pytest.raises(ValueError, match="no repeated blocks"):
+        transform.apply(nn.Linear(3, 3), {}, CONTEXT)

@@ -1,0 +1,720 @@
+"""The compiled decode loop: against its torch oracle, and against transformers' own generate."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StoppingCriteria,
+)
+
+from assay.methods import kernels
+from assay.methods.builtin import decode_loop as dl
+from assay.methods.builtin import weight_only
+from assay.methods.builtin.decode_loop import Decoder, Sampling, transform
+from assay.methods.transform import Transform, TuneContext
+
+CONTEXT = TuneContext(goal="decode", prompt_tokens=16, new_tokens=16)
+EXACT = {"weights": "fp32", "cache": "float32"}
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 101,
+    "max_position_embeddings": 700,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+
+compiled = pytest.mark.skipif(not kernels.load("llama_decode"), reason="no compiler")
+
+
+def tiny(model_class=LlamaForCausalLM, config_class=LlamaConfig, seed=0, **changes):
+    torch.manual_seed(seed)
+    model = model_class(config_class(**{**SHAPE, **changes})).eval()
+    for name, parameter in model.named_parameters():  # biases and gains that matter
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def looped(model, **config):
+    return transform.apply(copy.deepcopy(model), {**EXACT, **config}, CONTEXT)
+
+
+def ragged(lengths=(30, 3, 17, 1, 16), seed=1):
+    torch.manual_seed(seed)
+    width = max(lengths)
+    ids = torch.randint(1, 101, (len(lengths), width))
+    mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
+    return ids * mask, mask
+
+
+def greedy(model, ids, mask=None, **more):
+    return model.generate(ids, attention_mask=mask, **{"max_new_tokens": 20, "do_sample": False, **more})
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def fast(model):
+    return looped(model)
+
+
+# ---- the kernel against the oracle
+
+
+def filled(decoder, lengths, seed=0):
+    cache = decoder.new_cache(len(lengths), 640)
+    torch.manual_seed(seed)
+    for slot, n in enumerate(lengths):
+        shape = (decoder.layers, decoder.kv_heads, n, decoder.head_size)
+        cache.fill(slot, torch.randn(shape), torch.randn(shape))
+    return cache
+
+
+@compiled
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("cache", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8", "int4"])
+def test_kernel_agrees_with_the_oracle(model, weights, cache, threads):
+    decoder = Decoder(model, weights=weights, cache=cache)
+    lengths, tokens = (15, 16, 17, 300, 1, 513), [7, 8, 9, 10, 11, 12]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for rows in ([3], [0, 1, 2], list(range(6))):
+            ours, theirs = filled(decoder, lengths), filled(decoder, lengths)
+            fed = [tokens[row] for row in rows]
+            chosen, logits = decoder.run(ours, rows, fed, 1, want_logits=True)
+            expected = torch.stack([decoder.step_in_torch(theirs, r, t) for r, t in zip(rows, fed, strict=True)])
+            # a bfloat16 cache may round a key or value the other way, an int8 input flip by one
+            tolerance = 1e-4 if cache == "float32" and weights in ("fp32", "bf16") else 0.05
+            scale = float(expected.abs().max())
+            torch.testing.assert_close(logits, expected, atol=tolerance * scale, rtol=0)
+            assert torch.equal(chosen[:, 0], logits.argmax(1))
+            assert torch.equal(ours.lengths, theirs.lengths)
+    finally:
+        torch.set_num_threads(before)
+
+
+@compiled
+@pytest.mark.parametrize("heads", [(1, 1), (2, 2), (3, 1), (5, 1), (7, 1), (4, 1), (6, 2)])
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 128])
+def test_head_layouts(heads, head_dim):
+    layout = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 16 * heads[0]}
+    made = tiny(**layout, head_dim=head_dim, num_hidden_layers=1)
+    decoder = Decoder(made, **EXACT)
+    ours, theirs = filled(decoder, (40, 5)), filled(decoder, (40, 5))
+    _, logits = decoder.run(ours, [0, 1], [3, 4], 1, want_logits=True)
+    expected = torch.stack([decoder.step_in_torch(theirs, 0, 3), decoder.step_in_torch(theirs, 1, 4)])
+    torch.testing.assert_close(logits, expected, atol=2e-4 * float(expected.abs().max()), rtol=0)
+
+
+@compiled
+def test_many_steps_in_one_call_are_single_steps(model):
+    decoder = Decoder(model, weights="int4")
+    one, many = filled(decoder, (20, 7)), filled(decoder, (20, 7))
+    together, _ = decoder.run(many, [0, 1], [5, 6], 12)
+    tokens, steps = [5, 6], []
+    for _ in range(12):
+        made, _ = decoder.run(one, [0, 1], tokens, 1)
+        tokens = made[:, 0].tolist()
+        steps.append(made)
+    assert torch.equal(together, torch.cat(steps, 1))
+    assert one.lengths.tolist() == many.lengths.tolist() == [32, 19]
+
+
+@compiled
+def test_a_large_batch(model):
+    decoder = Decoder(model, **EXACT)
+    lengths = [1 + 3 * i % 40 for i in range(70)]
+    ours = filled(decoder, lengths)
+    alone = copy.deepcopy(ours)
+    chosen, _ = decoder.run(ours, list(range(70)), [1 + i for i in range(70)], 3)
+    for row in (0, 33, 69):
+        assert torch.equal(decoder.run(alone, [row], [1 + row], 3)[0][0], chosen[row])
+
+
+def test_cache_gives_back_what_was_put_in(model):
+    decoder = Decoder(model, **EXACT)
+    cache = decoder.new_cache(2, 50)
+    assert cache.capacity == 64
+    keys, values = torch.randn(3, 2, 37, 16), torch.randn(3, 2, 37, 16)
+    cache.fill(1, keys, values)
+    found = cache.read(1, 5, 37)
+    assert torch.equal(found[0], keys[:, :, 5:])
+    assert torch.equal(found[1], values[:, :, 5:])
+    assert cache.lengths.tolist() == [0, 37]
+    with pytest.raises(ValueError, match="at most 64 tokens"):
+        cache.fill(0, torch.randn(3, 2, 65, 16), torch.randn(3, 2, 65, 16))
+
+
+@pytest.mark.parametrize("load", [kernels.load, lambda name: False])
+def test_run_says_what_is_wrong(model, load, monkeypatch):
+    decoder = Decoder(model, **EXACT)
+    monkeypatch.setattr(kernels, "load", load)
+    cache = filled(decoder, (10, 639))
+    with pytest.raises(ValueError, match="the cache holds 640 positions, not 641"):
+        decoder.run(cache, [0, 1], [5, 5], 2)
+    with pytest.raises(ValueError, match="rows must name different slots"):
+        decoder.run(cache, [0, 0], [5, 5], 1)
+    with pytest.raises(ValueError, match="rows must name different slots"):
+        decoder.run(cache, [2], [5], 1)
+    with pytest.raises(ValueError, match="tokens must lie in 0..100"):
+        decoder.run(cache, [0], [101], 1)
+    with pytest.raises(ValueError, match="tokens"):
+        decoder.run(cache, [0], [5, 5], 1)
+    with pytest.raises(ValueError, match="steps must be positive"):
+        decoder.run(cache, [0], [5], 0)
+
+
+@compiled
+def test_not_a_number_is_reported(model):
+    decoder = Decoder(model, **EXACT)
+    cache = filled(decoder, (10,))
+    cache.values[0, 0, 0, 3] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        decoder.run(cache, [0], [5], 1)
+
+
+def test_decoder_says_what_is_wrong(model):
+    with pytest.raises(ValueError, match="weights must be one of fp32, bf16, int8, int4, got 'int2'"):
+        Decoder(model, weights="int2")
+    with pytest.raises(ValueError, match="cache must be one of bfloat16, float32, got 'int8'"):
+        Decoder(model, cache="int8")
+    decoder = Decoder(model)
+    with pytest.raises(ValueError, match="capacity must be at most 700"):
+        decoder.new_cache(1, 701)
+    with pytest.raises(ValueError, match="must be positive"):
+        decoder.new_cache(0, 10)
+
+
+@compiled
+def test_portable_loops_without_avx512():
+    """The same file, compiled without AVX-512, agrees with the torch oracle (in a process of its own: same operators)."""
+    program = """
+import torch
+from assay.methods import kernels
+kernels.FLAGS = (*kernels.FLAGS, "-mno-avx512f")
+assert kernels.load("llama_decode")
+from assay.methods.builtin import weight_only as wo
+torch.manual_seed(0)
+weight, x = torch.randn(70, 64), torch.randn(9, 64)
+for kind in wo.KINDS:
+    packed = wo.pack(weight, kind)
+    y = torch.ops.assay.weight_only_linear(x, packed, wo.KINDS[kind], 70)
+    inputs = wo.quantize_inputs(x) if kind.startswith("int") else x
+    expected = inputs @ wo.unpack(packed, kind, 70, 64).T
+    assert float((y - expected).abs().max()) < 1e-3, kind
+import tests.methods.builtin.test_decode_loop as t
+model = t.tiny()
+for weights in wo.KINDS:
+    decoder = t.Decoder(model, weights=weights, cache="float32")
+    ours, theirs = t.filled(decoder, (15, 300)), t.filled(decoder, (15, 300))
+    _, logits = decoder.run(ours, [0, 1], [7, 8], 1, want_logits=True)
+    expected = torch.stack([decoder.step_in_torch(theirs, 0, 7), decoder.step_in_torch(theirs, 1, 8)])
+    assert float((logits - expected).abs().max()) < 0.05 * float(expected.abs().max()), weights
+print("portable", "agrees")
+"""
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, cwd=root)
+    assert "portable agrees" in done.stdout, done.stderr[-2000:]
+
+
+# ---- choosing tokens
+
+
+@compiled
+@settings(max_examples=80, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(2, 3000),
+    temperature=st.floats(0.2, 3),
+    top_k=st.sampled_from([0, 1, 2, 7, 50, 5000]),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 0.999, 1.0]),
+)
+def test_compiled_draw_is_the_draw_in_torch(seed, n, temperature, top_k, top_p):
+    torch.manual_seed(seed)
+    logits, uniforms = torch.randn(4, n) * 3, torch.rand(4, dtype=torch.float64)
+    sampling = Sampling(temperature, top_k, top_p)
+    drawn = torch.ops.assay.draw_tokens(logits, temperature, top_k, top_p, uniforms)
+    expected = dl.draw_in_torch(logits, sampling, uniforms)
+    for row in (drawn != expected).nonzero().flatten().tolist():
+        # only a random number that falls on an edge (to float32) may tell them apart: then its neighbour draws the same
+        close = [dl.draw_in_torch(logits, sampling, uniforms + step)[row] for step in (-1e-5, 1e-5)]
+        assert drawn[row] in close
+
+
+def test_draw_follows_the_distribution():
+    torch.manual_seed(0)
+    logits = torch.tensor([[1.0, 0.0, -1.0, 2.0, -torch.inf]]).repeat(20000, 1)
+    for sampling in (Sampling(), Sampling(0.5), Sampling(2.0, top_k=3), Sampling(1.0, top_p=0.8)):
+        scores = logits[:1] / sampling.temperature
+        if sampling.top_k:
+            scores[0, 2] = -torch.inf
+        expected = scores.softmax(1)[0]
+        if sampling.top_p < 1:  # 0.64 + 0.24 passes 0.8
+            expected = torch.tensor([expected[0], 0, 0, expected[3], 0]) / (expected[0] + expected[3])
+        drawn = dl.draw(logits, sampling)
+        frequency = torch.bincount(drawn, minlength=5) / len(drawn)
+        assert float((frequency - expected).abs().max()) < 0.015
+
+
+# ---- generate: the same tokens as transformers
+
+
+def test_greedy_batch_of_ragged_prompts(model, fast):
+    ids, mask = ragged()
+    expected = greedy(model, ids, mask, max_new_tokens=40)
+    assert torch.equal(greedy(fast, ids, mask, max_new_tokens=40), expected)
+    for row, length in enumerate(mask.sum(1).tolist()):
+        alone = greedy(fast, ids[row : row + 1, -length:], max_new_tokens=40)
+        assert torch.equal(alone[0, length:], expected[row, 30:])
+
+
+def test_rounded_weights_are_those_of_a_rounded_model(model):
+    ids, mask = ragged((9, 4))
+    rounded = copy.deepcopy(model)
+    with torch.no_grad():
+        for linear in (m for m in rounded.modules() if isinstance(m, torch.nn.Linear)):
+            linear.weight.copy_(linear.weight.bfloat16())
+    expected = greedy(rounded, ids, mask)
+    assert torch.equal(greedy(looped(rounded, weights="bf16"), ids, mask), expected)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integer_weights_are_those_of_the_quantised_model(model, bits):
+    """The loop on int4 (int8) weights is the transformers loop over WeightOnlyLinear layers with an int8 head."""
+    ids, mask = ragged((9, 4))
+    quantised = weight_only.transform.apply(copy.deepcopy(model), {"bits": bits, "head_bits": 8}, CONTEXT)
+    fast = looped(quantised, weights=f"int{bits}")
+    decoder = fast.decode_loop
+    cache = decoder.new_cache(1, 40)
+    prompt = ids[:1]
+    past = DynamicCache()
+    with torch.no_grad():
+        quantised(prompt[:, :-1], past_key_values=past)
+        expected = quantised(prompt[:, -1:], past_key_values=past).logits[0, -1]
+    keys = torch.stack([layer.keys[0, :, :-1] for layer in past.layers])
+    cache.fill(0, keys, torch.stack([layer.values[0, :, :-1] for layer in past.layers]))
+    _, logits = decoder.run(cache, [0], prompt[0, -1:].tolist(), 1, want_logits=True)
+    torch.testing.assert_close(logits[0], expected, atol=0.03 * float(expected.abs().max()), rtol=0)
+
+
+FAMILIES = {
+    "untied, wide groups": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": False, "num_key_value_heads": 1}),
+    "llama3 rope": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 1e4,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "yarn rope": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {}),
+    "odd vocabulary, wide heads": (LlamaForCausalLM, LlamaConfig, {"head_dim": 32, "vocab_size": 131}),
+}
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_families(family):
+    model_class, config_class, changes = FAMILIES[family]
+    made = tiny(model_class, config_class, **changes)
+    ids, mask = ragged((24, 5))
+    assert torch.equal(greedy(looped(made), ids, mask), greedy(made, ids, mask))
+
+
+def test_a_bfloat16_model(model):
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    fast = transform.apply(half, {"weights": "bf16"}, CONTEXT)
+    out = greedy(fast, ragged((9,))[0])
+    assert out.shape == (1, 29)
+
+
+@pytest.mark.parametrize("load", [kernels.load, lambda name: False])
+@pytest.mark.parametrize("pick", [3, (4, 9)])
+def test_end_tokens(model, load, pick, monkeypatch):
+    monkeypatch.setattr(kernels, "load", load)
+    ids, mask = ragged((6, 3, 5))
+    free = greedy(model, ids, mask)[:, 6:]
+    ends = [int(free[0, pick])] if isinstance(pick, int) else [int(free[i, j]) for i, j in enumerate(pick)]
+    expected = greedy(model, ids, mask, eos_token_id=ends, pad_token_id=0)
+    fast = looped(model)
+    assert torch.equal(greedy(fast, ids, mask, eos_token_id=ends, pad_token_id=0), expected)
+    first = greedy(model, ids[:1], mask[:1], eos_token_id=ends, pad_token_id=0)
+    assert first.shape[1] < 26
+    assert torch.equal(greedy(fast, ids[:1], mask[:1], eos_token_id=ends, pad_token_id=0), first)
+
+
+def test_end_at_the_first_token(model, fast):
+    ids, mask = ragged((6, 3))
+    end = int(greedy(model, ids, mask)[0, 6])
+    expected = greedy(model, ids, mask, eos_token_id=end, pad_token_id=0)
+    assert torch.equal(greedy(fast, ids, mask, eos_token_id=end, pad_token_id=0), expected)
+
+
+def test_no_end_before_min_new_tokens(model, fast):
+    ids, mask = ragged((6, 3))
+    ends = greedy(model, ids, mask)[0, 6:10].unique().tolist()
+    for least in (1, 7, 20):
+        more = {"eos_token_id": ends, "pad_token_id": 0, "min_new_tokens": least}
+        assert torch.equal(greedy(fast, ids, mask, **more), greedy(model, ids, mask, **more))
+
+
+class Listener:
+    def __init__(self):
+        self.pieces, self.ended = [], False
+
+    def put(self, value):
+        self.pieces.append(value.clone())
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("more", [{}, {"repetition_penalty": 1.3}])
+def test_streamer(model, fast, more):
+    ids, _ = ragged((6,))
+    ours, theirs = Listener(), Listener()
+    expected = greedy(model, ids, streamer=theirs, **more)
+    assert torch.equal(greedy(fast, ids, streamer=ours, **more), expected)
+    assert ours.ended
+    assert [p.tolist() for p in ours.pieces] == [p.tolist() for p in theirs.pieces]
+
+
+class StopAt(StoppingCriteria):
+    def __init__(self, length):
+        self.length = length
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"repetition_penalty": 1.5},
+        {"no_repeat_ngram_size": 2, "eos_token_id": [5, 6, 7, 8], "pad_token_id": 0},
+        {"stopping_criteria": [StopAt(12)]},
+        {"min_length": 15, "suppress_tokens": [1, 2, 3]},
+    ],
+)
+def test_processors_and_criteria_of_transformers(model, fast, more):
+    ids, mask = ragged((6, 3))
+    assert torch.equal(greedy(fast, ids, mask, **more), greedy(model, ids, mask, **more))
+
+
+@pytest.mark.parametrize("load", [kernels.load, lambda name: False])
+def test_sampling_repeats_with_the_seed(fast, load, monkeypatch):
+    monkeypatch.setattr(kernels, "load", load)
+    ids, mask = ragged((6, 3))
+
+    def sample(seed, **more):
+        torch.manual_seed(seed)
+        return fast.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=True, **more)
+
+    assert torch.equal(sample(1), sample(1))
+    assert not torch.equal(sample(1), sample(2))
+    assert torch.equal(sample(1, temperature=0.7, top_k=5, top_p=0.9), sample(1, temperature=0.7, top_k=5, top_p=0.9))
+    assert torch.equal(sample(1, top_k=1), greedy(fast, ids, mask))
+    assert torch.equal(sample(3, typical_p=0.9), sample(3, typical_p=0.9))
+
+
+def test_sampling_takes_the_compiled_draw(fast, monkeypatch):
+    """Temperature, top-k and top-p never come back to Python; another warper does."""
+    calls = []
+    monkeypatch.setattr(dl, "_stepwise_loop", lambda *args: calls.append(1) or args[2])
+    ids, _ = ragged((6,))
+    fast.generate(
+        ids, max_new_tokens=3, do_sample=True, temperature=0.7, top_k=5, top_p=0.9, min_new_tokens=2, eos_token_id=3
+    )
+    assert not calls
+    fast.generate(ids, max_new_tokens=3, do_sample=True, min_p=0.1)
+    assert calls
+
+
+def test_a_cache_that_was_passed_in(model, fast):
+    """A conversation: the cache goes in, comes back longer, and goes on."""
+    ids, mask = ragged((8, 5))
+    ours, theirs = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    for turn in range(3):
+        a = greedy(fast, ids, mask, past_key_values=ours, max_new_tokens=7)
+        b = greedy(model, ids, mask, past_key_values=theirs, max_new_tokens=7)
+        assert torch.equal(a, b), turn
+        assert ours.get_seq_length() == theirs.get_seq_length() == a.shape[1] - 1
+        for mine, his in zip(ours.layers, theirs.layers, strict=True):
+            valid = torch.cat([mask, mask.new_ones(2, mine.keys.shape[2] - mask.shape[1])], 1)[:, None, :, None]
+            torch.testing.assert_close(mine.keys * valid, his.keys * valid, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(mine.values * valid, his.values * valid, atol=1e-4, rtol=1e-4)
+        more = torch.randint(1, 101, (2, 4), generator=torch.Generator().manual_seed(turn))
+        ids = torch.cat([b, more], 1)
+        mask = torch.cat([mask, mask.new_ones(2, ids.shape[1] - mask.shape[1])], 1)
+
+
+def test_num_return_sequences_and_chunked_prefill(model, fast):
+    ids, mask = ragged((20, 7))
+    torch.manual_seed(0)
+    out = fast.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=True, num_return_sequences=3)
+    assert out.shape == (6, 25)
+    more = {"prefill_chunk_size": 8}
+    assert torch.equal(greedy(fast, ids, mask, **more), greedy(model, ids, mask, **more))
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"return_dict_in_generate": True}, "return_dict_in_generate"),
+        ({"use_cache": False}, "cache is"),
+        ({"cache_implementation": "static"}, "cache is"),
+        ({"num_beams": 2}, None),
+    ],
+)
+def test_what_is_left_to_transformers(model, fast, more, reason, caplog):
+    ids, mask = ragged((6, 3))
+    with caplog.at_level(logging.INFO, logger=dl.__name__):
+        ours, theirs = greedy(fast, ids, mask, **more), greedy(model, ids, mask, **more)
+    if more.get("return_dict_in_generate"):
+        ours, theirs = ours.sequences, theirs.sequences
+    assert torch.equal(ours, theirs)
+    assert (reason or "") in caplog.text
+
+
+def test_masks_that_are_no_left_padding(model, fast, caplog):
+    ids, mask = ragged((6, 6))
+    mask[0, 2] = 0
+    with caplog.at_level(logging.INFO, logger=dl.__name__):
+        assert torch.equal(greedy(fast, ids, mask), greedy(model, ids, mask))
+    assert "not left padding" in caplog.text
+
+
+def test_more_than_the_model_has_positions_for(fast):
+    ids, _ = ragged((690,))
+    assert greedy(fast, ids, max_new_tokens=10).shape == (1, 700)
+    with pytest.raises(
+        ValueError, match="max_new_tokens 11 after a prompt of 690 tokens passes the model's 700 positions"
+    ):
+        greedy(fast, ids, max_new_tokens=11)
+
+
+def test_without_a_compiler(model, fast, monkeypatch):
+    ids, mask = ragged((6, 3))
+    expected = greedy(model, ids, mask)
+    monkeypatch.setattr(kernels, "load", lambda name: False)
+    assert torch.equal(greedy(looped(model), ids, mask), expected)
+    assert torch.equal(greedy(copy.deepcopy(fast), ids, mask), expected)
+    assert "C++ compiler" in transform.applies_to(model, CONTEXT).reason
+
+
+# ---- prefill
+
+
+@settings(max_examples=50, deadline=None)
+@given(lengths=st.lists(st.integers(1, 500), min_size=1, max_size=20), overhead=st.integers(0, 200))
+def test_length_groups(lengths, overhead):
+    groups = dl.length_groups(lengths, overhead)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+
+    def cost(parts):
+        return sum(overhead + len(part) * max(lengths[row] for row in part) for part in parts)
+
+    everybody, nobody = [list(range(len(lengths)))], [[row] for row in range(len(lengths))]
+    assert cost(groups) <= min(cost(everybody), cost(nobody))
+
+
+def test_prompts_of_different_lengths_are_not_all_padded(model):
+    fast = looped(model)
+    sizes = []
+    fast.model.register_forward_pre_hook(lambda m, a, k: sizes.append(tuple(k["input_ids"].shape)), with_kwargs=True)
+    ids, mask = ragged((400, 3, 10, 390))
+    expected = greedy(model, ids, mask)
+    assert torch.equal(greedy(fast, ids, mask), expected)
+    assert sizes == [(2, 10), (2, 400)]
+
+
+def test_the_packed_prefill_of_the_settings_is_used(model, monkeypatch):
+    from assay.methods.inference import loop
+
+    fast = looped(model)
+    loop.set_settings(fast, prepack=True)
+    calls, original = [], loop.PrepackedPrefill.__call__
+    monkeypatch.setattr(loop.PrepackedPrefill, "__call__", lambda self, p: calls.append(len(p)) or original(self, p))
+    ids, mask = ragged((40, 3, 20))
+    assert torch.equal(greedy(fast, ids, mask), greedy(model, ids, mask))
+    assert calls == [3]
+    prompts = [[1, 2, 3], list(range(1, 30))]
+    assert loop.generate_batch(fast, prompts, new_tokens=5) == loop.generate_batch(model, prompts, new_tokens=5)
+    assert calls == [3, 2]
+
+
+# ---- the transform
+
+
+def test_transform_protocol(model):
+    assert isinstance(transform, Transform)
+    assert transform.slot == "decode"
+    if kernels.load("llama_decode"):
+        assert transform.applies_to(model, CONTEXT).applies
+    assert [c["weights"] for c in transform.configs(model, CONTEXT)] == ["int4", "int8", "bf16"]
+    for config in transform.configs(model, CONTEXT):
+        made = transform.apply(copy.deepcopy(model), config, CONTEXT)
+        assert made.decode_loop.kind == config["weights"]
+        assert greedy(made, ragged((6,))[0]).shape == (1, 26)
+
+
+def test_transform_says_what_is_wrong(model):
+    with pytest.raises(ValueError, match=r"unknown configuration \['bits'\]"):
+        transform.apply(copy.deepcopy(model), {"bits": 4}, CONTEXT)
+    with pytest.raises(ValueError, match="keep_prefill_weights=False needs weights int8 or int4, got 'bf16'"):
+        transform.apply(copy.deepcopy(model), {"weights": "bf16", "keep_prefill_weights": False}, CONTEXT)
+    with pytest.raises(ValueError, match="model does not fit the decode loop"):
+        transform.apply(torch.nn.Linear(3, 3), {}, CONTEXT)
+
+
+def test_applies_to_says_why_not():
+    def reason(model):
+        fit = transform.applies_to(model, CONTEXT)
+        assert not fit.applies
+        return fit.reason
+
+    assert "families" in reason(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)))
+    assert "families" in reason(tiny(Qwen3ForCausalLM, Qwen3Config, head_dim=16))
+    assert "activation must be silu" in reason(tiny(hidden_act="gelu"))
+    assert "sliding-window" in reason(tiny(MistralForCausalLM, MistralConfig, sliding_window=8))
+    assert "multiple of 16" in reason(tiny(head_dim=24))
+    assert "biases of q, k and v only" in reason(tiny(mlp_bias=True))
+    assert "multiples of 32" in reason(tiny(intermediate_size=80))
+    dynamic = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
+    assert "changes with the length" in reason(tiny(**dynamic))
+    assert "must be float32 or bfloat16" in reason(tiny().half())
+    changed = tiny()
+    changed.model.layers[1].mlp.up_proj = torch.nn.Sequential(changed.model.layers[1].mlp.up_proj)
+    assert "layers.1" in reason(changed)
+
+
+def test_copies_and_pickles(model, fast, tmp_path):
+    ids, mask = ragged((6, 3))
+    expected = greedy(fast, ids, mask)
+    copied = copy.deepcopy(fast)
+    assert copied.decode_loop.weights[0].data_ptr() != fast.decode_loop.weights[0].data_ptr()
+    assert copied.decode_loop.embedding is copied.model.embed_tokens.weight
+    assert torch.equal(greedy(copied, ids, mask), expected)
+    assert torch.equal(greedy(pickle.loads(pickle.dumps(fast)), ids, mask), expected)
+    stream = io.BytesIO()
+    torch.save(fast, stream)
+    stream.seek(0)
+    assert torch.equal(greedy(torch.load(stream, weights_only=False), ids, mask), expected)
+    fast.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(greedy(transform.apply(loaded, EXACT, CONTEXT), ids, mask), expected)
+    assert type(fast).__name__ == "LlamaForCausalLM"
+    assert set(fast.state_dict()) == set(model.state_dict())
+
+
+def test_applying_twice_takes_the_last(model):
+    made = looped(looped(model), weights="int8")
+    assert made.decode_loop.kind == "int8"
+    assert type(made).__mro__.count(dl.DecodeLoopMixin) == 1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_sharing_the_weights_with_the_prefill(model, bits):
+    made = looped(model, weights=f"int{bits}", keep_prefill_weights=False)
+    linear = made.model.layers[1].mlp.up_proj
+    assert isinstance(linear, weight_only.WeightOnlyLinear)
+    assert linear.packed.data_ptr() == made.decode_loop.weights[7 + 5].data_ptr()
+    assert made.lm_head.packed.data_ptr() == made.decode_loop.weights[-1].data_ptr()
+    ids, mask = ragged((6, 3))
+    quantised = weight_only.transform.apply(copy.deepcopy(model), {"bits": bits, "head_bits": 8}, CONTEXT)
+    ours, theirs = made(ids, attention_mask=mask).logits, quantised(ids, attention_mask=mask).logits
+    torch.testing.assert_close(ours, theirs)
+    assert greedy(made, ids, mask).shape == (2, 26)
+
+
+def test_layers_that_are_packed_already_are_shared(model, tmp_path):
+    made = weight_only.transform.apply(copy.deepcopy(model), {"bits": 4, "head_bits": 8}, CONTEXT)
+    before = made(torch.arange(1, 9)[None]).logits
+    made = transform.apply(made, {"weights": "int4"}, CONTEXT)
+    for number, layer in enumerate(made.model.layers):
+        assert layer.self_attn.q_proj.packed.data_ptr() == made.decode_loop.weights[7 * number].data_ptr()
+    assert torch.equal(made(torch.arange(1, 9)[None]).logits, before)
+    copied = copy.deepcopy(made)
+    assert copied.lm_head.packed.data_ptr() == copied.decode_loop.weights[-1].data_ptr()
+    made.save_pretrained(tmp_path)  # one storage, many tensors
+
+
+@pytest.mark.parametrize("smooth", [None, 0.5])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_on_top_of_an_int8_prefill(model, smooth, fuse):
+    """The loop takes its weights from W8A8 layers too, fused or not, smoothed or not."""
+    from assay.methods.compression.int8_linear import quantize_linears
+
+    calibration = [ragged((20,))[0]]
+    made = quantize_linears(copy.deepcopy(model), smooth=smooth, calibration=calibration, fuse=fuse)
+    made = transform.apply(made, EXACT, CONTEXT)
+    original = Decoder(model, **EXACT)
+    ours, theirs = filled(original, (20,)), filled(original, (20,))
+    _, logits = made.decode_loop.run(ours, [0], [5], 1, want_logits=True)
+    _, expected = original.run(theirs, [0], [5], 1, want_logits=True)
+    assert float((logits - expected).square().mean() / expected.square().mean()) < 2e-3
+    assert greedy(made, *ragged((6, 3))).shape == (2, 26)
+    with pytest.raises(ValueError, match="needs ordinary linear layers"):
+        transform.apply(made, {"weights": "int4", "keep_prefill_weights": False}, CONTEXT)
+
+
+@pytest.mark.model
+def test_bundled_model_speaks(smollm2):
+    prompt = smollm2.tokenizer("The capital of France is", return_tensors="pt")
+    expected = smollm2.model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    for weights in ("fp32", "int4"):
+        fast = transform.apply(copy.deepcopy(smollm2.model), {"weights": weights}, CONTEXT)
+        assert torch.equal(fast.generate(**prompt, max_new_tokens=4, do_sample=False), expected)
