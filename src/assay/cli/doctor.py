@@ -41,7 +41,6 @@ def examine(again: bool = False) -> dict[str, Any]:
     from assay.measure.machine import calibrate, machine
     from assay.methods import kernels
     from assay.paths import cache_dir, data_dir
-    from assay.tuner.tune import describe
 
     here = machine()
     limits = calibrate(force=again)
@@ -57,7 +56,7 @@ def examine(again: bool = False) -> dict[str, Any]:
         for label, (module, command) in PARTS.items()
     }
     return {
-        "machine": describe(here),
+        "machine": here.describe(),
         "rates (calibrated)": rates,
         "compiler": {"c++": compiler or "none found: install g++ for the compiled kernels"},
         "kernels": built,

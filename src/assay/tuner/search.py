@@ -59,7 +59,7 @@ class Search:
     correction: dict[str, float] = field(default_factory=dict)  # log of measured / predicted, by option
     single_drop: dict[str, float] = field(default_factory=dict)
     measured: dict[frozenset[str], tuple[float, float]] = field(default_factory=dict)  # keys -> (time ratio, drop)
-    failed: set[str] = field(default_factory=set)
+    failed: list[frozenset[str]] = field(default_factory=list)
     tried: set[frozenset[str]] = field(default_factory=set)
 
     def candidates(self) -> list[tuple[Option, ...]]:
@@ -108,7 +108,7 @@ class Search:
         chosen: tuple[Option, ...] | None = None
         for options in self.candidates():
             keys = frozenset(o.key for o in options)
-            if keys in self.tried or keys & self.failed or self._contains_violator(keys):
+            if keys in self.tried or any(dead <= keys for dead in self.failed) or self._contains_violator(keys):
                 continue
             if self.known_drop(options) > self.max_drop:
                 continue
@@ -133,10 +133,9 @@ class Search:
             self.single_drop[lossy[0].key] = drop
 
     def fail(self, options: tuple[Option, ...]) -> None:
-        """A trial died. A single option is not tried again; a combination is only not repeated."""
+        """A trial died: nothing that contains these options together is tried again."""
         self.tried.add(frozenset(o.key for o in options))
-        if len(options) == 1:
-            self.failed.add(options[0].key)
+        self.failed.append(frozenset(o.key for o in options))
 
     def skip(self, options: tuple[Option, ...]) -> None:
         """The candidate is equivalent to one already measured."""
@@ -157,7 +156,7 @@ class Search:
         for keys, (_, drop) in self.measured.items():
             if drop > self.max_drop:
                 found += [o for o in self.options if o.key in keys and not o.exact and o.key not in self.single_drop]
-        return [o for o in found if frozenset([o.key]) not in self.tried and o.key not in self.failed]
+        return [o for o in found if frozenset([o.key]) not in self.tried]
 
     def _contains_violator(self, keys: frozenset[str]) -> bool:
         return any(drop > self.max_drop and seen <= keys for seen, (_, drop) in self.measured.items())

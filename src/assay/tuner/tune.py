@@ -232,7 +232,8 @@ def tune(
 
     say("calibrating the machine")
     limits = calibrate()
-    fast = "bfloat16" if limits.peak_flops.get("bfloat16", 0) > 1.1 * limits.peak_flops["float32"] else None
+    products = limits.matmul_flops
+    fast = "bfloat16" if products.get("bfloat16", 0) > 1.1 * products["float32"] else None
     say("looking where the time goes")
     survey = journal.get("survey", lambda: must("survey", dtype=fast))
 
@@ -337,7 +338,7 @@ def tune(
         helped,
         output,
         time.monotonic() - began,
-        describe(here),
+        here.describe(),
     )
     say("writing the artefact")
     save(outcome, after, limits)
@@ -375,7 +376,7 @@ def make_search(survey: dict[str, Any], limits: Any, max_drop: float) -> Search:
         name: Kind(kind["seconds"], kind["macs"], kind["bytes"], survey["dtype"])
         for name, kind in survey["kinds"].items()
     }
-    return Search(options, kinds, dict(limits.peak_flops), limits.read_bandwidth, max_drop)
+    return Search(options, kinds, dict(limits.matmul_flops), limits.read_bandwidth, max_drop)
 
 
 def judge(search: Search, row: Row, options: tuple[Option, ...], base: Row) -> None:
@@ -473,12 +474,3 @@ def base_row(rows: list[Row]) -> Row | None:
         if row.status == "ok" and [step.transform for step in row.recipe.steps] == ["dtype"]:
             return row
     return rows[0] if rows and rows[0].status == "ok" else None
-
-
-def describe(here: Any) -> dict[str, Any]:
-    """The machine as the report shows it."""
-    found = here.as_dict()
-    versions = ", ".join(f"{name} {version}" for name, version in found.pop("versions").items())
-    found["ram"] = f"{found.pop('ram_bytes') / 2**30:.1f} GiB"
-    found.pop("flags")
-    return {**found, "versions": versions}

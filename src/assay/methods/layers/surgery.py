@@ -1,0 +1,123 @@
+"""Taking a model apart: find layers by name, put others in their place, merge back, and say exactly what it cost.
+
+A layer is a module whose exact type is listed: subclasses often bypass their own forward (`nn.MultiheadAttention` reads the
+weights of its output layer), so they are left alone. Cost is parameters (a tensor shared by several layers counts once) and
+MACs per token (1 MAC = 2 FLOPs; per output position for convolutions) of linear layers and convolutions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Parameters, and MACs per token."""
+
+    params: int
+    macs: int
+
+
+def linear_kinds() -> tuple[type[nn.Module], ...]:
+    """The layers that multiply by a matrix: `nn.Linear` and transformers' transposed `Conv1D` (GPT-2)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return (nn.Linear, Conv1D)
+
+
+def find(
+    model: nn.Module,
+    kinds: Sequence[type[nn.Module]],
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    closed: Sequence[type[nn.Module]] = (),
+) -> dict[str, nn.Module]:
+    """Layers whose exact type is in `kinds`, by name; a layer registered under several names comes once, under the first.
+
+    `include` and `exclude` are patterns over the full dotted name with * and ? ("*.mlp.*"). Modules of a type in `closed` are
+    not looked into. The model itself is never among the results.
+    Raises ValueError for a pattern in `include` that matches no module at all: a typing error, most likely.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in include:
+        if pattern != "*" and not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"include has {pattern!r}, which matches no module of {type(model).__name__}")
+    found: dict[str, nn.Module] = {}
+    shut: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in shut):
+            continue
+        if type(module) in closed:
+            shut.append(f"{name}." if name else "")
+        wanted = any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
+        if name and wanted and type(module) in kinds:
+            found[name] = module
+    return found
+
+
+def swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put `modules` in the places they are named after and return the old ones; swapping those back undoes it.
+
+    A layer registered under several names is replaced under all of them. Training mode is carried over.
+    Raises ValueError for a name that is not in the model, before anything is changed.
+    """
+    known = dict(model.named_modules(remove_duplicate=False))
+    if missing := [name for name in modules if not name or name not in known]:
+        raise ValueError(f"model has no layer named {missing[0]!r} that could be replaced")
+    old = {name: known[name] for name in modules}
+    by_identity = {id(old[name]): new for name, new in modules.items()}
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if child is not None and id(child) in by_identity:
+                parent._modules[key] = by_identity[id(child)].train(child.training)
+    return old
+
+
+def merge(model: nn.Module) -> dict[str, nn.Module]:
+    """Replace every layer that has a `merged()` method by the plain layer it returns; gives back what was there (see `swap`)."""
+    units: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if name and hasattr(module, "merged")
+    }
+    return swap(model, {name: module.merged() for name, module in units.items()})
+
+
+def tied_names(model: nn.Module, parameter: Tensor) -> list[str]:
+    """Every name under which this very parameter is registered; more than one means that weights are tied."""
+    return [name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
+
+
+def untie(model: nn.Module) -> None:
+    """Tell a transformers model that its embedding and its head are no longer one, so that nothing ties them again.
+
+    Other ties of the model stay. Does nothing for models that know no tying.
+    """
+    root: Any = model
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    if not hasattr(model, "config") or embedding is None:
+        return
+    root.config.tie_word_embeddings = False
+    if isinstance(ties := getattr(model, "all_tied_weights_keys", None), dict):
+        names = tuple(f"{name}." for name, module in model.named_modules() if module is embedding)
+        root.all_tied_weights_keys = {k: source for k, source in ties.items() if not source.startswith(names)}
+
+
+def layer_macs(module: nn.Module) -> int:
+    """MACs per token of this one layer: matrix entries for linear layers, kernel entries for convolutions, else 0."""
+    if type(module) in linear_kinds() or isinstance(module, nn.Linear) or type(module) in CONVOLUTIONS:
+        return math.prod(module.weight.shape)  # type: ignore[arg-type]
+    return 0
+
+
+def cost(module: nn.Module) -> LayerCost:
+    """Parameters (shared tensors once) and MACs per token of a layer or a whole model, everything below it included."""
+    params = sum(parameter.numel() for parameter in module.parameters())
+    return LayerCost(params, sum(layer_macs(layer) for layer in module.modules()))

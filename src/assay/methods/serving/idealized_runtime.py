@@ -1,0 +1,654 @@
+"""Idealized and denoised runtime: a two-part model of what one request costs, from a small grid of measurements.
+
+After "Cheaply Evaluating Inference Efficiency Metrics for Autoregressive Transformer APIs" (NeurIPS 2023). A request with p prompt
+tokens and o output tokens takes T(p, o) = overhead + T_prompt(p) + (o - 1) beta. `profile` measures a grid and fits it:
+
+- idealized, on a system of one's own: T_prompt(p) is the measured T(p, 1);
+- denoised, for an API behind a network and other users: the fastest of several trials stands for a cell, and
+  T_prompt(p) is the value at o = 1 of a line through the cells of p. `probe_endpoint` does this for an OpenAI-compatible server.
+
+The profile costs the same however many requests it then prices: total runtime, dollars and energy of a workload are sums of
+T(p_i, o_i) (`RuntimeModel.predict`, `dollars`, `joules`, `idealized_saving`, `denoised_saving`).
+
+Not for engines whose time per token is no function of the length (speculative decoding, chunked batching with other users'
+requests, prompt caches); the reported errors tell. Long contexts want `slope="context"`.
+Our choices, where the paper is silent, are marked as such below.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from assay.paths import atomic_file
+
+Run = tuple[int, int, float]  # prompt tokens, output tokens, seconds of one request
+MethodName = Literal["idealized", "denoised"]
+Slope = Literal["constant", "context"]
+Variant = Literal["paper", "as_released"]
+
+# fmt: off
+PAPER_PROMPT_TOKENS = (1, 16, 32, 64, 128, 192, 256, 320, 384, 428, 472, 512, 576, 640, 704, 768, 832, 896, 960, 1024,
+                       1152, 1280, 1408, 1536, 1664, 1792, 1920)
+PAPER_OUTPUT_TOKENS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+_WORDS = ("the", "of", "and", "to", "in", "is", "for", "on", "that", "with", "as", "at", "by", "from", "it", "be", "are", "was",
+          "this", "have", "not", "or", "an", "which", "one", "all", "but", "they")
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors |predicted - measured| / measured over `cells` pairs of lengths (the fastest run of each)."""
+
+    mean: float
+    maximum: float
+    cells: int
+
+
+@dataclass(frozen=True)
+class RuntimeModel:
+    """T(p, o) in seconds, with the errors of its fit.
+
+    Between the profiled prompt lengths T_prompt is linear. `seconds_per_context_token` is 0 unless `slope="context"` was
+    fitted. `r2` belongs to the paper's pooled regression of T - T_prompt on o - 1; `fit` are the errors on the cells fitted,
+    `held_out` those on cells that were measured but not fitted. `profiling_seconds` is the time the measurements took.
+    """
+
+    prompt_tokens: tuple[int, ...]
+    prompt_seconds: tuple[float, ...]
+    seconds_per_token: float
+    largest_output: int
+    fit: Errors
+    r2: float
+    method: MethodName = "idealized"
+    seconds_per_context_token: float = 0.0
+    overhead_seconds: float = 0.0
+    held_out: Errors | None = None
+    profiling_seconds: float = 0.0
+
+    def predict(self, prompt_tokens: Any, output_tokens: Any, *, extrapolate: bool = False) -> Any:
+        """Seconds of a request, or an array of them for arrays of lengths (broadcast against each other).
+
+        Raises ValueError for lengths below 1, and for lengths outside the profiled ones unless `extrapolate=True`, which
+        continues the first or last segment (one profiled prompt length: a constant).
+        """
+        p, o = np.broadcast_arrays(np.asarray(prompt_tokens, dtype=float), np.asarray(output_tokens, dtype=float))
+        if (p < 1).any() or (o < 1).any():
+            raise ValueError("prompt_tokens and output_tokens must be at least 1")
+        if not extrapolate:
+            self._require_inside(p, o)
+        seconds = self.overhead_seconds + self._prompt(p) + (o - 1) * self.seconds_per_token
+        seconds = seconds + self.seconds_per_context_token * _context_sum(p, o)
+        return float(seconds) if seconds.ndim == 0 else seconds
+
+    def total(self, requests: Iterable[tuple[int, int]], *, extrapolate: bool = False) -> float:
+        """Seconds of all requests, one after the other; 0 for none."""
+        lengths = np.array(list(requests), dtype=float).reshape(-1, 2)
+        return float(np.sum(self.predict(lengths[:, 0], lengths[:, 1], extrapolate=extrapolate)))
+
+    def errors(self, runs: Iterable[Run], *, extrapolate: bool = False) -> Errors:
+        """How far the model is from the fastest of `runs` in each cell. Raises ValueError for none."""
+        cells = fastest(runs)
+        if not cells:
+            raise ValueError("runs must hold at least one measurement, got none")
+        relative = [abs(self.predict(p, o, extrapolate=extrapolate) - t) / t for (p, o), t in cells.items()]
+        return Errors(float(np.mean(relative)), float(max(relative)), len(cells))
+
+    def scaled(self, factor: float) -> RuntimeModel:
+        """All times but the overhead times `factor`: the paper profiles a third of the layers of a model too large, and takes 3."""
+        if factor <= 0:
+            raise ValueError(f"factor must be positive, got {factor}")
+        return replace(
+            self,
+            prompt_seconds=tuple(factor * seconds for seconds in self.prompt_seconds),
+            seconds_per_token=factor * self.seconds_per_token,
+            seconds_per_context_token=factor * self.seconds_per_context_token,
+        )
+
+    def to_json(self) -> str:
+        """The model as a JSON document; `from_json` gives an equal one."""
+        return json.dumps({"format": "runtime model 1", **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> RuntimeModel:
+        """Raises ValueError when `text` is not what `to_json` writes."""
+        try:
+            fields = json.loads(text)
+            if not isinstance(fields, dict) or fields.pop("format", None) != "runtime model 1":
+                raise ValueError("no 'runtime model 1' document")
+            fields |= {name: tuple(fields[name]) for name in ("prompt_tokens", "prompt_seconds")}
+            fields |= {name: fields[name] and Errors(**fields[name]) for name in ("fit", "held_out")}
+            return cls(**fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"text is not a runtime model: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json` to a file, whole or not at all."""
+        with atomic_file(path) as temporary:
+            temporary.write_text(self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> RuntimeModel:
+        """Read what `save` wrote."""
+        return cls.from_json(Path(path).read_text())
+
+    def _prompt(self, p: np.ndarray) -> np.ndarray:
+        knots, values = np.array(self.prompt_tokens, dtype=float), np.array(self.prompt_seconds)
+        seconds: np.ndarray = np.interp(p, knots, values)
+        if len(knots) > 1:
+            first, last = np.diff(values)[[0, -1]] / np.diff(knots)[[0, -1]]
+            seconds = np.where(p < knots[0], values[0] + (p - knots[0]) * first, seconds)
+            seconds = np.where(p > knots[-1], values[-1] + (p - knots[-1]) * last, seconds)
+        return seconds
+
+    def _require_inside(self, p: np.ndarray, o: np.ndarray) -> None:
+        low, high = self.prompt_tokens[0], self.prompt_tokens[-1]
+        if (p < low).any() or (p > high).any():
+            raise ValueError(
+                f"prompt_tokens must lie in the profiled {low} to {high}, got {p.min():g} to {p.max():g}; "
+                "pass extrapolate=True to go beyond"
+            )
+        if (o > self.largest_output).any():
+            raise ValueError(
+                f"output_tokens must be at most the profiled {self.largest_output}, got {o.max():g}; "
+                "pass extrapolate=True to go beyond"
+            )
+
+
+# Fitting
+
+
+def fastest(runs: Iterable[Run]) -> dict[tuple[int, int], float]:
+    """The fastest run of each cell (p, o): noise only ever adds. Raises ValueError for a time that is not positive."""
+    cells: dict[tuple[int, int], float] = {}
+    for p, o, seconds in runs:
+        if not seconds > 0 or not np.isfinite(seconds):
+            raise ValueError(f"seconds must be positive and finite, got {seconds} for {p} prompt and {o} output tokens")
+        cells[p, o] = min(seconds, cells.get((p, o), np.inf))
+    return cells
+
+
+def fit(
+    runs: Iterable[Run],
+    *,
+    method: MethodName = "idealized",
+    slope: Slope = "constant",
+    isotonic: bool = False,
+    overhead_seconds: float = 0.0,
+    variant: Variant = "paper",
+) -> RuntimeModel:
+    """Fit T(p, o) to measured runs (p, o, seconds); the fastest run of each cell counts.
+
+    T_prompt(p): "idealized", the cell (p, 1), which every p must have; "denoised", slope plus intercept of a least-squares line
+    through the cells of p (two output lengths at least), and no less than that of the smallest p.
+    beta: slope of the least-squares line, with an intercept that is then dropped, of T - T_prompt over o - 1, all p pooled.
+    `slope="context"` lets a token's time grow with the number of tokens before it, as reading a key-value cache does (our choice).
+    `isotonic` makes T_prompt non-decreasing in p, by least squares (our choice, for noisy shared hardware).
+    `overhead_seconds`, measured apart, is taken off every run and added to every prediction.
+    `variant="as_released"` rounds T_prompt and beta to milliseconds, as the released code does; ruinous for small models.
+
+    Raises ValueError when the cells do not determine the model, or the overhead exceeds a run.
+    """
+    _require(method, ("idealized", "denoised"), "method")
+    _require(slope, ("constant", "context"), "slope")
+    _require(variant, ("paper", "as_released"), "variant")
+    if overhead_seconds < 0:
+        raise ValueError(f"overhead_seconds must not be negative, got {overhead_seconds}")
+    cells = {lengths: seconds - overhead_seconds for lengths, seconds in fastest(runs).items()}
+    if not cells:
+        raise ValueError("runs must hold at least one measurement, got none")
+    if min(cells.values()) <= 0:
+        raise ValueError(f"overhead_seconds must be below every run, got {overhead_seconds}")
+    knots = sorted({p for p, _ in cells})
+    rows = [(p, sorted((o, t) for (q, o), t in cells.items() if q == p)) for p in knots]
+    at_prompt = [_prompt_seconds(p, row, method) for p, row in rows]
+    if method == "denoised":
+        at_prompt = [at_prompt[0]] + [max(seconds, at_prompt[0]) for seconds in at_prompt[1:]]
+    if variant == "as_released":
+        at_prompt = [round(seconds, 3) for seconds in at_prompt]
+    if isotonic:
+        at_prompt = non_decreasing(at_prompt)
+
+    of_prompt = dict(zip(knots, at_prompt, strict=True))
+    p, o = np.array(list(cells), dtype=float).T
+    rest = np.array([seconds - of_prompt[lengths[0]] for lengths, seconds in cells.items()])
+    if len(set(o.tolist())) < 2:
+        raise ValueError("runs must have at least two different output lengths, to tell the time per token")
+    columns = np.stack([np.ones_like(o), o - 1, _context_sum(p, o)], axis=1)[:, : 2 if slope == "constant" else 3]
+    scale = np.abs(columns).max(axis=0)
+    solution, _, rank, _ = np.linalg.lstsq(columns / scale, rest, rcond=None)
+    if rank < columns.shape[1]:
+        raise ValueError("runs must have more different lengths to fit slope='context'")
+    coefficients = solution / scale
+    missed = rest - columns @ coefficients
+    spread = float(((rest - rest.mean()) ** 2).sum())
+    fitted = RuntimeModel(
+        prompt_tokens=tuple(knots),
+        prompt_seconds=tuple(float(seconds) for seconds in at_prompt),
+        seconds_per_token=round(float(coefficients[1]), 3) if variant == "as_released" else float(coefficients[1]),
+        seconds_per_context_token=float(coefficients[2]) if slope == "context" else 0.0,
+        largest_output=int(o.max()),
+        overhead_seconds=overhead_seconds,
+        method=method,
+        r2=1 - float((missed**2).sum()) / spread if spread > 0 else 1.0,
+        fit=Errors(0.0, 0.0, 0),
+    )
+    return replace(fitted, fit=fitted.errors((p, o, t + overhead_seconds) for (p, o), t in cells.items()))
+
+
+def non_decreasing(values: Sequence[float]) -> list[float]:
+    """The closest non-decreasing sequence in the least-squares sense: neighbours that fall are pooled to their mean."""
+    blocks: list[tuple[float, int]] = []  # mean, length
+    for value in values:
+        mean, length = value, 1
+        while blocks and blocks[-1][0] > mean:
+            before, count = blocks.pop()
+            mean, length = (before * count + mean * length) / (count + length), count + length
+        blocks.append((mean, length))
+    return [mean for mean, length in blocks for _ in range(length)]
+
+
+def _prompt_seconds(p: int, row: list[tuple[int, float]], method: MethodName) -> float:
+    if method == "idealized":
+        if row[0][0] != 1:
+            raise ValueError(
+                f"runs must have one output token for every prompt length, none for {p}; or fit 'denoised'"
+            )
+        return row[0][1]
+    if len(row) < 2:
+        raise ValueError(f"runs must have at least two output lengths for {p} prompt tokens to be denoised")
+    slope, intercept = np.polyfit([o for o, _ in row], [seconds for _, seconds in row], 1)
+    return float(slope + intercept)
+
+
+def _context_sum(p: Any, o: Any) -> Any:
+    """Tokens before each of the output tokens 2 .. o, summed: (o - 1) p + (o - 1) o / 2."""
+    return (o - 1) * (p + o / 2)
+
+
+def _require(value: str, allowed: tuple[str, ...], name: str) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+# Measuring
+
+
+def profile(
+    run: Callable[[int, int], Any],
+    *,
+    prompt_tokens: Sequence[int] = PAPER_PROMPT_TOKENS,
+    output_tokens: Sequence[int] = PAPER_OUTPUT_TOKENS,
+    repeats: int = 3,
+    warmup: int = 1,
+    held_out: Sequence[tuple[int, int]] | None = None,
+    method: MethodName = "idealized",
+    slope: Slope = "constant",
+    isotonic: bool = False,
+    seed: int = 0,
+) -> RuntimeModel:
+    """Measure every cell of the grid `repeats` times, in an order shuffled anew each time, and `fit` the runtime model.
+
+    `run(p, o)` makes one request. If it returns a float, that is the time in seconds; otherwise its wall time is taken (a run on
+    an accelerator must wait for the device). `warmup` runs of each prompt length are thrown away first. The weights may be
+    random, the architecture alone counts; the prompt should differ from run to run, lest a prompt cache makes it free.
+    `held_out` are pairs of lengths inside the grid that are measured too, but not fitted, for `RuntimeModel.held_out`; by default
+    the middles of up to three fields of the grid (our choice), () for none.
+
+    Raises ValueError for lengths below 1, `repeats` below 1, or a held-out pair outside the grid.
+    """
+    if not prompt_tokens or not output_tokens or min(prompt_tokens) < 1 or min(output_tokens) < 1:
+        raise ValueError("prompt_tokens and output_tokens must hold lengths of at least 1")
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats must be at least 1 and warmup not negative, got {repeats} and {warmup}")
+    prompts, outputs = sorted(set(prompt_tokens)), sorted(set(output_tokens))
+    apart = middle_cells(prompts, outputs) if held_out is None else list(dict.fromkeys(held_out))
+    for p, o in apart:
+        if not (prompts[0] <= p <= prompts[-1] and 1 <= o <= outputs[-1]):
+            raise ValueError(f"held_out must lie inside the grid, got {(p, o)}")
+        if p in prompts and o in outputs:
+            raise ValueError(f"held_out must not be a cell of the grid, got {(p, o)}")
+    start = time.perf_counter()
+    for p in prompts:
+        for _ in range(warmup):
+            _timed(run, p, outputs[0])
+    grid = [(p, o) for p in prompts for o in outputs]
+    order = [*grid, *apart]
+    shuffle = random.Random(seed)
+    runs: list[Run] = []
+    for _ in range(repeats):
+        shuffle.shuffle(order)
+        runs += [(p, o, _timed(run, p, o)) for p, o in order]
+    inside = set(grid)
+    fitted = fit([entry for entry in runs if entry[:2] in inside], method=method, slope=slope, isotonic=isotonic)
+    errors = fitted.errors(entry for entry in runs if entry[:2] not in inside) if apart else None
+    return replace(fitted, held_out=errors, profiling_seconds=time.perf_counter() - start)
+
+
+def middle_cells(prompts: Sequence[int], outputs: Sequence[int]) -> list[tuple[int, int]]:
+    """Up to three cells halfway between grid points, spread over the grid; none where a grid has no room between its points."""
+    gaps_p = [(a + b) // 2 for a, b in zip(prompts, prompts[1:], strict=False) if b - a > 1]
+    gaps_o = [(a + b) // 2 for a, b in zip(outputs, outputs[1:], strict=False) if b - a > 1]
+    if not gaps_p or not gaps_o:
+        return []
+    picks = [
+        (gaps_p[round(share * (len(gaps_p) - 1))], gaps_o[round(share * (len(gaps_o) - 1))]) for share in (0, 0.5, 1)
+    ]
+    return list(dict.fromkeys(picks))
+
+
+def _timed(run: Callable[[int, int], Any], p: int, o: int) -> float:
+    start = time.perf_counter()
+    result = run(p, o)
+    return result if isinstance(result, float) else time.perf_counter() - start
+
+
+def transformers_runner(
+    model: nn.Module,
+    *,
+    make_prompt: Callable[[int], torch.Tensor] | None = None,
+    static_cache: bool = False,
+    seed: int = 0,
+) -> Callable[[int, int], float]:
+    """A `run(p, o)` for a transformers causal language model: `p` tokens in, exactly `o` out, batch 1, greedy; seconds.
+
+    `make_prompt(p)` gives int64 ids of shape (1, p); by default random ones, anew for every run. The end token is suppressed.
+    Raises RuntimeError if generation stops short all the same.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    options: dict[str, Any] = {"cache_implementation": "static"} if static_cache else {}
+    device = next(model.parameters()).device
+
+    def run(p: int, o: int) -> float:
+        ids = make_prompt(p) if make_prompt else torch.randint(config.vocab_size, (1, p), generator=generator)
+        ids = ids.to(device)
+        _synchronise(device)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                min_new_tokens=o,
+                max_new_tokens=o,
+                do_sample=False,
+                pad_token_id=0,
+                **options,
+            )
+        _synchronise(device)
+        seconds = time.perf_counter() - start
+        if out.shape[1] != p + o:
+            raise RuntimeError(f"asked for {o} tokens, got {out.shape[1] - p}")
+        return seconds
+
+    return run
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+# An endpoint
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """One streamed request: when the answer's pieces came, in seconds after the request went out."""
+
+    asked_prompt_tokens: int
+    prompt_tokens: int  # as the server counts them, else as asked
+    output_tokens: int
+    arrivals: tuple[float, ...]  # of every piece with text
+    seconds: float  # until the end of the stream
+
+    @property
+    def ttft(self) -> float:
+        """Time to the first piece."""
+        return self.arrivals[0]
+
+
+@dataclass(frozen=True)
+class EndpointProfile:
+    """What probing an endpoint gave. `raw_mean_seconds` per (p, o) is the naive figure that the model denoises."""
+
+    model: RuntimeModel
+    requests: tuple[Streamed, ...]
+    dropped: int  # answers of another length than asked for
+    ttft: dict[int, float]  # fastest, by prompt tokens
+    inter_token_seconds: float  # median gap between pieces; servers may send several tokens in one piece
+    raw_mean_seconds: dict[tuple[int, int], float]
+
+
+def probe_endpoint(
+    base_url: str,
+    model: str,
+    *,
+    prompt_tokens: Sequence[int] = (16, 128, 512),
+    output_tokens: Sequence[int] = (1, 16, 64),
+    repeats: int = 5,
+    concurrency: int = 1,
+    chat: bool = False,
+    api_key: str | None = None,
+    timeout: float = 120.0,
+    overhead_seconds: float | None = None,
+    make_prompt: Callable[[int, random.Random], str] | None = None,
+    slope: Slope = "constant",
+    isotonic: bool = False,
+    seed: int = 0,
+) -> EndpointProfile:
+    """Denoised runtime model of an OpenAI-compatible server at `base_url` (".../v1"), through streamed requests.
+
+    Every cell is asked `repeats` times, shuffled, `concurrency` requests at a time. The model is fitted to whole-request times,
+    since streams come in bursts. The overhead, unless given, is the fastest of several requests for the list of models, which
+    generate nothing (our choice).
+    The server is asked to ignore the end token (`ignore_eos`, `min_tokens`); an answer of another length than asked for is
+    dropped. Prompts are random common words; `make_prompt(p, rng)` makes others. Prompt lengths are those the server reports.
+
+    Raises ValueError for bad arguments, ConnectionError when the server cannot be reached or refuses, RuntimeError when a cell
+    is left without an answer of the asked length.
+    """
+    import httpx
+
+    if repeats < 1 or concurrency < 1:
+        raise ValueError(f"repeats and concurrency must be at least 1, got {repeats} and {concurrency}")
+    if not prompt_tokens or not output_tokens or min(prompt_tokens) < 1 or min(output_tokens) < 1:
+        raise ValueError("prompt_tokens and output_tokens must hold lengths of at least 1")
+    rng = random.Random(seed)
+    prompt_of = make_prompt or random_words
+    orders: list[tuple[int, int, str]] = []
+    for _ in range(repeats):
+        cells = [(p, o) for p in sorted(set(prompt_tokens)) for o in sorted(set(output_tokens))]
+        rng.shuffle(cells)
+        orders += [(p, o, prompt_of(p, rng)) for p, o in cells]
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    start = time.perf_counter()
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    with httpx.Client(base_url=base_url.rstrip("/") + "/", headers=headers, timeout=timeout, limits=limits) as client:
+        try:
+            if overhead_seconds is None:
+                overhead_seconds = min(_list_models(client) for _ in range(max(5, repeats)))
+            with ThreadPoolExecutor(concurrency) as pool:
+                answers = list(pool.map(lambda order: _stream(client, model, order, chat), orders))
+        except httpx.HTTPStatusError as error:
+            raise ConnectionError(f"{base_url} answered {error.response.status_code} to {error.request.url}") from error
+        except httpx.HTTPError as error:
+            raise ConnectionError(f"{base_url} cannot be reached: {error or type(error).__name__}") from error
+    seconds = time.perf_counter() - start
+    kept = [answer for answer, (_, o, _) in zip(answers, orders, strict=True) if answer.output_tokens == o]
+    asked = {(p, o) for p, o, _ in orders}
+    if missing := asked - {(answer.asked_prompt_tokens, answer.output_tokens) for answer in kept}:
+        raise RuntimeError(f"no answer had the asked length for (prompt, output) tokens {sorted(missing)}")
+    counted = {
+        p: int(np.median([answer.prompt_tokens for answer in kept if answer.asked_prompt_tokens == p]))
+        for p in set(prompt_tokens)
+    }
+    runs = [(counted[answer.asked_prompt_tokens], answer.output_tokens, answer.seconds) for answer in kept]
+    if overhead_seconds >= min(seconds for _, _, seconds in runs):
+        raise RuntimeError(
+            f"the list of models takes {overhead_seconds:.3g} s, longer than an answer; pass overhead_seconds"
+        )
+    fitted = fit(runs, method="denoised", slope=slope, isotonic=isotonic, overhead_seconds=overhead_seconds)
+    gaps = [gap for answer in kept for gap in np.diff(answer.arrivals)]
+    means = {cell: float(np.mean([run[2] for run in runs if run[:2] == cell])) for cell in sorted(fastest(runs))}
+    return EndpointProfile(
+        model=replace(fitted, profiling_seconds=seconds),
+        requests=tuple(kept),
+        dropped=len(answers) - len(kept),
+        ttft={counted[p]: min(a.ttft for a in kept if a.asked_prompt_tokens == p) for p in sorted(counted)},
+        inter_token_seconds=float(np.median(gaps)) if gaps else float("nan"),
+        raw_mean_seconds=means,
+    )
+
+
+def random_words(tokens: int, rng: random.Random) -> str:
+    """`tokens` common words in random order: about one token each, and no two prompts alike, so that no cache has them."""
+    return " ".join(rng.choices(_WORDS, k=tokens))
+
+
+def _list_models(client: Any) -> float:
+    start = time.perf_counter()
+    client.get("models").raise_for_status()
+    return time.perf_counter() - start
+
+
+def _stream(client: Any, model: str, order: tuple[int, int, str], chat: bool) -> Streamed:
+    p, o, prompt = order
+    body: dict[str, Any] = {"model": model, "max_tokens": o, "temperature": 0, "stream": True}
+    body |= {"stream_options": {"include_usage": True}, "ignore_eos": True, "min_tokens": o}
+    body |= {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+    usage: dict[str, int] = {}
+    arrivals: list[float] = []
+    finished = ""
+    start = time.perf_counter()
+    with client.stream("POST", "chat/completions" if chat else "completions", json=body) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if not line.startswith("data:") or line.removeprefix("data:").strip() == "[DONE]":
+                continue
+            event = json.loads(line.removeprefix("data:"))
+            usage = event.get("usage") or usage
+            for choice in event.get("choices", []):
+                finished = choice.get("finish_reason") or finished
+                if choice.get("text") or choice.get("delta", {}).get("content"):
+                    arrivals.append(time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    made = usage.get("completion_tokens", o if finished == "length" else -1)
+    return Streamed(p, usage.get("prompt_tokens", p), made, tuple(arrivals) or (seconds,), seconds)
+
+
+# What the model is for
+
+
+def dollars(seconds: Any, *, accelerators: int, dollars_per_hour: float) -> Any:
+    """Idealized cost: time x number of accelerators x price of one for an hour."""
+    if accelerators < 1 or dollars_per_hour < 0:
+        raise ValueError(
+            f"accelerators must be at least 1 and the price not negative, got {accelerators}, {dollars_per_hour}"
+        )
+    return seconds * accelerators * dollars_per_hour / 3600
+
+
+def joules(seconds: Any, *, accelerators: int, watts: float) -> Any:
+    """Idealized energy: time x number of accelerators x power of one."""
+    if accelerators < 1 or watts < 0:
+        raise ValueError(f"accelerators must be at least 1 and watts not negative, got {accelerators}, {watts}")
+    return seconds * accelerators * watts
+
+
+def flops_proxy(parameters: int, prompt_tokens: Any, output_tokens: Any) -> Any:
+    """The usual proxy 2 N (p + o) FLOPs (1 MAC = 2 FLOPs), blind to what a system does: the baseline runtime models beat."""
+    return 2 * parameters * (np.asarray(prompt_tokens) + np.asarray(output_tokens))
+
+
+def share_below(model: RuntimeModel, runs: Iterable[Run]) -> float:
+    """Share of raw runs that were faster than their denoised runtime: should be small, since denoising takes away."""
+    runs = list(runs)
+    if not runs:
+        raise ValueError("runs must hold at least one measurement, got none")
+    return float(np.mean([seconds < model.predict(p, o) for p, o, seconds in runs]))
+
+
+def add_runtimes(
+    rows: Iterable[Mapping[str, Any]],
+    models: Mapping[str, RuntimeModel],
+    *,
+    prompt: str = "prompt_tokens",
+    output: str = "output_tokens",
+    extrapolate: bool = False,
+) -> list[dict[str, Any]]:
+    """Per-instance log rows of a benchmark harness, each with a column of predicted seconds per model.
+
+    >>> add_runtimes(rows, {"idealized_seconds": local, "denoised_seconds": api})
+    """
+    return [
+        {
+            **row,
+            **{
+                name: model.predict(row[prompt], row[output], extrapolate=extrapolate) for name, model in models.items()
+            },
+        }
+        for row in rows
+    ]
+
+
+def pareto_front(costs: Sequence[float], capabilities: Sequence[float]) -> list[int]:
+    """Indices of the systems that no other beats: none is at most as costly and at least as capable, and better in one."""
+    systems = list(zip(costs, capabilities, strict=True))
+    return [
+        i
+        for i, (cost, skill) in enumerate(systems)
+        if not any(c <= cost and s >= skill and (c < cost or s > skill) for c, s in systems)
+    ]
+
+
+def idealized_saving(
+    model: RuntimeModel,
+    requests: Sequence[tuple[int, int]],
+    grid: Sequence[tuple[int, int]],
+    *,
+    trials: int = 50,
+    dollars_per_hour: float = 0.0,
+    api_dollars_in: float = 0.0,
+    api_dollars_out: float = 0.0,
+) -> float:
+    """How many times cheaper profiling `grid` is than running every request `trials` times on one's own hardware.
+
+    As in the released analysis: both sides run each cell or request `trials` times and, if API prices are given (dollars per
+    1000 prompt and output tokens), ask the API once for every request. Without prices the ratio is one of seconds.
+    The paper's 57.42x: $40.96 an hour, $0.0015 and $0.002 per 1000 tokens, 50 trials.
+    """
+    hourly = dollars_per_hour or 3600.0
+    api = _api_dollars(requests, api_dollars_in, api_dollars_out)
+    brute_force = trials * model.total(requests) * hourly / 3600 + api
+    return brute_force / (trials * model.total(grid) * hourly / 3600 + api)
+
+
+def denoised_saving(
+    requests: Sequence[tuple[int, int]],
+    grid: Sequence[tuple[int, int]],
+    *,
+    trials: int = 10,
+    api_dollars_in: float = 0.0015,
+    api_dollars_out: float = 0.002,
+) -> float:
+    """How many times cheaper denoising is than asking an API every request `trials` times: the grid `trials` times, each request once.
+
+    Prices are dollars per 1000 tokens; the defaults are those of the released analysis, which finds 9.93x. Never above `trials`.
+    """
+    once = _api_dollars(requests, api_dollars_in, api_dollars_out)
+    return trials * once / (trials * _api_dollars(grid, api_dollars_in, api_dollars_out) + once)
+
+
+def _api_dollars(requests: Sequence[tuple[int, int]], dollars_in: float, dollars_out: float) -> float:
+    return sum(p * dollars_in + o * dollars_out for p, o in requests) / 1000

@@ -1,0 +1,112 @@
+"""What was measured: trials, means of them, and the result of a search."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from assay.measure.stats import student_t
+from assay.methods.serving.inference_hyperparameters.space import Params
+from assay.paths import atomic_file
+
+Status = Literal["ok", "rejected", "failed", "out of memory", "skipped"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an objective reports: `value` (tokens/s, or anything where more is better), other `metrics`, by name."""
+
+    value: float
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """Measures a setting on a share `fidelity` of the workload. Raise to fail; MemoryError means it did not fit."""
+
+    def __call__(self, params: Params, *, fidelity: float, seed: int) -> Outcome | float: ...
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measurement. "rejected" broke a limit or the quality guard; "skipped" was never run. Seconds are what it cost."""
+
+    number: int
+    params: Params
+    status: Status
+    value: float | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    error: str = ""
+    seconds: float = 0.0
+    fidelity: float = 1.0
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean of `n` measurements with its 95 % interval (Student's t); None for a single one."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Low and high; all numbers for a single measurement."""
+        return -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
+
+
+def mean_of(values: Sequence[float]) -> Mean:
+    """Raises ValueError for no values."""
+    if not values:
+        raise ValueError("values must hold at least one measurement, got none")
+    mean, n = float(np.mean(values)), len(values)
+    if n == 1:
+        return Mean(mean, None, None, 1)
+    half = student_t(0.95, n - 1) * float(np.std(values, ddof=1)) / n**0.5
+    return Mean(mean, mean - half, mean + half, n)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found. Values are means over the full-workload trials of a setting."""
+
+    trials: tuple[Trial, ...]
+    best_params: Params
+    best: Mean
+    default_params: Params
+    default: Mean | None  # None if the default setting failed
+
+    @property
+    def gain_percent(self) -> float:
+        """What the best setting gains over the default; infinite if the default failed."""
+        return math.inf if self.default is None else 100 * (self.best.mean / self.default.mean - 1)
+
+    @property
+    def search_seconds(self) -> float:
+        """What all trials cost together."""
+        return sum(trial.seconds for trial in self.trials)
+
+    @property
+    def break_even_tokens(self) -> float:
+        """Tokens to be generated until the time saved by the best setting is the time spent on the search."""
+        if self.default is None:
+            return 0.0
+        saved = 1 / self.default.mean - 1 / self.best.mean
+        return self.search_seconds / saved if saved > 0 else math.inf
+
+    def save(self, path: str | Path) -> None:
+        """Write the result as JSON, whole or not at all."""
+        document = {**asdict(self), "gain_percent": self.gain_percent, "break_even_tokens": self.break_even_tokens}
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(document, indent=1))
+
+
+def engine_settings(params: Params) -> Params:
+    """The part of a setting that a loaded model carries in `assay_settings`."""
+    return {name: params[name] for name in ("batch_size", "sort_by_length", "threads") if name in params}
