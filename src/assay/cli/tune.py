@@ -30,14 +30,8 @@ def tune(
     from assay.tuner.tune import tune as run
     from assay.tuner.work import Settings
 
-    settings: Any = Settings(
-        model,
-        goal,
-        prompt_tokens,
-        new_tokens,
-        str(workload) if workload else None,
-        allow_download,  # type: ignore[arg-type]
-    )
+    wanted: Any = goal  # checked by Settings
+    settings = Settings(model, wanted, prompt_tokens, new_tokens, str(workload) if workload else None, allow_download)
     console = Console(stderr=True)
     columns = (SpinnerColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:

@@ -94,7 +94,7 @@ class Engine:
         """Generate, giving text as soon as it is there."""
         from transformers import TextIteratorStreamer
 
-        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
+        streamer: Any = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
         box: dict[str, Any] = {}
         inputs = torch.tensor([ids])
         options: dict[str, Any] = {"do_sample": request.temperature > 0}

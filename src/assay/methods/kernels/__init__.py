@@ -16,6 +16,7 @@ import shutil
 import subprocess
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import filelock
 import torch
@@ -38,7 +39,8 @@ def load(name: str) -> bool:
     """
     if os.environ.get("ASSAY_KERNELS") == "0" or compiler() is None or platform.machine() not in ("x86_64", "AMD64"):
         return False
-    torch.ops.load_library(str(build(name)))
+    operators: Any = torch.ops
+    operators.load_library(str(build(name)))
     return True
 
 

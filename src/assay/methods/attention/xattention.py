@@ -1,0 +1,528 @@
+"""XAttention: block-sparse prefill by antidiagonal scores (arXiv 2503.16428).
+
+Which key blocks matter to a block of queries is guessed from 1/stride of QK^T: attention is cut into stride x stride tiles, and
+each tile is judged by the sum along its antidiagonal, which crosses every row and column once, and so every vertical or slanted
+stripe. Softmax over those sums, added up over a block, is the block's score; the fewest blocks that hold a share `tau` of a row's
+score are computed exactly, the others not at all. Decoding steps stay dense.
+
+Scores and selection follow the paper and the official code by default. `our choice`, where those say nothing: blocks lie on
+absolute positions, so that the chunks of a chunked prefill choose as the whole prompt would; `tau = 1` keeps every block even
+where its score rounds to nothing; batches, padding, any block size. `variant="as_released"` also keeps key block 0 in non-causal
+selection, a side effect of the official indexing.
+
+When NOT to use it: prompts of a few blocks (nothing to leave out), decoding, random data (no structure to find), retrieval tasks
+that have not been checked at the chosen tau, and models whose attention has soft caps, sinks or position biases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from assay.methods.attention.integration import can_register, capture_qk, register_attention, set_attention
+from assay.methods.attention.plan import (
+    CHUNK,
+    KERNEL_TIME,
+    AttentionPlan,
+    Backend,
+    Precision,
+    execute,
+    has_bf16,
+    in_bf16,
+    kernel_refuses,
+    load_kernel,
+    unit_stride,
+)
+from assay.methods.transform import Effect, Fit, TuneContext
+
+Order = Literal["antidiagonal", "slash", "random"]
+Variant = Literal["paper", "as_released"]
+NAME = "assay_xattention"  # as attn_implementation
+
+
+# --------------------------------------------------------------------------------------------------------------- scores
+
+
+def tile_scores(q: Tensor, k: Tensor, stride: int, *, order: Order = "antidiagonal") -> Tensor:
+    """W: (batch, heads, queries / stride, keys / stride), one sum of QK^T (unscaled) for each stride x stride tile.
+
+    W[a, b] = sum over i < stride of q[stride * a + stride - 1 - i] . k[stride * b + i], the antidiagonal of the tile; "slash"
+    takes its diagonal, and "random" a fixed random pairing (ablations of the official code). q (batch, heads, queries, dim),
+    k (batch, key heads, keys, dim), both lengths multiples of stride. queries * keys * dim / stride MACs (1 MAC = 2 FLOPs).
+    With an even stride these are pairs at odd distances only: a slanted line one token wide at an even one is not seen.
+    """
+    batch, heads, queries, dim = q.shape
+    rows = q.reshape(batch, k.shape[1], -1, stride, dim)
+    if order == "antidiagonal":
+        rows = rows.flip(3)
+    elif order == "random":
+        rows = rows[..., torch.randperm(stride, generator=torch.Generator().manual_seed(0)).to(q.device), :]
+    columns = k.reshape(batch, k.shape[1], -1, stride * dim)
+    return (rows.flatten(3) @ columns.transpose(-1, -2)).view(batch, heads, queries // stride, -1)
+
+
+def _check_stride(stride: int, block: int) -> None:
+    if stride < 1 or block % stride:
+        raise ValueError(f"stride must divide block ({block}), got {stride}")
+
+
+def block_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    stride: int = 8,
+    block: int = 128,
+    causal: bool = True,
+    scale: float | None = None,
+    norm: float = 1.0,
+    order: Order = "antidiagonal",
+    key_start: Tensor | None = None,
+    precision: Precision = "input",
+    backend: Literal["auto", "kernel", "torch"] = "auto",
+) -> Tensor:
+    """Estimated attention mass of each block: (batch, heads, query blocks, key blocks) float32, on the grid of `AttentionPlan`.
+
+    Softmax of `tile_scores` * scale / (stride * norm), tiles of the causal diagonal included whole, summed over the tiles of a
+    block: rows sum to block / stride, or less where a query block is not full. With stride 1 they are the exact masses.
+    q (batch, heads, queries, dim) and k (batch, key heads, keys, dim) after rotary embedding; queries are the last of the
+    keys. `key_start` as in `AttentionPlan`. `precision="bf16"` multiplies in bfloat16. `backend="kernel"` is C++ on the CPU,
+    "torch" works in chunks of queries of bounded memory; "auto" takes the kernel where it can.
+    Raises ValueError for a stride that does not divide the block, an unknown order, or tensors that do not fit.
+    """
+    grid = AttentionPlan(q.shape[2], k.shape[2], block, causal, key_start=key_start)
+    _check_stride(stride, block)
+    if order not in get_args(Order):
+        raise ValueError(f"order must be one of {', '.join(get_args(Order))}, got {order!r}")
+    if not norm > 0:
+        raise ValueError(f"norm must be positive, got {norm}")
+    factor = (q.shape[-1] ** -0.5 if scale is None else scale) / (stride * norm)
+    refused = kernel_refuses(q, k, k, block=block) if order == "antidiagonal" else "has only the antidiagonal order"
+    if backend == "kernel" and refused:
+        raise ValueError(f"backend 'kernel' {refused}")
+    if backend != "torch" and not refused:
+        start = None if key_start is None else key_start.cpu().contiguous()
+        options = (start, stride, block, causal, factor, in_bf16(q.dtype, precision))
+        return cast(Tensor, torch.ops.assay.antidiagonal_scores(unit_stride(q), unit_stride(k), *options))
+    if precision == "bf16":
+        q, k = q.bfloat16(), k.bfloat16()
+    return _block_scores(grid, q, k, stride, factor, order)
+
+
+def _block_scores(grid: AttentionPlan, q: Tensor, k: Tensor, stride: int, factor: float, order: Order) -> Tensor:
+    batch, heads, block, device = q.shape[0], q.shape[1], grid.block, q.device
+    lead, tail = grid.offset - grid.first_block * block, grid.key_blocks * block - grid.keys
+    first = torch.zeros(batch, dtype=torch.int64) if grid.key_start is None else grid.key_start
+    first = first.to(device)[:, None]  # (batch, 1)
+    positions = torch.arange(grid.keys, device=device)
+    padding = (positions < first)[:, None, :, None]  # padding counts as zeros, like the tokens missing from a tile
+    q = F.pad(q.masked_fill(padding[:, :, grid.offset :], 0), (0, 0, lead, tail))
+    k = F.pad(k.masked_fill(padding, 0), (0, 0, 0, tail))
+    per_block, tiles = block // stride, grid.key_blocks * block // stride
+    tile = torch.arange(tiles, device=device)
+    key_tile = (tile * stride < grid.keys) & ((tile + 1) * stride > first)  # (batch, tiles)
+    query_tile = key_tile & ((tile + 1) * stride > grid.offset)
+    scores = torch.zeros(batch, heads, grid.query_blocks, grid.key_blocks, device=device)
+    step = max(1, CHUNK // (batch * heads * per_block * tiles))
+    for i in range(0, grid.query_blocks, step):
+        blocks = min(step, grid.query_blocks - i)
+        columns = (grid.first_block + i + blocks) * per_block if grid.causal else tiles
+        rows = torch.arange(blocks * per_block, device=device) + (grid.first_block + i) * per_block
+        part = tile_scores(q[:, :, i * block : (i + blocks) * block], k[:, :, : columns * stride], stride, order=order)
+        seen = key_tile[:, None, None, :columns]
+        if grid.causal:
+            seen = seen & (tile[:columns] <= rows[:, None])
+        there = query_tile[:, None, rows, None]
+        share = (part.float() * factor).masked_fill(~(seen | ~there), -torch.inf).softmax(-1)
+        share = share.masked_fill(~there, 0.0)
+        mass = share.view(batch, heads, blocks, per_block, -1, per_block).sum((3, 5))
+        scores[:, :, i : i + blocks, : mass.shape[-1]] = mass
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------------------ selection
+
+
+def select(
+    scores: Tensor,
+    *,
+    tau: float | Tensor = 0.9,
+    causal: bool = True,
+    keep_sink: bool = False,
+    keep_recent: bool = False,
+    sink: Tensor | None = None,
+    variant: Variant = "paper",
+) -> Tensor:
+    """The fewest blocks of each row whose scores reach tau of the row's sum: bool, in the shape of `scores`.
+
+    `scores` is (batch, heads, query blocks, key blocks) with the queries at the end of the keys. Causal: no block above the
+    diagonal; the first block (`sink`, int64 (batch,), where padding moves it) and the diagonal one are always kept, and
+    counted first. Not causal: `keep_sink` keeps block 0 of every row, `keep_recent` the diagonal. `tau` is in [0, 1], one
+    number or one a head (heads,). Raises ValueError for another shape, tau or variant.
+    """
+    if scores.ndim != 4 or scores.shape[2] > scores.shape[3]:
+        raise ValueError(
+            f"scores must be (batch, heads, query blocks, key blocks), at least as many keys, got {tuple(scores.shape)}"
+        )
+    if variant not in get_args(Variant):
+        raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
+    level = _levels(tau, scores.shape[1]).to(scores.device).view(-1, 1, 1)
+    blocks = scores.shape[3]
+    column = torch.arange(blocks, device=scores.device)
+    diagonal = column[blocks - scores.shape[2] :, None]
+    first = torch.zeros(1, dtype=torch.int64) if sink is None else sink
+    first = first.to(scores.device)[:, None, None, None]
+    allowed = (column >= first) & ((column <= diagonal) if causal else (column == column))
+    forced = torch.zeros_like(allowed)
+    if causal or keep_sink or variant == "as_released":
+        forced = forced | (column == first)
+    if causal or keep_recent:
+        forced = forced | (column == diagonal)
+    forced = (forced & allowed).expand(scores.shape)
+    allowed = allowed.expand(scores.shape)
+    inside = scores.double().masked_fill(~allowed, 0.0)
+    missing = level * inside.sum(-1, keepdim=True) - (inside * forced).sum(-1, keepdim=True)
+    ranked, order = inside.masked_fill(forced, 0.0).sort(dim=-1, descending=True, stable=True)
+    wanted = ranked.cumsum(-1) - ranked < missing
+    kept = torch.zeros_like(forced).scatter(-1, order, wanted) | (level >= 1)
+    return (kept & allowed) | forced
+
+
+def _levels(tau: float | Tensor, heads: int) -> Tensor:
+    level = torch.as_tensor(tau, dtype=torch.float64)
+    if level.ndim > 1 or (level.ndim == 1 and len(level) != heads):
+        raise ValueError(f"tau must be one number or one for each of {heads} heads, got {tuple(level.shape)}")
+    if not ((level >= 0) & (level <= 1)).all():
+        raise ValueError(f"tau must lie in [0, 1], got {level.tolist()}")
+    return level
+
+
+def xattention_plan(
+    q: Tensor,
+    k: Tensor,
+    *,
+    tau: float | Tensor = 0.9,
+    stride: int = 8,
+    block: int = 128,
+    causal: bool = True,
+    scale: float | None = None,
+    norm: float = 1.0,
+    keep_sink: bool = False,
+    keep_recent: bool = False,
+    key_start: Tensor | None = None,
+    precision: Precision = "input",
+    variant: Variant = "paper",
+) -> AttentionPlan:
+    """The blocks that XAttention computes, as a plan to `execute`; arguments as in `block_scores` and `select`.
+
+    A single query (decoding) and up to two key blocks (all of which would be kept) give the dense plan, unscored.
+    """
+    dense = AttentionPlan(q.shape[2], k.shape[2], block, causal, key_start=key_start)
+    _check_stride(stride, block)
+    _levels(tau, q.shape[1])
+    if dense.queries == 1 or (causal and dense.key_blocks <= 2):
+        return dense
+    scores = block_scores(
+        q,
+        k,
+        stride=stride,
+        block=block,
+        causal=causal,
+        scale=scale,
+        norm=norm,
+        key_start=key_start,
+        precision=precision,
+    )
+    sink = None if key_start is None else key_start // block
+    kept = select(
+        scores, tau=tau, causal=causal, keep_sink=keep_sink, keep_recent=keep_recent, sink=sink, variant=variant
+    )
+    return AttentionPlan(dense.queries, dense.keys, block, causal, kept, key_start)
+
+
+def xattention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    tau: float | Tensor = 0.9,
+    stride: int = 8,
+    block: int = 128,
+    causal: bool = True,
+    scale: float | None = None,
+    norm: float = 1.0,
+    keep_sink: bool = False,
+    keep_recent: bool = False,
+    key_start: Tensor | None = None,
+    backend: Backend = "auto",
+    precision: Precision = "input",
+    variant: Variant = "paper",
+) -> Tensor:
+    """XAttention of q (batch, heads, queries, dim) over k, v (batch, key heads, keys, dim): (batch, heads, queries, dim).
+
+    Inputs are real queries and keys after rotary embedding. `tau` (0.9; one number or one a head), `stride` (8 or 16) and
+    `block` (128) as in the paper; the other arguments as in `block_scores`, `select` and `execute`.
+    """
+    plan = xattention_plan(
+        q,
+        k,
+        tau=tau,
+        stride=stride,
+        block=block,
+        causal=causal,
+        scale=scale,
+        norm=norm,
+        keep_sink=keep_sink,
+        keep_recent=keep_recent,
+        key_start=key_start,
+        precision=precision,
+        variant=variant,
+    )
+    return execute(plan, q, k, v, backend=backend, scale=scale, precision=precision)
+
+
+# ----------------------------------------------------------------------------------------------------------- thresholds
+
+
+def calibrate_thresholds(
+    layers: Iterable[Sequence[Tensor]], *, stride: int = 8, block: int = 128, coverage: float = 0.9
+) -> Tensor:
+    """One tau for each layer and head: (layers, heads) float32, by the procedure of the released profiler.
+
+    `layers` holds (q, k, ...) of each layer on one long text. For every row the smallest set of blocks that covers `coverage`
+    of the true mass is taken; tau of the head is the estimated mass of all blocks that score at least as much as the lowest of
+    such a set, pooled over rows. For several texts take the maximum over their tables, as released. Costs a dense QK^T.
+    """
+    if not 0 < coverage <= 1:
+        raise ValueError(f"coverage must lie in (0, 1], got {coverage}")
+    table = []
+    for q, k, *_ in layers:
+        true = block_scores(q, k, stride=1, block=block).double()
+        guess = block_scores(q, k, stride=stride, block=block).double()
+        ranked, order = true.sort(dim=-1, descending=True, stable=True)
+        needed = ranked.cumsum(-1) - ranked < coverage * ranked.sum(-1, keepdim=True)
+        lowest = guess.gather(-1, order).masked_fill(~needed, torch.inf).amin(-1, keepdim=True)
+        covered = guess.masked_fill(guess < lowest, 0.0).sum((0, 2, 3))
+        table.append((covered / guess.sum((0, 2, 3))).clamp(max=1.0).float())
+    if not table:
+        raise ValueError("layers must hold at least one layer")
+    return torch.stack(table)
+
+
+def search_thresholds(
+    layers: Iterable[Sequence[Tensor]],
+    *,
+    density: float,
+    stride: int = 8,
+    block: int = 128,
+    start: float = 0.95,
+    factor: float = 0.9,
+    steps: int = 16,
+) -> Tensor:
+    """One tau for each layer and head: (layers, heads) float32, that keeps most true mass within `density` of the blocks.
+
+    The paper's search: each head's threshold may be lowered step by step (tau = start * factor ** m), and dynamic programming
+    over the heads finds the best numbers of steps. `our choice`, where the paper leaves it open: performance is the exact mass
+    kept, which adds up over heads; the budget is the share of computed blocks over all layers and heads.
+    `layers` as in `calibrate_thresholds`. Raises ValueError when even the lowest thresholds compute more than `density`.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"density must lie in (0, 1], got {density}")
+    if not (0 < start <= 1 and 0 < factor < 1 and steps >= 1):
+        raise ValueError(
+            f"start must lie in (0, 1], factor in (0, 1), steps be at least 1: got {start}, {factor}, {steps}"
+        )
+    levels = [start * factor**m for m in range(steps)]
+    costs, gains, heads = [], [], 0
+    for q, k, *_ in layers:
+        true = block_scores(q, k, stride=1, block=block).double()
+        guess = block_scores(q, k, stride=stride, block=block)
+        kept = torch.stack([select(guess, tau=level) for level in levels])  # (steps, batch, heads, rows, columns)
+        allowed = AttentionPlan(q.shape[2], k.shape[2], block).allowed().sum() * q.shape[0]
+        costs.append(kept.sum((1, 3, 4)).double() / allowed)
+        gains.append((kept * true).sum((1, 3, 4)) / true.sum((0, 2, 3)))
+        heads = q.shape[1]
+    if not costs:
+        raise ValueError("layers must hold at least one layer")
+    cost, gain = torch.cat(costs, dim=1).T, torch.cat(gains, dim=1).T  # (all heads, steps)
+    units = 4 * len(cost) * steps  # resolution of the budget
+    price = (cost * units / (density * len(cost))).ceil().long()
+    if int(price.amin(1).sum()) > units:
+        lowest = cost.amin(1).mean().item()
+        raise ValueError(f"density must be at least {lowest:.3f} with these steps, got {density}")
+    best = torch.zeros(units + 1, dtype=torch.float64)  # most mass for each spending, over the heads so far
+    choices = []
+    for prices, values in zip(price.tolist(), gain, strict=True):
+        options = torch.full((steps, units + 1), -torch.inf, dtype=torch.float64)
+        for m, paid in enumerate(prices):
+            if paid <= units:
+                options[m, paid:] = best[: units + 1 - paid] + values[m]
+        best, choice = options.max(0)
+        choices.append(choice)
+    left, taus = units, []
+    for prices, choice in zip(reversed(price.tolist()), reversed(choices), strict=True):
+        m = int(choice[left])
+        taus.append(levels[m])
+        left -= prices[m]
+    return torch.tensor(taus[::-1]).view(-1, heads)
+
+
+# --------------------------------------------------------------------------------------------------------- transformers
+
+
+@dataclass(frozen=True)
+class XAttentionConfig:
+    """Settings of `attn_implementation="assay_xattention"`, kept in the model's config as `xattention`, a plain dictionary.
+
+    `tau` is one number, one for each layer, or a (layers, heads) table. Layers in `dense_layers` stay dense, and so do prompts
+    shorter than `min_tokens`. `precision="bf16"` lets a float32 model multiply attention in bfloat16; guesses always are.
+    """
+
+    tau: float | Sequence[float] | Sequence[Sequence[float]] = 0.9
+    stride: int = 8
+    block: int = 128
+    dense_layers: Sequence[int] = ()
+    min_tokens: int = 512
+    backend: Backend = "auto"
+    precision: Precision = "input"
+    variant: Variant = "paper"
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.stride < 1 or self.block % self.stride:
+            raise ValueError(f"stride must divide block, got {self.stride} and {self.block}")
+        for name, value, allowed in (
+            ("backend", self.backend, get_args(Backend)),
+            ("precision", self.precision, get_args(Precision)),
+            ("variant", self.variant, get_args(Variant)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        tau = torch.as_tensor(self.tau, dtype=torch.float64)
+        if tau.ndim > 2 or not tau.numel() or not ((tau >= 0) & (tau <= 1)).all():
+            raise ValueError(f"tau must be numbers in [0, 1], one, one a layer, or (layers, heads), got {self.tau!r}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> XAttentionConfig:
+        """Raises ValueError for a name that is not a setting."""
+        names = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(names)):
+            raise ValueError(f"unknown configuration {unknown}; allowed: {', '.join(names)}")
+        return cls(**values)
+
+    def tau_of(self, layer: int) -> float | Tensor:
+        if isinstance(self.tau, int | float):
+            return self.tau
+        row = self.tau[layer]
+        return row if isinstance(row, int | float) else torch.tensor(row)
+
+    def check(self, layers: int, heads: int) -> None:
+        """Raise ValueError where the settings do not fit a model of so many layers and query heads."""
+        shape = tuple(torch.as_tensor(self.tau).shape)
+        if shape not in ((), (layers,), (layers, heads)):
+            raise ValueError(f"tau must be a number, ({layers},) or ({layers}, {heads}) for this model, got {shape}")
+        if wrong := [layer for layer in self.dense_layers if not 0 <= layer < layers]:
+            raise ValueError(f"dense_layers must be from 0 to {layers - 1}, got {wrong}")
+
+
+def _settings_of(module: nn.Module) -> XAttentionConfig:
+    """The settings in the module's config, read anew only when they were replaced."""
+    values: Any = getattr(module.config, "xattention", None) or {}
+    known: Any = getattr(module, "_xattention", None)
+    if known is None or known[0] is not values:
+        known = module._xattention = (values, XAttentionConfig.from_dict(values))  # type: ignore[assignment]
+    return cast(XAttentionConfig, known[1])
+
+
+def _plan_of_module(
+    module: nn.Module, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, key_start: Tensor | None
+) -> tuple[AttentionPlan, Mapping[str, Any]]:
+    config = _settings_of(module)
+    options = {"backend": config.backend, "precision": config.precision}
+    layer = cast(int, getattr(module, "layer_idx", 0))
+    if layer in config.dense_layers or k.shape[2] < config.min_tokens:
+        return AttentionPlan(q.shape[2], k.shape[2], config.block, causal, key_start=key_start), options
+    plan = xattention_plan(
+        q,
+        k,
+        tau=config.tau_of(layer),
+        stride=config.stride,
+        block=config.block,
+        causal=causal,
+        scale=scale,
+        key_start=key_start,
+        precision="bf16",
+        variant=config.variant,
+    )
+    return plan, options
+
+
+def register() -> None:
+    """Make `attn_implementation="assay_xattention"` known to transformers (which this imports); again does no harm.
+
+    Then `AutoModelForCausalLM.from_pretrained(folder, attn_implementation="assay_xattention")` or
+    `model.set_attn_implementation("assay_xattention")`, with settings in `model.config.xattention` if not the defaults.
+    """
+    register_attention(NAME, _plan_of_module)
+
+
+# ------------------------------------------------------------------------------------------------------------ transform
+
+
+class XAttention:
+    """Block-sparse prefill for the tuner. Configuration: the settings of `XAttentionConfig`; `tau` may also be "calibrated",
+    then `calibrate_thresholds` runs on the longest calibration text when the configuration is applied."""
+
+    name = "xattention"
+    slot = "attention"
+    goals: frozenset[str] = frozenset({"ttft"})
+    exact = False
+
+    def applies_to(self, model: nn.Module, context: TuneContext) -> Fit:
+        if reason := can_register(model):
+            return Fit(False, reason)
+        if context.prompt_tokens < 1024:
+            return Fit(False, f"prompts of {context.prompt_tokens} tokens leave nothing to skip (1024 needed)")
+        density = _expected_density(context.prompt_tokens)
+        gain = KERNEL_TIME if _on_cpu(model) and load_kernel() and has_bf16() else 1.0  # see attention_backend
+        return Fit(True, effects=(Effect("attention", macs=gain * (density + 1 / 16), bytes=density),))
+
+    def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
+        return [
+            {"tau": 0.95, "stride": 8, "block": 64},
+            {"tau": 0.98, "stride": 8, "block": 64},
+            {"tau": 0.9, "stride": 16, "block": 64},
+            {"tau": 0.95, "stride": 16, "block": 128},
+        ]
+
+    def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+        if reason := can_register(model):
+            raise ValueError(f"xattention does not fit this model: {reason}")
+        text = cast(Any, model).config.get_text_config()
+        values = dict(config)
+        if values.get("tau") == "calibrated":
+            if not context.calibration:
+                raise ValueError("tau 'calibrated' needs calibration texts, got none")
+            longest = max(context.calibration, key=lambda ids: ids.shape[-1])
+            shape = {name: values[name] for name in ("stride", "block") if name in values}
+            values["tau"] = calibrate_thresholds(capture_qk(model, longest), **shape).tolist()
+        settings = XAttentionConfig.from_dict(values)
+        settings.check(text.num_hidden_layers, text.num_attention_heads)
+        text.xattention = asdict(settings)
+        register()
+        return set_attention(model, NAME)
+
+
+def _on_cpu(model: nn.Module) -> bool:
+    return all(parameter.device.type == "cpu" for parameter in model.parameters())
+
+
+def _expected_density(tokens: int) -> float:
+    """Share of 64-token blocks kept at tau 0.95, measured on SmolLM2-135M and text: 0.43 at 2048 tokens, 0.24 at 8000."""
+    return float(min(1.0, 0.43 * (2048 / tokens) ** 0.4))
+
+
+transform = XAttention()
