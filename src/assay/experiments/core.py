@@ -105,6 +105,7 @@ def experiment(
         if known is not None and known.run.__module__ != function.__module__:
             raise ValueError(f"claim {claim!r} already has an experiment in {known.run.__module__}")
         _REGISTRY[claim] = Experiment(claim, function, points, needs, minutes, memory_gib)
+        function.__dict__["experiment"] = _REGISTRY[claim]
         return function
 
     return register
@@ -120,5 +121,8 @@ def experiments_of(slug: str) -> list[Experiment]:
         name = f"{package.__name__}.{family.name}"
         modules = {module.name for module in pkgutil.iter_modules(importlib.import_module(name).__path__)}
         if slug in modules:
-            importlib.import_module(f"{name}.{slug}")
+            room = importlib.import_module(f"{name}.{slug}")
+            for found in [getattr(value, "experiment", None) for value in vars(room).values()]:
+                if isinstance(found, Experiment):  # also when the module was imported before this registry was made
+                    _REGISTRY.setdefault(found.claim, found)
     return [found for found in _REGISTRY.values() if found.slug == slug]

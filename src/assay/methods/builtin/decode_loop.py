@@ -770,7 +770,7 @@ class DecodeLoop:
     true; false shares the packed weights with the prefill, for int8 and int4).
     """
 
-    name = "decode-loop"
+    name = "decode_loop"
     slot = "decode"
     goals = frozenset({"decode", "throughput"})
     exact = False

@@ -317,7 +317,7 @@ class WeightOnly:
     to the memory: None suits the goal `memory`.
     """
 
-    name = "weight-only"
+    name = "weight_only"
     slot = "linear"
     goals = frozenset({"decode", "memory"})
     exact = False

@@ -41,6 +41,8 @@ def load(name: str) -> bool:
         return False
     operators: Any = torch.ops
     operators.load_library(str(build(name)))
+    from assay.methods.kernels import costs  # noqa: F401  (tells the cost counter what the operators do)
+
     return True
 
 
