@@ -83,7 +83,13 @@ def run_target(name: str, seconds: float) -> dict[str, Any]:
     target = TARGETS[name]
     settings: Settings = target["settings"]
     recipes = {label: recipe_of(steps, settings).model_dump(mode="json") for label, steps in target["recipes"].items()}
-    arguments = {"settings": dataclasses.asdict(settings), "recipes": recipes, "pairs": 11, "seconds": seconds}
+    arguments = {
+        "settings": dataclasses.asdict(settings),
+        "recipes": recipes,
+        "judge": list(recipes),
+        "pairs": 9,
+        "seconds": seconds,
+    }
     ram = machine().ram_bytes
     result = run_isolated(
         "assay.tuner.trial:final", arguments, timeout_s=3 * seconds + 1200, memory_bytes=int(0.85 * ram)

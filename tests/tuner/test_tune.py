@@ -87,7 +87,7 @@ class Children:
         }
         return found | {"quality": {"prefill": nll}, "apply_seconds": 0.0}
 
-    def final(self, settings, recipes, pairs, seconds):
+    def final(self, settings, recipes, judge, pairs, seconds):
         noise = [1 + 0.002 * math.sin(i) for i in range(9)]
         samples = {name: [self.outcome(recipe)[0] * x for x in noise] for name, recipe in recipes.items()}
         quality = {name: {"prefill": self.outcome(recipe)[1]} for name, recipe in recipes.items()}
@@ -165,8 +165,8 @@ def test_when_nothing_helps_the_free_baseline_is_saved_and_it_says_so(world, mod
 
 def test_a_loss_that_only_shows_in_the_proof_is_not_accepted(world, model, tmp_path):
     class Worse(Children):
-        def final(self, settings, recipes, pairs, seconds):
-            found = super().final(settings, recipes, pairs, seconds)
+        def final(self, settings, recipes, judge, pairs, seconds):
+            found = super().final(settings, recipes, judge, pairs, seconds)
             found["quality"]["best"] = {"prefill": [3.0] * 40}
             return found
 

@@ -16,6 +16,8 @@ from assay.tuner.recipe import Recipe, apply_recipe
 from assay.tuner.transforms import transforms
 from assay.tuner.work import Settings, build_work, decode_nll, load_for, quality, run_once
 
+PROBE = 1024  # tokens of the text a function is hashed on: enough for sparse attention to leave something out
+
 
 def survey(settings: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     """Where the time goes, and which transforms fit, for the model in `dtype` (None: as loaded).
@@ -100,10 +102,13 @@ def once(settings: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def final(settings: dict[str, Any], recipes: dict[str, dict[str, Any]], pairs: int, seconds: float) -> dict[str, Any]:
-    """The paired run that counts: every recipe in one process, interleaved in balanced order, with quality on the same text.
+def final(
+    settings: dict[str, Any], recipes: dict[str, dict[str, Any]], judge: list[str], pairs: int, seconds: float
+) -> dict[str, Any]:
+    """The paired run that counts: every recipe in one process, interleaved in balanced order.
 
-    Returns the samples of each label, round by round, and its quality.
+    Returns the samples of each label, round by round, and the quality of the labels in `judge`. At least six rounds, which
+    an exact interval needs; then until `pairs` or `seconds`.
     """
     own = Settings(**settings)
     models: dict[str, nn.Module] = {}
@@ -120,11 +125,11 @@ def final(settings: dict[str, Any], recipes: dict[str, dict[str, Any]], pairs: i
     for round_number in range(pairs):
         for label in order if round_number % 2 == 0 else reversed(order):
             samples[label].append(run_once(models[label], work))
-        if round_number >= 3 and time.perf_counter() - start > seconds:
+        if round_number >= 5 and time.perf_counter() - start > seconds:
             break
     return {
         "samples": samples,
-        "quality": {label: quality(model, work) for label, model in models.items()},
+        "quality": {label: quality(models[label], work) for label in judge},
         "load_before": before,
         "load_after": os.getloadavg()[0],
     }
@@ -147,7 +152,7 @@ def function_hash(model: nn.Module, work: Any) -> str:
     """What the model computes, on fixed text: see `assay.methods.compression.functional_hashing`."""
     from assay.methods.compression.functional_hashing import functional_hash
 
-    probe = work.windows[:1, : min(work.windows.shape[1], max(64, work.settings.prompt_tokens))]
+    probe = work.windows[:1, : min(work.windows.shape[1], PROBE, max(64, work.settings.prompt_tokens))]
 
     def outputs() -> list[torch.Tensor]:
         found = [model(input_ids=probe, use_cache=False, logits_to_keep=8).logits.float()]

@@ -311,7 +311,12 @@ def tune(
             quality = {"baseline": baseline.quality, "free": free.quality, "best": chosen.quality}
             return {"samples": samples, "quality": quality, "load_before": load, "load_after": os.getloadavg()[0]}
         left = max(deadline - time.monotonic() - 30, 30.0)
-        return must("final", recipes=documents, pairs=9, seconds=left)
+        found = must("final", recipes=documents, judge=["best"], pairs=11, seconds=left)
+        found["quality"] |= {
+            "baseline": baseline.quality,
+            "free": free.quality,
+        }  # the same text, judged in their own trials
+        return found
 
     say(f"proving: {best.label()} against both baselines, interleaved in one process")
     final = journal.get(f"final:{best.recipe.key()}", lambda: prove(best))
@@ -424,10 +429,10 @@ def _slot_order(step: Step) -> int:
 
 
 def _final_seconds(rows: list[Row], free: Row) -> float:
-    """Time to keep for the proof: loading and judging three models again, seven rounds of each, and the report."""
+    """Time to keep for the proof: loading three models again, a warm-up and six rounds of each, and the report."""
     first = rows[0]
-    overhead = sum(row.seconds - row.run_seconds * len(row.samples) for row in (first, free)) * 1.5
-    return 20.0 + overhead + 8 * (first.run_seconds + 2 * free.run_seconds)
+    overhead = 0.5 * sum(row.seconds - row.run_seconds * len(row.samples) for row in (first, free))
+    return 20.0 + overhead + 7 * (first.run_seconds + 1.5 * free.run_seconds)
 
 
 def _peak(child: Callable[..., ChildResult], recipe: Recipe, deadline: float) -> float:

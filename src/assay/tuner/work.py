@@ -15,7 +15,7 @@ from assay.methods.transform import GOALS, Goal, TuneContext
 
 BLOCK = 64  # tokens whose mean likelihood is one sample of quality: long enough to be stable, short enough to be many
 PREFIX, FORCED = 64, 192  # decoding is judged on windows of so many tokens of context and so many forced ones
-QUALITY_TOKENS = 16384  # held-out tokens a candidate is judged on
+QUALITY_TOKENS = 8192  # held-out tokens a candidate is judged on
 
 
 @dataclass(frozen=True)

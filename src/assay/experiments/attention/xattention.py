@@ -43,7 +43,8 @@ def _over(layers: list[QKV], attention: Callable[[Tensor, Tensor, Tensor], Tenso
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    out: Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -58,10 +59,11 @@ def _relative_error(found: list[Tensor], expected: list[Tensor]) -> float:
 def pooled_scores(q: Tensor, k: Tensor, block: int) -> Tensor:
     """Block scores of the simplest kind: softmax over the products of mean queries and mean keys, causal."""
     blocks = -(-q.shape[2] // block)
-    pooled = [F.pad(x, (0, 0, 0, blocks * block - x.shape[2])).unflatten(2, (blocks, block)) for x in (q, k)]
-    query, key = (x.sum(3).float() / block for x in pooled)
+    padded = (F.pad(x.float(), (0, 0, 0, blocks * block - x.shape[2])) for x in (q, k))
+    query, key = (x.view(*x.shape[:2], blocks, block, -1).mean(3) for x in padded)
     scores = query @ key.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2) * q.shape[3] ** -0.5
-    return scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -torch.inf).softmax(-1)
+    above = torch.ones_like(scores, dtype=torch.bool).triu(1)
+    return torch.softmax(scores.masked_fill(above, -torch.inf), -1)
 
 
 def best_of_each_row(scores: Tensor, like: Tensor) -> Tensor:
@@ -173,13 +175,13 @@ def perplexity(tokens: int, tau: float, stride: int, block: int, kind: Kind = "c
     The interval resamples runs of 25 tokens, which are alike.
     """
     loaded = load_model(MODEL, dtype=torch.bfloat16)
+    model: Any = loaded.model
     ids = long_prompt(loaded.tokenizer, tokens, kind=kind)
     attention_backend.register()
-    loaded.model.set_attn_implementation(attention_backend.NAME)
-    dense = _losses(loaded.model, ids)
+    model.set_attn_implementation(attention_backend.NAME)
+    dense = _losses(model, ids)
     config = {"tau": tau, "stride": stride, "block": block}
-    context = TuneContext("ttft", tokens, 1)
-    difference = _losses(transform.apply(loaded.model, config, context), ids) - dense
+    difference = _losses(transform.apply(model, config, TuneContext("ttft", tokens, 1)), ids) - dense
     runs = difference[: len(difference) // 25 * 25].view(-1, 25).mean(1).double()
     rise = bootstrap(runs.numpy(), lambda x, axis: 100 * (torch.from_numpy(x.mean(axis=axis)).exp() - 1).numpy())
     return Figure(
