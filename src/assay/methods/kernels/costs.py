@@ -17,7 +17,7 @@ def _linear(x: Tensor, *rest: Any, out: Tensor) -> int:
 
 
 def _gated_mlp(x: Tensor, *rest: Any, out: Tensor) -> int:
-    hidden = rest[-2]
+    hidden: int = rest[-2]
     return x.numel() * 2 * hidden + out.numel() * hidden
 
 
