@@ -99,7 +99,7 @@ class Search:
         """The candidate predicted fastest among those that may keep the quality; None when nothing is left to try.
 
         When a recipe lost too much, its options are judged alone first, so that the blame falls on the right one.
-        Candidates suspected of losing too much come last. Combinations predicted slower than the base are left out,
+        Candidates suspected of losing too much, and changes of structure not yet judged, come last. Combinations predicted slower than the base are left out,
         unless nothing is known of them yet but the roofline.
         """
         for option in self._suspects():
@@ -115,7 +115,8 @@ class Search:
             time = self.predict(options)
             if time > 1.05 and len(options) > 1 and all(o.key in self.correction for o in options):
                 continue
-            rank = (self.expected_drop(options) > self.max_drop, time, len(options))
+            doubtful = self.expected_drop(options) > self.max_drop or any(self._unproven(o) for o in options)
+            rank = (doubtful, time, len(options))
             if best is None or rank < best:
                 best, chosen = rank, options
         return chosen
@@ -146,6 +147,10 @@ class Search:
             return self.single_drop[option.key]
         siblings = [self.single_drop[o.key] for o in self._siblings(option) if o.key in self.single_drop]
         return SIBLING * min(siblings) if siblings else 0.0
+
+    def _unproven(self, option: Option) -> bool:
+        """A change of structure not yet judged: it loses most of all, and costs most to apply, so the others go first."""
+        return option.slot == "structure" and option.key not in self.single_drop
 
     def _siblings(self, option: Option) -> list[Option]:
         return [o for o in self.options if o.step.transform == option.step.transform and o.key != option.key]

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from assay.methods.transform import GOALS, Effect, Fit, TuneContext
@@ -34,6 +35,8 @@ class Compile:
     exact = True
 
     def applies_to(self, model: nn.Module, context: TuneContext) -> Fit:
+        if " " in torch.__file__:  # torch's own compiler command does not quote its include paths
+            return Fit(False, f"torch.compile builds no C++ when torch lies in a path with spaces: {torch.__file__}")
         if not parts(model):
             return Fit(False, "no repeated blocks with parts beside attention that torch could compile")
         return Fit(True, effects=(Effect("other", bytes=0.5),))
