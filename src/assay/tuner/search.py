@@ -99,8 +99,8 @@ class Search:
         """The candidate predicted fastest among those that may keep the quality; None when nothing is left to try.
 
         When a recipe lost too much, its options are judged alone first, so that the blame falls on the right one.
-        Candidates suspected of losing too much, and changes of structure not yet judged, come last. Combinations predicted slower than the base are left out,
-        unless nothing is known of them yet but the roofline.
+        Candidates suspected of losing too much, and changes of structure not yet judged, come last. Combinations predicted
+        slower than the base are left out, unless nothing is known of them yet but the roofline.
         """
         for option in self._suspects():
             return (option,)

@@ -15,7 +15,8 @@ from assay.methods.builtin.compile import parts, transform
 from assay.methods.transform import Transform, TuneContext
 
 CONTEXT = TuneContext(goal="ttft", prompt_tokens=8, new_tokens=8)
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+BUILDS = shutil.which("g++") is not None and " " not in torch.__file__
+needs_compiler = pytest.mark.skipif(not BUILDS, reason="inductor needs a C++ compiler and a path without spaces")
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_whole_model(model):
 def test_protocol(model):
     assert isinstance(transform, Transform)
     assert transform.exact
-    assert transform.applies_to(model, CONTEXT).applies
+    assert transform.applies_to(model, CONTEXT).applies == (" " not in torch.__file__)
     assert not transform.applies_to(nn.Linear(3, 3), CONTEXT).applies
     assert transform.configs(model, CONTEXT)[0] == {"mode": "default", "region": "blocks"}
 
@@ -91,3 +92,8 @@ def test_says_what_is_wrong(model):
         transform.apply(model, {"backend": "x"}, CONTEXT)
     with pytest.raises(ValueError, match="no repeated blocks"):
         transform.apply(nn.Linear(3, 3), {}, CONTEXT)
+
+
+def test_a_path_with_spaces_is_a_reason(model, monkeypatch):
+    monkeypatch.setattr(torch, "__file__", "/home/a b/torch/__init__.py")
+    assert "spaces" in transform.applies_to(model, CONTEXT).reason
