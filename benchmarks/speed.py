@@ -49,8 +49,8 @@ TARGETS: dict[str, dict[str, Any]] = {
     },
     "ttft-8000": {
         "settings": Settings(MODEL, "ttft", 8000, 1),
-        "recipes": {"free: bf16": [BF16], "free: bf16, compiled": [BF16, COMPILE], "exact kernels": [BF16, DENSE],
-                    "tuned": [BF16, INT8, SPARSE]},
+        # float32 and plain bfloat16 lose to the compiled blocks at 2048 already, and take half a minute a run here
+        "recipes": {"free: bf16, compiled": [BF16, COMPILE], "tuned": [BF16, INT8, SPARSE]},
         "wanted": 3.0,
     },
     "decode": {

@@ -308,3 +308,13 @@ def test_real_run_survives_kill_and_leaves_a_model_that_generates(model, tmp_pat
     ids = torch.arange(20)[None]
     out = tuned.generate(input_ids=ids, attention_mask=ids * 0 + 1, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert out.shape == (1, 25)
+
+
+def test_settings_that_only_the_config_holds_make_another_candidate(model):
+    from assay.tuner.trial import structure_hash
+
+    loaded = load_for(Settings(str(model), "ttft", 8, 1)).model
+    before = structure_hash(loaded)
+    assert structure_hash(loaded) == before
+    loaded.config.xattention = {"tau": 0.9}
+    assert structure_hash(loaded) != before
