@@ -173,7 +173,8 @@ def structure_hash(model: nn.Module) -> str:
         parts.append(f"{name}:{type(module).__qualname__}:{replaced}:{compiled}")
     parts += [f"{name}:{tensor.dtype}:{tuple(tensor.shape)}" for name, tensor in model.state_dict().items()]
     parts.append(str(getattr(model.config, "_attn_implementation", "")))
-    parts.append(json.dumps(model.config.to_dict(), sort_keys=True, default=str))  # attention's settings live there
+    config: Any = model.config
+    parts.append(json.dumps(config.to_dict(), sort_keys=True, default=str))  # attention's settings live there
     parts.append(repr(sorted(getattr(model, "assay_settings", {}).items())))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
