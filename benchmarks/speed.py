@@ -34,6 +34,7 @@ BF16 = Step(transform="dtype", config={"dtype": "bfloat16"})
 COMPILE = Step(transform="compile", config={"mode": "default", "region": "blocks"})
 INT8 = Step(transform="fp8_vs_int8", config={"smooth": 0.5, "rotation": 16})
 SPARSE = Step(transform="xattention", config={"tau": 0.95, "stride": 8, "block": 64})
+SPARSE98 = Step(transform="xattention", config={"tau": 0.98, "stride": 8, "block": 64})
 DENSE = Step(transform="attention_backend", config={"backend": "kernel"})
 LOOP4 = Step(transform="decode_loop", config={"weights": "int4"})
 LOOP8 = Step(transform="decode_loop", config={"weights": "int8"})
@@ -49,19 +50,22 @@ TARGETS: dict[str, dict[str, Any]] = {
     },
     "ttft-8000": {
         "settings": Settings(MODEL, "ttft", 8000, 1),
-        # float32 and plain bfloat16 lose to the compiled blocks at 2048 already, and take half a minute a run here
-        "recipes": {"free: bf16, compiled": [BF16, COMPILE], "tuned": [BF16, INT8, SPARSE]},
+        # float32 takes half a minute a run here and loses to bfloat16 at 2048 already: it is judged, not timed
+        "recipes": {"free: bf16": [BF16], "free: bf16, compiled": [BF16, COMPILE], "exact kernels": [BF16, DENSE],
+                    "tuned": [BF16, INT8, SPARSE98], "tuned, tau 0.95": [BF16, INT8, SPARSE]},
+        "untimed": {"as loaded": []},
         "wanted": 3.0,
     },
     "decode": {
         "settings": Settings(MODEL, "decode", 128, 128),
-        "recipes": {"as loaded": [], "free: bf16": [BF16], "tuned": [BF16, LOOP4], "tuned int8": [BF16, LOOP8]},
+        "recipes": {"as loaded": [], "free: bf16": [BF16], "free: bf16, compiled": [BF16, COMPILE],
+                    "tuned": [BF16, LOOP4], "tuned int8": [BF16, LOOP8]},
         "wanted": None,
     },
     "throughput-32x32": {
         "settings": Settings(MODEL, "throughput", 512, 32),
         "recipes": {"as loaded": [], "free: bf16": [BF16], "free: bf16, sorted": [BF16, SORTED],
-                    "tuned": [BF16, INT8, DENSE, LOOP4, PACKED]},
+                    "free: bf16, sorted, compiled": [BF16, SORTED, COMPILE], "tuned": [BF16, INT8, DENSE, LOOP4, PACKED]},
         "wanted": 3.0,
     },
 }  # fmt: skip
@@ -82,14 +86,16 @@ def run_target(name: str, seconds: float) -> dict[str, Any]:
     """Measure one target and say how it went."""
     target = TARGETS[name]
     settings: Settings = target["settings"]
-    recipes = {label: recipe_of(steps, settings).model_dump(mode="json") for label, steps in target["recipes"].items()}
-    first = next(
-        iter(recipes)
-    )  # quality is judged against it: the untouched model, or bfloat16 where that takes minutes a run
+    recipes, untimed = (
+        {label: recipe_of(steps, settings).model_dump(mode="json") for label, steps in target.get(part, {}).items()}
+        for part in ("recipes", "untimed")
+    )
+    first = "as loaded"  # quality is judged against it
     arguments = {
         "settings": dataclasses.asdict(settings),
         "recipes": recipes,
-        "judge": [first, *(label for label in recipes if label.startswith(("tuned", "exact")))],
+        "untimed": untimed,
+        "judge": [label for label in recipes if label.startswith((first, "tuned", "exact"))],
         "pairs": 9,
         "seconds": seconds,
     }

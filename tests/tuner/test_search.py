@@ -112,6 +112,25 @@ def test_a_failed_single_is_never_part_of_a_candidate_again():
     assert all(INT8 not in list(c) for c in explore(search, 60))
 
 
+def test_a_pair_that_failed_is_put_off_with_all_its_settings_until_one_worked():
+    search = make(max_drop=0.5, options=[INT8, HALF, TENTH, FUSE])
+    search.fail((INT8, TENTH, FUSE))
+    suspected = search._clashes()
+    for a, b in [(INT8, FUSE), (INT8, TENTH), (INT8, HALF), (TENTH, FUSE), (HALF, FUSE)]:
+        assert frozenset([a.key, b.key]) in suspected
+    search.learn((INT8, HALF), *truth((INT8, HALF)))  # clears INT8 beside either setting of `sparse`
+    assert frozenset([INT8.key, TENTH.key]) not in search._clashes()
+    order = [search.next()]
+    while order[-1] is not None:
+        search.learn(order[-1], *truth(order[-1]))
+        order.append(search.next())
+    tried = [frozenset(o.key for o in options) for options in order[:-1] if options is not None]
+    clash = next(i for i, keys in enumerate(tried) if {INT8.key, FUSE.key} <= keys)
+    assert all(
+        tried.index(frozenset(keys)) < clash for keys in [{INT8.key, TENTH.key}, {INT8.key}, {TENTH.key}, {HALF.key}]
+    )
+
+
 def test_with_nothing_allowed_only_exact_options_remain():
     search = make(max_drop=0.0)
     explore(search, 200)

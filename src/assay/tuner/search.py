@@ -99,11 +99,12 @@ class Search:
         """The candidate predicted fastest among those that may keep the quality; None when nothing is left to try.
 
         When a recipe lost too much, its options are judged alone first, so that the blame falls on the right one.
-        Candidates suspected of losing too much, and changes of structure not yet judged, come last. Combinations predicted
+        Candidates suspected of losing too much or of failing, and changes of structure not yet judged, come last. Combinations predicted
         slower than the base are left out, unless nothing is known of them yet but the roofline.
         """
         for option in self._suspects():
             return (option,)
+        clashes = self._clashes()
         best: tuple[bool, float, int] | None = None
         chosen: tuple[Option, ...] | None = None
         for options in self.candidates():
@@ -116,6 +117,7 @@ class Search:
             if time > 1.05 and len(options) > 1 and all(o.key in self.correction for o in options):
                 continue
             doubtful = self.expected_drop(options) > self.max_drop or any(self._unproven(o) for o in options)
+            doubtful = doubtful or any(pair <= keys for pair in clashes)
             rank = (doubtful, time, len(options))
             if best is None or rank < best:
                 best, chosen = rank, options
@@ -151,6 +153,21 @@ class Search:
     def _unproven(self, option: Option) -> bool:
         """A change of structure not yet judged: it loses most of all, and costs most to apply, so the others go first."""
         return option.slot == "structure" and option.key not in self.single_drop
+
+    def _clashes(self) -> set[frozenset[str]]:
+        """Pairs of transforms' options that were part of a failed recipe and of none that worked: one of them is to blame.
+
+        A configuration shares the suspicion with its siblings: a clash is mostly one of mechanisms, not of their settings.
+        """
+        family = {o.key: frozenset(s.key for s in [o, *self._siblings(o)]) for o in self.options}
+        worked = {pair for keys in self.measured for pair in itertools.combinations(sorted(keys), 2)}
+        found = set()
+        for keys in self.failed:
+            for a, b in itertools.combinations(sorted(keys & family.keys()), 2):
+                pairs = {frozenset(pair) for pair in itertools.product(family[a], family[b])}
+                if not any(frozenset(pair) in pairs for pair in worked):
+                    found |= pairs
+        return found
 
     def _siblings(self, option: Option) -> list[Option]:
         return [o for o in self.options if o.step.transform == option.step.transform and o.key != option.key]

@@ -15,7 +15,7 @@ from torch import nn
 from assay.methods.transform import Effect
 from assay.tuner.recipe import Recipe, apply_recipe
 from assay.tuner.transforms import transforms
-from assay.tuner.work import Settings, build_work, decode_nll, load_for, quality, run_once
+from assay.tuner.work import Settings, Work, build_work, decode_nll, load_for, quality, run_once
 
 PROBE = 1024  # tokens of the text a function is hashed on: enough for sparse attention to leave something out
 
@@ -104,19 +104,29 @@ def once(settings: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def final(
-    settings: dict[str, Any], recipes: dict[str, dict[str, Any]], judge: list[str], pairs: int, seconds: float
+    settings: dict[str, Any],
+    recipes: dict[str, dict[str, Any]],
+    judge: list[str],
+    pairs: int,
+    seconds: float,
+    untimed: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The paired run that counts: every recipe in one process, interleaved in balanced order.
 
-    Returns the samples of each label, round by round, and the quality of the labels in `judge`. At least six rounds, which
-    an exact interval needs; then until `pairs` or `seconds`.
+    Returns the samples of each label, round by round, and the quality of the labels in `judge` and of the recipes in `untimed`,
+    which are judged and not timed. At least six rounds, which an exact interval needs; then until `pairs` or `seconds`.
     """
     own = Settings(**settings)
-    models: dict[str, nn.Module] = {}
-    for label, recipe in recipes.items():
+
+    def build(recipe: dict[str, Any]) -> tuple[nn.Module, Work]:
         loaded = load_for(own)
         work = build_work(loaded, own)
-        models[label] = apply_recipe(loaded.model, Recipe.model_validate(recipe), work.context())
+        return apply_recipe(loaded.model, Recipe.model_validate(recipe), work.context()), work
+
+    judged = {label: quality(*build(recipe)) for label, recipe in (untimed or {}).items()}
+    models: dict[str, nn.Module] = {}
+    for label, recipe in recipes.items():
+        models[label], work = build(recipe)
     for model in models.values():
         run_once(model, work)
     samples: dict[str, list[float]] = {label: [] for label in models}
@@ -130,7 +140,7 @@ def final(
             break
     return {
         "samples": samples,
-        "quality": {label: quality(models[label], work) for label in judge},
+        "quality": judged | {label: quality(models[label], work) for label in judge},
         "load_before": before,
         "load_after": os.getloadavg()[0],
     }

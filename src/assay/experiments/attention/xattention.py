@@ -6,6 +6,7 @@ pays for its scores and its selection. SmolLM2 was trained on 8192 tokens; the p
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from assay.experiments.core import Figure, Quality, Trial, experiment
-from assay.measure.stats import bootstrap
+from assay.measure.stats import Interval, bootstrap
 from assay.methods.attention.plan import AttentionPlan, execute
 from assay.methods.attention.xattention import block_scores, select, transform, xattention, xattention_plan
 from assay.methods.builtin import attention_backend
@@ -31,11 +32,16 @@ Kind = Literal["code", "english"]
 
 
 @functools.cache
-def _captured(tokens: int, kind: Kind) -> list[QKV]:
+def _model(tokens: int, kind: Kind) -> tuple[Any, Tensor]:
     loaded = load_model(MODEL, dtype=torch.bfloat16)
+    return loaded.model, long_prompt(loaded.tokenizer, tokens, kind=kind)
+
+
+@functools.cache
+def _captured(tokens: int, kind: Kind) -> list[QKV]:
+    model, ids = _model(tokens, kind)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    layers = captured_qkv(loaded.model, long_prompt(loaded.tokenizer, tokens, kind=kind), layers=LAYERS)
-    return [(q.to(device), k.to(device), v.to(device)) for q, k, v in layers]
+    return [(q.to(device), k.to(device), v.to(device)) for q, k, v in captured_qkv(model, ids, layers=LAYERS)]
 
 
 def _over(layers: list[QKV], attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[Tensor]:
@@ -112,17 +118,22 @@ def recalls(q: Tensor, k: Tensor, *, tau: float, stride: int, block: int) -> dic
     minutes=15,
 )
 def attention_speedup(tokens: int, tau: float, stride: int, block: int, kind: Kind = "code") -> Trial:
-    """Attention of four layers in bfloat16: SDPA, the exact kernel (free), and XAttention with its scores and selection."""
+    """Attention of four layers in bfloat16: SDPA, the exact kernel (free), and XAttention with its scores and selection.
+
+    The quality is the model's: perplexity of the text's last quarter with XAttention in all layers, against exact attention.
+    """
     layers = _captured(tokens, kind)
     settings: dict[str, Any] = {"tau": tau, "stride": stride, "block": block}
 
     def quality() -> Quality:
+        dense, rise = perplexity_rise(tokens, kind, settings)
+        low, median, high = (dense * (1 + x / 100) for x in (rise.low, rise.median, rise.high))
+        return Quality("perplexity", median, dense, low, high, higher_is_better=False)
+
+    def details() -> dict[str, Any]:
         expected = _over(layers, _dense)
         error = _relative_error(_over(layers, functools.partial(xattention, **settings)), expected)
         rounding = _relative_error(_over(layers, _sdpa), expected)
-        return Quality("relative error of the attention output", error, rounding, higher_is_better=False)
-
-    def details() -> dict[str, Any]:
         begin = time.perf_counter()
         plans = [xattention_plan(q, k, **settings) for q, k, _ in layers]
         planning = time.perf_counter() - begin
@@ -133,6 +144,7 @@ def attention_speedup(tokens: int, tau: float, stride: int, block: int, kind: Ki
             "bound": 1 / density,  # of the speed-up over the exact kernel, were scores and selection free
             "planning_seconds": planning,
             "layers": list(LAYERS),
+            "relative_error_of_the_output": {"xattention": error, "bfloat16 rounding": rounding},
             "recall": {name: sum(each[name] for each in found) / len(found) for name in found[0]},
         }
 
@@ -155,6 +167,19 @@ def _losses(model: Any, ids: Tensor) -> Tensor:
         return F.cross_entropy(model.lm_head(hidden).float(), ids[0, start:], reduction="none")
 
 
+def perplexity_rise(tokens: int, kind: Kind, config: dict[str, Any]) -> tuple[float, Interval]:
+    """Perplexity of the last quarter of the text with exact attention, and its rise in per cent with XAttention in all layers."""
+    model, ids = _model(tokens, kind)
+    model = copy.deepcopy(model)
+    attention_backend.register()
+    model.set_attn_implementation(attention_backend.NAME)
+    dense = _losses(model, ids)
+    difference = _losses(transform.apply(model, config, TuneContext("ttft", tokens, 1)), ids) - dense
+    runs = difference[: len(difference) // 25 * 25].view(-1, 25).mean(1).double()
+    rise = bootstrap(runs.numpy(), lambda x, axis: 100 * (torch.from_numpy(x.mean(axis=axis)).exp() - 1).numpy())
+    return float(dense.double().mean().exp()), rise
+
+
 @experiment(
     "xattention/perplexity",
     points={
@@ -174,21 +199,7 @@ def perplexity(tokens: int, tau: float, stride: int, block: int, kind: Kind = "c
 
     The interval resamples runs of 25 tokens, which are alike.
     """
-    loaded = load_model(MODEL, dtype=torch.bfloat16)
-    model: Any = loaded.model
-    ids = long_prompt(loaded.tokenizer, tokens, kind=kind)
-    attention_backend.register()
-    model.set_attn_implementation(attention_backend.NAME)
-    dense = _losses(model, ids)
     config = {"tau": tau, "stride": stride, "block": block}
-    difference = _losses(transform.apply(model, config, TuneContext("ttft", tokens, 1)), ids) - dense
-    runs = difference[: len(difference) // 25 * 25].view(-1, 25).mean(1).double()
-    rise = bootstrap(runs.numpy(), lambda x, axis: 100 * (torch.from_numpy(x.mean(axis=axis)).exp() - 1).numpy())
-    return Figure(
-        rise.median,
-        "%",
-        low=rise.low,
-        high=rise.high,
-        baseline=0.0,
-        details={"dense_perplexity": float(dense.double().mean().exp()), "tokens_judged": len(difference), **config},
-    )
+    dense, rise = perplexity_rise(tokens, kind, config)
+    details = {"dense_perplexity": dense, "tokens_judged": tokens // 4, **config}
+    return Figure(rise.median, "%", low=rise.low, high=rise.high, details=details)
