@@ -65,7 +65,8 @@ TARGETS: dict[str, dict[str, Any]] = {
     "throughput-32x32": {
         "settings": Settings(MODEL, "throughput", 512, 32),
         "recipes": {"as loaded": [], "free: bf16": [BF16], "free: bf16, sorted": [BF16, SORTED],
-                    "free: bf16, sorted, compiled": [BF16, SORTED, COMPILE], "tuned": [BF16, INT8, DENSE, LOOP4, PACKED]},
+                    "free: bf16, sorted, compiled": [BF16, SORTED, COMPILE], "tuned": [BF16, INT8, DENSE, LOOP8, PACKED],
+                    "tuned, int4 without int8": [BF16, DENSE, LOOP4, PACKED]},
         "wanted": 3.0,
     },
 }  # fmt: skip

@@ -112,7 +112,7 @@ def test_a_claim_without_a_number_is_drawn_without_it():
 def test_odd_figures_can_be_drawn():
     for measured in (estimate(1e-9, 1.0, 1e9), estimate(-3.0, -2.0, 0.0), estimate(1.0)):
         record = make(kind="figure", unit="x", measured=measured)
-        ET.fromstring(plot_svg(*summaries([record])))
+        assert ET.fromstring(plot_svg(*summaries([record]))).tag.endswith("svg")
 
 
 def test_an_empty_page(tmp_path):

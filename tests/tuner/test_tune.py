@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -188,6 +189,39 @@ def test_an_interrupted_run_goes_on_where_it_stopped(world, model, tmp_path):
         tune(settings, tmp_path / "out", minutes=5)
     with pytest.raises(InputError, match="other settings"):
         tune(Settings(str(model), "ttft", 65, 4), tmp_path / "out", minutes=5, resume=True)
+
+
+def test_a_full_disk_while_writing_the_artefact_loses_no_trial(world, model, tmp_path, monkeypatch):
+    settings = Settings(str(model), "ttft", 64, 4)
+    first = world(Children())
+    with monkeypatch.context() as patch:
+
+        def full(*arguments, **options):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr("safetensors.torch.save_file", full)
+        with pytest.raises(OSError, match="No space"):
+            tune(settings, tmp_path / "out", minutes=5)
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [".out.journal.jsonl"]
+    second = world(Children())
+    tune(settings, tmp_path / "out", minutes=5, resume=True)
+    assert first.calls
+    assert not second.calls
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_two_runs_do_not_write_the_same_artefact(world, model, tmp_path):
+    wanted = Settings(str(model), "ttft", 64, 4)
+
+    class Second(Children):
+        def survey(self, settings, dtype):
+            with pytest.raises(InputError, match="another run is writing"):
+                tune(wanted, tmp_path / "out", minutes=5)
+            return super().survey(settings, dtype)
+
+    world(Second())
+    assert tune(wanted, tmp_path / "out", minutes=5).helped
 
 
 def test_a_line_cut_short_by_a_crash_is_measured_again(tmp_path):

@@ -60,12 +60,14 @@ def print_summary(document: dict[str, Any], folder: str) -> None:
     out = Console()
     unit = document["best"]["unit"]
     table = Table(title=f"{document['model']}, goal {document['goal']}")
-    for heading in ("", unit, "95 % interval", "recipe"):
-        table.add_column(heading, justify="right" if heading in (unit, "95 % interval") else "left")
+    for heading in ("", unit, "95 % interval"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for name, key in (("as loaded", "baseline"), ("free baseline", "free_baseline"), ("best", "best")):
         row = document[key]
-        table.add_row(name, f"{row['value']:,.1f}", f"{row['low']:,.1f} to {row['high']:,.1f}", row["label"])
+        table.add_row(name, f"{row['value']:,.1f}", f"{row['low']:,.1f} to {row['high']:,.1f}")
     out.print(table)
+    out.print(f"free     {document['free_baseline']['label']}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"best     {document['best']['label']}\n", highlight=False, markup=False, soft_wrap=True)
     speed, free, quality = document["speedup"], document["speedup_vs_free"], document["quality"]
     out.print(
         f"{speed['median']:.2f}x as loaded ({speed['low']:.2f} to {speed['high']:.2f}), "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 
 from assay.errors import AssayError, InputError, MissingError
@@ -200,14 +202,45 @@ def tune(
     Raises InputError for settings that make no sense, a model that cannot be read, or an output folder that holds something
     else; MissingError when the goal needs a counter the machine lacks.
     """
-    from assay.measure.machine import calibrate, machine
-    from assay.tuner.artefact import check_output, save
+    from assay.tuner.artefact import check_output
 
     if not 0 <= max_drop < 1:
         raise InputError(f"--max-drop must lie in [0, 1), got {max_drop}")
     if not minutes > 0:
         raise InputError(f"--minutes must be positive, got {minutes}")
     check_output(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _only_writer(output):
+        return _tune(settings, output, max_drop, minutes, resume, memory_gib, say)
+
+
+@contextlib.contextmanager
+def _only_writer(output: Path) -> Iterator[None]:
+    """Hold the output's lock; raises InputError when another run has it."""
+    lock = filelock.FileLock(output.parent / f".{output.name}.lock", timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise InputError(f"another run is writing {output}; wait for it, or choose another -o") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _tune(
+    settings: Settings,
+    output: Path,
+    max_drop: float,
+    minutes: float,
+    resume: bool,
+    memory_gib: float | None,
+    say: Say,
+) -> Outcome:
+    from assay.measure.machine import calibrate, machine
+    from assay.tuner.artefact import save
+
     began = time.monotonic()
     deadline = began + minutes * 60
     here = machine()

@@ -118,13 +118,16 @@ def run_once(model: nn.Module, work: Work) -> float:
         first_token(model, work.prompt)
         return time.perf_counter() - start
     if s.goal == "decode":
-        start = time.perf_counter()
-        generate(model, work.prompt, 1)
-        middle = time.perf_counter()
-        generate(model, work.prompt, s.new_tokens + 1)
-        end = time.perf_counter()
+        generate(model, work.prompt, 1)  # the first run after another model's finds cold caches
+
+        def seconds(tokens: int) -> float:
+            start = time.perf_counter()
+            generate(model, work.prompt, tokens)
+            return time.perf_counter() - start
+
+        before, whole, after = seconds(1), seconds(s.new_tokens + 1), seconds(1)
         # T(p, n + 1) - T(p, 1): what the tokens after the first cost; the difference may not go below the clock's noise
-        return max((end - middle) - (middle - start), 1e-6) / s.new_tokens
+        return max(whole - (before + after) / 2, 1e-6) / s.new_tokens
     if s.goal == "throughput":
         from assay.methods.inference.loop import generate_batch
 

@@ -122,7 +122,7 @@ class Int8Linear(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
         """Moves between devices like any module, but `model.to(bfloat16)` leaves the scales in float32."""
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, buffer in kept.items():
             self._buffers[name] = buffer.to(self.packed.device)
         return self

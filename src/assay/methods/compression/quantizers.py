@@ -36,7 +36,7 @@ class _RoundSTE(torch.autograd.Function):
 
 def round_ste(x: Tensor) -> Tensor:
     """Round half to even with the straight-through gradient: any shape, same shape."""
-    return cast(Tensor, _RoundSTE.apply(x))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _RoundSTE.apply(x))
 
 
 class Quantizer(nn.Module):

@@ -400,7 +400,7 @@ class PackedLinear(nn.Module):
 
     def _packs(self, x: Tensor) -> bool:
         wide = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        there = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        there = torch.backends.mkldnn.is_available()
         return x.device.type == "cpu" and there and wide and x.numel() > 0
 
     def __getstate__(self) -> dict[str, object]:

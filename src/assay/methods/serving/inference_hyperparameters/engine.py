@@ -228,7 +228,7 @@ def load_for_generation(folder: str, dtype: str, attn_implementation: str) -> nn
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -239,5 +239,5 @@ def load_for_generation(folder: str, dtype: str, attn_implementation: str) -> nn
         )
     finally:
         if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            logging.enable_progress_bar()
     return model.eval()

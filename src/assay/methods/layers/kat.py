@@ -1,0 +1,431 @@
+"""KAT: Kolmogorov-Arnold layers that scale, as group-rational activations in front of ordinary linear layers (arXiv 2409.10594).
+
+A KAN has a learnable function on every edge. GR-KAN shares: the channels of x are cut into `num_groups` contiguous groups, all
+channels of a group pass through one rational function phi(x) = P(x) / Q(x) of degrees 5 and 4, and a linear layer follows. In a
+transformer the MLP becomes x -> phi_1 -> Linear(d, 4 d) -> phi_2 -> Linear(4 d, d), phi_1 starting as the identity and phi_2 as
+GELU or Swish, so that a trained ViT can be converted and fine-tuned.
+
+Two denominators without poles are in use, and coefficients fitted for one mean another function under the other:
+"sum_of_abs", Q = 1 + sum |b_i| |x|^i, is what the released kernels compute (default); "abs_of_sum", Q = 1 + |sum b_i x^i|, is
+that of the paper's fits. Coefficients are fitted here, for the form they are used with. Numerators are shared by all groups and
+denominators are one a group, as in the released code; `shared="denominator"` is the paper's text. `our choice`: everything is
+computed in float32 at least, by a compiled kernel that keeps only x for the backward pass; the variance-preserving weights of the
+paper are used as written (the released code overwrites them).
+
+When NOT to use it: for speed. An activation of 20 operations a number costs more than GELU and saves nothing; the claim is
+accuracy at equal size. Outside [-3, 3] a fitted function grows apart from its target.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from assay.methods import kernels
+from assay.methods.layers.surgery import find, swap
+
+Denominator = Literal["sum_of_abs", "abs_of_sum"]
+Shared = Literal["numerator", "denominator"]
+INITS = ("identity", "gelu", "swish")
+FIT_RANGE, FIT_POINTS = 3.0, 1000
+FIT_TOLERANCE = {"identity": 0.0, "gelu": 0.02, "swish": 0.02}  # largest error on the range that a fit may have
+
+
+# ------------------------------------------------------------------------------------------------------------ the function
+
+
+def rational_reference(x: Tensor, a: Tensor, b: Tensor, denominator: Denominator = "sum_of_abs") -> Tensor:
+    """P(x) / Q(x) by the definition, x (..., d), a (groups, 6), b (groups, 4): the oracle of the fast path."""
+    groups = a.shape[0]
+    v = x.unflatten(-1, (groups, x.shape[-1] // groups))
+    p = sum(a[:, i, None] * v**i for i in range(6))
+    if denominator == "sum_of_abs":
+        q = 1 + sum(b[:, i - 1, None].abs() * v.abs() ** i for i in range(1, 5))
+    else:
+        q = 1 + cast(Tensor, sum(b[:, i - 1, None] * v**i for i in range(1, 5))).abs()
+    return cast(Tensor, p / q).reshape(x.shape)
+
+
+class _Rational(torch.autograd.Function):
+    """Saves x and the coefficients, nothing else."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, abs_of_sum: bool) -> Tensor:
+        ctx.save_for_backward(x, a, b)
+        ctx.abs_of_sum = abs_of_sum
+        if _use_kernel(x):
+            return cast(Tensor, torch.ops.assay.rational(x, a, b, abs_of_sum))
+        return rational_reference(x, a, b, "abs_of_sum" if abs_of_sum else "sum_of_abs")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, a, b = ctx.saved_tensors
+        if _use_kernel(x):
+            return (*torch.ops.assay.rational_backward(grad.contiguous(), x, a, b, ctx.abs_of_sum), None)
+        return (*_gradients(grad, x, a, b, ctx.abs_of_sum), None)
+
+
+def _use_kernel(x: Tensor) -> bool:
+    return x.device.type == "cpu" and kernels.load("rational")
+
+
+def _gradients(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, abs_of_sum: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The paper's gradients in torch: x (rows, d)."""
+    v = x.unflatten(-1, (a.shape[0], x.shape[-1] // a.shape[0]))
+    g = grad.view_as(v)
+    u, weight = (v, b) if abs_of_sum else (v.abs(), b.abs())
+    powers = [u**i for i in range(5)]
+    s = cast(Tensor, sum(weight[:, i - 1, None] * powers[i] for i in range(1, 5)))
+    slope = cast(Tensor, sum(i * weight[:, i - 1, None] * powers[i - 1] for i in range(1, 5)))
+    turn = s.sign() if abs_of_sum else v.sign()
+    q = 1 + s.abs()
+    y = cast(Tensor, sum(a[:, i, None] * v**i for i in range(6))) / q
+    rise = cast(Tensor, sum(i * a[:, i, None] * v ** (i - 1) for i in range(1, 6)))
+    dx = (g / q * (rise - y * turn * slope)).view_as(x)
+    da = torch.stack([(g * v**i / q).sum((0, 2)) for i in range(6)], 1)
+    scale = -g * y / q * (turn if abs_of_sum else 1.0)
+    db = torch.stack([(scale * powers[i]).sum((0, 2)) for i in range(1, 5)], 1)
+    return dx, da, db if abs_of_sum else db * b.sign()
+
+
+def rational(x: Tensor, a: Tensor, b: Tensor, *, denominator: Denominator = "sum_of_abs") -> Tensor:
+    """phi(x) for x (..., d), a (groups, 6) from the constant term up, b (groups, 4) from the linear term up; gradients for all.
+
+    Computed in float32 (float64 for float64), returned in the dtype of x. Raises ValueError for shapes that do not fit.
+    """
+    if denominator not in get_args(Denominator):
+        raise ValueError(f"denominator must be one of {', '.join(get_args(Denominator))}, got {denominator!r}")
+    if a.ndim != 2 or a.shape[1] != 6 or b.shape != (a.shape[0], 4):
+        raise ValueError(f"a and b must be (groups, 6) and (groups, 4), got {tuple(a.shape)} and {tuple(b.shape)}")
+    if not a.shape[0] or x.shape[-1] % a.shape[0]:
+        raise ValueError(f"num_groups ({a.shape[0]}) must divide the channels of x, got {x.shape[-1]}")
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    rows = x.to(wide).reshape(-1, x.shape[-1]).contiguous()
+    found = _Rational.apply(rows, a.to(wide).contiguous(), b.to(wide).contiguous(), denominator == "abs_of_sum")
+    return cast(Tensor, found).view(x.shape).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------------- fits
+
+
+@functools.cache
+def fitted(name: str, denominator: Denominator = "sum_of_abs") -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Coefficients (a, b) of a target function, least squares on [-3, 3] under the given denominator (Levenberg-Marquardt).
+
+    "identity" is exact: a_1 = 1, the rest 0. Raises ValueError for another name, RuntimeError if a fit misses its tolerance.
+    """
+    if name not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {name!r}")
+    if name == "identity":
+        return (0.0, 1.0, 0.0, 0.0, 0.0, 0.0), (0.0,) * 4
+    x = torch.linspace(-FIT_RANGE, FIT_RANGE, FIT_POINTS, dtype=torch.float64)
+    wanted = F.gelu(x) if name == "gelu" else F.silu(x)
+    theta = torch.tensor([0.0, 0.5, 0.3, 0.1, 0.05, 0.01, 0.1, 0.1, 0.1, 0.02], dtype=torch.float64)
+
+    def value(t: Tensor) -> Tensor:
+        return rational_reference(x[:, None], t[None, :6], t[None, 6:], denominator)[:, 0]
+
+    def jacobian(t: Tensor) -> Tensor:
+        powers = torch.stack([x**i for i in range(6)], 1)
+        p = powers @ t[:6]
+        if denominator == "sum_of_abs":
+            turned = powers[:, 1:5].abs() * t[6:].sign()
+            q = 1 + powers[:, 1:5].abs() @ t[6:].abs()
+        else:
+            s = powers[:, 1:5] @ t[6:]
+            q, turned = 1 + s.abs(), powers[:, 1:5] * s.sign()[:, None]
+        return torch.cat([powers / q[:, None], -(p / q.square())[:, None] * turned], 1)
+
+    damping, residual = 1e-2, value(theta) - wanted
+    for _ in range(2000):
+        slope = jacobian(theta)
+        normal = slope.T @ slope
+        step = torch.linalg.solve(normal + damping * torch.diag(normal.diagonal() + 1e-9), slope.T @ residual)
+        trial = value(theta - step) - wanted
+        if trial.square().sum() < residual.square().sum():
+            theta, residual, damping = theta - step, trial, damping / 3
+        else:
+            damping *= 4
+        if damping > 1e12:
+            break
+    if (worst := float(residual.abs().max())) > FIT_TOLERANCE[name]:
+        raise RuntimeError(f"the fit of {name} under {denominator} is off by {worst:.3g}")
+    return tuple(theta[:6].tolist()), tuple(theta[6:].tolist())
+
+
+class GroupRational(nn.Module):
+    """A learnable rational activation for each of `num_groups` contiguous groups of channels; any shape (..., d), same shape.
+
+    `init` "identity" | "gelu" | "swish"; `denominator`, `shared` as in the module docstring. `noise` adds normal noise of that
+    size to the denominators: under "sum_of_abs" a b of exactly zero gets no gradient and stays (`our choice`, off by default).
+    6 + 4 g numbers, or 6 g + 4 with a shared denominator. Raises ValueError for unknown options.
+    """
+
+    def __init__(
+        self,
+        num_groups: int = 8,
+        init: str = "swish",
+        denominator: Denominator = "sum_of_abs",
+        *,
+        shared: Shared = "numerator",
+        noise: float = 0.0,
+    ):
+        super().__init__()
+        if num_groups < 1:
+            raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+        for name, value, allowed in (
+            ("denominator", denominator, get_args(Denominator)),
+            ("shared", shared, get_args(Shared)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        a, b = fitted(init, denominator)
+        self.num_groups, self.init = num_groups, init
+        self.denominator: Denominator = denominator
+        self.shared: Shared = shared
+        self.numerator = nn.Parameter(torch.tensor(a).repeat(1 if shared == "numerator" else num_groups, 1))
+        self.coefficients = nn.Parameter(torch.tensor(b).repeat(1 if shared == "denominator" else num_groups, 1))
+        if noise:
+            nn.init.normal_(self.coefficients, std=noise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.numerator.expand(self.num_groups, 6), self.coefficients.expand(self.num_groups, 4)
+        return rational(x, a, b, denominator=self.denominator)
+
+    def gain(self) -> float:
+        """1 / E[phi(x)^2] for x ~ N(0, 1), of the average group, by quadrature."""
+        x = torch.linspace(-10, 10, 20001, dtype=torch.float64)
+        density = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
+        with torch.no_grad():
+            y = self.double_copy()(x[:, None].expand(-1, self.num_groups))
+        return 1 / float((density[:, None] * y.square()).sum(0).mean())
+
+    def double_copy(self) -> GroupRational:
+        """The same function in float64."""
+        twin = GroupRational(self.num_groups, self.init, self.denominator, shared=self.shared)
+        twin.load_state_dict(self.state_dict())
+        return twin.double()
+
+    def extra_repr(self) -> str:
+        return f"num_groups={self.num_groups}, init={self.init!r}, denominator={self.denominator!r}, shared={self.shared!r}"
+
+
+def variance_preserving_(linear: nn.Linear, phi: GroupRational) -> None:
+    """W ~ N(0, gain / d_in), bias 0: the layer behind phi keeps unit variance when its input has it."""
+    nn.init.normal_(linear.weight, std=(phi.gain() / linear.in_features) ** 0.5)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+class KATMlp(nn.Module):
+    """phi_1 (identity) -> Linear(d, hidden) -> phi_2 -> Linear(hidden, d), the GR-KAN pair that replaces a transformer's MLP."""
+
+    def __init__(self, dim: int, hidden: int, *, act_init: str = "swish", dropout: float = 0.0, **options: Any):
+        super().__init__()
+        self.act1 = GroupRational(init="identity", **options)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act2 = GroupRational(init=act_init, **options)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.dropout = dropout
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        variance_preserving_(self.fc1, self.act1)
+        variance_preserving_(self.fc2, self.act2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(F.dropout(self.act1(x), self.dropout, self.training))
+        y: Tensor = self.fc2(F.dropout(self.act2(x), self.dropout, self.training))
+        return y
+
+
+class Mlp(nn.Module):
+    """The plain MLP it is compared with: Linear, GELU, Linear."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(self.act(self.fc1(x)))
+        return y
+
+
+# ------------------------------------------------------------------------------------------------------------------ models
+
+
+def mimetic_init_(attention: Attention) -> None:
+    """Attention weights whose products begin near those of trained models: Q K^T near 0.7 I, V times projection near -0.4 I."""
+    dim, heads = attention.qkv.in_features, attention.heads
+    size = dim // heads
+    weights = torch.empty(3, dim, dim)
+    for head in range(heads):
+        rows = slice(head * size, (head + 1) * size)
+        u, s, v = torch.linalg.svd(0.7 * torch.randn(dim, dim) / dim**0.5 + 0.7 * torch.eye(dim))
+        weights[0, rows], weights[1, rows] = (u[:, :size] * s[:size].sqrt()).T, s[:size, None].sqrt() * v[:size]
+    u, s, v = torch.linalg.svd(0.4 * torch.randn(dim, dim) / dim**0.5 - 0.4 * torch.eye(dim))
+    weights[2] = s[:, None].sqrt() * v
+    with torch.no_grad():
+        attention.qkv.weight.copy_(weights.flatten(0, 1))
+        attention.proj.weight.copy_(u * s.sqrt())
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y: Tensor = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return y
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, heads: int, mlp: nn.Module):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = nn.LayerNorm(dim), Attention(dim, heads), nn.LayerNorm(dim), mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + cast(Tensor, self.mlp(self.norm2(x)))
+
+
+class VisionTransformer(nn.Module):
+    """A pre-norm ViT with a class token: images (batch, channels, size, size) to logits (batch, classes).
+
+    `mlp` "kat" | "gelu". `forward_features` gives the tokens (batch, 1 + patches, dim); `num_classes=0` leaves the head out.
+    Raises ValueError for sizes that do not divide.
+    """
+
+    def __init__(
+        self,
+        *,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 3,
+        mlp_ratio: float = 4.0,
+        mlp: Literal["kat", "gelu"] = "kat",
+        **options: Any,
+    ):
+        super().__init__()
+        if img_size % patch_size or embed_dim % num_heads:
+            raise ValueError(
+                f"patch_size must divide img_size and num_heads embed_dim, got {patch_size}, {img_size}, {num_heads}, {embed_dim}"
+            )
+        if mlp not in ("kat", "gelu"):
+            raise ValueError(f"mlp must be 'kat' or 'gelu', got {mlp!r}")
+        hidden = int(embed_dim * mlp_ratio)
+        self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + (img_size // patch_size) ** 2, embed_dim) * 0.02)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim, num_heads, KATMlp(embed_dim, hidden, **options) if mlp == "kat" else Mlp(embed_dim, hidden)
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        for block in self.blocks:
+            mimetic_init_(cast(Any, block).attn)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        y: Tensor = self.norm(x)
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.forward_features(x)[:, 0])
+        return y
+
+
+def kat_tiny_patch16_224(**options: Any) -> VisionTransformer:
+    """KAT-T: width 192, 3 heads, 12 blocks."""
+    return VisionTransformer(**{"embed_dim": 192, "num_heads": 3, **options})
+
+
+def kat_small_patch16_224(**options: Any) -> VisionTransformer:
+    """KAT-S: width 384, 6 heads, 12 blocks."""
+    return VisionTransformer(**{"embed_dim": 384, "num_heads": 6, **options})
+
+
+def kat_base_patch16_224(**options: Any) -> VisionTransformer:
+    """KAT-B: width 768, 12 heads, 12 blocks."""
+    return VisionTransformer(**{"embed_dim": 768, "num_heads": 12, **options})
+
+
+# -------------------------------------------------------------------------------------------------------------- conversion
+
+
+def _activation(module: nn.Module) -> str | None:
+    """Name of the function that a plain activation computes, if there is a fit for it."""
+    name = type(module).__name__
+    if isinstance(module, nn.SiLU) or name in ("SiLUActivation", "SwishActivation"):
+        return "swish"
+    if isinstance(module, nn.GELU) or name in (
+        "GELUActivation",
+        "NewGELUActivation",
+        "PytorchGELUTanh",
+        "FastGELUActivation",
+    ):
+        return "gelu"
+    return None
+
+
+def convert(model: nn.Module, *, include: Sequence[str] = ("*",), **options: Any) -> list[str]:
+    """Turn the activations of a trained model's MLPs into group-rational ones, in place; returns the names of those replaced.
+
+    Each GELU or Swish module becomes a `GroupRational` that starts as its fit, and the linear layer in front of it gets an
+    identity `GroupRational` before itself where it can be found beside it (`fc1`, `dense`, `c_fc`, `linear1`). The function is
+    the old one up to the error of the fit within [-3, 3]. Gated MLPs (SwiGLU) keep their structure.
+    `options` are those of `GroupRational`. Raises ValueError when nothing can be replaced.
+    """
+    found: dict[str, nn.Module] = {}
+    kinds = tuple({type(m) for m in model.modules() if _activation(m) is not None})
+    for name, module in find(model, kinds, include=include).items() if kinds else ():
+        found[name] = GroupRational(init=str(_activation(module)), **options)
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no GELU or Swish module that `include` names")
+    known = dict(model.named_modules(remove_duplicate=False))
+    # one activation object may serve many layers: every place gets a function of its own
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            init = None if child is None else _activation(child)
+            if init is not None and any(known[name] is child for name in found):
+                parent._modules[key] = GroupRational(init=init, **options)
+                for beside in ("fc1", "dense", "c_fc", "linear1"):
+                    linear = parent._modules.get(beside)
+                    if isinstance(linear, nn.Linear):
+                        parent._modules[beside] = nn.Sequential(GroupRational(init="identity", **options), linear)
+    return sorted(name for name, module in model.named_modules() if isinstance(module, GroupRational))
+
+
+__all__ = [
+    "GroupRational",
+    "KATMlp",
+    "VisionTransformer",
+    "convert",
+    "fitted",
+    "kat_base_patch16_224",
+    "kat_small_patch16_224",
+    "kat_tiny_patch16_224",
+    "rational",
+    "rational_reference",
+    "swap",
+    "variance_preserving_",
+]

@@ -1,0 +1,268 @@
+"""MemoryFormer: linear layers replaced by hashed look-ups in learned tables (arXiv 2411.12992).
+
+A Memory Layer cuts its input into K sub-vectors of `bits` numbers. The signs of a sub-vector name one of 2^bits learned rows of its
+table, and the output is the sum of the K rows, each weighted by how safely its sub-vector lies in that bucket. That is 2 K h
+operations a token in place of 2 d h, `bits` times fewer, for 2^bits / bits times the parameters (32 times at 8 bits).
+
+The weight of a bucket is the softmax over all sign vectors s of <z, s>, which has the closed form 1 / prod (1 + exp(-2 |z_i|)):
+`weight="softmax"` (default; `our choice` among the forms), "cosine" is the paper's tempered one, "magnitude" the released code's, with a
+factor sum |z_i| that is not bounded. Tables get gradients where they were read, the input through the weights only: codes are
+piecewise constant. A number is "set" when it is >= 0, zero included, as in the official torch path.
+
+When NOT to use it: to save time on a processor with a fast matrix product. Rows are read at random, K * h numbers a token and
+layer, with no reuse between tokens; and the tables with their optimizer state are huge.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from assay.methods.mixers.attention import SoftmaxAttention, rotate
+from assay.methods.mixers.protocol import channel_mixer, mixer
+
+Weight = Literal["softmax", "cosine", "magnitude"]
+
+
+def bucket_codes(z: Tensor) -> Tensor:
+    """Buckets of sub-vectors z (..., bits): int64 (...), the signs as a binary number, the first the most significant."""
+    bits = z.shape[-1]
+    powers = 2 ** torch.arange(bits - 1, -1, -1, device=z.device)
+    return ((z >= 0) * powers).sum(-1)
+
+
+def bucket_weights(z: Tensor, weight: Weight = "softmax", temperature: float = 1.0) -> Tensor:
+    """How safely z (..., bits) lies in its bucket: (...), float32 at least; see the module docstring."""
+    wide = z.double() if z.dtype == torch.float64 else z.float()
+    size = wide.abs()
+    if weight == "cosine":
+        norm = wide.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
+        return torch.exp(-F.softplus(-2 * size / (temperature * norm * z.shape[-1] ** 0.5)).sum(-1))
+    p = torch.exp(-F.softplus(-2 * size).sum(-1))
+    return p * size.sum(-1) if weight == "magnitude" else p
+
+
+@dataclass(frozen=True)
+class MemoryCost:
+    """A layer's parameters, and per token its multiply-accumulates (1 MAC = 2 FLOPs) and the bytes of table rows it reads."""
+
+    params: int
+    macs: int
+    bytes_read: int
+
+
+class MemoryLinear(nn.Module):
+    """The layer M: (..., in_features) to (..., out_features). `bits` numbers make a code; in_features must be a multiple.
+
+    `hash_with` of another layer of the same input gives codes and weights that `look_up` takes, so that Q, K and V share one.
+    Raises ValueError for sizes that do not divide or an unknown weight.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int = 8,
+        weight: Weight = "softmax",
+        temperature: float = 1.0,
+        bias: bool = True,
+    ):
+        super().__init__()
+        if not 1 <= bits <= 16 or in_features % bits:
+            raise ValueError(f"bits must be from 1 to 16 and divide in_features ({in_features}), got {bits}")
+        if weight not in get_args(Weight):
+            raise ValueError(f"weight must be one of {', '.join(get_args(Weight))}, got {weight!r}")
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature}")
+        self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.weight: Weight = weight
+        self.temperature = temperature
+        self.tables = nn.Parameter(torch.empty(in_features // bits * 2**bits, out_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.reset_parameters()
+
+    @property
+    def count(self) -> int:
+        """K, the number of tables."""
+        return self.in_features // self.bits
+
+    def reset_parameters(self) -> None:
+        """Tables 0.02 N(0, 1), bias 0.001 N(0, 1), as the paper."""
+        nn.init.normal_(self.tables, std=0.02)
+        if self.bias is not None:
+            nn.init.normal_(self.bias, std=0.001)
+
+    def hash(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (..., K) int64 of `tables`, and their weights (..., K), for inputs (..., in_features)."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have {self.in_features} features, got {x.shape[-1]}")
+        z = x.unflatten(-1, (self.count, self.bits))
+        rows = bucket_codes(z) + torch.arange(self.count, device=x.device) * 2**self.bits
+        return rows, bucket_weights(z, self.weight, self.temperature)
+
+    def look_up(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of table rows: (..., K) to (..., out_features). A gather-add, no matrix product."""
+        flat = rows.reshape(-1, self.count)
+        scales = weights.reshape(-1, self.count).to(self.tables.dtype)
+        y = F.embedding_bag(flat, self.tables, mode="sum", per_sample_weights=scales)
+        return (y if self.bias is None else y + self.bias).view(*rows.shape[:-1], self.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.look_up(*self.hash(x))
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The same by a dense product with a mostly zero (K 2^bits)-wide code: the oracle."""
+        rows, weights = self.hash(x)
+        code = torch.zeros(*x.shape[:-1], len(self.tables), dtype=self.tables.dtype, device=x.device)
+        code = code.scatter(-1, rows, weights.to(code.dtype))
+        y = code @ self.tables
+        return y if self.bias is None else y + self.bias
+
+    def cost(self) -> MemoryCost:
+        """Exact parameters; per token K h MACs and K h numbers read (hashing, O(in_features), left out)."""
+        products = self.count * self.out_features
+        params = sum(p.numel() for p in self.parameters())
+        return MemoryCost(params, products, products * self.tables.element_size())
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, weight={self.weight!r}"
+
+
+@torch.no_grad()
+def distil_(layer: MemoryLinear, x: Tensor, y: Tensor, *, sweeps: int = 10, ridge: float = 1e-3) -> list[float]:
+    """Fit the tables to outputs y (n, out_features) of another layer on its real inputs x (n, in_features), by least squares.
+
+    Each table in turn is set to the best rows given the others (backfitting), `sweeps` times; rows never read become zero.
+    Returns the relative error ||y - f(x)|| / ||y|| after each sweep, which never rises (up to the ridge).
+    Raises ValueError for shapes that do not fit.
+    """
+    if x.ndim != 2 or y.shape != (len(x), layer.out_features):
+        raise ValueError(
+            f"x and y must be (n, in_features) and (n, out_features), got {tuple(x.shape)} and {tuple(y.shape)}"
+        )
+    if sweeps < 1 or ridge < 0:
+        raise ValueError(f"sweeps must be at least 1 and ridge at least 0, got {sweeps} and {ridge}")
+    rows, weights = layer.hash(x)
+    weights = weights.to(torch.float32)
+    layer.tables.zero_()
+    target = y.float()
+    if layer.bias is not None:
+        layer.bias.copy_(target.mean(0))
+        target = target - target.mean(0)
+    residual, errors, buckets = target.clone(), [], 2**layer.bits
+    for _ in range(sweeps):
+        for k in range(layer.count):
+            row, p = rows[:, k] - k * buckets, weights[:, k, None]
+            table = layer.tables[k * buckets : (k + 1) * buckets]
+            residual += p * table[row].float()
+            mass = torch.zeros(buckets, 1).index_add(0, row, p.square()) + ridge
+            table.copy_(torch.zeros(buckets, layer.out_features).index_add(0, row, p * residual) / mass)
+            residual -= p * table[row].float()
+        errors.append(float(residual.norm() / y.float().norm()))
+    return errors
+
+
+def bucket_entropy(layer: MemoryLinear, x: Tensor) -> tuple[float, float]:
+    """How evenly real inputs x (n, in_features) use the rows: entropy over `bits` (1 is uniform), and the largest share times 2^bits.
+
+    Both are averages over the tables.
+    """
+    rows, _ = layer.hash(x.reshape(-1, layer.in_features))
+    counts = torch.bincount(rows.flatten(), minlength=len(layer.tables)).view(layer.count, -1).double()
+    share = counts / counts.sum(-1, keepdim=True)
+    entropy = -(share * share.clamp(min=1e-300).log2()).sum(-1) / layer.bits
+    return float(entropy.mean()), float((share.amax(-1) * 2**layer.bits).mean())
+
+
+# -------------------------------------------------------------------------------------------------------- the architecture
+
+
+@mixer("memory_attention")
+class MemoryAttention(SoftmaxAttention):
+    """Softmax attention whose queries, keys and values are look-ups with one shared hash; no output projection.
+
+    Rotary positions on `rotary_share` of each head, as in Pythia.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int = 4,
+        bits: int = 8,
+        weight: Weight = "softmax",
+        rotary_share: float = 0.25,
+        layer: int = 0,
+        layers: int = 1,
+    ):
+        super().__init__(dim, heads=heads, rotary=False)
+        self.rotary_dim = int(self.head_dim * rotary_share) // 2 * 2
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(self, name, MemoryLinear(dim, dim, bits=bits, weight=weight))
+        self.o_proj = nn.Identity()  # type: ignore[assignment]
+
+    def _qkv(self, x: Tensor, start: Tensor | int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        layers = [cast(MemoryLinear, p) for p in (self.q_proj, self.k_proj, self.v_proj)]
+        rows, weights = layers[0].hash(x)
+        shape = (*x.shape[:2], self.heads, self.head_dim)
+        q, k, v = (layer.look_up(rows, weights).view(shape).transpose(1, 2) for layer in layers)
+        if self.rotary_dim:
+            position = torch.arange(x.shape[1], device=x.device)[None] + start
+            q, k = (
+                torch.cat([rotate(y[..., : self.rotary_dim], position), y[..., self.rotary_dim :]], -1) for y in (q, k)
+            )
+        return q, k, v
+
+
+@channel_mixer("memory")
+class MemoryBlock(nn.Module):
+    """Memory Layer (dim -> K (bits + extra)), LayerNorm, Memory Layer with tables of bits + extra bits (-> dim); no activation.
+
+    `hidden` is not used: the inner width follows from the bits.
+    """
+
+    def __init__(self, dim: int, hidden: int = 0, *, bits: int = 8, extra: int = 2, weight: Weight = "softmax"):
+        super().__init__()
+        if extra < 0:
+            raise ValueError(f"extra must be at least 0, got {extra}")
+        inner = dim // bits * (bits + extra)
+        self.first = MemoryLinear(dim, inner, bits=bits, weight=weight)
+        self.norm = nn.LayerNorm(inner)
+        self.second = MemoryLinear(inner, dim, bits=bits + extra, weight=weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.norm(self.first(x)))
+        return y
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 512, "layers": 6, "heads": 8},
+    "small": {"hidden_size": 768, "layers": 6, "heads": 12},
+}
+
+
+def memoryformer_config(
+    *,
+    vocab_size: int,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    bits: int = 8,
+    extra: int = 2,
+    weight: Weight = "softmax",
+) -> Any:
+    """A `MixerConfig` of the paper's model; `SIZES` has the paper's. Embedding and head stay ordinary and separate."""
+    from assay.methods.mixers.model import MixerConfig
+
+    return MixerConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        layers=[["memory_attention", {"heads": heads, "bits": bits, "weight": weight}]] * layers,
+        channel_mixer=["memory", {"bits": bits, "extra": extra, "weight": weight}],
+        tie_word_embeddings=False,
+    )

@@ -1,0 +1,1 @@
+"""Sequence mixers: what stands where attention stands in a language model, with a state for generation."""

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import DynamicCache
+
+from assay.methods.attention.pie_positional_integrity import (
+    EditableContext,
+    cache_of,
+    edit_cache,
+    rotate_keys,
+    rotation_of,
+    token_changes,
+)
+from assay.methods.inference.cache import keys_and_values
+
+
+def llama(layers, *, dtype=torch.float64, heads=9, kv_heads=3, **options):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=8 * heads,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+        **options,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def ids(n, seed=0):
+    return torch.randint(1, 97, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+def full(model, tokens):
+    return EditableContext(model, tokens)
+
+
+def close(context, other, tolerance=1e-5):  # transformers computes the angles in float32
+    for (k, v), (wanted_k, wanted_v) in zip(context.layers, other.layers, strict=True):
+        torch.testing.assert_close(k, wanted_k, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(v, wanted_v, atol=tolerance, rtol=tolerance)
+
+
+FREQUENCY = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotations_add_up_and_keep_the_norm(interleaved):
+    keys = torch.randn(2, 3, 7, 12, dtype=torch.float64)  # 8 of 12 dimensions turn
+
+    def turn(x, delta):
+        return rotate_keys(x, delta, FREQUENCY, interleaved=interleaved)
+
+    torch.testing.assert_close(turn(turn(keys, 5), 12), turn(keys, 17))
+    torch.testing.assert_close(turn(turn(keys, 9), -9), keys)
+    torch.testing.assert_close(turn(keys, 1234).norm(dim=-1), keys.norm(dim=-1))
+    assert torch.equal(turn(keys, 40)[..., 8:], keys[..., 8:])
+    assert not torch.allclose(turn(keys, 1)[..., :8], keys[..., :8])
+    assert turn(keys, 0) is keys
+    each = torch.arange(7)
+    torch.testing.assert_close(turn(keys, each)[:, :, 3], turn(keys, 3)[:, :, 3])
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "m"), [(10, 10, 6), (10, 25, 6), (10, 25, 0), (0, 4, 9), (0, 40, 7), (38, 40, 5), (40, 40, 3)]
+)
+def test_one_layer_equals_full_recomputation(start, stop, m):
+    model, old = llama(1), ids(40)
+    context = full(model, old)
+    context.edit(start, stop, ids(m, seed=1))
+    fresh = full(model, torch.cat([old[:start], ids(m, seed=1), old[stop:]]))
+    assert torch.equal(context.ids, fresh.ids)
+    close(context, fresh)
+
+
+def test_deep_models_keep_the_first_layer_exact_and_the_rest_close_but_not_equal():
+    model, old = llama(4), ids(40)
+    context = full(model, old)
+    context.edit(10, 12, ids(5, seed=1))
+    fresh = full(model, context.ids)
+    for part in (0, 1):
+        torch.testing.assert_close(context.layers[0][part], fresh.layers[0][part])
+        torch.testing.assert_close(context.layers[3][part][:, :, :15], fresh.layers[3][part][:, :, :15])
+        assert not torch.allclose(context.layers[3][part][:, :, 15:], fresh.layers[3][part][:, :, 15:])
+
+
+@pytest.mark.parametrize(("start", "stop"), [(40, 40), (30, 40), (0, 40)])
+def test_an_edit_at_the_end_or_of_everything_is_exact_at_any_depth(start, stop):
+    model, old = llama(4), ids(40)
+    context = full(model, old)
+    context.edit(start, stop, ids(8, seed=1))
+    close(context, full(model, context.ids))
+    assert context.staleness == 0
+
+
+def test_an_edit_without_change_is_the_identity_and_values_stay_where_they_are():
+    model, old = llama(3), ids(40)
+    context = full(model, old)
+    before = context.layers
+    context.edit(7, 7, [])
+    for (k, v), (k0, v0) in zip(context.layers, before, strict=True):
+        assert torch.equal(k, k0)
+        assert torch.equal(v, v0)
+    context.edit(7, 9, old[7:9])
+    close(context, full(model, old))
+
+
+def test_two_edits_are_one_with_the_sum_and_an_edit_and_its_inverse_are_none():
+    model, old = llama(3), ids(40)
+    one, two = full(model, old), full(model, old)
+    one.edit(10, 10, ids(7, seed=1))
+    two.edit(10, 10, ids(7, seed=1)[:3])
+    two.edit(13, 13, ids(7, seed=1)[3:])
+    close(one, two)
+    one.edit(10, 17, [])
+    close(one, full(model, old))
+
+
+def test_length_and_next_position_follow_the_edit():
+    model, old = llama(1), ids(30)
+    context = full(model, old)
+    context.edit(5, 9, ids(10, seed=1))
+    assert len(context) == 36
+    assert context.cache().get_seq_length() == 35
+    ahead = model(input_ids=context.ids[None, -1:], past_key_values=context.cache(), use_cache=True).logits[0, -1]
+    torch.testing.assert_close(ahead, model(input_ids=context.ids[None]).logits[0, -1])
+    wanted = model.generate(context.ids[None], max_new_tokens=6, do_sample=False, pad_token_id=0)[0, 36:]
+    assert torch.equal(context.complete(6), wanted)
+    assert len(context) == 36, "completing must not change the context"
+
+
+def test_several_edits_at_once_and_a_new_text():
+    model, old = llama(1), ids(60)
+    context = full(model, old)
+    context.edits([(40, 45, ids(2, seed=1)), (3, 3, ids(4, seed=2)), (20, 30, [])])
+    fresh = torch.cat([old[:3], ids(4, seed=2), old[3:20], old[30:40], ids(2, seed=1), old[45:]])
+    assert torch.equal(context.ids, fresh)
+    close(context, full(model, fresh))
+    new = torch.cat([ids(3, seed=5), fresh[:30], fresh[33:]])
+    assert context.update(new) <= 6
+    assert torch.equal(context.ids, new)
+    close(context, full(model, new))
+    assert context.update(new) == 0
+    with pytest.raises(ValueError, match="overlap"):
+        context.edits([(3, 8, []), (7, 9, [])])
+
+
+def test_token_changes_lead_from_one_to_the_other():
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(50):
+        a = torch.randint(0, 4, (int(torch.randint(0, 20, (), generator=generator)),), generator=generator).tolist()
+        b = torch.randint(0, 4, (int(torch.randint(0, 20, (), generator=generator)),), generator=generator).tolist()
+        built, at = [], 0
+        for start, stop, tokens in token_changes(a, b):
+            built += a[at:start] + tokens
+            at = stop
+        assert built + a[at:] == b
+
+
+def test_conflict_encoding_leaves_old_positions_and_recompute_brings_it_closer():
+    model, old = llama(3), ids(60)
+    new = ids(9, seed=1)
+    fresh = full(model, torch.cat([old[:20], new, old[20:]]))
+
+    def off(**options):
+        context = full(model, old)
+        context.edit(20, 20, new, **options)
+        return sum(float((k - w).norm()) for (k, _), (w, _) in zip(context.layers, fresh.layers, strict=True))
+
+    assert off() < off(rotate=False) / 2
+    assert off(recompute=20) < off()
+    assert off(recompute=40) < 1e-5
+
+
+def test_staleness_counts_what_was_computed_with_the_old_text():
+    context = full(llama(2), ids(40))
+    assert context.staleness == 0
+    context.edit(10, 10, ids(10, seed=1))
+    assert context.staleness == pytest.approx(30 / 50)
+    context.refresh()
+    assert context.staleness == 0
+
+
+def test_many_edits_in_bfloat16_do_not_drift():
+    model, old = llama(1, dtype=torch.bfloat16), ids(50)
+    context = full(model, old)
+    for _ in range(40):
+        context.edit(5, 5, ids(3, seed=1))
+        context.edit(5, 8, [])
+    close(context, full(model, old), tolerance=1e-2)
+    naive = cache_of([(k.clone(), v) for k, v in full(model, old).layers])
+    empty = [(k[:, :, :0], v[:, :, :0]) for k, v in keys_and_values(naive)]
+    inv_freq, _ = rotation_of(model)
+    some = [(k[:, :, :3], v[:, :, :3]) for k, v in keys_and_values(naive)]
+    for _ in range(40):
+        edit_cache(naive, 5, 0, some, inv_freq)
+        edit_cache(naive, 5, 3, empty, inv_freq)
+    kept = full(model, old).layers[0][0].float()
+    assert (context.layers[0][0].float() - kept).norm() < (keys_and_values(naive)[0][0].float() - kept).norm()
+
+
+def test_edit_cache_on_transformers_own_cache():
+    model, old = llama(1), ids(30)
+    cache = DynamicCache()
+    model(input_ids=old[None], past_key_values=cache, use_cache=True)
+    new = torch.cat([old[:10], ids(4, seed=1), old[12:]])
+    fresh = full(model, new)
+    inv_freq, interleaved = rotation_of(model)
+    inserted = [(k[:, :, 10:14], v[:, :, 10:14]) for k, v in fresh.layers]
+    edit_cache(cache, 10, 2, inserted, inv_freq, interleaved=interleaved)
+    assert cache.get_seq_length() == 32
+    close(type("C", (), {"layers": keys_and_values(cache)})(), fresh)
+    with pytest.raises(ValueError, match="start"):
+        edit_cache(cache, 30, 5, inserted, inv_freq)
+    with pytest.raises(ValueError, match="1 layers"):
+        edit_cache(cache, 3, 0, [], inv_freq)
+
+
+def test_the_layout_is_found_on_the_model():
+    torch.manual_seed(0)
+    config = GPTJConfig(vocab_size=97, n_embd=48, n_layer=1, n_head=3, rotary_dim=8, n_positions=512)
+    model = GPTJForCausalLM(config).eval()
+    if not any(hasattr(module, "inv_freq") for module in model.modules()):
+        with pytest.raises(ValueError, match="no rotary embedding"):
+            rotation_of(model)
+    assert rotation_of(llama(1))[1] is False
+    scaled = llama(1, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
+    context = full(scaled, ids(30))
+    context.edit(4, 6, ids(9, seed=1))
+    close(context, full(scaled, context.ids))
+
+
+def test_models_it_does_not_fit():
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=16, n_layer=1, n_head=2)).eval()
+    with pytest.raises(ValueError, match="no rotary"):
+        EditableContext(gpt2, ids(5))
+    dynamic = llama(1, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    with pytest.raises(ValueError, match="dynamic"):
+        EditableContext(dynamic, ids(5))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda c: c.edit(5, 3, []), "start and stop"),
+        (lambda c: c.edit(0, 99, []), "start and stop"),
+        (lambda c: c.edit(0, 10, []), "at least one token"),
+        (lambda c: c.edit(0, 1, [1], recompute=-1), "recompute"),
+        (lambda c: c.edit(0, 1, torch.ones(2, 2)), "new_ids"),
+    ],
+)
+def test_bad_edits_are_named_and_change_nothing(call, message):
+    context = full(llama(1), ids(10))
+    with pytest.raises(ValueError, match=message):
+        call(context)
+    assert torch.equal(context.ids, ids(10))
+
+
+@pytest.mark.model
+def test_smollm2_after_an_edit_is_closer_to_the_truth_than_conflict_and_stale(smollm2):
+    from assay.workloads.text import long_prompt
+
+    text = long_prompt(smollm2.tokenizer, 330)[0]
+    new, ahead = text[:300], text[300:]
+    old = torch.cat([new[:200], new[240:]])
+
+    def nll(context):
+        cache, rest = context.cache(), torch.cat([context.ids[-1:], ahead])
+        with torch.no_grad():
+            logits = smollm2.model(input_ids=rest[None, :-1], past_key_values=cache, use_cache=True).logits[0]
+        return logits.log_softmax(-1)
+
+    truth = nll(EditableContext(smollm2.model, new))
+
+    def kl(context):
+        return float((truth.exp() * (truth - nll(context))).sum(-1).mean())
+
+    stale = EditableContext(smollm2.model, old)
+    pie, conflict = stale.fork(), stale.fork()
+    pie.edit(200, 200, new[200:240])
+    conflict.edit(200, 200, new[200:240], rotate=False)
+    assert kl(pie) < kl(stale)
+    assert kl(pie) < kl(conflict)

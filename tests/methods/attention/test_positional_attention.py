@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.properties.mixers import check_mixer
+from torch import nn
+
+from assay.measure.cost import count_cost
+from assay.methods.attention.positional_attention import (
+    TASKS,
+    AlgorithmicTransformer,
+    ContentAttention,
+    PositionalAttention,
+    PositionalMixer,
+    fold,
+    task_data,
+)
+
+
+def test_is_a_mixer():
+    check_mixer(lambda: PositionalMixer(24, heads=3, positions=120))
+
+
+def test_weights_do_not_depend_on_the_input_and_rows_sum_to_one():
+    torch.manual_seed(0)
+    layer = PositionalAttention(16, 9, heads=2).double()
+    a = layer.weights()
+    assert a.shape == (2, 9, 9)
+    torch.testing.assert_close(a.sum(-1), torch.ones(2, 9, dtype=torch.float64))
+    x = torch.randn(3, 9, 16, dtype=torch.float64)
+    y = torch.randn(3, 9, 16, dtype=torch.float64)
+    zero = layer(torch.zeros_like(x))
+    torch.testing.assert_close(layer(x + y) - zero, layer(x) - zero + layer(y) - zero)  # linear in the input
+    manual = torch.cat([a[h] @ layer.v_proj(x)[:, :, 8 * h : 8 * h + 8] for h in range(2)], -1)
+    torch.testing.assert_close(layer(x), layer.o_proj(manual))
+
+
+def without_biases(model):
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.bias is not None and not hasattr(module, "_routing"):
+            nn.init.zeros_(module.bias)
+    return model
+
+
+@pytest.mark.parametrize(("routing", "holds"), [("position", True), ("content", False)])
+def test_without_biases_the_network_scales_with_its_input(routing, holds):
+    torch.manual_seed(0)
+    model = without_biases(AlgorithmicTransformer(8, routing=routing, dim=16, hidden=16)).double()
+    x = torch.randn(20, 8, dtype=torch.float64)
+    for c in (0.1, 3.0, 100.0):
+        same = torch.allclose(model(c * x), c * model(x), rtol=1e-9, atol=1e-9)
+        assert same == holds
+
+
+def test_routing_keeps_its_biases_free_to_choose():
+    """Biases of W_Q and W_K move the routes, not the scaling: they may stay."""
+    torch.manual_seed(0)
+    model = AlgorithmicTransformer(8, dim=16, hidden=16).double()
+    for layer in model.layers:
+        for p in (layer.attention.q_proj, layer.attention.k_proj):
+            p._routing = True
+    without_biases(model)
+    x = torch.randn(20, 8, dtype=torch.float64)
+    torch.testing.assert_close(model(7 * x), 7 * model(x))
+
+
+def test_folding_keeps_the_function_and_drops_the_work():
+    torch.manual_seed(0)
+    model = AlgorithmicTransformer(8, dim=16, hidden=16).eval()
+    x = torch.randn(50, 8)
+    before, cost = model(x), count_cost(model, x)
+    fold(model, 9)
+    torch.testing.assert_close(model(x), before)
+    after = count_cost(model, x)
+    assert not any(isinstance(m, PositionalAttention) for m in model.modules())
+    saved = sum(m.macs for m in cost.modules) - sum(m.macs for m in after.modules)
+    depth, dp = 4, 9
+    routing = depth * (2 * dp * 2 * dp * dp + 2 * dp * dp * dp)  # projections of P, and QK^T, once a batch
+    assert saved == routing
+    with pytest.raises(ValueError, match="no PositionalAttention"):
+        fold(model, 9)
+
+
+def test_permuting_positions_needs_the_encodings_rows_too():
+    torch.manual_seed(0)
+    layer = PositionalAttention(8, 6, heads=2).double()
+    x, order = torch.randn(2, 6, 8, dtype=torch.float64), torch.tensor([3, 1, 5, 0, 4, 2])
+    moved = PositionalAttention(8, 6, heads=2).double()
+    moved.load_state_dict(layer.state_dict())
+    for name in ("q_proj", "k_proj"):  # encodings are one-hot: permuting their rows permutes the columns of the weights
+        getattr(moved, name).weight.data = getattr(layer, name).weight[:, order].clone()
+    torch.testing.assert_close(moved(x[:, order]), layer(x)[:, order])
+    assert not torch.allclose(layer(x[:, order]), layer(x)[:, order])
+
+
+def test_weights_are_kept_once_for_a_whole_batch():
+    model = AlgorithmicTransformer(8, dim=16)
+    fold(model, 9)
+    assert sum(b.numel() for b in model.buffers()) == 4 * 2 * 9 * 9
+
+
+def test_shorter_inputs_use_the_first_rows_and_the_scratch_row():
+    torch.manual_seed(0)
+    layer = PositionalAttention(8, 9, heads=2).double()
+    whole = layer.q_proj(torch.eye(9, dtype=torch.float64)).view(9, 2, 9)[[0, 1, 2, 8]].transpose(0, 1)
+    keys = layer.k_proj(torch.eye(9, dtype=torch.float64)).view(9, 2, 9)[[0, 1, 2, 8]].transpose(0, 1)
+    torch.testing.assert_close(layer.weights(4), torch.softmax(whole @ keys.transpose(-1, -2) / 3.0, -1))
+    assert AlgorithmicTransformer(8, dim=16)(torch.randn(2, 5)).shape == (2, 5)
+    assert AlgorithmicTransformer(8, dim=16, routing="content")(torch.randn(2, 5)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "layer", [PositionalAttention(6, 5, heads=2), ContentAttention(6, heads=2)], ids=["position", "content"]
+)
+def test_gradients(layer):
+    layer = layer.double()
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*layer.named_parameters(), strict=True)
+    inputs = (x, *(v.detach().requires_grad_() for v in values))
+    assert torch.autograd.gradcheck(
+        lambda x, *p: torch.func.functional_call(layer, dict(zip(names, p, strict=True)), (x,)), inputs
+    )
+
+
+def test_tasks_are_what_they_say():
+    x = torch.tensor([[3.0, -1.0, 2.0, -5.0]])
+    assert TASKS["sum"](x).tolist() == [[3, 2, 4, -1]]
+    assert TASKS["min"](x).tolist() == [[3, -1, -1, -5]]
+    assert TASKS["median"](x).tolist() == [[3, 1, 2, 0.5]]
+    assert TASKS["maxsub"](x).tolist() == [[3, 3, 4, 4]]
+    assert TASKS["sort"](x).tolist() == [[-5, -1, 2, 3]]
+    brute = torch.randn(50, 6)
+    best = [max(brute[r, i : j + 1].sum() for i in range(6) for j in range(i, 6)).item() for r in range(50)]
+    assert TASKS["maxsub"](brute)[:, -1].tolist() == pytest.approx(best, abs=1e-5)
+
+
+def test_data_leaves_the_training_range_at_larger_scales():
+    inside, _ = task_data("sum", 2000)
+    outside, _ = task_data("sum", 2000, scale=4)
+    assert inside.abs().max() <= 2
+    assert 4 < outside.abs().max() <= 8
+    assert (outside.abs().amax(1) > 2).float().mean() > 0.9
+    assert torch.equal(task_data("sort", 5, seed=3)[0], task_data("sort", 5, seed=3)[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: PositionalAttention(7, 5, heads=2), "heads"),
+        (lambda: PositionalAttention(8, 0), "positions"),
+        (lambda: PositionalAttention(8, 5).weights(6), "n must be"),
+        (lambda: AlgorithmicTransformer(8, routing="both"), "routing"),
+        (lambda: AlgorithmicTransformer(8)(torch.randn(1, 9)), "at most 8"),
+        (lambda: PositionalMixer(8, positions=4)(torch.randn(1, 5, 8)), "4 positions"),
+        (lambda: task_data("product", 3), "task"),
+        (lambda: task_data("sum", 3, scale=0.5), "scale"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

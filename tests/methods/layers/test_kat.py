@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from assay.methods import kernels
+from assay.methods.layers.kat import (
+    GroupRational,
+    KATMlp,
+    Mlp,
+    VisionTransformer,
+    convert,
+    fitted,
+    kat_tiny_patch16_224,
+    rational,
+    rational_reference,
+    variance_preserving_,
+)
+
+FORMS = ("sum_of_abs", "abs_of_sum")
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def path(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr("assay.methods.layers.kat._use_kernel", lambda x: False)
+    else:
+        assert kernels.load("rational")
+    return request.param
+
+
+def coefficients(groups, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(groups, 6, generator=generator, dtype=dtype)
+    return a, torch.randn(groups, 4, generator=generator, dtype=dtype)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_both_paths_compute_the_definition(path, form):
+    a, b = coefficients(3)
+    x = 3 * torch.randn(2, 5, 12, dtype=torch.float64)
+    torch.testing.assert_close(rational(x, a, b, denominator=form), rational_reference(x, a, b, form))
+    strided = x.transpose(0, 1)
+    torch.testing.assert_close(rational(strided, a, b, denominator=form), rational_reference(strided, a, b, form))
+    assert rational(x[:0], a, b).shape == (0, 5, 12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_inputs_and_coefficients(path, form):
+    torch.manual_seed(1)
+    a, b = coefficients(2)
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (x, a, b)]
+    assert torch.autograd.gradcheck(lambda x, a, b: rational(x, a, b, denominator=form), inputs)
+    # the group reduction is the expanded version's gradient, summed over the channels of the group
+    wide_a, wide_b = (t.detach().repeat_interleave(3, 0).requires_grad_() for t in (a, b))
+    grad = torch.randn(3, 4, 6, dtype=torch.float64)
+    grouped = torch.autograd.grad(rational(x, a, b, denominator=form), (a, b), grad)
+    expanded = torch.autograd.grad(rational(x, wide_a, wide_b, denominator=form), (wide_a, wide_b), grad)
+    for one, many in zip(grouped, expanded, strict=True):
+        torch.testing.assert_close(one, many.unflatten(0, (2, 3)).sum(1))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_identity_is_the_identity_everywhere(path, form):
+    act = GroupRational(4, "identity", form)
+    x = torch.cat([torch.tensor([0.0, -0.0, 20.0, -20.0, 1e4]), torch.randn(11)]).view(1, 16)
+    assert torch.equal(act(x), x)
+    assert torch.equal(act(x.bfloat16()), x.bfloat16())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("name", "target"), [("gelu", F.gelu), ("swish", F.silu)])
+def test_fits_hold_under_the_form_they_are_used_with(form, name, target):
+    x = torch.linspace(-3, 3, 4001)[:, None].expand(-1, 8)
+    off = (GroupRational(8, name, form)(x) - target(x)).abs().max()
+    assert off < 0.02
+    other = next(f for f in FORMS if f != form)
+    a, b = fitted(name, form)
+    crossed = rational(x[:, :1].double(), torch.tensor([a]).double(), torch.tensor([b]).double(), denominator=other)
+    assert (crossed - target(x[:, :1].double())).abs().max() > off, (
+        "coefficients of one form are not those of the other"
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_denominators_have_no_pole(form):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.linspace(-50, 50, 2001, dtype=torch.float64)[:, None]
+    for seed in range(20):
+        a, b = coefficients(1, seed)
+        p = sum(a[:, i] * x**i for i in range(6))
+        y = rational(x, a, b * 3, denominator=form)
+        assert (y.abs() <= p.abs() + 1e-12).all()
+    big = torch.randn(100, 8, generator=generator) * 1e3
+    assert GroupRational(8, "swish", form)(big).isfinite().all()
+
+
+def test_a_groups_coefficients_move_its_channels_only():
+    act = GroupRational(4, "swish")
+    x = torch.randn(5, 16)
+    before = act(x)
+    with torch.no_grad():
+        act.coefficients[2] += 0.5
+    moved = (act(x) != before).any(0)
+    assert moved.nonzero().flatten().tolist() == [8, 9, 10, 11]
+
+
+def test_parameters_and_sharing():
+    assert sum(p.numel() for p in GroupRational(8).parameters()) == 6 + 4 * 8
+    assert sum(p.numel() for p in GroupRational(8, shared="denominator").parameters()) == 6 * 8 + 4
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "embed_dim": 48, "num_heads": 3, "depth": 3, "num_classes": 10}
+    count = {m: sum(p.numel() for p in VisionTransformer(mlp=m, **sizes).parameters()) for m in ("kat", "gelu")}
+    assert count["kat"] - count["gelu"] == 3 * 2 * (6 + 4 * 8)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["identity", "gelu", "swish"])
+def test_the_gain_keeps_the_variance(name, form):
+    torch.manual_seed(0)
+    act, linear = GroupRational(8, name, form), nn.Linear(512, 512)
+    variance_preserving_(linear, act)
+    y = linear(act(F.layer_norm(torch.randn(2000, 512), (512,))))
+    assert y.var().item() == pytest.approx(1.0, abs=0.06)
+    assert act.gain() == pytest.approx({"identity": 1.0, "gelu": 2.36, "swish": 2.8}[name], rel=0.05)
+
+
+def test_zero_denominators_stay_zero_unless_noise_breaks_the_tie():
+    x = torch.randn(7, 16)
+    still, moving = GroupRational(8, "identity"), GroupRational(8, "identity", noise=0.01)
+    for act in (still, moving):
+        act(x).square().sum().backward()
+    assert still.coefficients.grad.abs().max() == 0
+    assert moving.coefficients.grad.abs().max() > 0
+
+
+def test_bfloat16_is_computed_in_float32():
+    act = GroupRational(8, "gelu")
+    x = torch.randn(50, 64).bfloat16()
+    assert torch.equal(act(x), act(x.float()).bfloat16())
+
+
+def test_converted_vit_computes_what_it_did():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=32,
+        patch_size=8,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        intermediate_size=96,
+        num_labels=7,
+    )
+    model = ViTForImageClassification(config).eval()
+    images = torch.randn(4, 3, 32, 32)
+    before = model(images).logits
+    parameters = sum(p.numel() for p in model.parameters())
+    names = convert(model)
+    assert len(names) == 6
+    assert sum(p.numel() for p in model.parameters()) - parameters == 3 * 2 * (6 + 4 * 8)
+    after = model(images).logits
+    assert (after - before).abs().max() < 0.02
+    assert not torch.equal(after, before)
+    model(images).logits.sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "numerator" in n)
+
+
+def test_own_vit_converts_too_and_only_what_is_asked():
+    torch.manual_seed(0)
+    model = VisionTransformer(
+        img_size=8, patch_size=4, in_chans=1, num_classes=10, embed_dim=24, num_heads=3, depth=2, mlp="gelu"
+    )
+    images = torch.rand(3, 1, 8, 8)
+    before = model(images)
+    twin = copy.deepcopy(model)
+    assert len(convert(model)) == 4
+    assert (model(images) - before).abs().max() < 0.05
+    assert len(convert(twin, include=["blocks.1.*"])) == 2
+    assert isinstance(twin.blocks[0].mlp.act, nn.GELU)
+    with pytest.raises(ValueError, match="no GELU"):
+        convert(nn.Linear(3, 3))
+
+
+def test_builders():
+    assert kat_tiny_patch16_224(num_classes=0, depth=1)(torch.randn(1, 3, 224, 224)).shape == (1, 192)
+    tiny = kat_tiny_patch16_224()
+    millions = sum(p.numel() for p in tiny.parameters()) / 1e6
+    assert millions == pytest.approx(5.7, abs=0.05)
+    assert len(tiny.blocks) == 12
+    assert tiny.blocks[0].mlp.act1.init == "identity"
+
+
+def test_trains_and_learns_the_shape():
+    torch.manual_seed(0)
+    block = KATMlp(16, 64)
+    plain = Mlp(16, 64)
+    assert sum(p.numel() for p in block.parameters()) == sum(p.numel() for p in plain.parameters()) + 2 * 38
+    x = torch.randn(256, 16)
+    y = torch.sin(2 * x)
+    optimizer = torch.optim.Adam(block.parameters(), 3e-3)
+    losses = []
+    for _ in range(150):
+        loss = (block(x) - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    assert block.act1.coefficients.abs().max() == 0, "as the paper's init leaves it"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: GroupRational(0), "num_groups"),
+        (lambda: GroupRational(8, "relu"), "init"),
+        (lambda: GroupRational(8, "gelu", "safe"), "denominator"),
+        (lambda: GroupRational(8, shared="both"), "shared"),
+        (lambda: GroupRational(8)(torch.randn(2, 12)), "num_groups"),
+        (lambda: rational(torch.randn(2, 4), torch.randn(2, 5), torch.randn(2, 4)), "a and b"),
+        (lambda: VisionTransformer(img_size=30, patch_size=16), "patch_size"),
+        (lambda: VisionTransformer(mlp="relu"), "mlp"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.properties.mixers import check_mixer
+from torch import nn
+
+from assay.methods.layers.memoryformer import (
+    SIZES,
+    MemoryAttention,
+    MemoryBlock,
+    MemoryLinear,
+    bucket_codes,
+    bucket_entropy,
+    bucket_weights,
+    distil_,
+    memoryformer_config,
+)
+from assay.methods.mixers.model import MixerForCausalLM
+
+WEIGHTS = ("softmax", "cosine", "magnitude")
+
+
+def signs(bits):
+    """All sign vectors, in the order of their codes."""
+    return torch.tensor(list(itertools.product([-1.0, 1.0], repeat=bits)), dtype=torch.float64)
+
+
+def test_the_weight_is_the_softmax_over_all_sign_vectors():
+    torch.manual_seed(0)
+    z = torch.randn(40, 6, dtype=torch.float64)
+    shares = (z @ signs(6).T).softmax(-1)
+    torch.testing.assert_close(shares.sum(-1), torch.ones(40, dtype=torch.float64))
+    codes = bucket_codes(z)
+    assert torch.equal(shares.argmax(-1), codes)
+    torch.testing.assert_close(bucket_weights(z), shares.gather(1, codes[:, None])[:, 0])
+
+
+def test_the_weight_lies_between_a_uniform_guess_and_one():
+    z = torch.randn(200, 8, dtype=torch.float64) * 10 ** torch.linspace(-3, 2, 200)[:, None]
+    p = bucket_weights(z)
+    assert (p >= 2**-8).all()
+    assert (p <= 1).all()
+    assert bucket_weights(torch.zeros(8, dtype=torch.float64)).item() == pytest.approx(2**-8, rel=1e-12)
+    assert bucket_weights(torch.full((8,), 50.0, dtype=torch.float64)) == pytest.approx(1.0)
+
+
+def test_the_other_forms_follow_their_formulas():
+    z = torch.randn(8, dtype=torch.float64)
+    expected = math.prod(1 / (1 + math.exp(-2 * abs(x))) for x in z.tolist())
+    assert bucket_weights(z, "magnitude") == pytest.approx(expected * z.abs().sum().item())
+    tempered = math.prod(1 / (1 + math.exp(-2 * abs(x) / (0.3 * z.norm().item() * 8**0.5))) for x in z.tolist())
+    assert bucket_weights(z, "cosine", 0.3) == pytest.approx(tempered)
+    assert bucket_weights(7 * z, "cosine") == pytest.approx(bucket_weights(z, "cosine").item())
+    assert bucket_weights(torch.zeros(8), "cosine").item() == pytest.approx(2**-8)
+    assert bucket_weights(100 * z, "magnitude") > 10
+
+
+def test_codes_put_the_first_sign_highest_and_count_zero_as_set():
+    assert bucket_codes(torch.tensor([1.0, -1, -1, -1])) == 8
+    assert bucket_codes(torch.tensor([0.0, -0.0, -1, -1])) == 12
+    z = torch.randn(30, 8)
+    codes = bucket_codes(z)
+    for i in range(8):
+        flipped = z.clone()
+        flipped[:, i] *= -1
+        assert ((bucket_codes(flipped) ^ codes) == 2 ** (7 - i)).all()
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_look_up_equals_a_dense_one_hot_product_with_all_gradients(weight):
+    torch.manual_seed(0)
+    layer = MemoryLinear(16, 5, bits=4, weight=weight).double()
+    x = torch.randn(3, 7, 16, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(layer(x), layer.reference(x))
+    grad = torch.randn(3, 7, 5, dtype=torch.float64)
+    one = torch.autograd.grad(layer(x), (x, *layer.parameters()), grad)
+    two = torch.autograd.grad(layer.reference(x), (x, *layer.parameters()), grad)
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b)
+    strided = x.transpose(0, 1)
+    torch.testing.assert_close(layer(strided), layer.reference(strided))
+    assert torch.autograd.gradcheck(layer, (x[:, :2].detach().requires_grad_(),))
+
+
+def test_same_signs_read_the_same_rows_and_the_output_is_linear_in_the_tables():
+    layer = MemoryLinear(16, 5, bits=8)
+    x = torch.randn(10, 16)
+    rows, weights = layer.hash(x)
+    more_rows, more_weights = layer.hash(3 * x)
+    assert torch.equal(rows, more_rows)
+    assert (more_weights > weights).all()
+    y = layer(x) - layer.bias
+    with torch.no_grad():
+        layer.tables *= 2.5
+    torch.testing.assert_close(layer(x) - layer.bias, 2.5 * y)
+
+
+def test_a_sub_vector_reaches_the_output_through_its_own_table_only():
+    layer = MemoryLinear(24, 5, bits=8)
+    x = torch.randn(1, 24)
+    before = layer(x)
+    with torch.no_grad():
+        layer.tables[256:512] += 1.0  # table 1
+    moved = layer(x) - before
+    torch.testing.assert_close(moved, layer.hash(x)[1][:, 1:2].expand(-1, 5))
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(layer(x).sum(), x)
+    # differences between rows do not reach x: with the rows that are read set equal, the gradient is the weights' alone
+    rows, _ = layer.hash(x)
+    with torch.no_grad():
+        layer.tables[[i for i in range(len(layer.tables)) if i not in rows[0].tolist()]] = 1e3
+    assert torch.equal(torch.autograd.grad(layer(x).sum(), x)[0], grad)
+
+
+def test_only_rows_that_were_read_get_gradients():
+    layer = MemoryLinear(16, 5, bits=4)
+    x = torch.randn(6, 16)
+    layer(x).sum().backward()
+    touched = (layer.tables.grad != 0).any(-1).nonzero().flatten().tolist()
+    assert touched == sorted(set(layer.hash(x)[0].flatten().tolist()))
+
+
+def test_costs_and_parameters():
+    layer = MemoryLinear(512, 256, bits=8)
+    cost = layer.cost()
+    assert cost.params == 64 * 256 * 256 + 256
+    assert cost.macs == 64 * 256 == 512 * 256 // 8
+    assert cost.bytes_read == 64 * 256 * 4
+    assert (cost.params - 256) / (512 * 256) == 32
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_attention_is_a_mixer(weight):
+    check_mixer(lambda: MemoryAttention(48, heads=3, bits=8, weight=weight))
+
+
+def test_attention_hashes_once_for_three_layers(monkeypatch):
+    calls = []
+    original = MemoryLinear.hash
+    monkeypatch.setattr(MemoryLinear, "hash", lambda self, x: calls.append(1) or original(self, x))
+    mixer = MemoryAttention(32, heads=2)
+    mixer(torch.randn(1, 4, 32))
+    assert len(calls) == 1
+    assert not any(isinstance(m, nn.Linear) for m in mixer.modules())
+    assert mixer.rotary_dim == 4
+
+
+def test_block_has_wider_tables_second_and_no_linear_layer():
+    block = MemoryBlock(64, bits=8, extra=2)
+    assert block.first.out_features == 8 * 10
+    assert block.second.bits == 10
+    assert block.second.count == 8
+    assert block(torch.randn(2, 3, 64)).shape == (2, 3, 64)
+    assert not any(isinstance(m, nn.Linear) for m in block.modules())
+
+
+def test_model_trains_generates_and_comes_back(tmp_path):
+    torch.manual_seed(0)
+    model = MixerForCausalLM(memoryformer_config(vocab_size=32, hidden_size=32, layers=2, heads=2)).eval()
+    assert sum(isinstance(m, nn.Linear) for m in model.modules()) == 1, "only the head multiplies by a matrix"
+    assert model.blocks[0].mlp.first.tables.std().item() == pytest.approx(0.02, rel=0.1)
+    ids = torch.randint(1, 32, (4, 16))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(60):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    model.save_pretrained(tmp_path)
+    again = MixerForCausalLM.from_pretrained(tmp_path).eval()
+    out = again.generate(ids[:, :8], max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    for t in range(8, 13):
+        assert torch.equal(model(out[:, :t]).logits[:, -1].argmax(-1), out[:, t])
+    assert {"tiny", "small"} == set(SIZES)
+
+
+def test_distilling_never_gets_worse_and_finds_what_it_can_represent():
+    torch.manual_seed(0)
+    truth = MemoryLinear(24, 6, bits=4, bias=False)
+    with torch.no_grad():
+        truth.tables.normal_()
+    x = torch.randn(3000, 24)
+    layer = MemoryLinear(24, 6, bits=4, bias=False)
+    errors = distil_(layer, x, truth(x).detach(), sweeps=30, ridge=1e-6)
+    assert all(b <= a + 1e-6 for a, b in itertools.pairwise(errors))
+    assert errors[-1] < 0.02
+    linear = nn.Linear(24, 6)
+    student = MemoryLinear(24, 6, bits=4)
+    errors = distil_(student, x, linear(x).detach())
+    assert 0.05 < errors[-1] < 0.9, "a linear layer is more than its signs"
+    off = (student(x) - linear(x)).detach().norm() / linear(x).detach().norm()
+    assert off.item() == pytest.approx(errors[-1], rel=1e-3)
+
+
+def test_layer_norm_spreads_the_buckets():
+    torch.manual_seed(0)
+    layer = MemoryLinear(64, 4, bits=8)
+    shifted = torch.randn(4000, 64) + 2.0
+    entropy, peak = bucket_entropy(layer, shifted)
+    centred_entropy, centred_peak = bucket_entropy(layer, F.layer_norm(shifted, (64,)))
+    assert centred_entropy > 0.95 > entropy
+    assert centred_peak < peak
+
+
+@pytest.mark.model
+def test_real_activations_use_most_rows_after_layer_norm(smollm2):
+    from assay.workloads.text import calibration_windows
+
+    ids = calibration_windows(smollm2.tokenizer, window=256, n=4)
+    with torch.no_grad():
+        hidden = smollm2.model.model(ids, output_hidden_states=True).hidden_states[10]
+    entropy, _ = bucket_entropy(MemoryLinear(576, 4, bits=8), F.layer_norm(hidden, (576,)))
+    assert entropy > 0.7
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: MemoryLinear(10, 4, bits=8), "bits"),
+        (lambda: MemoryLinear(17 * 2, 4, bits=17), "bits"),
+        (lambda: MemoryLinear(16, 4, weight="l2"), "weight"),
+        (lambda: MemoryLinear(16, 4, temperature=0), "temperature"),
+        (lambda: MemoryLinear(16, 4)(torch.randn(3, 8)), "x must have 16"),
+        (lambda: MemoryBlock(16, extra=-1), "extra"),
+        (lambda: distil_(MemoryLinear(16, 4), torch.randn(3, 16), torch.randn(3, 5)), "x and y"),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from assay.workloads.sequences import (
+    associative_recall,
+    batches_of,
+    byte_batches,
+    byte_windows,
+    repeated_ngrams,
+    selective_copying,
+    text_bytes,
+)
+
+
+def test_byte_windows_are_real_text_and_targets_are_the_next_bytes():
+    inputs, targets = byte_windows(200, 4)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    text = bytes(text_bytes("code", "heldout").tolist())
+    assert bytes(inputs[2].tolist()) in text
+    assert bytes(inputs[2].tolist()) not in bytes(text_bytes("code", "prompts").tolist())
+
+
+def test_byte_batches_repeat_with_the_seed():
+    first, second, other = (next(byte_batches(50, 3, seed=s))[0] for s in (1, 1, 2))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_every_question_can_be_answered_from_the_pairs():
+    inputs, targets = associative_recall(20, length=64, pairs=8, vocab=64, seed=3)
+    for row, wanted in zip(inputs.tolist(), targets.tolist(), strict=True):
+        pairs = dict(zip(row[0:16:2], row[1:16:2], strict=True))
+        asked = [(row[t], wanted[t]) for t in range(64) if wanted[t] != -100]
+        assert len(asked) == 8
+        assert all(pairs[key] == value for key, value in asked)
+        assert all(t >= 16 for t in range(64) if wanted[t] != -100)
+
+
+def test_selective_copying_asks_for_the_data_in_order():
+    inputs, targets = selective_copying(10, length=40, tokens=5, vocab=16)
+    for row, wanted in zip(inputs.tolist(), targets.tolist(), strict=True):
+        assert [x for x in row if x > 1] == wanted[-5:]
+        assert row[-5:] == [1] * 5
+        assert all(x == -100 for x in wanted[:-5])
+
+
+def test_batches_are_fresh():
+    stream = batches_of(associative_recall, 2, length=16, pairs=2, vocab=16)
+    assert not torch.equal(next(stream)[0], next(stream)[0])
+
+
+def test_repeated_ngrams_marks_the_last_byte_of_a_repetition():
+    row = torch.tensor([[1, 2, 3, 9, 1, 2, 3, 4]])
+    marked = repeated_ngrams(row[:, :-1], row[:, 1:], n=3)
+    assert marked[0].nonzero().flatten().tolist() == [5]  # predicts the second 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: associative_recall(1, length=16, pairs=5),
+        lambda: selective_copying(1, length=8, tokens=5),
+        lambda: byte_windows(0, 1),
+    ],
+)
+def test_what_does_not_fit_is_named(call):
+    with pytest.raises(ValueError, match="must be at"):
+        call()
