@@ -20,7 +20,7 @@ from assay.measure.isolate import ChildResult
 from assay.tuner import tune as tuning
 from assay.tuner.recipe import Recipe
 from assay.tuner.tune import Journal, drop_of, tune
-from assay.tuner.work import BLOCK, Settings, blocks, build_work, decode_nll, load_for
+from assay.tuner.work import BLOCK, Settings, blocks, build_work, decode_nll, decodes_in_its_own_way, load_for, quality
 from tiny import write_tiny_llama
 
 COST = {"dtype": 0.6, "compile": 0.9, "fp8_vs_int8": 0.6, "xattention": 0.8, "greenformers": 0.5}
@@ -148,6 +148,7 @@ def test_finds_the_best_recipe_within_the_loss_and_leaves_a_whole_artefact(world
     assert 'href="http' not in page
     lines = [json.loads(line) for line in (tmp_path / "out" / "evidence.jsonl").read_text().splitlines()]
     assert sum(line["kind"] == "trial" for line in lines) == len(outcome.rows)
+    assert {"command", "commit", "created", "machine"} <= set(lines[0])
     assert said[0]
     assert len({call for call in children.calls if call[0] == "measure"}) == sum(
         c[0] == "measure" for c in children.calls
@@ -294,6 +295,28 @@ def test_forced_decoding_sees_what_the_forward_pass_sees(model):
         logits = loaded.model(windows).logits[:, 15:-1].float()
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), windows[:, 16:], reduction="none")
     torch.testing.assert_close(decode_nll(loaded.model, windows, 16), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_decoding_is_judged_through_a_generate_that_was_replaced_and_by_one_pass_otherwise(model, monkeypatch):
+    settings = Settings(str(model), "decode", 64, 4)
+    loaded = load_for(settings)
+    work = build_work(loaded, settings)
+    work.forced = work.forced[:2]
+    assert not decodes_in_its_own_way(loaded.model)
+    fast = quality(loaded.model, work)["decode"]
+    calls = []
+    original = loaded.model.generate
+
+    def generate(*arguments, **options):
+        calls.append(1)
+        return original(*arguments, **options)
+
+    loaded.model.generate = generate
+    assert decodes_in_its_own_way(loaded.model)
+    slow = quality(loaded.model, work)["decode"]
+    assert calls
+    assert len(fast) == len(slow) == 2 * 192 // BLOCK
+    assert fast == pytest.approx(slow, abs=1e-4)
 
 
 def test_blocks_drop_only_the_ragged_end():

@@ -11,6 +11,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,13 +87,19 @@ def write(
 
 def save(outcome: Outcome, after: dict[str, Any], limits: Any) -> None:
     """Write what `tune` found, with its report and evidence."""
+    from assay.evidence.place import here
     from assay.tuner.report import render
     from assay.tuner.work import build_work, load_for
 
     loaded = load_for(outcome.settings)
     work = build_work(loaded, outcome.settings)
     document = outcome.document()
-    lines = [{"kind": "summary", **document}, {"kind": "final", **outcome.final}]
+    origin = {
+        "command": " ".join(["assay", *sys.argv[1:]]),
+        "commit": here().commit,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    lines = [{"kind": "summary", **document, **origin}, {"kind": "final", **outcome.final}]
     lines += [{"kind": "trial", **row_document(row)} for row in outcome.rows]
     extra = {
         REPORT: render(outcome, document, after, limits),

@@ -56,6 +56,7 @@ def pareto_plot(outcome: Outcome) -> str:
     axes.axhline(100 * outcome.max_drop, color=BAD, lw=1, label=f"allowed loss {100 * outcome.max_drop:g} %")
     if max((abs(row.drop or 0) for row in done), default=0) > 5 * max(outcome.max_drop, 0.002):
         axes.set_yscale("symlog", linthresh=max(100 * outcome.max_drop, 0.2))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel(unit.name + (" (more is better)" if unit.higher_is_better else " (less is better)"))
     axes.set_ylabel("perplexity increase, %")
     axes.legend(frameon=False)

@@ -166,15 +166,28 @@ def generate(model: nn.Module, ids: torch.Tensor, new_tokens: int) -> torch.Tens
 def quality(model: nn.Module, work: Work) -> dict[str, list[float]]:
     """Mean negative log-likelihood (nats a token) of blocks of held-out text, for each path the goal takes.
 
-    `prefill` is the model's own forward pass over whole windows. `decode` (every goal but time to first token) feeds the text
-    token by token through `generate`, and so judges whatever loop, cache and packed weights the model decodes with.
+    `prefill` is the model's own forward pass over whole windows. `decode` (every goal but time to first token) judges whatever
+    loop, cache and packed weights the model decodes with: where `generate` was replaced the text is fed token by token through
+    it; where it is transformers' own, which runs the same forward pass, one pass over the same text tells the same.
     """
     from assay.workloads.quality import token_nll
 
     paths = {"prefill": blocks(token_nll(model, work.windows), BLOCK)}
     if work.settings.goal != "ttft":
-        paths["decode"] = blocks(decode_nll(model, work.forced, PREFIX), BLOCK)
+        own = decodes_in_its_own_way(model)
+        nll = decode_nll(model, work.forced, PREFIX) if own else token_nll(model, work.forced)[:, PREFIX - 1 :]
+        paths["decode"] = blocks(nll, BLOCK)
     return paths
+
+
+def decodes_in_its_own_way(model: nn.Module) -> bool:
+    """Whether the model's `generate`, or the loop inside it, is not transformers' own."""
+    from transformers import GenerationMixin
+
+    return any(
+        name in vars(model) or getattr(type(model), name, None) is not getattr(GenerationMixin, name)
+        for name in ("generate", "_sample")
+    )
 
 
 @torch.inference_mode()
