@@ -16,7 +16,7 @@ from evidence_maker import make
 
 from assay.errors import InputError, MissingError
 from assay.evidence import store as module
-from assay.evidence.store import Store, StoreError, default_url, keep_aside, read_jsonl, write_jsonl
+from assay.evidence.store import Store, StoreError, default_url, keep_aside, merge_jsonl, read_jsonl, write_jsonl
 
 HERE = Path(__file__).parent
 
@@ -50,6 +50,15 @@ def test_a_record_is_kept_once(url):
         done = store.add([make(), make(seed=1), make(seed=1)])
         assert (done.added, done.known) == (1, 2)
         assert store.count() == 2
+
+
+def test_writing_into_a_file_replaces_the_same_points_and_keeps_the_others(tmp_path):
+    file = tmp_path / "claims.jsonl"
+    first, other, elsewhere = make(), make(claim="other/thing"), make(fingerprint="beef")
+    merge_jsonl([first, other, elsewhere], file)
+    again, more = make(minutes=5), make(point={"n": 2})
+    merge_jsonl([again, more], file)
+    assert read_jsonl(file) == [again, other, elsewhere, more]
 
 
 def test_finding_records(url):

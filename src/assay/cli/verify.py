@@ -32,7 +32,7 @@ def verify(
         bool, typer.Option("--check", help="Exit with 1 when a claim does not hold or a point fails.")
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots to this file.")] = None,
-    jsonl: Annotated[Path | None, typer.Option(help="Write the evidence as JSON lines to this file.")] = None,
+    jsonl: Annotated[Path | None, typer.Option(help="Write the evidence as JSON lines into this file; other points in it stay.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure the claims of papers and judge them."""
@@ -40,7 +40,7 @@ def verify(
     from assay.errors import InputError, MissingError
     from assay.evidence.report import table, write_html
     from assay.evidence.runner import plan
-    from assay.evidence.store import StoreError, write_jsonl
+    from assay.evidence.store import StoreError, merge_jsonl
     from assay.evidence.verdict import summaries
 
     if bool(slugs) + (family is not None) + all != 1:
@@ -64,7 +64,7 @@ def verify(
     if html is not None:
         write_html(records, html)
     if jsonl is not None:
-        write_jsonl(records, jsonl)
+        merge_jsonl(records, jsonl)
     if json:
         print_json(_document(records, todo, scale))
     else:

@@ -29,7 +29,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from assay.errors import AssayError, InputError, MissingError
-from assay.evidence.record import Evidence, parse
+from assay.evidence.record import Evidence, parse, point_key
 from assay.evidence.verdict import Verdict
 from assay.paths import atomic_file, data_dir
 
@@ -353,6 +353,16 @@ def write_jsonl(records: Iterable[Evidence], path: Path | str) -> None:
     """Write records to a file, one line of JSON each, whole or not at all."""
     with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(record.to_json() + "\n" for record in records)
+
+
+def merge_jsonl(records: Iterable[Evidence], path: Path | str) -> None:
+    """Write records into a file that may hold others: a point measured again replaces what was there of it, the rest stays."""
+
+    def point(record: Evidence) -> tuple[str, ...]:
+        return record.claim, point_key(record.point), record.scale, record.fingerprint
+
+    kept = {point(record): record for record in (read_jsonl(path) if Path(path).exists() else [])}
+    write_jsonl((kept | {point(record): record for record in records}).values(), path)
 
 
 def read_jsonl(path: Path | str) -> list[Evidence]:
