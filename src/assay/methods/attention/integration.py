@@ -44,11 +44,11 @@ def register_attention(name: str, producer: Producer) -> None:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        starts = _key_start(attention_mask)
+        starts = key_start_of(attention_mask)
         plain = attention_mask is None or starts is not None
         unusual = dropout > 0 or any(kwargs.get(key) is not None for key in ("position_bias", "softcap", "s_aux"))
         if not plain or unusual or query.shape[2] > key.shape[2]:
-            return _by_sdpa(module, query, key, value, attention_mask, starts, dropout, scaling, is_causal, kwargs)
+            return by_sdpa(module, query, key, value, attention_mask, starts, dropout, scaling, is_causal, kwargs)
         options: Mapping[str, Any] = {}
         if query.shape[2] == 1:
             plan = AttentionPlan(1, key.shape[2], causal=causal, key_start=starts)
@@ -109,14 +109,14 @@ def causal_mask(
     )
 
 
-def _key_start(mask: Tensor | None) -> Tensor | None:
+def key_start_of(mask: Tensor | None) -> Tensor | None:
     """The (batch,) starts that `causal_mask` hands over; None for a real mask."""
     if mask is None or mask.dtype != torch.int64 or mask.shape[1:] != (1, 1, 1):
         return None
     return mask.flatten()
 
 
-def _by_sdpa(
+def by_sdpa(
     module: nn.Module,
     query: Tensor,
     key: Tensor,

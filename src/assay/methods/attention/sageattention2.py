@@ -1,0 +1,657 @@
+"""SageAttention2: attention with integer scores and FP8 values (arXiv 2411.10958).
+
+Q K^T is multiplied in INT4 or INT8. What keeps it accurate is smoothing: the mean key is subtracted from all keys (every logit of
+a row shifts alike, softmax stays), the mean query of each 128 rows from those rows, and the logits of what was taken away,
+dS = qm k'^T, are added back in float. Scales are shared by a block, a warp, or the rows that one GPU thread holds. P V is
+multiplied in FP8 E4M3: P in [0, 1] with the fixed scale 448, V with a scale a channel, each key block's partial sums flushed into
+float32 because FP8 tensor cores sum in about 22 bits.
+
+`sage_attention` emulates all of that in torch, rounding as the kernels round (half away from zero). What a CPU can do fast it does
+in C++: INT8 or INT4 codes multiplied by VNNI, and, as no CPU multiplies FP8, P V in bfloat16 with float32 sums. There the finest
+granularity is free too, and INT4 costs what INT8 costs: it has no instruction of its own.
+
+`variant="as_released"` is what the released package runs on FP8 GPUs: INT8, queries not smoothed, FP8 summed in fp16 with V scaled
+to 2.25 ("fp8++"). `our choice`: 22-bit sums are cut to 13 bits of mantissa after every 32 keys; means, maxima and values know
+nothing of padding; the mixture of precisions is a table by layer with thresholds on cosine and relative L1; head dimensions are
+not padded; a query that sees nothing gives zeros and a log-sum-exp of -inf.
+
+When NOT to use it: decoding (one query: memory bound, kept exact here), prompts of a few hundred tokens, training (no gradient),
+processors without AVX512-VNNI (the exact kernel is as fast), INT4 in layers that calibration has not seen, position biases, soft caps.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from assay.measure.cost import register_macs
+from assay.methods import kernels
+from assay.methods.attention.integration import can_register, register_attention, set_attention
+from assay.methods.attention.plan import KERNEL_TIME, AttentionPlan, execute, unit_stride
+from assay.methods.transform import Effect, Fit, TuneContext
+
+QK = Literal["int4", "int8", "exact"]
+Granularity = Literal["per_tensor", "per_block", "per_warp", "per_thread"]
+PV = Literal["fp8", "fp8++", "fp8_single", "bf16", "exact"]
+Layout = Literal["HND", "NHD"]
+Backend = Literal["auto", "kernel", "torch"]
+
+NAME = "assay_sageattention2"  # as attn_implementation
+LEVELS = {"int4": 7, "int8": 127}
+FP8_MAX = 448.0
+QUERY_BLOCK, KEY_BLOCK = 128, 64
+INT8_TIME = 0.85  # of the exact bfloat16 kernel's time for prefill, measured on Zen 5; a guess elsewhere
+
+
+@dataclass(frozen=True)
+class SageSettings:
+    """How attention is computed; the defaults are the paper's 4-bit form. Raises ValueError for a value not listed.
+
+    `qk`: integers of Q K^T, or "exact" (not quantised). `granularity` of their scales: "per_tensor" (a head), "per_block" (128
+    queries, 64 keys), "per_warp" (`warp_rows` = 32 or 16 queries, 64 keys), "per_thread" (rows of equal index mod 8 of a warp's
+    queries; row pairs 2t, 2t + 1 mod 8 of 64 keys). `pv`: "fp8" (two-level sums), "fp8++" (V scaled to 2.25, sums of a key block
+    in fp16), "fp8_single" (22-bit sums throughout: what the two levels repair), "bf16", or "exact".
+    """
+
+    qk: QK = "int4"
+    granularity: Granularity = "per_thread"
+    smooth_k: bool = True
+    smooth_q: bool = True
+    smooth_v: bool = False
+    pv: PV = "fp8"
+    warp_rows: int = 32
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("qk", self.qk, get_args(QK)),
+            ("granularity", self.granularity, get_args(Granularity)),
+            ("pv", self.pv, get_args(PV)),
+            ("warp_rows", self.warp_rows, (16, 32)),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+VARIANTS = {
+    "paper": SageSettings(),
+    "paper_8bit": SageSettings(qk="int8"),
+    "as_released": SageSettings(qk="int8", smooth_q=False, pv="fp8++"),
+    "cpu": SageSettings(qk="int8", pv="bf16"),
+}
+
+# ------------------------------------------------------------------------------------------------- smoothing, quantising
+
+
+def masked_mean(x: Tensor, there: Tensor, size: int | None = None) -> Tensor:
+    """Means of the rows of x (..., rows, dim) that are `there`, bool (..., rows, 1): (..., 1, dim), or one a block of `size` rows.
+
+    A block without a row has mean 0.
+    """
+    size = x.shape[-2] if size is None else size
+    fill = -x.shape[-2] % size
+    x, there = F.pad(x.masked_fill(~there, 0), (0, 0, 0, fill)), F.pad(there, (0, 0, 0, fill))
+    total = x.unflatten(-2, (-1, size)).sum(-2)
+    return total / there.unflatten(-2, (-1, size)).sum(-2).clamp(min=1)
+
+
+def quantise(x: Tensor, levels: int, size: int, classes: int = 1) -> tuple[Tensor, Tensor]:
+    """Integers in [-levels, levels] and their scales: int8 (..., rows, dim) and (..., rows, 1), x ~ integers * scales.
+
+    Inside each `size` rows (the last such group may be shorter) rows share a scale if they are of one class: row r of every 8
+    is of class r // (8 / classes). scale = max|x| / levels + 1e-7, rounding half away from zero. A group with NaN or infinity
+    gets zeros and a scale that is not finite. Raises ValueError for a size that is not a multiple of 8, or classes not of 8.
+    """
+    if size < 8 or size % 8 or classes not in (1, 2, 4, 8):
+        raise ValueError(f"size must be a multiple of 8 and classes 1, 2, 4 or 8, got {size} and {classes}")
+    rows = x.shape[-2]
+    padded = F.pad(x.abs(), (0, 0, 0, -rows % size))
+    # (..., groups, eights, classes, rows of a class, dim)
+    grouped = padded.unflatten(-2, (-1, size // 8, classes, 8 // classes))
+    most = grouped.amax((-4, -2, -1), keepdim=True).expand(*grouped.shape[:-1], 1)
+    scale = most.flatten(-5, -2)[..., :rows, :] / levels + 1e-7
+    level = (x / scale).nan_to_num(0.0, 0.0, 0.0)
+    return (level.abs() + 0.5).floor().copysign(level).to(torch.int8), scale
+
+
+def _groups(settings: SageSettings, queries: int, keys: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(size, classes) of the queries' scales and of the keys'."""
+    if settings.granularity == "per_tensor":
+        return (queries + -queries % 8, 1), (keys + -keys % 8, 1)
+    if settings.granularity == "per_block":
+        return (QUERY_BLOCK, 1), (KEY_BLOCK, 1)
+    if settings.granularity == "per_warp":
+        return (settings.warp_rows, 1), (KEY_BLOCK, 1)
+    return (settings.warp_rows, 8), (KEY_BLOCK, 4)
+
+
+def round_fp8(x: Tensor) -> Tensor:
+    """To the nearest E4M3 number, in the dtype of x; |x| must be at most 448."""
+    return x.to(torch.float8_e4m3fn).to(x.dtype)
+
+
+def round_fp22(x: Tensor) -> Tensor:
+    """Cut to 13 bits of mantissa, as FP8 tensor cores keep their sums; in the dtype of x."""
+    return (x.float().contiguous().view(torch.int32) & ~0x3FF).view(torch.float32).to(x.dtype)
+
+
+def quantise_values(v: Tensor, most: float = FP8_MAX) -> tuple[Tensor, Tensor]:
+    """E4M3 numbers of v (..., keys, dim), as floats up to `most`, and their scales a channel (..., 1, dim)."""
+    scale = v.abs().amax(-2, keepdim=True) / most
+    scale = torch.where(scale == 0, 1.0, scale)
+    return round_fp8((v / scale).clamp(-most, most)), scale
+
+
+# ------------------------------------------------------------------------------------------------------------- emulation
+
+
+def _matmul(x: Tensor, y: Tensor) -> Tensor:
+    """(batch, heads, n, a) by (batch, key heads, a, m), heads in groups."""
+    return (x.reshape(x.shape[0], y.shape[1], -1, x.shape[3]) @ y).view(*x.shape[:3], -1)
+
+
+def _present(
+    q: Tensor, k: Tensor, key_start: Tensor | None, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Which queries see anything and which keys are seen at all, by any head: bool (batch, 1, tokens, 1) each."""
+    batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
+    positions = torch.arange(keys, device=q.device)
+    there_k = torch.ones(batch, keys, dtype=torch.bool, device=q.device)
+    there_q = torch.ones(batch, queries, dtype=torch.bool, device=q.device)
+    if key_start is not None:
+        there_k = positions >= key_start.to(q.device)[:, None]
+        there_q = there_k[:, keys - queries :]
+    if mask is not None:
+        seen = mask.any(1)
+        if causal:
+            seen = seen & (positions <= positions[keys - queries :, None])
+        seen = seen & there_k[:, None, :] & there_q[:, :, None]
+        there_k, there_q = there_k & seen.any(1), there_q & seen.any(2)
+    return there_q[:, None, :, None], there_k[:, None, :, None]
+
+
+def _accumulate(pv: PV, sums: Tensor, p: Tensor, v: Tensor) -> Tensor:
+    """`sums` + P V over one key block; P in [0, 1] is rounded here, V was before."""
+    if pv == "exact":
+        return sums + _matmul(p, v)
+    if pv == "bf16":
+        return sums + _matmul(p.bfloat16().to(p.dtype), v)
+    codes = round_fp8(p * FP8_MAX)
+    total = sums if pv == "fp8_single" else torch.zeros_like(sums)
+    for i in range(0, p.shape[-1], 32):  # the keys of one tensor core instruction
+        total = total + _matmul(codes[..., i : i + 32], v[:, :, i : i + 32])
+        total = total.half().to(p.dtype) if pv == "fp8++" else round_fp22(total)
+    return total if pv == "fp8_single" else sums + total
+
+
+def _emulate(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    settings: SageSettings,
+    causal: bool,
+    scale: float,
+    key_start: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exp, by the kernels' own loop over key blocks of 64 with online softmax."""
+    dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
+    batch, heads, queries, dim = q.shape
+    keys, per_group, offset = k.shape[2], heads // k.shape[1], k.shape[2] - q.shape[2]
+    there_q, there_k = _present(q, k, key_start, mask, causal)
+    q = q.to(wide).masked_fill(~there_q, 0)
+    k, v = (x.to(wide).masked_fill(~there_k, 0) for x in (k, v))
+
+    correction: Tensor | float = 0.0  # of the log-sum-exp
+    if settings.smooth_k:
+        key_mean = masked_mean(k, there_k)
+        correction = scale * _matmul(q, key_mean.mT)
+        k = (k - key_mean).masked_fill(~there_k, 0)
+    ds: Tensor | None = None
+    if settings.smooth_q:
+        query_mean = masked_mean(q, there_q, QUERY_BLOCK)  # (batch, heads, blocks, dim)
+        ds = _matmul(query_mean, k.mT)
+        q = (q - query_mean.repeat_interleave(QUERY_BLOCK, 2)[:, :, :queries]).masked_fill(~there_q, 0)
+    value_mean: Tensor | float = 0.0
+    if settings.smooth_v:
+        value_mean = masked_mean(v, there_k)
+        v = (v - value_mean).masked_fill(~there_k, 0)
+        value_mean = value_mean.repeat_interleave(per_group, 1)
+
+    q_scale, k_scale = q.new_ones(1, 1, queries, 1), q.new_ones(1, 1, keys, 1)
+    if settings.qk != "exact":
+        levels = LEVELS[settings.qk]
+        exact = torch.float64 if levels**2 * dim >= 1 << 24 else wide  # integers of such a matmul fit the mantissa
+        by_query, by_key = _groups(settings, queries, keys)
+        q, q_scale = quantise(q, levels, *by_query)
+        k, k_scale = quantise(k, levels, *by_key)
+        q, k, k_scale = q.to(exact), k.to(exact), k_scale.repeat_interleave(per_group, 1)
+    v_scale: Tensor | float = 1.0
+    if settings.pv == "bf16":
+        v = v.bfloat16().to(wide)
+    elif settings.pv != "exact":
+        v, per_channel = quantise_values(v, 2.25 if settings.pv == "fp8++" else FP8_MAX)
+        v_scale = per_channel.repeat_interleave(per_group, 1) / FP8_MAX
+
+    top = torch.full((batch, heads, queries, 1), -math.inf, dtype=wide, device=q.device)
+    weight, sums = torch.zeros_like(top), top.new_zeros(batch, heads, queries, v.shape[3])
+    positions = torch.arange(keys, device=q.device)
+    for j in range(0, keys, KEY_BLOCK):
+        first = max(0, j - offset) if causal else 0  # the queries before it see nothing of this block
+        at = slice(j, min(j + KEY_BLOCK, keys))
+        scores = _matmul(q[:, :, first:], k[:, :, at].mT).to(wide) * (q_scale[:, :, first:] * k_scale[:, :, at].mT)
+        if ds is not None:
+            scores = scores + ds[:, :, torch.arange(first, queries, device=q.device) // QUERY_BLOCK, at]
+        seen = (there_k[:, :, at].mT & there_q[:, :, first:]) if mask is None else mask[:, :, first:, at]
+        if mask is not None and key_start is not None:
+            seen = seen & there_k[:, :, at].mT & there_q[:, :, first:]
+        if causal:
+            seen = seen & (positions[at] <= positions[offset + first :, None])
+        scores = (scores * scale).masked_fill(~seen, -math.inf)
+        before = top[:, :, first:]
+        now = torch.maximum(before, scores.amax(-1, keepdim=True))
+        shift = now.masked_fill(now == -math.inf, 0)
+        fade, p = (before - shift).exp(), (scores - shift).exp()
+        weight[:, :, first:] = weight[:, :, first:] * fade + p.sum(-1, keepdim=True)
+        sums[:, :, first:] = _accumulate(settings.pv, sums[:, :, first:] * fade, p, v[:, :, at])
+        top[:, :, first:] = now
+    empty = weight == 0
+    out = (sums * v_scale / weight.masked_fill(empty, 1) + value_mean).masked_fill(empty, 0)
+    lse = (top + weight.log() + correction).masked_fill(empty, -math.inf)
+    return out.to(dtype), lse[..., 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------- kernel
+
+
+def _macs(q: Tensor, k: Tensor, v: Tensor, key_start: Any, causal: bool, *rest: Any, out: Any) -> int:
+    queries, keys = q.shape[2], k.shape[2]
+    pairs = queries * keys - (queries * (queries - 1) // 2 if causal else 0)
+    return int(q.shape[0] * q.shape[1] * pairs * (q.shape[3] + v.shape[3]))
+
+
+def _like(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@functools.cache
+def _load_kernel() -> bool:
+    if not kernels.load("int8_attention"):
+        return False
+    torch.library.register_fake("assay::int8_attention", _like)
+    register_macs("assay::int8_attention", _macs, "attention")
+    return True
+
+
+def load_kernel() -> bool:
+    """Whether the compiled kernel is there; compiles it on first use."""
+    return _load_kernel()
+
+
+def has_vnni() -> bool:
+    """Whether the kernel is there and this processor multiplies integers by fours, without which INT8 is not fast."""
+    return load_kernel() and bool(torch.ops.assay.int8_attention_has_vnni())
+
+
+def _has_bf16() -> bool:
+    return bool(torch.ops.assay.int8_attention_has_bf16())
+
+
+_constant: Any = torch.compiler.assume_constant_result  # torch.compile is not to trace into them
+_constant(load_kernel)
+_constant(_has_bf16)
+
+
+def kernel_refuses(q: Tensor, k: Tensor, v: Tensor, settings: SageSettings, mask: Tensor | None = None) -> str:
+    """Why the C++ kernel cannot run this; empty when it can. Tensors are (batch, heads, tokens, dim)."""
+    if not q.device == k.device == v.device == torch.device("cpu"):
+        return "runs on the CPU"
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        return f"takes float32 or bfloat16, got {q.dtype}"
+    for name, dim in (("head dimension", q.shape[-1]), ("value dimension", v.shape[-1])):
+        if dim % 16 or not 0 < dim <= 1024:
+            return f"takes a {name} that is a multiple of 16 up to 1024, got {dim}"
+    if mask is not None:
+        return "takes key_start, not a mask"
+    if settings.qk == "exact":
+        return "quantises Q K^T; use `execute` of an AttentionPlan for exact attention"
+    if settings.granularity == "per_tensor":
+        return "has no per_tensor scales"
+    if settings.pv not in ("bf16", "exact") or settings.smooth_v:
+        return (
+            f"multiplies values in bf16 or exactly, not smoothed, got pv {settings.pv!r}, smooth_v {settings.smooth_v}"
+        )
+    if not load_kernel():
+        return "needs a C++ compiler (see `assay doctor`)"
+    return ""
+
+
+# -------------------------------------------------------------------------------------------------------------- operator
+
+
+def sage_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    layout: Layout = "HND",
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    key_start: Tensor | None = None,
+    mask: Tensor | None = None,
+    variant: str | SageSettings = "paper",
+    backend: Backend = "auto",
+) -> Any:
+    """Quantised attention in the shape, layout and dtype of q; with `return_lse` also the log-sum-exp, (batch, heads, queries).
+
+    `layout` "HND": q (batch, heads, queries, dim), k and v (batch, key heads, keys, dim); "NHD": tokens before heads. Heads are
+    a multiple of key heads. Causal queries are the last of the keys. `scale` multiplies Q K^T (default dim ** -0.5). Keys before
+    `key_start`, int64 (batch,), are padding, and so are the queries there; `mask`, bool, broadcasts to (batch, heads, queries,
+    keys), True where a query sees a key. The log-sum-exp is that of the scaled scores, natural, in float32 (float64 of float64).
+
+    `variant` is "paper", "paper_8bit", "as_released", "cpu" (INT8, values in bfloat16: what the kernel is for) or your own
+    `SageSettings`. `backend="torch"` emulates, "kernel" is C++, "auto" takes the kernel where it can do exactly what the
+    settings say; on a processor without bfloat16 products it multiplies "bf16" values in float32.
+    queries * keys * (dim + value dim) MACs a head (1 MAC = 2 FLOPs), half of it causal. Forward only.
+    Raises ValueError for tensors that do not fit together or need gradients, and for unknown options.
+    """
+    settings = _settings(variant)
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}")
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4 or not x.is_floating_point() or not x.numel():
+            raise ValueError(
+                f"{name} must be floating point of 4 dimensions, not empty, got {x.dtype} {tuple(x.shape)}"
+            )
+    if layout == "NHD":
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    _check(q, k, v, is_causal, key_start)
+    if mask is not None:
+        shape = (*q.shape[:3], k.shape[2])
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool, got {mask.dtype}")
+        try:
+            mask = mask.to(q.device).expand(shape)
+        except RuntimeError as error:
+            raise ValueError(f"mask must broadcast to {shape}, got {tuple(mask.shape)}") from error
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    refused = kernel_refuses(q, k, v, settings, mask) if backend != "torch" else "is not asked for"
+    if backend == "kernel" and refused:
+        raise ValueError(f"backend 'kernel' {refused}")
+    if refused:
+        with torch.no_grad():
+            out, lse = _emulate(q, k, v, settings, is_causal, scale, key_start, mask)
+    else:
+        start = None if key_start is None else key_start.cpu().contiguous()
+        by_query, by_key = _groups(settings, q.shape[2], k.shape[2])
+        levels, half = LEVELS[settings.qk], settings.pv == "bf16" and _has_bf16()
+        options = (start, is_causal, scale, levels, [*by_query, *by_key], settings.smooth_q, settings.smooth_k, half)
+        out, lse = torch.ops.assay.int8_attention(unit_stride(q), unit_stride(k), unit_stride(v), *options)
+    out = out.transpose(1, 2) if layout == "NHD" else out
+    return (out, lse) if return_lse else out
+
+
+def _settings(variant: str | SageSettings) -> SageSettings:
+    if isinstance(variant, SageSettings):
+        return variant
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be SageSettings or one of {', '.join(VARIANTS)}, got {variant!r}")
+    return VARIANTS[variant]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_start: Tensor | None) -> None:
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"heads of q ({q.shape[1]}) must be a multiple of the heads of k ({k.shape[1]})")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if (causal or key_start is not None) and q.shape[2] > k.shape[2]:
+        raise ValueError(f"queries must be the last of the keys, got {q.shape[2]} queries and {k.shape[2]} keys")
+    if key_start is not None:
+        if key_start.dtype != torch.int64 or key_start.shape != q.shape[:1]:
+            raise ValueError(f"key_start must be int64 (batch,), got {key_start.dtype} {tuple(key_start.shape)}")
+        if not ((key_start >= 0) & (key_start <= k.shape[2])).all():
+            raise ValueError(f"key_start must lie in [0, {k.shape[2]}], got {key_start.tolist()}")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        raise ValueError("sage_attention has no gradient: detach q, k and v, or use exact attention for training")
+
+
+# ----------------------------------------------------------------------------------------------------------- calibration
+
+
+def accuracy(found: Tensor, expected: Tensor) -> dict[str, float]:
+    """The paper's three measures over all numbers of two outputs: cosine, relative_l1 (sum|a - b| / sum|b|), rmse."""
+    a, b = found.detach().double().flatten(), expected.detach().double().flatten()
+    cosine = float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))
+    l1 = float((a - b).abs().sum() / b.abs().sum().clamp(min=1e-300))
+    return {"cosine": cosine, "relative_l1": l1, "rmse": float((a - b).square().mean().sqrt())}
+
+
+def calibrate(
+    layers: Iterable[Sequence[Tensor]],
+    *,
+    candidates: Sequence[QK] = ("int4", "int8"),
+    min_cosine: float = 0.99,
+    max_l1: float = 0.12,
+    settings: SageSettings = VARIANTS["paper"],
+    is_causal: bool = True,
+    scale: float | None = None,
+) -> list[QK]:
+    """Which integers each layer bears: the first of `candidates` whose output keeps both thresholds, else "exact".
+
+    `layers` holds (q, k, v) of each layer on one calibration batch, (batch, heads, tokens, dim); `settings` says the rest. The
+    paper mixes 4 and 8 bit by the cosine to full precision, measured once; the thresholds are our choice.
+    Raises ValueError for thresholds that make no sense or candidates not known.
+    """
+    if not -1 <= min_cosine <= 1 or not max_l1 >= 0:
+        raise ValueError(f"min_cosine must lie in [-1, 1] and max_l1 be at least 0, got {min_cosine} and {max_l1}")
+    tried = [replace(settings, qk=name) for name in candidates]
+    table: list[QK] = []
+    for q, k, v in layers:
+        plan = AttentionPlan(q.shape[2], k.shape[2], causal=is_causal)
+        expected = execute(plan, q.float(), k.float(), v.float(), scale=scale)
+        chosen: QK = "exact"
+        for candidate in tried:
+            found = accuracy(sage_attention(q, k, v, is_causal=is_causal, scale=scale, variant=candidate), expected)
+            if found["cosine"] >= min_cosine and found["relative_l1"] <= max_l1:
+                chosen = candidate.qk
+                break
+        table.append(chosen)
+    return table
+
+
+def calibrate_model(model: nn.Module, input_ids: Tensor, **options: Any) -> list[QK]:
+    """`calibrate` for every layer of a transformers model on `input_ids`, int64 (1, tokens), each seeing exact inputs.
+
+    `options` as there. The model is left as it was. Raises ValueError for a model whose attention cannot be replaced.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import AttentionInterface
+
+    if reason := can_register(model):
+        raise ValueError(f"sageattention2 does not fit this model: {reason}")
+    found: Any = model
+    table: dict[int, QK] = {}
+
+    def choose(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        table[module.layer_idx] = calibrate([(query, key, value)], scale=kwargs.get("scaling"), **options)[0]
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+    before = found.config.get_text_config()._attn_implementation
+    AttentionInterface.register("assay_calibrate", choose)
+    AttentionMaskInterface.register("assay_calibrate", sdpa_mask)
+    try:
+        set_attention(model, "assay_calibrate")
+        with torch.no_grad():
+            found.base_model(input_ids=input_ids.to(found.device), use_cache=False)
+    finally:
+        set_attention(model, before)
+    return [table[layer] for layer in sorted(table)]
+
+
+# ---------------------------------------------------------------------------------------------------------- transformers
+
+
+@dataclass(frozen=True)
+class SageAttentionConfig:
+    """Settings of `attn_implementation="assay_sageattention2"`, kept in the model's config as `sageattention2`, a dictionary.
+
+    `qk` is one of "int4", "int8", "exact", or one a layer (see `calibrate_model`); the others as in `SageSettings`, the
+    defaults those of "cpu". Prompts shorter than `min_tokens` and single tokens are attended exactly.
+    """
+
+    qk: QK | Sequence[QK] = "int8"
+    granularity: Granularity = "per_thread"
+    smooth_q: bool = True
+    smooth_v: bool = False
+    pv: PV = "bf16"
+    min_tokens: int = 512
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        if self.backend not in get_args(Backend):
+            raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {self.backend!r}")
+        for qk in [self.qk] if isinstance(self.qk, str) else self.qk:
+            self._with(qk)
+
+    def _with(self, qk: QK) -> SageSettings:
+        return SageSettings(qk, self.granularity, True, self.smooth_q, self.smooth_v, self.pv)
+
+    def of(self, layer: int) -> SageSettings:
+        return self._with(self.qk if isinstance(self.qk, str) else self.qk[layer])
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SageAttentionConfig:
+        """Raises ValueError for a name that is not a setting."""
+        names = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(names)):
+            raise ValueError(f"unknown configuration {unknown}; allowed: {', '.join(names)}")
+        return cls(**values)
+
+    def check(self, layers: int) -> None:
+        """Raise ValueError where the settings do not fit a model of so many layers."""
+        if not isinstance(self.qk, str) and len(self.qk) != layers:
+            raise ValueError(f"qk must be one value or one for each of {layers} layers, got {len(self.qk)}")
+
+
+def _config_of(module: nn.Module) -> SageAttentionConfig:
+    """The settings in the module's config, read anew only when they were replaced."""
+    values: Any = getattr(module.config, "sageattention2", None) or {}
+    known: Any = getattr(module, "_sageattention2", None)
+    if known is None or known[0] is not values:
+        known = module._sageattention2 = (values, SageAttentionConfig.from_dict(values))  # type: ignore[assignment]
+    return cast(SageAttentionConfig, known[1])
+
+
+def _exact_plan(
+    module: nn.Module, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, key_start: Tensor | None
+) -> tuple[AttentionPlan, Mapping[str, Any]]:
+    return AttentionPlan(q.shape[2], k.shape[2], causal=causal, key_start=key_start), {}
+
+
+def register() -> None:
+    """Make `attn_implementation="assay_sageattention2"` known to transformers (which this imports); again does no harm.
+
+    Prompts are quantised. Attended exactly, in the way of `register_attention`, are single tokens, short prompts, layers set to
+    "exact", masks other than causal with left padding, and whatever needs a gradient. Settings: `model.config.sageattention2`.
+    """
+    from transformers.modeling_utils import AttentionInterface
+
+    register_attention(NAME, _exact_plan)
+    exact: Any = AttentionInterface()[NAME]
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        config = _config_of(module)
+        settings = config.of(cast(int, getattr(module, "layer_idx", 0)))
+        plain = attention_mask is None or attention_mask.dtype == torch.int64  # see integration.causal_mask
+        unusual = kwargs.get("dropout") or any(
+            kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux")
+        )
+        short = query.shape[2] == 1 or key.shape[2] < config.min_tokens or query.shape[2] > key.shape[2]
+        training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        if settings.qk == "exact" or not plain or unusual or short or training:
+            return exact(module, query, key, value, attention_mask, **kwargs)
+        causal = kwargs.get("is_causal")
+        out = sage_attention(
+            query,
+            key,
+            value,
+            is_causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
+            scale=kwargs.get("scaling"),
+            key_start=None if attention_mask is None else attention_mask.flatten(),
+            variant=settings,
+            backend=config.backend,
+        )
+        return out.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(NAME, attend)
+
+
+# ------------------------------------------------------------------------------------------------------------- transform
+
+
+class SageAttention:
+    """INT8 prefill attention for the tuner. Configuration: the settings of `SageAttentionConfig`; `qk` may also be "calibrated",
+    then `calibrate_model` says on the longest calibration text which layers take INT8 and which stay exact."""
+
+    name = "sageattention2"
+    slot = "attention"
+    goals: frozenset[str] = frozenset({"ttft"})
+    exact = False
+
+    def applies_to(self, model: nn.Module, context: TuneContext) -> Fit:
+        if reason := can_register(model):
+            return Fit(False, reason)
+        if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+            return Fit(False, "its fast kernel runs on the CPU")
+        config = cast(Any, model).config.get_text_config()
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if dim % 16 or dim > 1024:
+            return Fit(False, f"its kernel takes head dimensions that are multiples of 16, the model's is {dim}")
+        if context.prompt_tokens < 1024:
+            return Fit(False, f"prompts of {context.prompt_tokens} tokens are too short to gain (1024 needed)")
+        if not has_vnni():
+            return Fit(False, "needs a C++ compiler and a processor with AVX512-VNNI")
+        return Fit(True, effects=(Effect("attention", macs=KERNEL_TIME * INT8_TIME),))
+
+    def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = [{"qk": "int8"}, {"qk": "int8", "smooth_q": False}]
+        return [*found, {"qk": "calibrated"}] if context.calibration else found
+
+    def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+        if reason := can_register(model):
+            raise ValueError(f"sageattention2 does not fit this model: {reason}")
+        text = cast(Any, model).config.get_text_config()
+        values = dict(config)
+        if values.get("qk") == "calibrated":
+            if not context.calibration:
+                raise ValueError("qk 'calibrated' needs calibration texts, got none")
+            settings = SageAttentionConfig.from_dict({**values, "qk": "int8"}).of(0)
+            longest = max(context.calibration, key=lambda ids: ids.shape[-1])
+            strict = {
+                "min_cosine": 0.9999,
+                "max_l1": 0.012,
+            }  # INT8 seldom fails, and the exact kernel costs little more
+            values["qk"] = calibrate_model(model, longest, candidates=["int8"], settings=settings, **strict)
+        chosen = SageAttentionConfig.from_dict(values)
+        chosen.check(text.num_hidden_layers)
+        text.sageattention2 = asdict(chosen)
+        register()
+        return set_attention(model, NAME)
+
+
+transform = SageAttention()
