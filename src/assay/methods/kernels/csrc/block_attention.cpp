@@ -1,446 +1,24 @@
-// Attention on the CPU: exact over kept key blocks (prefill), exact for one query (decode), and XAttention's block scores.
+// Attention on the CPU: exact over kept key blocks (prefill), exact over kept clusters of tokens (permuted blocks of any size),
+// exact for one query (decode), and XAttention's block scores.
 //
-// Prefill and scores share one micro kernel, rows x columns of 32-bit words: a word is one float, or two neighbouring bfloat16
-// of the summed dimension where the processor multiplies those (AVX512-BF16). The left side is broadcast word by word from its
-// natural layout; the right side is packed so that one register holds one word of kLanes columns:
-//   keys   (group of kLanes keys, word of the head dimension, lane)      values   (word of keys, head dimension)
-// Keys and values are packed once per key head and shared by the query heads of its group. Softmax is online, in base 2, and in
-// float whatever the inputs are. A query that sees no key gives zeros.
+// Prefill, clusters and scores share the micro kernel of attention.h. Keys and values are packed once per key head and shared by the query
+// heads of its group. Softmax is online, in base 2, and in float whatever the inputs are. A query that sees no key gives zeros.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-#include <optional>
-#include <type_traits>
-#include <utility>
-#include <vector>
-
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#include <immintrin.h>
-#define ASSAY_AVX512 1
-#if defined(__AVX512BF16__)
-#define ASSAY_BF16 1
-#endif
-#endif
-
-#if defined(__GNUC__) && !defined(__clang__)  // false alarms of GCC 12 from inside its own intrinsics
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
+#include "attention.h"
 
 namespace {
 
-using at::BFloat16;
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
-
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr float kLog2e = 1.4426950408889634f;
-
-// ---- vectors of floats -----------------------------------------------------------------------------------------------------
-
-constexpr int kRows = 6;  // rows computed together: with kWide registers of columns they fill the register file
-
-#ifdef ASSAY_AVX512
-constexpr int kLanes = 16;
-constexpr int kWide = 4;
-using Vec = __m512;
-inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
-inline Vec load(const BFloat16* p) {
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+// Row r of the state, divided by its weights, as `dim` numbers at `to`; zeros when it saw no key.
+void write_row(const State& state, int64_t r, int64_t dim, bool half, char* to) {
+  const float share = state.limit[r] == kSlack ? 1.0f / sum(load(state.weights + r * kLanes)) : 0.0f;
+  const float* sums = state.sums + r * dim;
+  if (half)
+    for (int64_t c = 0; c < dim; ++c) reinterpret_cast<BFloat16*>(to)[c] = static_cast<BFloat16>(sums[c] * share);
+  else
+    for (int64_t c = 0; c < dim; ++c) reinterpret_cast<float*>(to)[c] = sums[c] * share;
 }
-inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
-inline Vec all(float x) { return _mm512_set1_ps(x); }
-inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
-inline bool any_above(Vec v, float x) { return _mm512_cmp_ps_mask(v, all(x), _CMP_GT_OQ) != 0; }
-inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
-inline float largest(Vec v) { return _mm512_reduce_max_ps(v); }
-#else
-constexpr int kLanes = 8;
-constexpr int kWide = 2;
-typedef float Vec __attribute__((vector_size(32)));
-typedef int32_t IntVec __attribute__((vector_size(32)));
-inline Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline Vec load(const BFloat16* p) {
-  Vec v;
-  for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(p[i]);
-  return v;
-}
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-inline Vec all(float x) { return Vec{} + x; }
-inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
-inline bool any_above(Vec v, float x) {
-  bool found = false;
-  for (int i = 0; i < kLanes; ++i) found |= v[i] > x;
-  return found;
-}
-inline float sum(Vec v) {
-  float total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
-}
-inline float largest(Vec v) {
-  float most = v[0];
-  for (int i = 1; i < kLanes; ++i) most = std::max(most, v[i]);
-  return most;
-}
-#endif
-
-// Lane i of the result is the sum of v[i].
-inline Vec sums_of(const Vec (&v)[kLanes]) {
-#ifdef ASSAY_AVX512
-  Vec pairs[8], fours[4];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) pairs[i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]) + _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
-    fours[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
-  }
-  const Vec low = _mm512_shuffle_f32x4(fours[0], fours[1], 0x88) + _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd);
-  const Vec high = _mm512_shuffle_f32x4(fours[2], fours[3], 0x88) + _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd);
-  return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
-#else
-  Vec total;
-  for (int i = 0; i < kLanes; ++i) total[i] = sum(v[i]);
-  return total;
-#endif
-}
-
-// 2^x; relative error 8e-8, or 8e-5 where `Rough` (for results that become bfloat16). -inf gives 0 and NaN stays NaN.
-template <bool Rough>
-inline Vec exp2(Vec x) {
-#ifdef ASSAY_AVX512
-  const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x); 0 for an infinity
-#else
-  const Vec given = x;
-  x = x < -126.0f ? all(-126.0f) : x;
-  x = x > 127.0f ? all(127.0f) : x;
-  Vec whole = (x + 12582912.0f) - 12582912.0f;  // 1.5 * 2^23: the nearest integer
-  whole = whole > x ? whole - 1.0f : whole;
-  const Vec f = x - whole;
-#endif
-  Vec p;
-  if constexpr (Rough) {
-    p = ((all(0.07802452f) * f + 0.22606718f) * f + 0.69583352f) * f + 0.99992522f;
-  } else {
-    p = ((all(0.00187758f) * f + 0.00898934f) * f + 0.05582632f) * f + 0.24015362f;
-    p = (p * f + 0.69315307f) * f + 0.99999993f;
-  }
-#ifdef ASSAY_AVX512
-  return _mm512_scalef_ps(p, x);  // p * 2^floor(x)
-#else
-  const IntVec power = (__builtin_convertvector(whole, IntVec) + 127) << 23;
-  Vec scale;
-  std::memcpy(&scale, &power, sizeof scale);
-  p = p * scale;
-  return given < -126.0f ? Vec{} : p;
-#endif
-}
-
-// ---- the micro kernel ------------------------------------------------------------------------------------------------------
-
-template <bool Half>
-inline Vec multiply_add(Vec total, uint32_t a, Vec b) {
-#ifdef ASSAY_BF16
-  if constexpr (Half) return _mm512_dpbf16_ps(total, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
-#endif
-  float value;
-  std::memcpy(&value, &a, 4);
-  return all(value) * b + total;
-}
-
-// total[m][n] += sum over words s of a[m][s] * b[s][n]; rows of `a` lie `row_bytes` apart, strides of `b` are in words. Always
-// inline: `total` has to stay in registers.
-template <bool Half, int M, int N>
-__attribute__((always_inline)) inline void multiply(Vec (&total)[M][N], const char* a, int64_t row_bytes, const float* b, int64_t word_stride,
-                     int64_t column_stride, int64_t words) {
-  for (int64_t s = 0; s < words; ++s) {
-    Vec column[N];
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) column[n] = load(b + s * word_stride + n * column_stride);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      uint32_t word;
-      std::memcpy(&word, a + m * row_bytes + 4 * s, 4);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) total[m][n] = multiply_add<Half>(total[m][n], word, column[n]);
-    }
-  }
-}
-
-// Covers `count` registers of columns with tiles of 4 (or 2), 2 and 1: calls f(constant N, first register).
-template <class F>
-inline void for_tiles(int64_t count, F&& f) {
-  int64_t at = 0;
-  for (; at + kWide <= count; at += kWide) f(std::integral_constant<int, kWide>{}, at);
-  for (; at + 2 <= count; at += 2) f(std::integral_constant<int, 2>{}, at);
-  for (; at < count; ++at) f(std::integral_constant<int, 1>{}, at);
-}
-
-// Covers `count` rows with groups of 6, 4, 2 and 1: calls f(constant M, first row).
-template <class F>
-inline void for_rows(int64_t count, F&& f) {
-  for (int64_t at = 0; at < count;) {
-    const int64_t left = count - at;
-    if (left == 6 || left > 8) {
-      f(std::integral_constant<int, 6>{}, at);
-      at += 6;
-    } else if (left >= 4) {
-      f(std::integral_constant<int, 4>{}, at);
-      at += 4;
-    } else if (left >= 2) {
-      f(std::integral_constant<int, 2>{}, at);
-      at += 2;
-    } else {
-      f(std::integral_constant<int, 1>{}, at);
-      at += 1;
-    }
-  }
-}
-
-// ---- tensors (batch, heads, tokens, dim): any strides but a unit one in the last dimension; float or bfloat16 --------------
-
-struct View {
-  char* data;
-  int64_t batch, head, token;  // bytes
-  bool half;
-
-  explicit View(const Tensor& x)
-      : data(static_cast<char*>(x.data_ptr())),
-        batch(x.stride(0) * x.element_size()),
-        head(x.stride(1) * x.element_size()),
-        token(x.stride(2) * x.element_size()),
-        half(x.scalar_type() == at::kBFloat16) {}
-  char* row(int64_t b, int64_t h, int64_t t) const { return data + b * batch + h * head + t * token; }
-  const BFloat16* halves(int64_t b, int64_t h, int64_t t) const { return reinterpret_cast<BFloat16*>(row(b, h, t)); }
-  float* floats(int64_t b, int64_t h, int64_t t) const { return reinterpret_cast<float*>(row(b, h, t)); }
-};
-
-// A row of `dim` numbers as words; null gives zeros.
-template <bool Half>
-inline void to_words(const char* row, bool half, int64_t dim, float* words) {
-  if (row == nullptr) {
-    std::memset(words, 0, dim * (Half ? 2 : 4));
-  } else if (half == Half) {
-    std::memcpy(words, row, dim * (Half ? 2 : 4));
-  } else if constexpr (Half) {
-    for (int64_t i = 0; i < dim; ++i)
-      reinterpret_cast<BFloat16*>(words)[i] = static_cast<BFloat16>(reinterpret_cast<const float*>(row)[i]);
-  } else {
-    for (int64_t i = 0; i < dim; ++i) words[i] = static_cast<float>(reinterpret_cast<const BFloat16*>(row)[i]);
-  }
-}
-
-// Numbers as rows of words: N registers, from number `place` on.
-template <bool Half, int N>
-__attribute__((always_inline)) inline void store_words(float* words, int64_t place, const Vec (&v)[N]) {
-#ifdef ASSAY_BF16
-  if constexpr (Half) {
-    auto* half = reinterpret_cast<BFloat16*>(words) + place;
-#pragma GCC unroll 8
-    for (int n = 0; n + 1 < N; n += 2)
-      _mm512_storeu_si512(half + n * kLanes, (__m512i)_mm512_cvtne2ps_pbh(v[n + 1], v[n]));
-    if constexpr (N % 2)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(half + (N - 1) * kLanes), (__m256i)_mm512_cvtneps_pbh(v[N - 1]));
-    return;
-  }
-#endif
-#pragma GCC unroll 8
-  for (int n = 0; n < N; ++n) store(words + place + n * kLanes, v[n]);
-}
-
-constexpr int64_t kMostDim = 1024;
-
-// Packs kLanes rows into (word, lane); `row(lane)` is a pointer or null.
-template <bool Half, class F>
-void pack_columns(F&& row, bool half, int64_t dim, float* packed) {
-  const int64_t words = Half ? dim / 2 : dim;
-  float flat[kMostDim];
-  for (int lane = 0; lane < kLanes; ++lane) {
-    to_words<Half>(row(lane), half, dim, flat);
-    for (int64_t s = 0; s < words; ++s) packed[s * kLanes + lane] = flat[s];
-  }
-}
-
-// Packs kLanes rows into (word of rows, dim).
-template <bool Half, class F>
-void pack_rows(F&& row, bool half, int64_t dim, float* packed) {
-  if constexpr (!Half) {
-    for (int lane = 0; lane < kLanes; ++lane) to_words<false>(row(lane), half, dim, packed + lane * dim);
-  } else {
-    float even[kMostDim], odd[kMostDim];
-    for (int lane = 0; lane < kLanes; lane += 2) {
-      to_words<true>(row(lane), half, dim, even);
-      to_words<true>(row(lane + 1), half, dim, odd);
-      const auto* low = reinterpret_cast<const uint16_t*>(even);
-      const auto* high = reinterpret_cast<const uint16_t*>(odd);
-      auto* out = reinterpret_cast<uint32_t*>(packed + lane / 2 * dim);
-      for (int64_t i = 0; i < dim; ++i) out[i] = low[i] | static_cast<uint32_t>(high[i]) << 16;
-    }
-  }
-}
-
-// A thread's own floats, aligned to a cache line.
-struct Workspace {
-  std::vector<float> floats;
-  float* next;
-  explicit Workspace(int64_t count) : floats(count + 16) {
-    next = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(floats.data()) + 63) / 64 * 64);
-  }
-  float* take(int64_t count) { return std::exchange(next, next + (count + 15) / 16 * 16); }
-};
-
-// ---- the grid of blocks ----------------------------------------------------------------------------------------------------
-
-// Queries are the last `queries` of `keys` positions, and blocks are those of the positions: query block i covers positions
-// [(first_block + i) * block, + block), of which the first may begin before query 0.
-struct Shape {
-  int64_t batch, heads, key_heads, queries, keys, dim, block;
-  bool causal;
-  const int64_t* key_start;  // (batch,) keys before it are padding; or null
-
-  int64_t offset() const { return keys - queries; }
-  int64_t first_block() const { return offset() / block; }
-  int64_t key_blocks() const { return (keys + block - 1) / block; }
-  int64_t query_blocks() const { return key_blocks() - first_block(); }
-  int64_t start(int64_t b) const { return key_start ? key_start[b] : 0; }
-  int64_t group_of(int64_t h) const { return h / (heads / key_heads); }
-};
-
-struct Task {
-  int64_t cost, b, h, i;
-};
-
-// Longest first, so that the threads finish together.
-std::vector<Task> longest_first(std::vector<Task> tasks) {
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& x, const Task& y) { return x.cost > y.cost; });
-  return tasks;
-}
-
-int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 // ---- attention over blocks -------------------------------------------------------------------------------------------------
-
-constexpr int64_t kSegmentBytes = 16384;  // of packed keys, and of values: both stay in the first-level cache
-constexpr float kSlack = 8.0f;            // how far a score may pass the maximum that was found before it, in base 2
-
-// What one thread carries through the key blocks for one query block.
-struct State {
-  float* sums;     // (rows, dim)
-  float* weights;  // (rows, kLanes), partial sums
-  float* shift;    // (rows,), subtracted from the scores: a maximum, 0 before there is one
-  float* limit;    // (rows,), how far a score may pass `shift`: kSlack, -infinity before there is a maximum
-};
-
-// Takes the maxima of M rows of exponents (score - shift) into account: moves the shift, and rescales what was summed with the
-// old one: sums, weights, and the shares of this segment, (M, stride) of which `before` are there. Seldom needed: a maximum is
-// only taken up when it is the first or passes the old one by kSlack, so that nothing has to wait for it.
-template <bool Half, int M>
-__attribute__((noinline)) void raise(float* exponents, int64_t width, float* shares, int64_t stride, int64_t before, int64_t dim,
-                                     int64_t at, const State& state) {
-  for (int m = 0; m < M; ++m) {
-    float* row = exponents + m * width;
-    float *shift = state.shift + at + m, *limit = state.limit + at + m;
-    Vec most = load(row);
-    for (int64_t i = kLanes; i < width; i += kLanes) most = larger(most, load(row + i));
-    const float rise = largest(most);
-    if (!(rise > std::min(*limit, 0.0f))) continue;
-    if (*limit == kSlack) {
-      const float fade = std::exp2(-rise);
-      float *sums = state.sums + (at + m) * dim, *weights = state.weights + (at + m) * kLanes;
-      store(weights, load(weights) * fade);
-      for (int64_t c = 0; c < dim; c += kLanes) store(sums + c, load(sums + c) * fade);
-      for (int64_t i = m * stride; i < m * stride + before; ++i) {
-        auto* half = reinterpret_cast<BFloat16*>(shares);
-        if constexpr (Half) half[i] = static_cast<BFloat16>(half[i] * fade);
-        if constexpr (!Half) shares[i] *= fade;
-      }
-    }
-    *shift += rise;
-    *limit = kSlack;
-    for (int64_t i = 0; i < width; i += kLanes) store(row + i, load(row + i) - rise);
-  }
-}
-
-// M rows against a segment of `groups` groups of kLanes keys: scores, online softmax, weighted values. Row m sees the keys
-// [first, last[m]) of the segment, the others are masked.
-template <bool Half, int M>
-void attend(const char* q, int64_t q_bytes, const float* keys, const float* values, int64_t groups, int64_t words, int64_t dim,
-            float scale, int64_t first, const int64_t* last, int64_t at, const State& state, float* exponents, float* shares) {
-  const int64_t width = groups * kLanes;
-  for_tiles(groups, [&](auto n_, int64_t group) {
-    constexpr int N = decltype(n_)::value;
-    constexpr int64_t tile = N * kLanes;
-    const int64_t place = group * kLanes;
-    Vec total[M][N] = {};
-    multiply<Half, M, N>(total, q, q_bytes, keys + place * words, kLanes, kLanes * words, words);
-    bool seldom = first > place || last[0] < place + tile;
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      Vec most = all(-kInfinity);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        total[m][n] = total[m][n] * scale - state.shift[at + m];
-        most = larger(most, total[m][n]);
-      }
-      seldom |= any_above(most, state.limit[at + m]);
-    }
-    if (__builtin_expect(seldom, false)) {
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        float* row = exponents + m * tile;
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) store(row + n * kLanes, total[m][n]);
-        for (int64_t i = 0; i < std::min(first - place, tile); ++i) row[i] = -kInfinity;
-        for (int64_t i = std::max<int64_t>(last[m] - place, 0); i < tile; ++i) row[i] = -kInfinity;
-      }
-      raise<Half, M>(exponents, tile, shares, width, place, dim, at, state);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) total[m][n] = load(exponents + m * tile + n * kLanes);
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      Vec weight = load(state.weights + (at + m) * kLanes);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        total[m][n] = exp2<Half>(total[m][n]);
-        weight = weight + total[m][n];
-      }
-      store_words<Half, N>(shares, m * width + place, total[m]);
-      store(state.weights + (at + m) * kLanes, weight);
-    }
-  });
-  for_tiles(dim / kLanes, [&](auto n_, int64_t column) {
-    constexpr int N = decltype(n_)::value;
-    float* sums = state.sums + at * dim + column * kLanes;
-    Vec total[M][N];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) total[m][n] = load(sums + m * dim + n * kLanes);
-    multiply<Half, M, N>(total, reinterpret_cast<const char*>(shares), width * (Half ? 2 : 4), values + column * kLanes, dim,
-                         kLanes, Half ? width / 2 : width);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) store(sums + m * dim + n * kLanes, total[m][n]);
-  });
-}
 
 template <bool Half>
 void block_attention(const Shape& s, const View& q, const View& k, const View& v, const View& out, int64_t value_dim,
@@ -522,15 +100,114 @@ void block_attention(const Shape& s, const View& q, const View& k, const View& v
           });
         }
       }
-      for (int64_t r = 0; r < rows; ++r) {
-        const float share = state.limit[r] == kSlack ? 1.0f / sum(load(state.weights + r * kLanes)) : 0.0f;
-        const float* sums = state.sums + r * value_dim;
-        if (out.half)
-          for (int64_t c = 0; c < value_dim; ++c)
-            reinterpret_cast<BFloat16*>(out.row(b, h, query + r))[c] = static_cast<BFloat16>(sums[c] * share);
-        else
-          for (int64_t c = 0; c < value_dim; ++c) out.floats(b, h, query + r)[c] = sums[c] * share;
+      for (int64_t r = 0; r < rows; ++r) write_row(state, r, value_dim, out.half, out.row(b, h, query + r));
+    }
+  }
+}
+
+// ---- attention over clusters: permuted blocks of any size ------------------------------------------------------------------
+
+constexpr int64_t kClusterRows = 128;  // rows of a query cluster that a thread takes at a time, at most
+
+// Tokens in groups: cluster c of head (b, h) holds the next sizes[c] tokens of `order`.
+struct Clusters {
+  int64_t heads, tokens, count;
+  const int64_t *order, *sizes;  // (batch, heads, tokens), (batch, heads, count)
+
+  const int64_t* order_of(int64_t b, int64_t h) const { return order + (b * heads + h) * tokens; }
+  const int64_t* sizes_of(int64_t b, int64_t h) const { return sizes + (b * heads + h) * count; }
+};
+
+// Every query of query cluster i sees every key of the key clusters j with mask[i][j]. The permutation costs nothing of its own:
+// keys and values are read in their order when they are packed (each cluster padded to whole registers), queries when they are
+// copied, and output rows go straight to their places.
+template <bool Half>
+void cluster_attention(const Shape& s, const View& q, const View& k, const View& v, const View& out, int64_t value_dim,
+                       const Clusters& queries, const Clusters& keys, const bool* mask, float scale) {
+  struct Group {  // of keys in a register
+    int64_t b, h, at, count;
+  };
+  struct Rows {
+    int64_t cost, b, h, i, at, count;
+  };
+  std::vector<Group> groups;
+  std::vector<int64_t> first_group;  // of each (batch, key head, cluster)
+  for (int64_t b = 0; b < s.batch; ++b)
+    for (int64_t h = 0; h < s.key_heads; ++h)
+      for (int64_t j = 0, at = 0; j < keys.count; ++j) {
+        first_group.push_back(groups.size());
+        const int64_t end = at + keys.sizes_of(b, h)[j];
+        for (; at < end; at += groups.back().count) groups.push_back({b, h, at, std::min<int64_t>(kLanes, end - at)});
       }
+  std::vector<Rows> tasks;
+  for (int64_t b = 0; b < s.batch; ++b)
+    for (int64_t h = 0; h < s.heads; ++h)
+      for (int64_t i = 0, at = 0; i < queries.count; ++i) {
+        const int64_t size = queries.sizes_of(b, h)[i], parts = (size + kClusterRows - 1) / kClusterRows;
+        const bool* kept = mask + ((b * s.heads + h) * queries.count + i) * keys.count;
+        int64_t seen = 0;
+        for (int64_t j = 0; j < keys.count; ++j) seen += kept[j] ? keys.sizes_of(b, s.group_of(h))[j] : 0;
+        for (int64_t part = 0; part < parts; ++part) {
+          const int64_t from = size * part / parts, to = size * (part + 1) / parts;
+          tasks.push_back({(to - from) * seen, b, h, i, at + from, to - from});
+        }
+        at += size;
+      }
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Rows& x, const Rows& y) { return x.cost > y.cost; });
+
+  const int64_t words = Half ? s.dim / 2 : s.dim, count = groups.size();
+  const int64_t key_floats = kLanes * words, value_floats = kLanes * value_dim / (Half ? 2 : 1);  // of a group
+  const Tensor packed = at::empty({count * (key_floats + value_floats)}, at::kFloat);
+  float* all_keys = packed.data_ptr<float>();
+  float* all_values = all_keys + count * key_floats;
+  const int64_t segment = std::max<int64_t>(kSegmentBytes / 4 / std::max(key_floats, value_floats), 1) * kLanes;
+
+#pragma omp parallel num_threads(threads())
+  {
+    Workspace own(kClusterRows * (words + value_dim + kLanes + 2) + kRows * (segment + kWide * kLanes) + 96);
+    float* copied = own.take(kClusterRows * words);
+    const State state{own.take(kClusterRows * value_dim), own.take(kClusterRows * kLanes), own.take(kClusterRows),
+                      own.take(kClusterRows)};
+    float *exponents = own.take(kRows * kWide * kLanes), *shares = own.take(kRows * segment);
+
+#pragma omp for schedule(static)
+    for (int64_t item = 0; item < count; ++item) {
+      const Group& group = groups[item];
+      const auto row = [&](const View& x, int lane) -> const char* {
+        if (lane >= group.count) return nullptr;
+        return x.row(group.b, group.h, keys.order_of(group.b, group.h)[group.at + lane]);
+      };
+      pack_columns<Half>([&](int lane) { return row(k, lane); }, k.half, s.dim, all_keys + item * key_floats);
+      pack_rows<Half>([&](int lane) { return row(v, lane); }, v.half, value_dim, all_values + item * value_floats);
+    }
+
+#pragma omp for schedule(dynamic, 1)
+    for (size_t t = 0; t < tasks.size(); ++t) {
+      const Rows& task = tasks[t];
+      const int64_t b = task.b, h = task.h, key_head = s.group_of(h);
+      const int64_t *rows = queries.order_of(b, h) + task.at, *sizes = keys.sizes_of(b, key_head);
+      const int64_t* first = first_group.data() + (b * s.key_heads + key_head) * keys.count;
+      const bool* kept = mask + ((b * s.heads + h) * queries.count + task.i) * keys.count;
+      for (int64_t r = 0; r < task.count; ++r) to_words<Half>(q.row(b, h, rows[r]), q.half, s.dim, copied + r * words);
+      std::fill_n(state.sums, task.count * value_dim, 0.0f);
+      std::fill_n(state.weights, task.count * kLanes, 0.0f);
+      std::fill_n(state.shift, task.count, 0.0f);
+      std::fill_n(state.limit, task.count, -kInfinity);
+      for (int64_t j = 0; j < keys.count; ++j) {
+        if (!kept[j]) continue;
+        for (int64_t key = 0; key < sizes[j]; key += segment) {
+          const int64_t here = std::min(segment, sizes[j] - key), group = first[j] + key / kLanes;
+          for_rows(task.count, [&](auto m_, int64_t r) {
+            constexpr int M = decltype(m_)::value;
+            int64_t last[M];
+            std::fill_n(last, M, here);
+            attend<Half, M>(reinterpret_cast<const char*>(copied + r * words), words * 4, all_keys + group * key_floats,
+                            all_values + group * value_floats, (here + kLanes - 1) / kLanes, words, value_dim, scale * kLog2e, 0,
+                            last, r, state, exponents, shares);
+          });
+        }
+      }
+      for (int64_t r = 0; r < task.count; ++r) write_row(state, r, value_dim, out.half, out.row(b, h, rows[r]));
     }
   }
 }
@@ -807,6 +484,51 @@ Tensor block_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, con
   return out;
 }
 
+Clusters checked_clusters(const Tensor& order, const Tensor& sizes, const Tensor& x, const char* name) {
+  const int64_t batch = x.size(0), heads = x.size(1), tokens = x.size(2);
+  TORCH_CHECK_VALUE(order.scalar_type() == at::kLong && order.is_contiguous() &&
+                        order.sizes() == at::IntArrayRef({batch, heads, tokens}),
+                    name, "_order must be a contiguous int64 tensor of (batch, heads, tokens)");
+  TORCH_CHECK_VALUE(sizes.scalar_type() == at::kLong && sizes.is_contiguous() && sizes.dim() == 3 && sizes.size(0) == batch &&
+                        sizes.size(1) == heads,
+                    name, "_sizes must be a contiguous int64 tensor of (batch, heads, clusters)");
+  const Clusters found{heads, tokens, sizes.size(2), order.data_ptr<int64_t>(), sizes.data_ptr<int64_t>()};
+  const int64_t* end = found.order + order.numel();
+  TORCH_CHECK_VALUE(std::all_of(found.order, end, [=](int64_t t) { return 0 <= t && t < tokens; }), name,
+                    "_order must hold tokens from 0 to ", tokens - 1);
+  for (int64_t head = 0; head < batch * heads; ++head) {
+    int64_t total = 0;
+    for (int64_t c = 0; c < found.count; ++c) {
+      const int64_t size = found.sizes[head * found.count + c];
+      TORCH_CHECK_VALUE(size >= 0 && size <= tokens, name, "_sizes must lie in [0, tokens], got ", size);
+      total += size;
+    }
+    TORCH_CHECK_VALUE(total == tokens, name, "_sizes must sum to ", tokens, " for each head, got ", total);
+  }
+  return found;
+}
+
+Tensor cluster_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& query_order, const Tensor& key_order,
+                            const Tensor& query_sizes, const Tensor& key_sizes, const Tensor& mask, double scale, bool half) {
+  const Shape s = checked(q, k, 16, false, std::nullopt, half);
+  check_values(k, v);
+  const Clusters queries = checked_clusters(query_order, query_sizes, q, "query");
+  const Clusters keys = checked_clusters(key_order, key_sizes, k, "key");
+  TORCH_CHECK_VALUE(mask.scalar_type() == at::kBool && mask.is_contiguous() &&
+                        mask.sizes() == at::IntArrayRef({s.batch, s.heads, queries.count, keys.count}),
+                    "mask must be a contiguous bool tensor of (batch, heads, query clusters, key clusters)");
+  Tensor out = empty_output(q, v.size(3));
+  if (out.numel() == 0) return out;
+#ifdef ASSAY_BF16
+  if (half) {
+    cluster_attention<true>(s, View(q), View(k), View(v), View(out), v.size(3), queries, keys, mask.data_ptr<bool>(), scale);
+    return out;
+  }
+#endif
+  cluster_attention<false>(s, View(q), View(k), View(v), View(out), v.size(3), queries, keys, mask.data_ptr<bool>(), scale);
+  return out;
+}
+
 Tensor decode_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& key_start, double scale) {
   const Shape s = checked(q, k, 16, false, key_start, false);
   check_values(k, v);
@@ -846,6 +568,9 @@ TORCH_LIBRARY_FRAGMENT(assay, m) {
   m.def(
       "block_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? key_start, int block, bool causal, float scale, "
       "bool half) -> Tensor");
+  m.def(
+      "cluster_attention(Tensor q, Tensor k, Tensor v, Tensor query_order, Tensor key_order, Tensor query_sizes, "
+      "Tensor key_sizes, Tensor mask, float scale, bool half) -> Tensor");
   m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor? key_start, float scale) -> Tensor");
   m.def(
       "antidiagonal_scores(Tensor q, Tensor k, Tensor? key_start, int stride, int block, bool causal, float scale, bool half) "
@@ -855,6 +580,7 @@ TORCH_LIBRARY_FRAGMENT(assay, m) {
 
 TORCH_LIBRARY_IMPL(assay, CPU, m) {
   m.impl("block_attention", block_attention_op);
+  m.impl("cluster_attention", cluster_attention_op);
   m.impl("decode_attention", decode_attention_op);
   m.impl("antidiagonal_scores", antidiagonal_scores_op);
 }

@@ -1,0 +1,579 @@
+"""Sparse VideoGen2: sparse attention of video diffusion transformers over clusters of alike tokens (arXiv 2505.18875).
+
+Queries and keys of a layer are grouped by k-means, head by head; a softmax over the products of the centroids, weighted by the
+sizes of the key clusters, estimates the attention mass between clusters; the fewest key clusters that hold a share `top_p` of a
+query cluster's mass are attended to exactly, after a permutation that makes each cluster contiguous. Centroids of one denoising
+step start the next step's k-means, which then needs 2 iterations instead of 50. The first layers and denoising steps stay dense.
+
+Sources: the paper and the official code (k-means, selection, processors). `our choice`: first centres are drawn without
+replacement, the same tokens for every batch row (so rows, the branches of classifier-free guidance among them, do not depend on
+each other); keys are clustered once per key head (GQA); a head whose centres have stopped is left alone; batches of any size.
+
+When NOT to use it: causal attention, sequences of a few thousand tokens (k-means costs what it saves), one-step generators
+(nothing to warm-start), small models (the authors report visible losses at 1.3B), or cross-attention.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from assay.methods.attention.clusters import ClusterBackend, ClusterPlan, execute_clusters
+from assay.methods.attention.plan import AttentionPlan, Precision, execute
+
+DISTANCES = 1 << 20  # distances that k-means holds at a time: 4 MiB, so that they stay in a processor's cache
+
+
+# -------------------------------------------------------------------------------------------------------------- k-means
+
+
+@dataclass(frozen=True)
+class KMeans:
+    """A clustering of (batch, heads, tokens, dim), in float32 (float64 for float64 input).
+
+    `labels` int64 (batch, heads, tokens); `centroids` (batch, heads, clusters, dim), the means of their members, or where they
+    were for clusters without members; `sizes` int64 (batch, heads, clusters); `inertia` (iterations, batch, heads), the sum of
+    squared distances to the centres at each assignment.
+    """
+
+    labels: Tensor
+    centroids: Tensor
+    sizes: Tensor
+    inertia: Tensor
+
+
+def kmeans(
+    x: Tensor,
+    clusters: int,
+    *,
+    centres: Tensor | None = None,
+    iterations: int = 50,
+    tolerance: float = 1e-4,
+    generator: torch.Generator | None = None,
+) -> KMeans:
+    """Euclidean k-means (Lloyd) of x (batch, heads, tokens, dim), each head on its own.
+
+    Starts from `centres` (batch, heads, clusters, dim), or else from random tokens. Each iteration assigns every token to its
+    nearest centre (the first of equals) and moves the centres to the means; a head stops after `iterations`, or when none of
+    its centres moves by `tolerance`. tokens * clusters * dim MACs an iteration and head (1 MAC = 2 FLOPs).
+    Raises ValueError for another shape, more clusters than tokens, or no iterations.
+    """
+    if x.ndim != 4 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point (batch, heads, tokens, dim), got {x.dtype} {tuple(x.shape)}")
+    batch, heads, tokens, dim = x.shape
+    if not 1 <= clusters <= tokens:
+        raise ValueError(f"clusters must be from 1 to the number of tokens ({tokens}), got {clusters}")
+    if iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must not be negative, got {tolerance}")
+    x = x if x.dtype == torch.float64 else x.float()
+    if centres is None:
+        centres = _random_tokens(x, clusters, generator)
+    elif centres.shape != (batch, heads, clusters, dim):
+        raise ValueError(f"centres must be {(batch, heads, clusters, dim)}, got {tuple(centres.shape)}")
+    x, centroids = x.flatten(0, 1), centres.to(x.dtype).flatten(0, 1).clone()
+    squares = x.square().sum((1, 2))
+    labels = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
+    sizes = torch.zeros(centroids.shape[:2], dtype=torch.int64, device=x.device)
+    inertia, current = [], torch.zeros_like(squares)
+    active = torch.ones_like(squares, dtype=torch.bool)
+    for _ in range(iterations):
+        rows = active.nonzero()[:, 0]
+        part, old = (x, centroids) if len(rows) == len(x) else (x[rows], centroids[rows])
+        found, distance = _nearest(part, old)
+        means, counts = _means(part, found, old)
+        active[rows] = (means - old).norm(dim=-1).amax(-1) >= tolerance
+        current[rows] = (squares[rows] + distance).clamp(min=0)
+        labels[rows], sizes[rows], centroids[rows] = found, counts, means
+        inertia.append(current.clone())
+        if not active.any():
+            break
+    shape = (batch, heads)
+    history = torch.stack(inertia).unflatten(1, shape)
+    return KMeans(labels.unflatten(0, shape), centroids.unflatten(0, shape), sizes.unflatten(0, shape), history)
+
+
+def _random_tokens(x: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    """`count` different tokens of each head, the same in every batch row; drawn on the CPU, so alike on every device."""
+    batch, heads, tokens, dim = x.shape
+    chosen = torch.rand(heads, tokens, generator=generator).argsort(-1)[:, :count].to(x.device)
+    return x.gather(2, chosen[None, :, :, None].expand(batch, -1, -1, dim))
+
+
+def _nearest(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest centre of each token (rows, tokens), and the sum of squared distances (rows,) less that of the squared tokens."""
+    rows, tokens, clusters = x.shape[0], x.shape[1], centres.shape[1]
+    lengths = centres.square().sum(-1, keepdim=True)
+    labels = torch.empty(rows, tokens, dtype=torch.int64, device=x.device)
+    total = x.new_zeros(rows)
+    together = max(1, DISTANCES // (tokens * clusters))
+    step = max(1, DISTANCES // (min(together, rows) * clusters))
+    for r in range(0, rows, together):
+        some = slice(r, r + together)
+        for t in range(0, tokens, step):
+            part = x[some, t : t + step].transpose(1, 2)
+            closeness = torch.baddbmm(lengths[some], centres[some], part, beta=-1, alpha=2)  # rows, clusters, tokens
+            most, labels[some, t : t + step] = _largest(closeness)
+            total[some] -= most.sum(-1)
+    return labels, total
+
+
+def _largest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of x (rows, clusters, tokens) over the clusters and which it is, the first of equals: (rows, tokens) each."""
+    if not x.is_cpu:
+        most, index = x.max(1)
+        return most, index
+    # On the CPU `max` with an index goes number by number, while max pooling of an image with its channels last (here the
+    # tokens) is vectorised, index and all: ten times as fast.
+    image = x.transpose(1, 2)[:, :, None]
+    most, index = F.max_pool2d(image, (1, x.shape[1]), return_indices=True)
+    return most[:, :, 0, 0], index[:, :, 0, 0]
+
+
+def _means(x: Tensor, labels: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of the members (rows, clusters, dim), `old` where there are none, and how many members there are."""
+    rows, clusters, dim = old.shape
+    flat = (labels + torch.arange(rows, device=x.device)[:, None] * clusters).flatten()
+    sums = x.new_zeros(rows * clusters, dim).index_add_(0, flat, x.reshape(-1, dim)).view(rows, clusters, dim)
+    counts = torch.zeros(rows, clusters, dtype=torch.int64, device=x.device)
+    counts.scatter_add_(1, labels, torch.ones_like(labels))
+    return torch.where(counts[:, :, None] > 0, sums / counts.clamp(min=1)[:, :, None], old), counts
+
+
+# ------------------------------------------------------------------------------------------------------------ selection
+
+
+def cluster_mass(
+    query_centroids: Tensor, key_centroids: Tensor, key_sizes: Tensor, *, scale: float | None = None
+) -> Tensor:
+    """Estimated share of a query cluster's attention in each key cluster: (batch, heads, query clusters, key clusters).
+
+    Softmax over key clusters of scale * (query centroid . key centroid), weighted by the sizes: m_j e^s_ij / sum m e^s. Rows sum
+    to 1, empty clusters have 0. query_centroids (batch, heads, query clusters, dim), key_centroids (batch, key heads, key
+    clusters, dim), key_sizes int64 (batch, key heads, key clusters); scale is dim ** -0.5 by default.
+    """
+    batch, heads, count, dim = query_centroids.shape
+    scale = dim**-0.5 if scale is None else scale
+    groups, clusters = key_sizes.shape[1:]
+    grouped = query_centroids.unflatten(1, (groups, heads // groups)).flatten(2, 3)
+    scores = grouped @ key_centroids.to(grouped.dtype).transpose(-1, -2) * scale
+    scores = scores + key_sizes.to(scores.dtype).log()[:, :, None]
+    return scores.softmax(-1).view(batch, heads, count, clusters)
+
+
+def critical_clusters(mass: Tensor, *, top_p: float = 0.9, min_ratio: float = 0.1) -> Tensor:
+    """The key clusters each query cluster keeps: bool, in the shape of `mass` (..., key clusters).
+
+    The fewest that hold `top_p` of the mass, the one that crosses it included, at least one; and in any case the best
+    floor(min_ratio * key clusters). top_p = 1 keeps all, also those whose mass rounds to nothing.
+    Raises ValueError unless both lie in [0, 1].
+    """
+    _check_share("top_p", top_p)
+    _check_share("min_ratio", min_ratio)
+    ranked, order = mass.double().sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(mass.shape[-1], device=mass.device)
+    wanted = (ranked.cumsum(-1) - ranked < top_p) | (rank < max(1, int(min_ratio * mass.shape[-1])))
+    return torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, wanted | (top_p >= 1))
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+
+
+# ------------------------------------------------------------------------------------------------------------- operator
+
+
+@dataclass
+class ClusterState:
+    """What one attention layer remembers between denoising steps: its centroids, (batch, heads, clusters, dim).
+
+    One for each layer, and one for each branch of classifier-free guidance that is called separately; branches that come as
+    rows of a batch are separate anyway. `reset` it before another prompt, resolution or number of clusters. `seed` draws the
+    first centres; the inertias (iterations, batch, heads) are those of the last clustering.
+    """
+
+    seed: int = 0
+    query_centroids: Tensor | None = None
+    key_centroids: Tensor | None = None
+    query_inertia: Tensor | None = None
+    key_inertia: Tensor | None = None
+
+    def reset(self) -> None:
+        """Forget everything but the seed."""
+        self.query_centroids = self.key_centroids = self.query_inertia = self.key_inertia = None
+
+
+def update_clusters(
+    q: Tensor,
+    k: Tensor,
+    state: ClusterState,
+    *,
+    query_clusters: int = 400,
+    key_clusters: int = 1000,
+    iterations: int = 50,
+    warm_iterations: int = 2,
+    tolerance: float = 1e-4,
+) -> tuple[KMeans, KMeans]:
+    """Cluster q (batch, heads, tokens, dim) and k (batch, key heads, tokens, dim), and remember the centroids in `state`.
+
+    `iterations` at most from random tokens the first time, `warm_iterations` from the remembered centroids afterwards. Raises
+    ValueError when the state was made for other shapes.
+    """
+    wanted = tuple((*x.shape[:2], count, x.shape[3]) for x, count in ((q, query_clusters), (k, key_clusters)))
+    if state.query_centroids is None or state.key_centroids is None:
+        generator = torch.Generator().manual_seed(state.seed)
+        queries = kmeans(q, query_clusters, iterations=iterations, tolerance=tolerance, generator=generator)
+        keys = kmeans(k, key_clusters, iterations=iterations, tolerance=tolerance, generator=generator)
+    else:
+        known = (tuple(state.query_centroids.shape), tuple(state.key_centroids.shape))
+        if known != wanted:
+            raise ValueError(
+                f"state has centroids {known[0]} and {known[1]}, needed are {wanted[0]} and {wanted[1]}: "
+                "reset() it before another prompt or resolution"
+            )
+        options: dict[str, Any] = {"iterations": warm_iterations, "tolerance": tolerance}
+        queries = kmeans(q, query_clusters, centres=state.query_centroids, **options)
+        keys = kmeans(k, key_clusters, centres=state.key_centroids, **options)
+    state.query_centroids, state.key_centroids = queries.centroids, keys.centroids
+    state.query_inertia, state.key_inertia = queries.inertia, keys.inertia
+    return queries, keys
+
+
+def svg2_plan(
+    q: Tensor,
+    k: Tensor,
+    state: ClusterState,
+    *,
+    top_p: float = 0.9,
+    min_ratio: float = 0.1,
+    text: Tensor | None = None,
+    scale: float | None = None,
+    **clustering: Any,
+) -> ClusterPlan:
+    """The blocks SVG2 computes, as a plan to `execute_clusters`; updates the centroids in `state`.
+
+    q is (batch, heads, tokens, dim) and k (batch, key heads, tokens, dim) after norms and rotary embedding. `text` is bool (batch,
+    text tokens): the last tokens are a prompt, True where a token is real. Text is not clustered: real text tokens are one more
+    cluster, which sees and is seen by everything, and padding another, which sees only itself. `clustering` are the settings of
+    `update_clusters`. Raises ValueError for bad settings or shapes.
+    """
+    if q.ndim != 4 or k.ndim != 4 or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"q and k must be (batch, heads, tokens, dim) of the same tokens, got {tuple(q.shape)}, {tuple(k.shape)}"
+        )
+    _check_share("top_p", top_p)
+    _check_share("min_ratio", min_ratio)
+    words = 0 if text is None else _check_text(text, q)
+    video = q.shape[2] - words
+    queries, keys = update_clusters(q[:, :, :video].detach(), k[:, :, :video].detach(), state, **clustering)
+    mass = cluster_mass(queries.centroids, keys.centroids, keys.sizes, scale=scale)
+    mask = critical_clusters(mass, top_p=top_p, min_ratio=min_ratio)
+    if text is None:
+        return ClusterPlan.from_labels(queries.labels, keys.labels, mask)
+    return ClusterPlan.from_labels(
+        _with_text(queries.labels, text, mask.shape[2]), _with_text(keys.labels, text, mask.shape[3]), _text_mask(mask)
+    )
+
+
+def _check_text(text: Tensor, q: Tensor) -> int:
+    if text.dtype != torch.bool or text.ndim != 2 or text.shape[0] != q.shape[0] or text.shape[1] >= q.shape[2]:
+        raise ValueError(
+            f"text must be bool ({q.shape[0]}, text tokens), fewer than the {q.shape[2]} tokens, "
+            f"got {text.dtype} {tuple(text.shape)}"
+        )
+    return text.shape[1]
+
+
+def _with_text(labels: Tensor, text: Tensor, clusters: int) -> Tensor:
+    """Text tokens after the video: cluster `clusters` where they are real, `clusters` + 1 where they are padding."""
+    words = torch.where(text.to(labels.device), clusters, clusters + 1)[:, None].expand(-1, labels.shape[1], -1)
+    return torch.cat([labels, words], dim=-1)
+
+
+def _text_mask(mask: Tensor) -> Tensor:
+    """The mask with two more rows and columns: real text sees and is seen by all, padding sees only itself."""
+    wide = F.pad(mask, (0, 2, 0, 2))
+    wide[..., :-1, -2] = wide[..., -2, :-1] = True
+    wide[..., -1, -1] = True
+    return wide
+
+
+def cluster_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: ClusterState,
+    *,
+    top_p: float = 0.9,
+    min_ratio: float = 0.1,
+    text: Tensor | None = None,
+    scale: float | None = None,
+    backend: ClusterBackend = "auto",
+    precision: Precision = "input",
+    **clustering: Any,
+) -> Tensor:
+    """SVG2's attention, not causal: (batch, heads, tokens, value dim). Arguments as in `svg2_plan` and `execute_clusters`.
+
+    |out - dense| <= 2 * dropped mass * max |v|, the mass being that of the exact softmax (`plan.recall` measures it).
+    """
+    plan = svg2_plan(q, k, state, top_p=top_p, min_ratio=min_ratio, text=text, scale=scale, **clustering)
+    return execute_clusters(plan, q, k, v, backend=backend, scale=scale, precision=precision)
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, text: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """What SVG2 approximates: every token sees all but padding text, which sees only itself. Shapes as above."""
+    if text is None:
+        return execute(AttentionPlan(q.shape[2], k.shape[2], causal=False), q, k, v, scale=scale)
+    video = q.shape[2] - _check_text(text, q)
+    padding = F.pad(~text.to(q.device), (video, 0)).long()[:, None]
+    mask = torch.eye(2, dtype=torch.bool, device=q.device).expand(*q.shape[:2], 2, 2)
+    queries, keys = padding.expand(-1, q.shape[1], -1), padding.expand(-1, k.shape[1], -1)
+    return execute_clusters(ClusterPlan.from_labels(queries, keys, mask), q, k, v, scale=scale)
+
+
+# ------------------------------------------------------------------------------------------------------ whole generation
+
+
+@dataclass(frozen=True)
+class SVG2Config:
+    """Settings of a generation. Defaults are the official ones for HunyuanVideo; for Wan 2.1: query_clusters 300, dense_steps 0.2.
+
+    The first `dense_steps` of the denoising steps and the first `dense_layers` of the layers are dense (shares of all);
+    `cluster_in_dense_steps` runs k-means there already, so that the first sparse step starts warm.
+    """
+
+    query_clusters: int = 400
+    key_clusters: int = 1000
+    top_p: float = 0.9
+    min_ratio: float = 0.1
+    dense_steps: float = 0.1
+    dense_layers: float = 0.03
+    iterations: int = 50
+    warm_iterations: int = 2
+    tolerance: float = 1e-4
+    cluster_in_dense_steps: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("top_p", "min_ratio", "dense_steps", "dense_layers"):
+            _check_share(name, getattr(self, name))
+        for name in ("query_clusters", "key_clusters", "iterations", "warm_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def clustering(self) -> dict[str, Any]:
+        """The settings of `update_clusters`."""
+        names = ("query_clusters", "key_clusters", "iterations", "warm_iterations", "tolerance")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class SVG2Sampling:
+    """The attention of a model over one generation: counts denoising steps, keeps the state of each layer and branch.
+
+    Call `end_step` after each denoising step, or give `on_step_end` to a diffusers pipeline as its `callback_on_step_end`; the
+    last step resets the states. Call `reset` after a generation that was broken off. `branches` is how often the model is called
+    in a step: 2 where classifier-free guidance calls it once for each branch, 1 where branches are rows of a batch.
+    """
+
+    config: SVG2Config
+    layers: int
+    steps: int
+    branches: int = 1
+    backend: ClusterBackend = "auto"
+    precision: Precision = "input"
+    step: int = field(default=0, init=False)
+    _states: dict[tuple[int, int], ClusterState] = field(default_factory=dict, init=False, repr=False)
+    _calls: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "steps", "branches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def reset(self) -> None:
+        """Back to the first step, with nothing remembered."""
+        self.step = 0
+        self._states.clear()
+        self._calls.clear()
+
+    def end_step(self) -> None:
+        """A denoising step is over; after the last one everything is reset."""
+        self.step += 1
+        self._calls.clear()
+        if self.step >= self.steps:
+            self.reset()
+
+    def on_step_end(self, pipeline: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """`end_step` in the form of diffusers' `callback_on_step_end`. Raises ValueError when the pipeline counts otherwise."""
+        if step != self.step:
+            raise ValueError(
+                f"the pipeline ended step {step}, expected was {self.step} of {self.steps}: give steps=num_inference_steps, "
+                "and call reset() after a generation that was broken off"
+            )
+        self.end_step()
+        return callback_kwargs
+
+    def is_dense(self, layer: int) -> bool:
+        """Whether a layer is dense at this step."""
+        early = self.step < self.config.dense_steps * self.steps
+        return early or layer < self.config.dense_layers * self.layers
+
+    def plan(self, layer: int, q: Tensor, k: Tensor, *, text: Tensor | None = None) -> ClusterPlan | None:
+        """The plan of a layer's next call in this step, None for dense attention. Raises ValueError beyond the `branches`."""
+        if not 0 <= layer < self.layers:
+            raise ValueError(f"layer must be from 0 to {self.layers - 1}, got {layer}")
+        branch = self._calls.get(layer, 0)
+        if branch >= self.branches:
+            raise ValueError(
+                f"layer {layer} was called more than {self.branches} times in step {self.step}: call end_step() after each "
+                "step (on_step_end as callback_on_step_end), or set branches to the model's calls in a step"
+            )
+        self._calls[layer] = branch + 1
+        config = self.config
+        state = self._states.setdefault((layer, branch), ClusterState(config.seed + layer))
+        if self.is_dense(layer):
+            if config.cluster_in_dense_steps and layer >= config.dense_layers * self.layers:
+                video = q.shape[2] - (0 if text is None else _check_text(text, q))
+                update_clusters(q[:, :, :video].detach(), k[:, :, :video].detach(), state, **config.clustering())
+            return None
+        options = {"top_p": config.top_p, "min_ratio": config.min_ratio, **config.clustering()}
+        return svg2_plan(q, k, state, text=text, **options)
+
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, text: Tensor | None = None) -> Tensor:
+        """Attention of a layer, dense or sparse as the schedule says; shapes as in `svg2_plan`."""
+        plan = self.plan(layer, q, k, text=text)
+        if plan is None:
+            return dense_attention(q, k, v, text=text)
+        return execute_clusters(plan, q, k, v, backend=self.backend, precision=self.precision)
+
+
+class SVG2Processor:
+    """SVG2 as an attention processor of diffusers' video transformers; `install` puts one into every block.
+
+    Self-attention alone (Wan), or joint with text: `encoder_hidden_states` are then appended, through the added projections
+    (`add_q_proj` ...) where the module has them and through the same ones where not (HunyuanVideo), and come back as a second
+    result. `attention_mask` is bool (batch, tokens) or (batch, 1, 1, tokens) over video and text, True for real tokens, and may
+    leave out text only. Rotary embeddings are (cos, sin) of (video tokens, dim), for neighbouring pairs.
+    """
+
+    def __init__(self, sampling: SVG2Sampling, layer: int) -> None:
+        self.sampling = sampling
+        self.layer = layer
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        video = hidden_states.shape[1]
+        added = encoder_hidden_states is not None and getattr(attn, "add_q_proj", None) is not None
+        if encoder_hidden_states is not None and not added:
+            hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+        q, k, v = (_heads(getattr(attn, f"to_{name}")(hidden_states), attn.heads) for name in "qkv")
+        q, k = _norm(attn, "norm_q", q), _norm(attn, "norm_k", k)
+        rotary = image_rotary_emb if rotary_emb is None else rotary_emb
+        if rotary is not None:
+            q, k = (_rotate(x, video, *rotary) for x in (q, k))
+        if added:
+            words = [_heads(getattr(attn, f"add_{name}_proj")(encoder_hidden_states), attn.heads) for name in "qkv"]
+            words[0], words[1] = _norm(attn, "norm_added_q", words[0]), _norm(attn, "norm_added_k", words[1])
+            q, k, v = (torch.cat(pair, dim=2) for pair in zip((q, k, v), words, strict=True))
+        text = _text_of(attention_mask, q, video)
+        out = self.sampling.attention(self.layer, q, k, v, text=text).transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return _project(attn, out)
+        seen, read = out[:, :video], out[:, video:]
+        if getattr(attn, "to_out", None) is not None:
+            seen = _project(attn, seen)
+        if getattr(attn, "to_add_out", None) is not None:
+            read = attn.to_add_out(read)
+        return seen, read
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def _norm(attn: Any, name: str, x: Tensor) -> Tensor:
+    """The module's norm on (batch, heads, tokens, dim), over all heads at once where it was made so (Wan)."""
+    norm = getattr(attn, name, None)
+    if norm is None:
+        return x
+    weight = getattr(norm, "weight", None)
+    if weight is not None and weight.shape[-1] == x.shape[1] * x.shape[3] != x.shape[3]:
+        return _heads(norm(x.transpose(1, 2).flatten(2)), x.shape[1])
+    return cast(Tensor, norm(x))
+
+
+def _rotate(x: Tensor, video: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first `video` tokens, neighbouring pairs together, in float32; cos and sin hold each angle twice."""
+    cos, sin = cos.reshape(-1, x.shape[-1]), sin.reshape(-1, x.shape[-1])
+    if cos.shape[0] != video:
+        raise ValueError(f"rotary embeddings must be for {video} video tokens, got {cos.shape[0]}")
+    seen = x[:, :, :video].float()
+    first, second = seen.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-second, first], dim=-1).flatten(-2)
+    rotated = (seen * cos + turned * sin).to(x.dtype)
+    return rotated if video == x.shape[2] else torch.cat([rotated, x[:, :, video:]], dim=2)
+
+
+def _text_of(mask: Tensor | None, q: Tensor, video: int) -> Tensor | None:
+    batch, tokens = q.shape[0], q.shape[2]
+    if mask is None:
+        return None if tokens == video else torch.ones(batch, tokens - video, dtype=torch.bool, device=q.device)
+    if mask.dtype != torch.bool or mask.shape not in ((batch, tokens), (batch, 1, 1, tokens)):
+        raise ValueError(
+            f"attention_mask must be bool ({batch}, {tokens}) or ({batch}, 1, 1, {tokens}), "
+            f"got {mask.dtype} {tuple(mask.shape)}"
+        )
+    mask = mask.reshape(batch, tokens)
+    if not mask[:, :video].all():
+        raise ValueError("attention_mask must leave out text tokens only, not video tokens")
+    return mask[:, video:] if tokens > video else None
+
+
+def _project(attn: Any, out: Tensor) -> Tensor:
+    for layer in attn.to_out:
+        out = layer(out)
+    return out
+
+
+_SELF_ATTENTION = re.compile(r"(transformer_blocks|single_transformer_blocks|blocks)\.\d+\.(attn|attn1)")
+
+
+def install(model: nn.Module, config: SVG2Config, *, steps: int, branches: int = 1, **options: Any) -> SVG2Sampling:
+    """Set SVG2 processors in a diffusers video transformer, for generations of `steps` steps; returns their `SVG2Sampling`.
+
+    Takes the self-attentions of its blocks ("blocks.N.attn1", "transformer_blocks.N.attn", "single_transformer_blocks.N.attn"),
+    in order, by their own `set_processor`; cross-attentions and text refiners keep theirs. `options` as in `SVG2Sampling`.
+    Raises ValueError when there is none.
+    """
+    found: Mapping[str, Any] = {
+        name: module
+        for name, module in model.named_modules()
+        if _SELF_ATTENTION.fullmatch(name) and hasattr(module, "set_processor")
+    }
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no self-attention 'blocks.N.attn1' or '(single_)transformer_blocks.N.attn' "
+            "with a set_processor method"
+        )
+    sampling = SVG2Sampling(config, len(found), steps, branches, **options)
+    for layer, module in enumerate(found.values()):
+        module.set_processor(SVG2Processor(sampling, layer))
+    return sampling

@@ -1,0 +1,676 @@
+"""Sparse VideoGen2: k-means, the critical map, the state between steps, and the processor.
+
+diffusers is not installed: its attention processors are tested on stand-ins with the attributes its modules have.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from assay.methods.attention.clusters import ClusterPlan, execute_clusters
+from assay.methods.attention.svg2 import (
+    ClusterState,
+    SVG2Config,
+    SVG2Processor,
+    SVG2Sampling,
+    cluster_mass,
+    cluster_sparse_attention,
+    critical_clusters,
+    dense_attention,
+    install,
+    kmeans,
+    svg2_plan,
+    update_clusters,
+)
+
+SMALL = {"query_clusters": 6, "key_clusters": 10, "iterations": 10}
+
+
+def grouped(batch=2, heads=4, groups=2, tokens=160, dim=16, seed=0, kinds=8, spread=2.5, dtype=torch.float32):
+    """Queries, keys and values of tokens of a few kinds, shuffled: what clustering is for."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(count):
+        middles = torch.randn(batch, count, kinds, dim, generator=generator) * spread
+        kind = torch.randint(kinds, (batch, count, tokens), generator=generator)
+        near = middles.gather(2, kind[..., None].expand(-1, -1, -1, dim))
+        noise = torch.randn(batch, count, tokens, dim, generator=generator)
+        return (near + 0.5 * noise).to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
+
+    return make(heads), make(groups), make(groups)
+
+
+def exact_share(q, k):
+    scores = q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(-1, -2)
+    return (scores * q.shape[3] ** -0.5).softmax(-1)
+
+
+def sdpa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- k-means
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    tokens=st.integers(1, 120),
+    clusters=st.integers(1, 40),
+    iterations=st.integers(1, 12),
+    kinds=st.integers(1, 5),
+    seed=st.integers(0, 99),
+)
+def test_kmeans_invariants(tokens, clusters, iterations, kinds, seed):
+    x = grouped(tokens=tokens, kinds=kinds, seed=seed)[0]
+    clusters = min(clusters, tokens)
+    found = kmeans(x, clusters, iterations=iterations, generator=torch.Generator().manual_seed(seed))
+    fall = found.inertia.diff(dim=0)
+    assert (fall <= 1e-4 * found.inertia[:-1] + 1e-2).all()  # never increases, up to rounding
+    assert torch.equal(found.sizes.sum(-1), torch.full((2, 4), tokens))
+    chosen = F.one_hot(found.labels, clusters).to(x.dtype)
+    assert torch.equal(found.sizes, chosen.sum(2).long())
+    means = chosen.transpose(2, 3) @ x / found.sizes.clamp(min=1)[..., None]
+    full = found.sizes > 0
+    torch.testing.assert_close(found.centroids[full], means[full], atol=1e-4, rtol=1e-4)
+
+
+def test_labels_are_nearest_centroids():
+    x = grouped()[0]
+    centres = x[:, :, :12] + 0.1
+    found = kmeans(x, 12, centres=centres, iterations=1)
+    assert torch.equal(found.labels, torch.cdist(x.double(), centres.double()).argmin(-1))
+    expected = torch.cdist(x.double(), centres.double()).amin(-1).square().sum(-1)
+    torch.testing.assert_close(found.inertia[0].double(), expected, atol=1e-2, rtol=1e-4)
+    settled = kmeans(x, 12, iterations=200, tolerance=0.0)
+    torch.testing.assert_close(settled.inertia[-1], settled.inertia[-2], atol=1e-2, rtol=1e-5)
+    long = kmeans(x, 12, centres=settled.centroids, iterations=1)  # converged: nearest to the final centroids
+    assert torch.equal(long.labels, settled.labels)
+
+
+def test_each_iteration_is_a_step_of_lloyd():
+    x = grouped()[0]
+    many = kmeans(x, 9, iterations=4, generator=torch.Generator().manual_seed(3))
+    step = kmeans(x, 9, iterations=1, generator=torch.Generator().manual_seed(3))
+    for _ in range(3):
+        step = kmeans(x, 9, centres=step.centroids, iterations=1)
+    assert torch.equal(many.labels, step.labels)
+    torch.testing.assert_close(many.centroids, step.centroids)
+
+
+def test_empty_clusters_keep_their_centres():
+    x = grouped()[0]
+    centres = x[:, :, :5].clone()
+    centres[:, :, 3] = 1e3
+    found = kmeans(x, 5, centres=centres, iterations=7)
+    assert (found.sizes[:, :, 3] == 0).all()
+    assert (found.centroids[:, :, 3] == 1e3).all()
+    twins = kmeans(x, 2, centres=x[:, :, :1].expand(-1, -1, 2, -1), iterations=1)  # equal centres: the first takes all
+    assert torch.equal(twins.sizes[:, :, 0], torch.full((2, 4), 160))
+
+
+def test_kmeans_stops_head_by_head():
+    x = grouped(kinds=4)[0]
+    x[0, 0] = 1.0  # all tokens alike: nothing moves
+    found = kmeans(x, 4, iterations=50)
+    assert len(found.inertia) < 50  # all have stopped
+    same = kmeans(x, 4, centres=found.centroids, iterations=50)
+    assert len(same.inertia) == 1
+    loose = kmeans(x, 4, iterations=50, tolerance=1e6)
+    assert len(loose.inertia) == 1
+
+
+def test_kmeans_of_bfloat16_accumulates_in_float32():
+    x = grouped(dtype=torch.bfloat16)[0] + 30  # far from the origin: x^2 - 2xc + c^2 cancels
+    generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+    half, wide = (kmeans(each, 8, generator=g) for each, g in zip((x, x.float()), generators, strict=True))
+    assert half.centroids.dtype == torch.float32
+    assert torch.equal(half.labels, wide.labels)
+    exact = kmeans(x.double(), 8, generator=torch.Generator().manual_seed(1))
+    assert (exact.labels == half.labels).float().mean() > 0.99
+
+
+def test_every_token_its_own_cluster():
+    x = grouped(tokens=33)[0]
+    found = kmeans(x, 33)
+    assert (found.sizes == 1).all()
+    torch.testing.assert_close(found.centroids.gather(2, found.labels[..., None].expand_as(x)), x)
+    assert found.inertia[-1].abs().max() < 1e-2
+
+
+def test_chunks_do_not_matter(monkeypatch):
+    from assay.methods.attention import svg2
+
+    x = grouped()[0]
+    whole = kmeans(x, 10, generator=torch.Generator().manual_seed(0))
+    for size in (7, 64, 160 * 10, 3 * 160 * 10):  # tokens at a time, then heads at a time
+        monkeypatch.setattr(svg2, "DISTANCES", size)
+        part = kmeans(x, 10, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(part.labels, whole.labels)
+        torch.testing.assert_close(part.inertia, whole.inertia, atol=0.05, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------ selection
+
+
+def test_mass_is_the_size_weighted_softmax():
+    q, k, _ = grouped()
+    sizes = torch.randint(0, 9, (2, 2, 7))
+    mass = cluster_mass(q[:, :, :5], k[:, :, :7], sizes)
+    assert mass.shape == (2, 4, 5, 7)
+    scores = q[:, :, :5] @ k[:, :, :7].repeat_interleave(2, 1).transpose(-1, -2) / 4
+    weighted = sizes.repeat_interleave(2, 1)[:, :, None] * scores.exp()
+    torch.testing.assert_close(mass, weighted / weighted.sum(-1, keepdim=True), atol=1e-5, rtol=1e-4)
+    assert not mass.transpose(2, 3)[sizes.repeat_interleave(2, 1) == 0].any()
+
+
+def test_splitting_a_cluster_leaves_the_masses_alone():
+    q, k, _ = grouped()
+    sizes = torch.tensor([8, 4, 6, 10]).expand(2, 2, 4)
+    whole = cluster_mass(q[:, :, :5], k[:, :, :4], sizes)
+    halves = torch.cat([sizes[..., :3], torch.full((2, 2, 2), 5)], -1)
+    split = cluster_mass(q[:, :, :5], torch.cat([k[:, :, :4], k[:, :, 3:4]], 2), halves)
+    torch.testing.assert_close(split[..., :3], whole[..., :3])
+    torch.testing.assert_close(split[..., 3:].sum(-1), whole[..., 3])
+    torch.testing.assert_close(split[..., 3], split[..., 4])
+
+
+def test_the_crossing_cluster_is_kept():
+    mass = torch.tensor([0.1, 0.4, 0.3, 0.2])
+    expected = {0.0: [1], 0.39: [1], 0.41: [1, 2], 0.69: [1, 2], 0.71: [1, 2, 3], 0.91: [0, 1, 2, 3], 1.0: [0, 1, 2, 3]}
+    for top_p, kept in expected.items():
+        assert critical_clusters(mass, top_p=top_p, min_ratio=0.0).nonzero()[:, 0].tolist() == kept
+    assert critical_clusters(mass, top_p=0.0, min_ratio=0.74).sum() == 2  # floor(0.74 * 4)
+    assert critical_clusters(mass, top_p=0.0, min_ratio=0.75).nonzero()[:, 0].tolist() == [1, 2, 3]
+    assert critical_clusters(torch.tensor([1.0, 0.0, 0.0]), top_p=1.0, min_ratio=0.0).all()
+
+
+def test_kept_clusters_grow_with_top_p_and_min_ratio():
+    mass = (torch.randn(2, 4, 9, 30, generator=torch.Generator().manual_seed(0)) * 2).softmax(-1)
+    levels = (0.0, 0.3, 0.6, 0.9, 0.99, 1.0)
+    for name in ("top_p", "min_ratio"):
+        other = {"min_ratio": 0.0} if name == "top_p" else {"top_p": 0.2}
+        masks = [critical_clusters(mass, **{name: level}, **other) for level in levels]
+        for small, large in zip(masks[:-1], masks[1:], strict=True):
+            assert (large | ~small).all()
+        assert masks[-1].all()
+        assert (masks[0].sum(-1) >= 1).all()
+
+
+def test_the_numbering_of_clusters_does_not_matter():
+    q, k, _ = grouped()
+    sizes = torch.randint(1, 9, (2, 2, 12), generator=torch.Generator().manual_seed(0))
+    mask = critical_clusters(cluster_mass(q[:, :, :5], k[:, :, :12], sizes), top_p=0.8)
+    order = torch.randperm(12)
+    renamed = critical_clusters(cluster_mass(q[:, :, :5], k[:, :, :12][:, :, order], sizes[..., order]), top_p=0.8)
+    assert torch.equal(renamed, mask[..., order])
+
+
+def test_one_token_clusters_keep_at_least_top_p():
+    q, k, _ = grouped(tokens=48)
+    options = {"query_clusters": 48, "key_clusters": 48, "min_ratio": 0.0}
+    for top_p in (0.5, 0.9):
+        plan = svg2_plan(q, k, ClusterState(), top_p=top_p, **options)
+        kept = (exact_share(q, k) * plan.visible(0, 48)).sum(-1)
+        assert kept.min() >= top_p - 1e-5
+        fewer = (exact_share(q, k).sort(-1, descending=True).values.cumsum(-1) < top_p - 1e-5).sum(-1) + 1
+        assert (plan.visible(0, 48).sum(-1) <= fewer + 1).all()  # and no more than needed, up to ties
+        assert plan.recall(q, k).min() >= top_p - 1e-5
+
+
+# ------------------------------------------------------------------------------------------------------------- operator
+
+
+@pytest.mark.parametrize("settings_", [{"top_p": 1.0}, {"min_ratio": 1.0, "top_p": 0.1}])
+@pytest.mark.parametrize("backend", ["auto", "gather", "reference"])
+def test_degenerate_settings_are_dense_attention(backend, settings_):
+    q, k, v = grouped(heads=9, groups=3)
+    found = cluster_sparse_attention(q, k, v, ClusterState(), backend=backend, **settings_, **SMALL)
+    torch.testing.assert_close(found, sdpa(q, k, v), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attends_exactly_over_what_it_keeps(dtype):
+    q, k, v = grouped(dtype=dtype)
+    plan = svg2_plan(q, k, ClusterState(), top_p=0.6, min_ratio=0.0, **SMALL)
+    assert 0 < plan.density() < 1
+    assert torch.equal(plan.query_sizes.sum(-1), torch.full((2, 4), 160))
+    assert torch.equal(plan.key_sizes.sum(-1), torch.full((2, 2), 160))
+    found = cluster_sparse_attention(q, k, v, ClusterState(), top_p=0.6, min_ratio=0.0, **SMALL)
+    share = exact_share(q, k) * plan.visible(0, 160)
+    expected = share / share.sum(-1, keepdim=True) @ v.double().repeat_interleave(2, 1)
+    close = 2e-2 if dtype == torch.bfloat16 else 2e-5
+    torch.testing.assert_close(found.double(), expected, atol=close, rtol=close)
+
+
+def test_the_error_is_bounded_by_the_dropped_mass():
+    q, k, v = (x.double() for x in grouped(spread=1.0))
+    for top_p in (0.3, 0.6, 0.9):
+        plan = svg2_plan(q, k, ClusterState(), top_p=top_p, min_ratio=0.0, **SMALL)
+        dropped = 1 - (exact_share(q, k) * plan.visible(0, 160)).sum(-1)
+        off = (execute_clusters(plan, q, k, v) - sdpa(q, k, v)).abs().amax(-1)
+        assert (off <= 2 * dropped * v.abs().max() + 1e-9).all()
+        assert off.max() > 1e-4
+        torch.testing.assert_close(plan.recall(q, k).double(), 1 - dropped.mean(-1), atol=1e-5, rtol=1e-5)
+
+
+def test_density_grows_with_top_p():
+    q, k, _ = grouped()
+    found = [svg2_plan(q, k, ClusterState(), top_p=p, min_ratio=0.0, **SMALL).density() for p in (0.2, 0.6, 0.9, 1.0)]
+    assert sorted(found) == found
+    assert found[0] > 0
+    assert found[-1] == 1.0
+
+
+def test_duplicate_tokens_and_empty_clusters_do_no_harm():
+    q, k, v = grouped(kinds=2)
+    q, k = q.round(), k.round() * 0 + k[:, :, :1].round()  # all keys of a head alike: most key clusters stay empty
+    plan = svg2_plan(q, k, ClusterState(), top_p=0.5, min_ratio=0.5, **SMALL)
+    assert (plan.key_sizes == 0).any()
+    found = execute_clusters(plan, q, k, v)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, sdpa(q, k, v), atol=2e-5, rtol=2e-5)  # the one full cluster is kept
+
+
+def test_the_state_warms_the_next_step():
+    q, k, v = grouped()
+    state = ClusterState(seed=4)
+    cluster_sparse_attention(q, k, v, state, **SMALL)
+    first = state.query_centroids.clone()
+    assert first.shape == (2, 4, 6, 16)
+    assert state.key_centroids.shape == (2, 2, 10, 16)
+    assert 1 < len(state.query_inertia) <= 10
+    before = state.query_inertia[-1]
+    cluster_sparse_attention(q + 0.01, k, v, state, **SMALL)
+    assert len(state.query_inertia) <= 2
+    assert (state.query_inertia[0] < 1.1 * before + 1).all()  # warm: starts where the last one ended
+    state.reset()
+    assert state.query_centroids is None
+    assert state.key_inertia is None
+    cluster_sparse_attention(q, k, v, state, **SMALL)
+    assert torch.equal(state.query_centroids, first)  # the same seed draws the same tokens
+    with pytest.raises(ValueError, match=r"reset\(\) it before another prompt or resolution"):
+        svg2_plan(q[:1], k[:1], state, **SMALL)
+    with pytest.raises(ValueError, match="reset"):
+        svg2_plan(q, k, state, query_clusters=7, key_clusters=10)
+
+
+def test_rows_of_a_batch_are_separate():
+    """Classifier-free guidance as a batch of two gives what two calls give."""
+    q, k, v = grouped()
+    both, alone = ClusterState(), [ClusterState(), ClusterState()]
+    for shift in (0.0, 0.1):  # a cold and a warm step
+        found = cluster_sparse_attention(q + shift, k, v, both, top_p=0.7, **SMALL)
+        for row, state in enumerate(alone):
+            one = [x[row : row + 1] for x in (q + shift, k, v)]
+            single = cluster_sparse_attention(*one, state, top_p=0.7, **SMALL)
+            torch.testing.assert_close(found[row : row + 1], single, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(both.key_centroids[row], state.key_centroids[0], atol=1e-5, rtol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------- text
+
+
+def text_mask():
+    return torch.tensor([[True] * 9 + [False] * 3, [True] * 2 + [False] * 10])  # other lengths in other rows
+
+
+def masked_dense(q, k, v, text):
+    """Everybody sees all but padding, padding sees only itself; in float64."""
+    padding = F.pad(~text, (q.shape[2] - text.shape[1], 0))
+    seen = (padding[:, None, :, None] == padding[:, None, None, :]).expand(-1, q.shape[1], -1, -1)
+    k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q.double(), k, v, seen)
+
+
+def test_text_is_seen_by_all_and_padding_only_by_itself():
+    q, k, v = grouped()
+    text = text_mask()
+    plan = svg2_plan(q, k, ClusterState(), top_p=0.5, min_ratio=0.0, text=text, **SMALL)
+    seen = plan.visible(0, 160)
+    padding = F.pad(~text, (148, 0))
+    for b in range(2):
+        words = F.pad(text[b], (148, 0))
+        assert seen[b][:, words][:, :, ~padding[b]].all()  # a word sees everything that is no padding
+        assert seen[b][:, ~padding[b]][:, :, words].all()  # and is seen by it
+        assert seen[b][:, padding[b]][:, :, padding[b]].all()
+        assert not seen[b][:, padding[b]][:, :, ~padding[b]].any()
+        assert not seen[b][:, ~padding[b]][:, :, padding[b]].any()
+    assert not seen[:, :, :148, :148].all()  # video stays sparse
+    allowed = torch.ones_like(plan.mask)
+    allowed[..., -1, :-1] = allowed[..., :-1, -1] = False
+    assert 0 < plan.density(allowed) < 1
+    assert (plan.recall(q, k, allowed=allowed) <= 1 + 1e-6).all()
+    full = cluster_sparse_attention(q, k, v, ClusterState(), top_p=1.0, text=text, **SMALL)
+    assert full.isfinite().all()
+
+
+def test_dense_text_attention_and_the_degenerate_setting():
+    q, k, v = grouped()
+    text = text_mask()
+    expected = masked_dense(q, k, v, text)
+    torch.testing.assert_close(dense_attention(q, k, v, text=text).double(), expected, atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(dense_attention(q, k, v), sdpa(q, k, v), atol=2e-5, rtol=2e-5)
+    found = cluster_sparse_attention(q, k, v, ClusterState(), min_ratio=1.0, text=text, **SMALL)
+    torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_padding_has_no_influence():
+    q, k, v = grouped()
+    text = text_mask()
+    padding = F.pad(~text, (148, 0))[:, None].expand(-1, 2, -1)
+    found = cluster_sparse_attention(q, k, v, ClusterState(), top_p=0.5, text=text, **SMALL)
+    k[padding], v[padding] = 50.0, -1e6
+    again = cluster_sparse_attention(q, k, v, ClusterState(), top_p=0.5, text=text, **SMALL)
+    real = ~padding[:, :1].expand(-1, 4, -1)
+    assert torch.equal(again[real], found[real])
+
+
+# ------------------------------------------------------------------------------------------------------ whole generation
+
+
+def test_the_schedule():
+    config = SVG2Config(6, 10, top_p=0.5, min_ratio=0.0, dense_steps=0.2, dense_layers=0.03, iterations=5)
+    sampling = SVG2Sampling(config, layers=40, steps=10)
+    q, k, v = grouped()
+    for step in range(10):
+        assert sampling.step == step
+        dense = [layer for layer in range(40) if sampling.is_dense(layer)]
+        assert dense == (list(range(40)) if step < 2 else [0, 1])  # 20 % of the steps, ceil(3 % of 40) layers
+        out = sampling.attention(7, q, k, v)
+        assert torch.allclose(out, sdpa(q, k, v), atol=1e-5) == (step < 2)
+        torch.testing.assert_close(sampling.attention(0, q, k, v), sdpa(q, k, v), atol=1e-5, rtol=1e-5)
+        if step == 5:
+            assert len(sampling._states[7, 0].query_inertia) <= 2  # warm by now
+        sampling.end_step()
+    assert sampling.step == 0
+    assert not sampling._states  # reset after the last step
+
+
+def test_kmeans_may_run_in_dense_steps():
+    config = SVG2Config(6, 10, dense_steps=0.5, dense_layers=0.0, iterations=9, cluster_in_dense_steps=True)
+    sampling = SVG2Sampling(config, layers=1, steps=2)
+    q, k, v = grouped()
+    torch.testing.assert_close(sampling.attention(0, q, k, v), sdpa(q, k, v), atol=1e-5, rtol=1e-5)
+    assert len(sampling._states[0, 0].query_inertia) > 2
+    sampling.end_step()
+    sampling.attention(0, q, k, v)
+    assert len(sampling._states[0, 0].query_inertia) <= 2
+
+
+def test_branches_of_guidance_have_their_own_state():
+    config = SVG2Config(6, 10, top_p=0.6, dense_steps=0.0, dense_layers=0.0, iterations=5)
+    sampling = SVG2Sampling(config, layers=2, steps=3, branches=2)
+    first, second = grouped(seed=1), grouped(seed=2)
+    alone = [SVG2Sampling(config, layers=2, steps=3) for _ in range(2)]
+    for _ in range(2):
+        for tensors, single in zip((first, second), alone, strict=True):
+            for layer in (0, 1):
+                assert torch.equal(sampling.attention(layer, *tensors), single.attention(layer, *tensors))
+        with pytest.raises(ValueError, match="more than 2 times in step"):
+            sampling.attention(0, *first)
+        for each in (sampling, *alone):
+            each.end_step()
+
+
+class StandIn(nn.Module):
+    """The attributes of diffusers' `Attention` that processors use."""
+
+    def __init__(self, dim=64, heads=4, added=False, across=False, out=True):
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        width = dim if across else dim // heads  # Wan's norm is over all heads at once
+        self.norm_q, self.norm_k = nn.RMSNorm(width), nn.RMSNorm(width)
+        nn.init.uniform_(self.norm_q.weight, 0.5, 2.0)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)]) if out else None
+        self.add_q_proj = self.add_k_proj = self.add_v_proj = self.to_add_out = None
+        if added:
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
+            self.norm_added_q, self.norm_added_k = nn.RMSNorm(width), nn.RMSNorm(width)
+            self.to_add_out = nn.Linear(dim, dim)
+        self.processor = None
+
+    def set_processor(self, processor):
+        self.processor = processor
+
+    def forward(self, hidden_states, **kwargs):
+        return self.processor(self, hidden_states, **kwargs)
+
+
+def angles(tokens, dim=16):
+    both = (torch.arange(tokens)[:, None] * 0.1 ** (torch.arange(dim // 2) / dim)).repeat_interleave(2, -1)
+    return both.cos(), both.sin()
+
+
+def turn(x, tokens):
+    """Rotary embedding of the first tokens, by complex numbers."""
+    cos, sin = angles(tokens, x.shape[-1])
+    whole = torch.view_as_complex(x[:, :, :tokens].unflatten(-1, (-1, 2)).contiguous())
+    turned = torch.view_as_real(whole * torch.complex(cos, sin)[:, ::2]).flatten(-2)
+    return torch.cat([turned, x[:, :, tokens:]], 2)
+
+
+def split(x, heads=4):
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def always_dense(layers=1, steps=1):
+    return SVG2Sampling(SVG2Config(6, 10, dense_steps=1.0), layers, steps)
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_processor_of_wan(across):
+    torch.manual_seed(0)
+    attn, x = StandIn(across=across), torch.randn(2, 40, 64)
+    q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
+    if across:
+        q, k, v = split(attn.norm_q(q)), split(attn.norm_k(k)), split(v)
+    else:
+        q, k, v = attn.norm_q(split(q)), attn.norm_k(split(k)), split(v)
+    expected = attn.to_out[0](sdpa(turn(q, 40), turn(k, 40), v).transpose(1, 2).flatten(2))
+    full = SVG2Config(6, 10, top_p=1.0, dense_steps=0.0, dense_layers=0.0)
+    for sampling in (always_dense(), SVG2Sampling(full, 1, 1)):
+        attn.set_processor(SVG2Processor(sampling, 0))
+        cos, sin = angles(40)
+        found = attn(x, rotary_emb=(cos[None, :, None], sin[None, :, None]))  # (1, tokens, 1, dim), as Wan's
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    sparse = SVG2Config(6, 10, top_p=0.3, min_ratio=0.0, dense_steps=0.0, dense_layers=0.0)
+    attn.set_processor(SVG2Processor(SVG2Sampling(sparse, 1, 1), 0))
+    assert not torch.allclose(attn(x, rotary_emb=angles(40)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_processor_of_hunyuan(added):
+    """Joint attention with text: by added projections in the double blocks, by the same ones (and no output) in the single."""
+    torch.manual_seed(0)
+    attn, x, words = StandIn(added=added, out=added), torch.randn(2, 40, 64), torch.randn(2, 12, 64)
+    text = text_mask()
+    if added:
+        q, k, v = attn.norm_q(split(attn.to_q(x))), attn.norm_k(split(attn.to_k(x))), split(attn.to_v(x))
+        q = torch.cat([turn(q, 40), attn.norm_added_q(split(attn.add_q_proj(words)))], 2)
+        k = torch.cat([turn(k, 40), attn.norm_added_k(split(attn.add_k_proj(words)))], 2)
+        v = torch.cat([v, split(attn.add_v_proj(words))], 2)
+    else:
+        both = torch.cat([x, words], 1)
+        q, k, v = attn.norm_q(split(attn.to_q(both))), attn.norm_k(split(attn.to_k(both))), split(attn.to_v(both))
+        q, k = turn(q, 40), turn(k, 40)
+    out = masked_dense(q, k, v, text).float().transpose(1, 2).flatten(2)
+    expected = (attn.to_out[0](out[:, :40]), attn.to_add_out(out[:, 40:])) if added else (out[:, :40], out[:, 40:])
+    mask = F.pad(text, (40, 0), value=True)
+    full = SVG2Config(6, 10, min_ratio=1.0, dense_steps=0.0, dense_layers=0.0)
+    for shape in ((2, 52), (2, 1, 1, 52)):
+        for sampling in (always_dense(), SVG2Sampling(full, 1, 1)):
+            attn.set_processor(SVG2Processor(sampling, 0))
+            found = attn(x, encoder_hidden_states=words, attention_mask=mask.view(shape), image_rotary_emb=angles(40))
+            torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+    attn.set_processor(SVG2Processor(always_dense(), 0))
+    assert attn(x, encoder_hidden_states=words)[1].shape == (2, 12, 64)  # without a mask all words are real
+    for bad, message in (
+        (mask.float(), "attention_mask must be bool"),
+        (mask[:, :9], "attention_mask must be bool"),
+        (~mask, "leave out text tokens only"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attn(x, encoder_hidden_states=words, attention_mask=bad)
+    with pytest.raises(ValueError, match="rotary embeddings must be for 40 video tokens, got 39"):
+        attn(x, image_rotary_emb=angles(39))
+
+
+class Transformer(nn.Module):
+    """Blocks named as in diffusers' models."""
+
+    def __init__(self, layers=3):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Module() for _ in range(layers)])
+        for block in self.blocks:
+            block.attn1, block.attn2 = StandIn(), StandIn()
+        self.context_embedder = nn.Module()
+        self.context_embedder.attn = StandIn()
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block.attn1(x, rotary_emb=angles(x.shape[1]))
+        return x
+
+
+def test_install_and_a_whole_generation():
+    torch.manual_seed(0)
+    model = Transformer()
+    config = SVG2Config(6, 10, top_p=0.5, min_ratio=0.0, dense_steps=0.1, iterations=5)
+    sampling = install(model, config, steps=4)
+    assert sampling.layers == 3
+    assert [block.attn1.processor.layer for block in model.blocks] == [0, 1, 2]
+    assert all(block.attn2.processor is None for block in model.blocks)
+    assert model.context_embedder.attn.processor is None
+    x = torch.randn(1, 40, 64)
+
+    def generate():
+        outs = []
+        with torch.no_grad():
+            for step in range(4):
+                outs.append(model(x))
+                assert sampling.on_step_end(None, step, None, {"latents": x}) == {"latents": x}
+        return outs
+
+    first, second = generate(), generate()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))  # nothing is left of the first generation
+    assert not torch.allclose(first[0], first[1])  # dense, then sparse
+    dense = copy.deepcopy(model)
+    install(dense, SVG2Config(6, 10, dense_steps=1.0), steps=4)
+    torch.testing.assert_close(dense(x), first[0])
+    model(x)
+    with pytest.raises(ValueError, match="on_step_end as callback_on_step_end"):
+        model(x)
+    with pytest.raises(ValueError, match="the pipeline ended step 2, expected was 0 of 4: give steps"):
+        sampling.on_step_end(None, 2, None, {})
+    sampling.reset()
+    with torch.no_grad():
+        assert torch.equal(model(x), first[0])
+    with pytest.raises(ValueError, match="Linear has no self-attention"):
+        install(nn.Linear(2, 2), config, steps=4)
+
+
+def test_a_small_denoiser_samples_the_same_where_everything_is_kept():
+    """The whole sampling loop of the experiment, with an untrained model: dense and degenerate sampling agree."""
+    from assay.experiments.attention.svg2 import LAYERS, PATCH, Denoiser, dense, patches, psnr, rotary, sample
+
+    torch.manual_seed(0)
+    model = Denoiser().eval()
+    noise = torch.randn(2, 3 * 4 * 4, 3 * PATCH**2)
+    reference = sample(model, noise, (3, 4, 4), dense(6))
+    everything = SVG2Config(6, 10, top_p=1.0, dense_steps=0.2, dense_layers=0.0)
+    assert psnr(sample(model, noise, (3, 4, 4), SVG2Sampling(everything, LAYERS, 6)), reference) > 80
+    few = SVG2Config(6, 10, top_p=0.1, min_ratio=0.0, dense_steps=0.2, dense_layers=0.0)
+    lossy = [sample(model, noise, (3, 4, 4), SVG2Sampling(few, LAYERS, 6)) for _ in range(2)]
+    assert torch.equal(*lossy)
+    assert psnr(lossy[0], reference) < 80
+    video = torch.rand(3, 3, 8, 12)
+    tokens = patches(video)
+    assert tokens.shape == (3 * 2 * 3, 48)
+    torch.testing.assert_close(tokens[1].view(3, 4, 4), video[0, :, :4, 4:8] * 2 - 1)
+    cos, sin = rotary((3, 2, 3))
+    assert cos.shape == (18, 32)
+    torch.testing.assert_close(cos**2 + sin**2, torch.ones(18, 32))
+
+
+# ----------------------------------------------------------------------------------------------------------- real tensors
+
+
+@pytest.mark.model
+def test_clusters_recall_more_than_positions_on_real_tensors(smollm2):
+    from assay.experiments.attention.svg2 import recall_curves
+    from assay.workloads.attention import captured_qkv
+    from assay.workloads.text import long_prompt
+
+    ids = long_prompt(smollm2.tokenizer, 512)
+    curves = [
+        recall_curves(q, k, (16, 32), (0.1, 0.3)) for q, k, _ in captured_qkv(smollm2.model, ids, layers=(3, 12, 25))
+    ]
+    for i in range(2):
+        mean = {name: sum(curve[name][i] for curve in curves) / len(curves) for name in curves[0]}
+        assert mean["clusters"] >= mean["positions"]
+        assert mean["best pairs"] >= mean["clusters, best blocks"] >= mean["clusters"] - 0.02
+
+
+def test_recall_curves_agree_with_the_plan():
+    from assay.experiments.attention.svg2 import recall_curves
+
+    q, k, _ = (x[:1] for x in grouped())
+    generator = torch.Generator().manual_seed(0)
+    wide = k.repeat_interleave(2, 1)
+    queries, keys = kmeans(q, 6, generator=generator), kmeans(wide, 10, generator=generator)
+    mask = critical_clusters(cluster_mass(queries.centroids, keys.centroids, keys.sizes), top_p=0.7, min_ratio=0.0)
+    plan = ClusterPlan.from_labels(queries.labels, keys.labels, mask)
+    curve = recall_curves(q, k, (6, 10), (plan.density(),))
+    assert curve["clusters"][0] == pytest.approx(plan.recall(q, wide).mean().item(), abs=0.02)
+    assert curve["clusters"][0] <= curve["clusters, best blocks"][0] + 0.05
+    assert curve["best pairs"][0] <= 1 + 1e-5
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def test_bad_input_is_refused():
+    q, k, v = grouped()
+    state = ClusterState()
+    bad = [
+        (lambda: kmeans(q[0], 3), "x must be floating point"),
+        (lambda: kmeans(q, 0), "clusters must be from 1 to the number of tokens"),
+        (lambda: kmeans(q, 161), r"number of tokens \(160\), got 161"),
+        (lambda: kmeans(q, 3, iterations=0), "iterations must be at least 1"),
+        (lambda: kmeans(q, 3, tolerance=-1.0), "tolerance must not be negative"),
+        (lambda: kmeans(q, 3, centres=q[:, :, :4]), r"centres must be \(2, 4, 3, 16\)"),
+        (lambda: cluster_sparse_attention(q, k, v, state, top_p=1.1, **SMALL), r"top_p must lie in \[0, 1\], got 1.1"),
+        (lambda: cluster_sparse_attention(q, k, v, state, min_ratio=-0.1, **SMALL), "min_ratio must lie"),
+        (lambda: cluster_sparse_attention(q, k[:, :, 1:], v, state, **SMALL), "of the same tokens"),
+        (lambda: cluster_sparse_attention(q, k, v, state), "clusters must be from 1 to the number of tokens"),
+        (lambda: svg2_plan(q, k, state, text=torch.ones(2, 160, dtype=torch.bool), **SMALL), "text must be bool"),
+        (lambda: svg2_plan(q, k, state, text=torch.ones(1, 9, dtype=torch.bool), **SMALL), "text must be bool"),
+        (lambda: svg2_plan(q, k, state, text=torch.ones(2, 9), **SMALL), "text must be bool"),
+        (lambda: SVG2Config(top_p=2.0), "top_p must lie"),
+        (lambda: SVG2Config(dense_steps=-0.1), "dense_steps must lie"),
+        (lambda: SVG2Config(key_clusters=0), "key_clusters must be at least 1"),
+        (lambda: SVG2Sampling(SVG2Config(), 0, 5), "layers must be at least 1"),
+        (lambda: SVG2Sampling(SVG2Config(), 2, 5).attention(2, q, k, v), "layer must be from 0 to 1, got 2"),
+    ]
+    for call, message in bad:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="clusters_of_queries"):
+        svg2_plan(q, k, state, clusters_of_queries=3)
+    assert state.query_centroids is None
+
+
+def test_update_clusters_remembers():
+    q, k, _ = grouped()
+    state = ClusterState()
+    queries, keys = update_clusters(q, k, state, **SMALL)
+    assert state.query_centroids is queries.centroids
+    assert state.key_inertia is keys.inertia
