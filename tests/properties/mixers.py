@@ -9,12 +9,15 @@ from assay.methods.mixers.protocol import clone_state
 LENGTHS = (1, 2, 15, 16, 17, 64, 97)
 
 
-def check_mixer(make, *, tolerance=2e-5, gradcheck=True, gradient_tokens=5):
-    """Parallel = chunked = recurrent, causality, independence of the batch, left padding, float64 gradients, state bytes."""
+def check_mixer(make, *, tolerance=2e-5, gradcheck=True, gradient_tokens=5, leak=0.0):
+    """Parallel = chunked = recurrent, causality, independence of the batch, left padding, float64 gradients, state bytes.
+
+    `leak` is how much rounding may look like a gradient from the future (1e-15 for mixers that pass through an FFT).
+    """
     torch.manual_seed(0)
     mixer = make().double().eval()
     check_forms_agree(mixer)
-    check_causal(mixer)
+    check_causal(mixer, leak)
     check_batch_independent(mixer)
     check_padding(mixer)
     check_state(mixer)
@@ -59,12 +62,12 @@ def check_forms_agree(mixer, tolerance=1e-9):
     torch.testing.assert_close(mixer(strided), mixer(strided.contiguous()), atol=tolerance, rtol=tolerance)
 
 
-def check_causal(mixer):
+def check_causal(mixer, leak=0.0):
     x = _input(mixer, 1, 33).requires_grad_()
     y = mixer(x)
     for t in (0, 7, 16, 31):
         (grad,) = torch.autograd.grad(y[:, t].square().sum(), x, retain_graph=True)
-        assert grad[:, t + 1 :].abs().max() == 0
+        assert grad[:, t + 1 :].abs().max() <= leak
         assert grad[:, t].abs().max() > 0
     changed = x.detach().clone()
     changed[:, 20:] += 1

@@ -1,0 +1,244 @@
+"""Binary and ternary sequence-to-sequence models: bytes of the packed student, and what it lost against its fp32 teacher.
+
+The task is writing numbers out in words, byte by byte ("342007" to "three hundred forty-two thousand seven"). A small BART is
+trained on it in fp32; students begin as the teacher and train at low bits, with distillation and without, beside TWN and BWN
+and beside plain rounding without any training.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BartConfig, BartForConditionalGeneration
+
+from assay.experiments.core import Figure, Quality, experiment
+from assay.measure.stats import bootstrap
+from assay.methods.layers.binary_ternary_nlg import (
+    DistillationLoss,
+    calibrate_,
+    freeze_,
+    load_packed,
+    pack_,
+    packed_size,
+    quantize_,
+    relative_operations,
+    save_packed,
+)
+from assay.methods.layers.packed import resident_bytes
+from assay.methods.mixers.training import train
+
+PAD, END, FIRST = 1, 2, 3  # bytes are numbered from FIRST on
+LARGEST = 10**6
+LOG_2 = 0.6931471805599453
+SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+RATES = {(2, 8): 1e-3, (2, 2): 2e-3, (1, 8): 1e-3, (1, 1): 2e-3}  # of (weights, activations); a small model bears more
+
+
+def in_words(n: int) -> str:
+    """A number below a million in English."""
+    if n >= 1000:
+        rest = n % 1000
+        return f"{in_words(n // 1000)} thousand" + (f" {in_words(rest)}" if rest else "")
+    if n >= 100:
+        rest = n % 100
+        return f"{SMALL.split()[n // 100]} hundred" + (f" {in_words(rest)}" if rest else "")
+    if n >= 20:
+        return TENS.split()[n // 10 - 2] + (f"-{SMALL.split()[n % 10]}" if n % 10 else "")
+    return SMALL.split()[n]
+
+
+def padded(texts: list[str], filler: int) -> Tensor:
+    rows = [[b + FIRST for b in text.encode()] + [END] for text in texts]
+    width = max(len(row) for row in rows)
+    return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
+
+
+def pairs(n: int, seed: int, *, heldout: bool) -> tuple[Tensor, Tensor]:
+    """Sources (digits) and labels (words) of n numbers; every seventh number is held out."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(LARGEST // 7, (n,), generator=generator)
+    places = torch.full((n,), 6) if heldout else torch.randint(6, (n,), generator=generator)
+    numbers = (7 * blocks + places).tolist()
+    return padded([str(x) for x in numbers], PAD), padded([in_words(x) for x in numbers], -100)
+
+
+def batches(rows: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
+    seed = 1
+    while True:
+        yield pairs(rows, seed, heldout=False)
+        seed += 1
+
+
+def as_inputs(source: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": source, "attention_mask": (source != PAD).long(), "labels": labels}
+
+
+def teacher_model(width: int, layers: int) -> Any:
+    torch.manual_seed(0)
+    make: Any = BartConfig
+    config = make(
+        vocab_size=256 + FIRST + 1,
+        d_model=width,
+        encoder_layers=layers,
+        decoder_layers=layers,
+        encoder_attention_heads=width // 32,
+        decoder_attention_heads=width // 32,
+        encoder_ffn_dim=4 * width,
+        decoder_ffn_dim=4 * width,
+        max_position_embeddings=96,
+        dropout=0.0,
+        pad_token_id=PAD,
+        bos_token_id=0,
+        eos_token_id=END,
+        decoder_start_token_id=END,
+        forced_eos_token_id=None,
+        attn_implementation="eager",
+    )
+    return BartForConditionalGeneration(config)
+
+
+def task_loss(model: nn.Module, source: Tensor, labels: Tensor) -> Tensor:
+    loss: Tensor = model(**as_inputs(source, labels)).loss
+    return loss
+
+
+def student_model(teacher: Any, bits: tuple[int, int], steps: int, *, distil: bool, baseline: bool = False) -> Any:
+    """A student of the teacher with (weights and embeddings, activations) bits, trained for `steps` steps."""
+    weights, activations = bits
+    student: Any = quantize_(
+        copy.deepcopy(teacher),
+        weights=weights,
+        embeddings=weights,
+        activations=activations,
+        method="baseline" if baseline else "tbt",
+    )
+    calibrate_(student, as_inputs(*pairs(64, 1, heldout=False)))
+    compare = DistillationLoss()
+
+    def distillation(model: nn.Module, source: Tensor, labels: Tensor) -> Tensor:
+        inputs = as_inputs(source, labels) | {"output_attentions": True, "output_hidden_states": True}
+        with torch.no_grad():
+            wanted = teacher(**inputs)
+        loss: Tensor = compare(model(**inputs), wanted, labels, inputs["attention_mask"])
+        return loss
+
+    if steps:
+        loss = distillation if distil else task_loss
+        train(student, batches(), steps=steps, lr=RATES[bits], weight_decay=0.0, loss=loss)
+    return student.eval()
+
+
+@torch.no_grad()
+def bits_per_byte(model: Any, source: Tensor, labels: Tensor) -> Tensor:
+    """Of each held-out number's words, (n,) float64."""
+    logits = model(**as_inputs(source, labels)).logits.double()
+    asked = labels != -100
+    nll = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+    return nll.sum(1) / asked.sum(1) / LOG_2
+
+
+@torch.no_grad()
+def exact_matches(model: Any, source: Tensor, labels: Tensor) -> float:
+    """The share of numbers that greedy generation writes out without a mistake."""
+    mask = (source != PAD).long()
+    out = model.generate(source, attention_mask=mask, max_new_tokens=labels.shape[1], do_sample=False, num_beams=1)
+    right = 0
+    for row, wanted in zip(out[:, 1:].tolist(), labels.tolist(), strict=True):
+        kept = [token for token in wanted if token != -100]
+        right += row[: len(kept)] == kept
+    return right / len(source)
+
+
+def bart_base_bytes(weights: int) -> dict[str, float]:
+    """Bytes of a model of BART-base's shape in fp32 and packed, by formula."""
+    with torch.device("meta"):
+        sizes: dict[str, Any] = {
+            "encoder_layers": 6,
+            "decoder_layers": 6,
+            "encoder_ffn_dim": 3072,
+            "decoder_ffn_dim": 3072,
+        }
+        model = BartForConditionalGeneration(BartConfig(vocab_size=50265, d_model=768, **sizes))
+    plain = resident_bytes(model)
+    packed = packed_size(model, weights=weights, embeddings=weights)
+    return {"fp32": plain, "packed": packed, "times_smaller": plain / packed}
+
+
+def size_figure(bits: tuple[int, int], width: int, layers: int, teacher_steps: int, steps: int, others: bool) -> Figure:
+    """Bytes of the fp32 teacher over those of the packed student, written to disk and read back; bits per byte beside it."""
+    teacher = teacher_model(width, layers)
+    train(teacher, batches(), steps=teacher_steps, lr=1e-3, weight_decay=0.0, loss=task_loss)
+    teacher.eval()
+    source, labels = pairs(128, 0, heldout=True)
+    weights, activations = bits
+    name = f"{weights}-{weights}-{activations}"
+    arms: dict[str, Any] = {"teacher, fp32": teacher}
+    lead = student_model(teacher, bits, steps, distil=True)
+    if others:
+        lowest = 2 if weights == 2 else 1
+        arms |= {
+            f"{name} without distillation": student_model(teacher, bits, steps, distil=False),
+            f"{'TWN' if weights == 2 else 'BWN'} {name}": student_model(
+                teacher, bits, steps, distil=False, baseline=True
+            ),
+            f"{name} rounded, not trained": student_model(teacher, bits, 0, distil=False),
+            f"{weights}-{weights}-{lowest} distilled": student_model(teacher, (weights, lowest), steps, distil=True),
+        }
+    found = {arm: bits_per_byte(model, source, labels) for arm, model in arms.items()}
+    found[f"{name} distilled"] = bits_per_byte(lead, source, labels)
+    freeze_(lead, [as_inputs(*pairs(64, seed, heldout=False)) for seed in (1, 2, 3)])
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "student.safetensors"
+        save_packed(pack_(lead), file)
+        packed = load_packed(file)
+        on_disk = file.stat().st_size
+    judged = bits_per_byte(packed, source, labels)
+    value = resident_bytes(teacher) / resident_bytes(packed)
+    interval = bootstrap(judged.numpy(), lambda x, axis: x.mean(axis=axis))
+    base = float(found["teacher, fp32"].mean())
+    return Figure(
+        value,
+        "x",
+        low=value,
+        high=value,
+        baseline=1.0,
+        quality=Quality("bits per byte", interval.median, base, interval.low, interval.high, higher_is_better=False),
+        details={
+            "resident_bytes": {"fp32": resident_bytes(teacher), "packed": resident_bytes(packed)},
+            "file_bytes": on_disk,
+            "bits_per_byte": {arm: float(values.mean()) for arm, values in found.items()}
+            | {f"{name} distilled, frozen and packed": float(judged.mean())},
+            "exact_matches": {
+                "teacher, fp32": exact_matches(teacher, source[:64], labels[:64]),
+                "packed": exact_matches(packed, source[:64], labels[:64]),
+            },
+            "bart_base_bytes_by_formula": bart_base_bytes(weights),
+            "operations_in_bits_against_fp32_as_counted": relative_operations(weights, activations),
+        },
+    )
+
+
+POINTS: dict[str, list[dict[str, Any]]] = {
+    "smoke": [{"width": 32, "layers": 1, "teacher_steps": 10, "steps": 3, "others": False}],
+    "small": [{"width": 128, "layers": 2, "teacher_steps": 600, "steps": 200, "others": True}],
+    "full": [{"width": 256, "layers": 3, "teacher_steps": 10000, "steps": 10000, "others": True}],
+}
+
+
+@experiment("binary_ternary_nlg/size-ternary", points=POINTS, minutes=30)
+def size_ternary(width: int, layers: int, teacher_steps: int, steps: int, others: bool) -> Figure:
+    """2-2-8: ternary weights and embeddings, activations of 8 bits."""
+    return size_figure((2, 8), width, layers, teacher_steps, steps, others)
+
+
+@experiment("binary_ternary_nlg/size-binary", points=POINTS, minutes=30)
+def size_binary(width: int, layers: int, teacher_steps: int, steps: int, others: bool) -> Figure:
+    """1-1-8: binary weights and embeddings, activations of 8 bits."""
+    return size_figure((1, 8), width, layers, teacher_steps, steps, others)
