@@ -32,7 +32,9 @@ def verify(
         bool, typer.Option("--check", help="Exit with 1 when a claim does not hold or a point fails.")
     ] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots to this file.")] = None,
-    jsonl: Annotated[Path | None, typer.Option(help="Write the evidence as JSON lines into this file; other points in it stay.")] = None,
+    jsonl: Annotated[
+        Path | None, typer.Option(help="Write the evidence as JSON lines into this file; other points in it stay.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure the claims of papers and judge them."""
