@@ -128,6 +128,7 @@ def by_sdpa(
     is_causal: bool | None,
     kwargs: Mapping[str, Any],
 ) -> tuple[Tensor, None]:
+    """Dense attention by transformers' own SDPA function, for what a plan cannot say; `starts` as `key_start_of` gives them."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if starts is not None:

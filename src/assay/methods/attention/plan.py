@@ -460,6 +460,7 @@ def in_bf16(dtype: torch.dtype, precision: Precision) -> bool:
 
 
 def unit_stride(x: Tensor) -> Tensor:
+    """`x` itself if its last dimension lies together in memory, as the kernels need it, else a copy that does."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
