@@ -111,6 +111,7 @@ def test_finds_the_best_recipe_within_the_loss_and_leaves_a_whole_artefact(world
     document = outcome.document()
     assert [step["transform"] for step in document["recipe"]] == ["dtype", "fp8_vs_int8", "xattention", "compile"]
     assert document["helped"]
+    assert document["candidates"] > 0
     assert document["speedup"]["median"] == pytest.approx(1 / (0.6 * 0.6 * 0.8 * 0.9))
     assert document["speedup_vs_free"]["low"] > 1
     assert document["quality"]["drop"] == pytest.approx(0.006, abs=1e-6)

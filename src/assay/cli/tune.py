@@ -77,9 +77,10 @@ def print_summary(document: dict[str, Any], folder: str) -> None:
         highlight=False,
     )
     if not document["helped"]:
-        out.print(
-            "No method beat the free baseline within the allowed loss: the free baseline was saved.", highlight=False
-        )
+        why = "No method beat the free baseline within the allowed loss"
+        if not document["candidates"]:
+            why = "The time was spent on the baselines before any method was tried (see --minutes)"
+        out.print(f"{why}: the free baseline was saved.", highlight=False)
     if document["noisy"]:
         out.print("The machine was busy during the final run: treat these figures as noisy.", highlight=False)
     out.print(f"\nreport   {document['report']}", highlight=False, soft_wrap=True)

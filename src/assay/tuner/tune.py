@@ -113,6 +113,7 @@ class Outcome:
             "helped": self.helped,
             "recipe": [step.model_dump() for step in self.best.recipe.steps],
             "trials": len(self.rows),
+            "candidates": sum(row.kind == "candidate" for row in self.rows),
             "failed_trials": sum(row.status not in ("ok", "equivalent") for row in self.rows),
             "seconds": self.seconds,
             "noisy": self.noisy(),

@@ -2,7 +2,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.cache_utils import DynamicCache
 
 from assay.methods.attention.pie_positional_integrity import (
@@ -224,10 +233,18 @@ def test_the_layout_is_found_on_the_model():
     torch.manual_seed(0)
     config = GPTJConfig(vocab_size=97, n_embd=48, n_layer=1, n_head=3, rotary_dim=8, n_positions=512)
     model = GPTJForCausalLM(config).eval()
-    if not any(hasattr(module, "inv_freq") for module in model.modules()):
-        with pytest.raises(ValueError, match="no rotary embedding"):
-            rotation_of(model)
+    with pytest.raises(ValueError, match="no rotary embedding"):  # it keeps a table of sines instead of frequencies
+        rotation_of(model)
     assert rotation_of(llama(1))[1] is False
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 3}
+    cohere = (
+        CohereForCausalLM(CohereConfig(vocab_size=97, num_key_value_heads=3, pad_token_id=0, **sizes)).double().eval()
+    )
+    assert rotation_of(cohere)[1] is True, "neighbouring dimensions turn together there"
+    context = full(cohere, ids(30))
+    context.edit(4, 6, ids(9, seed=1))
+    close(context, full(cohere, context.ids))
     scaled = llama(1, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
     context = full(scaled, ids(30))
     context.edit(4, 6, ids(9, seed=1))

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.methods import kernels
-from assay.methods.layers.surgery import find, swap
+from assay.methods.layers.surgery import find
 
 Denominator = Literal["sum_of_abs", "abs_of_sum"]
 Shared = Literal["numerator", "denominator"]
@@ -277,6 +277,8 @@ def mimetic_init_(attention: Attention) -> None:
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention over all tokens: (batch, tokens, dim) to the same."""
+
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -289,6 +291,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm attention and MLP, each with its residual."""
+
     def __init__(self, dim: int, heads: int, mlp: nn.Module):
         super().__init__()
         self.norm1, self.attn, self.norm2, self.mlp = nn.LayerNorm(dim), Attention(dim, heads), nn.LayerNorm(dim), mlp
@@ -395,37 +399,19 @@ def convert(model: nn.Module, *, include: Sequence[str] = ("*",), **options: Any
     the old one up to the error of the fit within [-3, 3]. Gated MLPs (SwiGLU) keep their structure.
     `options` are those of `GroupRational`. Raises ValueError when nothing can be replaced.
     """
-    found: dict[str, nn.Module] = {}
     kinds = tuple({type(m) for m in model.modules() if _activation(m) is not None})
-    for name, module in find(model, kinds, include=include).items() if kinds else ():
-        found[name] = GroupRational(init=str(_activation(module)), **options)
-    if not found:
+    chosen = {id(module) for module in find(model, kinds, include=include).values()} if kinds else set()
+    if not chosen:
         raise ValueError(f"{type(model).__name__} has no GELU or Swish module that `include` names")
-    known = dict(model.named_modules(remove_duplicate=False))
-    # one activation object may serve many layers: every place gets a function of its own
-    for parent in list(model.modules()):
+    for parent in list(
+        model.modules()
+    ):  # one activation object may serve many layers: every place gets a function of its own
         for key, child in list(parent._modules.items()):
-            init = None if child is None else _activation(child)
-            if init is not None and any(known[name] is child for name in found):
-                parent._modules[key] = GroupRational(init=init, **options)
-                for beside in ("fc1", "dense", "c_fc", "linear1"):
-                    linear = parent._modules.get(beside)
-                    if isinstance(linear, nn.Linear):
-                        parent._modules[beside] = nn.Sequential(GroupRational(init="identity", **options), linear)
+            if child is None or id(child) not in chosen:
+                continue
+            parent._modules[key] = GroupRational(init=str(_activation(child)), **options)
+            for beside in ("fc1", "dense", "c_fc", "linear1"):
+                linear = parent._modules.get(beside)
+                if isinstance(linear, nn.Linear):
+                    parent._modules[beside] = nn.Sequential(GroupRational(init="identity", **options), linear)
     return sorted(name for name, module in model.named_modules() if isinstance(module, GroupRational))
-
-
-__all__ = [
-    "GroupRational",
-    "KATMlp",
-    "VisionTransformer",
-    "convert",
-    "fitted",
-    "kat_base_patch16_224",
-    "kat_small_patch16_224",
-    "kat_tiny_patch16_224",
-    "rational",
-    "rational_reference",
-    "swap",
-    "variance_preserving_",
-]
