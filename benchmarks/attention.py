@@ -22,7 +22,13 @@ import torch
 from torch import Tensor
 
 from assay.evidence.place import here
-from assay.experiments.attention.xattention import _captured, _dense, _over, _sdpa, pooled_scores
+from assay.experiments.attention.xattention import (
+    captured_layers,
+    causal_dense,
+    causal_sdpa,
+    over_layers,
+    pooled_scores,
+)
 from assay.measure.clock import compare
 from assay.measure.stats import bootstrap
 from assay.methods.attention.plan import AttentionPlan, execute
@@ -59,7 +65,7 @@ def seconds(work: Callable[[], Any], rounds: int = 5) -> dict[str, float]:
 
 
 def rows(tokens: int) -> list[dict[str, Any]]:
-    layers = _captured(tokens, "code")
+    layers = captured_layers(tokens, "code")
     found = []
     for density in DENSITIES:
         plans = [best_blocks(q, k, density) for q, k, _ in layers]
@@ -68,8 +74,8 @@ def rows(tokens: int) -> list[dict[str, Any]]:
         def sparse(plans: list[AttentionPlan] = plans) -> list[Tensor]:
             return [execute(plan, *layer) for plan, layer in zip(plans, layers, strict=True)]
 
-        for name, baseline in (("sdpa", _sdpa), ("exact kernel", _dense)):
-            seen = compare(lambda baseline=baseline: _over(layers, baseline), sparse, pairs=7).speedup  # type: ignore[misc]
+        for name, baseline in (("sdpa", causal_sdpa), ("exact kernel", causal_dense)):
+            seen = compare(lambda baseline=baseline: over_layers(layers, baseline), sparse, pairs=7).speedup  # type: ignore[misc]
             row = {"over": name, "density": real, "bound": 1 / real, "tokens": tokens, "block": BLOCK}
             row["speedup"] = {"median": seen.median, "low": seen.low, "high": seen.high}
             found.append(row | {"share_of_bound": seen.median * real})
@@ -82,7 +88,10 @@ def rows(tokens: int) -> list[dict[str, Any]]:
         "exact masses": lambda: [select(block_scores(q, k, stride=1, block=BLOCK), tau=0.95) for q, k, _ in layers],
     }
     cost = {name: seconds(work) for name, work in selectors.items()}
-    dense = {"sdpa": seconds(lambda: _over(layers, _sdpa)), "exact kernel": seconds(lambda: _over(layers, _dense))}
+    dense = {
+        "sdpa": seconds(lambda: over_layers(layers, causal_sdpa)),
+        "exact kernel": seconds(lambda: over_layers(layers, causal_dense)),
+    }
     return [*found, {"selection_seconds": cost, "dense_seconds": dense, "tokens": tokens, "layers": len(layers)}]
 
 

@@ -12,7 +12,7 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
-FORBIDDEN = ("torchvision", "torchaudio", "timm", "triton")
+FORBIDDEN = ("torchvision", "torchaudio", "timm")
 CUDA_PREFIXES = ("nvidia-", "cuda-", "cupy")
 
 

@@ -239,6 +239,44 @@ def test_a_line_cut_short_by_a_crash_is_measured_again(tmp_path):
     assert len((tmp_path / "j").read_text().splitlines()) == 3
 
 
+def test_memory_is_the_peak_of_what_the_artefact_would_load(world, model, tmp_path):
+    class Remembering(Children):
+        stored = {}  # folder a cast was written to -> its dtype
+        loaded = []  # (dtype on disk, transforms) of each process whose peak counts
+
+        def __call__(self, target, kwargs, *, timeout_s, memory_bytes):
+            found = super().__call__(target, kwargs, timeout_s=timeout_s, memory_bytes=memory_bytes)
+            if not target.endswith(":once"):
+                return found
+            names = [step["transform"] for step in kwargs["recipe"]["steps"]]
+            on_disk = self.stored.get(kwargs["settings"]["model"], "float32")
+            self.loaded.append((on_disk, names))
+            peak = 2**30 * (0.7 if on_disk == "bfloat16" else 1.0) * (0.8 if "fp8_vs_int8" in names else 1.0)
+            return ChildResult("ok", found.value, "", 1.0, int(peak), 1.0)
+
+        def cast(self, settings, dtype, folder):
+            assert settings["model"] == str(model)
+            self.stored[folder] = dtype
+            return {}
+
+        def once(self, settings, recipe):
+            return {}
+
+        def measure(self, settings, recipe, known, seconds):
+            return super().measure(settings, recipe, known, seconds) | {"samples": []}
+
+    children = world(Remembering(cost={"dtype": 1.0, "fp8_vs_int8": 1.0}, loss={}))
+    outcome = tune(Settings(str(model), "memory", 64, 4), tmp_path / "out", minutes=5)
+    assert {on_disk for on_disk, names in children.loaded if "dtype" in names} == {"bfloat16"}
+    assert {on_disk for on_disk, names in children.loaded if "dtype" not in names} == {"float32"}
+    assert [step.transform for step in outcome.best.recipe.steps] == ["dtype", "fp8_vs_int8"]
+    assert outcome.helped
+    document = outcome.document()
+    assert document["free_baseline"]["value"] == pytest.approx(0.7 * 1024, rel=1e-3)
+    assert document["best"]["value"] == pytest.approx(0.7 * 0.8 * 1024, rel=1e-3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # the copies are gone
+
+
 def test_a_failed_trial_is_a_row_and_not_the_end(world, model, tmp_path):
     class Crashing(Children):
         def __call__(self, target, kwargs, *, timeout_s, memory_bytes):

@@ -7,13 +7,15 @@ import hashlib
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from assay.methods.transform import Effect
-from assay.tuner.recipe import Recipe, apply_recipe
+from assay.tuner.artefact import write
+from assay.tuner.recipe import Recipe, Step, apply_recipe
 from assay.tuner.transforms import transforms
 from assay.tuner.work import Settings, Work, build_work, decode_nll, load_for, quality, run_once
 
@@ -75,12 +77,14 @@ def measure(
     before = known.get(function)
     if before is not None and structure in before["structures"]:
         return {"equivalent": True, "function": function, "structure": structure}
-    run_once(model, work)  # warm-up: compilation, packing, allocator
     samples: list[float] = []
+    repeats = 0 if own.goal == "memory" else repeats  # its peak is read from processes that do nothing else: `once`
+    if repeats:
+        run_once(model, work)  # warm-up: compilation, packing, allocator
     start = time.perf_counter()
     while len(samples) < repeats and (not samples or time.perf_counter() - start < seconds):
         samples.append(run_once(model, work))
-    run_seconds = (time.perf_counter() - start) / len(samples)
+    run_seconds = (time.perf_counter() - start) / max(len(samples), 1)
     found = before["quality"] if before is not None else quality(model, work)
     return {
         "equivalent": False,
@@ -98,8 +102,16 @@ def once(settings: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     own = Settings(**settings)
     loaded = load_for(own)
     work = build_work(loaded, own)
-    model = apply_recipe(loaded.model, Recipe.model_validate(recipe), work.context())
-    run_once(model, work)
+    loaded.model = apply_recipe(loaded.model, Recipe.model_validate(recipe), work.context())
+    run_once(loaded.model, work)
+    return {}
+
+
+def cast(settings: dict[str, Any], dtype: str, folder: str) -> dict[str, Any]:
+    """Write the model in `dtype` to `folder`, as the artefact of a recipe that begins with that cast stores it."""
+    loaded = load_for(Settings(**settings))
+    step = Step(transform="dtype", config={"dtype": dtype})
+    write(Path(folder), loaded.model, loaded.tokenizer, Recipe(steps=(step,)), [], {})
     return {}
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -271,6 +272,22 @@ def _tune(
     say("looking where the time goes")
     survey = journal.get("survey", lambda: must("survey", dtype=fast))
 
+    def peaks(recipe: Recipe, times: int, until: float) -> list[float]:
+        """Peak bytes of processes that load what the recipe's artefact would store, apply the rest and do the work."""
+        with contextlib.ExitStack() as stack:
+            own = plain
+            if recipe.steps and recipe.steps[0].transform == "dtype":
+                folder = stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}."))
+                own = plain | {"model": str(Path(folder) / "model")}
+                must("cast", dtype=recipe.steps[0].config["dtype"], folder=own["model"])
+            document = recipe.model_dump(mode="json")
+            found = [child("once", until - time.monotonic(), settings=own, recipe=document) for _ in range(times)]
+        for result in found:
+            if result.status != "ok":
+                reason = f"{result.status} {result.error}".strip()
+                raise AssayError(f"measuring the memory of {recipe.label()} did not work: {reason}")
+        return [float(result.peak_rss_bytes) for result in found]
+
     rows: list[Row] = []
     known: dict[str, dict[str, Any]] = {}
 
@@ -294,7 +311,8 @@ def _tune(
             )
             found = dict(result.value) if result.status == "ok" else {}
             if result.status == "ok" and settings.goal == "memory" and not found["equivalent"]:
-                found["samples"] = [_peak(child, recipe, deadline) for _ in range(2)]
+                found["samples"] = peaks(recipe, 2, deadline)
+                found["run_seconds"] = (time.monotonic() - begin - result.seconds) / 2
             found |= {"status": result.status, "error": result.error, "seconds": time.monotonic() - begin}
             return found
 
@@ -329,7 +347,7 @@ def _tune(
     for row in rows:
         if options := _options_over(base, row, search.options):
             judge(search, row, options, base)
-    for row, options in _search(search, base, trial, deadline, lambda: _final_seconds(rows, free)):
+    for row, options in _search(search, base, trial, deadline, lambda: _final_seconds(rows, free, settings.goal)):
         judge(search, row, options, base)
     good = [
         r for r in rows if r.status == "ok" and r.drop is not None and (r.drop <= max_drop or r.kind != "candidate")
@@ -341,7 +359,7 @@ def _tune(
         documents = {name: recipe.model_dump(mode="json") for name, recipe in recipes.items()}
         if settings.goal == "memory":
             load = os.getloadavg()[0]
-            samples = {name: [_peak(child, r, deadline + 600) for _ in range(3)] for name, r in recipes.items()}
+            samples = {name: peaks(recipe, 3, deadline + 600) for name, recipe in recipes.items()}
             quality = {"baseline": baseline.quality, "free": free.quality, "best": chosen.quality}
             return {"samples": samples, "quality": quality, "load_before": load, "load_after": os.getloadavg()[0]}
         left = max(deadline - time.monotonic() - 30, 30.0)
@@ -462,20 +480,11 @@ def _slot_order(step: Step) -> int:
     return SLOTS.index(get_transform(step.transform).slot)
 
 
-def _final_seconds(rows: list[Row], free: Row) -> float:
-    """Time to keep for the proof: loading three models again, a warm-up and six rounds of each, and the report."""
+def _final_seconds(rows: list[Row], free: Row, goal: str) -> float:
+    """Time to keep for the proof: loading three models again, a warm-up and six rounds (memory: three) of each, the report."""
     first = rows[0]
     overhead = 0.5 * sum(row.seconds - row.run_seconds * len(row.samples) for row in (first, free))
-    return 20.0 + overhead + 7 * (first.run_seconds + 1.5 * free.run_seconds)
-
-
-def _peak(child: Callable[..., ChildResult], recipe: Recipe, deadline: float) -> float:
-    result = child("once", deadline - time.monotonic(), recipe=recipe.model_dump(mode="json"))
-    if result.status != "ok":
-        raise AssayError(
-            f"measuring the memory of {recipe.label()} did not work: {result.status} {result.error}".strip()
-        )
-    return float(result.peak_rss_bytes)
+    return 20.0 + overhead + (3 if goal == "memory" else 7) * (first.run_seconds + 1.5 * free.run_seconds)
 
 
 def _failure(result: ChildResult, function: str, settings: Settings) -> AssayError:

@@ -318,7 +318,7 @@ def test_bad_tensors():
         with pytest.raises(ValueError, match=message):
             execute(plan, *tensors)
     with pytest.raises(ValueError, match="backend must be one of"):
-        execute(plan, q, k, v, backend="triton")
+        execute(plan, q, k, v, backend="cuda")
     with pytest.raises(ValueError, match="precision must be one of"):
         execute(plan, q, k, v, precision="fp8")
     with pytest.raises(ValueError, match="mask is for"):

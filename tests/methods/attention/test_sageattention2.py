@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from assay.measure.cost import count_cost
 from assay.methods import kernels
 from assay.methods.attention import sageattention2 as sage
+from assay.methods.attention.integration import parse_settings
 from assay.methods.attention.plan import AttentionPlan, execute
 from assay.methods.attention.sageattention2 import (
     VARIANTS,
@@ -822,7 +823,7 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="size must be a multiple of 8"):
         quantise(torch.zeros(4, 4), 7, 12)
     with pytest.raises(ValueError, match="unknown configuration"):
-        SageAttentionConfig.from_dict({"tau": 1})
+        parse_settings(SageAttentionConfig, {"tau": 1})
 
 
 # ----------------------------------------------------------------------------------------------------------- real model

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from assay.methods.layers.surgery import LayerCost, cost, find, linear_kinds, merge, swap, tied_names, untie
+from assay.methods.layers.surgery import LayerCost, cost, find, linear_kinds, merge, page_out, swap, tied_names, untie
 
 
 def tiny_llama(tied: bool = True) -> LlamaForCausalLM:
@@ -120,3 +125,22 @@ def test_cost_is_exact():
     assert cost(nn.Linear(5, 7)) == LayerCost(42, 35)
     assert cost(Conv1D(7, 5)) == LayerCost(42, 35)
     assert cost(nn.Conv2d(4, 6, 3, groups=2, bias=False)) == LayerCost(6 * 2 * 9, 6 * 2 * 9)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts and takes out pages this way")
+def test_pages_of_a_replaced_weight_leave_the_process(tmp_path):
+    def resident_mib():
+        return int(re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+    save_file({"weight": torch.arange(2**24, dtype=torch.float32)}, tmp_path / "weight.safetensors")  # 64 MiB
+    weight = load_file(tmp_path / "weight.safetensors")["weight"]
+    before = resident_mib()
+    assert weight.sum() == torch.arange(2**24, dtype=torch.float32).sum()
+    assert resident_mib() - before > 50
+    page_out(weight)
+    assert resident_mib() - before < 14
+    assert weight[2**23] == 2**23  # still readable
+    page_out(torch.arange(3.0))  # smaller than a page: nothing to do
+    own = torch.arange(2.0**20)
+    page_out(own)
+    assert own[12345] == 12345  # memory of its own, not a file's, stays as it was

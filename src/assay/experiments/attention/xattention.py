@@ -38,22 +38,26 @@ def _model(tokens: int, kind: Kind) -> tuple[Any, Tensor]:
 
 
 @functools.cache
-def _captured(tokens: int, kind: Kind) -> list[QKV]:
+def captured_layers(tokens: int, kind: Kind) -> list[QKV]:
+    """(q, k, v) of `LAYERS` on `tokens` tokens of real text, bfloat16, after rotary embedding; read once, then kept."""
     model, ids = _model(tokens, kind)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return [(q.to(device), k.to(device), v.to(device)) for q, k, v in captured_qkv(model, ids, layers=LAYERS)]
 
 
-def _over(layers: list[QKV], attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[Tensor]:
+def over_layers(layers: list[QKV], attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> list[Tensor]:
+    """The outputs of `attention(q, k, v)` for each layer."""
     return [attention(q, k, v) for q, k, v in layers]
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention of a whole prompt by torch's SDPA, grouped heads allowed: (batch, heads, tokens, dim)."""
     out: Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def causal_dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by assay's own exact kernel."""
     return execute(AttentionPlan(q.shape[2], k.shape[2]), q, k, v)
 
 
@@ -122,7 +126,7 @@ def attention_speedup(tokens: int, tau: float, stride: int, block: int, kind: Ki
 
     The quality is the model's: perplexity of the text's last quarter with XAttention in all layers, against exact attention.
     """
-    layers = _captured(tokens, kind)
+    layers = captured_layers(tokens, kind)
     settings: dict[str, Any] = {"tau": tau, "stride": stride, "block": block}
 
     def quality() -> Quality:
@@ -131,9 +135,9 @@ def attention_speedup(tokens: int, tau: float, stride: int, block: int, kind: Ki
         return Quality("perplexity", median, dense, low, high, higher_is_better=False)
 
     def details() -> dict[str, Any]:
-        expected = _over(layers, _dense)
-        error = _relative_error(_over(layers, functools.partial(xattention, **settings)), expected)
-        rounding = _relative_error(_over(layers, _sdpa), expected)
+        expected = over_layers(layers, causal_dense)
+        error = _relative_error(over_layers(layers, functools.partial(xattention, **settings)), expected)
+        rounding = _relative_error(over_layers(layers, causal_sdpa), expected)
         begin = time.perf_counter()
         plans = [xattention_plan(q, k, **settings) for q, k, _ in layers]
         planning = time.perf_counter() - begin
@@ -149,9 +153,9 @@ def attention_speedup(tokens: int, tau: float, stride: int, block: int, kind: Ki
         }
 
     return Trial(
-        baseline=lambda: _over(layers, _sdpa),
-        candidate=lambda: _over(layers, functools.partial(xattention, **settings)),
-        free=lambda: _over(layers, _dense),
+        baseline=lambda: over_layers(layers, causal_sdpa),
+        candidate=lambda: over_layers(layers, functools.partial(xattention, **settings)),
+        free=lambda: over_layers(layers, causal_dense),
         free_label="exact attention by assay's own kernel",
         quality=quality,
         details=details,

@@ -86,10 +86,12 @@ class ClusterPlan:
 
     @property
     def heads(self) -> int:
+        """Query heads."""
         return self.query_order.shape[1]
 
     @property
     def key_heads(self) -> int:
+        """Key heads; each serves heads / key_heads query heads."""
         return self.key_order.shape[1]
 
     def _blocks(self, chosen: Tensor) -> int:
@@ -133,7 +135,7 @@ class ClusterPlan:
         labels = self.labels()
         total = torch.zeros(q.shape[:2], dtype=torch.float64, device=q.device)
         for start, stop in _row_chunks(q, k):
-            scores = blocks._scores(q[:, :, start:stop].float(), k.float(), scale)
+            scores = blocks.grouped_scores(q[:, :, start:stop].float(), k.float(), scale)
             if allowed is not None:
                 scores = scores.masked_fill(~_visible(allowed, *labels, start, stop), -math.inf)
             share = scores.softmax(-1).nan_to_num(0.0)
@@ -233,7 +235,7 @@ def _reference(plan: ClusterPlan, q: Tensor, k: Tensor, v: Tensor, scale: float)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     outputs = []
     for start, stop in _row_chunks(q, k):
-        scores = blocks._scores(q[:, :, start:stop].to(wide), k.to(wide), scale)
+        scores = blocks.grouped_scores(q[:, :, start:stop].to(wide), k.to(wide), scale)
         seen = plan.visible(start, stop)
         seen_any = seen.any(-1, keepdim=True)
         shares = scores.masked_fill(~(seen | ~seen_any), -math.inf).softmax(-1).masked_fill(~seen_any, 0.0)
@@ -278,7 +280,7 @@ def _load() -> bool:
         return False
     from assay.measure.cost import register_macs
 
-    torch.library.register_fake("assay::cluster_attention", blocks._like_queries)
+    torch.library.register_fake("assay::cluster_attention", blocks.like_queries)
     register_macs("assay::cluster_attention", _macs, "attention")
     return True
 

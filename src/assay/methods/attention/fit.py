@@ -154,6 +154,7 @@ class Attention(nn.Module):
 
 
 def mlp(dim: int, ratio: int) -> nn.Sequential:
+    """Two linear layers with GELU between them, `ratio` * dim wide: (..., dim) -> (..., dim)."""
     return nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim))
 
 

@@ -9,7 +9,8 @@ caller made) is attended densely under that mask by SDPA, and so is training wit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import asdict, fields
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from assay.methods.attention.plan import AttentionPlan, execute
 
 # (module, q, k, causal=, scale=, key_start=) -> the plan and further arguments of `execute`
 Producer = Callable[..., tuple[AttentionPlan, Mapping[str, Any]]]
+Settings = TypeVar("Settings")  # a dataclass of settings
 
 
 def register_attention(name: str, producer: Producer) -> None:
@@ -161,6 +163,29 @@ def set_attention(model: nn.Module, name: str) -> nn.Module:
     if found.config.get_text_config()._attn_implementation != name:
         raise ValueError(f"{type(model).__name__} did not take attn_implementation {name!r}")
     return model
+
+
+def parse_settings(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """`kind(**values)` for a dataclass `kind`; raises ValueError for a name that is not a setting."""
+    names = [field.name for field in fields(cast(Any, kind))]
+    if unknown := sorted(set(values) - set(names)):
+        raise ValueError(f"unknown configuration {unknown}; allowed: {', '.join(names)}")
+    return kind(**values)
+
+
+def store_settings(model: nn.Module, name: str, settings: Any) -> None:
+    """Keep a dataclass of settings in a transformers model's config as the dictionary `name`, saved with the model."""
+    setattr(cast(Any, model).config.get_text_config(), name, asdict(settings))
+
+
+def settings_of(module: nn.Module, name: str, kind: type[Settings]) -> Settings:
+    """The settings under `name` in the config of an attention module (`kind()` if none), parsed anew only when replaced."""
+    values: Any = getattr(module.config, name, None)
+    known: Any = getattr(module, f"_{name}", None)
+    if known is None or known[0] is not values:
+        known = (values, parse_settings(kind, values or {}))
+        setattr(module, f"_{name}", known)
+    return cast(Settings, known[1])
 
 
 class _Captured(Exception):

@@ -14,6 +14,8 @@ When NOT to use it: attention with position biases, soft capping, dropout or att
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from assay.methods import kernels
 
-Backend = Literal["auto", "kernel", "flex", "gather", "sdpa", "reference"]
+Backend = Literal["auto", "kernel", "triton", "flex", "gather", "sdpa", "reference"]
 Precision = Literal["input", "bf16"]
 
 KERNEL_TIME = 0.3  # of SDPA's time for dense prefill with bfloat16 products, measured on Zen 5; a guess elsewhere
@@ -161,7 +163,7 @@ class AttentionPlan:
         total = torch.zeros(q.shape[:2], dtype=torch.float64, device=q.device)
         count = torch.zeros(q.shape[:2], dtype=torch.float64, device=q.device)
         for start, stop in _row_chunks(self, q):
-            scores = _scores(q[:, :, start:stop].float(), k.float(), scale)
+            scores = grouped_scores(q[:, :, start:stop].float(), k.float(), scale)
             seen = dense.visible(start, stop, q.device)
             share = scores.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0.0)
             kept = share.masked_fill(~self.visible(start, stop, q.device), 0.0).sum(-1)
@@ -187,6 +189,8 @@ def execute(
 
     - "kernel": C++ on the CPU, float32 or bfloat16, dims and blocks multiples of 16, no gradients. bfloat16 inputs are
       multiplied in bfloat16 where the processor can, with float32 sums and softmax. A single query takes a decoding kernel.
+    - "triton": `triton_attention`, for GPUs; walks lists of the kept blocks. Needs triton, has no gradients. Not chosen by
+      "auto": it has been compiled for GPUs and run by Triton's interpreter, and never measured on one.
     - "flex": `torch.nn.attention.flex_attention`, compiled (needs a GPU, or a C++ compiler for the CPU).
     - "gather": torch; gathers the kept key blocks of each query block. Any device and dtype, with gradients.
     - "sdpa": torch's `scaled_dot_product_attention`; dense plans only.
@@ -212,6 +216,10 @@ def execute(
         if plan.mask is not None:
             raise ValueError("backend 'sdpa' takes dense plans only; use 'gather' or 'auto'")
         return _sdpa(plan, q, k, v, scale)
+    if backend == "triton":
+        if not _has_triton():
+            raise ValueError("backend 'triton' needs the package triton (pip install triton); use 'gather' or 'auto'")
+        return cast(Tensor, _triton().triton_attention(plan, q, k, v, scale))
     return {"flex": _flex, "gather": _gather, "reference": _reference}[backend](plan, q, k, v, scale)
 
 
@@ -249,7 +257,7 @@ def _needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def grouped_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """(batch, heads, queries, keys) for grouped heads, without expanding k."""
     batch, heads, queries, dim = q.shape
     grouped = q.reshape(batch, k.shape[1], -1, dim)
@@ -268,7 +276,7 @@ def _reference(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: floa
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     outputs = []
     for start, stop in _row_chunks(plan, q):
-        scores = _scores(q[:, :, start:stop].to(wide), k.to(wide), scale)
+        scores = grouped_scores(q[:, :, start:stop].to(wide), k.to(wide), scale)
         seen = plan.visible(start, stop, q.device)
         seen_any = seen.any(-1, keepdim=True)
         shares = scores.masked_fill(~(seen | ~seen_any), -math.inf).softmax(-1).masked_fill(~seen_any, 0.0)
@@ -395,6 +403,18 @@ def _flex(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float) ->
     return out
 
 
+# --------------------------------------------------------------------------------------------------------------- triton
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton() -> Any:
+    """The module with the Triton kernel, which cannot be imported without triton."""
+    return importlib.import_module("assay.methods.attention.triton_attention")
+
+
 # --------------------------------------------------------------------------------------------------------------- kernel
 
 
@@ -421,8 +441,8 @@ def _load_kernel() -> bool:
     if not kernels.load("block_attention"):
         return False
     for name, shape in (
-        ("block_attention", _like_queries),
-        ("decode_attention", _like_queries),
+        ("block_attention", like_queries),
+        ("decode_attention", like_queries),
         ("antidiagonal_scores", _like_blocks),
     ):
         torch.library.register_fake(f"assay::{name}", shape)
@@ -444,7 +464,8 @@ _constant(load_kernel)
 _constant(has_bf16)
 
 
-def _like_queries(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+def like_queries(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    """An empty output of the kernels: (batch, heads, queries, value dim), in memory (batch, queries, heads, value dim)."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -33,7 +33,14 @@ from torch import Tensor, nn
 
 from assay.measure.cost import register_macs
 from assay.methods import kernels
-from assay.methods.attention.integration import can_register, register_attention, set_attention
+from assay.methods.attention.integration import (
+    can_register,
+    parse_settings,
+    register_attention,
+    set_attention,
+    settings_of,
+    store_settings,
+)
 from assay.methods.attention.plan import KERNEL_TIME, AttentionPlan, execute, unit_stride
 from assay.methods.transform import Effect, Fit, TuneContext
 
@@ -530,29 +537,13 @@ class SageAttentionConfig:
         return SageSettings(qk, self.granularity, True, self.smooth_q, self.smooth_v, self.pv)
 
     def of(self, layer: int) -> SageSettings:
+        """The settings of one layer."""
         return self._with(self.qk if isinstance(self.qk, str) else self.qk[layer])
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SageAttentionConfig:
-        """Raises ValueError for a name that is not a setting."""
-        names = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(names)):
-            raise ValueError(f"unknown configuration {unknown}; allowed: {', '.join(names)}")
-        return cls(**values)
 
     def check(self, layers: int) -> None:
         """Raise ValueError where the settings do not fit a model of so many layers."""
         if not isinstance(self.qk, str) and len(self.qk) != layers:
             raise ValueError(f"qk must be one value or one for each of {layers} layers, got {len(self.qk)}")
-
-
-def _config_of(module: nn.Module) -> SageAttentionConfig:
-    """The settings in the module's config, read anew only when they were replaced."""
-    values: Any = getattr(module.config, "sageattention2", None) or {}
-    known: Any = getattr(module, "_sageattention2", None)
-    if known is None or known[0] is not values:
-        known = module._sageattention2 = (values, SageAttentionConfig.from_dict(values))  # type: ignore[assignment]
-    return cast(SageAttentionConfig, known[1])
 
 
 def _exact_plan(
@@ -575,7 +566,7 @@ def register() -> None:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        config = _config_of(module)
+        config = settings_of(module, "sageattention2", SageAttentionConfig)
         settings = config.of(cast(int, getattr(module, "layer_idx", 0)))
         plain = attention_mask is None or attention_mask.dtype == torch.int64  # see integration.causal_mask
         unusual = kwargs.get("dropout") or any(
@@ -640,16 +631,16 @@ class SageAttention:
         if values.get("qk") == "calibrated":
             if not context.calibration:
                 raise ValueError("qk 'calibrated' needs calibration texts, got none")
-            settings = SageAttentionConfig.from_dict({**values, "qk": "int8"}).of(0)
+            settings = parse_settings(SageAttentionConfig, {**values, "qk": "int8"}).of(0)
             longest = max(context.calibration, key=lambda ids: ids.shape[-1])
             strict = {
                 "min_cosine": 0.9999,
                 "max_l1": 0.012,
             }  # INT8 seldom fails, and the exact kernel costs little more
             values["qk"] = calibrate_model(model, longest, candidates=["int8"], settings=settings, **strict)
-        chosen = SageAttentionConfig.from_dict(values)
+        chosen = parse_settings(SageAttentionConfig, values)
         chosen.check(text.num_hidden_layers)
-        text.sageattention2 = asdict(chosen)
+        store_settings(model, "sageattention2", chosen)
         register()
         return set_attention(model, NAME)
 

@@ -17,14 +17,22 @@ that have not been checked at the chosen tau, and models whose attention has sof
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods.attention.integration import can_register, capture_qk, register_attention, set_attention
+from assay.methods.attention.integration import (
+    can_register,
+    capture_qk,
+    parse_settings,
+    register_attention,
+    set_attention,
+    settings_of,
+    store_settings,
+)
 from assay.methods.attention.plan import (
     CHUNK,
     KERNEL_TIME,
@@ -405,15 +413,8 @@ class XAttentionConfig:
         if tau.ndim > 2 or not tau.numel() or not ((tau >= 0) & (tau <= 1)).all():
             raise ValueError(f"tau must be numbers in [0, 1], one, one a layer, or (layers, heads), got {self.tau!r}")
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> XAttentionConfig:
-        """Raises ValueError for a name that is not a setting."""
-        names = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(names)):
-            raise ValueError(f"unknown configuration {unknown}; allowed: {', '.join(names)}")
-        return cls(**values)
-
     def tau_of(self, layer: int) -> float | Tensor:
+        """The threshold of one layer: a number, or one for each head."""
         if isinstance(self.tau, int | float):
             return self.tau
         row = self.tau[layer]
@@ -428,19 +429,10 @@ class XAttentionConfig:
             raise ValueError(f"dense_layers must be from 0 to {layers - 1}, got {wrong}")
 
 
-def _settings_of(module: nn.Module) -> XAttentionConfig:
-    """The settings in the module's config, read anew only when they were replaced."""
-    values: Any = getattr(module.config, "xattention", None) or {}
-    known: Any = getattr(module, "_xattention", None)
-    if known is None or known[0] is not values:
-        known = module._xattention = (values, XAttentionConfig.from_dict(values))  # type: ignore[assignment]
-    return cast(XAttentionConfig, known[1])
-
-
 def _plan_of_module(
     module: nn.Module, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, key_start: Tensor | None
 ) -> tuple[AttentionPlan, Mapping[str, Any]]:
-    config = _settings_of(module)
+    config = settings_of(module, "xattention", XAttentionConfig)
     options = {"backend": config.backend, "precision": config.precision}
     layer = cast(int, getattr(module, "layer_idx", 0))
     if layer in config.dense_layers or k.shape[2] < config.min_tokens:
@@ -509,9 +501,9 @@ class XAttention:
             longest = max(context.calibration, key=lambda ids: ids.shape[-1])
             shape = {name: values[name] for name in ("stride", "block") if name in values}
             values["tau"] = calibrate_thresholds(capture_qk(model, longest), **shape).tolist()
-        settings = XAttentionConfig.from_dict(values)
+        settings = parse_settings(XAttentionConfig, values)
         settings.check(text.num_hidden_layers, text.num_attention_heads)
-        text.xattention = asdict(settings)
+        store_settings(model, "xattention", settings)
         register()
         return set_attention(model, NAME)
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.methods import kernels
+from assay.methods.layers.surgery import page_out
 from assay.methods.transform import Effect, Fit, TuneContext
 
 GROUP = 32
@@ -355,6 +356,7 @@ class WeightOnly:
                 layer = made.get(id(linear)) or WeightOnlyLinear.from_linear(linear, width)
                 made[id(linear)] = layer
                 setattr(parent, name, layer)
+                page_out(linear.weight)
         return model
 
 

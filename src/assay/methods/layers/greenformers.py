@@ -108,6 +108,7 @@ class LEDEmbedding(nn.Module):
 
     @property
     def rank(self) -> int:
+        """Width of `codes`."""
         return self.codes.embedding_dim
 
     def forward(self, ids: Tensor) -> Tensor:

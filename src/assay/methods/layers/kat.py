@@ -236,6 +236,7 @@ class KATMlp(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Both layers with the variance-preserving initialisation of the activation before each."""
         variance_preserving_(self.fc1, self.act1)
         variance_preserving_(self.fc2, self.act2)
 
@@ -346,6 +347,7 @@ class VisionTransformer(nn.Module):
             mimetic_init_(cast(Any, block).attn)
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """Images as in `forward` to normed tokens (batch, 1 + patches, embed_dim), the class token first."""
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
         for block in self.blocks:

@@ -7,7 +7,10 @@ MACs per token (1 MAC = 2 FLOPs; per output position for convolutions) of linear
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+MADV_PAGEOUT = 21  # Linux 5.4 and newer; refused, and then without effect, on older ones
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -121,3 +125,18 @@ def cost(module: nn.Module) -> LayerCost:
     """Parameters (shared tensors once) and MACs per token of a layer or a whole model, everything below it included."""
     params = sum(parameter.numel() for parameter in module.parameters())
     return LayerCost(params, sum(layer_macs(layer) for layer in module.modules()))
+
+
+def page_out(weight: Tensor) -> None:
+    """Tell Linux that a CPU weight will not be read again soon, usually because a packed form took its place.
+
+    Weights loaded from safetensors are pages of the file; those read once count as the process's memory until somebody else
+    needs the room. This takes them out at once. The numbers stay readable (from the file, slower). Does nothing elsewhere.
+    """
+    if sys.platform != "linux" or weight.device.type != "cpu":
+        return
+    storage = weight.untyped_storage()
+    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages inside the storage
+    size = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    if size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_PAGEOUT)

@@ -134,6 +134,7 @@ class LongKernel(nn.Module):
         return out
 
     def optimizer_options(self) -> dict[str, dict[str, float]]:
+        """The kernel's own learning rate, and no weight decay; by parameter name, see `training.parameter_groups`."""
         return {"kernel": {"lr": self.lr, "weight_decay": 0.0}}
 
 
@@ -253,6 +254,7 @@ class ButterflyDFT(nn.Module):
                 matrix.copy_(torch.view_as_real(_phases(f, f, f, torch.complex128, matrix.device)))
 
     def optimizer_options(self) -> dict[str, dict[str, float]]:
+        """The matrices' own learning rate, and no weight decay; by parameter name, see `training.parameter_groups`."""
         return {f"matrices.{i}": {"lr": self.lr, "weight_decay": 0.0} for i in range(len(self.sizes))}
 
     def forward(self, x: Tensor, n: int) -> Tensor:

@@ -493,6 +493,7 @@ class Operations:
 
     @property
     def energy_pj(self) -> float:
+        """Of the BitLinear layers' arithmetic, picojoules by `ENERGY_PJ`."""
         return self.int32_additions * ENERGY_PJ["int32 add"] + self.fp32_multiplications * ENERGY_PJ["fp32 multiply"]
 
     @property

@@ -473,6 +473,7 @@ class Dynamics(Float32Parameters):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """As the class says A, D and dt_bias begin; the steps are drawn anew."""
         if self.A_log.ndim == 1:
             self.A_log.uniform_(1, 16).log_()
         else:
@@ -532,12 +533,14 @@ class SelectiveSSM(nn.Module):
 
 
 def check_positive(**sizes: int) -> None:
+    """Raise ValueError that names the first argument below 1."""
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums run in: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

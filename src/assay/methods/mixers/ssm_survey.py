@@ -186,6 +186,7 @@ class Mamba2(_ConvState):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """As torch's linear layers and convolutions begin; the weight of the norm is 1."""
         super().reset_parameters()
         nn.init.ones_(self.norm_weight)
 
@@ -676,6 +677,7 @@ class Entry:
 
     @property
     def year(self) -> int:
+        """Year of its first arXiv version."""
         return 2000 + int(self.arxiv[:2])
 
 

@@ -76,6 +76,7 @@ class Traffic:
 
     @property
     def words(self) -> int:
+        """Read and written together."""
         return self.reads + self.writes
 
 

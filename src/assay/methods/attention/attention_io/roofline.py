@@ -78,6 +78,7 @@ class Advice:
 
     @property
     def limited_by(self) -> Literal["memory", "compute"]:
+        """What bounds the time: "memory" below the ridge, "compute" from there on."""
         return "memory" if self.intensity < self.ridge else "compute"
 
 

@@ -69,6 +69,7 @@ class Scratchpad:
 
     @property
     def traffic(self) -> Traffic:
+        """What was read and written so far, and the most that was resident."""
         return Traffic(self.reads, self.writes, self.peak)
 
     def _hold(self, name: str, tile: Tensor, rows: Span, columns: Span) -> Tensor:
@@ -106,6 +107,7 @@ class LRUCache(Scratchpad):
         self._lines: OrderedDict[tuple[str, int], bool] = OrderedDict()  # (array, line) -> changed
 
     def use(self, *names: str, changed: Iterable[str] = ()) -> None:
+        """Access tiles held, whose missing lines are read; those of `changed` are then written when they leave."""
         super().use(*names)
         written = set(changed)
         for name in names:
@@ -113,6 +115,7 @@ class LRUCache(Scratchpad):
             self._touch(name, rows, columns, change=name in written)
 
     def finish(self) -> None:
+        """The end of the program: changed lines are written."""
         self.writes += self.line * sum(self._lines.values())
         self._lines.clear()
         super().finish()

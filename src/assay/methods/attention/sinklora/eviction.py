@@ -105,10 +105,12 @@ class EvictionLayer(CacheLayerMixin):
 
     @property
     def positions(self) -> Tensor:
+        """Where the entries stood in the text, int64 (batch, key heads, n), -1 on padding; a view, not a copy."""
         return self._positions[:, :, : self.used]
 
     @property
     def scores(self) -> Tensor:
+        """The attention each entry got so far, float32 (batch, key heads, n); a view, not a copy."""
         return self._scores[:, :, : self.used]
 
     def _priority(self) -> Tensor:

@@ -1,0 +1,158 @@
+"""benchmarks/mixers.py at its smallest: what stands in the rows, that the charts are written, and that the arms are what they say."""
+
+import json
+import sys
+
+import pytest
+import torch
+from benchmarks import mixers
+
+from assay.experiments.mixers.based import prefilled
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The script run once with --quick: its folder, its rows, and what it said on stderr."""
+    folder = tmp_path_factory.mktemp("mixers")
+    patch = pytest.MonkeyPatch()
+    said = []
+    patch.setattr(
+        sys, "argv", ["mixers.py", "--quick", "--out", str(folder / "rows.jsonl"), "--chart", str(folder / "c.html")]
+    )
+    patch.setattr(
+        mixers, "print", lambda *text, file=None, flush=False: said.append(text[0]) if file else None, raising=False
+    )
+    try:
+        mixers.main()
+    finally:
+        patch.undo()
+    return folder, [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()], said
+
+
+def of_panel(rows, panel, arm=None):
+    return [row for row in rows if row["panel"] == panel and arm in (None, row["arm"])]
+
+
+def test_every_arm_has_its_points(quick):
+    _, rows, said = quick
+    assert [(row["arm"], row["setting"]) for row in of_panel(rows, "recall")] == mixers.trainings()
+    contexts = mixers.QUICK[1].contexts
+    assert [(row["context"], row["arm"]) for row in of_panel(rows, "generation")] == [
+        (context, arm) for context in contexts for arm in mixers.ARMS
+    ]
+    assert len(said) == 1
+    assert said[0].startswith(f"{len(mixers.trainings())} trainings of 4 steps: about ")
+
+
+def test_rows_say_what_was_measured_and_where(quick):
+    _, rows, _ = quick
+    for row in rows:
+        assert {"machine", "commit", "command", "created", "sizes", "parameters"} <= set(row)
+        assert row["command"].startswith("python mixers.py --quick")
+        assert row["state_bytes"] > 0
+    for row in of_panel(rows, "recall"):
+        found = row["accuracy"]
+        assert 0 <= found["low"] <= found["mean"] <= found["high"] <= 1
+        assert found["n"] == mixers.QUICK[0].tests
+        assert row["chance"] == 1 / 16
+    for row in of_panel(rows, "generation"):
+        found = row["tokens_per_second"]
+        assert 0 < found["low"] <= found["median"] <= found["high"]
+        assert found["n"] >= 2
+        assert row["weights"] == "untrained"
+
+
+def test_state_bytes(quick):
+    _, rows, _ = quick
+    recall, generation = mixers.QUICK
+    for name, arm in mixers.ARMS.items():
+        sizes = [row["state_bytes"] for row in of_panel(rows, "recall", name)]
+        assert len(sizes) == len(arm.settings)
+        # a window of 64 reaches 32 tokens back, the whole length here
+        assert sizes == sorted(set(sizes))
+    conv = 2 * 2 * 2 * recall.width * 4  # two short convolutions of three taps and twice the width, float32
+    all_heads = of_panel(rows, "recall", "attention")[-1]
+    assert all_heads["state_bytes"] == conv + 2 * 2 * recall.length * recall.width * 4
+    one_head = of_panel(rows, "recall", "attention")[0]
+    assert one_head["state_bytes"] == conv + 2 * 2 * recall.length * recall.width * 4 // mixers.HEADS
+    for name in mixers.ARMS:
+        short, long = (row["state_bytes"] - conv for row in of_panel(rows, "generation", name))
+        grows = name == "attention" or name.startswith("long convolution") or name == "sliding window"
+        # a window of 128 reaches 64 tokens back, the longer of these contexts
+        assert long == 2 * short if grows else long == short
+    assert generation.width == recall.width
+
+
+def test_a_window_keeps_no_more_than_its_reach():
+    model = mixers.generation_models(mixers.QUICK[1])["sliding window"]
+    assert model.state_bytes(32) < model.state_bytes(64)
+    assert model.state_bytes(64) == model.state_bytes(16384)
+
+
+def test_charts_are_written_whole(quick):
+    folder, _, _ = quick
+    assert (folder / "c.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    page = (folder / "c.html").read_text()
+    assert page.rstrip().endswith("</html>")
+    assert "data:image/svg+xml;base64," in page
+    assert "http" not in page
+    for name in mixers.ARMS:
+        assert f"<td>{name}</td>" in page
+    assert sorted(path.name for path in folder.iterdir()) == ["c.html", "c.png", "rows.jsonl"]
+
+
+def test_chart_shows_every_arm_with_its_interval(quick):
+    _, rows, _ = quick
+    left, right = mixers.chart(rows).axes
+    assert (left.get_xscale(), left.get_yscale()) == ("log", "linear")
+    assert (right.get_xscale(), right.get_yscale()) == ("log", "log")
+    low, high = right.get_ylim()
+    assert any(low <= tick <= high for tick in right.get_yticks())
+    for axes, panel, key in ((left, "recall", "accuracy"), (right, "generation", "tokens_per_second")):
+        drawn = {container.get_label(): container for container in axes.containers}
+        assert list(drawn) == list(mixers.ARMS)
+        assert len({container[0].get_color() for container in drawn.values()}) == len(mixers.ARMS)
+        for name, container in drawn.items():
+            line, _, (bars,) = container
+            assert len(line.get_xdata()) == len(of_panel(rows, panel, name))
+            shown = sorted((float(s[0, 1]), float(s[1, 1])) for s in bars.get_segments())
+            expected = sorted((row[key]["low"], row[key]["high"]) for row in of_panel(rows, panel, name))
+            torch.testing.assert_close(torch.tensor(shown), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("arm", mixers.ARMS)
+def test_arms_differ_in_their_mixers_alone(arm):
+    sizes = mixers.QUICK[1]
+    model, other = (mixers.generation_models(sizes)[name] for name in (arm, "attention"))
+    for key in ("hidden_size", "num_hidden_layers", "intermediate_size", "channel_mixer", "vocab_size"):
+        assert getattr(model.config, key) == getattr(other.config, key)
+    assert [name for name, _ in model.config.layers[::2]] == ["baseconv", "baseconv"]
+    assert model.config.layers[1][0] == mixers.ARMS[arm].mixer
+
+
+@pytest.mark.parametrize("arm", mixers.ARMS)
+def test_generating_behind_a_prefilled_context_is_the_parallel_model(arm):
+    model = mixers.generation_models(mixers.QUICK[1])[arm]
+    ids = torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(0))
+    cache = prefilled(model, ids, chunk=16)
+    with torch.no_grad():
+        whole = torch.cat([ids, ids[:, :1], ids[:, 5:6]], 1)
+        one = model(whole[:, -1:], past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(one, model(whole).logits[:, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_runs_behind_a_cache_leave_its_length():
+    model = mixers.generation_models(mixers.QUICK[1])["attention"]
+    ids = torch.zeros(2, 20, dtype=torch.int64)
+    cache = prefilled(model, ids)
+    for _ in range(3):
+        mixers.generate_behind(model, cache, ids[:, -1:], 4)
+    assert cache.states[1]["there"].shape == (2, 21)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--chart", "picture.svg"), ("--steps", "0")])
+def test_wrong_options_are_refused(monkeypatch, capsys, option, value):
+    monkeypatch.setattr(sys, "argv", ["mixers.py", option, value])
+    with pytest.raises(SystemExit):
+        mixers.main()
+    assert f"argument {option} must" in capsys.readouterr().err
