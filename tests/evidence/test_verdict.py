@@ -156,11 +156,18 @@ def test_figures_without_a_baseline():
     assert figure(20.0, "dB", 32.0) is NO_PAY  # short, and nothing shows a gain
     assert figure(20.0, "dB", None) is NO_PAY
     assert figure(0.0, "points", 0.0, higher_is_better=False) is REPRODUCED
+    # no direction, so nothing bounds the other end of the interval: all of it must reach the number
+    assert figure((0.1, 0.2, 0.3), "points", 0.3, higher_is_better=False) is REPRODUCED
+    assert figure((-4.7, -0.1, 4.5), "points", 0.3, higher_is_better=False) is HOLDS
+    assert figure((24.0, 28.0, 32.0), "dB", 32.0) is HOLDS
+    assert figure((26.0, 28.0, 32.0), "dB", 32.0) is REPRODUCED
+    assert figure((18.0, 20.0, 22.0), "dB", 32.0) is NO_PAY
 
 
 def test_a_bounded_cost():
     """A ratio at or below 1 promises no gain, only a bound."""
-    assert verdict(paper_value=0.95, measured=estimate(0.93, 0.95, 0.97)) is REPRODUCED
+    assert verdict(paper_value=0.95, measured=estimate(0.94, 0.95, 0.97)) is REPRODUCED  # 0.95 ** 1.25 = 0.938
+    assert verdict(paper_value=0.95, measured=estimate(0.93, 0.95, 0.97)) is HOLDS  # its lower end costs more
     assert verdict(paper_value=0.95, measured=estimate(1.1, 1.2, 1.3)) is REPRODUCED
     assert verdict(paper_value=0.95, measured=estimate(0.6, 0.7, 0.8)) is REFUTED
     assert verdict(paper_value=0.95, measured=estimate(0.9, 0.95, 1.0), quality=quality(0.9, 0.5)) is NO_PAY

@@ -13,14 +13,15 @@ One point (`judge`), first rule that fits:
 *No gain* is a ratio of 1 for a trial and for a figure in "x"; for another figure the measured baseline; without one, 0 for
 per cent or points of which more is better (something saved or gained), and 1 % for a loss in per cent to which the paper puts
 no number. A figure with none of these (decibels, seconds on their own) has no direction: rule 6 alone decides, and short of it
-the verdict is `does not pay here`.
+the verdict is `does not pay here`; there the whole interval must reach the 80 %, as nothing else bounds its other end, and where
+only a part of it does the verdict is `direction holds`.
 
 *80 %*: ratios in log terms (a claimed 13.5x is reached at 13.5 ** 0.8 = 8.0x, a claimed 1.1x at 1.08x); other figures as they
 stand (at least 0.8 of the number, or at most 1.25 of it where less is better). A trial held against a percentage: "60 % less
 time" is a ratio of 2.5, "60 % more throughput" one of 1.6, told apart by the claim's metric.
 
-*A claim that promises no gain* (a cost kept within a bound: a ratio at or below 1) is `reproduced` when the interval reaches
-value ** 1.25, else `refuted here`; rules 2 to 4 do not apply to it.
+*A claim that promises no gain* (a cost kept within a bound: a ratio at or below 1) is `reproduced` when the whole interval lies
+within value ** 1.25, `direction holds` when a part of it does, else `refuted here`; rules 2 to 4 do not apply to it.
 
 *The quality guard* is broken when the candidate's quality is worse than the baseline's by more than 1 % of it (by more than
 0.01 where the baseline's is 0) and, where the candidate's quality has an interval, the baseline's lies outside it. Without a
@@ -102,6 +103,8 @@ def judge(record: Evidence) -> Judgement:
         return Judgement(Verdict.DOES_NOT_PAY, f"{seen}, but {broken}")
 
     reached, paper = _reached(record, claimed)
+    if reached and gain is None and not _reached(record, claimed, whole=True)[0]:
+        return Judgement(Verdict.DIRECTION_HOLDS, f"{seen}: agrees with the paper's {paper}, but too wide to show it")
     if reached:
         return Judgement(Verdict.REPRODUCED, f"{seen}, at least {REACH:.0%} of the paper's {paper}")
     if gain is None:
@@ -172,11 +175,16 @@ def _judge_bound(record: Evidence, claimed: float, seen: str) -> Judgement:
         return Judgement(Verdict.REFUTED, f"{seen}: costs more than the paper's {paper}")
     if broken := _broken_quality(record):
         return Judgement(Verdict.DOES_NOT_PAY, f"{seen}, but {broken}")
+    if _as_ratio(record)[0] < claimed ** (1 / REACH):
+        return Judgement(Verdict.DIRECTION_HOLDS, f"{seen}: agrees with the paper's {paper}, but too wide to show it")
     return Judgement(Verdict.REPRODUCED, f"{seen}, within the paper's {paper}")
 
 
-def _reached(record: Evidence, claimed: float | None) -> tuple[bool | None, str]:
-    """Whether the interval reaches the paper's number (None: no number to compare with), and that number in words."""
+def _reached(record: Evidence, claimed: float | None, *, whole: bool = False) -> tuple[bool | None, str]:
+    """Whether the interval (`whole`: all of it) reaches the paper's number, and that number in words.
+
+    None where there is no number to compare with.
+    """
     value = record.paper_value
     assert record.measured is not None
     if value is None:
@@ -184,12 +192,14 @@ def _reached(record: Evidence, claimed: float | None) -> tuple[bool | None, str]
     paper = f"{value:.4g} {record.paper_unit}".strip() if unit_name(record.paper_unit) not in ("x", "%") else ""
     paper = paper or f"{value:.4g}{record.paper_unit}"
     if claimed is not None:
-        return _as_ratio(record)[1] >= claimed**REACH, paper
+        return _as_ratio(record)[0 if whole else 1] >= claimed**REACH, paper
     if record.kind == "trial":
         return None, ""
     if record.higher_is_better:
-        return record.measured.high >= value - (1 - REACH) * abs(value), paper
-    return record.measured.low <= value + (1 / REACH - 1) * abs(value), paper
+        best = record.measured.low if whole else record.measured.high
+        return best >= value - (1 - REACH) * abs(value), paper
+    best = record.measured.high if whole else record.measured.low
+    return best <= value + (1 / REACH - 1) * abs(value), paper
 
 
 def _broken_quality(record: Evidence) -> str:

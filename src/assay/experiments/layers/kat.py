@@ -104,4 +104,4 @@ def training_time(width: int, depth: int, epochs: int, seeds: int) -> Trial:
             higher_is_better=True,
         )
 
-    return Trial(timed["gelu"].epoch, timed["kat"].epoch, quality=quality, details=lambda: details, pairs=8)
+    return Trial(timed["gelu"].epoch, timed["kat"].epoch, quality=quality, details=lambda: details, pairs=25)
