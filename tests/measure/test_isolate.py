@@ -158,8 +158,10 @@ def test_environment_is_passed_on():
     assert run("environment", {"name": "ASSAY_TEST"}, environment={"ASSAY_TEST": "yes"}).value == "yes"
 
 
+# a shell's background job ignores SIGINT, and so would what it starts
 PARENT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {here!r})
 from assay.measure.isolate import run_isolated
 run_isolated("child_targets:writes_pid_and_sleeps", {{"file": {file!r}}}, timeout_s=60)
