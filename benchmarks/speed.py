@@ -39,7 +39,7 @@ DENSE = Step(transform="attention_backend", config={"backend": "kernel"})
 LOOP4 = Step(transform="decode_loop", config={"weights": "int4"})
 LOOP8 = Step(transform="decode_loop", config={"weights": "int8"})
 PACKED = Step(transform="prepacking", config={"batch_size": 32, "sort_by_length": False})
-SORTED = Step(transform="sorted_batches", config={"batch_size": 32})
+SORTED = Step(transform="sorted_batches", config={"batch_size": 8})
 
 TARGETS: dict[str, dict[str, Any]] = {
     "ttft-2048": {
