@@ -21,11 +21,12 @@ HEAD = """# What was measured
 
 <!-- written by `python benchmarks/verdicts.py` -->
 
-| file | command |
+| file | command that makes it (each line holds the one it came from) |
 | --- | --- |
 | `claims.jsonl` | `assay verify --all --scale small --jsonl evidence/claims.jsonl` |
 | `demo.jsonl` | `make demo` |
 | `bench.jsonl` | `make bench` |
+| `throughput.jsonl` | `assay tune smollm2-135m --goal throughput --minutes 6 -o out/throughput` |
 | `attention.jsonl` | `python benchmarks/attention.py --out evidence/attention.jsonl` |
 
 One JSON line a point, with machine, versions, threads, load, seed, commit and command. The figures are those of one machine: {machines}.

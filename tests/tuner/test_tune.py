@@ -292,6 +292,28 @@ def test_a_failed_trial_is_a_row_and_not_the_end(world, model, tmp_path):
     assert [step.transform for step in outcome.best.recipe.steps] == ["dtype", "fp8_vs_int8", "compile"]
 
 
+def test_a_candidate_that_dies_while_its_memory_is_read_is_a_row_too(world, model, tmp_path):
+    class Dying(Children):
+        def __call__(self, target, kwargs, *, timeout_s, memory_bytes):
+            steps = [step["transform"] for step in kwargs.get("recipe", {}).get("steps", [])]
+            if target.endswith(":once") and "fp8_vs_int8" in steps:
+                return ChildResult("out of memory", None, "used 9 GiB of 1 GiB", 1.0, 2**33, 1.0)
+            return super().__call__(target, kwargs, timeout_s=timeout_s, memory_bytes=memory_bytes)
+
+        def cast(self, settings, dtype, folder):
+            return {}
+
+        def once(self, settings, recipe):
+            return {}
+
+    world(Dying(cost={"dtype": 1.0, "fp8_vs_int8": 1.0}, loss={}))
+    outcome = tune(Settings(str(model), "memory", 64, 4), tmp_path / "out", minutes=5)
+    assert outcome.document()["failed_trials"] == 1
+    assert "out of memory" in next(row.error for row in outcome.rows if row.status == "failed")
+    assert not outcome.helped
+    assert (tmp_path / "out" / "recipe.toml").is_file()
+
+
 @pytest.mark.parametrize(
     ("settings", "options", "says"),
     [

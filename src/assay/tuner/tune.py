@@ -310,10 +310,14 @@ def _tune(
                 "measure", left, recipe=recipe.model_dump(mode="json"), known=known, seconds=minutes * 60 * 0.03
             )
             found = dict(result.value) if result.status == "ok" else {}
-            if result.status == "ok" and settings.goal == "memory" and not found["equivalent"]:
-                found["samples"] = peaks(recipe, 2, deadline)
-                found["run_seconds"] = (time.monotonic() - begin - result.seconds) / 2
-            found |= {"status": result.status, "error": result.error, "seconds": time.monotonic() - begin}
+            status, error = result.status, result.error
+            if status == "ok" and settings.goal == "memory" and not found["equivalent"]:
+                try:
+                    found["samples"] = peaks(recipe, 2, begin + left)
+                    found["run_seconds"] = (time.monotonic() - begin - result.seconds) / 2
+                except AssayError as failure:  # a row like that of any other trial that dies, not the end
+                    status, error = "failed", str(failure)
+            found |= {"status": status, "error": error, "seconds": time.monotonic() - begin}
             return found
 
         found = journal.get(f"{kind}:{recipe.key()}", run)

@@ -131,7 +131,8 @@ def page_out(weight: Tensor) -> None:
     """Tell Linux that a CPU weight will not be read again soon, usually because a packed form took its place.
 
     Weights loaded from safetensors are pages of the file; those read once count as the process's memory until somebody else
-    needs the room. This takes them out at once. The numbers stay readable (from the file, slower). Does nothing elsewhere.
+    needs the room. This takes them out at once. The numbers stay readable (from the file, slower).
+    Memory of a process's own goes to swap, where there is some. Does nothing on other systems and devices.
     """
     if sys.platform != "linux" or weight.device.type != "cpu":
         return
