@@ -63,7 +63,7 @@ TARGETS: dict[str, dict[str, Any]] = {
         "wanted": None,
     },
     "throughput-32x32": {
-        "settings": Settings(MODEL, "throughput", 512, 32),
+        "settings": Settings(MODEL, "throughput", 512, 32, prompts=32),
         "recipes": {"as loaded": [], "free: bf16": [BF16], "free: bf16, sorted": [BF16, SORTED],
                     "free: bf16, sorted, compiled": [BF16, SORTED, COMPILE], "tuned": [BF16, INT8, DENSE, LOOP8, PACKED],
                     "tuned, int4 without int8": [BF16, DENSE, LOOP4, PACKED]},

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -275,6 +276,29 @@ def test_memory_is_the_peak_of_what_the_artefact_would_load(world, model, tmp_pa
     assert document["free_baseline"]["value"] == pytest.approx(0.7 * 1024, rel=1e-3)
     assert document["best"]["value"] == pytest.approx(0.7 * 0.8 * 1024, rel=1e-3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]  # the copies are gone
+
+
+def test_for_memory_what_leaves_fewest_bytes_is_tried_first():
+    def option(name, slot, **effect):
+        return {"transform": name, "config": {}, "slot": slot, "exact": False, "effects": [effect]}
+
+    survey = {
+        "dtype": "bfloat16",
+        "parameters": 10**8,
+        "kinds": {"linear": {"seconds": 1.0, "macs": 1e12, "bytes": 1e9}},
+        "options": [  # by time alone INT8 comes first, and the 4-bit weights change nothing
+            option("fp8_vs_int8", "linear", kind="linear", bytes=0.5, dtype="int8"),
+            option("weight_only", "linear", kind="linear", bytes=0.3, dtype=None),
+            option("compile", "compile", kind="other", bytes=0.1),
+        ],
+    }
+    limits = SimpleNamespace(matmul_flops={"bfloat16": 1e11, "int8": 4e11, "float32": 5e10}, read_bandwidth=2e10)
+    search = tuning.make_search(survey, limits, 0.01, peak_bytes=8e8)
+    first = search.next()
+    assert [o.step.transform for o in first] == ["weight_only"]
+    assert search.roofline(first) == pytest.approx((6e8 + 0.3 * 2e8) / 8e8)  # all but the weights stays
+    by_time = tuning.make_search(survey, limits, 0.01)
+    assert "fp8_vs_int8" in [o.step.transform for o in by_time.next()]
 
 
 def test_a_failed_trial_is_a_row_and_not_the_end(world, model, tmp_path):

@@ -31,7 +31,14 @@ def tune(
     from assay.tuner.work import Settings
 
     wanted: Any = goal  # checked by Settings
-    settings = Settings(model, wanted, prompt_tokens, new_tokens, str(workload) if workload else None, allow_download)
+    settings = Settings(
+        model,
+        wanted,
+        prompt_tokens,
+        new_tokens,
+        workload=str(workload) if workload else None,
+        allow_download=allow_download,
+    )
     console = Console(stderr=True)
     columns = (SpinnerColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True) as progress:

@@ -39,9 +39,9 @@ class Option:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of work in the profile of the base model."""
+    """One kind of work in the profile of the base model, and what it costs: only the ratio of costs counts."""
 
-    seconds: float
+    cost: float  # seconds; bytes of the peak where the goal is memory
     macs: float
     bytes: float
     dtype: str
@@ -72,15 +72,15 @@ class Search:
         return [tuple(o for o in pick if o is not None) for pick in picks if any(o is not None for o in pick)]
 
     def roofline(self, options: tuple[Option, ...]) -> float:
-        """Predicted time over the base's, from the roofline alone."""
+        """Predicted time (or peak, where costs are bytes) over the base's, from the roofline alone."""
         total = 0.0
         for name, kind in self.kinds.items():
             macs, moved, dtype = kind.macs, kind.bytes, kind.dtype
             for effect in (e for o in options for e in o.effects if e.kind == name):
                 macs, moved, dtype = macs * effect.macs, moved * effect.bytes, effect.dtype or dtype
             floor = self._floor(kind.macs, kind.bytes, kind.dtype)
-            total += kind.seconds * (self._floor(macs, moved, dtype) / floor if floor > 0 else 1.0)
-        base = sum(kind.seconds for kind in self.kinds.values())
+            total += kind.cost * (self._floor(macs, moved, dtype) / floor if floor > 0 else 1.0)
+        base = sum(kind.cost for kind in self.kinds.values())
         return total / base if base > 0 else 1.0
 
     def predict(self, options: tuple[Option, ...]) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 
 import filelock
 import numpy as np
+import torch
 
 from assay.errors import AssayError, InputError, MissingError
 from assay.measure.isolate import ChildResult, run_isolated
@@ -347,7 +348,7 @@ def _tune(
     free = min((r for r in rows if r.status == "ok"), key=lambda r: r.cost or float("inf"))
     base = base_row(rows) or baseline
 
-    search = make_search(survey, limits, max_drop)
+    search = make_search(survey, limits, max_drop, peak_bytes=base.cost if settings.goal == "memory" else None)
     for row in rows:
         if options := _options_over(base, row, search.options):
             judge(search, row, options, base)
@@ -430,13 +431,17 @@ def steps_of(survey: dict[str, Any], name: str) -> tuple[Step, ...]:
     return (Step(transform=name, config=found["config"]),)
 
 
-def make_search(survey: dict[str, Any], limits: Any, max_drop: float) -> Search:
-    """The search over everything the survey found to fit, on top of the faster dtype."""
+def make_search(survey: dict[str, Any], limits: Any, max_drop: float, peak_bytes: float | None = None) -> Search:
+    """The search over everything the survey found to fit, on top of the faster dtype.
+
+    For the goal memory `peak_bytes` is the base's peak: what counts is then how small the weights get, the rest stays.
+    """
     options = [option_from(document) for document in survey["options"] if document["transform"] != "dtype"]
-    kinds = {
-        name: Kind(kind["seconds"], kind["macs"], kind["bytes"], survey["dtype"])
-        for name, kind in survey["kinds"].items()
-    }
+    dtype = survey["dtype"]
+    kinds = {name: Kind(kind["seconds"], kind["macs"], kind["bytes"], dtype) for name, kind in survey["kinds"].items()}
+    if peak_bytes is not None:
+        weights = min(float(survey["parameters"] * getattr(torch, dtype).itemsize), peak_bytes)
+        kinds = {"linear": Kind(weights, 0.0, weights, dtype), "rest": Kind(peak_bytes - weights, 0.0, 0.0, dtype)}
     return Search(options, kinds, dict(limits.matmul_flops), limits.read_bandwidth, max_drop)
 
 

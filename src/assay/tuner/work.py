@@ -44,13 +44,14 @@ class Settings:
     goal: Goal
     prompt_tokens: int = 512
     new_tokens: int = 32
+    prompts: int = 16  # of the throughput goal without a workload: enough to sort, few enough to leave time to search
     workload: str | None = None
     allow_download: bool = False
 
     def __post_init__(self) -> None:
         if self.goal not in GOALS:
             raise InputError(f"--goal must be one of {', '.join(GOALS)}; got {self.goal!r}")
-        for name in ("prompt_tokens", "new_tokens"):
+        for name in ("prompt_tokens", "new_tokens", "prompts"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
 
@@ -105,7 +106,9 @@ def build_work(loaded: Any, settings: Settings) -> Work:
         longest = max(own.prompts, key=len)
         return Work(settings, torch.tensor([longest]), own.prompts, judged, forced, calibration)
     prompt = text.long_prompt(tokenizer, settings.prompt_tokens)
-    prompts = [p[:limit] for p in text.mixed_prompts(tokenizer, n=32)] if settings.goal == "throughput" else []
+    prompts = (
+        [p[:limit] for p in text.mixed_prompts(tokenizer, n=settings.prompts)] if settings.goal == "throughput" else []
+    )
     return Work(settings, prompt, prompts, windows, forced, calibration)
 
 

@@ -470,9 +470,11 @@ class Int8Linears:
     def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
         head = context.goal in ("decode", "throughput") and isinstance(getattr(model, "lm_head", None), nn.Linear)
         plain: dict[str, Any] = {"smooth": None, "rotation": 16, "skip": [], "head": head}
+        first = plain | {"smooth": 0.5}
         if not context.calibration:
             return [plain]
-        first = plain | {"smooth": 0.5}
+        if context.goal == "memory":  # calibrating runs the whole model, which may set the peak
+            return [plain, first]
         return [first, first | {"skip": ["down_proj"], "head": False}, plain]
 
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:

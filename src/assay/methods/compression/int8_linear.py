@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.methods import kernels
+from assay.methods.layers.surgery import page_out
 
 PANEL = 64  # output channels that lie side by side in a packed weight
 LLAMA_FAMILY = (
@@ -379,7 +380,7 @@ def fuse_block(block: Any, factors: Mapping[str, Tensor] | None = None, rotation
 def _quantized(
     linears: list[nn.Linear], factor: Tensor | None, rotation: int, norm: Any = None, filled: bool = False
 ) -> Int8Linear:
-    """Layers with the same input as one Int8Linear, each filled up to a full panel if wanted."""
+    """Layers with the same input as one Int8Linear, each filled up to a full panel if wanted; their own weights are let go of."""
     size = PANEL if filled else 1
     weight = torch.cat([F.pad(linear.weight, (0, 0, 0, -linear.out_features % size)) for linear in linears]).float()
     bias = None
@@ -392,7 +393,10 @@ def _quantized(
     while weight.shape[1] % rotation:
         rotation //= 2
     eps = None if norm is None else norm.variance_epsilon
-    return Int8Linear(weight, bias, multiplier=multiplier, norm_eps=eps, rotation=rotation)
+    layer = Int8Linear(weight, bias, multiplier=multiplier, norm_eps=eps, rotation=rotation)
+    for linear in linears:
+        page_out(linear.weight)
+    return layer
 
 
 def _factors(linears: Mapping[str, nn.Linear], rms: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
