@@ -131,6 +131,17 @@ def test_a_pair_that_failed_is_put_off_with_all_its_settings_until_one_worked():
     )
 
 
+def test_a_step_that_could_not_be_applied_takes_the_blame_alone():
+    search = make(max_drop=0.5, options=[INT8, HALF, FUSE])
+    assert search.next() == (INT8, HALF, FUSE)
+    search.fail((INT8, HALF, FUSE), "fuse")
+    assert search.next() == (INT8, HALF)  # the same without the step to blame, not one option at a time
+    early = make(max_drop=0.5, options=[INT8, HALF, FUSE])
+    early.fail((INT8, HALF, FUSE), "int8")  # it is the first: nothing before it can be why
+    assert early.next() == (HALF, FUSE)
+    assert all(INT8 not in candidate for candidate in explore(early, 60))
+
+
 def test_with_nothing_allowed_only_exact_options_remain():
     search = make(max_drop=0.0)
     explore(search, 200)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -18,8 +19,9 @@ import torch
 import assay
 from assay.errors import InputError
 from assay.measure.isolate import ChildResult
+from assay.tuner import trial
 from assay.tuner import tune as tuning
-from assay.tuner.recipe import Recipe
+from assay.tuner.recipe import Recipe, Step
 from assay.tuner.tune import Journal, drop_of, tune
 from assay.tuner.work import BLOCK, Settings, blocks, build_work, decode_nll, decodes_in_its_own_way, load_for, quality
 from tiny import write_tiny_llama
@@ -314,6 +316,31 @@ def test_a_failed_trial_is_a_row_and_not_the_end(world, model, tmp_path):
     assert outcome.document()["failed_trials"] >= 1
     assert "out of memory" in (tmp_path / "out" / "report.html").read_text()
     assert [step.transform for step in outcome.best.recipe.steps] == ["dtype", "fp8_vs_int8", "compile"]
+
+
+def test_a_step_that_cannot_be_applied_is_a_failed_row_and_the_rest_goes_on_together(world, model, tmp_path):
+    class Clashing(Children):
+        def measure(self, settings, recipe, known, seconds):
+            names = [step["transform"] for step in recipe["steps"]]
+            if {"xattention", "compile"} <= set(names):
+                return {"misfit": "compile", "error": "compile does not fit this model: nothing left to compile"}
+            return super().measure(settings, recipe, known, seconds)
+
+    world(Clashing())
+    outcome = tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", minutes=5)
+    failed = [row for row in outcome.rows if row.status == "failed"]
+    assert {row.misfit for row in failed} == {"compile"}
+    assert all("nothing left to compile" in row.error for row in failed)
+    tried = [{step.transform for step in row.recipe.steps} for row in outcome.rows]
+    first = next(i for i, row in enumerate(outcome.rows) if row.status == "failed")
+    assert tried[first + 1] == tried[first] - {"compile"}
+
+
+def test_a_trial_names_the_step_that_cannot_be_applied(model):
+    recipe = Recipe(steps=(Step(transform="dtype", config={"dtype": "float3"}),)).model_dump(mode="json")
+    found = trial.measure(dataclasses.asdict(Settings(str(model), "ttft", 64, 4)), recipe, {}, 1.0)
+    assert found["misfit"] == "dtype"
+    assert "float3" in found["error"]
 
 
 def test_a_candidate_that_dies_while_its_memory_is_read_is_a_row_too(world, model, tmp_path):

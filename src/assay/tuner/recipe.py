@@ -84,11 +84,19 @@ class Recipe(BaseModel):
         return recipe
 
 
+class StepError(InputError):
+    """A step that cannot be applied to this model, or to what the steps before it made of it."""
+
+    def __init__(self, message: str, transform: str) -> None:
+        super().__init__(message)
+        self.transform = transform
+
+
 def apply_recipe(model: nn.Module, recipe: Recipe, context: TuneContext) -> nn.Module:
     """Apply the steps in order, in evaluation mode and without gradients; returns the model to use.
 
-    Raises InputError when the recipe is for another architecture, holds two steps of one slot or steps out of order, or when
-    a transform does not fit this model.
+    Raises InputError when the recipe is for another architecture, holds two steps of one slot or steps out of order, and its
+    subclass StepError when a transform does not fit this model.
     """
     architecture = getattr(getattr(model, "config", None), "model_type", "")
     if recipe.architecture and architecture != recipe.architecture:
@@ -106,11 +114,11 @@ def apply_recipe(model: nn.Module, recipe: Recipe, context: TuneContext) -> nn.M
                 continue  # an artefact's weights are stored in the recipe's dtype already
             fit = transform.applies_to(model, context)
             if not fit.applies:
-                raise InputError(f"{step.transform} does not fit this model: {fit.reason}")
+                raise StepError(f"{step.transform} does not fit this model: {fit.reason}", step.transform)
             try:
                 model = transform.apply(model, step.config, context)
             except (ValueError, TypeError) as error:
-                raise InputError(f"{step.label()} cannot be applied: {error}") from error
+                raise StepError(f"{step.label()} cannot be applied: {error}", step.transform) from error
     return model.eval()
 
 

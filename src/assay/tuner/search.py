@@ -60,6 +60,7 @@ class Search:
     single_drop: dict[str, float] = field(default_factory=dict)
     measured: dict[frozenset[str], tuple[float, float]] = field(default_factory=dict)  # keys -> (time ratio, drop)
     failed: list[frozenset[str]] = field(default_factory=list)
+    misfits: dict[frozenset[str], str] = field(default_factory=dict)  # of those failed, the option known to be to blame
     tried: set[frozenset[str]] = field(default_factory=set)
 
     def candidates(self) -> list[tuple[Option, ...]]:
@@ -135,9 +136,16 @@ class Search:
         if len(lossy) == 1:
             self.single_drop[lossy[0].key] = drop
 
-    def fail(self, options: tuple[Option, ...]) -> None:
-        """A trial died: nothing that contains these options together is tried again."""
+    def fail(self, options: tuple[Option, ...], misfit: str = "") -> None:
+        """A trial died: nothing that contains these options together is tried again.
+
+        `misfit` names the transform that could not be applied, if that is why: what comes after it bears no blame then.
+        """
         self.tried.add(frozenset(o.key for o in options))
+        names = [o.step.transform for o in options]
+        if misfit in names:
+            options = options[: names.index(misfit) + 1]
+            self.misfits[frozenset(o.key for o in options)] = options[-1].key
         self.failed.append(frozenset(o.key for o in options))
 
     def skip(self, options: tuple[Option, ...]) -> None:
@@ -163,7 +171,10 @@ class Search:
         worked = {pair for keys in self.measured for pair in itertools.combinations(sorted(keys), 2)}
         found = set()
         for keys in self.failed:
+            blamed = self.misfits.get(keys)
             for a, b in itertools.combinations(sorted(keys & family.keys()), 2):
+                if blamed is not None and blamed not in (a, b):
+                    continue
                 pairs = {frozenset(pair) for pair in itertools.product(family[a], family[b])}
                 if not any(frozenset(pair) in pairs for pair in worked):
                     found |= pairs

@@ -15,7 +15,7 @@ from torch import nn
 
 from assay.methods.transform import Effect
 from assay.tuner.artefact import write
-from assay.tuner.recipe import Recipe, Step, apply_recipe
+from assay.tuner.recipe import Recipe, Step, StepError, apply_recipe
 from assay.tuner.transforms import transforms
 from assay.tuner.work import Settings, Work, build_work, decode_nll, load_for, quality, run_once
 
@@ -66,12 +66,16 @@ def measure(
     """Apply a recipe, measure the goal and judge the quality, unless something equivalent was already measured.
 
     `known` maps function hashes to {"quality": ..., "structures": [...]}. Costs are sampled until `repeats` or `seconds`.
+    A step that does not fit is an answer too: {"misfit": its transform, "error": why}.
     """
     own = Settings(**settings)
     start = time.perf_counter()
     loaded = load_for(own)
     work = build_work(loaded, own)
-    model = apply_recipe(loaded.model, Recipe.model_validate(recipe), work.context())
+    try:
+        model = apply_recipe(loaded.model, Recipe.model_validate(recipe), work.context())
+    except StepError as error:
+        return {"misfit": error.transform, "error": str(error)}
     applied = time.perf_counter() - start
     function, structure = function_hash(model, work), structure_hash(model)
     before = known.get(function)

@@ -42,6 +42,7 @@ class Row:
     seconds: float = 0.0  # the whole trial
     run_seconds: float = 0.0  # one run of the work
     error: str = ""
+    misfit: str = ""  # the transform that could not be applied, where that is why the trial failed
     function: str = ""
     structure: str = ""
     samples: list[float] = field(default_factory=list)
@@ -312,6 +313,8 @@ def _tune(
             )
             found = dict(result.value) if result.status == "ok" else {}
             status, error = result.status, result.error
+            if "misfit" in found:
+                status, error = "failed", found["error"]
             if status == "ok" and settings.goal == "memory" and not found["equivalent"]:
                 try:
                     found["samples"] = peaks(recipe, 2, begin + left)
@@ -323,7 +326,7 @@ def _tune(
 
         found = journal.get(f"{kind}:{recipe.key()}", run)
         row = Row(kind, recipe, found["status"], predicted=predicted, seconds=found["seconds"], error=found["error"])
-        row.options = options or []
+        row.options, row.misfit = options or [], found.get("misfit", "")
         if row.status == "ok":
             row.function, row.structure = found["function"], found["structure"]
             if found["equivalent"]:
@@ -450,7 +453,7 @@ def judge(search: Search, row: Row, options: tuple[Option, ...], base: Row) -> N
     if row.status == "equivalent":
         search.skip(options)
     elif row.status != "ok" or row.cost is None or base.cost is None:
-        search.fail(options)
+        search.fail(options, row.misfit)
     else:
         search.learn(options, row.cost / base.cost, row.drop if row.drop is not None else float("inf"))
 
