@@ -3,12 +3,13 @@
     python benchmarks/mixers.py [--out FILE] [--chart FILE.html] [--steps N] [--quick]
 
 Every arm is a `MixerForCausalLM` of the same width, depth and channel mixer: a gated short convolution (as BASED's models begin)
-and then the arm's mixer, in turn; BASED's own two mixing layers are Taylor linear attention and a small window.
+and then two layers of the arm's mixer; BASED's own two mixing layers are Taylor linear attention and a small window.
 
 Recall: associative recall, one training for each arm and size of its state, on the same batches from the same seed and with the
-same learning rate. The interval is a bootstrap over the test sequences: it does not tell how much another seed of the training
-would change. Where an arm has no knob (the long convolutions keep their inputs) there is one point. Accuracy is the share of asked
-values that are right, and guessing among the values gives 2 / vocab.
+same learning rate, side by side with one thread each. The interval is a bootstrap over the test sequences: it does not tell how
+much another seed or learning rate would change, and an arm that has not learned the task in these steps may learn it in more.
+Where an arm has no knob (the long convolutions keep their inputs) there is one point. Accuracy is the share of asked values that
+are right; guessing among the values of the sequence gives 1 / pairs.
 
 Generation: greedy, token by token, behind contexts of growing length. The weights are untrained, which the time does not depend on.
 The context goes in by each arm's own parallel form in chunks of 1,024 tokens (masked attention, chunked sums, parallel scan,
@@ -31,9 +32,11 @@ import functools
 import io
 import itertools
 import json
+import multiprocessing
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +49,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from assay.evidence.place import here
@@ -58,9 +63,8 @@ from assay.methods.mixers.training import evaluate, train
 from assay.paths import atomic_file
 from assay.workloads.sequences import associative_recall, batches_of, byte_windows
 
-HEADS = 4
+HEADS = 2
 LR = 3e-3
-Batch = tuple[Tensor, Tensor]
 Row = dict[str, Any]
 
 
@@ -78,11 +82,11 @@ class Arm:
 
 
 ARMS = {
-    "attention": Arm("attention", "kv_heads", (1, 2, 4), 4, "#000000", "o"),
-    "sliding window": Arm("based_window", "window", (16, 32, 64), 128, "#8c8c8c", "s"),
-    "based": Arm("based", "feature_dim", (4, 8, 16), 16, "#0072b2", "D"),
+    "attention": Arm("attention", "kv_heads", (1, 2), 2, "#000000", "o"),
+    "sliding window": Arm("based_window", "window", (8, 16, 32), 128, "#8c8c8c", "s"),
+    "based": Arm("based", "feature_dim", (2, 4, 16), 16, "#0072b2", "D"),
     "mamba": Arm("mamba", "states", (4, 16, 64), 16, "#d55e00", "^"),
-    "mamba2": Arm("mamba2", "states", (16, 64), 64, "#e69f00", "v"),
+    "mamba2": Arm("mamba2", "states", (4, 16, 64), 64, "#e69f00", "v"),
     "s4d": Arm("s4d", "states", (16, 64), 64, "#cc79a7", "P"),
     "long convolution": Arm("long_conv", None, (None,), None, "#009e73", "X"),
     "long convolution, H3": Arm("long_conv_h3", None, (None,), None, "#56b4e9", "*"),
@@ -94,14 +98,13 @@ class Recall:
     """Sizes of the first panel. `window` is that of BASED's second mixing layer."""
 
     width: int = 64
-    layers: int = 4
-    length: int = 64
+    length: int = 32
     pairs: int = 8
-    vocab: int = 64
+    vocab: int = 32
     batch: int = 64
-    steps: int = 1000
+    steps: int = 4000
     tests: int = 512
-    window: int = 32
+    window: int = 16
 
     def task(self) -> dict[str, int]:
         """The options of `associative_recall`."""
@@ -113,7 +116,6 @@ class Generation:
     """Sizes of the second panel: `rounds` runs of `tokens` tokens for each arm and context, no new round after `seconds`."""
 
     width: int = 256
-    layers: int = 4
     contexts: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
     batch: int = 4
     tokens: int = 4
@@ -123,15 +125,15 @@ class Generation:
 
 
 QUICK = (
-    Recall(width=16, length=32, pairs=4, vocab=32, batch=4, steps=4, tests=32, window=8),
+    Recall(width=16, length=32, pairs=4, vocab=32, batch=4, steps=2, tests=32, window=8),
     Generation(width=16, contexts=(32, 64), batch=2, tokens=2, rounds=3, seconds=5.0, window=16),
 )
 
 
 def language_model(
-    arm: str, setting: int | None, *, width: int, layers: int, vocab: int, length: int, window: int
+    arm: str, setting: int | None, *, width: int, vocab: int, length: int, window: int
 ) -> MixerForCausalLM:
-    """The model of an arm: short convolution and mixer in turn, `layers` in all, for up to `length` tokens; weights of seed 0."""
+    """The model of an arm: a short convolution and two mixers, for up to `length` tokens; weights of seed 0."""
     chosen = ARMS[arm]
     options: dict[str, Any] = {} if chosen.knob is None else {chosen.knob: setting}
     if chosen.mixer in ("attention", "based", "based_window"):
@@ -140,28 +142,14 @@ def language_model(
         options["head_dim"] = min(64, width)
     if chosen.knob is None:  # a start that learns in a few hundred steps; kernels have a learning rate of their own
         options |= {"length": length, "init": "double_exponential", "lr": 1e-2}
-    mixing: list[list[Any]] = [[chosen.mixer, options]]
-    if arm == "based":
-        mixing.append(["based_window", {"heads": HEADS, "window": window}])
-    stack = [["baseconv", {}] if i % 2 == 0 else mixing[i // 2 % len(mixing)] for i in range(layers)]
+    first: list[Any] = [chosen.mixer, options]
+    second = ["based_window", {"heads": HEADS, "window": window}] if arm == "based" else first
+    stack = [["baseconv", {}], first, second]
     torch.manual_seed(0)
-    return MixerForCausalLM(MixerConfig(vocab_size=vocab, hidden_size=width, layers=stack))
+    return MixerForCausalLM(MixerConfig(vocab_size=vocab, hidden_size=width, layers=stack, intermediate_size=2 * width))
 
 
 # ------------------------------------------------------------------------------------------------------------------- recall
-
-
-def recall_model(arm: str, setting: int | None, sizes: Recall) -> MixerForCausalLM:
-    """The untrained model of one point of the first panel."""
-    return language_model(
-        arm,
-        setting,
-        width=sizes.width,
-        layers=sizes.layers,
-        vocab=sizes.vocab,
-        length=sizes.length,
-        window=sizes.window,
-    )
 
 
 def trainings() -> list[tuple[str, int | None]]:
@@ -169,45 +157,37 @@ def trainings() -> list[tuple[str, int | None]]:
     return [(name, setting) for name, arm in ARMS.items() for setting in arm.settings]
 
 
-def training_batches(sizes: Recall) -> list[Batch]:
-    """The batches all arms train on, in their order."""
-    return list(itertools.islice(batches_of(associative_recall, sizes.batch, **sizes.task()), sizes.steps))
-
-
-def step_seconds(arm: str, setting: int | None, sizes: Recall, batches: Sequence[Batch]) -> float:
-    """Seconds of a training step, the mean of three after a first one."""
-    stamps: list[float] = []
-    train(
-        recall_model(arm, setting, sizes),
-        itertools.cycle(batches),
-        steps=4,
-        lr=LR,
-        on_step=lambda step, loss: stamps.append(time.perf_counter()),
-    )
-    return (stamps[-1] - stamps[0]) / 3
-
-
-def recall_rows(sizes: Recall, batches: Iterable[Batch]) -> Iterator[Row]:
-    """Trains each point and yields its row: accuracy with its interval over the test sequences, and the state's bytes."""
+def recall_row(arm: str, setting: int | None, sizes: Recall) -> Row:
+    """Trains one point on one thread: accuracy with its interval over the test sequences, and the state's bytes."""
+    torch.set_num_threads(1)
     inputs, targets = associative_recall(sizes.tests, seed=0, **sizes.task())
-    for arm, setting in trainings():
-        model = recall_model(arm, setting, sizes)
-        begin = time.perf_counter()
-        train(model, batches, steps=sizes.steps, lr=LR, weight_decay=0.0)
-        seconds = time.perf_counter() - begin
-        found = bootstrap(evaluate(model, inputs, targets)["accuracy"].numpy(), np.mean)
-        yield {
-            "panel": "recall",
-            "arm": arm,
-            "knob": ARMS[arm].knob,
-            "setting": setting,
-            "accuracy": {"mean": found.median, "low": found.low, "high": found.high, "n": found.n},
-            "chance": 2 / sizes.vocab,
-            "state_bytes": model.state_bytes(sizes.length),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "training_seconds": seconds,
-            "sizes": vars(sizes),
-        }
+    model = language_model(arm, setting, width=sizes.width, vocab=sizes.vocab, length=sizes.length, window=sizes.window)
+    begin = time.perf_counter()
+    batches = batches_of(associative_recall, sizes.batch, **sizes.task())
+    losses = train(model, batches, steps=sizes.steps, lr=LR, weight_decay=0.0)
+    seconds = time.perf_counter() - begin
+    found = bootstrap(evaluate(model, inputs, targets)["accuracy"].numpy(), np.mean)
+    return {
+        "panel": "recall",
+        "arm": arm,
+        "knob": ARMS[arm].knob,
+        "setting": setting,
+        "accuracy": {"mean": found.median, "low": found.low, "high": found.high, "n": found.n},
+        "chance": 1 / sizes.pairs,
+        "losses": losses[:: max(1, sizes.steps // 20)],
+        "state_bytes": model.state_bytes(sizes.length),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "training_seconds": seconds,
+        "sizes": vars(sizes),
+    }
+
+
+def recall_rows(sizes: Recall) -> Iterator[Row]:
+    """The rows of the first panel, as many trainings at a time as torch has threads here."""
+    workers = min(torch.get_num_threads(), len(trainings()))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        rows = pool.map(recall_row, *zip(*trainings(), strict=True), itertools.repeat(sizes))
+        yield from track(rows, "trainings", total=len(trainings()), console=Console(stderr=True))
 
 
 # --------------------------------------------------------------------------------------------------------------- generation
@@ -221,7 +201,6 @@ def generation_models(sizes: Generation) -> dict[str, MixerForCausalLM]:
             name,
             arm.generating,
             width=sizes.width,
-            layers=sizes.layers,
             vocab=256,
             length=length,
             window=sizes.window,
@@ -305,9 +284,14 @@ def chart(rows: Sequence[Row]) -> Figure:
     _lines(left, recall, "state_bytes", "accuracy", "mean")
     _lines(right, generation, "context", "tokens_per_second", "median")
     left.axhline(recall[0]["chance"], color="#777777", linewidth=1, linestyle=":", zorder=0)
-    left.annotate("guessing", (1, recall[0]["chance"]), (-2, 2), ("axes fraction", "data"), "offset points", ha="right")
+    left.annotate(
+        "guessing among the values", (0, recall[0]["chance"]), (4, -10), ("axes fraction", "data"), "offset points"
+    )
     left.set(xscale="log", ylim=(-0.02, 1.02), xlabel="state of one sequence (bytes)", ylabel="recall accuracy")
     contexts = sorted({row["context"] for row in generation})
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    left.minorticks_off()
     right.set(xscale="log", yscale="log", xlabel="context (tokens)", ylabel="tokens a second")
     right.set_xticks(contexts, [f"{n:,}" for n in contexts])
     right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
@@ -393,19 +377,8 @@ def main() -> None:
     place = here()
     origin: Row = {"machine": place.machine, "commit": place.commit, "command": " ".join(["python", *sys.argv])}
 
-    batches = training_batches(recall)
-    each = {point: step_seconds(*point, recall, batches) for point in trainings()}
-    minutes = recall.steps * sum(each.values()) / 60
-    slowest = max(each, key=lambda point: each[point])
-    print(
-        f"{len(each)} trainings of {recall.steps} steps: about {minutes:.1f} minutes here, {1000 * each[slowest]:.0f} ms "
-        f"a step at most ({slowest[0]}); the generation follows, {generation.seconds * len(generation.contexts) / 60:.1f} "
-        "minutes of timed rounds at most",
-        file=sys.stderr,
-    )
-
     rows = []
-    for row in itertools.chain(recall_rows(recall, batches), generation_rows(generation)):
+    for row in itertools.chain(recall_rows(recall), generation_rows(generation)):
         rows.append(row)
         line = json.dumps(row | origin | {"created": datetime.now(UTC).isoformat(timespec="seconds")})
         print(line, flush=True)

@@ -26,9 +26,9 @@ HEAD = """# What was measured
 | `claims.jsonl` | `assay verify --all --scale small --jsonl evidence/claims.jsonl` |
 | `demo.jsonl` | `make demo` |
 | `bench.jsonl` | `make bench` |
-| `throughput.jsonl` | `assay tune smollm2-135m --goal throughput --minutes 6 -o out/throughput` |
+| `throughput.jsonl` | `assay tune smollm2-135m --goal throughput -o out/throughput` |
 | `memory.jsonl` | `assay tune smollm2-135m --goal memory -o out/memory` |
-| `mixers.jsonl` | `python benchmarks/mixers.py --out evidence/mixers.jsonl` |
+| `mixers.jsonl` | `python benchmarks/mixers.py --out evidence/mixers.jsonl --chart evidence/mixers.html` (the picture: `mixers.png`) |
 | `attention.jsonl` | `python benchmarks/attention.py --out evidence/attention.jsonl` |
 
 One JSON line a point, with machine, versions, threads, load, seed, commit and command. The figures are those of one machine: {machines}.

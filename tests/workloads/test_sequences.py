@@ -36,6 +36,20 @@ def test_every_question_can_be_answered_from_the_pairs():
         assert len(asked) == 8
         assert all(pairs[key] == value for key, value in asked)
         assert all(t >= 16 for t in range(64) if wanted[t] != -100)
+        assert len(set(pairs.values())) == 8
+
+
+def test_no_answer_stands_among_the_inputs_behind_the_pairs():
+    inputs, targets = associative_recall(20, length=64, pairs=8, vocab=64, seed=3)
+    assert (inputs[:, 16:] < 32).all()  # keys and filler; values are of the upper half
+    assert (inputs[targets == -100][inputs[targets == -100] >= 32].numel()) == 20 * 8
+
+
+@pytest.mark.parametrize(("length", "pairs", "vocab"), [(24, 8, 18), (3, 1, 4)])
+def test_the_largest_number_of_pairs_fits(length, pairs, vocab):
+    inputs, targets = associative_recall(5, length=length, pairs=pairs, vocab=vocab)
+    assert ((targets != -100).sum(1) == pairs).all()
+    assert (inputs != 0).all()
 
 
 def test_selective_copying_asks_for_the_data_in_order():
@@ -60,7 +74,8 @@ def test_repeated_ngrams_marks_the_last_byte_of_a_repetition():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: associative_recall(1, length=16, pairs=5),
+        lambda: associative_recall(1, length=16, pairs=6),
+        lambda: associative_recall(1, length=64, pairs=8, vocab=16),
         lambda: selective_copying(1, length=8, tokens=5),
         lambda: byte_windows(0, 1),
     ],

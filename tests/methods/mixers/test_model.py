@@ -71,17 +71,17 @@ def test_an_unknown_mixer_is_named():
 def test_the_trainer_teaches_recall():
     torch.manual_seed(0)
     config = MixerConfig(
-        vocab_size=32, hidden_size=32, layers=[["baseconv", {}], ["attention", {"heads": 1}]], intermediate_size=64
+        vocab_size=16, hidden_size=32, layers=[["baseconv", {}], ["attention", {"heads": 1}]], intermediate_size=64
     )
     model = MixerForCausalLM(config)
-    task = {"length": 16, "pairs": 2, "vocab": 32}
+    task = {"length": 12, "pairs": 3, "vocab": 16}
     inputs, targets = associative_recall(64, seed=0, **task)
     before = evaluate(model, inputs, targets)
-    losses = train(model, batches_of(associative_recall, 64, **task), steps=300, lr=1e-2)
+    losses = train(model, batches_of(associative_recall, 64, **task), steps=600, lr=1e-2)
     after = evaluate(model, inputs, targets)
     assert losses[-1] < losses[0]
     assert before["accuracy"].mean() < 0.2
-    assert after["accuracy"].mean() > 0.9
+    assert after["accuracy"].mean() > 0.9  # knowing which values stood there gives 1 / 3
 
 
 def test_parameter_groups_keep_what_a_layer_asks_for_and_every_parameter_once():

@@ -8,16 +8,23 @@ details, beside the perplexity of the model with INT4 scores (the same kernel wi
 
 from __future__ import annotations
 
-import copy
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
+from assay.experiments.attention.xattention import (
+    LAYERS,
+    MODEL,
+    Kind,
+    causal_dense,
+    causal_sdpa,
+    model_and_prompt,
+    over_layers,
+    perplexity_rise,
+)
 from assay.experiments.core import Quality, Trial, experiment
-from assay.measure.stats import Interval, bootstrap
+from assay.measure.stats import Interval
 from assay.methods.attention.plan import AttentionPlan, execute
 from assay.methods.attention.sageattention2 import (
     VARIANTS,
@@ -28,15 +35,10 @@ from assay.methods.attention.sageattention2 import (
     sage_attention,
     transform,
 )
-from assay.methods.builtin import attention_backend
 from assay.methods.transform import TuneContext
 from assay.workloads.attention import QKV, captured_qkv
 from assay.workloads.models import load_model
-from assay.workloads.text import calibration_windows, long_prompt
-
-MODEL = "smollm2-135m"
-LAYERS = (2, 9, 16, 23)  # of 30; our choice
-Kind = Literal["code", "english"]
+from assay.workloads.text import calibration_windows
 
 EMULATED: dict[str, SageSettings] = {
     "INT4, not smoothed": SageSettings("int4", smooth_k=False, smooth_q=False, pv="exact"),
@@ -56,26 +58,6 @@ EMULATED: dict[str, SageSettings] = {
 }
 
 
-@functools.cache
-def _model(tokens: int, kind: Kind) -> tuple[Any, Tensor]:
-    loaded = load_model(MODEL, dtype=torch.bfloat16)
-    return loaded.model, long_prompt(loaded.tokenizer, tokens, kind=kind)
-
-
-@functools.cache
-def _captured(tokens: int, kind: Kind) -> list[QKV]:
-    return captured_qkv(*_model(tokens, kind), layers=LAYERS)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out: Tensor = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    return out
-
-
-def _exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return execute(AttentionPlan(q.shape[2], k.shape[2]), q, k, v)
-
-
 def error_table(layers: list[QKV], *, queries: int) -> dict[str, dict[str, list[float]]]:
     """Cosine, relative L1 and RMSE of the output of each setting and layer, for the last `queries` queries, by emulation."""
     table: dict[str, dict[str, list[float]]] = {}
@@ -89,42 +71,16 @@ def error_table(layers: list[QKV], *, queries: int) -> dict[str, dict[str, list[
     return table
 
 
-def _losses(model: Any, ids: Tensor) -> Tensor:
-    """Negative log-likelihood of each token of the last quarter, nats."""
-    start = 3 * ids.shape[1] // 4
-    with torch.no_grad():
-        hidden = model.model(ids, use_cache=False).last_hidden_state[0, start - 1 : -1]
-        return F.cross_entropy(model.lm_head(hidden).float(), ids[0, start:], reduction="none")
+def quantised_perplexity(tokens: int, kind: Kind, config: dict[str, Any]) -> tuple[float, Interval]:
+    """`perplexity_rise` with all layers quantised."""
+    settings = {"min_tokens": 0, **config}
+    return perplexity_rise(tokens, kind, lambda model: transform.apply(model, settings, TuneContext("ttft", tokens, 1)))
 
 
-@functools.cache
-def _exact_losses(tokens: int, kind: Kind) -> Tensor:
-    model, ids = _model(tokens, kind)
-    model = copy.deepcopy(model)
-    attention_backend.register()
-    model.set_attn_implementation(attention_backend.NAME)
-    return _losses(model, ids)
-
-
-def perplexity_rise(tokens: int, kind: Kind, config: dict[str, Any]) -> tuple[float, Interval]:
-    """Perplexity of the last quarter of the text with exact attention, and its rise in per cent with all layers quantised.
-
-    The interval resamples runs of 25 tokens, which are alike.
-    """
-    model, ids = _model(tokens, kind)
-    dense = _exact_losses(tokens, kind)
-    quantised = transform.apply(copy.deepcopy(model), {"min_tokens": 0, **config}, TuneContext("ttft", tokens, 1))
-    difference = _losses(quantised, ids) - dense
-    runs = difference[: len(difference) // 25 * 25].view(-1, 25).mean(1).double()
-    rise = bootstrap(runs.numpy(), lambda x, axis: 100 * (torch.from_numpy(x.mean(axis=axis)).exp() - 1).numpy())
-    return float(dense.double().mean().exp()), rise
-
-
-def _adaptive(tokens: int, kind: Kind) -> list[str]:
+def _adaptive(tokens: int) -> list[str]:
     """Integers for each layer by calibration on other text, at most 2048 tokens of it."""
-    model, _ = _model(tokens, kind)
     loaded = load_model(MODEL, dtype=torch.bfloat16)
-    return list(calibrate_model(model, calibration_windows(loaded.tokenizer, window=min(tokens, 2048), n=1)))
+    return list(calibrate_model(loaded.model, calibration_windows(loaded.tokenizer, window=min(tokens, 2048), n=1)))
 
 
 @experiment(
@@ -152,32 +108,29 @@ def kernel_speedup(tokens: int, granularity: str = "per_thread", smooth_q: bool 
 
     The quality is the model's: perplexity of the text's last quarter with INT8 scores in all layers, against exact attention.
     """
-    layers = _captured(tokens, kind)
+    layers = captured_qkv(*model_and_prompt(tokens, kind), layers=LAYERS)  # on the CPU: its fast kernel runs there
     config: dict[str, Any] = {"qk": "int8", "granularity": granularity, "smooth_q": smooth_q, "pv": "bf16"}
     int8 = functools.partial(sage_attention, is_causal=True, variant=SageSettings(**config))
 
-    def over(attention: Any) -> list[Tensor]:
-        return [attention(q, k, v) for q, k, v in layers]
-
     def quality() -> Quality:
-        dense, rise = perplexity_rise(tokens, kind, config)
+        dense, rise = quantised_perplexity(tokens, kind, config)
         low, median, high = (dense * (1 + x / 100) for x in (rise.low, rise.median, rise.high))
         return Quality("perplexity", median, dense, low, high, higher_is_better=False)
 
     def details() -> dict[str, Any]:
-        exact = over(_exact)
+        exact = over_layers(layers, causal_dense)
         macs = sum(AttentionPlan(tokens, tokens).macs(head_dim=q.shape[3], heads=q.shape[1]) for q, _, _ in layers)
-        table = _adaptive(tokens, kind)
+        table = _adaptive(tokens)
         rises = {}
         for name, changes in (
             ("INT4", {"qk": "int4"}),
             ("INT4, not smoothed Q", {"qk": "int4", "smooth_q": False}),
             ("adaptive", {"qk": table}),
         ):
-            rise = perplexity_rise(tokens, kind, {**config, "smooth_q": True, **changes})[1]
+            rise = quantised_perplexity(tokens, kind, {**config, "smooth_q": True, **changes})[1]
             rises[name] = {"low": rise.low, "median": rise.median, "high": rise.high}
-        found = [accuracy(a, b) for a, b in zip(over(int8), exact, strict=True)]
-        rounding = [accuracy(a, b) for a, b in zip(over(_sdpa), exact, strict=True)]
+        found = [accuracy(a, b) for a, b in zip(over_layers(layers, int8), exact, strict=True)]
+        rounding = [accuracy(a, b) for a, b in zip(over_layers(layers, causal_sdpa), exact, strict=True)]
         return {
             "layers": list(LAYERS),
             "vnni": has_vnni(),
@@ -191,9 +144,9 @@ def kernel_speedup(tokens: int, granularity: str = "per_thread", smooth_q: bool 
         }
 
     return Trial(
-        baseline=lambda: over(_sdpa),
-        candidate=lambda: over(int8),
-        free=lambda: over(_exact),
+        baseline=lambda: over_layers(layers, causal_sdpa),
+        candidate=lambda: over_layers(layers, int8),
+        free=lambda: over_layers(layers, causal_dense),
         free_label="exact attention by assay's own kernel",
         quality=quality,
         details=details,

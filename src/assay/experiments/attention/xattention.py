@@ -32,7 +32,8 @@ Kind = Literal["code", "english"]
 
 
 @functools.cache
-def _model(tokens: int, kind: Kind) -> tuple[Any, Tensor]:
+def model_and_prompt(tokens: int, kind: Kind) -> tuple[Any, Tensor]:
+    """SmolLM2-135M in bfloat16 and `tokens` token ids of real text; loaded once, then kept: copy the model to change it."""
     loaded = load_model(MODEL, dtype=torch.bfloat16)
     return loaded.model, long_prompt(loaded.tokenizer, tokens, kind=kind)
 
@@ -40,7 +41,7 @@ def _model(tokens: int, kind: Kind) -> tuple[Any, Tensor]:
 @functools.cache
 def captured_layers(tokens: int, kind: Kind) -> list[QKV]:
     """(q, k, v) of `LAYERS` on `tokens` tokens of real text, bfloat16, after rotary embedding; read once, then kept."""
-    model, ids = _model(tokens, kind)
+    model, ids = model_and_prompt(tokens, kind)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return [(q.to(device), k.to(device), v.to(device)) for q, k, v in captured_qkv(model, ids, layers=LAYERS)]
 
@@ -130,7 +131,7 @@ def attention_speedup(tokens: int, tau: float, stride: int, block: int, kind: Ki
     settings: dict[str, Any] = {"tau": tau, "stride": stride, "block": block}
 
     def quality() -> Quality:
-        dense, rise = perplexity_rise(tokens, kind, settings)
+        dense, rise = sparse_perplexity(tokens, kind, settings)
         low, median, high = (dense * (1 + x / 100) for x in (rise.low, rise.median, rise.high))
         return Quality("perplexity", median, dense, low, high, higher_is_better=False)
 
@@ -171,17 +172,31 @@ def _losses(model: Any, ids: Tensor) -> Tensor:
         return F.cross_entropy(model.lm_head(hidden).float(), ids[0, start:], reduction="none")
 
 
-def perplexity_rise(tokens: int, kind: Kind, config: dict[str, Any]) -> tuple[float, Interval]:
-    """Perplexity of the last quarter of the text with exact attention, and its rise in per cent with XAttention in all layers."""
-    model, ids = _model(tokens, kind)
+@functools.cache
+def _exact_losses(tokens: int, kind: Kind) -> Tensor:
+    model, ids = model_and_prompt(tokens, kind)
     model = copy.deepcopy(model)
     attention_backend.register()
     model.set_attn_implementation(attention_backend.NAME)
-    dense = _losses(model, ids)
-    difference = _losses(transform.apply(model, config, TuneContext("ttft", tokens, 1)), ids) - dense
+    return _losses(model, ids)
+
+
+def perplexity_rise(tokens: int, kind: Kind, replace: Callable[[Any], Any]) -> tuple[float, Interval]:
+    """Perplexity of the last quarter of the text with exact attention, and its rise in per cent in the model `replace` makes.
+
+    `replace` gets a copy of the model. The interval resamples runs of 25 tokens, which are alike.
+    """
+    model, ids = model_and_prompt(tokens, kind)
+    dense = _exact_losses(tokens, kind)
+    difference = _losses(replace(copy.deepcopy(model)), ids) - dense
     runs = difference[: len(difference) // 25 * 25].view(-1, 25).mean(1).double()
     rise = bootstrap(runs.numpy(), lambda x, axis: 100 * (torch.from_numpy(x.mean(axis=axis)).exp() - 1).numpy())
     return float(dense.double().mean().exp()), rise
+
+
+def sparse_perplexity(tokens: int, kind: Kind, config: dict[str, Any]) -> tuple[float, Interval]:
+    """`perplexity_rise` with XAttention in all layers."""
+    return perplexity_rise(tokens, kind, lambda model: transform.apply(model, config, TuneContext("ttft", tokens, 1)))
 
 
 @experiment(
@@ -204,6 +219,6 @@ def perplexity(tokens: int, tau: float, stride: int, block: int, kind: Kind = "c
     The interval resamples runs of 25 tokens, which are alike.
     """
     config = {"tau": tau, "stride": stride, "block": block}
-    dense, rise = perplexity_rise(tokens, kind, config)
+    dense, rise = sparse_perplexity(tokens, kind, config)
     details = {"dense_perplexity": dense, "tokens_judged": tokens // 4, **config}
     return Figure(rise.median, "%", low=rise.low, high=rise.high, details=details)

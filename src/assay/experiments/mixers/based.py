@@ -39,7 +39,7 @@ def recall_model(arm: str, width: int, vocab: int) -> MixerForCausalLM:
     "based/recall-gain",
     points={
         "smoke": [{"pairs": 2, "length": 32, "width": 32, "steps": 20, "arms": ["based", "window only"]}],
-        "small": [{"pairs": 6, "length": 64, "width": 64, "steps": 1000, "arms": list(ARMS)}],
+        "small": [{"pairs": 8, "length": 64, "width": 64, "steps": 3000, "arms": list(ARMS), "vocab": 32}],
         "full": [
             {"pairs": pairs, "length": 256, "width": width, "steps": 10_000, "arms": list(ARMS)}
             for pairs in (4, 16, 64)
@@ -73,7 +73,7 @@ def recall_gain(pairs: int, length: int, width: int, steps: int, arms: list[str]
         low=gain.low,
         high=gain.high,
         baseline=0.0,
-        details={"rival": rival, "attention_gains_points": best, "arms": details, "chance": 2 / vocab},
+        details={"rival": rival, "attention_gains_points": best, "arms": details, "chance": 1 / pairs},
     )
 
 

@@ -550,7 +550,7 @@ def _why_original(
         return "return_dict_in_generate"
     if synced_gpus or config.is_assistant:
         return "several devices or an assistant"
-    past = kwargs.get("past_key_values")
+    past: Any = kwargs.get("past_key_values")
     if not kwargs.get("use_cache") or type(past) is not DynamicCache:
         return f"cache is {type(past).__name__}"
     if past.offloading or any(type(layer) is not DynamicLayer for layer in past.layers):

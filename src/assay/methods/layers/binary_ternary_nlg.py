@@ -557,11 +557,11 @@ def load_packed(path: Path | str) -> Any:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     tensors |= {name: tensors[kept] for name, kept in json.loads(header["aliases"]).items()}
     config = json.loads(header["config"])
-    architecture = getattr(transformers, header["class"], None)
+    architecture: Any = getattr(transformers, header["class"], None)
     if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
         raise ValueError(f"path holds a model of the unknown class {header['class']!r}")
     with torch.device("meta"):
-        model: Any = architecture(cast(Any, architecture.config_class)(**config))
+        model: Any = architecture(cast(Any, architecture).config_class(**config))
         weights, embeddings, activations = config["low_bit"]
         pack_(quantize_(model, weights=weights, embeddings=embeddings, activations=activations))
     model.load_state_dict(tensors, assign=True)
