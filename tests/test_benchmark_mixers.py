@@ -132,7 +132,7 @@ def test_generating_behind_a_prefilled_context_is_the_parallel_model(arm):
     cache = prefilled(model, ids, chunk=16)
     with torch.no_grad():
         whole = torch.cat([ids, ids[:, :1], ids[:, 5:6]], 1)
-        one = model(whole[:, -1:], past_key_values=cache).logits[:, -1]
+        one = model(whole[:, -1:], cache=cache).logits[:, -1]
         torch.testing.assert_close(one, model(whole).logits[:, -1], atol=1e-5, rtol=1e-4)
 
 

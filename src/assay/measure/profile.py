@@ -248,12 +248,12 @@ def _run(model: nn.Module, inputs: torch.Tensor, new_tokens: int, around: Around
         out = model(input_ids=inputs, **settings)
     if new_tokens == 1:
         return
-    if getattr(out, "past_key_values", None) is None:
+    if getattr(out, "cache", None) is None:
         raise ValueError(f"new_tokens must be 1 for {type(model).__name__}, which returns no cache; got {new_tokens}")
     with around("decode"):
         for _ in range(new_tokens - 1):
             token = out.logits[:, -1:].argmax(-1)
-            out = model(input_ids=token, past_key_values=out.past_key_values, **settings)
+            out = model(input_ids=token, cache=out.cache, **settings)
 
 
 def _costs(

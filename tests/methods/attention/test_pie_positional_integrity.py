@@ -135,7 +135,7 @@ def test_length_and_next_position_follow_the_edit():
     context.edit(5, 9, ids(10, seed=1))
     assert len(context) == 36
     assert context.cache().get_seq_length() == 35
-    ahead = model(input_ids=context.ids[None, -1:], past_key_values=context.cache(), use_cache=True).logits[0, -1]
+    ahead = model(input_ids=context.ids[None, -1:], cache=context.cache(), use_cache=True).logits[0, -1]
     torch.testing.assert_close(ahead, model(input_ids=context.ids[None]).logits[0, -1])
     wanted = model.generate(context.ids[None], max_new_tokens=6, do_sample=False, pad_token_id=0)[0, 36:]
     assert torch.equal(context.complete(6), wanted)
@@ -215,7 +215,7 @@ def test_many_edits_in_bfloat16_do_not_drift():
 def test_edit_cache_on_transformers_own_cache():
     model, old = llama(1), ids(30)
     cache = DynamicCache()
-    model(input_ids=old[None], past_key_values=cache, use_cache=True)
+    model(input_ids=old[None], cache=cache, use_cache=True)
     new = torch.cat([old[:10], ids(4, seed=1), old[12:]])
     fresh = full(model, new)
     inv_freq, interleaved = rotation_of(model)
@@ -288,7 +288,7 @@ def test_smollm2_after_an_edit_is_closer_to_the_truth_than_conflict_and_stale(sm
     def nll(context):
         cache, rest = context.cache(), torch.cat([context.ids[-1:], ahead])
         with torch.no_grad():
-            logits = smollm2.model(input_ids=rest[None, :-1], past_key_values=cache, use_cache=True).logits[0]
+            logits = smollm2.model(input_ids=rest[None, :-1], cache=cache, use_cache=True).logits[0]
         return logits.log_softmax(-1)
 
     truth = nll(EditableContext(smollm2.model, new))

@@ -675,8 +675,8 @@ def test_generation_in_chunks_with_a_cache():
     with torch.no_grad():
         whole = quantised(ids).logits
         cache = DynamicCache()
-        quantised(ids[:, :70], past_key_values=cache)
-        rest = quantised(ids[:, 70:], past_key_values=cache).logits
+        quantised(ids[:, :70], cache=cache)
+        rest = quantised(ids[:, 70:], cache=cache).logits
     exact = tiny_llama()(ids).logits
     assert error(rest, whole[:, 70:]) < 3 * error(whole, exact)
 

@@ -383,7 +383,7 @@ def evicting(layers=2):
 
 
 def generated(model, ids, cache, new=20, **options):
-    return model.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False, **options)
+    return model.generate(ids, cache=cache, max_new_tokens=new, do_sample=False, **options)
 
 
 def weights_by_hand(q, k, scale):
@@ -524,13 +524,13 @@ def test_a_prompt_in_pieces_and_beams():
     model, ids = evicting(), ids_of()
     with torch.no_grad():
         cache, whole = EvictionCache(100), EvictionCache(100)
-        first = model(ids[:, :25], past_key_values=cache).logits
-        rest = model(ids[:, 25:], past_key_values=cache).logits
-        same(torch.cat([first, rest], 1), model(ids, past_key_values=whole).logits, 1e-4)
+        first = model(ids[:, :25], cache=cache).logits
+        rest = model(ids[:, 25:], cache=cache).logits
+        same(torch.cat([first, rest], 1), model(ids, cache=whole).logits, 1e-4)
         same(cache.layers[1].scores, whole.layers[1].scores, 1e-4)
         small = EvictionCache(10)
         for part in ids.split(7, 1):
-            model(part, past_key_values=small)
+            model(part, cache=small)
             assert max(small.entries) <= 10
         assert small.get_seq_length() == 40
     wanted = generated(tiny_llama(), ids, None, num_beams=3)
@@ -543,15 +543,15 @@ def test_a_smaller_copy_is_the_cache_of_that_budget(policy):
     model, ids = evicting(), ids_of(2)
     with torch.no_grad():
         big, direct = EvictionCache(1.0), EvictionCache(0.3, policy=policy)
-        model(ids, past_key_values=big)
-        model(ids, past_key_values=direct)
+        model(ids, cache=big)
+        model(ids, cache=direct)
         copied = big.smaller(0.3, policy=policy)
         for one, other in zip(copied.layers, direct.layers, strict=True):
             assert torch.equal(one.positions, other.positions)
             same(one.keys, other.keys)
         assert big.entries == [40, 40]
         token = ids[:, :1]
-        same(model(token, past_key_values=copied).logits, model(token, past_key_values=direct).logits)
+        same(model(token, cache=copied).logits, model(token, cache=direct).logits)
     with pytest.raises(ValueError, match="evicted entries already"):
         copied.smaller(0.1, policy="local")
     with pytest.raises(ValueError, match="needs the scores"):
@@ -573,7 +573,7 @@ def test_caches_select_repeat_and_start_anew():
     model, ids = evicting(), ids_of(3)
     cache = EvictionCache(10)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
         before = cache.layers[0].positions.clone()
         cache.batch_select_indices(torch.tensor([2, 0]))
         assert torch.equal(cache.layers[0].positions, before[[2, 0]])
@@ -582,7 +582,7 @@ def test_caches_select_repeat_and_start_anew():
         assert cache.layers[0].keys.shape[0] == 4
         cache.reset()
         assert cache.get_seq_length() == 0
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
         assert torch.equal(cache.layers[0].positions, before)
     assert not cache.is_croppable
 
@@ -601,9 +601,7 @@ def test_what_eviction_refuses():
     with pytest.raises(ValueError, match="cannot be replaced"):
         use_eviction(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="not other masks"):
-        evicting()(
-            ids, attention_mask=torch.ones(1, 1, 40, 40, dtype=torch.bool).tril(), past_key_values=EvictionCache(9)
-        )
+        evicting()(ids, attention_mask=torch.ones(1, 1, 40, 40, dtype=torch.bool).tril(), cache=EvictionCache(9))
 
 
 # ---------------------------------------------------------------------------------------------------------------- errors

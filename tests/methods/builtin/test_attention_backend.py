@@ -135,8 +135,8 @@ def test_chunks_and_caches():
         whole = model(ids).logits
         cache, parts = None, []
         for part in ids.split([23, 1, 16, 20], dim=1):
-            out = other(part, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = other(part, cache=cache, use_cache=True)
+            cache = out.cache
             parts.append(out.logits)
         torch.testing.assert_close(torch.cat(parts, 1), whole, atol=2e-4, rtol=1e-3)
     expected = model.generate(ids, max_new_tokens=8, do_sample=False)

@@ -324,8 +324,8 @@ def test_integer_weights_are_those_of_the_quantised_model(model, bits):
     prompt = ids[:1]
     past = DynamicCache()
     with torch.no_grad():
-        quantised(prompt[:, :-1], past_key_values=past)
-        expected = quantised(prompt[:, -1:], past_key_values=past).logits[0, -1]
+        quantised(prompt[:, :-1], cache=past)
+        expected = quantised(prompt[:, -1:], cache=past).logits[0, -1]
     keys = torch.stack([layer.keys[0, :, :-1] for layer in past.layers])
     cache.fill(0, keys, torch.stack([layer.values[0, :, :-1] for layer in past.layers]))
     _, logits = decoder.run(cache, [0], prompt[0, -1:].tolist(), 1, want_logits=True)
@@ -488,8 +488,8 @@ def test_a_cache_that_was_passed_in(model, fast):
     ids, mask = ragged((8, 5))
     ours, theirs = DynamicCache(config=model.config), DynamicCache(config=model.config)
     for turn in range(3):
-        a = greedy(fast, ids, mask, past_key_values=ours, max_new_tokens=7)
-        b = greedy(model, ids, mask, past_key_values=theirs, max_new_tokens=7)
+        a = greedy(fast, ids, mask, cache=ours, max_new_tokens=7)
+        b = greedy(model, ids, mask, cache=theirs, max_new_tokens=7)
         assert torch.equal(a, b), turn
         assert ours.get_seq_length() == theirs.get_seq_length() == a.shape[1] - 1
         for mine, his in zip(ours.layers, theirs.layers, strict=True):

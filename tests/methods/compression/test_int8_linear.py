@@ -349,9 +349,9 @@ def test_generation_with_the_cache_is_the_model_without_it(path):
     whole = model(ids).logits
     first = model(ids[:, :16], use_cache=True)
     steps = [first.logits]
-    cache = first.past_key_values
+    cache = first.cache
     for i in range(16, 21):
-        steps.append(model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+        steps.append(model(ids[:, i : i + 1], cache=cache, use_cache=True).logits)
     assert distance(torch.cat(steps, 1), whole) < 0.01
     assert model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0).shape == (1, 27)
     batch = model.generate(

@@ -51,5 +51,5 @@ PROMPTS = prompts_of(5, 23, 1, 12, 12, 2, 17)
 def alone(model, prompt):
     """The oracle: keys, values and last logits of a prompt run on its own, every layer kept whole."""
     with torch.no_grad():
-        out = model(torch.tensor([prompt]), past_key_values=DynamicCache(), use_cache=True)
-    return keys_and_values(out.past_key_values), out.logits[0, -1]
+        out = model(torch.tensor([prompt]), cache=DynamicCache(), use_cache=True)
+    return keys_and_values(out.cache), out.logits[0, -1]

@@ -113,7 +113,7 @@ def test_a_generate_that_calls_prefill_itself_is_left_to_do_so():
     expected = generate_batch(model, PROMPTS, new_tokens=1, batch_size=7, ignore_eos=False)
     model.generate = own
     assert generate_batch(model, PROMPTS, new_tokens=1, batch_size=7, ignore_eos=False) == expected
-    assert "past_key_values" not in seen
+    assert "cache" not in seen
 
 
 def test_settings_travel_with_a_copy_and_threads_are_put_back():

@@ -336,7 +336,7 @@ def test_the_model_owns_the_lower_bounds_and_trains_them():
 def test_the_state_does_not_grow_with_the_context():
     model = small_model()
     assert model.state_bytes(1) == model.state_bytes(100_000) == 3 * 40 * 4
-    cache = model(torch.randint(50, (1, 70)), use_cache=True).past_key_values
+    cache = model(torch.randint(50, (1, 70)), use_cache=True).cache
     assert cache.bytes() == 3 * 40 * 4
 
 

@@ -629,7 +629,7 @@ def test_the_memory_floor_is_conservative_and_close(tiny):
                 ids = torch.ones(batch, tokens, dtype=torch.int64)
                 with torch.no_grad():
                     out = model(ids, logits_to_keep=1)
-                layers = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
+                layers = [t for layer in out.cache.layers for t in (layer.keys, layer.values)]
                 held = weights + sum(t.numel() * t.element_size() for t in [*layers, out.logits])
                 floor = memory_floor(
                     parameters=parameters,

@@ -48,7 +48,7 @@ def scene(tokenizer: Any, tokens: int, size: int, behind: int, kind: Kind, seed:
 def _ahead(context: EditableContext, ahead: Tensor) -> Tensor:
     """Log-probabilities (AHEAD, vocabulary) of the tokens behind the cursor, the real ones fed."""
     rest = torch.cat([context.ids[-1:], ahead])[None, :-1]
-    logits: Tensor = context.model(input_ids=rest, past_key_values=context.cache(), use_cache=True).logits[0]
+    logits: Tensor = context.model(input_ids=rest, cache=context.cache(), use_cache=True).logits[0]
     return logits.float().log_softmax(-1)
 
 

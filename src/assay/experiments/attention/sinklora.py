@@ -215,7 +215,7 @@ def _model() -> tuple[Any, Any]:
 def _prefilled(ids: Tensor) -> EvictionCache:
     """The whole prompt, with the attention every token of it got."""
     cache = EvictionCache(EVERYTHING)
-    _model()[0](ids, past_key_values=cache, logits_to_keep=1)
+    _model()[0](ids, cache=cache, logits_to_keep=1)
     return cache
 
 
@@ -231,13 +231,13 @@ def _dynamic(cache: EvictionCache) -> DynamicCache:
 @torch.no_grad()
 def _decode(cache: Any, token: Tensor, new: int) -> None:
     for _ in range(new):
-        token = _model()[0](token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = _model()[0](token, cache=cache).logits[:, -1:].argmax(-1)
 
 
 @torch.no_grad()
 def _forced(cache: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Feed ids (1, n) token by token: nll of all but the first, in nats, and whether each was the most likely."""
-    logits = torch.cat([_model()[0](token, past_key_values=cache).logits for token in ids[:, :-1].split(1, 1)], 1)[0]
+    logits = torch.cat([_model()[0](token, cache=cache).logits for token in ids[:, :-1].split(1, 1)], 1)[0]
     right = logits.argmax(-1) == ids[0, 1:]
     return F.cross_entropy(logits.float(), ids[0, 1:], reduction="none").double(), right
 

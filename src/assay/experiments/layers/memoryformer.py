@@ -68,8 +68,8 @@ def look_ups(width: int, layers: int, steps: int, batch: int) -> Trial:
     caches = {}
     with torch.no_grad():
         for name, model in pair.items():
-            caches[name] = model(ids, use_cache=True).past_key_values
-            model(ids[:, :1], past_key_values=caches[name])  # room for the steps to come
+            caches[name] = model(ids, use_cache=True).cache
+            model(ids[:, :1], cache=caches[name])  # room for the steps to come
     states = {name: [dict(state) for state in cache.states] for name, cache in caches.items()}
     details: dict[str, Any] = {
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in pair.items()},
@@ -83,7 +83,7 @@ def look_ups(width: int, layers: int, steps: int, batch: int) -> Trial:
     def run(name: str) -> None:
         for _ in range(10):
             caches[name].states = [dict(state) for state in states[name]]
-            pair[name](ids[:, -1:], past_key_values=caches[name])
+            pair[name](ids[:, -1:], cache=caches[name])
 
     def quality() -> Quality:
         inputs, targets = byte_windows(256, 64)

@@ -98,7 +98,7 @@ def language_model(arm: str, width: int, layers: int) -> MixerForCausalLM:
 def generate_from(model: MixerForCausalLM, cache: StateCache, token: Tensor, tokens: int) -> None:
     """Greedy generation of `tokens` tokens behind `cache`."""
     for _ in range(tokens):
-        out = model(token, past_key_values=cache)
+        out = model(token, cache=cache)
         token = out.logits[:, -1:].argmax(-1)
 
 
@@ -107,7 +107,7 @@ def prefilled(model: MixerForCausalLM, ids: Tensor, chunk: int = 1024) -> StateC
     """The states after `ids`, and after one token more, so that a growing cache has room for those to come."""
     cache = model.new_cache(len(ids))
     for part in [*ids.split(chunk, 1), ids[:, :1]]:
-        model(part, past_key_values=cache, logits_to_keep=1)
+        model(part, cache=cache, logits_to_keep=1)
     return cache
 
 

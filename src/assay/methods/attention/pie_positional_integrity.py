@@ -129,7 +129,7 @@ def rotation_of(model: nn.Module) -> tuple[Tensor, bool]:
         device = next(model.parameters()).device
         ids = torch.ones(1, 1, dtype=torch.int64, device=device)
         with torch.no_grad():
-            model(input_ids=ids, position_ids=ids * 0 + position, past_key_values=cache, use_cache=True)
+            model(input_ids=ids, position_ids=ids * 0 + position, cache=cache, use_cache=True)
         return keys_and_values(cache)[0][0].double()
 
     origin = first_keys(0)
@@ -176,9 +176,7 @@ class EditableContext:
         cache = cache_of(past) if past else DynamicCache()
         before = past[0][0].shape[2] if past else 0
         with torch.no_grad():
-            self.model(
-                input_ids=ids[None].to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
+            self.model(input_ids=ids[None].to(self.model.device), cache=cache, use_cache=True, logits_to_keep=1)
         return [(k[:, :, before:], v[:, :, before:]) for k, v in keys_and_values(cache)]
 
     def __len__(self) -> int:
@@ -272,7 +270,7 @@ class EditableContext:
         """Continue greedily (or as `options` of `generate` say) from the end: the new tokens, int64 (n,)."""
         ids = self.ids[None].to(self.model.device)
         settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": 0, **options}
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=self.cache(), **settings)
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), cache=self.cache(), **settings)
         return out[0, len(self.ids) :].cpu()
 
     def fork(self) -> EditableContext:

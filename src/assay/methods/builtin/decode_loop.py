@@ -497,7 +497,7 @@ class DecodeLoopMixin:
             return super()._sample(  # type: ignore[misc]
                 input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
             )
-        past = model_kwargs["past_key_values"]
+        past = model_kwargs["cache"]
         columns = input_ids.shape[1] if mask is None else mask.shape[1]
         if mask is None and past.get_seq_length():  # only the new tokens may have been passed
             columns = max(columns, getattr(generation_config, "_mask_length", columns))
@@ -550,12 +550,12 @@ def _why_original(
         return "return_dict_in_generate"
     if synced_gpus or config.is_assistant:
         return "several devices or an assistant"
-    past: Any = kwargs.get("past_key_values")
+    past: Any = kwargs.get("cache")
     if not kwargs.get("use_cache") or type(past) is not DynamicCache:
         return f"cache is {type(past).__name__}"
     if past.offloading or any(type(layer) is not DynamicLayer for layer in past.layers):
         return "cache is offloaded or of another kind"
-    known = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+    known = {"attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep"}
     if extra := {name for name, value in kwargs.items() if name not in known and value is not None}:
         return f"further inputs {sorted(extra)}"
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -644,7 +644,7 @@ def _prefill(
     """
     from assay.methods.inference import loop
 
-    rows, past, mask = list(range(len(lengths))), kwargs["past_key_values"], kwargs.get("attention_mask")
+    rows, past, mask = list(range(len(lengths))), kwargs["cache"], kwargs.get("attention_mask")
     untouched = (
         not past.get_seq_length() and not getattr(past, "_is_user_defined", False) and config.prefill_chunk_size is None
     )
@@ -652,7 +652,7 @@ def _prefill(
     packs = loop.settings(model)["prepack"] and mask is not None
     if not untouched or (len(groups) == 1 and not packs):
         outputs = model._prefill(input_ids, config, kwargs)
-        _fill(cache, outputs.past_key_values, rows, lengths)
+        _fill(cache, outputs.cache, rows, lengths)
         first: Tensor = outputs.logits[:, -1].to(torch.float32, copy=True)
         return first
     if packs:

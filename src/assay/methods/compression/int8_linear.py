@@ -193,7 +193,7 @@ def attention_forward(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`forward` of an attention module after `fuse_block`: norm, q/k/v and rotary embedding in one pass, then as before.
@@ -204,8 +204,8 @@ def attention_forward(
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     query, key, value = qkv_rope(self.qkv_proj, hidden_states, *position_embeddings, self.num_kv_heads)
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, self.layer_idx)
+    if cache is not None:
+        key, value = cache.update(key, value, self.layer_idx)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(
         self.config._attn_implementation, sys.modules[type(self).__module__].eager_attention_forward
     )

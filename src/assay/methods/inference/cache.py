@@ -57,7 +57,7 @@ class Prefilled:
         if next_tokens is not None:
             ids = torch.cat([ids, next_tokens[:, None].to(ids)], dim=1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        return {"input_ids": ids, "attention_mask": mask, "past_key_values": self.cache}
+        return {"input_ids": ids, "attention_mask": mask, "cache": self.cache}
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int, device: Any = None) -> tuple[Tensor, Tensor]:

@@ -334,9 +334,7 @@ class PrepackedPrefill:
                 inputs["attention_mask"] = _per_layer_type(
                     self.model.config, lambda w: self._dense_mask(rows.segments, w)
                 )
-            out = self.model(
-                **inputs, past_key_values=cache, use_cache=True, logits_to_keep=columns if self.last_token else 1
-            )
+            out = self.model(**inputs, cache=cache, use_cache=True, logits_to_keep=columns if self.last_token else 1)
         if not self.last_token:
             return cache, None
         row = torch.tensor([span.row for span in rows.spans], device=last.device)
@@ -373,12 +371,12 @@ def padded_prefill(
         input_ids=input_ids[:, :width],
         attention_mask=mask[:, :width],
         position_ids=position_ids(mask)[:, :width],
-        past_key_values=DynamicCache(config=module.config),
+        cache=DynamicCache(config=module.config),
         use_cache=True,
         logits_to_keep=1,
     )
     logits = out.logits[:, -1] if last_token else None
-    return Prefilled(out.past_key_values, input_ids, mask, mask.sum(-1).tolist(), logits)
+    return Prefilled(out.cache, input_ids, mask, mask.sum(-1).tolist(), logits)
 
 
 def checked_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:

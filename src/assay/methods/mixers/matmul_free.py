@@ -383,7 +383,7 @@ class MatmulFreeForCausalLM(MixerForCausalLM):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: StateCache | None = None,
+        cache: StateCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
@@ -393,9 +393,7 @@ class MatmulFreeForCausalLM(MixerForCausalLM):
         for each, beta in zip(mixers, lower_bounds(self.lower_bounds), strict=True):
             each.given = beta
         try:
-            return super().forward(
-                input_ids, attention_mask, past_key_values, labels, use_cache, logits_to_keep, **kwargs
-            )
+            return super().forward(input_ids, attention_mask, cache, labels, use_cache, logits_to_keep, **kwargs)
         finally:  # not a leaf: must not be copied or stored with the model
             for each in mixers:
                 each.given = None

@@ -95,6 +95,14 @@ class StateCache(Cache):
         super().__init__(layers=[])
         self.states, self.seen = states, 0
 
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    @property
+    def is_linear(self) -> list[bool]:  # transformers means: states that do not know how many tokens they have seen
+        return [False for _ in self.states]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
 
@@ -107,7 +115,7 @@ class StateCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         self.reorder_cache(indices)
 
-    def crop(self, max_length: int) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
         raise ValueError("the state of a mixer cannot be cut back to an earlier token; keep a copy from then")
 
     def reset(self) -> None:
@@ -217,7 +225,7 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: StateCache | None = None,
+        cache: StateCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
@@ -225,13 +233,14 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """`input_ids` (batch, tokens); `attention_mask` 1 on tokens and 0 on left padding; `labels` as in transformers.
 
-        With `use_cache` or `past_key_values` the states advance, else all tokens are computed in parallel.
-        Raises ValueError for padding that does not stand on the left.
+        With `use_cache` or `cache` the states advance, else all tokens are computed in parallel.
+        Raises ValueError for padding that does not stand on the left, TypeError for `past_key_values`, the cache's former name.
         """
+        if kwargs.get("past_key_values") is not None:  # further arguments are ignored, but a state must not be
+            raise TypeError("past_key_values is called cache since transformers 5.24")
         if input_ids is None:
             raise ValueError("input_ids must be given, got None")
         mask = self._mask(attention_mask, input_ids)
-        cache = past_key_values
         if cache is None and use_cache and not self.training:
             cache = self.new_cache(len(input_ids))
         x = self.embed_tokens(input_ids)
@@ -246,7 +255,7 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
 
     @staticmethod
     def _mask(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:

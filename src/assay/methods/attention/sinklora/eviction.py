@@ -187,7 +187,7 @@ class EvictionCache(Cache):
     `budget` counts entries, or, a float in (0, 1], is a share of the prompt. Policies: "h2o" keeps half recent tokens and half those
     with the most attention so far; "sinks" the first `sinks` tokens and the recent ones; "local" the recent ones. The prompt is
     attended in full; then, and at every token, what the budget does not hold is gone for good. A budget that holds everything is
-    exact. Give it to `generate(..., past_key_values=EvictionCache(0.5))` of a model prepared by `use_eviction`. Left padding,
+    exact. Give it to `generate(..., cache=EvictionCache(0.5))` of a model prepared by `use_eviction`. Left padding,
     beams and several tokens a step work; going back (assisted decoding) and gradients do not. Raises ValueError for other arguments.
     """
 
