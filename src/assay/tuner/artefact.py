@@ -26,6 +26,7 @@ from assay.tuner.recipe import Recipe, apply_recipe
 
 if TYPE_CHECKING:
     from assay.tuner.tune import Outcome
+    from assay.workloads.models import LoadedModel
 
 RECIPE, CALIBRATION, REPORT, EVIDENCE = "recipe.toml", "calibration.safetensors", "report.html", "evidence.jsonl"
 
@@ -35,14 +36,18 @@ def load(folder: Path | str) -> nn.Module:
 
     Raises InputError when the folder holds no readable model or its recipe does not fit.
     """
+    return load_tuned(folder).model
+
+
+def load_tuned(source: Path | str, *, allow_download: bool = False) -> LoadedModel:
+    """`load` with the tokenizer beside the model; `source` may be any model, as `load_model` takes it."""
     from assay.workloads.models import load_model
 
-    folder = Path(folder)
-    model: nn.Module = load_model(folder, dtype="auto").model
-    if not (folder / RECIPE).is_file():
-        return model
-    recipe = Recipe.read(folder / RECIPE)
-    return apply_recipe(model, recipe, read_context(folder, recipe))
+    loaded = load_model(source, dtype="auto", allow_download=allow_download)
+    if (loaded.folder / RECIPE).is_file():
+        recipe = Recipe.read(loaded.folder / RECIPE)
+        loaded.model = apply_recipe(loaded.model, recipe, read_context(loaded.folder, recipe))
+    return loaded
 
 
 def read_context(folder: Path, recipe: Recipe) -> TuneContext:

@@ -207,12 +207,14 @@ def tune(
     else; MissingError when the goal needs a counter the machine lacks.
     """
     from assay.tuner.artefact import check_output
+    from assay.workloads.models import find_model
 
     if not 0 <= max_drop < 1:
         raise InputError(f"--max-drop must lie in [0, 1), got {max_drop}")
     if not minutes > 0:
         raise InputError(f"--minutes must be positive, got {minutes}")
     check_output(output)
+    find_model(settings.model, settings.allow_download)  # before the machine is calibrated
     output.parent.mkdir(parents=True, exist_ok=True)
     with _only_writer(output):
         return _tune(settings, output, max_drop, minutes, resume, memory_gib, say)

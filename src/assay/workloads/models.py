@@ -70,7 +70,7 @@ def model_folder(name: str) -> Path:
     """
     if name not in _BUNDLES:
         raise InputError(f"no bundled model {name!r}; there are: {', '.join(bundled())}{_nearest(name, bundled())}")
-    return _converted(_bundle_file(name), name)
+    return _as_folder(_bundle_file(name), name)
 
 
 def load_model(
@@ -92,7 +92,7 @@ def load_model(
         raise InputError(f"dtype must be a floating-point torch dtype or 'auto', got {dtype!r}")
     if not isinstance(attn_implementation, str) or "/" in attn_implementation:
         raise InputError(f"attn_implementation must be a local name such as 'sdpa', got {attn_implementation!r}")
-    folder = _resolve(source, allow_download)
+    folder = _as_folder(find_model(source, allow_download), source)
     stored = check_folder(folder)
     with _library_errors(f"{folder}: cannot be loaded"), _quiet_transformers():
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -179,19 +179,20 @@ def _name_misfit(empty: Any, folder: Path) -> None:
 # Finding the source ----------------------------------------------------------------------------------------------------
 
 
-def _resolve(source: str | Path, allow_download: bool) -> Path:
-    """The checked-for-existence folder of a source; GGUF files are converted on the way."""
+def find_model(source: str | Path, allow_download: bool = False) -> Path:
+    """The folder or `.gguf` file of a source that `load_model` takes; nothing in it is read yet.
+
+    Raises InputError for a source that does not exist, MissingError when a package or download is missing.
+    """
     if not isinstance(source, str | Path):
         raise InputError(f"a model is a folder, a .gguf file, a hub id or a bundled name, got {source!r}")
     if source in _BUNDLES:
-        return model_folder(str(source))
+        return _bundle_file(str(source))
     path = Path(source).expanduser()
     try:
-        if path.is_dir():
+        if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
             return path.absolute()
         if path.is_file():
-            if path.suffix.lower() == ".gguf":
-                return _converted(path.absolute(), re.sub(r"[^\w.-]", "_", path.stem)[:80])
             raise InputError(
                 f"{path}: a model is a folder, a .gguf file, a hub id or a bundled name, not a {path.suffix} file"
             )
@@ -209,6 +210,13 @@ def _resolve(source: str | Path, allow_download: bool) -> Path:
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = _nearest(hub_id, bundled()) or _nearest(path.name, siblings)
     raise InputError(f"no model {hub_id!r}: {tried}; bundled models: {', '.join(bundled())}{hint}")
+
+
+def _as_folder(found: Path, source: str | Path) -> Path:
+    """`found` itself, or where its conversion lies, made now if need be."""
+    if found.is_dir():
+        return found
+    return _converted(found, str(source) if source in _BUNDLES else re.sub(r"[^\w.-]", "_", found.stem)[:80])
 
 
 def _nearest(name: str, known: list[str]) -> str:
