@@ -13,6 +13,7 @@ from assay.methods.attention.plan import AttentionPlan, block_mask, execute, ker
 
 kernel = pytest.mark.skipif(not load_kernel(), reason="needs a C++ compiler")
 BACKENDS = ["reference", "gather", pytest.param("kernel", marks=kernel)]
+EVERY = [*BACKENDS, "sdpa", "flex", pytest.param("int8", marks=kernel)]  # Triton's are in test_triton_attention.py
 
 
 def qkv(batch=1, heads=4, groups=2, queries=64, keys=64, dim=32, value_dim=None, dtype=torch.float32, seed=0):
@@ -101,6 +102,71 @@ def test_any_shape_mask_and_padding(batch, groups, per, queries, older, block, d
     for backend in ["gather", "kernel"] if load_kernel() else ["gather"]:
         found = execute(plan, q, k, v, backend=backend)
         torch.testing.assert_close(found.double(), expected, atol=3e-6, rtol=1e-5)
+
+
+def strided(x, kind):
+    """The same numbers lying otherwise in memory."""
+    if kind == "contiguous":
+        return x.contiguous()
+    if kind == "dim not last":
+        return x.mT.contiguous().mT
+    return torch.stack([x, x + 1], -1).flatten(-2)[..., ::2]  # every second number
+
+
+def listed_flex(q, k, v, *, block_mask, scale, enable_gqa):
+    """flex_attention written out: whole blocks as listed, part blocks where `mask_mod` says, nothing of what is not listed.
+
+    Torch's own, when not compiled, ignores the lists.
+    """
+
+    def grid(counts, lists):
+        listed = torch.arange(lists.shape[-1]) < counts[..., None]
+        blocks = torch.zeros_like(listed).scatter(-1, lists.long(), listed)
+        size = block_mask.BLOCK_SIZE
+        return blocks.repeat_interleave(size[0], -2).repeat_interleave(size[1], -1)
+
+    whole = grid(block_mask.full_kv_num_blocks, block_mask.full_kv_indices)
+    places = [torch.arange(size).view(-1, *[1] * (3 - i)) for i, size in enumerate(whole.shape)]
+    seen = whole | (grid(block_mask.kv_num_blocks, block_mask.kv_indices) & block_mask.mask_mod(*places))
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = (q.float() @ k.float().mT * scale).masked_fill(~seen, -math.inf)
+    return (scores.softmax(-1).nan_to_num(0.0) @ v.float()).to(q.dtype)
+
+
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("queries", "keys", "lies"),
+    [
+        (7, 7, "contiguous"),  # less than a block
+        (32, 32, "dim not last"),  # whole blocks
+        (45, 45, "every second"),
+        (16, 48, "contiguous"),  # a chunk of a longer prompt that begins with a block
+        (21, 50, "dim not last"),  # and one that begins inside a block
+        (1, 40, "every second"),
+    ],
+)
+def test_hard_cases_of_every_backend(backend, causal, dtype, queries, keys, lies, monkeypatch):
+    """9 query heads over 3 key heads; a mask of its own for each row, one without padding, one padded, one padding throughout."""
+    if backend == "flex":  # compiling the real one takes a minute: test_flex_backend_equals_the_reference
+        monkeypatch.setattr("assay.methods.attention.plan._compiled_flex", lambda: listed_flex)
+    q, k, v = (strided(x, lies) for x in qkv(3, 9, 3, queries, keys, 32, value_dim=48, dtype=dtype))
+    plan = AttentionPlan(queries, keys, 16, causal, key_start=torch.tensor([0, keys // 3, keys]))
+    options = {"backend": "kernel", "precision": "int8"} if backend == "int8" else {"backend": backend}
+    close = 5e-2 if backend == "int8" else 2e-2 if dtype == torch.bfloat16 else 3e-6
+    mask = random_mask(plan, 3, 9)
+    mask[0, 4] = False  # a head that sees nothing
+    for case in (plan, masked(plan, mask)):
+        if backend == "sdpa" and case.mask is not None:
+            continue
+        found, expected = execute(case, q, k, v, **options), oracle(case, q, k, v)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, atol=close, rtol=close)
+        assert found[2].abs().max() == 0
+        if case.mask is not None:
+            assert found[0, 4].abs().max() == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -319,7 +385,7 @@ def test_bad_tensors():
             execute(plan, *tensors)
     with pytest.raises(ValueError, match="backend must be one of"):
         execute(plan, q, k, v, backend="cuda")
-    with pytest.raises(ValueError, match="precision must be one of"):
+    with pytest.raises(ValueError, match="precision must be one of input, bf16, int8, got 'fp8'"):
         execute(plan, q, k, v, precision="fp8")
     with pytest.raises(ValueError, match="mask is for"):
         execute(masked(plan, torch.ones(1, 2, 4, 4, dtype=torch.bool)), q, k, v)

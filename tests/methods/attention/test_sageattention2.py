@@ -19,7 +19,7 @@ from assay.measure.cost import count_cost
 from assay.methods import kernels
 from assay.methods.attention import sageattention2 as sage
 from assay.methods.attention.integration import parse_settings
-from assay.methods.attention.plan import AttentionPlan, execute
+from assay.methods.attention.plan import INT8_GROUPS, AttentionPlan, execute, load_int8_kernel
 from assay.methods.attention.sageattention2 import (
     VARIANTS,
     SageAttentionConfig,
@@ -27,7 +27,6 @@ from assay.methods.attention.sageattention2 import (
     accuracy,
     calibrate,
     calibrate_model,
-    load_kernel,
     masked_mean,
     quantise,
     quantise_values,
@@ -38,7 +37,7 @@ from assay.methods.attention.sageattention2 import (
 )
 from assay.methods.transform import Transform, TuneContext
 
-needs_kernel = pytest.mark.skipif(not load_kernel(), reason="needs a C++ compiler")
+needs_kernel = pytest.mark.skipif(not load_int8_kernel(), reason="needs a C++ compiler")
 EXACT = SageSettings("exact", smooth_k=False, smooth_q=False, pv="exact")
 GRANULARITIES = ["per_tensor", "per_block", "per_warp", "per_thread"]
 SMOOTHINGS = [
@@ -501,7 +500,7 @@ def test_the_kernel_counts_its_macs_and_compiles():
     assert not cost.uncounted
     torch.library.opcheck(
         torch.ops.assay.int8_attention.default,
-        (q, k, v, None, True, 0.2, 127, [128, 1, 64, 1], True, True, False),
+        (q, k, v, None, None, 128, True, 0.2, 127, [128, 1, 64, 1], True, True, False),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -514,20 +513,100 @@ def test_torch_compile_sees_one_graph():
     assert all(torch.equal(a, b) for a, b in zip(compiled(q, k, v), run(q, k, v), strict=True))
 
 
+def quantised_by_blocks(plan, q, k, v, smooth_q):
+    """The definition, query block by query block, on the codes of `quantise`: float64 attention and log-sum-exp."""
+    scale, per = q.shape[3] ** -0.5, q.shape[1] // k.shape[1]
+    seen = plan.visible(0, plan.queries).expand(*q.shape[:2], -1, -1)
+    real = (torch.arange(plan.keys) >= plan.key_start[:, None])[:, None, :, None]
+    key_mean = masked_mean(k, real)
+    k = (k - key_mean).masked_fill(~real, 0)
+    codes_k, scale_k = quantise(k, 127, *INT8_GROUPS[2:])
+    k, codes_k, scale_k, key_mean, v = (
+        x.double().repeat_interleave(per, 1) for x in (k, codes_k, scale_k, key_mean, v)
+    )
+    outs, sums = [], []
+    position = torch.arange(plan.queries) + plan.offset
+    for block in (position // plan.block).unique():
+        rows = (position // plan.block == block).nonzero()[:, 0]
+        there = (position[rows] >= plan.key_start[:, None])[:, None, :, None]
+        part = q[:, :, rows].masked_fill(~there, 0)
+        query_mean = masked_mean(part, there) if smooth_q else torch.zeros_like(part[:, :, :1])
+        codes_q, scale_q = quantise((part - query_mean).masked_fill(~there, 0), 127, *INT8_GROUPS[:2])
+        scores = codes_q.double() @ codes_k.mT * scale_q.double() * scale_k.mT + query_mean.double() @ k.mT
+        scores = (scores * scale).masked_fill(~seen[:, :, rows], -math.inf)
+        outs.append(scores.softmax(-1).nan_to_num(0.0) @ v)
+        sums.append(scores.logsumexp(-1) + (scale * part.double() @ key_mean.mT)[..., 0])
+    return torch.cat(outs, 2), torch.cat(sums, 2)
+
+
+@needs_kernel
+@pytest.mark.parametrize("smooth_q", [True, False])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("queries", "keys", "block"), [(5, 5, 16), (128, 128, 64), (200, 333, 48), (150, 150, 128), (40, 300, 256)]
+)
+def test_integer_scores_over_kept_blocks_are_the_definition(queries, keys, block, causal, smooth_q):
+    q, k, v = qkv(3, 9, 3, queries, keys, 48, bias=2.0)
+    starts = torch.tensor([0, keys // 3, keys])  # the last row is padding throughout
+    plan = AttentionPlan(queries, keys, block, causal, key_start=starts)
+    mask = torch.rand(3, 9, plan.query_blocks, plan.key_blocks, generator=torch.Generator().manual_seed(0)) < 0.5
+    mask[:, 2, 0] = False  # rows that see nothing
+    plan = replace(plan, mask=mask)
+    options = (mask, starts, block, causal, 48**-0.5, 127, INT8_GROUPS, smooth_q, True, False)
+    out, lse = torch.ops.assay.int8_attention(q, k, v, *options)
+    expected, expected_lse = quantised_by_blocks(plan, q, k, v, smooth_q)
+    assert out.isfinite().all()
+    assert ((lse == -math.inf) == (expected_lse == -math.inf)).all()
+    assert (out[lse == -math.inf] == 0).all()
+    differences = (out - expected).abs()  # a code that lies at a half may round to the other side
+    assert differences.median() < 2e-6
+    assert differences.mean() < 4e-5
+    assert (lse - expected_lse)[lse > -math.inf].abs().median() < 2e-5 if (lse > -math.inf).any() else True
+    half = [x.bfloat16() for x in (q, k, v)]
+    assert error(torch.ops.assay.int8_attention(*half, *options)[0], expected) < 2e-2
+
+
+@needs_kernel
+def test_all_blocks_kept_is_the_dense_integer_path_bit_for_bit():
+    q, k, v = qkv(2, 9, 3, 300, 300, 64, bias=2.0)
+    every = AttentionPlan(300, 300, 128, mask=torch.ones(2, 9, 3, 3, dtype=torch.bool))
+    dense_path = sage_attention(q, k, v, is_causal=True, variant="cpu", backend="kernel")
+    assert torch.equal(execute(every, q, k, v, precision="int8"), dense_path)
+    assert torch.equal(execute(AttentionPlan(300, 300), q, k, v, precision="int8"), dense_path)
+    assert not torch.equal(execute(every, q, k, v), dense_path)
+
+
+@needs_kernel
+def test_blocks_left_out_are_neither_multiplied_nor_counted():
+    q, k, v = qkv(2, 6, 2, 100, 160, 32)
+    plan = AttentionPlan(100, 160, 16, key_start=torch.tensor([0, 50]))
+    mask = torch.rand(2, 6, plan.query_blocks, 10, generator=torch.Generator().manual_seed(0)) < 0.4
+    mask[..., 4] = False
+    plan = replace(plan, mask=mask)
+    expected = execute(plan, q, k, v, precision="int8")
+    v[:, :, 64:80] = math.nan
+    assert torch.equal(execute(plan, q, k, v, precision="int8"), expected)
+    cost = count_cost(lambda: execute(plan, q, k, v, precision="int8"))
+    assert cost.total("attention").macs == plan.macs(head_dim=32)
+
+
 @needs_kernel
 def test_bad_calls_of_the_operator():
     q, k, v = qkv(1, 4, 2, 32, 40)
-    good = [q, k, v, None, True, 0.2, 127, [128, 1, 64, 1], False, True, False]
+    good = [q, k, v, None, None, 16, True, 0.2, 127, [128, 1, 64, 1], False, True, False]
     for place, value, message in (
         (0, q.half(), "float32 or all bfloat16"),
         (1, k[:, :, :, :16], "do not fit together"),
         (2, v[:, :, :30], "do not fit together"),
-        (3, torch.tensor([41]), "key_start must lie in"),
-        (3, torch.tensor([0, 1]), "key_start must be"),
-        (6, 128, "levels must be"),
-        (7, [128, 1], "groups must be"),
-        (7, [48, 1, 64, 1], "groups must be"),
-        (7, [128, 3, 64, 1], "groups must be"),
+        (3, torch.ones(1, 4, 3, 2, dtype=torch.bool), "mask must be"),
+        (3, torch.ones(1, 4, 3, 3), "mask must be"),
+        (4, torch.tensor([41]), "key_start must lie in"),
+        (4, torch.tensor([0, 1]), "key_start must be"),
+        (5, 24, "block must be"),
+        (8, 128, "levels must be"),
+        (9, [128, 1], "groups must be"),
+        (9, [48, 1, 64, 1], "groups must be"),
+        (9, [128, 3, 64, 1], "groups must be"),
     ):
         bad = [*good[:place], value, *good[place + 1 :]]
         with pytest.raises((ValueError, RuntimeError), match=message):
@@ -538,6 +617,7 @@ CHECK = """
 import torch
 from assay.methods import kernels
 kernels.FLAGS = tuple(kernels.FLAGS) + tuple({flags!r}.split())
+from assay.methods.attention.plan import AttentionPlan, execute
 from assay.methods.attention.sageattention2 import SageSettings, sage_attention, accuracy
 torch.manual_seed(0)
 q, k, v = torch.randn(2, 6, 150, 48) + 1, torch.randn(2, 2, 220, 48) - 2, torch.randn(2, 2, 220, 32)
@@ -546,6 +626,9 @@ for pv in ("bf16", "exact"):
         kind = dict(is_causal=True, key_start=torch.tensor([0, 90]), variant=SageSettings("int8", smooth_q=smooth_q, pv=pv))
         found, expected = (sage_attention(q, k, v, backend=name, **kind) for name in ("auto", "torch"))
         assert accuracy(found, expected)["relative_l1"] < 5e-3
+plan = AttentionPlan(150, 220, 16, mask=torch.rand(2, 6, 10, 14) < 0.5, key_start=torch.tensor([0, 90]))
+found, expected = execute(plan, q, k, v, precision="int8"), execute(plan, q, k, v, backend="reference")
+assert accuracy(found, expected)["relative_l1"] < 3e-2
 print("same")
 """
 

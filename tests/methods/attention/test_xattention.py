@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from assay.methods.attention import xattention as xa
-from assay.methods.attention.plan import AttentionPlan, execute, load_kernel
+from assay.methods.attention.plan import AttentionPlan, execute, load_int8_kernel, load_kernel
 from assay.methods.attention.xattention import (
     XAttentionConfig,
     block_scores,
@@ -280,6 +280,19 @@ def test_attention_over_the_chosen_blocks_sees_no_future():
     torch.testing.assert_close(execute(plan, q, changed_k, changed_v)[:, :, :41], out[:, :, :41])
 
 
+@pytest.mark.skipif(not load_int8_kernel(), reason="needs a C++ compiler")
+def test_integer_scores_over_the_same_blocks():
+    q, k, v = qkv(2, 9, 3, 192, 192, 64, spread=1.0)
+    options = {"tau": 0.6, "stride": 4, "block": 16, "key_start": torch.tensor([0, 40])}
+    plan = xattention_plan(q, k, **options, precision="bf16")
+    assert plan.density() < 0.7
+    assert torch.equal(xattention_plan(q, k, **options, precision="int8").mask, plan.mask)
+    found = xattention(q, k, v, **options, precision="int8")
+    expected = execute(plan, q.double(), k.double(), v.double(), backend="reference")
+    off = (found - expected).norm() / expected.norm()
+    assert 1e-4 < off < 2e-2
+
+
 @pytest.mark.parametrize("distance", [100, 101])
 def test_finds_a_slanted_band(distance):
     frequencies = torch.tensor([1 / 3, 1 / 7, 1 / 17, 1 / 41, 1 / 97])
@@ -525,7 +538,7 @@ def test_the_transform_fits_long_prompts_of_transformers_models():
         ({"tau": 1.5}, "tau must be numbers in"),
         ({"stride": 12}, "stride must divide block"),
         ({"backend": "cuda"}, "backend must be one of"),
-        ({"precision": "fp8"}, "precision must be one of"),
+        ({"precision": "fp8"}, "precision must be one of input, bf16, int8"),
         ({"variant": "new"}, "variant must be one of"),
         ({"window": 3}, "unknown configuration"),
         ({"tau": [0.9] * 3}, "for this model"),

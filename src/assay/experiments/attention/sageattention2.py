@@ -25,13 +25,12 @@ from assay.experiments.attention.xattention import (
 )
 from assay.experiments.core import Quality, Trial, experiment
 from assay.measure.stats import Interval
-from assay.methods.attention.plan import AttentionPlan, execute
+from assay.methods.attention.plan import AttentionPlan, execute, has_vnni
 from assay.methods.attention.sageattention2 import (
     VARIANTS,
     SageSettings,
     accuracy,
     calibrate_model,
-    has_vnni,
     sage_attention,
     transform,
 )

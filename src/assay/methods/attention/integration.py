@@ -17,16 +17,18 @@ from torch import Tensor, nn
 
 from assay.methods.attention.plan import AttentionPlan, execute
 
-# (module, q, k, causal=, scale=, key_start=) -> the plan and further arguments of `execute`
+# (module, q, k, causal=, scale=, key_start=) -> the plan and further arguments of the executor
 Producer = Callable[..., tuple[AttentionPlan, Mapping[str, Any]]]
+Executor = Callable[..., Tensor]  # (plan, q, k, v, scale=, further arguments), like `execute`
 Settings = TypeVar("Settings")  # a dataclass of settings
 
 
-def register_attention(name: str, producer: Producer) -> None:
+def register_attention(name: str, producer: Producer, executor: Executor = execute) -> None:
     """Make `attn_implementation=name`, whose plans come from `producer(module, q, k, causal=, scale=, key_start=)`.
 
     The producer is called for each layer of each prompt (more than one query) and returns a plan and keyword arguments for
-    `execute`. Raises ValueError for a name that transformers would take for a repository or has itself.
+    `executor`, which computes it; a single token goes to `execute`. Raises ValueError for a name that transformers would take
+    for a repository or has itself.
     """
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
@@ -51,12 +53,12 @@ def register_attention(name: str, producer: Producer) -> None:
         unusual = dropout > 0 or any(kwargs.get(key) is not None for key in ("position_bias", "softcap", "s_aux"))
         if not plain or unusual or query.shape[2] > key.shape[2]:
             return by_sdpa(module, query, key, value, attention_mask, starts, dropout, scaling, is_causal, kwargs)
-        options: Mapping[str, Any] = {}
         if query.shape[2] == 1:
             plan = AttentionPlan(1, key.shape[2], causal=causal, key_start=starts)
+            out = execute(plan, query, key, value, scale=scaling)
         else:
             plan, options = producer(module, query, key, causal=causal, scale=scaling, key_start=starts)
-        out = execute(plan, query, key, value, scale=scaling, **options)
+            out = executor(plan, query, key, value, scale=scaling, **options)
         return out.transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(name, attend)

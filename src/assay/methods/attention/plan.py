@@ -27,7 +27,8 @@ from torch import Tensor
 from assay.methods import kernels
 
 Backend = Literal["auto", "kernel", "triton", "flex", "gather", "sdpa", "reference"]
-Precision = Literal["input", "bf16"]
+Precision = Literal["input", "bf16"]  # of both products
+PlanPrecision = Literal[Precision, "int8"]  # int8: of QK^T, PV as "bf16"
 
 KERNEL_TIME = 0.3  # of SDPA's time for dense prefill with bfloat16 products, measured on Zen 5; a guess elsewhere
 CHUNK = 1 << 24  # numbers that a chunk of scores or gathered keys may hold (64 MiB in float32)
@@ -180,7 +181,7 @@ def execute(
     *,
     backend: Backend = "auto",
     scale: float | None = None,
-    precision: Precision = "input",
+    precision: PlanPrecision = "input",
 ) -> Tensor:
     """Attention by a plan: (batch, heads, queries, value dim), in the dtype of q.
 
@@ -197,19 +198,22 @@ def execute(
     - "reference": every score, masked. For tests.
     - "auto": the kernel where it can, else SDPA for dense plans, flex on a GPU, gather elsewhere.
 
-    `precision="bf16"` lets the kernel multiply float32 inputs in bfloat16 (about 8 significant bits); others ignore it.
+    `precision` says how exactly the kernel has to multiply; the other backends, and a single query, ignore it. "input": in the
+    dtype of q. "bf16": float32 inputs too may be multiplied in bfloat16 (about 8 significant bits). "int8": QK^T in 8-bit
+    integers, PV in bfloat16, as `sageattention2` does: the mean key, and the mean query of each query block, are subtracted
+    before rounding, scales are those of its "per_thread". Not for keys that are not finite: the mean spreads them.
     Raises ValueError when tensors and plan do not fit together or the backend cannot run them.
     """
     _check(plan, q, k, v)
     if backend not in get_args(Backend):
         raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
+    if precision not in get_args(PlanPrecision):
+        raise ValueError(f"precision must be one of {', '.join(get_args(PlanPrecision))}, got {precision!r}")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if backend == "auto":
-        backend = _choose(plan, q, k, v)
+        backend = _choose(plan, q, k, v, precision)
     if backend == "kernel":
-        if reason := kernel_refuses(q, k, v, block=plan.block if plan.mask is not None else 128):
+        if reason := kernel_refuses(q, k, v, block=_kernel_block(plan), precision=precision):
             raise ValueError(f"backend 'kernel' {reason}; use 'gather' or 'auto'")
         return _kernel(plan, q, k, v, scale, precision)
     if backend == "sdpa":
@@ -223,12 +227,12 @@ def execute(
     return {"flex": _flex, "gather": _gather, "reference": _reference}[backend](plan, q, k, v, scale)
 
 
-def _choose(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> Backend:
-    if not kernel_refuses(q, k, v, block=plan.block if plan.mask is not None else 128):
+def _choose(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, precision: PlanPrecision = "input") -> Backend:
+    if not kernel_refuses(q, k, v, block=_kernel_block(plan), precision=precision):
         return "kernel"
     if plan.mask is None:
         return "sdpa"
-    return "flex" if q.is_cuda and not _needs_grad(q, k, v) else "gather"
+    return "flex" if q.is_cuda and not needs_grad(q, k, v) else "gather"
 
 
 def _check(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -253,7 +257,8 @@ def _check(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"the plan's key_start is for a batch of {len(plan.key_start)}, q has {q.shape[0]}")
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether a gradient through one of them is asked for."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
@@ -389,7 +394,7 @@ def block_mask(plan: AttentionPlan, batch: int, heads: int, device: torch.device
 
 
 def _flex(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    if _needs_grad(q, k, v):
+    if needs_grad(q, k, v):
         raise ValueError("backend 'flex' is for inference; use 'gather' where gradients are needed")
     padded_q, padded_k, padded_v, lead = _on_grid(plan, q, k, v)
     mask = block_mask(plan, q.shape[0], q.shape[1], q.device)
@@ -418,8 +423,8 @@ def _triton() -> Any:
 # --------------------------------------------------------------------------------------------------------------- kernel
 
 
-def kernel_refuses(q: Tensor, k: Tensor, v: Tensor, *, block: int = 128) -> str:
-    """Why the C++ kernel cannot run these tensors; empty when it can."""
+def kernel_refuses(q: Tensor, k: Tensor, v: Tensor, *, block: int = 128, precision: PlanPrecision = "input") -> str:
+    """Why the C++ kernel (with "int8", the one for integers) cannot run these tensors; empty when it can."""
     if not q.device == k.device == v.device == torch.device("cpu"):
         return "runs on the CPU"
     if q.dtype not in (torch.float32, torch.bfloat16):
@@ -429,9 +434,9 @@ def kernel_refuses(q: Tensor, k: Tensor, v: Tensor, *, block: int = 128) -> str:
             return f"takes a {name} that is a multiple of 16 up to 1024, got {dim}"
     if block % 16:
         return f"takes blocks that are multiples of 16, got {block}"
-    if _needs_grad(q, k, v):
+    if needs_grad(q, k, v):
         return "has no gradient"
-    if not load_kernel():
+    if not (load_kernel() and (precision != "int8" or load_int8_kernel())):
         return "needs a C++ compiler (see `assay doctor`)"
     return ""
 
@@ -449,24 +454,67 @@ def _load_kernel() -> bool:
     return True
 
 
+@functools.cache
+def _load_int8_kernel() -> bool:
+    if not kernels.load("int8_attention"):
+        return False
+    from assay.measure.cost import register_macs
+
+    torch.library.register_fake("assay::int8_attention", _like_int8)
+    register_macs("assay::int8_attention", _int8_macs, "attention")
+    return True
+
+
 def load_kernel() -> bool:
     """Whether the kernel is there; compiles it on first use and tells torch.compile the shapes of its operators."""
     return _load_kernel()
 
 
+def load_int8_kernel() -> bool:
+    """The same for the kernel that multiplies QK^T in integers."""
+    return _load_int8_kernel()
+
+
 def has_bf16() -> bool:
-    """Whether the kernel multiplies in bfloat16 on this processor."""
+    """Whether the kernels multiply in bfloat16 on this processor."""
     return bool(torch.ops.assay.attention_has_bf16())
 
 
+def has_vnni() -> bool:
+    """Whether this processor multiplies integers by fours, without which "int8" is not fast, and the kernel for it is there."""
+    return load_int8_kernel() and bool(torch.ops.assay.int8_attention_has_vnni())
+
+
 _constant: Any = torch.compiler.assume_constant_result  # torch.compile is not to trace into them
-_constant(load_kernel)
-_constant(has_bf16)
+for _fixed in (load_kernel, load_int8_kernel, has_bf16):
+    _constant(_fixed)
 
 
 def like_queries(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     """An empty output of the kernels: (batch, heads, queries, value dim), in memory (batch, queries, heads, value dim)."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
+def _like_int8(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return like_queries(q, k, v), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _int8_macs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    key_start: Tensor | None,
+    block: int,
+    causal: bool,
+    *_: Any,
+    out: Any,
+) -> int:
+    queries, keys = q.shape[2], k.shape[2]
+    if queries > keys:
+        return q.shape[0] * q.shape[1] * queries * keys * (q.shape[3] + v.shape[3])
+    plan = AttentionPlan(queries, keys, block, causal, mask, key_start)
+    return plan.macs(head_dim=q.shape[3], value_dim=v.shape[3], batch=q.shape[0], heads=q.shape[1])
 
 
 def _like_blocks(q: Tensor, k: Tensor, key_start: Any, stride: int, block: int, *_: Any) -> Tensor:
@@ -475,9 +523,9 @@ def _like_blocks(q: Tensor, k: Tensor, key_start: Any, stride: int, block: int, 
     return q.new_empty(*q.shape[:2], blocks - first, blocks, dtype=torch.float32)
 
 
-def in_bf16(dtype: torch.dtype, precision: Precision) -> bool:
-    """Whether the kernel multiplies tensors of `dtype` in bfloat16."""
-    return (dtype == torch.bfloat16 or precision == "bf16") and has_bf16()
+def in_bf16(dtype: torch.dtype, precision: PlanPrecision) -> bool:
+    """Whether the kernel multiplies tensors of `dtype` in bfloat16 (with "int8", their values)."""
+    return (dtype == torch.bfloat16 or precision != "input") and has_bf16()
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -485,11 +533,26 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _kernel(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float, precision: Precision) -> Tensor:
+INT8_GROUPS = [
+    32,
+    8,
+    64,
+    4,
+]  # rows and classes of queries, and of keys, that share a scale: sageattention2's "per_thread"
+
+
+def _kernel_block(plan: AttentionPlan) -> int:
+    return 128 if plan.mask is None else plan.block
+
+
+def _kernel(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float, precision: PlanPrecision) -> Tensor:
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     start = None if plan.key_start is None else plan.key_start.cpu().contiguous()
     if plan.queries == 1 and plan.mask is None:
         return cast(Tensor, torch.ops.assay.decode_attention(q, k, v, start, scale))
-    block, mask = (128, None) if plan.mask is None else (plan.block, plan.mask.contiguous())
-    options = (mask, start, block, plan.causal, scale, in_bf16(q.dtype, precision))
-    return cast(Tensor, torch.ops.assay.block_attention(q, k, v, *options))
+    mask, half = None if plan.mask is None else plan.mask.contiguous(), in_bf16(q.dtype, precision)
+    where = (mask, start, _kernel_block(plan), plan.causal, scale)
+    if precision == "int8" and plan.queries > 1:
+        out, _ = torch.ops.assay.int8_attention(q, k, v, *where, 127, INT8_GROUPS, True, True, half)
+        return cast(Tensor, out)
+    return cast(Tensor, torch.ops.assay.block_attention(q, k, v, *where, half))

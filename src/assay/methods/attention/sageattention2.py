@@ -21,7 +21,6 @@ processors without AVX512-VNNI (the exact kernel is as fast), INT4 in layers tha
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.measure.cost import register_macs
-from assay.methods import kernels
+from assay.methods.attention import plan as plans
 from assay.methods.attention.integration import (
     can_register,
     parse_settings,
@@ -41,7 +39,15 @@ from assay.methods.attention.integration import (
     settings_of,
     store_settings,
 )
-from assay.methods.attention.plan import KERNEL_TIME, AttentionPlan, execute, unit_stride
+from assay.methods.attention.plan import (
+    KERNEL_TIME,
+    AttentionPlan,
+    execute,
+    has_bf16,
+    has_vnni,
+    needs_grad,
+    unit_stride,
+)
 from assay.methods.transform import Effect, Fit, TuneContext
 
 QK = Literal["int4", "int8", "exact"]
@@ -277,54 +283,8 @@ def _emulate(
 # ---------------------------------------------------------------------------------------------------------------- kernel
 
 
-def _macs(q: Tensor, k: Tensor, v: Tensor, key_start: Any, causal: bool, *rest: Any, out: Any) -> int:
-    queries, keys = q.shape[2], k.shape[2]
-    pairs = queries * keys - (queries * (queries - 1) // 2 if causal else 0)
-    return int(q.shape[0] * q.shape[1] * pairs * (q.shape[3] + v.shape[3]))
-
-
-def _like(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
-    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@functools.cache
-def _load_kernel() -> bool:
-    if not kernels.load("int8_attention"):
-        return False
-    torch.library.register_fake("assay::int8_attention", _like)
-    register_macs("assay::int8_attention", _macs, "attention")
-    return True
-
-
-def load_kernel() -> bool:
-    """Whether the compiled kernel is there; compiles it on first use."""
-    return _load_kernel()
-
-
-def has_vnni() -> bool:
-    """Whether the kernel is there and this processor multiplies integers by fours, without which INT8 is not fast."""
-    return load_kernel() and bool(torch.ops.assay.int8_attention_has_vnni())
-
-
-def _has_bf16() -> bool:
-    return bool(torch.ops.assay.int8_attention_has_bf16())
-
-
-_constant: Any = torch.compiler.assume_constant_result  # torch.compile is not to trace into them
-_constant(load_kernel)
-_constant(_has_bf16)
-
-
 def kernel_refuses(q: Tensor, k: Tensor, v: Tensor, settings: SageSettings, mask: Tensor | None = None) -> str:
     """Why the C++ kernel cannot run this; empty when it can. Tensors are (batch, heads, tokens, dim)."""
-    if not q.device == k.device == v.device == torch.device("cpu"):
-        return "runs on the CPU"
-    if q.dtype not in (torch.float32, torch.bfloat16):
-        return f"takes float32 or bfloat16, got {q.dtype}"
-    for name, dim in (("head dimension", q.shape[-1]), ("value dimension", v.shape[-1])):
-        if dim % 16 or not 0 < dim <= 1024:
-            return f"takes a {name} that is a multiple of 16 up to 1024, got {dim}"
     if mask is not None:
         return "takes key_start, not a mask"
     if settings.qk == "exact":
@@ -335,9 +295,7 @@ def kernel_refuses(q: Tensor, k: Tensor, v: Tensor, settings: SageSettings, mask
         return (
             f"multiplies values in bf16 or exactly, not smoothed, got pv {settings.pv!r}, smooth_v {settings.smooth_v}"
         )
-    if not load_kernel():
-        return "needs a C++ compiler (see `assay doctor`)"
-    return ""
+    return plans.kernel_refuses(q, k, v, precision="int8")
 
 
 # -------------------------------------------------------------------------------------------------------------- operator
@@ -401,8 +359,9 @@ def sage_attention(
     else:
         start = None if key_start is None else key_start.cpu().contiguous()
         by_query, by_key = _groups(settings, q.shape[2], k.shape[2])
-        levels, half = LEVELS[settings.qk], settings.pv == "bf16" and _has_bf16()
-        options = (start, is_causal, scale, levels, [*by_query, *by_key], settings.smooth_q, settings.smooth_k, half)
+        levels, half = LEVELS[settings.qk], settings.pv == "bf16" and has_bf16()
+        where = (None, start, QUERY_BLOCK, is_causal, scale)
+        options = (*where, levels, [*by_query, *by_key], settings.smooth_q, settings.smooth_k, half)
         out, lse = torch.ops.assay.int8_attention(unit_stride(q), unit_stride(k), unit_stride(v), *options)
     out = out.transpose(1, 2) if layout == "NHD" else out
     return (out, lse) if return_lse else out
@@ -430,7 +389,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_start: Tensor | No
             raise ValueError(f"key_start must be int64 (batch,), got {key_start.dtype} {tuple(key_start.shape)}")
         if not ((key_start >= 0) & (key_start <= k.shape[2])).all():
             raise ValueError(f"key_start must lie in [0, {k.shape[2]}], got {key_start.tolist()}")
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if needs_grad(q, k, v):
         raise ValueError("sage_attention has no gradient: detach q, k and v, or use exact attention for training")
 
 
@@ -546,10 +505,22 @@ class SageAttentionConfig:
             raise ValueError(f"qk must be one value or one for each of {layers} layers, got {len(self.qk)}")
 
 
-def _exact_plan(
+def _plan_of_module(
     module: nn.Module, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, key_start: Tensor | None
 ) -> tuple[AttentionPlan, Mapping[str, Any]]:
-    return AttentionPlan(q.shape[2], k.shape[2], causal=causal, key_start=key_start), {}
+    """The dense plan, and how it is quantised, if at all."""
+    config = settings_of(module, "sageattention2", SageAttentionConfig)
+    settings = config.of(cast(int, getattr(module, "layer_idx", 0)))
+    plan = AttentionPlan(q.shape[2], k.shape[2], causal=causal, key_start=key_start)
+    exact = settings.qk == "exact" or k.shape[2] < config.min_tokens
+    return plan, {} if exact else {"variant": settings, "backend": config.backend}
+
+
+def _execute(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, **options: Any) -> Tensor:
+    if not options or needs_grad(q, k, v):
+        return execute(plan, q, k, v, scale=scale)
+    found = sage_attention(q, k, v, is_causal=plan.causal, scale=scale, key_start=plan.key_start, **options)
+    return cast(Tensor, found)
 
 
 def register() -> None:
@@ -558,38 +529,7 @@ def register() -> None:
     Prompts are quantised. Attended exactly, in the way of `register_attention`, are single tokens, short prompts, layers set to
     "exact", masks other than causal with left padding, and whatever needs a gradient. Settings: `model.config.sageattention2`.
     """
-    from transformers.modeling_utils import AttentionInterface
-
-    register_attention(NAME, _exact_plan)
-    exact: Any = AttentionInterface()[NAME]
-
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> Any:
-        config = settings_of(module, "sageattention2", SageAttentionConfig)
-        settings = config.of(cast(int, getattr(module, "layer_idx", 0)))
-        plain = attention_mask is None or attention_mask.dtype == torch.int64  # see integration.causal_mask
-        unusual = kwargs.get("dropout") or any(
-            kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux")
-        )
-        short = query.shape[2] == 1 or key.shape[2] < config.min_tokens or query.shape[2] > key.shape[2]
-        training = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-        if settings.qk == "exact" or not plain or unusual or short or training:
-            return exact(module, query, key, value, attention_mask, **kwargs)
-        causal = kwargs.get("is_causal")
-        out = sage_attention(
-            query,
-            key,
-            value,
-            is_causal=bool(getattr(module, "is_causal", True) if causal is None else causal),
-            scale=kwargs.get("scaling"),
-            key_start=None if attention_mask is None else attention_mask.flatten(),
-            variant=settings,
-            backend=config.backend,
-        )
-        return out.transpose(1, 2).contiguous(), None
-
-    AttentionInterface.register(NAME, attend)
+    register_attention(NAME, _plan_of_module, _execute)
 
 
 # ------------------------------------------------------------------------------------------------------------- transform

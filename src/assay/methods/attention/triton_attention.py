@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from assay.methods.attention.plan import AttentionPlan
+from assay.methods.attention.plan import AttentionPlan, needs_grad
 
 MAX_DIM = 256  # head and value dimension: wider tiles do not fit into shared memory
 SMALLEST = 16  # rows or columns of a tile, the least that tl.dot takes
@@ -170,7 +170,7 @@ def triton_refuses(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> str:
             return f"takes a {name} up to {MAX_DIM}, got {dim}"
     if plan.mask is not None and plan.block < SMALLEST:
         return f"takes blocks of at least {SMALLEST}, got {plan.block}"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if needs_grad(q, k, v):
         return "has no gradient"
     return ""
 

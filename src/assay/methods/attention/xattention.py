@@ -38,7 +38,7 @@ from assay.methods.attention.plan import (
     KERNEL_TIME,
     AttentionPlan,
     Backend,
-    Precision,
+    PlanPrecision,
     execute,
     has_bf16,
     in_bf16,
@@ -90,7 +90,7 @@ def block_scores(
     norm: float = 1.0,
     order: Order = "antidiagonal",
     key_start: Tensor | None = None,
-    precision: Precision = "input",
+    precision: PlanPrecision = "input",
     backend: Literal["auto", "kernel", "torch"] = "auto",
 ) -> Tensor:
     """Estimated attention mass of each block: (batch, heads, query blocks, key blocks) float32, on the grid of `AttentionPlan`.
@@ -98,7 +98,7 @@ def block_scores(
     Softmax of `tile_scores` * scale / (stride * norm), tiles of the causal diagonal included whole, summed over the tiles of a
     block: rows sum to block / stride, or less where a query block is not full. With stride 1 they are the exact masses.
     q (batch, heads, queries, dim) and k (batch, key heads, keys, dim) after rotary embedding; queries are the last of the
-    keys. `key_start` as in `AttentionPlan`. `precision="bf16"` multiplies in bfloat16. `backend="kernel"` is C++ on the CPU,
+    keys. `key_start` as in `AttentionPlan`. `precision="bf16"` (and "int8") multiplies in bfloat16. `backend="kernel"` is C++ on the CPU,
     "torch" works in chunks of queries of bounded memory; "auto" takes the kernel where it can.
     Raises ValueError for a stride that does not divide the block, an unknown order, or tensors that do not fit.
     """
@@ -116,7 +116,7 @@ def block_scores(
         start = None if key_start is None else key_start.cpu().contiguous()
         options = (start, stride, block, causal, factor, in_bf16(q.dtype, precision))
         return cast(Tensor, torch.ops.assay.antidiagonal_scores(unit_stride(q), unit_stride(k), *options))
-    if precision == "bf16":
+    if precision != "input":
         q, k = q.bfloat16(), k.bfloat16()
     return _block_scores(grid, q, k, stride, factor, order)
 
@@ -222,7 +222,7 @@ def xattention_plan(
     keep_sink: bool = False,
     keep_recent: bool = False,
     key_start: Tensor | None = None,
-    precision: Precision = "input",
+    precision: PlanPrecision = "input",
     variant: Variant = "paper",
 ) -> AttentionPlan:
     """The blocks that XAttention computes, as a plan to `execute`; arguments as in `block_scores` and `select`.
@@ -267,7 +267,7 @@ def xattention(
     keep_recent: bool = False,
     key_start: Tensor | None = None,
     backend: Backend = "auto",
-    precision: Precision = "input",
+    precision: PlanPrecision = "input",
     variant: Variant = "paper",
 ) -> Tensor:
     """XAttention of q (batch, heads, queries, dim) over k, v (batch, key heads, keys, dim): (batch, heads, queries, dim).
@@ -387,7 +387,9 @@ class XAttentionConfig:
     """Settings of `attn_implementation="assay_xattention"`, kept in the model's config as `xattention`, a plain dictionary.
 
     `tau` is one number, one for each layer, or a (layers, heads) table. Layers in `dense_layers` stay dense, and so do prompts
-    shorter than `min_tokens`. `precision="bf16"` lets a float32 model multiply attention in bfloat16; guesses always are.
+    shorter than `min_tokens`. `precision` as in `execute`: "bf16" lets a float32 model multiply attention in bfloat16, as guesses
+    always are, and "int8" multiplies the kept blocks' scores in integers. The tuner is not offered that: at the densities of
+    real prompts it saves little of the time, since each block of queries is quantised for few keys.
     """
 
     tau: float | Sequence[float] | Sequence[Sequence[float]] = 0.9
@@ -396,7 +398,7 @@ class XAttentionConfig:
     dense_layers: Sequence[int] = ()
     min_tokens: int = 512
     backend: Backend = "auto"
-    precision: Precision = "input"
+    precision: PlanPrecision = "input"
     variant: Variant = "paper"
 
     def __post_init__(self) -> None:
@@ -404,7 +406,7 @@ class XAttentionConfig:
             raise ValueError(f"stride must divide block, got {self.stride} and {self.block}")
         for name, value, allowed in (
             ("backend", self.backend, get_args(Backend)),
-            ("precision", self.precision, get_args(Precision)),
+            ("precision", self.precision, get_args(PlanPrecision)),
             ("variant", self.variant, get_args(Variant)),
         ):
             if value not in allowed:

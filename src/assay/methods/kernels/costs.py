@@ -26,13 +26,11 @@ def _qkv(x: Tensor, *rest: Any, out: tuple[Tensor, Tensor, Tensor]) -> int:
 
 
 def _block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any, out: Tensor) -> int:
-    _, block, causal = rest[:3]
-    queries, keys = q.shape[-2], k.shape[-2]
-    if mask is not None:  # kept blocks, each counted whole
-        rows = q.shape[0] * q.shape[1] / (mask.shape[0] * mask.shape[1])
-        return int(2 * int(mask.sum()) * rows * block * block * q.shape[-1])
-    pairs = queries * keys - (queries * (queries - 1) // 2 if causal else 0)
-    return int(2 * q.shape[0] * q.shape[1] * pairs * q.shape[-1])
+    from assay.methods.attention.plan import AttentionPlan
+
+    key_start, block, causal, *_ = rest
+    plan = AttentionPlan(q.shape[2], k.shape[2], block, causal, mask, key_start)
+    return plan.macs(head_dim=q.shape[3], value_dim=v.shape[3], batch=q.shape[0], heads=q.shape[1])
 
 
 def _decode_attention(q: Tensor, k: Tensor, *rest: Any, out: Tensor) -> int:
@@ -45,6 +43,10 @@ def _scores(
     return int(q.numel() * k.shape[-2] // stride // (2 if causal else 1))
 
 
+def _memory_look_up(x: Tensor, tables: list[Tensor], biases: Any, bits: int, *rest: Any, out: list[Tensor]) -> int:
+    return x.shape[-1] // bits * sum(part.numel() for part in out)
+
+
 register_macs("assay::w8a8_linear", _linear, "linear", "int8")
 register_macs("assay::w8a8_mlp", _gated_mlp, "linear", "int8")
 register_macs("assay::w8a8_qkv_rope", _qkv, "linear", "int8")
@@ -52,3 +54,4 @@ register_macs("assay::weight_only_linear", _linear, "linear")
 register_macs("assay::block_attention", _block_attention, "attention")
 register_macs("assay::decode_attention", _decode_attention, "attention")
 register_macs("assay::antidiagonal_scores", _scores, "attention")
+register_macs("assay::memory_look_up", _memory_look_up, "linear")

@@ -5,6 +5,8 @@
 // multiplies (u8 x s8 -> s32): queries are stored as code + 128, and `offset` = -128 * (sum of a key's codes) undoes it. The
 // product becomes a float once, times the scale of its row and of its key, plus dS, the logits of the mean query that smoothing
 // took away. The online softmax is that of attention.h. A query that sees no key gives zeros and a log-sum-exp of -infinity.
+//
+// With a mask only the kept blocks of keys are multiplied, and only they get dS; query blocks then lie on the grid of positions.
 
 #include "attention.h"
 
@@ -18,7 +20,7 @@
 
 namespace {
 
-constexpr int64_t kBlock = 128;  // queries that share a mean, and that a thread attends together
+constexpr int64_t kBlock = 128;  // queries that share a mean, and that a thread attends together, where there is no mask
 constexpr int64_t kWordCodes = 4;
 
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
@@ -120,14 +122,6 @@ inline float dot(const float* a, const float* b, int64_t dim) {
 
 // ---- keys and values -------------------------------------------------------------------------------------------------------
 
-struct Packed {
-  const float* mean;     // (batch, key heads, dim): subtracted from the keys
-  const uint8_t* codes;  // (batch, key heads, groups of kLanes keys, words, kLanes, 4)
-  const float* scale;    // (batch, key heads, groups * kLanes)
-  const int32_t* offset;
-  const float* values;   // (batch, key heads, groups, words of keys, value dim)
-};
-
 // The mean of the rows [from, to).
 void mean_of(const View& x, int64_t b, int64_t h, int64_t from, int64_t to, int64_t dim, float* mean) {
   float row[kMostDim];
@@ -168,6 +162,7 @@ void pack_keys(const Shape& s, const View& k, int64_t b, int64_t h, int64_t firs
 // ---- attention -------------------------------------------------------------------------------------------------------------
 
 struct Options {
+  const bool* mask;  // (batch, heads, query blocks, key blocks) of shape.block positions each; or null
   float scale, levels;
   Groups queries, keys;
   bool smooth_q, smooth_k;
@@ -178,7 +173,13 @@ void int8_attention(const Shape& s, const View& q, const View& k, const View& v,
                     const Options& o) {
   const int64_t groups = (s.keys + kLanes - 1) / kLanes, heads = s.batch * s.key_heads, padded = groups * kLanes;
   const int64_t words = s.dim / kWordCodes, code_bytes = kLanes * s.dim, value_floats = kLanes * value_dim / (Half ? 2 : 1);
-  const int64_t query_blocks = (s.queries + kBlock - 1) / kBlock, key_parts = (s.keys + o.keys.size - 1) / o.keys.size;
+  const int64_t key_parts = (s.keys + o.keys.size - 1) / o.keys.size;
+  // Without a mask query blocks begin at query 0, as the paper's do, and all keys are one block.
+  const int64_t lead = o.mask ? s.offset() - s.first_block() * s.block : 0, key_block = o.mask ? s.block : padded;
+  const int64_t query_blocks = (lead + s.queries + s.block - 1) / s.block, most_rows = std::min(s.block, s.queries);
+  const auto kept_by = [&](int64_t b, int64_t h, int64_t i) {
+    return o.mask ? o.mask + ((b * s.heads + h) * query_blocks + i) * s.key_blocks() : nullptr;
+  };
   Tensor means = at::zeros({heads, s.dim}, at::kFloat), codes = at::empty({heads * groups * code_bytes}, at::kByte);
   Tensor scales = at::empty({heads * padded}, at::kFloat), offsets = at::empty({heads * padded}, at::kInt);
   Tensor values = at::empty({heads * groups * value_floats}, at::kFloat);
@@ -189,21 +190,25 @@ void int8_attention(const Shape& s, const View& q, const View& k, const View& v,
   std::vector<Task> tasks;
   for (int64_t b = 0; b < s.batch; ++b)
     for (int64_t h = 0; h < s.heads; ++h)
-      for (int64_t i = 0; i < query_blocks; ++i)
-        tasks.push_back({s.causal ? s.offset() + (i + 1) * kBlock : s.keys, b, h, i});
+      for (int64_t i = 0; i < query_blocks; ++i) {
+        const int64_t seen = s.causal ? s.offset() - lead + (i + 1) * s.block : s.keys;
+        const bool* kept = kept_by(b, h, i);
+        const int64_t columns = std::min((seen + s.block - 1) / s.block, s.key_blocks());
+        tasks.push_back({kept ? std::count(kept, kept + columns, true) : seen, b, h, i});
+      }
   tasks = longest_first(std::move(tasks));
   const int64_t segment = std::max<int64_t>(kSegmentBytes / std::max(code_bytes, value_floats * 4), 1) * kLanes;
 
 #pragma omp parallel num_threads(threads())
   {
-    Workspace own(kBlock * (2 * s.dim + value_dim + kLanes + 4) + 2 * s.dim + padded + kRows * (segment + kWide * kLanes) + 256);
-    float *rows_of_q = own.take(kBlock * s.dim), *query_mean = own.take(s.dim), *bias = own.take(padded);
-    float *row_scale = own.take(kBlock), *correction = own.take(kBlock);
-    auto* query_codes = reinterpret_cast<uint8_t*>(own.take(kBlock * words));
-    const State state{own.take(kBlock * value_dim), own.take(kBlock * kLanes), own.take(kBlock), own.take(kBlock)};
+    Workspace own(most_rows * (2 * s.dim + value_dim + kLanes + 4) + 2 * s.dim + padded + kRows * (segment + kWide * kLanes) + 256);
+    float *rows_of_q = own.take(most_rows * s.dim), *query_mean = own.take(s.dim), *bias = own.take(padded);
+    float *row_scale = own.take(most_rows), *correction = own.take(most_rows);
+    auto* query_codes = reinterpret_cast<uint8_t*>(own.take(most_rows * words));
+    const State state{own.take(most_rows * value_dim), own.take(most_rows * kLanes), own.take(most_rows), own.take(most_rows)};
     float *exponents = own.take(kRows * kWide * kLanes), *shares = own.take(kRows * segment);
     std::fill_n(bias, padded, 0.0f);
-    std::vector<int32_t> most(o.queries.count(kBlock));
+    std::vector<int32_t> most(o.queries.count(most_rows));
 
     if (o.smooth_k) {
 #pragma omp for schedule(static)
@@ -228,14 +233,15 @@ void int8_attention(const Shape& s, const View& q, const View& k, const View& v,
 
 #pragma omp for schedule(dynamic, 1)
     for (size_t t = 0; t < tasks.size(); ++t) {
-      const int64_t b = tasks[t].b, h = tasks[t].h, query = tasks[t].i * kBlock, rows = std::min(kBlock, s.queries - query);
+      const int64_t b = tasks[t].b, h = tasks[t].h, query = std::max<int64_t>(tasks[t].i * s.block - lead, 0);
+      const int64_t rows = std::min((tasks[t].i + 1) * s.block - lead, s.queries) - query;
+      const bool* kept = kept_by(b, h, tasks[t].i);
       const int64_t position = s.offset() + query, start = s.start(b), head = b * s.key_heads + s.group_of(h);
       const int64_t unseen = start > 0 ? std::clamp<int64_t>(start - position, 0, rows) : 0;  // rows of padding come first
       const int64_t end = s.causal ? position + rows : s.keys;  // no row sees a key from here on
       std::fill_n(query_mean, s.dim, 0.0f);
       if (o.smooth_q) mean_of(q, b, h, query + unseen, query + rows, s.dim, query_mean);
-      if (o.smooth_q && start < end)
-        dots_of(k, b, s.group_of(h), start, end, query_mean, s.dim, dot(query_mean, mean + head * s.dim, s.dim), bias);
+      const float mean_dot = dot(query_mean, mean + head * s.dim, s.dim);
       std::fill(most.begin(), most.end(), 0);
       for (int64_t r = unseen; r < rows; ++r) {
         float* row = rows_of_q + r * s.dim;
@@ -254,46 +260,52 @@ void int8_attention(const Shape& s, const View& q, const View& k, const View& v,
       std::fill_n(state.shift, rows, 0.0f);
       std::fill_n(state.limit, rows, -kInfinity);
 
-      for (int64_t key = start / segment * segment; key < end; key += segment) {
-        const int64_t key_end = std::min(key + segment, end), group = head * groups + key / kLanes;
-        for_rows(rows, [&](auto m_, int64_t r) {
-          constexpr int M = decltype(m_)::value;
-          int64_t last[M];
-          for (int m = 0; m < M; ++m) last[m] = r + m < unseen ? 0 : std::min(key_end, s.causal ? position + r + m + 1 : key_end) - key;
-          if (last[M - 1] <= 0) return;
-          const uint8_t *codes_of_rows = query_codes + r * s.dim, *codes_of_keys = all_codes + group * code_bytes;
-          const int64_t first_key = head * padded + key;
-          const auto score = [&](auto& total, int64_t place) __attribute__((always_inline)) {
-            constexpr int N = std::extent_v<std::remove_reference_t<decltype(total)>, 1>;
-            Ints products[M][N];
-#pragma GCC unroll 8
-            for (int n = 0; n < N; ++n)
-#pragma GCC unroll 8
-              for (int m = 0; m < M; ++m) products[m][n] = load_ints(key_offset + first_key + place + n * kLanes);
-            for (int64_t w = 0; w < words; ++w) {
-              Ints column[N];
+      for (int64_t j = start / key_block; j * key_block < end; ++j) {
+        if (kept && !kept[j]) continue;
+        const int64_t block_start = std::max(j * key_block, start), block_end = std::min((j + 1) * key_block, end);
+        if (o.smooth_q) dots_of(k, b, s.group_of(h), block_start, block_end, query_mean, s.dim, mean_dot, bias);
+        for (int64_t key = block_start / kLanes * kLanes; key < block_end; key += segment) {
+          const int64_t key_end = std::min(key + segment, block_end), group = head * groups + key / kLanes;
+          for_rows(rows, [&](auto m_, int64_t r) {
+            constexpr int M = decltype(m_)::value;
+            int64_t last[M];
+            for (int m = 0; m < M; ++m)
+              last[m] = r + m < unseen ? 0 : std::min(key_end, s.causal ? position + r + m + 1 : key_end) - key;
+            if (last[M - 1] <= 0) return;
+            const uint8_t *codes_of_rows = query_codes + r * s.dim, *codes_of_keys = all_codes + group * code_bytes;
+            const int64_t first_key = head * padded + key;
+            const auto score = [&](auto& total, int64_t place) __attribute__((always_inline)) {
+              constexpr int N = std::extent_v<std::remove_reference_t<decltype(total)>, 1>;
+              Ints products[M][N];
 #pragma GCC unroll 8
               for (int n = 0; n < N; ++n)
-                column[n] = load_ints(codes_of_keys + (place + n * kLanes) * s.dim + w * kLanes * kWordCodes);
 #pragma GCC unroll 8
-              for (int m = 0; m < M; ++m) {
-                uint32_t word;
-                std::memcpy(&word, codes_of_rows + m * s.dim + w * kWordCodes, 4);
+                for (int m = 0; m < M; ++m) products[m][n] = load_ints(key_offset + first_key + place + n * kLanes);
+              for (int64_t w = 0; w < words; ++w) {
+                Ints column[N];
 #pragma GCC unroll 8
-                for (int n = 0; n < N; ++n) products[m][n] = dot4(products[m][n], word, column[n]);
+                for (int n = 0; n < N; ++n)
+                  column[n] = load_ints(codes_of_keys + (place + n * kLanes) * s.dim + w * kLanes * kWordCodes);
+#pragma GCC unroll 8
+                for (int m = 0; m < M; ++m) {
+                  uint32_t word;
+                  std::memcpy(&word, codes_of_rows + m * s.dim + w * kWordCodes, 4);
+#pragma GCC unroll 8
+                  for (int n = 0; n < N; ++n) products[m][n] = dot4(products[m][n], word, column[n]);
+                }
               }
-            }
 #pragma GCC unroll 8
-            for (int n = 0; n < N; ++n) {
-              const Vec scale = load(key_scale + first_key + place + n * kLanes), shift = load(bias + key + place + n * kLanes);
+              for (int n = 0; n < N; ++n) {
+                const Vec scale = load(key_scale + first_key + place + n * kLanes), shift = load(bias + key + place + n * kLanes);
 #pragma GCC unroll 8
-              for (int m = 0; m < M; ++m)
-                total[m][n] = __builtin_convertvector(products[m][n], Vec) * (scale * row_scale[r + m]) + shift;
-            }
-          };
-          attend_scores<Half, M>(score, all_values + group * value_floats, (last[M - 1] + kLanes - 1) / kLanes, value_dim,
-                                 o.scale * kLog2e, start - key, last, r, state, exponents, shares);
-        });
+                for (int m = 0; m < M; ++m)
+                  total[m][n] = __builtin_convertvector(products[m][n], Vec) * (scale * row_scale[r + m]) + shift;
+              }
+            };
+            attend_scores<Half, M>(score, all_values + group * value_floats, (last[M - 1] + kLanes - 1) / kLanes, value_dim,
+                                   o.scale * kLog2e, start - key, last, r, state, exponents, shares);
+          });
+        }
       }
       for (int64_t r = 0; r < rows; ++r) {
         const float weight = sum(load(state.weights + r * kLanes));
@@ -314,11 +326,11 @@ void int8_attention(const Shape& s, const View& q, const View& k, const View& v,
 
 // ---- operator --------------------------------------------------------------------------------------------------------------
 
-// `groups` = (size, classes) of the queries and of the keys. Returns the output (batch, heads, queries, value dim), lying in memory
-// as (batch, queries, heads, value dim), and the natural log-sum-exp of the scaled scores (batch, heads, queries).
-std::tuple<Tensor, Tensor> int8_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& key_start, bool causal,
-                                             double scale, int64_t levels, at::IntArrayRef groups, bool smooth_q, bool smooth_k,
-                                             bool half) {
+// `groups` = (size, classes) of the queries and of the keys; without a mask `block` means nothing. Returns the output
+// (batch, heads, queries, value dim), lying in memory as (batch, queries, heads, value dim), and the natural log-sum-exp of the scaled scores (batch, heads, queries).
+std::tuple<Tensor, Tensor> int8_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& mask,
+                                             const OptTensor& key_start, int64_t block, bool causal, double scale, int64_t levels,
+                                             at::IntArrayRef groups, bool smooth_q, bool smooth_k, bool half) {
   for (const Tensor& x : {q, k, v})
     TORCH_CHECK_VALUE(x.dim() == 4 && x.stride(3) == 1 && x.scalar_type() == q.scalar_type() &&
                           (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16),
@@ -326,7 +338,7 @@ std::tuple<Tensor, Tensor> int8_attention_op(const Tensor& q, const Tensor& k, c
   TORCH_CHECK_VALUE(k.size(0) == q.size(0) && k.size(3) == q.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0 &&
                         v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == k.size(2) && k.size(2) > 0,
                     "q ", q.sizes(), ", k ", k.sizes(), " and v ", v.sizes(), " do not fit together");
-  TORCH_CHECK_VALUE(!(causal || key_start.has_value()) || q.size(2) <= k.size(2),
+  TORCH_CHECK_VALUE(!(causal || key_start.has_value() || mask.has_value()) || q.size(2) <= k.size(2),
                     "at least as many keys as queries are needed, got ", k.size(2), " and ", q.size(2));
   for (const int64_t dim : {q.size(3), v.size(3)})
     TORCH_CHECK_VALUE(dim % 16 == 0 && dim > 0 && dim <= kMostDim, "dimensions must be multiples of 16 up to 1024, got ", dim);
@@ -347,12 +359,16 @@ std::tuple<Tensor, Tensor> int8_attention_op(const Tensor& q, const Tensor& k, c
     for (int64_t b = 0; b < q.size(0); ++b)
       TORCH_CHECK_VALUE(start[b] >= 0 && start[b] <= k.size(2), "key_start must lie in [0, keys], got ", start[b]);
   }
-  const Shape s{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), kBlock, causal, start};
+  TORCH_CHECK_VALUE(block > 0 && block % 16 == 0, "block must be a positive multiple of 16, got ", block);
+  const Shape s{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), mask.has_value() ? block : kBlock, causal, start};
+  TORCH_CHECK_VALUE(!mask.has_value() || (mask->scalar_type() == at::kBool && mask->is_contiguous() &&
+                                          mask->sizes() == at::IntArrayRef({s.batch, s.heads, s.query_blocks(), s.key_blocks()})),
+                    "mask must be a contiguous bool tensor of (batch, heads, query blocks, key blocks)");
   Tensor out = at::empty({s.batch, s.queries, s.heads, v.size(3)}, q.options()).transpose(1, 2);
   Tensor lse = at::empty({s.batch, s.heads, s.queries}, q.options().dtype(at::kFloat));
   if (lse.numel() == 0) return {out, lse};
-  const Options o{static_cast<float>(scale), static_cast<float>(levels), {groups[0], groups[1]}, {groups[2], groups[3]},
-                  smooth_q, smooth_k};
+  const Options o{mask.has_value() ? mask->data_ptr<bool>() : nullptr, static_cast<float>(scale), static_cast<float>(levels),
+                  {groups[0], groups[1]}, {groups[2], groups[3]}, smooth_q, smooth_k};
 #ifdef ASSAY_BF16
   if (half) {
     int8_attention<true>(s, View(q), View(k), View(v), View(out), lse.data_ptr<float>(), v.size(3), o);
@@ -371,22 +387,13 @@ bool has_vnni() {
 #endif
 }
 
-bool has_bf16() {
-#ifdef ASSAY_BF16
-  return true;
-#else
-  return false;
-#endif
-}
-
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(assay, m) {
   m.def(
-      "int8_attention(Tensor q, Tensor k, Tensor v, Tensor? key_start, bool causal, float scale, int levels, int[] groups, "
-      "bool smooth_q, bool smooth_k, bool half) -> (Tensor, Tensor)");
+      "int8_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? key_start, int block, bool causal, float scale, "
+      "int levels, int[] groups, bool smooth_q, bool smooth_k, bool half) -> (Tensor, Tensor)");
   m.def("int8_attention_has_vnni() -> bool", &has_vnni);
-  m.def("int8_attention_has_bf16() -> bool", &has_bf16);
 }
 
 TORCH_LIBRARY_IMPL(assay, CPU, m) { m.impl("int8_attention", int8_attention_op); }
