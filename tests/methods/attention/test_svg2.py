@@ -1,25 +1,25 @@
-"""Sparse VideoGen2: k-means, the critical map, the state between steps, and the processor.
-
-diffusers is not installed: its attention processors are tested on stand-ins with the attributes its modules have.
-"""
+"""Sparse VideoGen2: k-means, the critical map, the state between steps, and diffusers' own models and pipeline."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.properties.video_models import MODELS, real_words
 from torch import nn
 
+from assay.methods.attention import svg2
 from assay.methods.attention.clusters import ClusterPlan, execute_clusters
+from assay.methods.attention.diffusers_processor import self_attentions, use_plans
 from assay.methods.attention.svg2 import (
     ClusterState,
     SVG2Config,
-    SVG2Processor,
     SVG2Sampling,
+    _attend,
+    attach,
     cluster_mass,
     cluster_sparse_attention,
     critical_clusters,
@@ -144,9 +144,50 @@ def test_every_token_its_own_cluster():
     assert found.inertia[-1].abs().max() < 1e-2
 
 
-def test_chunks_do_not_matter(monkeypatch):
-    from assay.methods.attention import svg2
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 3),
+    tokens=st.integers(1, 150),
+    clusters=st.integers(1, 40),
+    dim=st.integers(1, 40),
+    threads=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_the_kernel_does_an_iteration_as_torch_does(rows, tokens, clusters, dim, threads, seed):
+    """On whole numbers, where nothing rounds: ties too (many: there are few values), and any cut into threads' parts."""
+    if not svg2._load():
+        pytest.skip("no C++ compiler")
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-2, 3, (rows, tokens, dim), generator=generator).float()
+    old = torch.randint(-2, 3, (rows, clusters, dim), generator=generator).float()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        labels, distance, means, counts = svg2._lloyd(x, old)
+    finally:
+        torch.set_num_threads(before)
+    squares = (x[:, :, None] - old[:, None]).square().sum(-1)
+    least = squares.amin(-1, keepdim=True)
+    assert torch.equal(labels, (squares == least).int().argmax(-1))  # the first of equals
+    assert torch.equal(distance + x.square().sum((1, 2)), least.sum((1, 2)))
+    reference = svg2._means(x, labels, old)
+    assert torch.equal(means, reference[0])
+    assert torch.equal(counts, reference[1])
+    assert torch.equal(svg2._nearest(x, old)[0], labels)
 
+
+def test_without_the_kernel_nothing_changes(monkeypatch):
+    x = grouped()[0]
+    by_kernel = kmeans(x, 9, iterations=6, generator=torch.Generator().manual_seed(3))
+    monkeypatch.setattr(svg2, "_load", lambda: False)
+    by_torch = kmeans(x, 9, iterations=6, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(by_kernel.labels, by_torch.labels)
+    torch.testing.assert_close(by_kernel.centroids, by_torch.centroids, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(by_kernel.inertia, by_torch.inertia, atol=1e-2, rtol=1e-4)
+
+
+def test_chunks_do_not_matter(monkeypatch):
+    monkeypatch.setattr(svg2, "_load", lambda: False)  # the torch path goes in chunks
     x = grouped()[0]
     whole = kmeans(x, 10, generator=torch.Generator().manual_seed(0))
     for size in (7, 64, 160 * 10, 3 * 160 * 10):  # tokens at a time, then heads at a time
@@ -419,185 +460,166 @@ def test_branches_of_guidance_have_their_own_state():
             each.end_step()
 
 
-class StandIn(nn.Module):
-    """The attributes of diffusers' `Attention` that processors use."""
+# ------------------------------------------------------------------------------------------------------------ diffusers
 
-    def __init__(self, dim=64, heads=4, added=False, across=False, out=True):
-        super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        width = dim if across else dim // heads  # Wan's norm is over all heads at once
-        self.norm_q, self.norm_k = nn.RMSNorm(width), nn.RMSNorm(width)
-        nn.init.uniform_(self.norm_q.weight, 0.5, 2.0)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim), nn.Dropout(0.0)]) if out else None
-        self.add_q_proj = self.add_k_proj = self.add_v_proj = self.to_add_out = None
-        if added:
-            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(dim, dim) for _ in range(3))
-            self.norm_added_q, self.norm_added_k = nn.RMSNorm(width), nn.RMSNorm(width)
-            self.to_add_out = nn.Linear(dim, dim)
-        self.processor = None
-
-    def set_processor(self, processor):
-        self.processor = processor
-
-    def forward(self, hidden_states, **kwargs):
-        return self.processor(self, hidden_states, **kwargs)
+FEW = {"min_ratio": 0.0, "dense_steps": 0.0, "dense_layers": 0.0, "iterations": 10}
 
 
-def angles(tokens, dim=16):
-    both = (torch.arange(tokens)[:, None] * 0.1 ** (torch.arange(dim // 2) / dim)).repeat_interleave(2, -1)
-    return both.cos(), both.sin()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "config",
+    [SVG2Config(5, 9, dense_steps=1.0), SVG2Config(5, 9, 1.0, **FEW), SVG2Config(5, 9, **FEW | {"min_ratio": 1.0})],
+)
+def test_diffusers_models_that_keep_everything_are_unchanged(name, config):
+    """Wan, HunyuanVideo (text after the video, padding of other lengths in other rows) and CogVideoX (text before it)."""
+    model, given = MODELS[name]()
+    expected = model(**given).sample
+    sampling = install(model, config, steps=2, text_first=name == "cogvideox")
+    assert sampling.layers == (3 if name == "hunyuan" else 2)
+    torch.testing.assert_close(model(**given).sample, expected, atol=2e-5, rtol=2e-5)
 
 
-def turn(x, tokens):
-    """Rotary embedding of the first tokens, by complex numbers."""
-    cos, sin = angles(tokens, x.shape[-1])
-    whole = torch.view_as_complex(x[:, :, :tokens].unflatten(-1, (-1, 2)).contiguous())
-    turned = torch.view_as_real(whole * torch.complex(cos, sin)[:, ::2]).flatten(-2)
-    return torch.cat([turned, x[:, :, tokens:]], 2)
+@pytest.mark.parametrize("name", MODELS)
+def test_diffusers_models_come_closer_with_top_p(name):
+    model, given = MODELS[name]()
+    expected = model(**given).sample
+    off = []
+    for top_p in (0.2, 0.9, 0.99):
+        install(model, SVG2Config(8, 12, top_p, **FEW), steps=1, text_first=name == "cogvideox")
+        off.append(float((model(**given).sample - expected).norm() / expected.norm()))
+    assert off[0] > off[1] > off[2] > 0
+    assert off[2] < 0.05
 
 
-def split(x, heads=4):
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
+@pytest.mark.parametrize("name", ["hunyuan", "cogvideox"])
+def test_text_of_diffusers_models_stays_out_of_the_clusters(name):
+    """The plans of every layer see text as `svg2_plan` says, in the order of the video and then the text."""
+    model, given = MODELS[name]()
+    plans = []
+
+    class Noted(SVG2Sampling):
+        def plan(self, layer, q, k, *, text=None, scale=None):
+            plan = super().plan(layer, q, k, text=text, scale=scale)
+            plans.append((plan, text))
+            return plan
+
+    first = name == "cogvideox"
+    config = SVG2Config(5, 9, 0.3, **FEW)
+    sampling = Noted(config, len(self_attentions(model)), 1)
+    attach(model, sampling, text_first=first)
+    model(**given)
+    assert len(plans) == sampling.layers
+    words = real_words().bool() if name == "hunyuan" else torch.ones(2, 7, dtype=torch.bool)
+    for plan, text in plans:
+        assert torch.equal(text, words)
+        assert plan.mask.shape[2:] == (7, 11)  # two clusters more, for text and its padding
+        assert torch.equal(
+            plan.key_sizes[:, :, -2:], torch.stack([words.sum(1), (~words).sum(1)], 1)[:, None].expand(-1, 2, -1)
+        )
+        seen = plan.visible(0, 48)
+        assert seen[..., 48:].any(2).float().sum() == 2 * words.sum()  # in both heads; all of it, and no padding
+        assert not seen[..., :48].all()
 
 
-def always_dense(layers=1, steps=1):
-    return SVG2Sampling(SVG2Config(6, 10, dense_steps=1.0), layers, steps)
+def test_padding_of_prompts_has_no_influence_on_the_video():
+    model, given = MODELS["hunyuan"]()
+    sampling = install(model, SVG2Config(5, 9, 0.5, **FEW), steps=1)
+    found = model(**given).sample
+    sampling.end_step()
+    padding = real_words() == 0
+    given["encoder_hidden_states"] = given["encoder_hidden_states"].masked_fill(padding[..., None], 30.0)
+    torch.testing.assert_close(model(**given).sample, found, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("across", [False, True])
-def test_processor_of_wan(across):
-    torch.manual_seed(0)
-    attn, x = StandIn(across=across), torch.randn(2, 40, 64)
-    q, k, v = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-    if across:
-        q, k, v = split(attn.norm_q(q)), split(attn.norm_k(k)), split(v)
-    else:
-        q, k, v = attn.norm_q(split(q)), attn.norm_k(split(k)), split(v)
-    expected = attn.to_out[0](sdpa(turn(q, 40), turn(k, 40), v).transpose(1, 2).flatten(2))
-    full = SVG2Config(6, 10, top_p=1.0, dense_steps=0.0, dense_layers=0.0)
-    for sampling in (always_dense(), SVG2Sampling(full, 1, 1)):
-        attn.set_processor(SVG2Processor(sampling, 0))
-        cos, sin = angles(40)
-        found = attn(x, rotary_emb=(cos[None, :, None], sin[None, :, None]))  # (1, tokens, 1, dim), as Wan's
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
-    sparse = SVG2Config(6, 10, top_p=0.3, min_ratio=0.0, dense_steps=0.0, dense_layers=0.0)
-    attn.set_processor(SVG2Processor(SVG2Sampling(sparse, 1, 1), 0))
-    assert not torch.allclose(attn(x, rotary_emb=angles(40)), expected, atol=1e-4)
-
-
-@pytest.mark.parametrize("added", [True, False])
-def test_processor_of_hunyuan(added):
-    """Joint attention with text: by added projections in the double blocks, by the same ones (and no output) in the single."""
-    torch.manual_seed(0)
-    attn, x, words = StandIn(added=added, out=added), torch.randn(2, 40, 64), torch.randn(2, 12, 64)
-    text = text_mask()
-    if added:
-        q, k, v = attn.norm_q(split(attn.to_q(x))), attn.norm_k(split(attn.to_k(x))), split(attn.to_v(x))
-        q = torch.cat([turn(q, 40), attn.norm_added_q(split(attn.add_q_proj(words)))], 2)
-        k = torch.cat([turn(k, 40), attn.norm_added_k(split(attn.add_k_proj(words)))], 2)
-        v = torch.cat([v, split(attn.add_v_proj(words))], 2)
-    else:
-        both = torch.cat([x, words], 1)
-        q, k, v = attn.norm_q(split(attn.to_q(both))), attn.norm_k(split(attn.to_k(both))), split(attn.to_v(both))
-        q, k = turn(q, 40), turn(k, 40)
-    out = masked_dense(q, k, v, text).float().transpose(1, 2).flatten(2)
-    expected = (attn.to_out[0](out[:, :40]), attn.to_add_out(out[:, 40:])) if added else (out[:, :40], out[:, 40:])
-    mask = F.pad(text, (40, 0), value=True)
-    full = SVG2Config(6, 10, min_ratio=1.0, dense_steps=0.0, dense_layers=0.0)
-    for shape in ((2, 52), (2, 1, 1, 52)):
-        for sampling in (always_dense(), SVG2Sampling(full, 1, 1)):
-            attn.set_processor(SVG2Processor(sampling, 0))
-            found = attn(x, encoder_hidden_states=words, attention_mask=mask.view(shape), image_rotary_emb=angles(40))
-            torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
-    attn.set_processor(SVG2Processor(always_dense(), 0))
-    assert attn(x, encoder_hidden_states=words)[1].shape == (2, 12, 64)  # without a mask all words are real
+def test_masks_over_the_video_and_causal_attention_are_refused():
+    model, given = MODELS["cogvideox"]()
+    sampling = install(model, SVG2Config(5, 9), steps=1)
+    q = torch.randn(2, 2, 20, 16)
+    options = {"mask": None, "causal": False, "scale": None, "text": 4}
+    hidden = torch.ones(2, 1, 1, 20, dtype=torch.bool)
+    hidden[1, ..., 0] = False
     for bad, message in (
-        (mask.float(), "attention_mask must be bool"),
-        (mask[:, :9], "attention_mask must be bool"),
-        (~mask, "leave out text tokens only"),
+        ({"mask": hidden}, r"leave out text tokens only, not video tokens \(see text_first\)"),
+        (
+            {"mask": hidden.float()},
+            r"bool \(batch, 1, 1, tokens\), not causal; got a mask torch.float32 \(2, 1, 1, 20\)",
+        ),
+        ({"mask": hidden.expand(2, 1, 20, 20)}, r"got a mask torch.bool \(2, 1, 20, 20\)"),
+        ({"causal": True}, "got causal attention"),
     ):
         with pytest.raises(ValueError, match=message):
-            attn(x, encoder_hidden_states=words, attention_mask=bad)
-    with pytest.raises(ValueError, match="rotary embeddings must be for 40 video tokens, got 39"):
-        attn(x, image_rotary_emb=angles(39))
+            _attend(sampling, 0, False, None, q, q, q, **options | bad)
+    with pytest.raises(ValueError, match="model must have attn_processors like"):
+        install(nn.Linear(2, 2), SVG2Config(), steps=4)
 
 
-class Transformer(nn.Module):
-    """Blocks named as in diffusers' models."""
+def test_a_pipeline_of_diffusers_generates():
+    """WanPipeline with classifier-free guidance, which calls the model twice a step, and the step callback."""
+    model, _ = MODELS["wan"]()
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None, "scheduler": FlowMatchEulerDiscreteScheduler()}
+    pipeline = WanPipeline(transformer=model, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    words = torch.randn(2, 1, 7, 8, generator=torch.Generator().manual_seed(1))
 
-    def __init__(self, layers=3):
-        super().__init__()
-        self.blocks = nn.ModuleList([nn.Module() for _ in range(layers)])
-        for block in self.blocks:
-            block.attn1, block.attn2 = StandIn(), StandIn()
-        self.context_embedder = nn.Module()
-        self.context_embedder.attn = StandIn()
+    def generate(sampling=None, steps=4):
+        latents = pipeline(
+            prompt_embeds=words[0],
+            negative_prompt_embeds=words[1],
+            height=64,
+            width=64,
+            num_frames=9,
+            num_inference_steps=steps,
+            guidance_scale=4.0,
+            output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+            callback_on_step_end=None if sampling is None else sampling.on_step_end,
+        ).frames
+        assert sampling is None or sampling.step == 0
+        return latents
 
-    def forward(self, x):
-        for block in self.blocks:
-            x = x + block.attn1(x, rotary_emb=angles(x.shape[1]))
-        return x
-
-
-def test_install_and_a_whole_generation():
-    torch.manual_seed(0)
-    model = Transformer()
-    config = SVG2Config(6, 10, top_p=0.5, min_ratio=0.0, dense_steps=0.1, iterations=5)
-    sampling = install(model, config, steps=4)
-    assert sampling.layers == 3
-    assert [block.attn1.processor.layer for block in model.blocks] == [0, 1, 2]
-    assert all(block.attn2.processor is None for block in model.blocks)
-    assert model.context_embedder.attn.processor is None
-    x = torch.randn(1, 40, 64)
-
-    def generate():
-        outs = []
-        with torch.no_grad():
-            for step in range(4):
-                outs.append(model(x))
-                assert sampling.on_step_end(None, step, None, {"latents": x}) == {"latents": x}
-        return outs
-
-    first, second = generate(), generate()
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))  # nothing is left of the first generation
-    assert not torch.allclose(first[0], first[1])  # dense, then sparse
-    dense = copy.deepcopy(model)
-    install(dense, SVG2Config(6, 10, dense_steps=1.0), steps=4)
-    torch.testing.assert_close(dense(x), first[0])
-    model(x)
-    with pytest.raises(ValueError, match="on_step_end as callback_on_step_end"):
-        model(x)
-    with pytest.raises(ValueError, match="the pipeline ended step 2, expected was 0 of 4: give steps"):
-        sampling.on_step_end(None, 2, None, {})
-    sampling.reset()
-    with torch.no_grad():
-        assert torch.equal(model(x), first[0])
-    with pytest.raises(ValueError, match="Linear has no self-attention"):
-        install(nn.Linear(2, 2), config, steps=4)
+    dense = generate()
+    everything = install(model, SVG2Config(5, 9, 1.0, **FEW), steps=4, branches=2)
+    torch.testing.assert_close(generate(everything), dense, atol=1e-4, rtol=1e-4)
+    sparse = install(model, SVG2Config(5, 9, 0.3, **FEW | {"dense_steps": 0.25}), steps=4, branches=2)
+    first, second = generate(sparse), generate(sparse)
+    assert torch.equal(first, second)  # nothing is left of the first generation
+    assert not torch.allclose(first, dense, atol=1e-3)
+    assert not sparse._states
+    with pytest.raises(ValueError, match=r"expected was 0 of 4: give steps|more than 2 times"):
+        generate(sparse, steps=6)
+    sparse.reset()
+    assert torch.equal(generate(sparse), first)
+    one = install(model, SVG2Config(5, 9, **FEW), steps=4)
+    with pytest.raises(ValueError, match="layer 0 was called more than 1 times in step 0: call end_step"):
+        generate(one)
 
 
-def test_a_small_denoiser_samples_the_same_where_everything_is_kept():
+# ----------------------------------------------------------------------------------------------------- the experiment
+
+
+@pytest.mark.parametrize("kind", ["wan", "hunyuan"])
+def test_a_small_denoiser_samples_the_same_where_everything_is_kept(kind):
     """The whole sampling loop of the experiment, with an untrained model: dense and degenerate sampling agree."""
-    from assay.experiments.attention.svg2 import LAYERS, PATCH, Denoiser, dense, patches, psnr, rotary, sample
+    from assay.experiments.attention.svg2 import LAYERS, Denoiser, dense_plan, psnr, sample
 
     torch.manual_seed(0)
-    model = Denoiser().eval()
-    noise = torch.randn(2, 3 * 4 * 4, 3 * PATCH**2)
-    reference = sample(model, noise, (3, 4, 4), dense(6))
+    model = Denoiser(kind).eval().requires_grad_(False)
+    noise = torch.randn(2, 3, 3, 16, 16)
+    reference = sample(model, noise, 6)
     everything = SVG2Config(6, 10, top_p=1.0, dense_steps=0.2, dense_layers=0.0)
-    assert psnr(sample(model, noise, (3, 4, 4), SVG2Sampling(everything, LAYERS, 6)), reference) > 80
     few = SVG2Config(6, 10, top_p=0.1, min_ratio=0.0, dense_steps=0.2, dense_layers=0.0)
-    lossy = [sample(model, noise, (3, 4, 4), SVG2Sampling(few, LAYERS, 6)) for _ in range(2)]
+
+    def sparse(config):
+        sampling = SVG2Sampling(config, LAYERS, 6)
+        attach(model.model, sampling)
+        return sample(model, noise, 6, sampling=sampling)
+
+    assert psnr(sparse(everything), reference) > 80
+    lossy = [sparse(few) for _ in range(2)]
     assert torch.equal(*lossy)
     assert psnr(lossy[0], reference) < 80
-    video = torch.rand(3, 3, 8, 12)
-    tokens = patches(video)
-    assert tokens.shape == (3 * 2 * 3, 48)
-    torch.testing.assert_close(tokens[1].view(3, 4, 4), video[0, :, :4, 4:8] * 2 - 1)
-    cos, sin = rotary((3, 2, 3))
-    assert cos.shape == (18, 32)
-    torch.testing.assert_close(cos**2 + sin**2, torch.ones(18, 32))
+    use_plans(model.model, dense_plan)
+    assert psnr(sample(model, noise, 6), reference) > 80
 
 
 # ----------------------------------------------------------------------------------------------------------- real tensors

@@ -15,16 +15,17 @@ When NOT to use it: causal attention, sequences of a few thousand tokens (k-mean
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import functools
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay.methods import kernels
 from assay.methods.attention.clusters import ClusterBackend, ClusterPlan, execute_clusters
+from assay.methods.attention.diffusers_processor import real_tokens, self_attentions, set_attention
 from assay.methods.attention.plan import AttentionPlan, Precision, execute
 
 DISTANCES = 1 << 20  # distances that k-means holds at a time: 4 MiB, so that they stay in a processor's cache
@@ -79,7 +80,7 @@ def kmeans(
     elif centres.shape != (batch, heads, clusters, dim):
         raise ValueError(f"centres must be {(batch, heads, clusters, dim)}, got {tuple(centres.shape)}")
     x, centroids = x.flatten(0, 1), centres.to(x.dtype).flatten(0, 1).clone()
-    squares = x.square().sum((1, 2))
+    squares = torch.linalg.vector_norm(x, dim=(1, 2)).square()
     labels = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
     sizes = torch.zeros(centroids.shape[:2], dtype=torch.int64, device=x.device)
     inertia, current = [], torch.zeros_like(squares)
@@ -87,8 +88,7 @@ def kmeans(
     for _ in range(iterations):
         rows = active.nonzero()[:, 0]
         part, old = (x, centroids) if len(rows) == len(x) else (x[rows], centroids[rows])
-        found, distance = _nearest(part, old)
-        means, counts = _means(part, found, old)
+        found, distance, means, counts = _lloyd(part, old)
         active[rows] = (means - old).norm(dim=-1).amax(-1) >= tolerance
         current[rows] = (squares[rows] + distance).clamp(min=0)
         labels[rows], sizes[rows], centroids[rows] = found, counts, means
@@ -105,6 +105,31 @@ def _random_tokens(x: Tensor, count: int, generator: torch.Generator | None) -> 
     batch, heads, tokens, dim = x.shape
     chosen = torch.rand(heads, tokens, generator=generator).argsort(-1)[:, :count].to(x.device)
     return x.gather(2, chosen[None, :, :, None].expand(batch, -1, -1, dim))
+
+
+def _lloyd(x: Tensor, old: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One iteration from the centres `old` (rows, clusters, dim): labels (rows, tokens), the sums of squared distances (rows,) less
+    that of the squared tokens, the means of the members (`old` where there are none), and how many members there are."""
+    if x.is_cpu and x.dtype == torch.float32 and x.shape[2] and _load():
+        labels, closeness, sums, counts = torch.ops.assay.kmeans_step(x.contiguous(), old.contiguous())
+        return labels, (-2 * closeness).to(x.dtype), _divided(sums, counts, old), counts
+    labels, distance = _nearest(x, old)
+    return labels, distance, *_means(x, labels, old)
+
+
+@functools.cache
+def _load() -> bool:
+    """Whether the kernel is there; makes it known to the cost counter (MACs)."""
+    if not kernels.load("kmeans"):
+        return False
+    from assay.measure.cost import register_macs
+
+    register_macs("assay::kmeans_step", _macs, "attention")
+    return True
+
+
+def _macs(x: Tensor, centres: Tensor, out: Any) -> int:
+    return x.numel() * centres.shape[1]
 
 
 def _nearest(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +169,11 @@ def _means(x: Tensor, labels: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
     sums = x.new_zeros(rows * clusters, dim).index_add_(0, flat, x.reshape(-1, dim)).view(rows, clusters, dim)
     counts = torch.zeros(rows, clusters, dtype=torch.int64, device=x.device)
     counts.scatter_add_(1, labels, torch.ones_like(labels))
-    return torch.where(counts[:, :, None] > 0, sums / counts.clamp(min=1)[:, :, None], old), counts
+    return _divided(sums, counts, old), counts
+
+
+def _divided(sums: Tensor, counts: Tensor, old: Tensor) -> Tensor:
+    return torch.where(counts[:, :, None] > 0, sums / counts.clamp(min=1)[:, :, None], old)
 
 
 # ------------------------------------------------------------------------------------------------------------ selection
@@ -332,7 +361,7 @@ def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, *, text: Tensor | None = None, scale: float | None = None
 ) -> Tensor:
     """What SVG2 approximates: every token sees all but padding text, which sees only itself. Shapes as above."""
-    if text is None:
+    if text is None or (_check_text(text, q) and text.all()):
         return execute(AttentionPlan(q.shape[2], k.shape[2], causal=False), q, k, v, scale=scale)
     video = q.shape[2] - _check_text(text, q)
     padding = F.pad(~text.to(q.device), (video, 0)).long()[:, None]
@@ -429,7 +458,9 @@ class SVG2Sampling:
         early = self.step < self.config.dense_steps * self.steps
         return early or layer < self.config.dense_layers * self.layers
 
-    def plan(self, layer: int, q: Tensor, k: Tensor, *, text: Tensor | None = None) -> ClusterPlan | None:
+    def plan(
+        self, layer: int, q: Tensor, k: Tensor, *, text: Tensor | None = None, scale: float | None = None
+    ) -> ClusterPlan | None:
         """The plan of a layer's next call in this step, None for dense attention. Raises ValueError beyond the `branches`."""
         if not 0 <= layer < self.layers:
             raise ValueError(f"layer must be from 0 to {self.layers - 1}, got {layer}")
@@ -448,132 +479,61 @@ class SVG2Sampling:
                 update_clusters(q[:, :, :video].detach(), k[:, :, :video].detach(), state, **config.clustering())
             return None
         options = {"top_p": config.top_p, "min_ratio": config.min_ratio, **config.clustering()}
-        return svg2_plan(q, k, state, text=text, **options)
+        return svg2_plan(q, k, state, text=text, scale=scale, **options)
 
-    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, text: Tensor | None = None) -> Tensor:
+    def attention(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, text: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
         """Attention of a layer, dense or sparse as the schedule says; shapes as in `svg2_plan`."""
-        plan = self.plan(layer, q, k, text=text)
+        plan = self.plan(layer, q, k, text=text, scale=scale)
         if plan is None:
-            return dense_attention(q, k, v, text=text)
-        return execute_clusters(plan, q, k, v, backend=self.backend, precision=self.precision)
+            return dense_attention(q, k, v, text=text, scale=scale)
+        return execute_clusters(plan, q, k, v, backend=self.backend, scale=scale, precision=self.precision)
 
 
-class SVG2Processor:
-    """SVG2 as an attention processor of diffusers' video transformers; `install` puts one into every block.
+def install(
+    model: nn.Module, config: SVG2Config, *, steps: int, branches: int = 1, text_first: bool = False, **options: Any
+) -> SVG2Sampling:
+    """SVG2 as the self-attention of a diffusers video transformer, for generations of `steps` steps; returns its `SVG2Sampling`.
 
-    Self-attention alone (Wan), or joint with text: `encoder_hidden_states` are then appended, through the added projections
-    (`add_q_proj` ...) where the module has them and through the same ones where not (HunyuanVideo), and come back as a second
-    result. `attention_mask` is bool (batch, tokens) or (batch, 1, 1, tokens) over video and text, True for real tokens, and may
-    leave out text only. Rotary embeddings are (cos, sin) of (video tokens, dim), for neighbouring pairs.
+    Sets attention processors through `diffusers_processor.set_attention`: Wan, HunyuanVideo, CogVideoX and others whose blocks
+    have names as in `diffusers_processor.self_attentions`. Text that is attended to jointly stays out of the clusters; it must
+    follow the video (HunyuanVideo) or, with `text_first`, precede it (CogVideoX). An attention mask may leave out text only.
+    `options` as in `SVG2Sampling`. Raises ValueError when the model has no such self-attention.
     """
-
-    def __init__(self, sampling: SVG2Sampling, layer: int) -> None:
-        self.sampling = sampling
-        self.layer = layer
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        video = hidden_states.shape[1]
-        added = encoder_hidden_states is not None and getattr(attn, "add_q_proj", None) is not None
-        if encoder_hidden_states is not None and not added:
-            hidden_states = torch.cat([hidden_states, encoder_hidden_states], dim=1)
-        q, k, v = (_heads(getattr(attn, f"to_{name}")(hidden_states), attn.heads) for name in "qkv")
-        q, k = _norm(attn, "norm_q", q), _norm(attn, "norm_k", k)
-        rotary = image_rotary_emb if rotary_emb is None else rotary_emb
-        if rotary is not None:
-            q, k = (_rotate(x, video, *rotary) for x in (q, k))
-        if added:
-            words = [_heads(getattr(attn, f"add_{name}_proj")(encoder_hidden_states), attn.heads) for name in "qkv"]
-            words[0], words[1] = _norm(attn, "norm_added_q", words[0]), _norm(attn, "norm_added_k", words[1])
-            q, k, v = (torch.cat(pair, dim=2) for pair in zip((q, k, v), words, strict=True))
-        text = _text_of(attention_mask, q, video)
-        out = self.sampling.attention(self.layer, q, k, v, text=text).transpose(1, 2).flatten(2)
-        if encoder_hidden_states is None:
-            return _project(attn, out)
-        seen, read = out[:, :video], out[:, video:]
-        if getattr(attn, "to_out", None) is not None:
-            seen = _project(attn, seen)
-        if getattr(attn, "to_add_out", None) is not None:
-            read = attn.to_add_out(read)
-        return seen, read
-
-
-def _heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(2, (heads, -1)).transpose(1, 2)
-
-
-def _norm(attn: Any, name: str, x: Tensor) -> Tensor:
-    """The module's norm on (batch, heads, tokens, dim), over all heads at once where it was made so (Wan)."""
-    norm = getattr(attn, name, None)
-    if norm is None:
-        return x
-    weight = getattr(norm, "weight", None)
-    if weight is not None and weight.shape[-1] == x.shape[1] * x.shape[3] != x.shape[3]:
-        return _heads(norm(x.transpose(1, 2).flatten(2)), x.shape[1])
-    return cast(Tensor, norm(x))
-
-
-def _rotate(x: Tensor, video: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of the first `video` tokens, neighbouring pairs together, in float32; cos and sin hold each angle twice."""
-    cos, sin = cos.reshape(-1, x.shape[-1]), sin.reshape(-1, x.shape[-1])
-    if cos.shape[0] != video:
-        raise ValueError(f"rotary embeddings must be for {video} video tokens, got {cos.shape[0]}")
-    seen = x[:, :, :video].float()
-    first, second = seen.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([-second, first], dim=-1).flatten(-2)
-    rotated = (seen * cos + turned * sin).to(x.dtype)
-    return rotated if video == x.shape[2] else torch.cat([rotated, x[:, :, video:]], dim=2)
-
-
-def _text_of(mask: Tensor | None, q: Tensor, video: int) -> Tensor | None:
-    batch, tokens = q.shape[0], q.shape[2]
-    if mask is None:
-        return None if tokens == video else torch.ones(batch, tokens - video, dtype=torch.bool, device=q.device)
-    if mask.dtype != torch.bool or mask.shape not in ((batch, tokens), (batch, 1, 1, tokens)):
-        raise ValueError(
-            f"attention_mask must be bool ({batch}, {tokens}) or ({batch}, 1, 1, {tokens}), "
-            f"got {mask.dtype} {tuple(mask.shape)}"
-        )
-    mask = mask.reshape(batch, tokens)
-    if not mask[:, :video].all():
-        raise ValueError("attention_mask must leave out text tokens only, not video tokens")
-    return mask[:, video:] if tokens > video else None
-
-
-def _project(attn: Any, out: Tensor) -> Tensor:
-    for layer in attn.to_out:
-        out = layer(out)
-    return out
-
-
-_SELF_ATTENTION = re.compile(r"(transformer_blocks|single_transformer_blocks|blocks)\.\d+\.(attn|attn1)")
-
-
-def install(model: nn.Module, config: SVG2Config, *, steps: int, branches: int = 1, **options: Any) -> SVG2Sampling:
-    """Set SVG2 processors in a diffusers video transformer, for generations of `steps` steps; returns their `SVG2Sampling`.
-
-    Takes the self-attentions of its blocks ("blocks.N.attn1", "transformer_blocks.N.attn", "single_transformer_blocks.N.attn"),
-    in order, by their own `set_processor`; cross-attentions and text refiners keep theirs. `options` as in `SVG2Sampling`.
-    Raises ValueError when there is none.
-    """
-    found: Mapping[str, Any] = {
-        name: module
-        for name, module in model.named_modules()
-        if _SELF_ATTENTION.fullmatch(name) and hasattr(module, "set_processor")
-    }
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no self-attention 'blocks.N.attn1' or '(single_)transformer_blocks.N.attn' "
-            "with a set_processor method"
-        )
-    sampling = SVG2Sampling(config, len(found), steps, branches, **options)
-    for layer, module in enumerate(found.values()):
-        module.set_processor(SVG2Processor(sampling, layer))
+    sampling = SVG2Sampling(config, len(self_attentions(model)), steps, branches, **options)
+    attach(model, sampling, text_first=text_first)
     return sampling
+
+
+def attach(model: nn.Module, sampling: SVG2Sampling, *, text_first: bool = False) -> None:
+    """`install` with an `SVG2Sampling` that is there already; raises ValueError when it is for another number of layers."""
+    set_attention(model, [functools.partial(_attend, sampling, layer, text_first) for layer in range(sampling.layers)])
+
+
+def _attend(
+    sampling: SVG2Sampling,
+    layer: int,
+    text_first: bool,
+    module: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+    text: int,
+) -> Tensor:
+    real = real_tokens(mask, q)
+    if causal or real is None:
+        given = "causal attention" if causal or mask is None else f"a mask {mask.dtype} {tuple(mask.shape)}"
+        raise ValueError(f"attention_mask must be none or bool (batch, 1, 1, tokens), not causal; got {given}")
+    if text and text_first:
+        q, k, v = (x.roll(-text, 2) for x in (q, k, v))
+        real = real.roll(-text, 1)
+    video = q.shape[2] - text
+    if not real[:, :video].all():
+        raise ValueError("attention_mask must leave out text tokens only, not video tokens (see text_first)")
+    out = sampling.attention(layer, q, k, v, text=real[:, video:] if text else None, scale=scale)
+    return out.roll(text, 2) if text and text_first else out
