@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers import MistralConfig
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from assay.methods.inference.cache import Span, cut, keys_and_values, left_pad, left_padded_mask, position_ids, unpack
 
@@ -23,6 +24,9 @@ def test_left_padding():
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
     assert torch.equal(mask, left_padded_mask([3, 1]))
     assert position_ids(mask).tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert left_pad([[], []], pad_token_id=9)[0].dtype == torch.int64
+    with pytest.raises(ValueError, match="prompts must hold"):
+        left_pad([], pad_token_id=9)
 
 
 def test_unpack_stacks_spans_to_the_left_padded_batch_in_the_order_asked():
@@ -56,9 +60,34 @@ def test_cut_is_a_view_of_one_prompt():
 
 
 @pytest.mark.parametrize("span", [Span(2, 0, 1), Span(0, 0, 7), Span(0, 4, 3), Span(0, -1, 2)])
-def test_unpack_refuses_spans_outside_the_cache(span):
+@pytest.mark.parametrize("take", [lambda cache, span: unpack(cache, [Span(0, 0, 1), span]), cut])
+def test_spans_outside_the_cache_are_refused_and_it_stays_whole(span, take):
+    cache = filled()
     with pytest.raises(ValueError, match="within 2 rows of 6 tokens"):
-        unpack(filled(), [span])
+        take(cache, span)
+    assert cache.get_seq_length() == 6
+    with pytest.raises(ValueError, match="spans must hold"):
+        unpack(cache, [])
+
+
+def test_layers_that_hold_less_than_others_are_named():
+    cache = filled()
+    cache.layers[1] = DynamicSlidingWindowLayer(sliding_window=4)
+    keys = torch.randn(2, 3, 6, 4)
+    cache.layers[1].update(keys, keys)
+    with pytest.raises(ValueError, match="2 rows of 3 tokens, which layer 1 holds"):
+        unpack(cache, [Span(0, 0, 6)])
+
+
+def test_sliding_layers_of_a_model_get_the_end_of_each_prompt():
+    config = MistralConfig(num_hidden_layers=2, sliding_window=4)
+    wanted = unpack(filled(), [Span(0, 0, 6), Span(1, 1, 4)])
+    found = unpack(filled(), [Span(0, 0, 6), Span(1, 1, 4)], config=config)
+    assert [type(layer) for layer in found.layers] == [DynamicSlidingWindowLayer] * 2
+    assert found.get_seq_length() == 6
+    for (keys, values), (k, v) in zip(keys_and_values(found), keys_and_values(wanted), strict=True):
+        assert torch.equal(keys, k[:, :, -3:])
+        assert torch.equal(values, v[:, :, -3:])
 
 
 def test_layers_without_keys_are_named():

@@ -5,14 +5,15 @@ one constant rotation more, R(delta), because R(p + delta) = R(delta) R(p); valu
 through the model, with what stands before them as their past. Positions are then exact. Content is not: the suffix was computed
 with the old text in view, which only the first layer does not notice.
 
-The paper has no released code; the update rule follows its equations. `our choice`: the layout of the rotation is not assumed but
-checked on the model itself; models below float32 keep the keys as they were first computed and rotate from those, so that many
+The paper has no released code; the update rule follows its equations. `our choice`: how the keys of each layer turn is not assumed
+but checked on the model itself; models below float32 keep the keys as they were first computed and rotate from those, so that many
 edits do not add up rounding errors; `recompute` runs the first tokens behind the edit again; `staleness` says how much of the
-context was computed with an older text in view.
+context was computed with an older text in view. Layers with a sliding window keep all their tokens here, since an edit can bring
+old ones back into the window.
 
 When NOT to use it: edits whose meaning reaches far (a renamed variable: the suffix still speaks of the old name), edits near
 the end of the context (running the model from the edit on is exact and costs little more), and models whose rotary frequencies
-change with the length or whose attention slides.
+change with the length.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from assay.methods.inference.cache import keys_and_values
 
@@ -41,9 +42,13 @@ def rotate_keys(keys: Tensor, delta: Tensor | int, inv_freq: Tensor, *, interlea
     if not isinstance(delta, Tensor):
         if delta == 0:
             return keys
-        delta = torch.tensor([delta], device=keys.device)
+        delta = torch.tensor([delta])
+    if 2 * inv_freq.numel() > keys.shape[-1]:
+        raise ValueError(
+            f"inv_freq must have at most half as many values as keys have dimensions ({keys.shape[-1]}), got {inv_freq.numel()}"
+        )
     wide = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    angle = delta.double()[:, None] * inv_freq.double().to(keys.device)  # (tokens or 1, r)
+    angle = delta.to(keys.device).double()[:, None] * inv_freq.to(keys.device).double()  # (tokens or 1, r)
     cos, sin = angle.cos().to(wide), angle.sin().to(wide)
     size = 2 * inv_freq.numel()
     part = keys[..., :size].to(wide)
@@ -61,31 +66,62 @@ def edit_cache(
     start: int,
     old_len: int,
     new_kv: Layers,
-    inv_freq: Tensor | None,
+    inv_freq: Tensor | Sequence[Tensor | None] | None,
     *,
     interleaved: bool = False,
 ) -> DynamicCache:
     """Replace the tokens [start, start + old_len) of `cache` by `new_kv`, and turn the keys behind them; in place, and returned.
 
     `new_kv` are the keys (already rotated for positions from `start` on) and values of the new tokens, one pair a layer, tokens
-    possibly none. `inv_freq` None turns nothing: for models whose keys carry no positions (ALiBi).
-    Raises ValueError for a span outside the cache or another number of layers, TypeError as `keys_and_values`.
+    possibly none; all rows of a batch are edited in the same place. `inv_freq` is one for all layers or one for each, as
+    `rotation_of` finds them; None turns nothing: for keys that carry no positions (ALiBi, layers without rotary embedding).
+    Raises ValueError for a span outside the cache or new keys and values that do not fit it, TypeError as `keys_and_values`
+    and for layers that do not keep all tokens as they came (sliding, quantised, static). The cache is then as it was.
     """
-    layers = keys_and_values(cache)
+    layers = _whole_layers(cache)
     tokens = layers[0][0].shape[2]
     if not 0 <= start <= start + old_len <= tokens:
         raise ValueError(f"start and old_len must lie within the cache's {tokens} tokens, got {start} and {old_len}")
     if len(new_kv) != len(layers):
         raise ValueError(f"new_kv must have {len(layers)} layers, got {len(new_kv)}")
-    delta = new_kv[0][0].shape[2] - old_len
-    for layer, (keys, values), (new_keys, new_values) in zip(cache.layers, layers, new_kv, strict=True):
-        after = keys[:, :, start + old_len :]
-        if inv_freq is not None:
-            after = rotate_keys(after, delta, inv_freq, interleaved=interleaved)
+    new = new_kv[0][0].shape[2]
+    for index, (old, given) in enumerate(zip(layers, new_kv, strict=True)):
+        wanted = [(*x.shape[:2], new, x.shape[3]) for x in old]
+        if [tuple(x.shape) for x in given] != wanted:
+            shapes = [tuple(x.shape) for x in given]
+            raise ValueError(f"new_kv must have shapes {wanted} in layer {index}, got {shapes}")
+    each = [inv_freq] * len(layers) if inv_freq is None or isinstance(inv_freq, Tensor) else list(inv_freq)
+    if len(each) != len(layers):
+        raise ValueError(f"inv_freq must be one tensor or {len(layers)}, one for each layer, got {len(each)}")
+    stop = start + old_len
+    edited = [
+        (
+            torch.cat([k[:, :, :start], new_k, _turned(k[:, :, stop:], new - old_len, f, interleaved)], 2),
+            torch.cat([v[:, :, :start], new_v, v[:, :, stop:]], 2),
+        )
+        for (k, v), (new_k, new_v), f in zip(layers, new_kv, each, strict=True)
+    ]
+    for layer, (keys, values) in zip(cache.layers, edited, strict=True):
         target: Any = layer
-        target.keys = torch.cat([keys[:, :, :start], new_keys, after], 2)
-        target.values = torch.cat([values[:, :, :start], new_values, values[:, :, start + old_len :]], 2)
+        target.keys, target.values = keys, values
     return cache
+
+
+def _turned(keys: Tensor, delta: Tensor | int, inv_freq: Tensor | None, interleaved: bool) -> Tensor:
+    return keys if inv_freq is None else rotate_keys(keys, delta, inv_freq, interleaved=interleaved)
+
+
+def _whole_layers(cache: Cache) -> Layers:
+    """The cache's keys and values, provided that each layer holds all tokens as they were computed."""
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is not DynamicLayer:
+            raise TypeError(
+                f"cache must be a DynamicCache of layers that keep every token, "
+                f"layer {index} is a {type(layer).__name__}: fill a plain DynamicCache() instead"
+            )
+    if not cache.layers:
+        raise ValueError("cache must hold tokens, this one is empty")
+    return keys_and_values(cache)
 
 
 def cache_of(layers: Layers) -> DynamicCache:
@@ -102,44 +138,75 @@ def cache_of(layers: Layers) -> DynamicCache:
 # ---------------------------------------------------------------------------------------------------- the model's rotation
 
 
-def rotation_of(model: nn.Module) -> tuple[Tensor, bool]:
-    """(inv_freq, interleaved) of a model's rotary embedding, checked by running one token at different positions.
+def rotation_of(model: nn.Module) -> tuple[list[Tensor | None], bool]:
+    """(inv_freq of each layer, interleaved): how a model's keys turn with their position, seen on the model itself.
 
-    The keys of the first layer depend on the token and its position alone, so R(delta) can be seen.
-    Raises ValueError for a model without rotary positions, with frequencies that change with the length, with a sliding
-    window, or whose keys do not turn the way either layout says.
+    A single token attends to nothing but itself, so its keys differ between positions by R(delta) alone, in every layer: layers
+    with frequencies of their own and layers that do not turn (None) are told apart. Models without rotary embedding pass when
+    their keys carry no position at all (ALiBi). Raises ValueError for frequencies that change with the length, for learned
+    positions, and for keys that turn in no way known here.
     """
     root: Any = model
     config = root.config.get_text_config()
-    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kind = scaling.get("rope_type", "default") if isinstance(scaling, dict) else "default"
-    if kind in ("dynamic", "longrope"):
+    if kinds := {"dynamic", "longrope"} & _rope_types(config):
         raise ValueError(
-            f"the model's rotary frequencies change with the length (rope_type {kind!r}): no constant rotation"
+            f"the model's rotary frequencies change with the length (rope_type {kinds.pop()!r}): no constant rotation"
         )
-    if any("sliding" in str(name) for name in getattr(config, "layer_types", None) or ()):
-        raise ValueError("the model has sliding-window layers, whose caches cannot be repaired by a rotation")
-    found = [module.inv_freq for module in model.modules() if isinstance(getattr(module, "inv_freq", None), Tensor)]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no rotary embedding (no inv_freq)")
-    inv_freq: Tensor = found[0]  # type: ignore[assignment]
+    name = type(model).__name__
+    known = _frequencies(model, config)
+    if known:
+        deltas = [min(n, getattr(config, "max_position_embeddings", 300) - 1) for n in (5, 300)]
+        origin, *moved = (_keys(model, [1], position) for position in (0, *deltas))
+    else:  # equal tokens, for models that take no positions: attention mixes equal values
+        deltas = [5, 8]
+        origin, *moved = ([k[:, :, n : n + 1] for k in _keys(model, [1] * 9)] for n in (0, *deltas))
+    tolerance = 1e-3 if origin[0].dtype.itemsize >= 4 else 2e-2
 
-    def first_keys(position: int) -> Tensor:
-        cache = DynamicCache()
-        device = next(model.parameters()).device
-        ids = torch.ones(1, 1, dtype=torch.int64, device=device)
-        with torch.no_grad():
-            model(input_ids=ids, position_ids=ids * 0 + position, cache=cache, use_cache=True)
-        return keys_and_values(cache)[0][0].double()
+    def fits(layer: int, inv_freq: Tensor | None, interleaved: bool) -> bool:
+        if inv_freq is not None and 2 * inv_freq.numel() > origin[layer].shape[-1]:
+            return False  # another part's, an image encoder's say
+        for delta, keys in zip(deltas, moved, strict=True):
+            wanted = keys[layer].double()
+            off = _turned(origin[layer].double(), delta, inv_freq, interleaved) - wanted
+            if not float(off.norm()) < tolerance * float(wanted.norm()):
+                return False
+        return True
 
-    origin = first_keys(0)
     for interleaved in (False, True):
-        turned = [rotate_keys(origin, delta, inv_freq, interleaved=interleaved) for delta in (5, 300)]
-        expected = [first_keys(delta) for delta in (5, 300)]
-        off = max(float((a - b).norm() / b.norm()) for a, b in zip(turned, expected, strict=True))
-        if off < (1e-3 if next(model.parameters()).dtype == torch.float32 else 2e-2):
-            return inv_freq, interleaved
-    raise ValueError(f"the keys of {type(model).__name__} do not turn with their position as a rotary embedding's")
+        found = [[f for f in (None, *known) if fits(layer, f, interleaved)] for layer in range(len(origin))]
+        if all(found):
+            return [fitting[0] for fitting in found], interleaved
+    if not known:
+        raise ValueError(f"{name} has no rotary embedding, but its keys depend on their position")
+    raise ValueError(f"the keys of {name} do not turn with their position as a rotary embedding's")
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The kinds of rotary scaling a configuration names, for all layers or for kinds of layers."""
+    scaling = getattr(config, "rope_parameters", None) or {}
+    return {str(part.get("rope_type")) for part in (scaling, *scaling.values()) if isinstance(part, dict)}
+
+
+def _frequencies(model: nn.Module, config: Any) -> list[Tensor]:
+    """Every different set of angles per position that the model holds."""
+    found: list[Tensor] = []
+    held = [buffer for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
+    if size := getattr(config, "rotary_dim", None):  # GPT-J and CodeGen keep a table of sines instead
+        held.append(10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size))
+    for buffer in held:
+        if not any(torch.equal(buffer.cpu().double(), other.cpu().double()) for other in found):
+            found.append(buffer)
+    return found
+
+
+@torch.no_grad()
+def _keys(model: Any, tokens: list[int], position: int | None = None) -> list[Tensor]:
+    """The keys of each layer for tokens, the first of which stands at `position` (None: where the model puts it)."""
+    cache = DynamicCache()
+    ids = torch.tensor([tokens], device=model.device)
+    options = {} if position is None else {"position_ids": torch.full_like(ids, position)}
+    model(input_ids=ids, cache=cache, use_cache=True, **options)
+    return [keys for keys, _ in keys_and_values(cache)]
 
 
 # ----------------------------------------------------------------------------------------------------------- an editor's context
@@ -148,36 +215,59 @@ def rotation_of(model: nn.Module) -> tuple[Tensor, bool]:
 class EditableContext:
     """A text an editor works on, with its key-value cache: `edit` repairs the cache, `complete` continues from its end.
 
-    model: a causal transformers model with rotary positions (see `rotation_of`); input_ids: int64 (tokens,) or (1, tokens).
+    model: a causal transformers model (see `rotation_of`); input_ids: int64 (tokens,) or (1, tokens). `cache`: a DynamicCache that
+    holds the first of these tokens, as `generate` leaves it behind; only the others are then run. It is not changed.
+    Raises ValueError for a model or a cache that does not fit, TypeError for a cache that does not keep every token.
     """
 
-    def __init__(self, model: nn.Module, input_ids: Tensor):
+    def __init__(self, model: nn.Module, input_ids: Tensor | Sequence[int], cache: DynamicCache | None = None):
         self.model: Any = model
         self.inv_freq, self.interleaved = rotation_of(model)
-        self.ids = _row(input_ids, "input_ids")
+        self.ids = self._row(input_ids, "input_ids")
         if not len(self.ids):
             raise ValueError("input_ids must hold at least one token, got none")
-        self.refresh()
+        past = [] if cache is None else _whole_layers(cache)
+        if past and not (len(past[0][0]) == 1 and past[0][0].shape[2] <= len(self.ids)):
+            raise ValueError(
+                f"cache must hold one row of at most {len(self.ids)} tokens, got {len(past[0][0])} of {past[0][0].shape[2]}"
+            )
+        self._begin(past)
 
     def refresh(self) -> None:
         """Compute the whole cache anew: exact, and as slow as a prefill."""
-        self._set(self._run(self.ids, []))
+        self._begin([])
+
+    def _begin(self, past: Layers) -> None:
+        self.layers = self._behind(past, self.ids[past[0][0].shape[2] if past else 0 :])
+        # low precision: keys as first computed, and how far each token was moved since
+        low = self.layers[0][0].dtype.itemsize < 4
+        self._origin = [k for k, _ in self.layers] if low else None
+        self._moved = torch.zeros(len(self.ids), dtype=torch.int64)
         self._stale = torch.zeros(len(self.ids), dtype=torch.bool)
 
-    def _set(self, layers: Layers) -> None:
-        self.layers = layers
-        # low precision: keys as first computed, and how far each token was moved since
-        low = layers[0][0].dtype.itemsize < 4
-        self._origin = [k for k, _ in layers] if low else None
-        self._moved = torch.zeros(len(self.ids), dtype=torch.int64)
-
-    def _run(self, ids: Tensor, past: Layers) -> Layers:
-        """Keys and values of `ids` behind `past`."""
+    def _behind(self, past: Layers, ids: Tensor) -> Layers:
+        """Keys and values of `past` and, computed, of the `ids` behind it."""
+        if not len(ids):
+            return past
         cache = cache_of(past) if past else DynamicCache()
-        before = past[0][0].shape[2] if past else 0
         with torch.no_grad():
             self.model(input_ids=ids[None].to(self.model.device), cache=cache, use_cache=True, logits_to_keep=1)
-        return [(k[:, :, before:], v[:, :, before:]) for k, v in keys_and_values(cache)]
+        return keys_and_values(cache)
+
+    def _row(self, ids: Tensor | Sequence[int], name: str) -> Tensor:
+        """`ids` as int64 (tokens,) on the CPU."""
+        found = ids if isinstance(ids, Tensor) else torch.tensor(list(ids), dtype=None if len(ids) else torch.int64)
+        if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+            raise TypeError(f"{name} must be integers, got {found.dtype}")
+        if found.ndim == 2 and len(found) == 1:
+            found = found[0]
+        if found.ndim != 1:
+            raise ValueError(f"{name} must be (tokens,) or (1, tokens), got {tuple(found.shape)}")
+        found = found.cpu().long()
+        size = self.model.get_input_embeddings().num_embeddings
+        if len(found) and not 0 <= int(found.min()) <= int(found.max()) < size:
+            raise ValueError(f"{name} must lie in [0, {size}), got {int(found.min())} to {int(found.max())}")
+        return found
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -194,70 +284,72 @@ class EditableContext:
 
         `recompute` tokens behind the edit are run again too. `rotate=False` leaves the suffix at its old positions: the
         "conflict" encoding that the paper compares with, wrong on purpose.
-        Raises ValueError for a span outside the context, or an edit that leaves nothing.
+        Raises ValueError for a span outside the context, ids outside the vocabulary, or an edit that leaves nothing.
         """
-        new = _row(new_ids, "new_ids")
-        if not 0 <= start <= stop <= len(self.ids):
-            raise ValueError(f"start and stop must lie within {len(self.ids)} tokens in order, got {start} and {stop}")
+        self.edits([(start, stop, new_ids)], recompute=recompute, rotate=rotate)
+
+    def edits(
+        self,
+        changes: Sequence[tuple[int, int, Tensor | Sequence[int]]],
+        *,
+        recompute: int = 0,
+        rotate: bool = True,
+    ) -> None:
+        """Several disjoint edits (start, stop, new ids) in positions of the context as it is now; options as those of `edit`.
+
+        Raises ValueError as `edit`, and when they overlap; nothing is edited then.
+        """
         if recompute < 0:
             raise ValueError(f"recompute must be at least 0, got {recompute}")
-        stop_run = min(stop + recompute, len(self.ids))
-        run = torch.cat([new, self.ids[stop:stop_run]])
-        if start + len(run) + len(self.ids) - stop_run == 0:
-            raise ValueError("an edit must leave at least one token")
-        moved = len(run) - (stop_run - start) if rotate else 0
-        prefix = [(k[:, :, :start], v[:, :, :start]) for k, v in self.layers]
-        middle = self._run(run, prefix) if len(run) else [(k[:, :, :0], v[:, :, :0]) for k, v in self.layers]
-        shift = torch.cat(
-            [self._moved[:start], torch.zeros(len(run), dtype=torch.int64), self._moved[stop_run:] + moved]
-        )
-        behind = start + len(run)
-        layers: Layers = []
-        origin: list[Tensor] = []
-        for index, ((k, v), (new_k, new_v)) in enumerate(zip(self.layers, middle, strict=True)):
-            if self._origin is None:
-                after = rotate_keys(k[:, :, stop_run:], moved, self.inv_freq, interleaved=self.interleaved)
-            else:
-                first = self._origin[index]
-                origin.append(torch.cat([first[:, :, :start], new_k, first[:, :, stop_run:]], 2))
-                after = k[:, :, stop_run:]
-                if moved:
-                    after = rotate_keys(
-                        origin[-1][:, :, behind:], shift[behind:], self.inv_freq, interleaved=self.interleaved
-                    )
-            layers.append(
-                (
-                    torch.cat([k[:, :, :start], new_k, after], 2),
-                    torch.cat([v[:, :, :start], new_v, v[:, :, stop_run:]], 2),
+        ordered = [
+            (start, stop, self._row(new, "new_ids")) for start, stop, new in sorted(changes, key=lambda c: c[:2])
+        ]
+        for start, stop, _ in ordered:
+            if not 0 <= start <= stop <= len(self.ids):
+                raise ValueError(
+                    f"start and stop must lie within {len(self.ids)} tokens in order, got {start} and {stop}"
                 )
-            )
-        fresh = torch.zeros(len(run), dtype=torch.bool)
-        self._stale = torch.cat([self._stale[:start], fresh, torch.ones(len(self.ids) - stop_run, dtype=torch.bool)])
-        self.ids = torch.cat([self.ids[:start], run, self.ids[stop_run:]])
-        self.layers, self._moved = layers, shift
-        self._origin = origin if self._origin is not None else None
-
-    def edits(self, changes: Sequence[tuple[int, int, Tensor | Sequence[int]]], **options: Any) -> None:
-        """Several disjoint edits (start, stop, new ids) in positions of the context as it is now.
-
-        Raises ValueError when they overlap.
-        """
-        ordered = sorted(changes, key=lambda change: (change[0], change[1]))
         for (_, stop, _), (start, _, _) in zip(ordered, ordered[1:], strict=False):
             if start < stop:
                 raise ValueError(f"edits must not overlap, got one up to {stop} and one from {start}")
+        if len(self.ids) + sum(len(new) - (stop - start) for start, stop, new in ordered) == 0:
+            raise ValueError("an edit must leave at least one token")
         moved = 0
         for start, stop, new in ordered:
-            new = _row(new, "new ids")
-            self.edit(start + moved, stop + moved, new, **options)
+            self._replace(start + moved, stop + moved, new, recompute, rotate)
             moved += len(new) - (stop - start)
+
+    def _replace(self, start: int, stop: int, new: Tensor, recompute: int, rotate: bool) -> None:
+        delta = len(new) - (stop - start) if rotate else 0
+        rest = min(stop + recompute, len(self.ids))  # what is kept begins here
+        run = torch.cat([new, self.ids[stop:rest]])
+        front = self._behind([(k[:, :, :start], v[:, :, :start]) for k, v in self.layers], run)
+        shift = self._moved[rest:] + delta
+        layers: Layers = []
+        origin: list[Tensor] = []
+        for index, ((k, v), (front_k, front_v), f) in enumerate(zip(self.layers, front, self.inv_freq, strict=True)):
+            after = k[:, :, rest:]
+            if self._origin is None:
+                after = _turned(after, delta, f, self.interleaved)
+            else:
+                first = self._origin[index]
+                origin.append(torch.cat([first[:, :, :start], front_k[:, :, start:], first[:, :, rest:]], 2))
+                if delta:
+                    after = _turned(first[:, :, rest:], shift, f, self.interleaved)
+            layers.append((torch.cat([front_k, after], 2), torch.cat([front_v, v[:, :, rest:]], 2)))
+        ran, kept = torch.zeros(len(run), dtype=torch.int64), len(self.ids) - rest
+        self._moved = torch.cat([self._moved[:start], ran, shift])
+        self._stale = torch.cat([self._stale[:start], ran.bool(), torch.ones(kept, dtype=torch.bool)])
+        self.ids = torch.cat([self.ids[:start], run, self.ids[rest:]])
+        self.layers = layers
+        self._origin = origin if self._origin is not None else None
 
     def update(self, input_ids: Tensor | Sequence[int], **options: Any) -> int:
         """Make the context `input_ids`, by the edits that lead there; returns how many tokens were new.
 
         Give the tokens of the whole new text: a tokenizer cuts differently around an edit, which the difference then contains.
         """
-        new = _row(input_ids, "input_ids")
+        new = self._row(input_ids, "input_ids")
         changes = token_changes(self.ids.tolist(), new.tolist())
         self.edits(changes, **options)
         return sum(len(tokens) for _, _, tokens in changes)
@@ -291,12 +383,3 @@ def token_changes(old: Sequence[int], new: Sequence[int]) -> list[tuple[int, int
     a, b = old[first : len(old) - last], new[first : len(new) - last]
     matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
     return [(first + i1, first + i2, list(b[j1:j2])) for tag, i1, i2, j1, j2 in matcher.get_opcodes() if tag != "equal"]
-
-
-def _row(ids: Tensor | Sequence[int], name: str) -> Tensor:
-    found = torch.as_tensor(ids if isinstance(ids, Tensor) else list(ids), dtype=torch.int64).cpu()
-    if found.ndim == 2 and len(found) == 1:
-        found = found[0]
-    if found.ndim != 1:
-        raise ValueError(f"{name} must be (tokens,) or (1, tokens), got {tuple(found.shape)}")
-    return found

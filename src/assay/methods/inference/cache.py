@@ -61,9 +61,15 @@ class Prefilled:
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int, device: Any = None) -> tuple[Tensor, Tensor]:
-    """Prompts of any lengths as (B, S) int64 token ids, padding on the left, and the (B, S) int64 mask that is 1 on tokens."""
+    """Prompts of any lengths as (B, S) int64 token ids, padding on the left, and the (B, S) int64 mask that is 1 on tokens.
+
+    Raises ValueError for no prompts.
+    """
+    if not len(prompts):
+        raise ValueError("prompts must hold at least one prompt, got none")
     width = max(len(prompt) for prompt in prompts)
-    ids = torch.tensor([[pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    rows = [[pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    ids = torch.tensor(rows, dtype=torch.int64, device=device)
     return ids, left_padded_mask([len(prompt) for prompt in prompts], device)
 
 
@@ -90,14 +96,27 @@ def keys_and_values(cache: Cache) -> list[tuple[Tensor, Tensor]]:
 
 
 def cut(cache: Cache, span: Span) -> list[tuple[Tensor, Tensor]]:
-    """One prompt's keys and values, each (1, heads, span.length, head dim): views, no copy."""
+    """One prompt's keys and values, each (1, heads, span.length, head dim): views, no copy. Raises as `unpack`."""
     return [
         (
             keys[span.row : span.row + 1, :, span.start : span.stop],
             values[span.row : span.row + 1, :, span.start : span.stop],
         )
-        for keys, values in keys_and_values(cache)
+        for keys, values in _holding(cache, [span])
     ]
+
+
+def _holding(cache: Cache, spans: Sequence[Span]) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values of every layer, provided that the spans lie in each (a sliding layer may hold less than others)."""
+    layers = keys_and_values(cache)
+    for index, (keys, _) in enumerate(layers):
+        rows, _, tokens, _ = keys.shape
+        for span in spans:
+            if not (0 <= span.row < rows and 0 <= span.start <= span.stop <= tokens):
+                raise ValueError(
+                    f"spans must lie within {rows} rows of {tokens} tokens, which layer {index} holds, got {tuple(span)}"
+                )
+    return layers
 
 
 def unpack(cache: Cache, spans: Sequence[Span], *, config: Any = None) -> DynamicCache:
@@ -105,13 +124,11 @@ def unpack(cache: Cache, spans: Sequence[Span], *, config: Any = None) -> Dynami
 
     Padding is zero. `config` (the model's) gives sliding-window layers their own short cache; without it all layers keep
     everything. `cache` is consumed: its layers are emptied one by one, so that the two never lie in memory together.
-    Raises ValueError for a span that does not lie in the cache, TypeError as `keys_and_values`.
+    Raises ValueError for no spans or one that does not lie in the cache, TypeError as `keys_and_values`.
     """
-    layers = keys_and_values(cache)
-    rows, _, tokens, _ = layers[0][0].shape
-    for span in spans:
-        if not (0 <= span.row < rows and 0 <= span.start <= span.stop <= tokens):
-            raise ValueError(f"spans must lie within {rows} rows of {tokens} tokens, got {tuple(span)}")
+    if not spans:
+        raise ValueError("spans must hold at least one span, got none")
+    layers = _holding(cache, spans)
     width = max(span.length for span in spans)
     unpacked = DynamicCache(config=config)
     targets: list[Any] = list(unpacked.layers)
