@@ -17,9 +17,13 @@ overlap-save convolution); only the tokens after it are timed, in interleaved ro
 a second are of the whole batch; median over the rounds with a bootstrap interval. Long convolutions have no recurrence: a step is
 one product of the cached inputs with the kernel, and that is what is timed. No arm is compiled or quantized.
 
-`state_bytes` is of one sequence, all layers, short convolutions included. FIT has no row: its decoder (`FITDecoder`) alternates
-between tokens and latents over the depth of the model, with layers and channel mixers of its own, so that no layer of this model
-can hold it.
+FIT is no mixer: its decoder alternates between tokens and latents over the depth of the model, with layers of its own. Its arm is
+that model whole, of the same width and depth (a local, a global and a local layer, with a read and a write between them; MLPs as
+wide inside, no short convolution); rows say its parameters. It computes latents once a group, so that what a token costs depends on
+where in its group it stands: timed are tokens in the middle of a group, and the last of one with the latents' work behind them, and
+the row is the mean over a whole group.
+
+`state_bytes` is of one sequence, all layers, short convolutions included; FIT's is that of its fullest moment in the last group.
 
 One JSON line a point, with machine, commit and command. `--chart` writes a page and, beside it, the same picture as .png.
 """
@@ -57,6 +61,7 @@ from assay.evidence.place import here
 from assay.experiments.mixers.based import generate_from, prefilled
 from assay.measure.clock import compare_many
 from assay.measure.stats import bootstrap
+from assay.methods.attention.fit import DecoderOutput, FITDecoder
 from assay.methods.mixers import based, long_convs, ssm_survey  # noqa: F401 (they register their mixers)
 from assay.methods.mixers.model import MixerConfig, MixerForCausalLM, StateCache
 from assay.methods.mixers.training import evaluate, train
@@ -65,13 +70,14 @@ from assay.workloads.sequences import associative_recall, batches_of, byte_windo
 
 HEADS = 2
 LR = 3e-3
+END = "fit, the end of a group"
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A mixer by its registered name, the option that sizes its state, the settings to train (smallest state first), and the
-    setting that generates. `color` and `marker` are those of the chart."""
+    """A mixer by its registered name ("fit": `FITLanguageModel`), the option that sizes its state, the settings to train (smallest
+    state first), and the setting that generates. `color` and `marker` are those of the chart."""
 
     mixer: str
     knob: str | None
@@ -90,12 +96,13 @@ ARMS = {
     "s4d": Arm("s4d", "states", (16, 64), 64, "#cc79a7", "P"),
     "long convolution": Arm("long_conv", None, (None,), None, "#009e73", "X"),
     "long convolution, H3": Arm("long_conv_h3", None, (None,), None, "#56b4e9", "*"),
+    "fit": Arm("fit", "latents", (1, 4, 8), 4, "#6a3d9a", "p"),
 }
 
 
 @dataclass(frozen=True)
 class Recall:
-    """Sizes of the first panel. `window` is that of BASED's second mixing layer."""
+    """Sizes of the first panel. `window` is that of BASED's second mixing layer, `group` FIT's tokens a group."""
 
     width: int = 64
     length: int = 32
@@ -105,6 +112,7 @@ class Recall:
     steps: int = 4000
     tests: int = 512
     window: int = 16
+    group: int = 8
 
     def task(self) -> dict[str, int]:
         """The options of `associative_recall`."""
@@ -122,19 +130,47 @@ class Generation:
     rounds: int = 30
     seconds: float = 60.0
     window: int = 128
+    group: int = 64
 
 
 QUICK = (
-    Recall(width=16, length=32, pairs=4, vocab=32, batch=4, steps=2, tests=32, window=8),
-    Generation(width=16, contexts=(32, 64), batch=2, tokens=2, rounds=3, seconds=5.0, window=16),
+    Recall(width=16, length=32, pairs=4, vocab=32, batch=4, steps=2, tests=32, window=8, group=4),
+    Generation(width=16, contexts=(32, 64), batch=2, tokens=2, rounds=3, seconds=5.0, window=16, group=8),
 )
 
 
+class FITLanguageModel(FITDecoder):
+    """FIT's decoder, called as the other arms are: its state lies in a `StateCache`."""
+
+    def new_cache(self, batch: int) -> StateCache:
+        return StateCache([self.init_state(batch)])
+
+    def forward(self, input_ids: Tensor, *, cache: StateCache | None = None, logits_to_keep: int = 0) -> DecoderOutput:
+        if cache is None:
+            return super().forward(input_ids)
+        logits, cache.states[0] = self.advance(input_ids, cache.states[0])
+        return DecoderOutput(logits[:, -logits_to_keep:])
+
+    def state_bytes(self, tokens: int, batch: int = 1) -> int:
+        """At the fullest moment of the last group: it is emptier at its end."""
+        last = range(max(0, tokens + 1 - self.group_size), tokens + 1)
+        return max(FITDecoder.state_bytes(self, n, batch) for n in last)
+
+
+Model = MixerForCausalLM | FITLanguageModel
+
+
 def language_model(
-    arm: str, setting: int | None, *, width: int, vocab: int, length: int, window: int
-) -> MixerForCausalLM:
-    """The model of an arm: a short convolution and two mixers, for up to `length` tokens; weights of seed 0."""
+    arm: str, setting: int | None, *, width: int, vocab: int, length: int, window: int, group: int
+) -> Model:
+    """The model of an arm: a short convolution and two mixers, or FIT, for up to `length` tokens; weights of seed 0."""
     chosen = ARMS[arm]
+    if arm == "fit":
+        assert setting is not None
+        torch.manual_seed(0)
+        sizes = {"vocab_size": vocab, "groups": -(-length // group), "group_size": group, "latents": setting}
+        widths = {"dim": width, "latent_dim": width, "heads": HEADS, "latent_heads": HEADS, "ratio": 2}
+        return FITLanguageModel("(1)1(1)", **sizes, **widths)
     options: dict[str, Any] = {} if chosen.knob is None else {chosen.knob: setting}
     if chosen.mixer in ("attention", "based", "based_window"):
         options["heads"] = HEADS
@@ -161,7 +197,8 @@ def recall_row(arm: str, setting: int | None, sizes: Recall) -> Row:
     """Trains one point on one thread: accuracy with its interval over the test sequences, and the state's bytes."""
     torch.set_num_threads(1)
     inputs, targets = associative_recall(sizes.tests, seed=0, **sizes.task())
-    model = language_model(arm, setting, width=sizes.width, vocab=sizes.vocab, length=sizes.length, window=sizes.window)
+    room = {"length": sizes.length, "window": sizes.window, "group": sizes.group}
+    model = language_model(arm, setting, width=sizes.width, vocab=sizes.vocab, **room)
     begin = time.perf_counter()
     batches = batches_of(associative_recall, sizes.batch, **sizes.task())
     losses = train(model, batches, steps=sizes.steps, lr=LR, weight_decay=0.0)
@@ -193,7 +230,7 @@ def recall_rows(sizes: Recall) -> Iterator[Row]:
 # --------------------------------------------------------------------------------------------------------------- generation
 
 
-def generation_models(sizes: Generation) -> dict[str, MixerForCausalLM]:
+def generation_models(sizes: Generation) -> dict[str, Model]:
     """The model of each arm, untrained, with room for the longest context, a token of warm-up and those generated."""
     length = max(sizes.contexts) + 1 + sizes.tokens
     return {
@@ -204,6 +241,7 @@ def generation_models(sizes: Generation) -> dict[str, MixerForCausalLM]:
             vocab=256,
             length=length,
             window=sizes.window,
+            group=sizes.group,
         ).eval()
         for name, arm in ARMS.items()
     }
@@ -214,14 +252,21 @@ def generation_rows(sizes: Generation) -> Iterator[Row]:
     models = generation_models(sizes)
     for context in sizes.contexts:
         ids = byte_windows(context, sizes.batch)[0]
-        caches = {arm: prefilled(model, ids) for arm, model in models.items()}
+        caches = {arm: prefilled(model, ids) for arm, model in models.items() if arm != "fit"}
+        caches["fit"] = prefilled(models["fit"], ids[:, : context - sizes.group // 2])
+        caches[END] = prefilled(models["fit"], ids[:, : context - 1 - sizes.tokens])
         runs = {
-            arm: functools.partial(generate_behind, model, caches[arm], ids[:, -1:], sizes.tokens)
-            for arm, model in models.items()
+            arm: functools.partial(
+                generate_behind, models["fit" if arm == END else arm], cache, ids[:, -1:], sizes.tokens
+            )
+            for arm, cache in caches.items()
         }
         timings = compare_many(runs, rounds=sizes.rounds, max_seconds=sizes.seconds)
+        share = sizes.tokens / sizes.group  # of the runs over a whole group, those that end it
+        middle, end = timings.seconds["fit"], timings.seconds[END]
+        seconds_of = timings.seconds | {"fit": [(1 - share) * a + share * b for a, b in zip(middle, end, strict=True)]}
         for arm, model in models.items():
-            found = bootstrap([sizes.batch * sizes.tokens / seconds for seconds in timings.seconds[arm]])
+            found = bootstrap([sizes.batch * sizes.tokens / seconds for seconds in seconds_of[arm]])
             yield {
                 "panel": "generation",
                 "arm": arm,
@@ -237,7 +282,7 @@ def generation_rows(sizes: Generation) -> Iterator[Row]:
             }
 
 
-def generate_behind(model: MixerForCausalLM, cache: StateCache, token: Tensor, tokens: int) -> None:
+def generate_behind(model: Model, cache: StateCache, token: Tensor, tokens: int) -> None:
     """Generates behind `cache`, which stays as long as it is; states of fixed size go on from run to run (the time is the same)."""
     generate_from(model, StateCache([dict(state) for state in cache.states]), token, tokens)
 
@@ -302,7 +347,7 @@ def chart(rows: Sequence[Row]) -> Figure:
         axes.set_axisbelow(True)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    figure.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
     return figure
 
 

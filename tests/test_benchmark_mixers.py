@@ -2,12 +2,14 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from benchmarks import mixers
 
 from assay.experiments.mixers.based import prefilled
+from assay.measure.clock import Timings
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +67,17 @@ def test_state_bytes(quick):
         sizes = [row["state_bytes"] for row in of_panel(rows, "recall", name)]
         assert len(sizes) == len(arm.settings)
         assert sizes == sorted(set(sizes))
+    fit = of_panel(rows, "generation", "fit")[
+        1
+    ]  # keys and values of two local layers and the tokens to read, 7 of 8 in the group
+    latents = 4 * (64 // 8 - 1)  # of whole groups, behind which the group was that full; 4 more are written from
+    assert fit["state_bytes"] == 8 + 4 * generation.width * (7 * (2 * 2 + 1) + 2 * latents + 2 * 4)
     conv = 2 * 2 * recall.width * 4  # a short convolution of three taps and twice the width, float32
     all_heads = of_panel(rows, "recall", "attention")[-1]
     assert all_heads["state_bytes"] == conv + 2 * 2 * recall.length * recall.width * 4
     one_head = of_panel(rows, "recall", "attention")[0]
     assert one_head["state_bytes"] == conv + 2 * 2 * recall.length * recall.width * 4 // mixers.HEADS
-    for name in mixers.ARMS:
+    for name in set(mixers.ARMS) - {"fit"}:
         short, long = (row["state_bytes"] - conv for row in of_panel(rows, "generation", name))
         grows = name == "attention" or name.startswith("long convolution") or name == "sliding window"
         # a window of 128 reaches 64 tokens back, the longer of these contexts
@@ -115,7 +122,50 @@ def test_chart_shows_every_arm_with_its_interval(quick):
             torch.testing.assert_close(torch.tensor(shown), torch.tensor(expected))
 
 
-@pytest.mark.parametrize("arm", mixers.ARMS)
+def test_a_state_of_fit_never_holds_more_than_its_row_says():
+    sizes = mixers.QUICK[1]
+    model = mixers.generation_models(sizes)["fit"]
+    cache, held = model.new_cache(2), []
+    with torch.no_grad():
+        for _ in range(64):
+            model(torch.zeros(2, 1, dtype=torch.int64), cache=cache)
+            held.append(cache.bytes())
+    for context in (20, 32, 64):
+        assert model.state_bytes(context, 2) == max(held[context - sizes.group : context])
+
+
+def test_fit_is_timed_in_the_middle_and_at_the_end_of_its_group(monkeypatch):
+    """Each run of `tokens` tokens is charged its share of the end of a group."""
+    sizes, seen = mixers.QUICK[1], {}
+
+    def compare_many(runs, **options):
+        for name, run in runs.items():
+            seen[name] = run.args[1].states[0]
+        return Timings(
+            {name: [5.0, 5.0] if name == mixers.END else [1.0, 1.0] for name in runs}, {}, 0.0, 0.0, 0.0, False
+        )
+
+    monkeypatch.setattr(mixers, "compare_many", compare_many)
+    rows = {row["arm"]: row for row in mixers.generation_rows(replace(sizes, contexts=(32,)))}
+    assert list(rows) == list(mixers.ARMS)
+    assert int(seen["fit"]["seen"][0]) % sizes.group == sizes.group // 2 + 1
+    assert int(seen[mixers.END]["seen"][0]) + sizes.tokens == 32
+    tokens, ends = sizes.batch * sizes.tokens, sizes.tokens / sizes.group
+    assert rows["attention"]["tokens_per_second"]["median"] == tokens
+    assert rows["fit"]["tokens_per_second"]["median"] == pytest.approx(tokens / (1 - ends + 5 * ends))
+
+
+def test_fit_is_about_as_large_as_attention():
+    for sizes, vocab in ((mixers.Recall(), 32), (mixers.Generation(), 256)):
+        room = {"width": sizes.width, "vocab": vocab, "length": 32, "window": sizes.window, "group": sizes.group}
+        fit, attention = (
+            sum(p.numel() for p in mixers.language_model(arm, mixers.ARMS[arm].generating, **room).parameters())
+            for arm in ("fit", "attention")
+        )
+        assert 0.75 < fit / attention < 1.33
+
+
+@pytest.mark.parametrize("arm", [name for name in mixers.ARMS if name != "fit"])
 def test_arms_differ_in_their_mixers_alone(arm):
     sizes = mixers.QUICK[1]
     model, other = (mixers.generation_models(sizes)[name] for name in (arm, "attention"))

@@ -355,6 +355,34 @@ def test_the_table_names_every_algorithm():
     assert lines[4].split()[-4:-2] == [str(4 * 256 * 16)] * 2
 
 
+@pytest.mark.parametrize(
+    ("first", "wanted"), [("$((1000 + 7 * runs))", 7 * 16), ("<not supported>", "not available: this")]
+)
+def test_missed_words_are_what_each_further_run_adds(tmp_path, monkeypatch, first, wanted):
+    """By a stand-in for perf that counts 1000 misses, and 7 for every run of attention its command asks for."""
+    from assay.experiments.attention.attention_io import words_missed
+
+    fake = tmp_path / "perf"
+    fake.write_text(
+        "#!/bin/sh\n"
+        'runs=$(echo "$*" | sed -n "s/.*, \\([0-9]*\\))$/\\1/p"); runs=${runs:-0}\n'
+        f'echo "{first},,cache-misses:u,1,100.00,," > "$7"\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = words_missed("torch SDPA", (1, 2, 64, 8))
+    assert str(found).startswith(wanted) if isinstance(wanted, str) else found == wanted
+
+
+def test_what_a_counter_would_count_is_attention():
+    from assay.experiments.attention.attention_io import _fused_and_not, repeat_run
+
+    q, k, v = torch.randn(3, 1, 2, 70, 64)
+    for run in _fused_and_not(q, k, v).values():
+        torch.testing.assert_close(run(), F.scaled_dot_product_attention(q, k, v), atol=1e-5, rtol=1e-4)
+    repeat_run("assay's kernel", (1, 2, 70, 64), 2)
+
+
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -374,6 +402,10 @@ def test_bad_arguments():
         simulate(q, k, v, "flash_keys", Tile(0, 1))
     with pytest.raises(ValueError, match=r"q, k and v must be floating point \(N, d\)"):
         simulate(q, k[:4], v, "flash_keys", Tile(1, 1))
+    with pytest.raises(ValueError, match="columns must be an integer"):
+        tiled_attention(q, k, v, Tile(1, 0))
+    with pytest.raises(ValueError, match=r"q, k and v must be \(..., N, d\) alike"):
+        tiled_attention(q, k[:4], v, Tile(1, 1))
     with pytest.raises(ValueError, match="cache must be"):
         simulate(q, k, v, "flash_keys", Tile(1, 1), cache="fifo")
     with pytest.raises(ValueError, match="rule must be"):

@@ -154,8 +154,8 @@ def test_the_decoder_sees_no_future(length):
     model = decoder()
     ids = torch.randint(23, (1, length))
     embedded = model.embed(ids).detach().requires_grad_()
-    model.embed = nn.Identity()
-    logits = model(embedded).logits
+    model.embed.register_forward_hook(lambda *_: embedded)
+    logits = model(ids).logits
     for i in range(length):
         (grad,) = torch.autograd.grad(logits[0, i].square().sum(), embedded, retain_graph=True)
         moved = grad[0].abs().sum(-1)
@@ -363,6 +363,31 @@ def test_cached_steps_are_the_whole(chunks):
     torch.testing.assert_close(torch.cat(found, 1), whole)
 
 
+@pytest.mark.parametrize("layers", ["(2)", "(1)2", "(0)1(1)", "(1)1(1)2(1)"])
+def test_the_state_holds_what_it_says(layers):
+    model = decoder(layers)
+    ids, state = torch.randint(23, (3, 20)), model.init_state(3)
+    assert model.state_bytes(0, 3) == sum(x.numel() * x.element_size() for x in state.values())
+    for t in range(20):
+        _, state = model.advance(ids[:, t : t + 1], state)
+        assert model.state_bytes(t + 1, 3) == sum(x.numel() * x.element_size() for x in state.values())
+
+
+def test_no_latents_are_computed_that_no_token_reads():
+    """Global layers of the last stage, and of a group that is not complete."""
+    dead, alive = decoder("(1)3").float(), decoder("(1)3(1)").float()
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+
+    def glob(model):
+        rows = count_cost(lambda: model.advance(ids, model.init_state(1))).macs
+        whole = count_cost(lambda: model.advance(torch.zeros(1, 5, dtype=torch.int64), model.init_state(1))).macs
+        return whole - rows
+
+    one = decoder("(1)").float()
+    assert glob(dead) == glob(one)  # a fifth token and nothing else
+    assert glob(alive) > 2 * glob(one)
+
+
 @pytest.mark.parametrize("layers", ["(2)", "(1)2", "(0)1(1)", "(1)1(1)"])
 def test_generation_is_what_the_model_thinks_likeliest(layers):
     model = decoder(layers)
@@ -525,7 +550,22 @@ def test_positions():
         (lambda: encoder()(tokens(1)[0]), "x must be"),
         (lambda: group_image(torch.zeros(3, 8, 8), 2, 2), "images must have 4 axes"),
         (lambda: group_image(torch.zeros(1, 3, 8, 8), 0, 2), "patch and tile"),
-        (lambda: group_sequence(torch.zeros(1, 3, 8), 0), "size must be at least 1"),
+        (lambda: group_sequence(torch.zeros(1, 3, 8), 0), "and size at least 1"),
+        (lambda: group_sequence(torch.zeros(3, 8), 2), "x must be"),
+        (lambda: group_sequence(torch.zeros(1, 3, 8), 2, torch.ones(1, 4) > 0), r"mask must be \(1, 3\)"),
+        (lambda: ungroup_sequence(torch.zeros(1, 3, 2, 8), 7), "at least 7 tokens"),
+        (lambda: ungroup_image(torch.zeros(1, 3, 4, 12), 8, 8, 2, 2), r"x must be \(batch, 4, 4"),
+        (lambda: encoder()(tokens(1), torch.ones(1, 3, 4)), "mask must be bool"),
+        (lambda: encoder()(tokens(1), torch.ones(1, 12) > 0), "mask must be bool"),
+        (lambda: encoder()(tokens(1), None, torch.zeros(1, 2, 12).double()), "without context=True"),
+        (lambda: FITSize("(1)", 3, 0, 4, 2, 8, 8), "groups must be at least 1, got 0"),
+        (lambda: FITSize("1", 3, 1, 4, 2, 8, 8), "layers must look like"),
+        (lambda: denoiser(latent_dim=7, latent_heads=1, heads=1), "latent_dim even"),
+        (
+            lambda: denoiser()(torch.zeros(1, 3, 16, 12).double(), 1, previous_latents=torch.zeros(1, 1, 2, 12)),
+            r"previous_latents must be \(1, 12, 2, 12\)",
+        ),
+        (lambda: decoder()(torch.zeros(4, dtype=torch.int64)), "input_ids must be"),
         (lambda: sincos(4, 3), "dim must be even"),
         (lambda: Attention(8, 0), "heads must divide"),
         (lambda: decoder(groups=0), "groups"),

@@ -21,6 +21,13 @@ def test_is_a_mixer():
     check_mixer(lambda: PositionalMixer(24, heads=3, positions=120))
 
 
+def test_a_step_computes_the_routes_of_its_token_alone():
+    mixer = PositionalMixer(8, heads=2, positions=50)
+    _, state = mixer.advance(torch.randn(1, 6, 8), mixer.init_state(1))
+    found = count_cost(lambda: mixer.step(torch.randn(1, 8), state)).macs
+    assert found == 2 * 8 * 8 + 2 * 7 * 50 + 7 * 8  # W_V and W_O, one row of routes, mixing
+
+
 def test_weights_do_not_depend_on_the_input_and_rows_sum_to_one():
     torch.manual_seed(0)
     layer = PositionalAttention(16, 9, heads=2).double()
@@ -50,6 +57,18 @@ def test_without_biases_the_network_scales_with_its_input(routing, holds):
     for c in (0.1, 3.0, 100.0):
         same = torch.allclose(model(c * x), c * model(x), rtol=1e-9, atol=1e-9)
         assert same == holds
+
+
+def test_content_attention_is_softmax_over_its_own_queries_and_keys():
+    """Queries and keys are as wide as the model, values a head's share: the official code's baseline."""
+    torch.manual_seed(0)
+    layer = ContentAttention(6, heads=2).double()
+    x = torch.randn(3, 5, 6, dtype=torch.float64)
+    heads = []
+    for h in range(2):
+        q, k = layer.q_proj(x)[..., 6 * h : 6 * h + 6], layer.k_proj(x)[..., 6 * h : 6 * h + 6]
+        heads.append(torch.softmax(q @ k.transpose(1, 2) / 6**0.5, -1) @ layer.v_proj(x)[..., 3 * h : 3 * h + 3])
+    torch.testing.assert_close(layer(x), layer.o_proj(torch.cat(heads, -1)))
 
 
 def test_routing_keeps_its_biases_free_to_choose():
@@ -150,7 +169,10 @@ def test_data_leaves_the_training_range_at_larger_scales():
         (lambda: PositionalAttention(8, 0), "positions"),
         (lambda: PositionalAttention(8, 5).weights(6), "n must be"),
         (lambda: AlgorithmicTransformer(8, routing="both"), "routing"),
+        (lambda: AlgorithmicTransformer(8, depth=0), "depth must be at least 1"),
+        (lambda: AlgorithmicTransformer(0), "n, hidden and depth must be at least 1, got 0"),
         (lambda: AlgorithmicTransformer(8)(torch.randn(1, 9)), "at most 8"),
+        (lambda: AlgorithmicTransformer(8)(torch.randn(8)), r"at most 8 positions\), got \(8,\)"),
         (lambda: PositionalMixer(8, positions=4)(torch.randn(1, 5, 8)), "4 positions"),
         (lambda: task_data("product", 3), "task"),
         (lambda: task_data("sum", 3, scale=0.5), "scale"),

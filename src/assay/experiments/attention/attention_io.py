@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import functools
 import math
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +39,7 @@ from assay.workloads.text import long_prompt
 
 LAYER, HEAD = 9, 4  # our choice
 FLASH: tuple[Algorithm, ...] = ("flash_queries", "flash_keys")
+LINE_WORDS = 16  # float32 in a cache line of 64 bytes
 
 
 @functools.cache
@@ -80,17 +86,55 @@ def _simulated(q: Tensor, k: Tensor, v: Tensor, algorithm: Algorithm, capacity: 
     return found
 
 
-def _timings(tokens: int, rounds: int) -> dict[str, Any]:
-    """Seconds of all heads on this machine: materialised, tiled in torch with several tiles, and fused kernels."""
-    q, k, v = _captured(tokens)
-    scale = q.shape[-1] ** -0.5
-    sheet = this_machine()
-    predicted = best_tile("flash_queries", tokens, q.shape[-1], sheet.capacity)
-    runs: dict[str, Any] = {
+def _fused_and_not(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Attention of all heads: materialised, and by fused kernels."""
+    tokens, scale = q.shape[-2], q.shape[-1] ** -0.5
+    return {
         "materialised": lambda: torch.softmax(q * scale @ k.transpose(-1, -2), -1) @ v,
         "torch SDPA": lambda: F.scaled_dot_product_attention(q, k, v),
         "assay's kernel": lambda: execute(AttentionPlan(tokens, tokens, causal=False), q, k, v),
     }
+
+
+def repeat_run(arm: str, shape: tuple[int, ...], repeats: int) -> None:
+    """What `words_missed` counts in a process of its own; what exact attention moves does not depend on the values."""
+    run = _fused_and_not(*torch.randn(3, *shape))[arm]
+    for _ in range(repeats):
+        run()
+
+
+def _misses(command: list[str]) -> int | None:
+    """Last-level cache misses of a command by the processor's counter; None where it shows none."""
+    with tempfile.NamedTemporaryFile("r", prefix="assay-perf-") as report:
+        perf = ["perf", "stat", "-x", ",", "-e", "cache-misses:u", "-o", report.name]
+        subprocess.run([*perf, *command], check=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=120)
+        found = [line.split(",")[0] for line in report if "cache-misses" in line and "," in line]
+    return int(found[0]) if found and found[0].isdigit() else None
+
+
+def words_missed(arm: str, shape: tuple[int, ...], repeats: int = 20) -> float | str:
+    """Words a run fetches from main memory, by counted cache misses: what `repeats` runs more add. "not available: why" without."""
+    if shutil.which("perf") is None:
+        return "not available: perf is not installed"
+    if _misses(["true"]) is None:
+        return "not available: this processor shows no counter of cache misses"
+    counted = []
+    for times in (1, 1 + repeats):
+        program = f"from {__name__} import repeat_run; repeat_run({arm!r}, {shape!r}, {times})"
+        missed = _misses([sys.executable, "-c", program])
+        if missed is None:
+            return "not available: perf counted nothing"
+        counted.append(missed)
+    return (counted[1] - counted[0]) / repeats * LINE_WORDS
+
+
+def _timings(tokens: int, rounds: int) -> dict[str, Any]:
+    """Seconds of all heads on this machine: materialised, tiled in torch with several tiles, and fused kernels."""
+    q, k, v = _captured(tokens)
+    sheet = this_machine()
+    predicted = best_tile("flash_queries", tokens, q.shape[-1], sheet.capacity)
+    runs = _fused_and_not(q, k, v)
+    fused = list(runs)
     for size in (32, 128, 512):
         runs[f"tiles of {size}"] = functools.partial(tiled_attention, q, k, v, Tile(size, size))
     runs["tile for the level 2 cache"] = functools.partial(tiled_attention, q, k, v, predicted)
@@ -101,7 +145,8 @@ def _timings(tokens: int, rounds: int) -> dict[str, Any]:
         "tile for the level 2 cache": [predicted.rows, predicted.columns],
         "seconds": {label: sorted(times)[len(times) // 2] for label, times in timed.seconds.items()},
         "noisy": timed.noisy,
-        "words_moved": "not available: the counters used here read instructions, not memory traffic",
+        "words_missed": {arm: words_missed(arm, tuple(q.shape)) for arm in fused},
+        "words_counted": q.shape[1] * count("flash_queries", tokens, q.shape[-1], predicted).words,
     }
 
 

@@ -62,8 +62,9 @@ class PositionalAttention(nn.Module):
 
 def mix(x: Tensor, a: Tensor, v_proj: nn.Linear, o_proj: nn.Linear) -> Tensor:
     """concat_h(A_h (X W_V,h)) W_O for x (batch, n, dim) and A (heads, n, n)."""
-    v = v_proj(x).unflatten(2, (len(a), -1)).transpose(1, 2)
-    y: Tensor = o_proj((a @ v).transpose(1, 2).flatten(2))
+    v = v_proj(x).unflatten(2, (len(a), -1)).permute(2, 1, 0, 3)  # (heads, n, batch, width)
+    mixed = (a @ v.flatten(2)).view(v.shape)  # one product a head for the whole batch, not one a sample
+    y: Tensor = o_proj(mixed.permute(2, 1, 0, 3).flatten(2))
     return y
 
 
@@ -81,7 +82,9 @@ class ContentAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k = (p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj))
         v = self.v_proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        y: Tensor = self.o_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        # the fused kernels want values as wide as the keys; what is padded is cut off again
+        found = F.scaled_dot_product_attention(q, k, F.pad(v, (0, q.shape[-1] - v.shape[-1])))[..., : v.shape[-1]]
+        y: Tensor = self.o_proj(found.transpose(1, 2).flatten(2))
         return y
 
 
@@ -102,7 +105,7 @@ class AlgorithmicTransformer(nn.Module):
     """Values (batch, n) to values (batch, n), one scratch position with value 0 behind them.
 
     `n` is the largest length, `routing` "position" or "content", `depth` log2(n) + 1 unless given. Raises ValueError for an unknown
-    routing.
+    routing, sizes below 1 and values that are more or none.
     """
 
     def __init__(
@@ -118,10 +121,10 @@ class AlgorithmicTransformer(nn.Module):
         super().__init__()
         if routing not in ("position", "content"):
             raise ValueError(f"routing must be 'position' or 'content', got {routing!r}")
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}")
+        depth = int(math.log2(max(n, 1))) + 1 if depth is None else depth
+        if min(n, hidden, depth) < 1:
+            raise ValueError(f"n, hidden and depth must be at least 1, got {n}, {hidden} and {depth}")
         self.n, self.routing = n, routing
-        depth = int(math.log2(n)) + 1 if depth is None else depth
         self.encoder = nn.Linear(1 if routing == "position" else n + 2, dim)
         self.layers = nn.ModuleList()
         for _ in range(depth):
@@ -132,9 +135,9 @@ class AlgorithmicTransformer(nn.Module):
         self.decoder = nn.Linear(dim, 1)
 
     def forward(self, values: Tensor) -> Tensor:
+        if values.ndim != 2 or not 1 <= values.shape[1] <= self.n:
+            raise ValueError(f"values must be (batch, 1 to at most {self.n} positions), got {tuple(values.shape)}")
         batch, n = values.shape
-        if n > self.n:
-            raise ValueError(f"values must have at most {self.n} positions, got {n}")
         x = F.pad(values, (0, 1))[..., None]
         if self.routing == "content":
             encodings = torch.eye(self.n + 1, dtype=values.dtype, device=values.device)
@@ -188,25 +191,25 @@ class PositionalMixer(Mixer):
         self.dim, self.heads, self.positions = dim, heads, positions
         self.attention = PositionalAttention(dim, positions, heads=heads)
 
-    def _logits(self) -> Tensor:
-        """(heads, positions, positions), of one-hot encodings: a product of two tables."""
+    def _logits(self, low: int, high: int) -> Tensor:
+        """(heads, high - low, high) of queries from position low on: with one-hot encodings a product of rows of two tables."""
         a = self.attention
-        q, k = (
-            (p.weight.T + p.bias).view(self.positions, self.heads, -1).transpose(0, 1) for p in (a.q_proj, a.k_proj)
-        )
+        q = (a.q_proj.weight.T[low:high] + a.q_proj.bias).unflatten(1, (self.heads, -1)).transpose(0, 1)
+        k = (a.k_proj.weight.T[:high] + a.k_proj.bias).unflatten(1, (self.heads, -1)).transpose(0, 1)
         return q @ k.transpose(-1, -2) / math.sqrt(self.positions)
 
     def _run(self, v: Tensor, first: Tensor, queries: int) -> Tensor:
         """The last `queries` of the tokens of v (batch, tokens, dim), whose row r begins at token first[r]."""
         tokens = v.shape[1]
         position = torch.arange(tokens, device=v.device) - first[:, None]  # (batch, tokens), negative on padding
-        if int(position.max()) >= self.positions:
-            raise ValueError(
-                f"positional attention was built for {self.positions} positions, got {int(position.max()) + 1}"
-            )
+        high = max(1, int(position.max()) + 1)
+        if high > self.positions:
+            raise ValueError(f"positional attention was built for {self.positions} positions, got {high}")
         at = position.clamp(min=0)
-        rows, logits = at[:, tokens - queries :], self._logits()
-        chosen = logits[:, rows[:, :, None], at[:, None, :]].transpose(0, 1)  # (batch, heads, queries, tokens)
+        rows = at[:, tokens - queries :]
+        low = int(rows.min())
+        logits = self._logits(low, high)
+        chosen = logits[:, rows[:, :, None] - low, at[:, None, :]].transpose(0, 1)  # (batch, heads, queries, tokens)
         seen = (position[:, None] <= position[:, tokens - queries :, None]) & (position[:, None] >= 0)
         seen = seen | ~seen.any(-1, keepdim=True)
         a = chosen.masked_fill(~seen[:, None], -torch.inf).softmax(-1)

@@ -42,13 +42,13 @@ def attention_io_bound(n: int, d: int, capacity: int, *, causal: bool = False) -
 
     Raises ValueError for sizes below 1.
     """
-    _check_sizes(n=n, d=d, capacity=capacity)
+    check_sizes(n=n, d=d, capacity=capacity)
     scores = n * (n + 1) / 2 if causal else float(n * n)
     shape = min(scores * d * d / capacity, scores * d / math.sqrt(capacity))
     return Bound(n, d, capacity, "large cache" if capacity >= d * d else "small cache", shape, 4 * n * d)
 
 
-def _check_sizes(**sizes: int) -> None:
+def check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
@@ -132,12 +132,6 @@ def count(algorithm: Algorithm, n: int, d: int, tile: Tile, *, causal: bool = Fa
     return Traffic(reads + scores * passes + seen * d, writes + n * d, peak)
 
 
-def _ends(n: int, rows: int, causal: bool) -> Iterator[tuple[int, int]]:
-    """(first row, last key + 1) of each tile of queries."""
-    for start in range(0, n, rows):
-        yield start, min(start + rows, n) if causal else n
-
-
 def _seen(n: int, rows: int, causal: bool) -> int:
     """Keys seen, summed over query tiles."""
     whole, rest = divmod(n, rows)
@@ -167,7 +161,7 @@ def _key_tiles_over_rows(n: int, rows: int, columns: int, causal: bool) -> int:
 def _check(algorithm: Algorithm, n: int, d: int, tile: Tile) -> None:
     if algorithm not in get_args(Algorithm):
         raise ValueError(f"algorithm must be one of {', '.join(get_args(Algorithm))}, got {algorithm!r}")
-    _check_sizes(n=n, d=d, rows=tile.rows, columns=tile.columns, depth=tile.depth)
+    check_sizes(n=n, d=d, rows=tile.rows, columns=tile.columns, depth=tile.depth)
     if algorithm in ("small_cache", "materialised") and tile.rows != tile.columns:
         raise ValueError(f"tile of {algorithm!r} must be square, got {tile.rows} x {tile.columns}")
 
@@ -179,7 +173,7 @@ def best_tile(
 
     `divisors` takes only sizes that divide n. Raises ValueError where nothing fits (saying what would).
     """
-    _check_sizes(n=n, d=d, capacity=capacity)
+    check_sizes(n=n, d=d, capacity=capacity)
     if algorithm not in get_args(Algorithm):
         raise ValueError(f"algorithm must be one of {', '.join(get_args(Algorithm))}, got {algorithm!r}")
     square = algorithm in ("small_cache", "materialised")

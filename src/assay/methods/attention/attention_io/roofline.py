@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from assay.methods.attention.attention_io.counts import Algorithm, Regime, Tile, _check_sizes, choose
+from assay.methods.attention.attention_io.counts import Algorithm, Regime, Tile, check_sizes, choose
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def advise(n: int, d: int, device: DeviceSheet, *, heads: int = 1, causal: bool 
 
     Heads of a batch count too. Seconds are lower bounds from the sheet, no predictions.
     """
-    _check_sizes(heads=heads)
+    check_sizes(heads=heads)
     choice = choose(n, d, device.capacity, causal=causal)
     words = heads * choice.traffic.words
     moved = words * device.element_bytes

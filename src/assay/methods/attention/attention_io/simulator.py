@@ -10,7 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from assay.methods.attention.attention_io.counts import Algorithm, Tile, Traffic, _check_sizes, _ends, working_set
+from assay.methods.attention.attention_io.counts import (
+    Algorithm,
+    Tile,
+    Traffic,
+    check_sizes,
+    working_set,
+)
 
 Span = tuple[int, int]  # [start, stop)
 
@@ -23,7 +29,7 @@ class Scratchpad:
     """
 
     def __init__(self, capacity: int):
-        _check_sizes(capacity=capacity)
+        check_sizes(capacity=capacity)
         self.capacity, self.peak, self.reads, self.writes = capacity, 0, 0, 0
         self.slow: dict[str, Tensor] = {}
         self._held: dict[str, tuple[Tensor, Span, Span]] = {}
@@ -100,7 +106,7 @@ class LRUCache(Scratchpad):
 
     def __init__(self, capacity: int, line: int = 1):
         super().__init__(capacity)
-        _check_sizes(line=line)
+        check_sizes(line=line)
         if line > capacity:
             raise ValueError(f"line must be at most the capacity ({capacity}), got {line}")
         self.line = line
@@ -335,9 +341,10 @@ def _by_passes(memory: Scratchpad, n: int, d: int, size: int, depth: int, causal
 def _softmax_rows(memory: Scratchpad, n: int, size: int, causal: bool) -> None:
     """Each row of S by itself, in pieces of size^2 words: read once where it is one piece, else twice."""
     chunk = size * size
-    for start, end in _ends(n, size, causal):
-        for row in range(start, min(start + size, n)):
-            at, pieces = (row, row + 1), _spans(end, chunk)
+    for rows in _spans(n, size):
+        pieces = _spans(rows[1] if causal else n, chunk)
+        for row in range(*rows):
+            at = (row, row + 1)
             high, total = -1e30, 0.0
             memory.new("row", (0, 1), (0, 2))
             for keys in pieces:
@@ -355,7 +362,13 @@ def _softmax_rows(memory: Scratchpad, n: int, size: int, causal: bool) -> None:
 
 
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, tile: Tile, *, causal: bool = False) -> Tensor:
-    """The queries-outer algorithm in plain torch on (..., N, d), for timing tiles on a real machine; any leading dimensions."""
+    """The queries-outer algorithm in plain torch on (..., N, d), for timing tiles on a real machine; any leading dimensions.
+
+    Raises ValueError for shapes that differ and tiles below 1.
+    """
+    if q.ndim < 2 or q.shape != k.shape or q.shape != v.shape:
+        raise ValueError(f"q, k and v must be (..., N, d) alike, got {[tuple(x.shape) for x in (q, k, v)]}")
+    check_sizes(rows=tile.rows, columns=tile.columns)
     n, scale = q.shape[-2], q.shape[-1] ** -0.5
     outputs = []
     for rows in _spans(n, min(tile.rows, n)):
