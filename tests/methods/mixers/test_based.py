@@ -31,7 +31,7 @@ from assay.methods.mixers.model import MixerConfig, MixerForCausalLM
     ids=["taylor", "taylor_full", "elu", "window", "baseconv"],
 )
 def test_is_a_mixer(make):
-    check_mixer(make)
+    check_mixer(make, longest=768)
 
 
 def test_long_sequences_take_the_chunks_and_agree_with_all_pairs():
@@ -50,6 +50,14 @@ def test_features_give_the_taylor_polynomial(merged):
     assert taylor_features(q, merged=merged).shape[-1] == (153 if merged else 273)
     assert feature_size(16, "taylor" if merged else "taylor_full") == (153 if merged else 273)
     assert found.min() >= 0.5
+
+
+def test_features_first_asked_for_in_inference_mode_serve_training():
+    with torch.inference_mode():
+        taylor_features(torch.randn(3, 7))
+    x = torch.randn(3, 7, requires_grad=True)
+    taylor_features(x).sum().backward()
+    assert x.grad.isfinite().all()
 
 
 def test_weights_are_positive_and_sum_to_one():

@@ -19,7 +19,6 @@ from assay.methods.mixers.long_convs import (
     conv_cost,
     dft_flops,
     factors_of,
-    fast_length,
     fft_conv,
     frequency_window,
     smooth,
@@ -28,7 +27,7 @@ from assay.methods.mixers.long_convs import (
     three_pass_conv,
 )
 from assay.methods.mixers.model import MixerConfig, MixerForCausalLM
-from assay.methods.mixers.protocol import clone_state
+from assay.methods.mixers.protocol import clone_state, fast_length
 from assay.methods.mixers.training import parameter_groups, train
 
 BACKENDS = ("rfft", "complex", "butterfly", "three_pass")
@@ -415,18 +414,18 @@ def test_the_classifier_learns_to_tell_frequencies(norm, prenorm):
 @pytest.mark.parametrize(
     "options",
     [
-        {"length": 128},
+        {"length": 800},
         {"length": 100, "channels": 1, "lam": 0.0, "smooth_width": 3, "init": "double_exponential"},
         {"length": 128, "init": "double_exponential", "smooth_width": 5, "smooth_domain": "frequency"},
     ],
     ids=str,
 )
 def test_is_a_mixer(options):
-    kit.check_mixer(lambda: CausalLongConv(6, **options), leak=1e-15)
+    kit.check_mixer(lambda: CausalLongConv(6, **options), leak=1e-15, longest=options["length"])
 
 
 def test_the_h3_block_is_a_mixer():
-    kit.check_mixer(lambda: H3LongConv(6, length=128, lam=0.001, init="double_exponential"), leak=1e-15)
+    kit.check_mixer(lambda: H3LongConv(6, length=800, lam=0.001, init="double_exponential"), leak=1e-15, longest=800)
 
 
 @pytest.mark.parametrize("kind", [CausalLongConv, H3LongConv])
@@ -448,6 +447,41 @@ def test_steps_with_no_gradients_reuse_their_buffer(kind):
         mixer.step(x[:, 0], clone_state(state))
     with pytest.raises(ValueError, match="got 101"):
         mixer(torch.zeros(1, 101, 4))
+
+
+@pytest.mark.parametrize("kind", [CausalLongConv, H3LongConv])
+def test_steps_keep_the_kernels_and_never_use_old_ones(kind, monkeypatch):
+    torch.manual_seed(0)
+    made = []
+    squashed = long_convs.squash
+    monkeypatch.setattr(long_convs, "squash", lambda k, lam: made.append(k) or squashed(k, lam))
+    mixer = kind(4, length=60, init="double_exponential").double().eval()
+    x = torch.randn(2, 60, 4, dtype=torch.float64)
+
+    @torch.no_grad()
+    def steps(state, begin, end):
+        found = []
+        for t in range(begin, end):
+            y, state = mixer.step(x[:, t], state)
+            found.append(y)
+        return torch.stack(found, 1), state
+
+    made.clear()
+    first, state = steps(mixer.init_state(2), 0, 30)
+    kernels = 1 if kind is CausalLongConv else 2
+    assert len(made) == kernels
+    torch.testing.assert_close(first, mixer(x)[:, :30].detach())
+    with torch.no_grad():  # weights that change, as an optimizer and as a careless script change them
+        mixer.load_state_dict({name: 1.5 * value for name, value in mixer.state_dict().items()})
+        torch.testing.assert_close(steps(mixer.init_state(2), 0, 30)[0], mixer(x)[:, :30])
+        for p in mixer.parameters():
+            p.data.mul_(2)
+        torch.testing.assert_close(steps(mixer.init_state(2), 0, 30)[0], mixer(x)[:, :30])
+        state = mixer.advance(x[:, :30], mixer.init_state(2))[1]
+        low = mixer.float()
+        made.clear()
+        low.step(x[:, 30].float(), {name: t.float() if t.is_floating_point() else t for name, t in state.items()})
+    assert len(made) == kernels  # made again for another dtype
 
 
 def test_a_step_multiplies_only_the_tokens_seen():

@@ -47,12 +47,12 @@ def small_model(**options):
 @pytest.mark.parametrize("variant", ["paper", "as_released"])
 @pytest.mark.parametrize("place", [(0, 1), (2, 3)])
 def test_of_floats_is_a_mixer_with_exact_gradients(variant, place):
-    check_mixer(lambda: MLGRU(36, variant=variant, quantized=False, layer=place[0], layers=place[1]))
+    check_mixer(lambda: MLGRU(36, variant=variant, quantized=False, layer=place[0], layers=place[1]), longest=768)
 
 
 @pytest.mark.parametrize("variant", ["paper", "as_released"])
 def test_quantised_is_a_mixer(variant):
-    check_mixer(lambda: MLGRU(36, variant=variant, layer=1, layers=2), gradcheck=False)
+    check_mixer(lambda: MLGRU(36, variant=variant, layer=1, layers=2), gradcheck=False, longest=768)
 
 
 def test_without_the_compiler_it_computes_the_same(monkeypatch):
@@ -400,6 +400,18 @@ def test_packed_agrees_generates_and_comes_back_from_disk(kind, tmp_path):
         load_packed(tmp_path / "plain" / "model.safetensors")
     codes = unpack(packed.lm_head.packed, kind, 40)
     assert torch.equal(codes, ternary_codes(model.lm_head.weight)[0].to(torch.int8))
+
+
+@pytest.mark.parametrize("kind", ["ternary", "base3"])
+def test_what_was_learnt_is_generated_from_the_packed_file(kind, tmp_path):
+    model = small_model()
+    pattern = 1 + torch.arange(200) % 7
+    train(model, [(pattern[None, :-1], pattern[None, 1:])] * 60, steps=60, lr=1e-2)
+    save_packed(pack_(copy.deepcopy(model), kind), tmp_path / "model.safetensors")
+    again = load_packed(tmp_path / "model.safetensors")
+    settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    for each in (model.eval(), again):
+        assert torch.equal(each.generate(pattern[None, :30], **settings)[0], pattern[:50])
 
 
 class Operators(TorchDispatchMode):

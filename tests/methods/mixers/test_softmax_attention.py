@@ -20,7 +20,7 @@ from assay.methods.mixers.attention import SoftmaxAttention, local_attention, ro
     ids=str,
 )
 def test_is_a_mixer(options):
-    check_mixer(lambda: SoftmaxAttention(36, **options))
+    check_mixer(lambda: SoftmaxAttention(36, **options), longest=768)
 
 
 def test_local_blocks_are_the_masked_whole():

@@ -56,7 +56,7 @@ def parameters(module):
     ids=["mamba", "mamba-zoh", "mamba2", "mamba2-groups", "s4d"],
 )
 def test_is_a_mixer(make):
-    check_mixer(make)
+    check_mixer(make, longest=768)
 
 
 @pytest.mark.parametrize("backend", get_args(Backend))

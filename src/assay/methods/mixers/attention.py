@@ -122,7 +122,7 @@ class SoftmaxAttention(Mixer):
 
 def appended(buffer: Tensor, new: Tensor, length: int) -> Tensor:
     """`buffer` (batch, heads, room, dim), of which `length` tokens are used, with `new` behind them; room doubles when it ends."""
-    if torch.is_grad_enabled() and (new.requires_grad or buffer.requires_grad):
+    if torch.is_grad_enabled():  # the backward pass may need the buffer as it is, for weights even if not for inputs
         return torch.cat([buffer[:, :, :length], new], 2)
     needed = length + new.shape[2]
     if needed > buffer.shape[2]:

@@ -14,6 +14,7 @@ and tasks that need exact copies from far away: the kernel grows only quadratica
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import torch
@@ -36,13 +37,21 @@ def taylor_features(x: Tensor, *, merged: bool = True) -> Tensor:
     d = x.shape[-1]
     one = torch.ones_like(x[..., :1])
     if merged:
-        i, j = torch.triu_indices(d, d, device=x.device)
-        weight = torch.full(i.shape, d**-0.5, dtype=x.dtype, device=x.device)
-        weight[i == j] *= 0.5**0.5
+        i, j, weight = _products(d, x.dtype, x.device)
         squares = x[..., i] * x[..., j] * weight
     else:
         squares = (x[..., :, None] * x[..., None, :]).flatten(-2) * (2 * d) ** -0.5
     return torch.cat([one, x * d**-0.25, squares], -1)
+
+
+@functools.lru_cache(maxsize=32)
+def _products(d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Which products x_i x_j are kept, i <= j, and their weights."""
+    with torch.inference_mode(False):  # the tensors outlive the mode of their first use
+        i, j = torch.triu_indices(d, d, device=device)
+        weight = torch.full(i.shape, d**-0.5, dtype=dtype, device=device)
+        weight[i == j] *= 0.5**0.5
+    return i, j, weight
 
 
 def features_of(x: Tensor, feature: Feature) -> Tensor:

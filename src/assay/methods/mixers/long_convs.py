@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods.mixers.protocol import Mixer, State, mixer
+from assay.methods.mixers.protocol import Mixer, State, fast_length, mixer
 
 Backend = Literal["rfft", "complex", "butterfly", "three_pass", "direct"]
 Domain = Literal["time", "frequency"]
@@ -113,6 +113,7 @@ class LongKernel(nn.Module):
         self.lam, self.smooth_width, self.init, self.lr = lam, smooth_width, init, lr
         self.smooth_domain: Domain = smooth_domain
         self.dropout = nn.Dropout(dropout)
+        self._kept: tuple[Any, Tensor] | None = None
         squash(smooth(self.kernel[:1, :1].detach(), smooth_width, smooth_domain), lam)  # bad settings fail here
         self.reset_parameters()
 
@@ -132,6 +133,35 @@ class LongKernel(nn.Module):
         k = smooth(self.kernel, self.smooth_width, self.smooth_domain)
         out: Tensor = self.dropout(squash(k[..., :taps], self.lam))
         return out
+
+    def continued(self, u: Tensor, tokens: int) -> Tensor:
+        """The last `tokens` outputs of the causal `fft_conv` over u (batch, dim, seen): (batch, channels, dim, tokens).
+
+        One token is a product with the reversed kernel, seen MACs a channel (1 MAC = 2 FLOPs); more are one overlap-save block
+        of seen + tokens - 1 places.
+        """
+        seen, wide = u.shape[-1], _wide(u.dtype)
+        if seen == tokens:  # a sequence begins, maybe with other weights
+            self._kept = None
+        if tokens == 1:
+            k = self._reversed()[..., -seen:]
+            y = (u.to(wide).transpose(0, 1) @ k.to(wide).transpose(1, 2)).permute(1, 2, 0)[..., None]
+        else:
+            n, k = fast_length(seen + tokens - 1), self(seen).to(wide)
+            y = torch.fft.irfft(torch.fft.rfft(u.to(wide), n)[:, None] * torch.fft.rfft(k, n), n)[
+                ..., seen - tokens : seen
+            ]
+        return y.to(u.dtype) + u[:, None, :, seen - tokens :] * self.D[..., None]
+
+    def _reversed(self) -> Tensor:
+        """The kernels last tap first, (dim, channels, length), kept from step to step: to make them costs more than a step."""
+        weight = self.kernel
+        if self.training or (torch.is_grad_enabled() and weight.requires_grad):
+            return self().flip(-1).transpose(0, 1)
+        source = (weight, weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+        if self._kept is None or self._kept[0][0] is not weight or self._kept[0][1:] != source[1:]:
+            self._kept = source, self().to(_wide(weight.dtype)).transpose(0, 1).flip(-1)
+        return self._kept[1]
 
     def optimizer_options(self) -> dict[str, dict[str, float]]:
         """The kernel's own learning rate, and no weight decay; by parameter name, see `training.parameter_groups`."""
@@ -338,19 +368,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
-def fast_length(n: int) -> int:
-    """The smallest even number at least n with no prime factors but 2, 3 and 5: lengths for which FFTs are fast."""
-    n = max(2, n + n % 2)
-    while True:
-        rest = n
-        for p in (2, 3, 5):
-            while rest % p == 0:
-                rest //= p
-        if rest == 1:
-            return n
-        n += 2
-
-
 def around(k: Tensor, k_back: Tensor | None, n: int) -> Tensor:
     """The two kernels on a circle of n places: lag t at place t, lag -t at place n - t."""
     if k_back is None:
@@ -444,22 +461,6 @@ _BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "three_pass": three_pass_conv,
     "direct": _direct,
 }
-
-
-def continued_conv(u: Tensor, k: Tensor, D: Tensor, tokens: int) -> Tensor:
-    """The last `tokens` outputs of the causal `fft_conv` over u (batch, dim, seen): (batch, channels, dim, tokens).
-
-    One token is a product with the reversed kernel, seen MACs a channel (1 MAC = 2 FLOPs); more are one overlap-save block
-    of seen + tokens - 1 places.
-    """
-    seen, wide = u.shape[-1], _wide(u.dtype)
-    k = k[..., :seen].to(wide)
-    if tokens == 1:
-        y = (u.to(wide).transpose(0, 1) @ k.flip(-1).permute(1, 2, 0)).permute(1, 2, 0)[..., None]
-    else:
-        n = fast_length(seen + tokens - 1)
-        y = torch.fft.irfft(torch.fft.rfft(u.to(wide), n)[:, None] * torch.fft.rfft(k, n), n)[..., seen - tokens : seen]
-    return y.to(u.dtype) + u[:, None, :, seen - tokens :] * D[..., None]
 
 
 # ------------------------------------------------------------------------------------------------------------------- counts
@@ -637,7 +638,7 @@ class CausalLongConv(Mixer):
         check_tokens(before + x.shape[1], self.length)
         inputs = {"u": appended(state["u"], u, before, self.length)}
         seen = before + x.shape[1]
-        y = continued_conv(inputs["u"][..., :seen], self.conv.kernel(seen), self.conv.kernel.D, x.shape[1])
+        y = self.conv.kernel.continued(inputs["u"][..., :seen], x.shape[1])
         return self.conv.mixed(y), {**inputs, "seen": state["seen"] + x.shape[1]}
 
     def state_bytes(self, tokens: int, batch: int = 1, dtype: torch.dtype | None = None) -> int:
@@ -683,9 +684,9 @@ class H3LongConv(Mixer):
         check_tokens(seen, self.length)
         q, k, v = self._qkv(x, mask)
         ks = appended(state["k"], k, before, self.length)
-        kv = continued_conv(ks[..., :seen], self.shift(seen), self.shift.D, tokens)[:, 0] * v
+        kv = self.shift.continued(ks[..., :seen], tokens)[:, 0] * v
         kvs = appended(state["kv"], kv, before, self.length)
-        y = continued_conv(kvs[..., :seen], self.long(seen), self.long.D, tokens)[:, 0]
+        y = self.long.continued(kvs[..., :seen], tokens)[:, 0]
         return self._out(q * y), {"k": ks, "kv": kvs, "seen": state["seen"] + tokens}
 
     def state_bytes(self, tokens: int, batch: int = 1, dtype: torch.dtype | None = None) -> int:
@@ -703,7 +704,7 @@ def _no_inputs(like: LongKernel, names: Sequence[str], batch: int, device: Any, 
 
 def appended(buffer: Tensor, new: Tensor, used: int, most: int) -> Tensor:
     """`buffer` (batch, dim, room), of which `used` tokens count, with `new` behind them; room doubles when it ends, up to `most`."""
-    if torch.is_grad_enabled() and (new.requires_grad or buffer.requires_grad):
+    if torch.is_grad_enabled():  # the backward pass may need the buffer as it is, for weights even if not for inputs
         return torch.cat([buffer[..., :used], new], -1)
     needed = used + new.shape[-1]
     if needed > buffer.shape[-1]:

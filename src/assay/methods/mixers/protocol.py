@@ -110,3 +110,16 @@ def left_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, before: Ten
     padded = torch.cat([before, x], 1).transpose(1, 2)
     y: Tensor = nn.functional.conv1d(padded, weight[:, None], bias, groups=weight.shape[0])
     return y.transpose(1, 2)
+
+
+def fast_length(n: int) -> int:
+    """The smallest even number at least n with no prime factors but 2, 3 and 5: lengths for which FFTs are fast."""
+    n = max(2, n + n % 2)
+    while True:
+        rest = n
+        for p in (2, 3, 5):
+            while rest % p == 0:
+                rest //= p
+        if rest == 1:
+            return n
+        n += 2

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from assay.measure.cost import register_macs
 from assay.methods import kernels
-from assay.methods.mixers.protocol import left_conv
+from assay.methods.mixers.protocol import fast_length, left_conv
 
 Discretisation = Literal["zoh", "euler"]
 Backend = Literal["auto", "kernel", "chunked", "associative", "sequential"]
@@ -101,7 +101,7 @@ def lti_convolution(x: Tensor, kernel: Tensor, D: Tensor | None = None) -> Tenso
     if tokens <= DIRECT:
         y = left_conv(x, kernel[:, :tokens].flip(1))
     else:
-        size = 2 * tokens
+        size = fast_length(2 * tokens)
         spectrum = torch.fft.rfft(x, size, dim=1) * torch.fft.rfft(kernel[:, :tokens], size, dim=1).T
         y = torch.fft.irfft(spectrum, size, dim=1)[:, :tokens]
     return y if D is None else y + D * x
@@ -583,13 +583,16 @@ def inverse(order: Tensor) -> Tensor:
 
 def scan(x: Tensor, order: Tensor) -> Tensor:
     """(batch, cells, channels) to (batch, directions, cells, channels), each direction in its own order."""
-    return x[:, order.to(x.device)]
+    return x.index_select(1, order.flatten().to(x.device)).unflatten(1, order.shape)
 
 
 def unscan(y: Tensor, order: Tensor) -> Tensor:
     """The inverse of `scan` in each direction: (batch, directions, cells, channels), all in row-major order again."""
-    back = inverse(order).to(y.device)
-    return y.gather(2, back[None, :, :, None].expand_as(y))
+    directions, cells = order.shape
+    back = (
+        inverse(order) + cells * torch.arange(directions, device=order.device)[:, None]
+    )  # whole rows, far faster than gather
+    return y.flatten(1, 2).index_select(1, back.flatten().to(y.device)).view(y.shape)
 
 
 def both_ways(order: Tensor) -> Tensor:
