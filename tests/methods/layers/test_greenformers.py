@@ -242,7 +242,7 @@ def test_ced_at_full_rank_is_the_convolution(conv, shape):
     full = min(conv.out_channels // conv.groups, math.prod(conv.weight.shape[1:])) * conv.groups
     pairs_rank = full - 0
     with pytest.MonkeyPatch.context() as patch:  # full rank saves nothing and would be skipped
-        patch.setattr("assay.methods.layers.greenformers.break_even_rank", lambda layer: 1e9)
+        patch.setattr("assay.methods.layers.greenformers.convert.break_even_rank", lambda layer: 1e9)
         apply_low_rank(model, rank=pairs_rank)
     assert isinstance(model[0], CED)
     torch.testing.assert_close(model(x), conv(x), atol=1e-4, rtol=1e-4)
@@ -712,7 +712,7 @@ def test_lrt_block_of_full_rank_svd_is_the_dense_block():
     x = torch.randn(2, 10, 16)
     expected = dense(x)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("assay.methods.layers.greenformers.break_even_rank", lambda layer: 1e9)
+        patch.setattr("assay.methods.layers.greenformers.convert.break_even_rank", lambda layer: 1e9)
         apply_low_rank(dense, rank=16)
     lrt = EncoderBlock(16, 4, 40, rank=16)
     lrt.load_state_dict(dense.state_dict())

@@ -49,6 +49,44 @@ def test_both_paths_compute_the_definition(path, form):
     assert rational(x[:0], a, b).shape == (0, 5, 12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("rows", "groups", "width"), [(1, 1, 3), (37, 3, 12), (50, 2, 16), (33, 2, 40), (70, 3, 32)])
+@pytest.mark.parametrize("shared", ["none", "a", "b"])
+def test_kernel_equals_torch_wherever_groups_and_vectors_end(rows, groups, width, form, dtype, shared):
+    a, b = coefficients(groups, dtype=dtype)
+    a, b = a[:1] if shared == "a" else a, b[:1] if shared == "b" else b
+    x, grad = torch.randn(2, rows, groups * width, generator=torch.Generator().manual_seed(rows), dtype=dtype)
+    x[0, 0] = 0.0
+    tolerance = {"rtol": 1e-9, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 2e-4}
+    assert kernels.load("rational")
+    found = torch.ops.assay.rational(x, a, b, form == "abs_of_sum")
+    torch.testing.assert_close(found, rational_reference(x, a, b, form), **tolerance)
+    gradients = torch.ops.assay.rational_backward(grad, x, a, b, form == "abs_of_sum")
+    inputs = [t.double().requires_grad_() for t in (x, a, b)]
+    wanted = torch.autograd.grad(rational_reference(*inputs, form), inputs, grad.double())
+    for one, two in zip(gradients, wanted, strict=True):
+        scale = float(two.abs().max())
+        torch.testing.assert_close(one.double() / scale, two / scale, **tolerance)
+    again = torch.ops.assay.rational_backward(grad, x, a, b, form == "abs_of_sum")
+    assert all(torch.equal(one, two) for one, two in zip(gradients, again, strict=True)), (
+        "the same threads, the same bits"
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_row_for_all_groups_is_that_row_repeated(path, form):
+    a, b = coefficients(4)
+    x = torch.randn(5, 12, dtype=torch.float64)
+    for one, many in (((a[:1], b), (a[:1].expand(4, 6), b)), ((a, b[:1]), (a, b[:1].expand(4, 4)))):
+        leaves = [t.clone().requires_grad_() for t in (x, *one)]
+        repeated = [t.clone().requires_grad_() for t in (x, *many)]
+        y, z = rational(*leaves, denominator=form), rational(*repeated, denominator=form)
+        torch.testing.assert_close(y, z)
+        for p, q in zip(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(z.sum(), repeated), strict=True):
+            torch.testing.assert_close(p, q.sum_to_size(p.shape))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_inputs_and_coefficients(path, form):
     torch.manual_seed(1)
@@ -128,6 +166,26 @@ def test_the_gain_keeps_the_variance(name, form):
     y = linear(act(F.layer_norm(torch.randn(2000, 512), (512,))))
     assert y.var().item() == pytest.approx(1.0, abs=0.06)
     assert act.gain() == pytest.approx({"identity": 1.0, "gelu": 2.36, "swish": 2.8}[name], rel=0.05)
+
+
+def test_as_released_overwrites_the_weights():
+    torch.manual_seed(0)
+    paper, released = (KATMlp(256, 512, variant=variant) for variant in ("paper", "as_released"))
+    assert paper.fc1.weight.std().item() == pytest.approx(256**-0.5, rel=0.02)
+    assert paper.fc2.weight.std().item() == pytest.approx((2.8 / 512) ** 0.5, rel=0.05)
+    for linear in (released.fc1, released.fc2):
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.02)
+        assert linear.bias.abs().max() == 0
+    sizes = {
+        "img_size": 8,
+        "patch_size": 4,
+        "in_chans": 1,
+        "num_classes": 3,
+        "embed_dim": 24,
+        "num_heads": 3,
+        "depth": 1,
+    }
+    assert VisionTransformer(**sizes, variant="as_released").blocks[0].mlp.variant == "as_released"
 
 
 def test_zero_denominators_stay_zero_unless_noise_breaks_the_tie():
@@ -225,10 +283,14 @@ def test_trains_and_learns_the_shape():
         (lambda: GroupRational(8, shared="both"), "shared"),
         (lambda: GroupRational(8)(torch.randn(2, 12)), "num_groups"),
         (lambda: rational(torch.randn(2, 4), torch.randn(2, 5), torch.randn(2, 4)), "a and b"),
+        (lambda: rational(torch.randn(2, 6), torch.randn(2, 6), torch.randn(3, 4)), "a and b"),
         (lambda: VisionTransformer(img_size=30, patch_size=16), "patch_size"),
         (lambda: VisionTransformer(mlp="relu"), "mlp"),
+        (lambda: KATMlp(8, 16, variant="official"), "variant"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+    with pytest.raises(TypeError, match="x must hold floating-point numbers, got torch.int64"):
+        GroupRational(2)(torch.arange(4))

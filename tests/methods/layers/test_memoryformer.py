@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tests.properties.mixers import check_mixer
 from torch import nn
 
+from assay.methods import kernels
 from assay.methods.layers.memoryformer import (
     SIZES,
     MemoryAttention,
@@ -18,6 +19,7 @@ from assay.methods.layers.memoryformer import (
     bucket_entropy,
     bucket_weights,
     distil_,
+    look_up_together,
     memoryformer_config,
 )
 from assay.methods.mixers.model import MixerForCausalLM
@@ -85,6 +87,46 @@ def test_look_up_equals_a_dense_one_hot_product_with_all_gradients(weight):
     strided = x.transpose(0, 1)
     torch.testing.assert_close(layer(strided), layer.reference(strided))
     assert torch.autograd.gradcheck(layer, (x[:, :2].detach().requires_grad_(),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_kernel_equals_torch(weight, bias, dtype):
+    assert kernels.load("memory")
+    torch.manual_seed(0)
+    options = {"bits": 4, "weight": weight, "bias": bias, "temperature": 0.7}
+    layers = [MemoryLinear(24, width, **options).to(dtype) for width in (5, 48)]
+    x = torch.randn(3, 7, 24, dtype=dtype).transpose(0, 1)  # not contiguous
+    x[0, 0] = 0.0
+    x[1, 0] = -0.0
+    with torch.no_grad():
+        for layer, y in zip(layers, look_up_together(layers, x), strict=True):
+            assert y.dtype == dtype
+            wanted = layer.float().reference(x.float())
+            torch.testing.assert_close(y.float(), wanted, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 5e-3)
+            assert layer(x[:0].float()).shape == (0, 3, layer.out_features)
+    bad = layers[0](torch.full((1, 24), torch.nan))
+    assert bad.isnan().all()
+
+
+def test_kernel_serves_without_gradients_and_in_generation(monkeypatch):
+    torch.manual_seed(0)
+    calls = []
+    original = torch.ops.assay.memory_look_up
+    monkeypatch.setattr(torch.ops.assay, "memory_look_up", lambda *a: calls.append(1) or original(*a))
+    model = MixerForCausalLM(memoryformer_config(vocab_size=32, hidden_size=32, layers=2, heads=2)).eval()
+    ids = torch.randint(1, 32, (3, 9))
+    trained = model(ids).logits
+    assert not calls, "with gradients torch computes"
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, trained, atol=1e-5, rtol=1e-4)
+    assert len(calls) == 2 * 3, "one for Q, K and V, one for each layer of the block"
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    x = torch.randn(2, 32, requires_grad=True)
+    (grad,) = torch.autograd.grad(model.blocks[0].mlp.first(x).sum(), x)
+    assert grad.abs().max() > 0, "the input alone may need a gradient"
 
 
 def test_same_signs_read_the_same_rows_and_the_output_is_linear_in_the_tables():
@@ -182,6 +224,16 @@ def test_model_trains_generates_and_comes_back(tmp_path):
     assert {"tiny", "small"} == set(SIZES)
 
 
+def test_the_papers_weight_and_temperature_reach_every_layer():
+    config = memoryformer_config(
+        vocab_size=32, hidden_size=32, layers=2, heads=2, bits=4, extra=1, weight="cosine", temperature=0.3
+    )
+    layers = [m for m in MixerForCausalLM(config).modules() if isinstance(m, MemoryLinear)]
+    assert len(layers) == 2 * 5
+    assert {(layer.weight, layer.temperature) for layer in layers} == {("cosine", 0.3)}
+    assert sorted({layer.bits for layer in layers}) == [4, 5]
+
+
 def test_distilling_never_gets_worse_and_finds_what_it_can_represent():
     torch.manual_seed(0)
     truth = MemoryLinear(24, 6, bits=4, bias=False)
@@ -229,6 +281,12 @@ def test_real_activations_use_most_rows_after_layer_norm(smollm2):
         (lambda: MemoryLinear(16, 4, weight="l2"), "weight"),
         (lambda: MemoryLinear(16, 4, temperature=0), "temperature"),
         (lambda: MemoryLinear(16, 4)(torch.randn(3, 8)), "x must have 16"),
+        (lambda: MemoryLinear(16, 4).requires_grad_(False)(torch.randn(3, 8)), "x must have 16"),
+        (lambda: look_up_together([], torch.randn(3, 16)), "layers must be"),
+        (
+            lambda: look_up_together([MemoryLinear(16, 4), MemoryLinear(16, 4, bits=4)], torch.randn(3, 16)),
+            "layers must",
+        ),
         (lambda: MemoryBlock(16, extra=-1), "extra"),
         (lambda: distil_(MemoryLinear(16, 4), torch.randn(3, 16), torch.randn(3, 5)), "x and y"),
     ],

@@ -24,6 +24,7 @@ from assay.methods.layers.greenformers import (
     crossover_tokens,
     training_cost,
 )
+from assay.methods.layers.surgery import cost
 from assay.workloads.text import code_text, docstrings
 
 MINILM = "all-minilm-l6-v2"
@@ -83,6 +84,7 @@ def pretraining_cost(model: str, fraction: float, batch: int, tokens: int) -> Tr
         if model == MINILM:
             figures["mean_layer_error"] = float(np.mean([layer.error for layer in report.layers if layer.rank]))
             figures["inference"] = inference(dense, low_rank, report, long)
+            figures["feed_forward_of_one_layer"] = feed_forward(dense, low_rank, batch * tokens)
             if long:
                 figures["retrieval"] = retrieval(dense, low_rank)
         return figures
@@ -155,11 +157,12 @@ def contrastive_loss(model: Any, ids: Tensor) -> Tensor:
 def step_costs(report: LowRankReport) -> dict[str, Any]:
     """Counted and modelled figures of the linear layers; 1 MAC = 2 FLOPs."""
     figures: dict[str, Any] = {}
-    for name, cost in (("dense", report.before), ("low rank", report.after)):
-        modelled = training_cost(cost.macs, BERT_TOKENS, seconds_per_flop=1e-14, **ASSUMED)
+    for name, whole in (("dense", report.before), ("low rank", report.after)):
+        modelled = training_cost(whole.macs, BERT_TOKENS, seconds_per_flop=1e-14, **ASSUMED)
         figures[name] = {
-            "params": cost.params,
-            "macs_per_token": cost.macs,
+            "params": whole.params,
+            "macs_per_token": whole.macs,
+            "weight_bytes": 4 * whole.params,
             "modelled_training": {
                 "flops": modelled.flops,
                 "hours_at_100_tflops": modelled.hours,
@@ -296,6 +299,35 @@ def inference(dense: Any, low_rank: Any, report: LowRankReport, long: bool) -> d
         timed = compare(partial(_encode, dense, ids), partial(_encode, low_rank, ids), pairs=5, max_seconds=30)
         rows[f"speedup_at_{tokens}_tokens"] = [timed.speedup.median, timed.speedup.low, timed.speedup.high]
     return rows
+
+
+def feed_forward(dense: Any, low_rank: Any, tokens: int) -> dict[str, Any]:
+    """One layer's MLP alone, dense and low-rank, on `tokens` tokens of its real inputs: what it holds, reads and takes."""
+    pair = {"dense": dense.encoder.layer[0], "low rank": low_rank.encoder.layer[0]}
+    kept: list[Tensor] = []
+    handle = pair["dense"].intermediate.register_forward_pre_hook(lambda _, args: kept.append(args[0][0]))
+    for text in sentences("held out"):
+        _encode(dense, minilm_ids(text))
+        if sum(len(states) for states in kept) >= tokens:
+            break
+    handle.remove()
+    x = torch.cat(kept)[:tokens]
+    rows: dict[str, Any] = {"tokens": len(x)}
+    for name, layer in pair.items():
+        costs = [cost(module) for module in (layer.intermediate.dense, layer.output.dense)]
+        params = sum(part.params for part in costs)
+        rows[name] = {"params": params, "macs_per_token": sum(part.macs for part in costs), "weight_bytes": 4 * params}
+    runs = {name: partial(_feed_forward, layer, x) for name, layer in pair.items()}
+    timed = compare(runs["dense"], runs["low rank"], pairs=9, max_seconds=10)
+    out = {name: run() for name, run in runs.items()}
+    rows["relative_error"] = float((out["low rank"] - out["dense"]).norm() / out["dense"].norm())
+    return rows | {"speedup": [timed.speedup.median, timed.speedup.low, timed.speedup.high]}
+
+
+@torch.no_grad()
+def _feed_forward(layer: Any, x: Tensor) -> Tensor:
+    out: Tensor = layer.output.dense(layer.intermediate(x))
+    return out
 
 
 @torch.no_grad()

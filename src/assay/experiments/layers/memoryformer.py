@@ -38,6 +38,13 @@ def block_macs(model: MixerForCausalLM) -> int:
     return total
 
 
+def bytes_read(model: MixerForCausalLM) -> int:
+    """Bytes of weights that one token reads in the blocks: the rows it names, or every weight of a linear layer."""
+    layers = list(model.blocks.modules())
+    tables = sum(layer.cost().bytes_read for layer in layers if isinstance(layer, MemoryLinear))
+    return tables + sum(4 * layer.weight.numel() for layer in layers if isinstance(layer, torch.nn.Linear))
+
+
 def distillation(bits: list[int]) -> dict[str, float]:
     """Relative error of one trained linear layer of SmolLM2-135M distilled into look-ups on its real inputs, by bits a code."""
     loaded = load_model("smollm2-135m")
@@ -74,6 +81,7 @@ def look_ups(width: int, layers: int, steps: int, batch: int) -> Trial:
     details: dict[str, Any] = {
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in pair.items()},
         "block_macs_per_token": {name: block_macs(model) for name, model in pair.items()},
+        "block_bytes_read_by_one_token": {name: bytes_read(model) for name, model in pair.items()},
         "resident_bytes": {
             name: sum(p.numel() * p.element_size() for p in model.parameters()) for name, model in pair.items()
         },

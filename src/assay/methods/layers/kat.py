@@ -9,8 +9,8 @@ Two denominators without poles are in use, and coefficients fitted for one mean 
 "sum_of_abs", Q = 1 + sum |b_i| |x|^i, is what the released kernels compute (default); "abs_of_sum", Q = 1 + |sum b_i x^i|, is
 that of the paper's fits. Coefficients are fitted here, for the form they are used with. Numerators are shared by all groups and
 denominators are one a group, as in the released code; `shared="denominator"` is the paper's text. `our choice`: everything is
-computed in float32 at least, by a compiled kernel that keeps only x for the backward pass; the variance-preserving weights of the
-paper are used as written (the released code overwrites them).
+computed in float32 at least, by a compiled kernel that keeps only x for the backward pass. The variance-preserving weights of the
+paper are used as written; the released code overwrites them (`KATMlp(variant="as_released")`).
 
 When NOT to use it: for speed. An activation of 20 operations a number costs more than GELU and saves nothing; the claim is
 accuracy at equal size. Outside [-3, 3] a fitted function grows apart from its target.
@@ -32,6 +32,7 @@ from assay.methods.layers.surgery import find
 
 Denominator = Literal["sum_of_abs", "abs_of_sum"]
 Shared = Literal["numerator", "denominator"]
+Variant = Literal["paper", "as_released"]
 INITS = ("identity", "gelu", "swish")
 FIT_RANGE, FIT_POINTS = 3.0, 1000
 FIT_TOLERANCE = {"identity": 0.0, "gelu": 0.02, "swish": 0.02}  # largest error on the range that a fit may have
@@ -41,8 +42,8 @@ FIT_TOLERANCE = {"identity": 0.0, "gelu": 0.02, "swish": 0.02}  # largest error 
 
 
 def rational_reference(x: Tensor, a: Tensor, b: Tensor, denominator: Denominator = "sum_of_abs") -> Tensor:
-    """P(x) / Q(x) by the definition, x (..., d), a (groups, 6), b (groups, 4): the oracle of the fast path."""
-    groups = a.shape[0]
+    """P(x) / Q(x) by the definition; arguments as for `rational`, whose oracle it is."""
+    groups = max(len(a), len(b))
     v = x.unflatten(-1, (groups, x.shape[-1] // groups))
     p = sum(a[:, i, None] * v**i for i in range(6))
     if denominator == "sum_of_abs":
@@ -72,12 +73,13 @@ class _Rational(torch.autograd.Function):
 
 
 def _use_kernel(x: Tensor) -> bool:
-    return x.device.type == "cpu" and kernels.load("rational")
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and kernels.load("rational")
 
 
 def _gradients(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, abs_of_sum: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The paper's gradients in torch: x (rows, d)."""
-    v = x.unflatten(-1, (a.shape[0], x.shape[-1] // a.shape[0]))
+    groups = max(len(a), len(b))
+    v = x.unflatten(-1, (groups, x.shape[-1] // groups))
     g = grad.view_as(v)
     u, weight = (v, b) if abs_of_sum else (v.abs(), b.abs())
     powers = [u**i for i in range(5)]
@@ -90,21 +92,28 @@ def _gradients(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, abs_of_sum: bool) 
     dx = (g / q * (rise - y * turn * slope)).view_as(x)
     da = torch.stack([(g * v**i / q).sum((0, 2)) for i in range(6)], 1)
     scale = -g * y / q * (turn if abs_of_sum else 1.0)
-    db = torch.stack([(scale * powers[i]).sum((0, 2)) for i in range(1, 5)], 1)
-    return dx, da, db if abs_of_sum else db * b.sign()
+    db = torch.stack([(scale * powers[i]).sum((0, 2)) for i in range(1, 5)], 1) * (1.0 if abs_of_sum else b.sign())
+    return dx, da.sum_to_size(a.shape), db.sum_to_size(b.shape)
 
 
 def rational(x: Tensor, a: Tensor, b: Tensor, *, denominator: Denominator = "sum_of_abs") -> Tensor:
     """phi(x) for x (..., d), a (groups, 6) from the constant term up, b (groups, 4) from the linear term up; gradients for all.
 
-    Computed in float32 (float64 for float64), returned in the dtype of x. Raises ValueError for shapes that do not fit.
+    One of a and b may have a single row, which all groups share. Computed in float32 (float64 for float64), returned in the
+    dtype of x. Raises ValueError for shapes that do not fit, TypeError when x does not hold floating-point numbers.
     """
     if denominator not in get_args(Denominator):
         raise ValueError(f"denominator must be one of {', '.join(get_args(Denominator))}, got {denominator!r}")
-    if a.ndim != 2 or a.shape[1] != 6 or b.shape != (a.shape[0], 4):
-        raise ValueError(f"a and b must be (groups, 6) and (groups, 4), got {tuple(a.shape)} and {tuple(b.shape)}")
-    if not a.shape[0] or x.shape[-1] % a.shape[0]:
-        raise ValueError(f"num_groups ({a.shape[0]}) must divide the channels of x, got {x.shape[-1]}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must hold floating-point numbers, got {x.dtype}")
+    shapes = a.ndim == b.ndim == 2 and a.shape[1] == 6 and b.shape[1] == 4
+    if not shapes or not (len(a) == len(b) or min(len(a), len(b)) == 1) or not len(a):
+        raise ValueError(
+            f"a and b must be (groups, 6) and (groups, 4), or one of them a single row, got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    groups = max(len(a), len(b))
+    if not x.ndim or x.shape[-1] % groups:
+        raise ValueError(f"num_groups ({groups}) must divide the channels of x, got {tuple(x.shape)}")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = x.to(wide).reshape(-1, x.shape[-1]).contiguous()
     found = _Rational.apply(rows, a.to(wide).contiguous(), b.to(wide).contiguous(), denominator == "abs_of_sum")
@@ -195,8 +204,7 @@ class GroupRational(nn.Module):
             nn.init.normal_(self.coefficients, std=noise)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.numerator.expand(self.num_groups, 6), self.coefficients.expand(self.num_groups, 4)
-        return rational(x, a, b, denominator=self.denominator)
+        return rational(x, self.numerator, self.coefficients, denominator=self.denominator)
 
     def gain(self) -> float:
         """1 / E[phi(x)^2] for x ~ N(0, 1), of the average group, by quadrature."""
@@ -224,21 +232,40 @@ def variance_preserving_(linear: nn.Linear, phi: GroupRational) -> None:
 
 
 class KATMlp(nn.Module):
-    """phi_1 (identity) -> Linear(d, hidden) -> phi_2 -> Linear(hidden, d), the GR-KAN pair that replaces a transformer's MLP."""
+    """phi_1 (identity) -> Linear(d, hidden) -> phi_2 -> Linear(hidden, d), the GR-KAN pair that replaces a transformer's MLP.
 
-    def __init__(self, dim: int, hidden: int, *, act_init: str = "swish", dropout: float = 0.0, **options: Any):
+    `variant` "paper" starts the weights with the variance-preserving initialisation of the activation before each; "as_released"
+    with what the released code leaves there, a normal distribution of deviation 0.02, cut at 2 (weights near 0: the residual
+    stream carries the signal at first). `options` are those of `GroupRational`. Raises ValueError for an unknown variant.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        act_init: str = "swish",
+        dropout: float = 0.0,
+        variant: Variant = "paper",
+        **options: Any,
+    ):
         super().__init__()
+        if variant not in get_args(Variant):
+            raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
         self.act1 = GroupRational(init="identity", **options)
         self.fc1 = nn.Linear(dim, hidden)
         self.act2 = GroupRational(init=act_init, **options)
         self.fc2 = nn.Linear(hidden, dim)
         self.dropout = dropout
+        self.variant: Variant = variant
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Both layers with the variance-preserving initialisation of the activation before each."""
-        variance_preserving_(self.fc1, self.act1)
-        variance_preserving_(self.fc2, self.act2)
+        """Fresh weights for both layers, by `variant`; biases 0."""
+        for linear, phi in ((self.fc1, self.act1), (self.fc2, self.act2)):
+            variance_preserving_(linear, phi)
+            if self.variant == "as_released":
+                nn.init.trunc_normal_(linear.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fc1(F.dropout(self.act1(x), self.dropout, self.training))
@@ -306,7 +333,8 @@ class Block(nn.Module):
 class VisionTransformer(nn.Module):
     """A pre-norm ViT with a class token: images (batch, channels, size, size) to logits (batch, classes).
 
-    `mlp` "kat" | "gelu". `forward_features` gives the tokens (batch, 1 + patches, dim); `num_classes=0` leaves the head out.
+    `mlp` "kat" | "gelu"; `options` are those of `KATMlp`. `forward_features` gives the tokens (batch, 1 + patches, dim);
+    `num_classes=0` leaves the head out.
     Raises ValueError for sizes that do not divide.
     """
 

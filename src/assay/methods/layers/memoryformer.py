@@ -15,6 +15,7 @@ layer, with no reuse between tokens; and the tables with their optimizer state a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay.methods import kernels
 from assay.methods.mixers.attention import SoftmaxAttention, rotate
 from assay.methods.mixers.protocol import channel_mixer, mixer
 
@@ -58,7 +60,8 @@ class MemoryCost:
 class MemoryLinear(nn.Module):
     """The layer M: (..., in_features) to (..., out_features). `bits` numbers make a code; in_features must be a multiple.
 
-    `hash_with` of another layer of the same input gives codes and weights that `look_up` takes, so that Q, K and V share one.
+    Layers of one input can share the hash, as Q, K and V do: see `look_up_together`. Without gradients, in float32 or bfloat16 on
+    a CPU, a compiled kernel does it all in one pass.
     Raises ValueError for sizes that do not divide or an unknown weight.
     """
 
@@ -113,7 +116,7 @@ class MemoryLinear(nn.Module):
         return (y if self.bias is None else y + self.bias).view(*rows.shape[:-1], self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.look_up(*self.hash(x))
+        return look_up_together([self], x)[0]
 
     def reference(self, x: Tensor) -> Tensor:
         """The same by a dense product with a mostly zero (K 2^bits)-wide code: the oracle."""
@@ -131,6 +134,38 @@ class MemoryLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, weight={self.weight!r}"
+
+
+def look_up_together(layers: Sequence[MemoryLinear], x: Tensor) -> list[Tensor]:
+    """The outputs of layers with the same inputs, bits and weight for x (..., in_features), which is hashed once for all.
+
+    Raises ValueError for no layers, layers that differ in those, or an x of another width.
+    """
+    if len({(m.in_features, m.bits, m.weight, m.temperature) for m in layers}) != 1:
+        raise ValueError("layers must be at least one, all with the same in_features, bits, weight and temperature")
+    first = layers[0]
+    if not _use_kernel(layers, x):
+        rows, weights = first.hash(x)
+        return [layer.look_up(rows, weights) for layer in layers]
+    if x.shape[-1] != first.in_features:
+        raise ValueError(f"x must have {first.in_features} features, got {x.shape[-1]}")
+    flat = x.reshape(-1, first.in_features).contiguous()
+    tables, biases = [m.tables for m in layers], [m.bias for m in layers]
+    kind = get_args(Weight).index(first.weight)
+    found = torch.ops.assay.memory_look_up(flat, tables, biases, first.bits, kind, first.temperature)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in found]
+
+
+def _use_kernel(layers: Sequence[MemoryLinear], x: Tensor) -> bool:
+    """No gradients: those of the tables are as large as the tables, and what writes them takes the time."""
+    tensors = [x, *(p for layer in layers for p in layer.parameters())]
+    return (
+        not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and all(t.dtype == x.dtype and t.device.type == "cpu" for t in tensors)
+        and not torch.compiler.is_compiling()
+        and kernels.load("memory")
+    )
 
 
 @torch.no_grad()
@@ -196,6 +231,7 @@ class MemoryAttention(SoftmaxAttention):
         heads: int = 4,
         bits: int = 8,
         weight: Weight = "softmax",
+        temperature: float = 1.0,
         rotary_share: float = 0.25,
         layer: int = 0,
         layers: int = 1,
@@ -203,14 +239,13 @@ class MemoryAttention(SoftmaxAttention):
         super().__init__(dim, heads=heads, rotary=False)
         self.rotary_dim = int(self.head_dim * rotary_share) // 2 * 2
         for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(self, name, MemoryLinear(dim, dim, bits=bits, weight=weight))
+            setattr(self, name, MemoryLinear(dim, dim, bits=bits, weight=weight, temperature=temperature))
         self.o_proj = nn.Identity()  # type: ignore[assignment]
 
     def _qkv(self, x: Tensor, start: Tensor | int = 0) -> tuple[Tensor, Tensor, Tensor]:
         layers = [cast(MemoryLinear, p) for p in (self.q_proj, self.k_proj, self.v_proj)]
-        rows, weights = layers[0].hash(x)
         shape = (*x.shape[:2], self.heads, self.head_dim)
-        q, k, v = (layer.look_up(rows, weights).view(shape).transpose(1, 2) for layer in layers)
+        q, k, v = (y.view(shape).transpose(1, 2) for y in look_up_together(layers, x))
         if self.rotary_dim:
             position = torch.arange(x.shape[1], device=x.device)[None] + start
             q, k = (
@@ -226,14 +261,23 @@ class MemoryBlock(nn.Module):
     `hidden` is not used: the inner width follows from the bits.
     """
 
-    def __init__(self, dim: int, hidden: int = 0, *, bits: int = 8, extra: int = 2, weight: Weight = "softmax"):
+    def __init__(
+        self,
+        dim: int,
+        hidden: int = 0,
+        *,
+        bits: int = 8,
+        extra: int = 2,
+        weight: Weight = "softmax",
+        temperature: float = 1.0,
+    ):
         super().__init__()
         if extra < 0:
             raise ValueError(f"extra must be at least 0, got {extra}")
         inner = dim // bits * (bits + extra)
-        self.first = MemoryLinear(dim, inner, bits=bits, weight=weight)
+        self.first = MemoryLinear(dim, inner, bits=bits, weight=weight, temperature=temperature)
         self.norm = nn.LayerNorm(inner)
-        self.second = MemoryLinear(inner, dim, bits=bits + extra, weight=weight)
+        self.second = MemoryLinear(inner, dim, bits=bits + extra, weight=weight, temperature=temperature)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.second(self.norm(self.first(x)))
@@ -255,14 +299,16 @@ def memoryformer_config(
     bits: int = 8,
     extra: int = 2,
     weight: Weight = "softmax",
+    temperature: float = 1.0,
 ) -> Any:
     """A `MixerConfig` of the paper's model; `SIZES` has the paper's. Embedding and head stay ordinary and separate."""
     from assay.methods.mixers.model import MixerConfig
 
+    hashing = {"bits": bits, "weight": weight, "temperature": temperature}
     return MixerConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
-        layers=[["memory_attention", {"heads": heads, "bits": bits, "weight": weight}]] * layers,
-        channel_mixer=["memory", {"bits": bits, "extra": extra, "weight": weight}],
+        layers=[["memory_attention", {"heads": heads, **hashing}]] * layers,
+        channel_mixer=["memory", {"extra": extra, **hashing}],
         tie_word_embeddings=False,
     )

@@ -1,0 +1,90 @@
+"""Greenformers: low-rank layers in place of dense ones, and what they save (arXiv 2108.10808; layers from ICASSP 2020).
+
+A linear layer y = x W^T + b with W (o, i) becomes a linear encoder-decoder (LED), y = (x E^T) D^T + b with E (r, i), D (o, r):
+r (i + o) parameters and MACs per token instead of i o, a gain below the break-even rank i o / (i + o). Convolutions become CED
+units. `apply_low_rank` converts a trained model; a Low-Rank Transformer (LRT) is a transformer built from LED units
+(`EncoderBlock(rank=...)`), trained from scratch. Linformer, the thesis' other route, shortens the attention's sequence instead.
+
+When NOT to use it: a trained language model at half its parameters is destroyed without training afterwards (look at the
+report's errors, and at the quality); close to the break-even rank two thin products run slower than one; layers that do little
+work (small models at batch 1 on a GPU) cost their launches, not their MACs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from assay.methods.layers.greenformers.convert import LayerReport, LowRankReport, apply_low_rank
+from assay.methods.layers.greenformers.economics import TrainingCost, training_cost
+from assay.methods.layers.greenformers.encoder import (
+    EncoderBlock,
+    block_macs,
+    crossover_tokens,
+    linformer,
+    linformer_attention_forward,
+    use_linformer,
+)
+from assay.methods.layers.greenformers.released import auto_fact
+from assay.methods.layers.greenformers.solvers import SOLVERS, Solver, factor, input_moments, output_basis, truncate
+from assay.methods.layers.greenformers.units import CED, LED, UNITS, LEDEmbedding, break_even_rank
+from assay.methods.layers.surgery import find, linear_kinds
+from assay.methods.transform import Effect, Fit, TuneContext
+
+__all__ = [
+    "CED",
+    "LED",
+    "SOLVERS",
+    "UNITS",
+    "EncoderBlock",
+    "LEDEmbedding",
+    "LayerReport",
+    "LowRank",
+    "LowRankReport",
+    "Solver",
+    "TrainingCost",
+    "apply_low_rank",
+    "auto_fact",
+    "block_macs",
+    "break_even_rank",
+    "crossover_tokens",
+    "factor",
+    "input_moments",
+    "linformer",
+    "linformer_attention_forward",
+    "output_basis",
+    "training_cost",
+    "transform",
+    "truncate",
+    "use_linformer",
+]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The tuner's handle: factor the linear layers with the data-aware solver, calibrated on the context's text."""
+
+    name: str = "greenformers"
+    slot: Literal["structure"] = "structure"
+    goals: frozenset[str] = frozenset({"ttft", "decode", "memory", "throughput"})
+    exact: bool = False
+
+    def applies_to(self, model: nn.Module, context: TuneContext) -> Fit:
+        if not find(model, linear_kinds(), closed=UNITS):
+            return Fit(False, f"{type(model).__name__} has no dense linear layers")
+        if not len(context.calibration):
+            return Fit(False, "it needs calibration text")
+        return Fit(True, effects=(Effect("linear", macs=0.9, bytes=0.9),))
+
+    def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
+        return [{"energy": 0.999}, {"energy": 0.99}, {"budget": 0.8}]
+
+    def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+        apply_low_rank(model, solver="data_svd", calibration=context.calibration, **config)
+        return model
+
+
+transform = LowRank()
