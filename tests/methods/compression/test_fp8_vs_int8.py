@@ -339,3 +339,21 @@ def test_transform_names_bad_configurations():
         transform.apply(tiny_llama(), {"smooth": 0.5}, context())
     with pytest.raises(ValueError, match="smooth"):
         transform.apply(tiny_llama(), {"smooth": 2.0}, context())
+
+
+# The experiment ----------------------------------------------------------------------------------------------------------
+
+
+def test_on_a_well_behaved_network_the_two_formats_are_equal():
+    from assay.experiments.compression.fp8_vs_int8 import int8_not_worse
+
+    figure = int8_not_worse(net="digits")
+    assert figure.unit == "x"
+    assert figure.low <= figure.value <= figure.high
+    assert figure.value == pytest.approx(1.0, abs=0.01)
+    perplexity = figure.details["perplexity"]
+    assert figure.value == pytest.approx(perplexity["E4"] / perplexity["INT8"], abs=1e-3)  # the bootstrap's median
+    assert figure.details["activation: median kurtosis"] < 10
+    assert figure.details["activation: INT8 beats E4"] == 1.0
+    with pytest.raises(ValueError, match="net must be 'digits' or 'smollm2-135m', got 'gpt2'"):
+        int8_not_worse(net="gpt2")

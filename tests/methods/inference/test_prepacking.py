@@ -369,6 +369,10 @@ def test_refuses_models_it_would_break():
         PrepackedPrefill(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="'varlen', 'mask' or 'flex', got 'cuda'"):
         PrepackedPrefill(tiny(), backend="cuda")
+    with pytest.raises(ValueError, match="packing must be 'best_fit' or 'exact', got 'tight'"):
+        PrepackedPrefill(tiny(), packing="tight")
+    with pytest.raises(ValueError, match="capacity must be a whole number of tokens, at least 1, or None, got 0"):
+        PrepackedPrefill(tiny(), capacity=0)
 
 
 def test_refuses_bad_prompts():
@@ -377,6 +381,8 @@ def test_refuses_bad_prompts():
         prefill([])
     with pytest.raises(ValueError, match="empty prompt at 1"):
         prefill([[1], []])
+    with pytest.raises(TypeError, match="token ids, which are whole numbers: 'float'"):
+        prefill([[1, 2.5]])
     with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
         next(prefill.dataset([[1]], rows=0))
 
@@ -395,3 +401,31 @@ def test_transform_sets_the_batching():
     assert model.assay_settings == {"prepack": True, **config}
     with pytest.raises(ValueError, match="settings must be among"):
         transform.apply(model, {"colour": 1}, context)
+
+
+# -------------------------------------------------------------------------------------------------------- the experiments
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
+def test_the_free_baseline_leaves_what_the_other_arms_leave(kind):
+    from assay.experiments.inference.prepacking import alone_prefill
+
+    model = tiny(kind)
+    found, packed = alone_prefill(model, PROMPTS), PrepackedPrefill(model)(PROMPTS)
+    assert found.lengths == packed.lengths
+    assert torch.equal(found.attention_mask, packed.attention_mask)
+    torch.testing.assert_close(found.logits, packed.logits, atol=2e-5, rtol=1e-4)
+    for own, other in zip(keys_and_values(found.cache), keys_and_values(packed.cache), strict=True):
+        torch.testing.assert_close(own, other, atol=2e-5, rtol=1e-4)
+
+
+def test_memory_is_held_against_the_leanest_free_arm(monkeypatch):
+    import assay.experiments.inference.prepacking as room
+    from assay.measure.memory import PeakMemory
+
+    peaks = {"padded": 1200, "sorted": 1100, "alone": 600, "varlen": 500}
+    monkeypatch.setattr(room, "peak_memory_of_child", lambda _, call: PeakMemory(10, 10 + peaks[call["arm"]]))
+    monkeypatch.setattr(room, "in_every_arm", lambda prompts, batch: {"weights": 300, "cache": 100})
+    figure = room.prefill_peak_memory(8, 4, "varlen")
+    assert (figure.value, figure.free, figure.free_label) == (2.4, 2.0, "each prompt by itself")
+    assert figure.details == {"peak_bytes": peaks, "in_every_arm_bytes": {"weights": 300, "cache": 100}}

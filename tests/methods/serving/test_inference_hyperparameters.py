@@ -552,9 +552,10 @@ def test_tokens_are_those_generated_and_outputs_do_not_depend_on_the_setting(tin
         assert outcome.metrics["mismatch_rate"] == 0
         assert outcome.metrics["tokens"] == 45
     assert torch.get_num_threads() == threads
-    part = engine({"batch_size": 4}, fidelity=0.34)
+    part = engine({"batch_size": 2}, fidelity=0.34)
     assert part.metrics["tokens"] == 3 * 5
     assert part.metrics["mismatch_rate"] == 0
+    assert engine({"batch_size": 5}, fidelity=0.34).metrics["tokens"] == 5 * 5  # one whole batch at least
 
 
 def test_the_model_is_loaded_once_for_all_settings_that_share_it(tiny, monkeypatch):
@@ -613,6 +614,27 @@ def test_engine_arguments_are_checked(tiny):
         HuggingFaceEngine(tiny, [[1], []])
     with pytest.raises(ValueError, match="fidelity"):
         HuggingFaceEngine(tiny, [[1]])({}, fidelity=0.0)
+    engine = HuggingFaceEngine(tiny, prompts(3), new_tokens=2)
+    with pytest.raises(ValueError, match="params must be among .*batch_size.*, got num_beams"):
+        engine({"batch_size": 1, "num_beams": 4})
+    for size in (0, 4):  # 4 would measure batches of 3
+        with pytest.raises(ValueError, match=rf"batch_size must lie in 1..3, the number of prompts, got {size}"):
+            engine({"batch_size": size})
+    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+        engine({"batch_size": 1, "threads": 0})
+
+
+def test_no_static_cache_means_none_also_for_a_model_that_has_one_by_default(tiny):
+    from assay.methods.serving.inference_hyperparameters.engine import load_for_generation
+
+    model, seen = load_for_generation(str(tiny), "float32", "sdpa"), []
+    model.generation_config.cache_implementation = "static"
+    generate = model.generate
+    model.generate = lambda **kw: seen.append(model.generation_config.cache_implementation) or generate(**kw)
+    for params in ({}, {"static_cache": False}, {"static_cache": True}):
+        measure_settings(model, prompts(1), params, new_tokens=2, warmup=0)
+    assert seen == ["static", None, "static"]
+    assert model.generation_config.cache_implementation == "static"
 
 
 def test_the_memory_floor_is_conservative_and_close(tiny):
@@ -709,8 +731,8 @@ def test_the_transform_merges_settings_into_the_model(tiny):
     assert transform.apply(model, configs[0], context) is model
     assert model.assay_settings == {"prepack": True, **configs[0]}
     assert settings(model)["batch_size"] == 16
-    outcome, outputs = measure_settings(model, prompts(4), engine_settings(configs[0]), new_tokens=2)
-    assert [len(output) for output in outputs] == [2] * 4
+    outcome, outputs = measure_settings(model, prompts(16), engine_settings(configs[0]), new_tokens=2)
+    assert [len(output) for output in outputs] == [2] * 16
     for bad in ({"colour": 1}, {"batch_size": 0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             transform.apply(model, bad, context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from datetime import UTC, datetime
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from assay.catalogue import get_claim
+from assay.evidence.record import Estimate, Evidence
+from assay.evidence.verdict import judge
 from assay.measure.cost import count_cost
 from assay.measure.machine import Calibration
 from assay.measure.roofline import H100_SXM_BF16, DeviceSpec
@@ -387,6 +391,34 @@ def test_report_with_times():
 # --- the experiments
 
 
+def verdict_on(claim_id, figure):
+    """What the written rule says of a figure."""
+    claim = get_claim(claim_id)
+    record = Evidence(
+        claim=claim_id,
+        slug="convfirst",
+        point={},
+        scale="smoke",
+        status="ok",
+        kind="figure",
+        metric=claim.metric,
+        paper_value=claim.value,
+        paper_unit=claim.unit,
+        higher_is_better=claim.higher_is_better,
+        measured=Estimate(median=figure.value, low=figure.value, high=figure.value),
+        unit=figure.unit,
+        baseline=figure.baseline,
+        fingerprint="f",
+        machine={},
+        assay_version="0",
+        seed=0,
+        command="",
+        seconds=1.0,
+        created=datetime.now(UTC),
+    )
+    return judge(record).verdict.value
+
+
 @pytest.mark.parametrize(("rate", "share"), [(1e30, 0.0), (1.0, 1.0)])
 def test_bound_is_beaten_only_by_a_machine_faster_than_its_calibration(monkeypatch, rate, share):
     from assay.experiments.vision.convfirst import roofline_lower_bound
@@ -404,8 +436,9 @@ def test_bound_is_beaten_only_by_a_machine_faster_than_its_calibration(monkeypat
     )
     monkeypatch.setattr("assay.measure.profile.calibrate", lambda **_: limits)
     figure = roofline_lower_bound("convfirst", 32)
-    assert (figure.value, figure.baseline) == (share, share)
+    assert (figure.value, figure.details["beaten_plain_roofline"]) == (share, share)
     assert figure.details["modules"] > 30
+    assert verdict_on("convfirst/roofline-lower-bound", figure) == ("does not pay here" if share else "reproduced")
     with pytest.raises(ValueError, match="net"):
         roofline_lower_bound("resnet", 32)
 

@@ -8,6 +8,12 @@
 
 When not to use it: fake quantisation makes a model slower, never faster; on processors whose FP8 and INT8 units have the same rate
 (recent GPUs) the paper's hardware argument does not hold.
+
+Outliers decide. In language models a few activations are hundreds of times larger than the rest. A static INT8 range for a whole
+tensor must then either reach them, with a step that rounds the rest to nothing, or cut them off; an estimator only chooses between
+the two, while the steps of E4 shrink with the value (evidence: `fp8_vs_int8/int8-not-worse-ptq`, "mse"). There use a range a token
+(`activations="token"`), train on it (`learn_ranges`), or take `transform`, which has a range a token, smooths and rotates. Without
+outliers INT8 is as good as the paper says.
 """
 
 from __future__ import annotations

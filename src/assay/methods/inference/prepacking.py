@@ -8,8 +8,9 @@ The paper computes attention over whole rows under a block-diagonal mask (`backe
 `backend="varlen"` (our choice, the default) puts all prompts in one row without any padding and runs the model's own attention
 function on each prompt alone: linear layers cost sum(l), attention sum(l**2), and no mask is ever made.
 
-When NOT to use it: one prompt, or prompts of equal length (nothing to gain; the plain batch runs then), prefill-free work, and
-engines that already run flattened tokens (vLLM and the like).
+When NOT to use it: one prompt, or prompts of equal length (nothing to gain; the plain batch runs then), prefill-free work,
+engines that already run flattened tokens (vLLM and the like), and prompts of which each fills the processor by itself (hundreds
+of tokens on a CPU): a forward pass for each has no padding either.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
+import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -244,7 +246,8 @@ class PrepackedPrefill:
     "flex" set the model's attention function for the time of the call).
 
     Raises ValueError for a model that cannot be packed (encoder-decoder, state-space or chunked layers, an attention that does
-    not go through transformers' interface) or an unknown backend.
+    not go through transformers' interface), an unknown backend or packing, or a capacity below 1; a call does for a prompt longer
+    than the capacity.
     """
 
     def __init__(
@@ -259,6 +262,10 @@ class PrepackedPrefill:
     ) -> None:
         if backend not in ("varlen", "mask", "flex"):
             raise ValueError(f"backend must be 'varlen', 'mask' or 'flex', got {backend!r}")
+        if packing not in ("best_fit", "exact"):
+            raise ValueError(f"packing must be 'best_fit' or 'exact', got {packing!r}")
+        if capacity is not None and (type(capacity) is not int or capacity < 1):
+            raise ValueError(f"capacity must be a whole number of tokens, at least 1, or None, got {capacity!r}")
         if reason := why_not(model):
             raise ValueError(f"model cannot be prepacked: {reason}")
         self.model: Any = model
@@ -380,8 +387,11 @@ def padded_prefill(
 
 
 def checked_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Prompts as lists of ints. Raises ValueError for none, or an empty one."""
-    listed = [[int(token) for token in prompt] for prompt in prompts]
+    """Prompts as lists of ints. Raises ValueError for none, or an empty one; TypeError for a token that is no whole number."""
+    try:
+        listed = [[operator.index(token) for token in prompt] for prompt in prompts]
+    except TypeError as error:
+        raise TypeError(f"prompts must be lists of token ids, which are whole numbers: {error}") from None
     if not listed:
         raise ValueError("prompts must hold at least one prompt, got none")
     if empty := [i for i, prompt in enumerate(listed) if not prompt]:

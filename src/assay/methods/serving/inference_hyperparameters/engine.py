@@ -19,6 +19,9 @@ from assay.methods.inference.loop import generate_batch
 from assay.methods.serving.inference_hyperparameters.space import Params
 from assay.methods.serving.inference_hyperparameters.trials import Outcome
 
+REFERENCE: Params = {"batch_size": 1, "dtype": "float32", "attn_implementation": "sdpa", "static_cache": False}
+"""The setting whose outputs the others are held against: no padding, no rounding but the model's own."""
+
 
 @dataclass(frozen=True)
 class Infilling:
@@ -86,8 +89,18 @@ def measure_settings(
     Understands batch_size, sort_by_length, threads and static_cache; dtype and attention belong to the loaded model. `warmup`
     runs of the largest batch are thrown away. A request's latency runs from the start of the workload, all being there at once,
     to the end of its batch. `tokens` counts what was generated: neither prompts nor padding.
+
+    Raises ValueError for a name it does not know, a batch size or number of threads below 1, or a batch larger than the prompts are
+    many: that would measure a smaller one.
     """
+    if unknown := set(params) - {*REFERENCE, "sort_by_length", "threads"}:
+        known = ", ".join(sorted({*REFERENCE, "sort_by_length", "threads"}))
+        raise ValueError(f"params must be among {known}, got {', '.join(sorted(unknown))}")
     size = params.get("batch_size", 1)
+    if not 1 <= size <= len(prompts):
+        raise ValueError(f"batch_size must lie in 1..{len(prompts)}, the number of prompts, got {size}")
+    if params.get("threads", 1) < 1:
+        raise ValueError(f"threads must be at least 1, got {params['threads']}")
     order = list(range(len(prompts)))
     if params.get("sort_by_length", False):
         order.sort(key=lambda i: -len(prompts[i]))
@@ -106,7 +119,8 @@ def measure_settings(
 
     try:
         torch.set_num_threads(params.get("threads", threads))
-        model.generation_config.cache_implementation = "static" if params.get("static_cache") else cache  # type: ignore[union-attr]
+        if "static_cache" in params:
+            model.generation_config.cache_implementation = "static" if params["static_cache"] else None  # type: ignore[union-attr]
         heaviest = max(batches, key=lambda members: len(members) * max(len(prompts[i]) for i in members))
         for _ in range(warmup):
             run(heaviest)
@@ -134,10 +148,6 @@ def mismatch_rate(reference: Sequence[Sequence[int]], outputs: Sequence[Sequence
     return float(np.mean([list(a) != list(b) for a, b in zip(reference, outputs, strict=True)])) if outputs else 0.0
 
 
-REFERENCE: Params = {"batch_size": 1, "dtype": "float32", "attn_implementation": "sdpa", "static_cache": False}
-"""The setting whose outputs the others are held against: no padding, no rounding but the model's own."""
-
-
 class HuggingFaceEngine:
     """Objective: measures settings of transformers' generation in this process, on fixed prompts (token ids).
 
@@ -154,7 +164,7 @@ class HuggingFaceEngine:
         self._loaded: tuple[tuple[str, str], nn.Module] | None = None
 
     def __call__(self, params: Params, *, fidelity: float = 1.0, seed: int = 0) -> Outcome:
-        outcome, outputs = self._measure(params, self._share(fidelity))
+        outcome, outputs = self._measure(params, self._share(fidelity, params.get("batch_size", 1)))
         if self._reference is None:
             first = {**REFERENCE, **params} == {**params, **REFERENCE} and len(outputs) == len(self.prompts)
             self._reference = outputs if first else self._measure(REFERENCE, self.prompts)[1]
@@ -165,10 +175,11 @@ class HuggingFaceEngine:
         model = self._model(params)
         return measure_settings(model, prompts, params, new_tokens=self.new_tokens, warmup=self.warmup)
 
-    def _share(self, fidelity: float) -> list[list[int]]:
+    def _share(self, fidelity: float, batch_size: int) -> list[list[int]]:
+        """The first of the prompts, but one whole batch at least: less of it would say nothing of that batch size."""
         if not 0 < fidelity <= 1:
             raise ValueError(f"fidelity must lie in (0, 1], got {fidelity}")
-        return self.prompts[: max(1, round(fidelity * len(self.prompts)))]
+        return self.prompts[: max(1, batch_size, round(fidelity * len(self.prompts)))]
 
     def _model(self, params: Params) -> nn.Module:
         group = (params.get("dtype", "float32"), params.get("attn_implementation", "sdpa"))
