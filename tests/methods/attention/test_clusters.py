@@ -159,6 +159,16 @@ def test_sizes_at_the_edges_of_chunks(backend):
     same(execute_clusters(plan, q, k, v, backend=backend), masked_attention(plan, q, k, v))
 
 
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("density", [0.2, 0.85])
+def test_many_small_clusters(density, dtype):
+    """Runs of kept neighbours, long and short, that begin and end anywhere in a register of keys."""
+    q, k, v = qkv(1, 4, 2, 200, 700, 32, 48, dtype=dtype)
+    plan, _ = random_plan(q, k, 3, 90, density)
+    same(execute_clusters(plan, q, k, v, backend="kernel"), masked_attention(plan, q, k, v), dtype)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_everything_kept_is_dense_attention(backend):
     q, k, v = qkv(heads=9, groups=3)

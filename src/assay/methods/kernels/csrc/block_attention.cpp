@@ -118,27 +118,76 @@ struct Clusters {
   const int64_t* sizes_of(int64_t b, int64_t h) const { return sizes + (b * heads + h) * count; }
 };
 
+// Keys that are collected from anywhere in the packed groups until they fill a segment.
+template <bool Half>
+struct Collected {
+  const int64_t segment, words, value_dim;
+  float *keys, *values;  // (word, key) and (word of keys, dim); a register of `keys` more is written
+  const float* no_value;  // zeros
+
+  struct Piece {
+    const float* from;
+    int64_t to;
+  };
+  struct Value {
+    const float* row;
+    int shift;  // of the bfloat16 in its words
+  };
+  int64_t count = 0, piece_count = 0;
+  std::vector<Piece> pieces = std::vector<Piece>(segment);
+  std::vector<Value> value_rows = std::vector<Value>(segment);
+
+  // Notes `more` keys from `lane` on of the group that lies at `group_keys` and `group_values`.
+  void add(const float* group_keys, const float* group_values, int64_t lane, int64_t more) {
+    pieces[piece_count++] = {group_keys + lane, count};
+    for (int64_t i = lane; i < lane + more; ++i)
+      value_rows[count++] = Half ? Value{group_values + i / 2 * value_dim, i % 2 ? 16 : 0} : Value{group_values + i * value_dim, 0};
+  }
+
+  // Copies them together; values are padded with zeros to whole registers of keys.
+  void copy() {
+    // A piece is copied as a whole register: what is too much of it is overwritten by the next piece or the next word.
+    for (int64_t w = 0; w < words; ++w)
+      for (int64_t i = 0; i < piece_count; ++i) store(keys + w * segment + pieces[i].to, load(pieces[i].from + w * kLanes));
+    const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+    std::fill(value_rows.begin() + count, value_rows.begin() + padded, Value{no_value, 0});
+    for (int64_t i = 0; i < padded; i += Half ? 2 : 1) {
+      if constexpr (Half) {
+        const int low_shift = value_rows[i].shift, high_shift = value_rows[i + 1].shift;
+        const auto* low = reinterpret_cast<const uint32_t*>(value_rows[i].row);
+        const auto* high = reinterpret_cast<const uint32_t*>(value_rows[i + 1].row);
+        auto* to = reinterpret_cast<uint32_t*>(values + i / 2 * value_dim);
+        for (int64_t c = 0; c < value_dim; ++c) to[c] = ((low[c] >> low_shift) & 0xffff) | (high[c] >> high_shift) << 16;
+      } else {
+        for (int64_t c = 0; c < value_dim; c += kLanes) store(values + i * value_dim + c, load(value_rows[i].row + c));
+      }
+    }
+  }
+};
+
+// M rows of words `q` against `count` keys, all of which they see.
+template <bool Half, int M>
+void attend_all(const char* q, const float* keys, int64_t word_stride, int64_t group_stride, const float* values, int64_t count,
+                int64_t words, int64_t dim, float scale, int64_t at, const State& state, float* exponents, float* shares) {
+  int64_t last[M];
+  std::fill_n(last, M, count);
+  const auto score = [&](auto& total, int64_t place) __attribute__((always_inline)) {
+    constexpr int N = std::extent_v<std::remove_reference_t<decltype(total)>, 1>;
+    multiply<Half, M, N>(total, q, words * 4, keys + place / kLanes * group_stride, word_stride, group_stride, words);
+  };
+  attend_scores<Half, M>(score, values, (count + kLanes - 1) / kLanes, dim, scale, 0, last, at, state, exponents, shares);
+}
+
 // Every query of query cluster i sees every key of the key clusters j with mask[i][j]. The permutation costs nothing of its own:
-// keys and values are read in their order when they are packed (each cluster padded to whole registers), queries when they are
-// copied, and output rows go straight to their places.
+// keys and values are read in their order when they are packed, queries when they are copied, and output rows go straight to
+// their places. Neighbouring clusters make one run of keys, whatever their sizes. Whole tiles of a run are taken where they lie
+// packed; its ends are collected, with those of other runs, into full segments, so that next to no register is padded.
 template <bool Half>
 void cluster_attention(const Shape& s, const View& q, const View& k, const View& v, const View& out, int64_t value_dim,
                        const Clusters& queries, const Clusters& keys, const bool* mask, float scale) {
-  struct Group {  // of keys in a register
-    int64_t b, h, at, count;
-  };
   struct Rows {
     int64_t cost, b, h, i, at, count;
   };
-  std::vector<Group> groups;
-  std::vector<int64_t> first_group;  // of each (batch, key head, cluster)
-  for (int64_t b = 0; b < s.batch; ++b)
-    for (int64_t h = 0; h < s.key_heads; ++h)
-      for (int64_t j = 0, at = 0; j < keys.count; ++j) {
-        first_group.push_back(groups.size());
-        const int64_t end = at + keys.sizes_of(b, h)[j];
-        for (; at < end; at += groups.back().count) groups.push_back({b, h, at, std::min<int64_t>(kLanes, end - at)});
-      }
   std::vector<Rows> tasks;
   for (int64_t b = 0; b < s.batch; ++b)
     for (int64_t h = 0; h < s.heads; ++h)
@@ -155,28 +204,30 @@ void cluster_attention(const Shape& s, const View& q, const View& k, const View&
       }
   std::stable_sort(tasks.begin(), tasks.end(), [](const Rows& x, const Rows& y) { return x.cost > y.cost; });
 
-  const int64_t words = Half ? s.dim / 2 : s.dim, count = groups.size();
+  const int64_t words = Half ? s.dim / 2 : s.dim, groups = (s.keys + kLanes - 1) / kLanes, heads = s.batch * s.key_heads;
   const int64_t key_floats = kLanes * words, value_floats = kLanes * value_dim / (Half ? 2 : 1);  // of a group
-  const Tensor packed = at::empty({count * (key_floats + value_floats)}, at::kFloat);
+  const Tensor packed = at::empty({heads * groups * (key_floats + value_floats)}, at::kFloat);
   float* all_keys = packed.data_ptr<float>();
-  float* all_values = all_keys + count * key_floats;
+  float* all_values = all_keys + heads * groups * key_floats;
   const int64_t segment = std::max<int64_t>(kSegmentBytes / 4 / std::max(key_floats, value_floats), 1) * kLanes;
+  const int64_t whole = std::min<int64_t>(segment, kWide * kLanes);  // keys are used where they lie in multiples of this
 
 #pragma omp parallel num_threads(threads())
   {
-    Workspace own(kClusterRows * (words + value_dim + kLanes + 2) + kRows * (segment + kWide * kLanes) + 96);
+    Workspace own(kClusterRows * (words + value_dim + kLanes + 2) + kRows * (segment + kWide * kLanes) +
+                  segment * words + segment / kLanes * value_floats + value_dim + 160);
     float* copied = own.take(kClusterRows * words);
     const State state{own.take(kClusterRows * value_dim), own.take(kClusterRows * kLanes), own.take(kClusterRows),
                       own.take(kClusterRows)};
     float *exponents = own.take(kRows * kWide * kLanes), *shares = own.take(kRows * segment);
+    float *collected_keys = own.take(segment * words + kLanes), *collected_values = own.take(segment / kLanes * value_floats);
+    Collected<Half> collected{segment, words, value_dim, collected_keys, collected_values, own.take(value_dim)};
 
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < count; ++item) {
-      const Group& group = groups[item];
-      const auto row = [&](const View& x, int lane) -> const char* {
-        if (lane >= group.count) return nullptr;
-        return x.row(group.b, group.h, keys.order_of(group.b, group.h)[group.at + lane]);
-      };
+    for (int64_t item = 0; item < heads * groups; ++item) {
+      const int64_t b = item / groups / s.key_heads, h = item / groups % s.key_heads, from = item % groups * kLanes;
+      const int64_t count = std::min<int64_t>(kLanes, s.keys - from), *order = keys.order_of(b, h) + from;
+      const auto row = [&](const View& x, int lane) { return lane < count ? x.row(b, h, order[lane]) : nullptr; };
       pack_columns<Half>([&](int lane) { return row(k, lane); }, k.half, s.dim, all_keys + item * key_floats);
       pack_rows<Half>([&](int lane) { return row(v, lane); }, v.half, value_dim, all_values + item * value_floats);
     }
@@ -184,29 +235,47 @@ void cluster_attention(const Shape& s, const View& q, const View& k, const View&
 #pragma omp for schedule(dynamic, 1)
     for (size_t t = 0; t < tasks.size(); ++t) {
       const Rows& task = tasks[t];
-      const int64_t b = task.b, h = task.h, key_head = s.group_of(h);
+      const int64_t b = task.b, h = task.h, key_head = s.group_of(h), first_group = (b * s.key_heads + key_head) * groups;
       const int64_t *rows = queries.order_of(b, h) + task.at, *sizes = keys.sizes_of(b, key_head);
-      const int64_t* first = first_group.data() + (b * s.key_heads + key_head) * keys.count;
       const bool* kept = mask + ((b * s.heads + h) * queries.count + task.i) * keys.count;
       for (int64_t r = 0; r < task.count; ++r) to_words<Half>(q.row(b, h, rows[r]), q.half, s.dim, copied + r * words);
       std::fill_n(state.sums, task.count * value_dim, 0.0f);
       std::fill_n(state.weights, task.count * kLanes, 0.0f);
       std::fill_n(state.shift, task.count, 0.0f);
       std::fill_n(state.limit, task.count, -kInfinity);
-      for (int64_t j = 0; j < keys.count; ++j) {
-        if (!kept[j]) continue;
-        for (int64_t key = 0; key < sizes[j]; key += segment) {
-          const int64_t here = std::min(segment, sizes[j] - key), group = first[j] + key / kLanes;
-          for_rows(task.count, [&](auto m_, int64_t r) {
-            constexpr int M = decltype(m_)::value;
-            int64_t last[M];
-            std::fill_n(last, M, here);
-            attend<Half, M>(reinterpret_cast<const char*>(copied + r * words), words * 4, all_keys + group * key_floats,
-                            all_values + group * value_floats, (here + kLanes - 1) / kLanes, words, value_dim, scale * kLog2e, 0,
-                            last, r, state, exponents, shares);
-          });
+      const auto attend_rows = [&](const float* some_keys, int64_t word_stride, int64_t group_stride, const float* values,
+                                   int64_t count) {
+        for_rows(task.count, [&](auto m_, int64_t r) {
+          attend_all<Half, decltype(m_)::value>(reinterpret_cast<const char*>(copied + r * words), some_keys, word_stride,
+                                                group_stride, values, count, words, value_dim, scale * kLog2e, r, state,
+                                                exponents, shares);
+        });
+      };
+      const auto attend_collected = [&] {
+        collected.copy();
+        attend_rows(collected.keys, segment, kLanes, collected.values, collected.count);
+        collected.count = collected.piece_count = 0;
+      };
+      for (int64_t j = 0, key = 0, end = 0; j < keys.count; ++j) {
+        end += sizes[j];
+        if (kept[j] && j + 1 < keys.count && kept[j + 1]) continue;  // one run
+        if (!kept[j]) key = end;
+        while (key < end) {
+          const int64_t group = first_group + key / kLanes, lane = key % kLanes;
+          const float *group_keys = all_keys + group * key_floats, *group_values = all_values + group * value_floats;
+          if (lane == 0 && end - key >= whole) {
+            const int64_t count = std::min(segment, (end - key) / whole * whole);
+            attend_rows(group_keys, kLanes, key_floats, group_values, count);
+            key += count;
+          } else {
+            const int64_t count = std::min({kLanes - lane, end - key, segment - collected.count});
+            collected.add(group_keys, group_values, lane, count);
+            key += count;
+            if (collected.count == segment) attend_collected();
+          }
         }
       }
+      if (collected.count > 0) attend_collected();
       for (int64_t r = 0; r < task.count; ++r) write_row(state, r, value_dim, out.half, out.row(b, h, rows[r]));
     }
   }
