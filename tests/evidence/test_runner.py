@@ -231,6 +231,20 @@ def test_the_plan():
         plan(["nothing"], "small")
 
 
+def test_single_claims_can_be_named():
+    def planned(*names):
+        return [job.claim for job in plan(names, "smoke").jobs]
+
+    assert planned("toy/loss") == ["toy/loss"]
+    assert planned("toy/loss", "toy/loss") == ["toy/loss"]
+    assert planned("toy/loss", "toy") == planned("toy")
+    assert set(planned("toy")) > {"toy/loss"}
+    with pytest.raises(InputError, match="no claim is called 'toy/lost'; toy has: .*toy/loss"):
+        plan(["toy/lost"], "smoke")
+    with pytest.raises(InputError, match="no paper is called 'nothing'"):
+        plan(["nothing/loss"], "smoke")
+
+
 def test_an_experiment_without_its_claim_is_named(monkeypatch):
     monkeypatch.setitem(toy_experiments.PAPERS, "toyneeds", toy_experiments.Paper("toyneeds", ()))
     with pytest.raises(InputError, match="no claim 'toyneeds/gpu', for which toy_experiments has an experiment"):

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def verify(
-    slugs: Annotated[list[str] | None, typer.Argument(metavar="SLUG...", help="Papers, by their slug.")] = None,
+    slugs: Annotated[
+        list[str] | None, typer.Argument(metavar="SLUG...", help="Papers by their slug, or single claims: slug/claim.")
+    ] = None,
     family: Annotated[str | None, typer.Option(help="Every paper of this family.")] = None,
     all: Annotated[bool, typer.Option("--all", help="Every paper of the catalogue.")] = False,
     scale: Annotated[

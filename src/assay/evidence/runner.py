@@ -82,10 +82,10 @@ class Outcome:
     process: dict[str, Any] = field(default_factory=dict)
 
 
-def plan(slugs: Iterable[str], scale: Scale = "small", seed: int = 0) -> Plan:
-    """Every point of the experiments of `slugs` at `scale`, in order.
+def plan(names: Iterable[str], scale: Scale = "small", seed: int = 0) -> Plan:
+    """Every point at `scale` of the experiments of some papers ("slug") or claims ("slug/what"), in order.
 
-    Raises InputError for a slug the catalogue does not know, an unknown scale, and an experiment whose claim the catalogue does
+    Raises InputError for a name the catalogue does not know, an unknown scale, and an experiment whose claim the catalogue does
     not list.
     """
     from assay import catalogue
@@ -96,8 +96,12 @@ def plan(slugs: Iterable[str], scale: Scale = "small", seed: int = 0) -> Plan:
     jobs: list[Job] = []
     claims: dict[str, ClaimFacts] = {}
     unavailable: dict[str, str] = {}
-    for slug in dict.fromkeys(slugs):
+    names = list(names)
+    for slug in dict.fromkeys(name.split("/", 1)[0] for name in names):
         known = {claim.id: claim for claim in catalogue.get(slug).claims}
+        asked = set(known) if slug in names else {name for name in names if name.startswith(f"{slug}/")}
+        if strange := sorted(asked - set(known)):
+            raise InputError(f"no claim is called {strange[0]!r}; {slug} has: {', '.join(known)}")
         try:
             experiments = experiments_of(slug)
         except Exception as error:  # an experiment that cannot be imported must not end the sweep
@@ -105,10 +109,14 @@ def plan(slugs: Iterable[str], scale: Scale = "small", seed: int = 0) -> Plan:
             continue
         if not experiments:
             unavailable[slug] = "planned: it has no experiment yet"
+        elif untried := asked - {found.claim for found in experiments}:
+            unavailable |= {claim: "no experiment tries it yet" for claim in sorted(untried) if claim in names}
         for found in experiments:
             if found.claim not in known:
                 where = found.run.__module__
                 raise InputError(f"the catalogue has no claim {found.claim!r}, for which {where} has an experiment")
+            if found.claim not in asked:
+                continue
             claims[found.claim] = known[found.claim]
             if scale not in found.points:
                 has = ", ".join(name for name in SCALES if name in found.points)
@@ -131,7 +139,7 @@ def plan(slugs: Iterable[str], scale: Scale = "small", seed: int = 0) -> Plan:
 
 
 def verify(
-    slugs: Sequence[str],
+    names: Sequence[str],
     *,
     scale: Scale = "small",
     resume: bool = False,
@@ -140,7 +148,7 @@ def verify(
     store: Store | None = None,
     seed: int = 0,
 ) -> list[Evidence]:
-    """Measure the claims of some papers and judge them; returns the evidence in the order of the plan.
+    """Measure some papers or single claims, named as in `plan`, and judge them; returns the evidence in the order of the plan.
 
     Each point runs in a process of its own under its experiment's time and memory limits, and its record is in the store
     (default: `Store()`) before the next begins: an interruption loses only the point it hits. With `resume` a point is not
@@ -148,11 +156,11 @@ def verify(
     seed; its record is returned instead. With `ray_address` the points go to a Ray cluster, one at a time to each of its
     machines ("local" starts one here, "auto" finds the running one); assay must be installed on all of them.
 
-    Raises InputError and MissingError as `plan` does and when none of the slugs can be measured; MissingError when Ray is
+    Raises InputError and MissingError as `plan` does and when nothing that was named can be measured; MissingError when Ray is
     wanted and missing; StoreError before the first point when the store cannot be written, and after the last one when it
     could not take some record (which is then in the file that the message names).
     """
-    todo = plan(slugs, scale, seed)
+    todo = plan(names, scale, seed)
     if not todo.jobs:
         why = "; ".join(f"{name}: {reason}" for name, reason in todo.unavailable.items())
         raise MissingError(f"nothing to verify: {why}" if why else "nothing to verify: no paper was named")
