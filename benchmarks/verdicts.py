@@ -9,8 +9,10 @@ when the page is not up to date.
 from __future__ import annotations
 
 import argparse
+import string
 import sys
 from pathlib import Path
+from typing import Any
 
 from assay import catalogue
 from assay.evidence.record import Estimate, Evidence
@@ -31,15 +33,17 @@ HEAD = """# What was measured
 | `mixers.jsonl` | `python benchmarks/mixers.py --out evidence/mixers.jsonl --chart evidence/mixers.html` (the picture: `mixers.png`) |
 | `attention.jsonl` | `python benchmarks/attention.py --out evidence/attention.jsonl` |
 
-One JSON line a point, with machine, versions, threads, load, seed, commit and command. The figures are those of one machine: {machines}.
+One JSON line a point, with machine, versions, threads, load, seed, commit and command. The machines:
+
+{machines}
 
 ## Claims at small scale
 
 `small` means minutes on a CPU: short trainings, small models. A verdict says what happened here at that size, not what the paper
 measured elsewhere. It is that of the claim's largest point; "free" is the gain over the strongest baseline that costs nothing.
 
-| claim | metric | paper | here (95 % interval) | over what is free | quality: here against baseline | verdict |
-| --- | --- | --- | --- | --- | --- | --- |
+| claim | metric | paper | here (95 % interval) | over what is free | quality: here against baseline | machine | verdict |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -50,7 +54,7 @@ def figure(estimate: Estimate, unit: str) -> str:
     return shown if estimate.low == estimate.high else f"{shown} ({estimate.low:.3g} to {estimate.high:.3g})"
 
 
-def row(record: Evidence) -> str:
+def row(record: Evidence, machine: str) -> str:
     """One line of the table."""
     assert record.measured is not None
     paper = "-" if record.paper_value is None else f"{record.paper_value:g} {record.paper_unit}".strip()
@@ -59,17 +63,34 @@ def row(record: Evidence) -> str:
     if record.quality is not None:
         against = "" if record.quality.baseline is None else f" against {record.quality.baseline:.4g}"
         quality = f"{record.quality.metric}: {record.quality.candidate:.4g}{against}"
-    cells = [f"`{record.claim}`", record.metric, paper, figure(record.measured, record.unit), free, quality]
+    cells = [f"`{record.claim}`", record.metric, paper, figure(record.measured, record.unit), free, quality, machine]
     return "| " + " | ".join([*cells, judge(record).verdict]) + " |"
+
+
+def describe(machines: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """A line for each machine, by fingerprint; processors of one name are told apart by what only some of them can do."""
+    shared = set.intersection(*(set(machine["flags"]) for machine in machines.values()))
+    found = {}
+    for fingerprint, machine in machines.items():
+        more = sorted(set(machine["flags"]) - shared)
+        also = f", also {', '.join(more)}" if more else ""
+        ram = round(machine["ram_bytes"] / 2**30)
+        found[fingerprint] = f"{machine['cpu']} ({fingerprint}), {machine['cores']} cores, {ram} GiB{also}"
+    return found
 
 
 def page(lines: list[str]) -> str:
     """The whole page, from the lines of claims.jsonl."""
-    found = sorted(summaries(Evidence.model_validate_json(line) for line in lines), key=lambda s: s.claim)
+    found = sorted(
+        summaries(Evidence.model_validate_json(line) for line in lines), key=lambda s: (s.claim, s.fingerprint)
+    )
     for summary in found:
         catalogue.get(summary.claim.split("/")[0])  # a claim of no known paper would be a mistake
-    machines = sorted({f"{s.deciding.machine['cpu']}, {s.deciding.machine['threads']} threads" for s in found})
-    return HEAD.format(machines="; ".join(machines)) + "".join(row(s.deciding) + "\n" for s in found)
+    machines = {s.fingerprint: s.deciding.machine for s in sorted(found, key=lambda s: s.fingerprint)}
+    letters = dict(zip(machines, string.ascii_uppercase, strict=False))
+    lines = [f"- {letters[fingerprint]}: {text}" for fingerprint, text in describe(machines).items()]
+    rows = [row(s.deciding, letters[s.fingerprint]) + "\n" for s in found]
+    return HEAD.format(machines="\n".join(lines)) + "".join(rows)
 
 
 def main() -> None:

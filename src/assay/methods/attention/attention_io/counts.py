@@ -49,6 +49,7 @@ def attention_io_bound(n: int, d: int, capacity: int, *, causal: bool = False) -
 
 
 def check_sizes(**sizes: int) -> None:
+    """Raises ValueError for the first of the named sizes that is no integer of at least 1."""
     for name, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")

@@ -124,6 +124,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def check_whole_rank(rank: int) -> None:
+    """Raises ValueError unless `rank` is an integer of at least 1."""
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
 
@@ -153,6 +154,7 @@ def _matrix(module: Any) -> Tensor:
 
 
 def weight_of(layer: Any) -> nn.Parameter:
+    """The weight as it is stored, whatever it means."""
     weight: nn.Parameter = layer.weight
     return weight
 
@@ -165,6 +167,7 @@ def matrices_of(layer: Any) -> list[Tensor]:
 
 
 def check_rank(rank: float) -> None:
+    """Raises ValueError unless `rank` is a whole number of at least 1 or a fraction in (0, 1)."""
     if isinstance(rank, bool) or not (0 < rank < 1 or (rank >= 1 and rank == int(rank))):
         raise ValueError(f"rank must be a whole number of at least 1 or a fraction in (0, 1), got {rank!r}")
 
