@@ -1,6 +1,6 @@
 """What a state recalls, and how fast one generates from it: sequence mixers side by side in the same language model.
 
-    python benchmarks/mixers.py [--out FILE] [--chart FILE.html] [--steps N] [--quick]
+    python benchmarks/mixers.py [--panel recall|generation] [--arms ARM ...] [--out FILE] [--chart FILE.html] [--steps N] [--quick]
 
 Every arm is a `MixerForCausalLM` of the same width, depth and channel mixer: a gated short convolution (as BASED's models begin)
 and then two layers of the arm's mixer; BASED's own two mixing layers are Taylor linear attention and a small window.
@@ -25,7 +25,8 @@ the row is the mean over a whole group.
 
 `state_bytes` is of one sequence, all layers, short convolutions included; FIT's is that of its fullest moment in the last group.
 
-One JSON line a point, with machine, commit and command. `--chart` writes a page and, beside it, the same picture as .png.
+One JSON line a point, with machine, commit and command. With `--out` a point takes the place of the same point in that file, and
+the chart shows all of them. `--chart` writes a page and, beside it, the same picture as .png.
 """
 
 from __future__ import annotations
@@ -188,9 +189,9 @@ def language_model(
 # ------------------------------------------------------------------------------------------------------------------- recall
 
 
-def trainings() -> list[tuple[str, int | None]]:
-    """All points of the first panel."""
-    return [(name, setting) for name, arm in ARMS.items() for setting in arm.settings]
+def trainings(arms: Sequence[str] = tuple(ARMS)) -> list[tuple[str, int | None]]:
+    """The points of the first panel."""
+    return [(name, setting) for name in arms for setting in ARMS[name].settings]
 
 
 def recall_row(arm: str, setting: int | None, sizes: Recall) -> Row:
@@ -219,12 +220,13 @@ def recall_row(arm: str, setting: int | None, sizes: Recall) -> Row:
     }
 
 
-def recall_rows(sizes: Recall) -> Iterator[Row]:
+def recall_rows(sizes: Recall, arms: Sequence[str] = tuple(ARMS)) -> Iterator[Row]:
     """The rows of the first panel, as many trainings at a time as torch has threads here."""
-    workers = min(torch.get_num_threads(), len(trainings()))
+    points = trainings(arms)
+    workers = min(torch.get_num_threads(), len(points))
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        rows = pool.map(recall_row, *zip(*trainings(), strict=True), itertools.repeat(sizes))
-        yield from track(rows, "trainings", total=len(trainings()), console=Console(stderr=True))
+        rows = pool.map(recall_row, *zip(*points, strict=True), itertools.repeat(sizes))
+        yield from track(rows, "trainings", total=len(points), console=Console(stderr=True))
 
 
 # --------------------------------------------------------------------------------------------------------------- generation
@@ -314,7 +316,9 @@ whole batch, token by token, median and 95 % interval over interleaved rounds; u
 <tr>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
-<p>{{ origin.machine.cpu }}, {{ origin.machine.threads }} threads, {{ origin.commit }}. Again: <code>{{ origin.command }}</code></p>
+{% for origin in origins %}
+<p>{{ origin }}</p>
+{% endfor %}
 </body>
 </html>
 """
@@ -328,10 +332,9 @@ def chart(rows: Sequence[Row]) -> Figure:
     generation = [row for row in rows if row["panel"] == "generation"]
     _lines(left, recall, "state_bytes", "accuracy", "mean")
     _lines(right, generation, "context", "tokens_per_second", "median")
-    left.axhline(recall[0]["chance"], color="#777777", linewidth=1, linestyle=":", zorder=0)
-    left.annotate(
-        "guessing among the values", (0, recall[0]["chance"]), (4, -10), ("axes fraction", "data"), "offset points"
-    )
+    for chance in {row["chance"] for row in recall}:
+        left.axhline(chance, color="#777777", linewidth=1, linestyle=":", zorder=0)
+        left.annotate("guessing among the values", (0, chance), (4, -10), ("axes fraction", "data"), "offset points")
     left.set(xscale="log", ylim=(-0.02, 1.02), xlabel="state of one sequence (bytes)", ylabel="recall accuracy")
     contexts = sorted({row["context"] for row in generation})
     left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -369,7 +372,15 @@ def _lines(axes: Axes, rows: Sequence[Row], x: str, y: str, middle: str) -> None
         )
 
 
-def write_chart(rows: Sequence[Row], path: Path, origin: Row) -> None:
+def origin_of(row: Row) -> str:
+    """Where a row's figures are from, in a line."""
+    machine = row["machine"]
+    place = f"{machine['cpu']} ({machine['fingerprint']}), {machine['threads']} threads"
+    panel = {"recall": "Recall", "generation": "Generation"}[row["panel"]]
+    return f"{panel}: {place}, commit {row['commit'][:12]}: {row['command']}"
+
+
+def write_chart(rows: Sequence[Row], path: Path) -> None:
     """Writes the page `path` with ending .html, which needs nothing beside itself, and the picture with ending .png."""
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "assay", "font.size": 9}):
         figure, drawn = chart(rows), io.StringIO()
@@ -383,7 +394,7 @@ def write_chart(rows: Sequence[Row], path: Path, origin: Row) -> None:
         noisy=any(row.get("noisy", False) for row in rows),
         header=("arm", "state set by", "state, bytes", "context", "recall accuracy", "tokens a second"),
         table=[_cells(row) for row in rows],
-        origin=origin,
+        origins=list(dict.fromkeys(origin_of(row) for row in rows)),
     )
     with atomic_file(path.with_suffix(".html")) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -401,9 +412,20 @@ def _cells(row: Row) -> tuple[str, ...]:
 # --------------------------------------------------------------------------------------------------------------------- main
 
 
+def merged(rows: Sequence[Row]) -> list[Row]:
+    """The last row of each point, in the order of the panels, contexts, arms and settings."""
+    newest = {(row["panel"], row["arm"], row["setting"], row.get("context")): row for row in rows}
+    order = [*ARMS]
+    return sorted(newest.values(), key=lambda r: (r["panel"] != "recall", r.get("context", 0), order.index(r["arm"])))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=None, help="append the lines to this file too")
+    parser.add_argument("--panel", choices=("recall", "generation"), default=None, help="this panel alone")
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, default=list(ARMS), help="train these alone (generation interleaves all)"
+    )
+    parser.add_argument("--out", type=Path, default=None, help="put the lines into this file too")
     parser.add_argument(
         "--chart", type=Path, default=None, help="write this page (.html) and the picture (.png) beside it"
     )
@@ -423,15 +445,24 @@ def main() -> None:
     origin: Row = {"machine": place.machine, "commit": place.commit, "command": " ".join(["python", *sys.argv])}
 
     rows = []
-    for row in itertools.chain(recall_rows(recall), generation_rows(generation)):
-        rows.append(row)
-        line = json.dumps(row | origin | {"created": datetime.now(UTC).isoformat(timespec="seconds")})
-        print(line, flush=True)
-        if options.out is not None:
+    if options.out is not None and options.out.exists():
+        rows = [json.loads(line) for line in options.out.read_text(encoding="utf-8").splitlines()]
+    panels: dict[str, Iterator[Row]] = {
+        "recall": recall_rows(recall, options.arms),
+        "generation": generation_rows(generation),
+    }
+    for row in itertools.chain(*(found for name, found in panels.items() if options.panel in (None, name))):
+        rows.append(row | origin | {"created": datetime.now(UTC).isoformat(timespec="seconds")})
+        print(json.dumps(rows[-1]), flush=True)
+        if options.out is not None:  # as soon as it is there
             with options.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                file.write(json.dumps(rows[-1]) + "\n")
+    rows = merged(rows)
+    if options.out is not None:
+        with atomic_file(options.out) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     if options.chart is not None:
-        write_chart(rows, options.chart, origin)
+        write_chart(rows, options.chart)
 
 
 if __name__ == "__main__":

@@ -201,3 +201,18 @@ def test_wrong_options_are_refused(monkeypatch, capsys, option, value):
     with pytest.raises(SystemExit):
         mixers.main()
     assert f"argument {option} must" in capsys.readouterr().err
+
+
+def test_a_point_measured_again_takes_the_place_of_the_old_one(quick, monkeypatch, tmp_path):
+    _, rows = quick
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["mixers.py", "--quick", "--panel", "recall", "--arms", "fit", "--out", str(file)]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(mixers, "print", lambda *text, **options: None, raising=False)
+    mixers.main()
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    points = [[(r["panel"], r.get("context"), r["arm"], r["setting"]) for r in some] for some in (rows, found)]
+    assert points[0] == points[1]
+    again = [row for row in found if row["command"].endswith(str(file))]
+    assert [(row["arm"], row["setting"]) for row in again] == mixers.trainings(["fit"])
