@@ -30,7 +30,6 @@ def test_ray_is_missing(monkeypatch):
         verify(["toy"], scale="smoke", ray_address="local")
 
 
-@pytest.mark.slow
 def test_a_local_cluster(tmp_path, monkeypatch):
     """Points are measured on the cluster, a crash among them; what is recorded is not measured again."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'assay[ray]'")
