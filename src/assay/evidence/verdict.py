@@ -7,7 +7,7 @@ One point (`judge`), first rule that fits:
 3. The interval touches "no gain": `does not pay here`.
 4. The interval against the strongest free baseline is not wholly on the right side: `does not pay here`.
 5. The quality guard is broken: `does not pay here`.
-6. The paper gives a number, and the interval reaches 80 % of it: `reproduced`.
+6. The paper gives a number, and the median reaches 80 % of it: `reproduced`.
 7. Otherwise `direction holds`: a gain, but short of the paper's number, or the paper gives none.
 
 *No gain* is a ratio of 1 for a trial and for a figure in "x"; for another figure the measured baseline; without one, 0 for
@@ -103,10 +103,10 @@ def judge(record: Evidence) -> Judgement:
         return Judgement(Verdict.DOES_NOT_PAY, f"{seen}, but {broken}")
 
     reached, paper = _reached(record, claimed)
-    if reached and gain is None and not _reached(record, claimed, whole=True)[0]:
-        return Judgement(Verdict.DIRECTION_HOLDS, f"{seen}: agrees with the paper's {paper}, but too wide to show it")
-    if reached:
+    if reached is not None and reached[0 if gain is None else 1]:
         return Judgement(Verdict.REPRODUCED, f"{seen}, at least {REACH:.0%} of the paper's {paper}")
+    if reached is not None and reached[2] and gain is None:
+        return Judgement(Verdict.DIRECTION_HOLDS, f"{seen}: agrees with the paper's {paper}, but too wide to show it")
     if gain is None:
         short = f"short of the paper's {paper}" if paper else "the paper gives no number"
         return Judgement(Verdict.DOES_NOT_PAY, f"{seen}: {short}, and there is no baseline to show a gain")
@@ -160,18 +160,19 @@ def _gain_over_free(record: Evidence) -> tuple[float, float] | None:
     return _gain(record.measured, record.free, record.higher_is_better)
 
 
-def _as_ratio(record: Evidence) -> tuple[float, float]:
-    """(low, high) of a measured ratio, turned so that above 1 is a gain."""
+def _as_ratio(record: Evidence) -> tuple[float, float, float]:
+    """(low, median, high) of a measured ratio, turned so that above 1 is a gain."""
     assert record.measured is not None
-    low, high = record.measured.low, record.measured.high
+    ends = record.measured.low, record.measured.median, record.measured.high
     if record.kind == "trial" or record.higher_is_better:
-        return low, high
-    return (1 / high if high > 0 else float("inf")), (1 / low if low > 0 else float("inf"))
+        return ends
+    low, median, high = (1 / end if end > 0 else float("inf") for end in reversed(ends))
+    return low, median, high
 
 
 def _judge_bound(record: Evidence, claimed: float, seen: str) -> Judgement:
     paper = f"{record.paper_value:.4g}{record.paper_unit}"
-    if _as_ratio(record)[1] < claimed ** (1 / REACH):
+    if _as_ratio(record)[2] < claimed ** (1 / REACH):
         return Judgement(Verdict.REFUTED, f"{seen}: costs more than the paper's {paper}")
     if broken := _broken_quality(record):
         return Judgement(Verdict.DOES_NOT_PAY, f"{seen}, but {broken}")
@@ -180,8 +181,8 @@ def _judge_bound(record: Evidence, claimed: float, seen: str) -> Judgement:
     return Judgement(Verdict.REPRODUCED, f"{seen}, within the paper's {paper}")
 
 
-def _reached(record: Evidence, claimed: float | None, *, whole: bool = False) -> tuple[bool | None, str]:
-    """Whether the interval (`whole`: all of it) reaches the paper's number, and that number in words.
+def _reached(record: Evidence, claimed: float | None) -> tuple[tuple[bool, bool, bool] | None, str]:
+    """Whether the worse end of the interval, its median and its better end reach the paper's number, and that number in words.
 
     None where there is no number to compare with.
     """
@@ -191,15 +192,16 @@ def _reached(record: Evidence, claimed: float | None, *, whole: bool = False) ->
         return None, ""
     paper = f"{value:.4g} {record.paper_unit}".strip() if unit_name(record.paper_unit) not in ("x", "%") else ""
     paper = paper or f"{value:.4g}{record.paper_unit}"
+    low, median, high = record.measured.low, record.measured.median, record.measured.high
     if claimed is not None:
-        return _as_ratio(record)[0 if whole else 1] >= claimed**REACH, paper
-    if record.kind == "trial":
+        low, median, high = (end - claimed**REACH for end in _as_ratio(record))
+    elif record.kind == "trial":
         return None, ""
-    if record.higher_is_better:
-        best = record.measured.low if whole else record.measured.high
-        return best >= value - (1 - REACH) * abs(value), paper
-    best = record.measured.high if whole else record.measured.low
-    return best <= value + (1 / REACH - 1) * abs(value), paper
+    elif record.higher_is_better:
+        low, median, high = (end - value + (1 - REACH) * abs(value) for end in (low, median, high))
+    else:
+        low, median, high = (value + (1 / REACH - 1) * abs(value) - end for end in (high, median, low))
+    return (low >= 0, median >= 0, high >= 0), paper
 
 
 def _broken_quality(record: Evidence) -> str:
