@@ -169,6 +169,13 @@ def test_when_nothing_helps_the_free_baseline_is_saved_and_it_says_so(world, mod
     assert "free baseline was saved" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_one_method_is_tried_even_when_the_baselines_took_all_the_time(world, model, tmp_path):
+    world(Children())
+    outcome = tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", minutes=1e-4)
+    assert outcome.document()["candidates"] == 1
+    assert outcome.helped
+
+
 def test_a_loss_that_only_shows_in_the_proof_is_not_accepted(world, model, tmp_path):
     class Worse(Children):
         def final(self, settings, recipes, judge, pairs, seconds):

@@ -65,7 +65,7 @@ def measure(
 ) -> dict[str, Any]:
     """Apply a recipe, measure the goal and judge the quality, unless something equivalent was already measured.
 
-    `known` maps function hashes to {"quality": ..., "structures": [...]}. Costs are sampled until `repeats` or `seconds`.
+    `known` maps function hashes to {"quality": ..., "structures": [...]}. Costs are sampled until `repeats`, or as often as `seconds` hold.
     A step that does not fit is an answer too: {"misfit": its transform, "error": why}.
     """
     own = Settings(**settings)
@@ -86,8 +86,10 @@ def measure(
     if repeats:
         run_once(model, work)  # warm-up: compilation, packing, allocator
     start = time.perf_counter()
-    while len(samples) < repeats and (not samples or time.perf_counter() - start < seconds):
+    while len(samples) < repeats:
         samples.append(run_once(model, work))
+        if (time.perf_counter() - start) * (1 + 1 / len(samples)) > seconds:  # one more would end too late
+            break
     run_seconds = (time.perf_counter() - start) / max(len(samples), 1)
     found = before["quality"] if before is not None else quality(model, work)
     return {

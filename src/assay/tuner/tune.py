@@ -309,7 +309,7 @@ def _tune(
 
         def run() -> dict[str, Any]:
             begin = time.monotonic()
-            left = deadline - begin if kind == "candidate" else 600.0
+            left = max(deadline - begin, rows[0].seconds) if kind == "candidate" else 600.0
             result = child(
                 "measure", left, recipe=recipe.model_dump(mode="json"), known=known, seconds=minutes * 60 * 0.03
             )
@@ -467,14 +467,15 @@ def _search(
     deadline: float,
     reserve: Callable[[], float],
 ) -> Iterator[tuple[Row, tuple[Option, ...]]]:
-    longest = base.seconds
+    """Candidates while there is time for one more and the proof; one is tried in any case, for a run without says nothing."""
+    longest: float | None = None
     while (options := search.next()) is not None:
-        if time.monotonic() + longest > deadline - reserve():
+        if longest is not None and time.monotonic() + longest > deadline - reserve():
             return
         predicted = search.roofline(options)
         steps = sorted([*base.recipe.steps, *(o.step for o in options)], key=_slot_order)
         row = trial("candidate", tuple(steps), [o.key for o in options], predicted)
-        longest = max(longest * 0.7, row.seconds)
+        longest = max((longest or 0.0) * 0.7, row.seconds)
         yield row, options
 
 
@@ -498,7 +499,7 @@ def _final_seconds(rows: list[Row], free: Row, goal: str) -> float:
     """Time to keep for the proof: loading three models again, a warm-up and six rounds (memory: three) of each, the report."""
     first = rows[0]
     overhead = 0.5 * sum(row.seconds - row.run_seconds * len(row.samples) for row in (first, free))
-    return 20.0 + overhead + (3 if goal == "memory" else 7) * (first.run_seconds + 1.5 * free.run_seconds)
+    return 20.0 + overhead + (3 if goal == "memory" else 7) * (first.run_seconds + 1.2 * free.run_seconds)
 
 
 def _failure(result: ChildResult, function: str, settings: Settings) -> AssayError:
