@@ -26,7 +26,7 @@ HEAD = """# What was measured
 | file | command that makes it (each line holds the one it came from) |
 | --- | --- |
 | `claims.jsonl` | `assay verify --all --scale small --jsonl evidence/claims.jsonl` |
-| `demo.jsonl` | `make demo` |
+| `demo.jsonl`, `demo-b.jsonl` | `make demo`, on machine A and B |
 | `bench.jsonl` | `make bench` |
 | `throughput.jsonl` | `assay tune smollm2-135m --goal throughput -o out/throughput` |
 | `memory.jsonl` | `assay tune smollm2-135m --goal memory -o out/memory` |
