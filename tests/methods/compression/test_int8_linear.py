@@ -262,6 +262,90 @@ def test_qkv_rope_is_its_parts(d, dtype, batch, monkeypatch):
         assert close(seen, wanted.to(dtype), dtype)
 
 
+# Many rows take AMX where there is one, single rows never do: one by one they say what the bits must be.
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def same(seen: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(seen, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_kernel
+@pytest.mark.parametrize("k", [1, 4, 63, 64, 67, 68, 100, 128, 191, 576, 1536])
+def test_many_rows_have_the_bits_of_single_ones(k, threads):
+    linear = layer(70, k, norm=k % 2 == 0, bias=k != 64, rotation=k & -k)
+    x = torch.randn(200, k)
+    x[1], x[2, 0], x[3, k // 2] = 0, float("nan"), float("inf")
+    alone = torch.cat([linear(row) for row in x.split(1)])
+    assert not bool(alone[2:4].isfinite().any())
+    for rows in (*range(1, 71), 129, 200):
+        same(linear(x[:rows]), alone[:rows])
+    for dtype in DTYPES[1:]:
+        y = x[:40].to(dtype)
+        same(linear(y), torch.cat([linear(row) for row in y.split(1)]))
+
+
+@needs_kernel
+@pytest.mark.parametrize("hidden", [100, 192])
+def test_fused_pieces_have_the_bits_of_single_rows(hidden, threads):
+    mlp = Int8GatedMLP(layer(2 * (hidden + -hidden % 64), 132, norm=True), layer(70, hidden))
+    x = torch.randn(1, 193, 132).bfloat16()
+    alone = torch.cat([mlp(row) for row in x.split(1, 1)], 1)
+    for rows in (7, 16, 17, 31, 33, 64, 193):
+        same(mlp(x[:, :rows]), alone[:, :rows])
+    linear, cos, sin = layer(8 * 48, 132, norm=True), *torch.randn(2, 1, 193, 48).bfloat16()
+    parts = [qkv_rope(linear, *(t[:, i : i + 1] for t in (x, cos, sin)), 2) for i in range(193)]
+    for seen, pieces in zip(qkv_rope(linear, x, cos, sin, 2), zip(*parts, strict=True), strict=True):
+        same(seen, torch.cat(pieces, 2))
+
+
+@needs_kernel
+def test_tile_registers_are_left_to_others(threads):
+    """torch's bfloat16 products configure the same registers in the same threads."""
+    linear, x = layer(130, 132), torch.randn(100, 132)
+    a, q = torch.randn(200, 320).bfloat16(), torch.randn(1, 2, 150, 64).bfloat16()
+
+    def others() -> tuple[torch.Tensor, torch.Tensor]:
+        return a @ a.T, nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    before, alone = others(), torch.cat([linear(row) for row in x.split(1)])
+    for _ in range(5):
+        same(linear(x), alone)
+        for seen, expected in zip(others(), before, strict=True):
+            same(seen, expected)
+
+
+@needs_kernel
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_refused_tile_registers_are_done_without(tmp_path):
+    """Linux refuses them to a process whose signal stack could not hold them; the results are the same."""
+    code = f"""
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+libc, memory = ctypes.CDLL(None), ctypes.create_string_buffer(8192)
+assert libc.sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 8192)), None) == 0
+from safetensors.torch import load_file, save_file
+from assay.methods.compression.int8_linear import Int8Linear
+inputs = load_file({str(tmp_path / "inputs")!r})
+save_file(dict(y=Int8Linear(inputs["weight"], inputs["bias"])(inputs["x"])), {str(tmp_path / "outputs")!r})
+print(libc.syscall(158, 0x1023, 18))
+"""
+    weight, bias, x = torch.randn(70, 132), torch.randn(70), torch.randn(50, 132)
+    save_file({"weight": weight, "bias": bias, "x": x}, tmp_path / "inputs")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "-1"  # refused, or there are none
+    same(load_file(tmp_path / "outputs")["y"], Int8Linear(weight, bias)(x))
+
+
 @needs_kernel
 def test_operators_know_their_shapes_without_running():
     from torch._subclasses.fake_tensor import FakeTensorMode

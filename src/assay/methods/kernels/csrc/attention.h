@@ -4,6 +4,9 @@
 // dimension where the processor multiplies those (AVX512-BF16). The left side is broadcast word by word from its natural layout;
 // the right side is packed so that one register holds one word of kLanes columns:
 //   keys   (group of kLanes keys, word of the head dimension, lane)      values   (word of keys, head dimension)
+//
+// Sixteen words of sixteen columns of either are what AMX calls a tile, so the same memory serves processors that have it: there
+// rows are taken by 32 and 16, and what is left by the micro kernel.
 
 #pragma once
 
@@ -27,6 +30,11 @@
 #define ASSAY_AVX512 1
 #if defined(__AVX512BF16__)
 #define ASSAY_BF16 1
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define ASSAY_AMX 1
+#endif
 #endif
 #endif
 
@@ -181,6 +189,90 @@ __attribute__((always_inline)) inline void multiply(Vec (&total)[M][N], const ch
   }
 }
 
+// ---- tiles: AMX ------------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kTile = 16;  // rows of a tile, and words of a row
+constexpr int64_t kPair = 2 * kTile;
+
+#ifdef ASSAY_AMX
+// Whether the operating system lets this process use tiles.
+inline bool tiles_allowed() {
+  static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+  return allowed;
+}
+
+// A thread's eight tiles of 16 x 16 words, while this lives: 0 to 3 are sums, 4 and 5 left sides, 6 and 7 right sides.
+struct Tiles {
+  const bool on;
+  explicit Tiles(bool wanted) : on(wanted && tiles_allowed()) {
+    if (!on) return;
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() {
+    if (on) _tile_release();
+  }
+  Tiles(const Tiles&) = delete;
+};
+
+// out[r][c] = (Add ? out[r][c] : 0) + sum over words s of a[r][s] * b[s][c], for R tiles of rows and C tiles of columns; words are
+// pairs of bfloat16, or (Codes) unsigned codes of `a` and signed ones of `b` by fours, whose sums are int32. `words` is a multiple
+// of 16. Strides of `b` and `out` are in words.
+template <bool Codes, int R, int C, bool Add = false>
+inline void multiply_tiles(const char* a, int64_t row_bytes, const void* right, int64_t word_stride, int64_t column_stride,
+                           int64_t words, void* result, int64_t out_stride) {
+  const auto* b = static_cast<const char*>(right);
+  auto* out = static_cast<char*>(result);
+  const int64_t out_bytes = 4 * out_stride, b_bytes = 4 * word_stride;
+  asm volatile("" ::: "memory");  // the compiler does not know that tiles read and write memory
+  if constexpr (Add) {
+    _tile_loadd(0, out, out_bytes);
+    if constexpr (C > 1) _tile_loadd(1, out + 64, out_bytes);
+    if constexpr (R > 1) _tile_loadd(2, out + kTile * out_bytes, out_bytes);
+    if constexpr (R > 1 && C > 1) _tile_loadd(3, out + kTile * out_bytes + 64, out_bytes);
+  } else {
+    _tile_zero(0);
+    if constexpr (C > 1) _tile_zero(1);
+    if constexpr (R > 1) _tile_zero(2);
+    if constexpr (R > 1 && C > 1) _tile_zero(3);
+  }
+  for (int64_t s = 0; s < words; s += kTile) {
+    _tile_loadd(4, a + 4 * s, row_bytes);
+    _tile_loadd(6, b + s * b_bytes, b_bytes);
+    if constexpr (Codes) _tile_dpbusd(0, 4, 6);
+    if constexpr (!Codes) _tile_dpbf16ps(0, 4, 6);
+    if constexpr (C > 1) {
+      _tile_loadd(7, b + s * b_bytes + 4 * column_stride, b_bytes);
+      if constexpr (Codes) _tile_dpbusd(1, 4, 7);
+      if constexpr (!Codes) _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (R > 1) {
+      _tile_loadd(5, a + kTile * row_bytes + 4 * s, row_bytes);
+      if constexpr (Codes) _tile_dpbusd(2, 5, 6);
+      if constexpr (!Codes) _tile_dpbf16ps(2, 5, 6);
+    }
+    if constexpr (R > 1 && C > 1) {
+      if constexpr (Codes) _tile_dpbusd(3, 5, 7);
+      if constexpr (!Codes) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, out, out_bytes);
+  if constexpr (C > 1) _tile_stored(1, out + 64, out_bytes);
+  if constexpr (R > 1) _tile_stored(2, out + kTile * out_bytes, out_bytes);
+  if constexpr (R > 1 && C > 1) _tile_stored(3, out + kTile * out_bytes + 64, out_bytes);
+  asm volatile("" ::: "memory");
+}
+#else
+struct Tiles {
+  static constexpr bool on = false;
+  explicit Tiles(bool) {}
+};
+#endif
+
 // Covers `count` registers of columns with tiles of 4 (or 2), 2 and 1: calls f(constant N, first register).
 template <class F>
 inline void for_tiles(int64_t count, F&& f) {
@@ -190,10 +282,17 @@ inline void for_tiles(int64_t count, F&& f) {
   for (; at < count; ++at) f(std::integral_constant<int, 1>{}, at);
 }
 
-// Covers `count` rows with groups of 6, 4, 2 and 1: calls f(constant M, first row).
+// Covers `count` rows with groups of 6, 4, 2 and 1, or first with 32 and 16 where `tiles`: calls f(constant M, first row).
 template <class F>
-inline void for_rows(int64_t count, F&& f) {
-  for (int64_t at = 0; at < count;) {
+inline void for_rows(int64_t count, F&& f, bool tiles = false) {
+  int64_t at = 0;
+#ifdef ASSAY_AMX
+  if (tiles) {
+    for (; at + kPair <= count; at += kPair) f(std::integral_constant<int, kPair>{}, at);
+    for (; at + kTile <= count; at += kTile) f(std::integral_constant<int, kTile>{}, at);
+  }
+#endif
+  while (at < count) {
     const int64_t left = count - at;
     if (left == 6 || left > 8) {
       f(std::integral_constant<int, 6>{}, at);
@@ -337,12 +436,28 @@ inline int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads
 constexpr int64_t kSegmentBytes = 16384;  // of packed keys, and of values: both stay in the first-level cache
 constexpr float kSlack = 8.0f;            // how far a score may pass the maximum that was found before it, in base 2
 
+// Keys of a segment, of whose groups keys or values take so many bytes.
+inline int64_t segment_of(int64_t group_bytes) {
+  return std::max<int64_t>(kSegmentBytes / group_bytes * kLanes / kPair, 1) * kPair;
+}
+
 // What one thread carries through the key blocks for one query block.
 struct State {
   float* sums;     // (rows, dim)
   float* weights;  // (rows, kLanes), partial sums
   float* shift;    // (rows,), subtracted from the scores: a maximum, 0 before there is one
   float* limit;    // (rows,), how far a score may pass `shift`: kSlack, -infinity before there is a maximum
+};
+
+// What a thread needs while it attends: all in floats, `scores` and most of `shares` for tiles only.
+struct Scratch {
+  float *exponents, *shares, *scores;
+
+  static int64_t floats(int64_t segment) { return kRows * kWide * kLanes + kPair * (segment + kPair) / 2 + 2 * kPair * kPair + 48; }
+  Scratch(Workspace& own, int64_t segment)
+      : exponents(own.take(kRows * kWide * kLanes)),
+        shares(own.take(kPair * (segment + kPair) / 2)),
+        scores(own.take(2 * kPair * kPair)) {}
 };
 
 // Takes the maxima of M rows of exponents (score - shift) into account: moves the shift, and rescales what was summed with the
@@ -375,57 +490,65 @@ __attribute__((noinline)) void raise(float* exponents, int64_t width, float* sha
   }
 }
 
-// M rows against a segment of `groups` groups of kLanes keys: scores, online softmax, weighted values. Row m sees the keys
-// [first, last[m]) of the segment, the others are masked. `score(total, place)` adds to total[M][N] the products of the rows with
-// the N * kLanes keys from `place` on, which `scale` turns into exponents of two.
+// Turns M x N registers of scores, of the keys from `place` of a segment on, into shares: row m sees the keys [first, last[m]) of
+// the segment, the others are masked; `scale` makes scores exponents of two. Rows of `shares` are `width` numbers apart.
+template <bool Half, int M, int N>
+__attribute__((always_inline)) inline void weigh(Vec (&total)[M][N], int64_t place, float scale, int64_t first, const int64_t* last,
+                                                 int64_t dim, int64_t at, const State& state, float* exponents, float* shares,
+                                                 int64_t width) {
+  constexpr int64_t tile = N * kLanes;
+  bool seldom = first > place || last[0] < place + tile;
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    Vec most = all(-kInfinity);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      total[m][n] = total[m][n] * scale - state.shift[at + m];
+      most = larger(most, total[m][n]);
+    }
+    seldom |= any_above(most, state.limit[at + m]);
+  }
+  if (__builtin_expect(seldom, false)) {
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      float* row = exponents + m * tile;
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) store(row + n * kLanes, total[m][n]);
+      for (int64_t i = 0; i < std::min(first - place, tile); ++i) row[i] = -kInfinity;
+      for (int64_t i = std::max<int64_t>(last[m] - place, 0); i < tile; ++i) row[i] = -kInfinity;
+    }
+    raise<Half, M>(exponents, tile, shares, width, place, dim, at, state);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) total[m][n] = load(exponents + m * tile + n * kLanes);
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+    Vec weight = load(state.weights + (at + m) * kLanes);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      total[m][n] = exp2<Half>(total[m][n]);
+      weight = weight + total[m][n];
+    }
+    store_words<Half, N>(shares, m * width + place, total[m]);
+    store(state.weights + (at + m) * kLanes, weight);
+  }
+}
+
+// M rows against a segment of `groups` groups of kLanes keys: scores, online softmax, weighted values. `score(total, place)` adds to
+// total[M][N] the products of the rows with the N * kLanes keys from `place` on. The rest is as in `weigh`.
 template <bool Half, int M, class Score>
 __attribute__((always_inline)) inline void attend_scores(Score&& score, const float* values, int64_t groups, int64_t dim, float scale,
                                                          int64_t first, const int64_t* last, int64_t at, const State& state,
-                                                         float* exponents, float* shares) {
+                                                         const Scratch& scratch) {
   const int64_t width = groups * kLanes;
+  float* shares = scratch.shares;
   for_tiles(groups, [&](auto n_, int64_t group) {
     constexpr int N = decltype(n_)::value;
-    constexpr int64_t tile = N * kLanes;
-    const int64_t place = group * kLanes;
     Vec total[M][N] = {};
-    score(total, place);
-    bool seldom = first > place || last[0] < place + tile;
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      Vec most = all(-kInfinity);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        total[m][n] = total[m][n] * scale - state.shift[at + m];
-        most = larger(most, total[m][n]);
-      }
-      seldom |= any_above(most, state.limit[at + m]);
-    }
-    if (__builtin_expect(seldom, false)) {
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        float* row = exponents + m * tile;
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) store(row + n * kLanes, total[m][n]);
-        for (int64_t i = 0; i < std::min(first - place, tile); ++i) row[i] = -kInfinity;
-        for (int64_t i = std::max<int64_t>(last[m] - place, 0); i < tile; ++i) row[i] = -kInfinity;
-      }
-      raise<Half, M>(exponents, tile, shares, width, place, dim, at, state);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n) total[m][n] = load(exponents + m * tile + n * kLanes);
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      Vec weight = load(state.weights + (at + m) * kLanes);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        total[m][n] = exp2<Half>(total[m][n]);
-        weight = weight + total[m][n];
-      }
-      store_words<Half, N>(shares, m * width + place, total[m]);
-      store(state.weights + (at + m) * kLanes, weight);
-    }
+    score(total, group * kLanes);
+    weigh<Half, M, N>(total, group * kLanes, scale, first, last, dim, at, state, scratch.exponents, shares, width);
   });
   for_tiles(dim / kLanes, [&](auto n_, int64_t column) {
     constexpr int N = decltype(n_)::value;
@@ -444,15 +567,66 @@ __attribute__((always_inline)) inline void attend_scores(Score&& score, const fl
   });
 }
 
-// The same with float or bfloat16 rows `q` and packed `keys` of `words` words.
+#ifdef ASSAY_AMX
+constexpr int kSoftRows = 8;  // rows of a tile whose softmax is computed together
+
+// R tiles of rows against a segment. `score(place, to)` writes the products of the rows with the 32 keys from `place` on to `to`
+// (rows, 32), and `finish(r, place, total)` makes scores of those of the kSoftRows rows from r on. The next products are begun
+// before the softmax of the last, so that both units work. Keys and values are read by 32: a group past the end of the segment has
+// to be there, and its values must be finite, for they are multiplied by zeros.
+template <int R, class Score, class Finish>
+inline void attend_tiles(Score&& score, Finish&& finish, const float* values, int64_t groups, int64_t dim, float scale, int64_t first,
+                         const int64_t* last, int64_t at, const State& state, const Scratch& scratch) {
+  constexpr int64_t rows = R * kTile;
+  const int64_t width = (groups + 1) / 2 * kPair;
+  float *scores = scratch.scores, *shares = scratch.shares;
+  score(0, scores);
+  for (int64_t place = 0; place < width; place += kPair) {
+    float* here = scores + place / kPair % 2 * rows * kPair;
+    if (place + kPair < width) score(place + kPair, scores + (place / kPair + 1) % 2 * rows * kPair);
+    for (int64_t r = 0; r < rows; r += kSoftRows) {
+      Vec total[kSoftRows][2];
+#pragma GCC unroll 8
+      for (int m = 0; m < kSoftRows; ++m) {
+        total[m][0] = load(here + (r + m) * kPair);
+        total[m][1] = load(here + (r + m) * kPair + kLanes);
+      }
+      finish(r, place, total);
+      weigh<true, kSoftRows, 2>(total, place, scale, first, last + r, dim, at + r, state, scratch.exponents,
+                                shares + r * width / 2, width);
+    }
+  }
+  const auto* left = reinterpret_cast<const char*>(shares);
+  int64_t column = 0;
+  for (; column + kPair <= dim; column += kPair)
+    multiply_tiles<false, R, 2, true>(left, 2 * width, values + column, dim, kTile, width / 2, state.sums + at * dim + column, dim);
+  if (column < dim)
+    multiply_tiles<false, R, 1, true>(left, 2 * width, values + column, dim, kTile, width / 2, state.sums + at * dim + column, dim);
+}
+#endif
+
+// M rows of float or bfloat16 words `q` against a segment of packed keys: word w of key i lies at keys[i / kLanes * group_stride +
+// w * word_stride + i % kLanes]. M of 16 and 32 are for tiles.
 template <bool Half, int M>
-void attend(const char* q, int64_t q_bytes, const float* keys, const float* values, int64_t groups, int64_t words, int64_t dim,
-            float scale, int64_t first, const int64_t* last, int64_t at, const State& state, float* exponents, float* shares) {
-  const auto score = [&](auto& total, int64_t place) __attribute__((always_inline)) {
-    constexpr int N = std::extent_v<std::remove_reference_t<decltype(total)>, 1>;
-    multiply<Half, M, N>(total, q, q_bytes, keys + place * words, kLanes, kLanes * words, words);
-  };
-  attend_scores<Half, M>(score, values, groups, dim, scale, first, last, at, state, exponents, shares);
+void attend(const char* q, int64_t q_bytes, const float* keys, int64_t word_stride, int64_t group_stride, const float* values,
+            int64_t groups, int64_t words, int64_t dim, float scale, int64_t first, const int64_t* last, int64_t at,
+            const State& state, const Scratch& scratch) {
+#ifdef ASSAY_AMX
+  if constexpr (Half && M >= kTile) {
+    const auto score = [&](int64_t place, float* to) {
+      multiply_tiles<false, M / kTile, 2>(q, q_bytes, keys + place / kLanes * group_stride, word_stride, group_stride, words, to, kPair);
+    };
+    attend_tiles<M / kTile>(score, [](auto&&...) {}, values, groups, dim, scale, first, last, at, state, scratch);
+    return;
+  }
+#endif
+  if constexpr (M < kTile) {
+    const auto score = [&](auto& total, int64_t place) __attribute__((always_inline)) {
+      constexpr int N = std::extent_v<std::remove_reference_t<decltype(total)>, 1>;
+      multiply<Half, M, N>(total, q, q_bytes, keys + place / kLanes * group_stride, word_stride, group_stride, words);
+    };
+    attend_scores<Half, M>(score, values, groups, dim, scale, first, last, at, state, scratch);
+  }
 }
 
 }  // namespace

@@ -23,7 +23,8 @@ void write_row(const State& state, int64_t r, int64_t dim, bool half, char* to) 
 template <bool Half>
 void block_attention(const Shape& s, const View& q, const View& k, const View& v, const View& out, int64_t value_dim,
                      const bool* mask, float scale) {
-  const int64_t words = Half ? s.dim / 2 : s.dim, groups = (s.keys + kLanes - 1) / kLanes, heads = s.batch * s.key_heads;
+  const int64_t words = Half ? s.dim / 2 : s.dim, heads = s.batch * s.key_heads;
+  const int64_t groups = (s.keys + kLanes - 1) / kLanes + 1;  // tiles read a group past the last key
   const int64_t key_floats = kLanes * words, value_floats = kLanes * value_dim / (Half ? 2 : 1);  // of a group
   const Tensor packed = at::empty({heads * groups * (key_floats + value_floats)}, at::kFloat);
   float* all_keys = packed.data_ptr<float>();
@@ -42,16 +43,17 @@ void block_attention(const Shape& s, const View& q, const View& k, const View& v
       }
   tasks = longest_first(std::move(tasks));
 
-  const int64_t segment = std::max<int64_t>(kSegmentBytes / 4 / std::max(key_floats, value_floats), 1) * kLanes;
+  const int64_t segment = segment_of(4 * std::max(key_floats, value_floats));
   const int64_t most_rows = std::min(s.block, s.queries);
   const bool copy = q.half != Half;
 
 #pragma omp parallel num_threads(threads())
   {
-    Workspace own(most_rows * (words + value_dim + kLanes + 2) + kRows * (segment + kWide * kLanes) + 96);
+    const Tiles amx(Half && words % kTile == 0);
+    Workspace own(most_rows * (words + value_dim + kLanes + 2) + Scratch::floats(segment) + 80);
     float* copied = own.take(most_rows * words);
     const State state{own.take(most_rows * value_dim), own.take(most_rows * kLanes), own.take(most_rows), own.take(most_rows)};
-    float *exponents = own.take(kRows * kWide * kLanes), *shares = own.take(kRows * segment);
+    const Scratch scratch(own, segment);
 
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < heads * groups; ++item) {
@@ -83,21 +85,26 @@ void block_attention(const Shape& s, const View& q, const View& k, const View& v
       const int64_t end = s.causal ? position + rows : s.keys;  // no row sees a key from here on
       for (int64_t j = start / s.block; j * s.block < end; ++j) {
         if (kept && !kept[j]) continue;
-        const int64_t block_end = std::min((j + 1) * s.block, end);
-        for (int64_t key = j * s.block; key < block_end; key += segment) {
-          const int64_t key_end = std::min(key + segment, block_end), group = first_group + key / kLanes;
-          for_rows(rows, [&](auto m_, int64_t r) {
-            constexpr int M = decltype(m_)::value;
-            int64_t last[M];
-            for (int m = 0; m < M; ++m) {
-              const int64_t own = position + r + m;
-              last[m] = own < start ? 0 : std::min(key_end, s.causal ? own + 1 : key_end) - key;
-            }
-            if (last[M - 1] <= 0) return;
-            attend<Half, M>(q_data + r * q_bytes, q_bytes, all_keys + group * key_floats, all_values + group * value_floats,
-                            (last[M - 1] + kLanes - 1) / kLanes, words, value_dim, scale * kLog2e, start - key, last, r, state,
-                            exponents, shares);
-          });
+        const int64_t from = j * s.block;
+        while ((j + 1) * s.block < end && (!kept || kept[j + 1])) ++j;  // neighbouring blocks make one run
+        const int64_t run_end = std::min((j + 1) * s.block, end);
+        for (int64_t key = from; key < run_end; key += segment) {
+          const int64_t key_end = std::min(key + segment, run_end), group = first_group + key / kLanes;
+          for_rows(
+              rows,
+              [&](auto m_, int64_t r) {
+                constexpr int M = decltype(m_)::value;
+                int64_t last[M];
+                for (int m = 0; m < M; ++m) {
+                  const int64_t own = position + r + m;
+                  last[m] = own < start ? 0 : std::min(key_end, s.causal ? own + 1 : key_end) - key;
+                }
+                if (last[M - 1] <= 0) return;
+                attend<Half, M>(q_data + r * q_bytes, q_bytes, all_keys + group * key_floats, kLanes, key_floats,
+                                all_values + group * value_floats, (last[M - 1] + kLanes - 1) / kLanes, words, value_dim,
+                                scale * kLog2e, start - key, last, r, state, scratch);
+              },
+              amx.on);
         }
       }
       for (int64_t r = 0; r < rows; ++r) write_row(state, r, value_dim, out.half, out.row(b, h, query + r));
@@ -144,12 +151,12 @@ struct Collected {
       value_rows[count++] = Half ? Value{group_values + i / 2 * value_dim, i % 2 ? 16 : 0} : Value{group_values + i * value_dim, 0};
   }
 
-  // Copies them together; values are padded with zeros to whole registers of keys.
+  // Copies them together; values are padded with zeros to whole tiles of keys.
   void copy() {
     // A piece is copied as a whole register: what is too much of it is overwritten by the next piece or the next word.
     for (int64_t w = 0; w < words; ++w)
       for (int64_t i = 0; i < piece_count; ++i) store(keys + w * segment + pieces[i].to, load(pieces[i].from + w * kLanes));
-    const int64_t padded = (count + kLanes - 1) / kLanes * kLanes;
+    const int64_t padded = (count + kPair - 1) / kPair * kPair;
     std::fill(value_rows.begin() + count, value_rows.begin() + padded, Value{no_value, 0});
     for (int64_t i = 0; i < padded; i += Half ? 2 : 1) {
       if constexpr (Half) {
@@ -164,19 +171,6 @@ struct Collected {
     }
   }
 };
-
-// M rows of words `q` against `count` keys, all of which they see.
-template <bool Half, int M>
-void attend_all(const char* q, const float* keys, int64_t word_stride, int64_t group_stride, const float* values, int64_t count,
-                int64_t words, int64_t dim, float scale, int64_t at, const State& state, float* exponents, float* shares) {
-  int64_t last[M];
-  std::fill_n(last, M, count);
-  const auto score = [&](auto& total, int64_t place) __attribute__((always_inline)) {
-    constexpr int N = std::extent_v<std::remove_reference_t<decltype(total)>, 1>;
-    multiply<Half, M, N>(total, q, words * 4, keys + place / kLanes * group_stride, word_stride, group_stride, words);
-  };
-  attend_scores<Half, M>(score, values, (count + kLanes - 1) / kLanes, dim, scale, 0, last, at, state, exponents, shares);
-}
 
 // Every query of query cluster i sees every key of the key clusters j with mask[i][j]. The permutation costs nothing of its own:
 // keys and values are read in their order when they are packed, queries when they are copied, and output rows go straight to
@@ -209,17 +203,18 @@ void cluster_attention(const Shape& s, const View& q, const View& k, const View&
   const Tensor packed = at::empty({heads * groups * (key_floats + value_floats)}, at::kFloat);
   float* all_keys = packed.data_ptr<float>();
   float* all_values = all_keys + heads * groups * key_floats;
-  const int64_t segment = std::max<int64_t>(kSegmentBytes / 4 / std::max(key_floats, value_floats), 1) * kLanes;
-  const int64_t whole = std::min<int64_t>(segment, kWide * kLanes);  // keys are used where they lie in multiples of this
+  const int64_t segment = segment_of(4 * std::max(key_floats, value_floats));
+  const int64_t whole = std::min<int64_t>(segment, 2 * kPair);  // keys are used where they lie in multiples of this
 
 #pragma omp parallel num_threads(threads())
   {
-    Workspace own(kClusterRows * (words + value_dim + kLanes + 2) + kRows * (segment + kWide * kLanes) +
+    const Tiles amx(Half && words % kTile == 0);
+    Workspace own(kClusterRows * (words + value_dim + kLanes + 2) + Scratch::floats(segment) +
                   segment * words + segment / kLanes * value_floats + value_dim + 160);
     float* copied = own.take(kClusterRows * words);
     const State state{own.take(kClusterRows * value_dim), own.take(kClusterRows * kLanes), own.take(kClusterRows),
                       own.take(kClusterRows)};
-    float *exponents = own.take(kRows * kWide * kLanes), *shares = own.take(kRows * segment);
+    const Scratch scratch(own, segment);
     float *collected_keys = own.take(segment * words + kLanes), *collected_values = own.take(segment / kLanes * value_floats);
     Collected<Half> collected{segment, words, value_dim, collected_keys, collected_values, own.take(value_dim)};
 
@@ -245,11 +240,16 @@ void cluster_attention(const Shape& s, const View& q, const View& k, const View&
       std::fill_n(state.limit, task.count, -kInfinity);
       const auto attend_rows = [&](const float* some_keys, int64_t word_stride, int64_t group_stride, const float* values,
                                    int64_t count) {
-        for_rows(task.count, [&](auto m_, int64_t r) {
-          attend_all<Half, decltype(m_)::value>(reinterpret_cast<const char*>(copied + r * words), some_keys, word_stride,
-                                                group_stride, values, count, words, value_dim, scale * kLog2e, r, state,
-                                                exponents, shares);
-        });
+        for_rows(
+            task.count,
+            [&](auto m_, int64_t r) {
+              constexpr int M = decltype(m_)::value;
+              int64_t last[M];
+              std::fill_n(last, M, count);
+              attend<Half, M>(reinterpret_cast<const char*>(copied + r * words), words * 4, some_keys, word_stride, group_stride,
+                              values, (count + kLanes - 1) / kLanes, words, value_dim, scale * kLog2e, 0, last, r, state, scratch);
+            },
+            amx.on);
       };
       const auto attend_collected = [&] {
         collected.copy();
@@ -407,7 +407,7 @@ void decode_attention(const Shape& s, const View& q, const View& k, const View& 
 
 // ---- XAttention's block scores ---------------------------------------------------------------------------------------------
 
-constexpr int64_t kTileRows = 24;  // tile rows a thread takes at a time, at least: they share a pass over the keys
+constexpr int64_t kTileRows = 32;  // tile rows a thread takes at a time, at least: they share a pass over the keys
 
 // Row A of tiles against column B: sum over i < stride of q[A * stride + stride - 1 - i] . k[B * stride + i]; softmax over B of
 // `scale` times that; out (batch, heads, query blocks, key blocks) is the sum over the tiles of a block. Tiles without any token
@@ -428,6 +428,7 @@ void antidiagonal_scores(const Shape& s, const View& q, const View& k, int64_t s
 #pragma omp parallel num_threads(threads())
   {
     const int64_t most_rows = together * per_block;
+    const Tiles amx(Half && stride * words % kTile == 0);
     Workspace own(most_rows * (stride * words + width) + width + 64);
     float *query = own.take(most_rows * stride * words), *scores = own.take(most_rows * width), *column = own.take(width);
 
@@ -455,17 +456,36 @@ void antidiagonal_scores(const Shape& s, const View& q, const View& k, int64_t s
         to_words<Half>(there ? q.row(b, h, position - s.offset()) : nullptr, q.half, s.dim, query + reversed * words);
       }
       const float* keys = all_keys + (b * s.key_heads + s.group_of(h)) * groups * group_floats;
-      for_tiles((columns + kLanes - 1) / kLanes, [&](auto n_, int64_t group) {
-        constexpr int N = decltype(n_)::value;
-        for_rows(rows, [&](auto m_, int64_t r) {
-          constexpr int M = decltype(m_)::value;
-          Vec total[M][N] = {};
-          multiply<Half, M, N>(total, reinterpret_cast<const char*>(query + r * stride * words), stride * words * 4,
-                               keys + group * group_floats, kLanes, group_floats, stride * words);
-          for (int m = 0; m < M; ++m)
-            for (int n = 0; n < N; ++n) store(scores + (r + m) * width + (group + n) * kLanes, total[m][n] * (scale * kLog2e));
-        });
-      });
+      const int64_t row_words = stride * words;
+      for_rows(
+          rows,
+          [&](auto m_, int64_t r) {
+            constexpr int M = decltype(m_)::value;
+            const auto* left = reinterpret_cast<const char*>(query + r * row_words);
+            const int64_t count = (columns + kLanes - 1) / kLanes;
+            int64_t group = 0;
+#ifdef ASSAY_AMX
+            if constexpr (M >= kTile) {
+              const auto products = [&](auto c_) {
+                constexpr int C = decltype(c_)::value;
+                for (; group + C <= count; group += C)
+                  multiply_tiles<false, M / kTile, C>(left, 4 * row_words, keys + group * group_floats, kLanes, group_floats, row_words,
+                                                      scores + r * width + group * kLanes, width);
+              };
+              products(std::integral_constant<int, 2>{});
+              products(std::integral_constant<int, 1>{});
+            }
+#endif
+            if constexpr (M < kTile)
+              for_tiles(count, [&](auto n_, int64_t group) {
+                constexpr int N = decltype(n_)::value;
+                Vec total[M][N] = {};
+                multiply<Half, M, N>(total, left, 4 * row_words, keys + group * group_floats, kLanes, group_floats, row_words);
+                for (int m = 0; m < M; ++m)
+                  for (int n = 0; n < N; ++n) store(scores + (r + m) * width + (group + n) * kLanes, total[m][n]);
+              });
+          },
+          amx.on);
       for (int64_t block = 0; block < blocks; ++block) {
         std::fill_n(column, width, 0.0f);
         for (int64_t r = block * per_block; r < std::min((block + 1) * per_block, rows); ++r) {
@@ -474,8 +494,12 @@ void antidiagonal_scores(const Shape& s, const View& q, const View& k, int64_t s
           float* row = scores + r * width;
           for (int64_t c = 0; c < first_tile; ++c) row[c] = -kInfinity;
           for (int64_t c = last; c % kLanes; ++c) row[c] = -kInfinity;
-          Vec most = load(row), weight = {};
-          for (int64_t c = kLanes; c < last; c += kLanes) most = larger(most, load(row + c));
+          Vec most = all(-kInfinity), weight = {};
+          for (int64_t c = 0; c < last; c += kLanes) {
+            const Vec score = load(row + c) * (scale * kLog2e);
+            most = larger(most, score);
+            store(row + c, score);
+          }
           const float top = largest(most);
           for (int64_t c = 0; c < last; c += kLanes) {
             const Vec share = exp2<false>(load(row + c) - top);

@@ -4,7 +4,7 @@
 // quantised by the thread that attends it. A word of the micro kernel is four neighbouring codes of the head dimension, which VNNI
 // multiplies (u8 x s8 -> s32): queries are stored as code + 128, and `offset` = -128 * (sum of a key's codes) undoes it. The
 // product becomes a float once, times the scale of its row and of its key, plus dS, the logits of the mean query that smoothing
-// took away. The online softmax is that of attention.h. A query that sees no key gives zeros and a log-sum-exp of -infinity.
+// took away. Where there is AMX the same words are multiplied as tiles. The online softmax is that of attention.h. A query that sees no key gives zeros and a log-sum-exp of -infinity.
 //
 // With a mask only the kept blocks of keys are multiplied, and only they get dS; query blocks then lie on the grid of positions.
 
@@ -171,9 +171,10 @@ struct Options {
 template <bool Half>
 void int8_attention(const Shape& s, const View& q, const View& k, const View& v, const View& out, float* lse, int64_t value_dim,
                     const Options& o) {
-  const int64_t groups = (s.keys + kLanes - 1) / kLanes, heads = s.batch * s.key_heads, padded = groups * kLanes;
+  const int64_t heads = s.batch * s.key_heads;
+  const int64_t groups = (s.keys + kLanes - 1) / kLanes + 1, padded = groups * kLanes;  // tiles read a group past the last key
   const int64_t words = s.dim / kWordCodes, code_bytes = kLanes * s.dim, value_floats = kLanes * value_dim / (Half ? 2 : 1);
-  const int64_t key_parts = (s.keys + o.keys.size - 1) / o.keys.size;
+  const int64_t key_parts = (padded + o.keys.size - 1) / o.keys.size;
   // Without a mask query blocks begin at query 0, as the paper's do, and all keys are one block.
   const int64_t lead = o.mask ? s.offset() - s.first_block() * s.block : 0, key_block = o.mask ? s.block : padded;
   const int64_t query_blocks = (lead + s.queries + s.block - 1) / s.block, most_rows = std::min(s.block, s.queries);
@@ -197,16 +198,17 @@ void int8_attention(const Shape& s, const View& q, const View& k, const View& v,
         tasks.push_back({kept ? std::count(kept, kept + columns, true) : seen, b, h, i});
       }
   tasks = longest_first(std::move(tasks));
-  const int64_t segment = std::max<int64_t>(kSegmentBytes / std::max(code_bytes, value_floats * 4), 1) * kLanes;
+  const int64_t segment = segment_of(std::max(code_bytes, 4 * value_floats));
 
 #pragma omp parallel num_threads(threads())
   {
-    Workspace own(most_rows * (2 * s.dim + value_dim + kLanes + 4) + 2 * s.dim + padded + kRows * (segment + kWide * kLanes) + 256);
+    const Tiles amx(Half && words % kTile == 0);
+    Workspace own(most_rows * (2 * s.dim + value_dim + kLanes + 4) + 2 * s.dim + padded + Scratch::floats(segment) + 240);
     float *rows_of_q = own.take(most_rows * s.dim), *query_mean = own.take(s.dim), *bias = own.take(padded);
     float *row_scale = own.take(most_rows), *correction = own.take(most_rows);
     auto* query_codes = reinterpret_cast<uint8_t*>(own.take(most_rows * words));
     const State state{own.take(most_rows * value_dim), own.take(most_rows * kLanes), own.take(most_rows), own.take(most_rows)};
-    float *exponents = own.take(kRows * kWide * kLanes), *shares = own.take(kRows * segment);
+    const Scratch scratch(own, segment);
     std::fill_n(bias, padded, 0.0f);
     std::vector<int32_t> most(o.queries.count(most_rows));
 
@@ -262,49 +264,72 @@ void int8_attention(const Shape& s, const View& q, const View& k, const View& v,
 
       for (int64_t j = start / key_block; j * key_block < end; ++j) {
         if (kept && !kept[j]) continue;
-        const int64_t block_start = std::max(j * key_block, start), block_end = std::min((j + 1) * key_block, end);
+        const int64_t block_start = std::max(j * key_block, start);
+        while (kept && (j + 1) * key_block < end && kept[j + 1]) ++j;  // neighbouring blocks make one run
+        const int64_t block_end = std::min((j + 1) * key_block, end);
         if (o.smooth_q) dots_of(k, b, s.group_of(h), block_start, block_end, query_mean, s.dim, mean_dot, bias);
         for (int64_t key = block_start / kLanes * kLanes; key < block_end; key += segment) {
           const int64_t key_end = std::min(key + segment, block_end), group = head * groups + key / kLanes;
-          for_rows(rows, [&](auto m_, int64_t r) {
-            constexpr int M = decltype(m_)::value;
-            int64_t last[M];
-            for (int m = 0; m < M; ++m)
-              last[m] = r + m < unseen ? 0 : std::min(key_end, s.causal ? position + r + m + 1 : key_end) - key;
-            if (last[M - 1] <= 0) return;
-            const uint8_t *codes_of_rows = query_codes + r * s.dim, *codes_of_keys = all_codes + group * code_bytes;
-            const int64_t first_key = head * padded + key;
-            const auto score = [&](auto& total, int64_t place) __attribute__((always_inline)) {
-              constexpr int N = std::extent_v<std::remove_reference_t<decltype(total)>, 1>;
-              Ints products[M][N];
-#pragma GCC unroll 8
-              for (int n = 0; n < N; ++n)
-#pragma GCC unroll 8
-                for (int m = 0; m < M; ++m) products[m][n] = load_ints(key_offset + first_key + place + n * kLanes);
-              for (int64_t w = 0; w < words; ++w) {
-                Ints column[N];
-#pragma GCC unroll 8
-                for (int n = 0; n < N; ++n)
-                  column[n] = load_ints(codes_of_keys + (place + n * kLanes) * s.dim + w * kLanes * kWordCodes);
-#pragma GCC unroll 8
-                for (int m = 0; m < M; ++m) {
-                  uint32_t word;
-                  std::memcpy(&word, codes_of_rows + m * s.dim + w * kWordCodes, 4);
-#pragma GCC unroll 8
-                  for (int n = 0; n < N; ++n) products[m][n] = dot4(products[m][n], word, column[n]);
-                }
-              }
-#pragma GCC unroll 8
-              for (int n = 0; n < N; ++n) {
-                const Vec scale = load(key_scale + first_key + place + n * kLanes), shift = load(bias + key + place + n * kLanes);
-#pragma GCC unroll 8
+          for_rows(
+              rows,
+              [&](auto m_, int64_t r) {
+                constexpr int M = decltype(m_)::value;
+                int64_t last[M];
                 for (int m = 0; m < M; ++m)
-                  total[m][n] = __builtin_convertvector(products[m][n], Vec) * (scale * row_scale[r + m]) + shift;
-              }
-            };
-            attend_scores<Half, M>(score, all_values + group * value_floats, (last[M - 1] + kLanes - 1) / kLanes, value_dim,
-                                   o.scale * kLog2e, start - key, last, r, state, exponents, shares);
-          });
+                  last[m] = r + m < unseen ? 0 : std::min(key_end, s.causal ? position + r + m + 1 : key_end) - key;
+                if (last[M - 1] <= 0) return;
+                const uint8_t *codes_of_rows = query_codes + r * s.dim, *codes_of_keys = all_codes + group * code_bytes;
+                const int64_t first_key = head * padded + key;
+                const int64_t groups_seen = (last[M - 1] + kLanes - 1) / kLanes;
+                const float* some_values = all_values + group * value_floats;
+                // Products as int32, without the offsets of the keys, into scores.
+                const auto to_score = [&](Ints product, int64_t row, int64_t place) __attribute__((always_inline)) {
+                  const Vec whole = __builtin_convertvector(product + load_ints(key_offset + first_key + place), Vec);
+                  return whole * (load(key_scale + first_key + place) * row_scale[row]) + load(bias + key + place);
+                };
+#ifdef ASSAY_AMX
+                if constexpr (Half && M >= kTile) {
+                  const auto products = [&](int64_t place, float* to) {
+                    multiply_tiles<true, M / kTile, 2>(reinterpret_cast<const char*>(codes_of_rows), s.dim, codes_of_keys + place * s.dim,
+                                                       kLanes, kLanes * words, words, to, kPair);
+                  };
+                  const auto finish = [&](int64_t first_row, int64_t place, auto& total) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+                    for (int n = 0; n < 2; ++n)
+#pragma GCC unroll 8
+                      for (int m = 0; m < kSoftRows; ++m)
+                        total[m][n] = to_score((Ints)total[m][n], r + first_row + m, place + n * kLanes);
+                  };
+                  attend_tiles<M / kTile>(products, finish, some_values, groups_seen, value_dim, o.scale * kLog2e, start - key, last, r,
+                                          state, scratch);
+                }
+#endif
+                if constexpr (M < kTile) {
+                  const auto score = [&](auto& total, int64_t place) __attribute__((always_inline)) {
+                    constexpr int N = std::extent_v<std::remove_reference_t<decltype(total)>, 1>;
+                    Ints products[M][N] = {};
+                    for (int64_t w = 0; w < words; ++w) {
+                      Ints column[N];
+#pragma GCC unroll 8
+                      for (int n = 0; n < N; ++n)
+                        column[n] = load_ints(codes_of_keys + (place + n * kLanes) * s.dim + w * kLanes * kWordCodes);
+#pragma GCC unroll 8
+                      for (int m = 0; m < M; ++m) {
+                        uint32_t word;
+                        std::memcpy(&word, codes_of_rows + m * s.dim + w * kWordCodes, 4);
+#pragma GCC unroll 8
+                        for (int n = 0; n < N; ++n) products[m][n] = dot4(products[m][n], word, column[n]);
+                      }
+                    }
+#pragma GCC unroll 8
+                    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 8
+                      for (int m = 0; m < M; ++m) total[m][n] = to_score(products[m][n], r + m, place + n * kLanes);
+                  };
+                  attend_scores<Half, M>(score, some_values, groups_seen, value_dim, o.scale * kLog2e, start - key, last, r, state, scratch);
+                }
+              },
+              amx.on);
         }
       }
       for (int64_t r = 0; r < rows; ++r) {
