@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.errors import MissingError
+from assay.experiments.attention.video import PATCH, Noised, psnr, train_on_clips
 from assay.experiments.core import Quality, Trial, experiment
 from assay.methods.attention.clusters import execute_clusters
 from assay.methods.attention.diffusers_processor import set_attention, use_plans
@@ -35,12 +36,10 @@ from assay.methods.attention.svg2 import (
     kmeans,
 )
 from assay.workloads.attention import captured_qkv
-from assay.workloads.images import PHOTOGRAPHS, clip, photograph
+from assay.workloads.images import PHOTOGRAPHS
 from assay.workloads.models import load_model
 from assay.workloads.text import long_prompt
 
-PATCH = 4  # pixels
-GRID = (8, 8, 8)  # frames and patches of a training clip: 512 tokens
 DIM, LAYERS, HEADS = 128, 4, 4
 WORDS = 16  # tokens of a prompt, with padding
 LONG = {"steps": 50, "updates": 2000}  # of full points
@@ -92,13 +91,6 @@ class Denoiser(nn.Module):
         return cast(Tensor, self.model(x.to(words.dtype), times * 1000, **given, return_dict=False)[0])
 
 
-@functools.cache
-def _photograph(label: int) -> Tensor:
-    """A photograph made small enough that a crop of a few dozen pixels shows something."""
-    image = photograph(PHOTOGRAPHS[label])[None]
-    return F.interpolate(image, size=(160, 200), mode="bilinear", antialias=True)[0]
-
-
 @dataclass
 class Measured(SVG2Sampling):
     """SVG2 that takes notes, which costs time: seconds of planning and attending, density of each sparse call, recall of some."""
@@ -138,33 +130,19 @@ def dense_plan(module: Any, q: Tensor, k: Tensor, **options: Any) -> tuple[Atten
     return AttentionPlan(q.shape[2], k.shape[2], causal=False), {}
 
 
+def noised(x0: Tensor) -> Noised:
+    """Clips noised to times drawn from [0, 1], by a cosine schedule, the times, and the velocities that the model shall predict."""
+    times, noise = torch.rand(len(x0)), torch.randn_like(x0)
+    a, s = (f(times * math.pi / 2).view(-1, 1, 1, 1, 1) for f in (torch.cos, torch.sin))
+    return a * x0 + s * noise, times, a * noise - s * x0
+
+
 def train(kind: Kind, updates: int, *, batch: int = 2, seed: int = 0) -> tuple[Denoiser, float]:
     """A denoiser trained on `updates` batches of clips, and its loss over the last tenth."""
     torch.manual_seed(seed)
     model = Denoiser(kind)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.01)
-
-    def rate(update: int) -> float:  # warm-up, then a cosine
-        return min((update + 1) / 20, 1.0) * (0.5 + 0.5 * math.cos(math.pi * update / updates))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
-    losses = []
-    for update in range(updates):
-        labels = torch.randint(len(PHOTOGRAPHS), (batch,))
-        clips = [
-            clip(_photograph(int(i)), GRID[0], GRID[1] * PATCH, seed=update * batch + n) for n, i in enumerate(labels)
-        ]
-        x0 = torch.stack(clips).transpose(1, 2) * 2 - 1
-        times, noise = torch.rand(batch), torch.randn_like(x0)
-        a, s = (f(times * math.pi / 2).view(-1, 1, 1, 1, 1) for f in (torch.cos, torch.sin))
-        loss = F.mse_loss(model(a * x0 + s * noise, times, labels), a * noise - s * x0)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
-    last = losses[-max(1, updates // 10) :]
-    return model.eval().requires_grad_(False), sum(last) / len(last)
+    loss = train_on_clips(model, noised, updates, batch=batch)
+    return model, loss
 
 
 def sample(
@@ -182,11 +160,6 @@ def sample(
             if sampling is not None:
                 sampling.end_step()
     return x.clamp(-1, 1)
-
-
-def psnr(found: Tensor, expected: Tensor) -> float:
-    """Peak signal-to-noise ratio of pixels in [-1, 1], dB."""
-    return float(10 * torch.log10(4 / (found - expected).square().mean().clamp(min=1e-12)))
 
 
 # ------------------------------------------------------------------------------------------------- recall and density
