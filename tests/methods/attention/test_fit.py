@@ -459,6 +459,39 @@ def test_it_learns_to_look_into_earlier_groups():
     assert sum(losses[-10:]) / 10 < 0.3 < 1.2 < losses[0]
 
 
+@pytest.mark.parametrize("dim", [32, 128])
+def test_at_the_start_a_token_is_told_from_those_before_it(dim):
+    """Most of what varies at a position behind the first layer comes from the token there, not from the mean of its predecessors."""
+    torch.manual_seed(0)
+    model = FITDecoder("(1)1(1)", vocab_size=8, groups=2, group_size=8, dim=dim, latent_dim=dim)
+    ids, seen = torch.randint(8, (512, 16)), []
+    model.body.stages[0].local_layers[0].register_forward_hook(lambda module, inputs, out: seen.append(out))
+    with torch.no_grad():
+        model(ids)
+    last, token = seen[0][:, -1], ids.view(-1, 8)[:, -1]  # of each group
+    own = torch.stack([last[token == i].mean(0) for i in range(8)])[token]
+    assert own.var(0).sum() > 0.8 * last.var(0).sum()
+
+
+def test_it_learns_recall_through_the_latents():
+    """Two keys with values in the first group, each asked for in either group: the second knows them by latents alone."""
+    from assay.methods.mixers.training import evaluate, train
+    from assay.workloads.sequences import associative_recall, batches_of
+
+    torch.manual_seed(0)
+    model = FITDecoder(
+        "(1)1(1)", vocab_size=32, groups=2, group_size=8, latents=4, dim=64, latent_dim=64, heads=2, latent_heads=2,
+        ratio=2,
+    )  # fmt: skip
+    task = {"length": 16, "pairs": 2, "vocab": 32}
+    train(model, batches_of(associative_recall, 64, **task), steps=400, lr=3e-3, weight_decay=0.0)
+    inputs, targets = associative_recall(256, seed=0, **task)
+    targets[:, :8] = -100
+    asked = (targets != -100).any(1)
+    found = evaluate(model, inputs[asked], targets[asked])["accuracy"].mean()
+    assert found > 0.8  # knowing which values there were gives 0.5
+
+
 # ------------------------------------------------------------------------------------------------------------------ denoiser
 
 
