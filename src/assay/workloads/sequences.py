@@ -1,6 +1,7 @@
 """Sequences for small models trained here: bytes of real text, and the synthetic tasks that tell mixers apart.
 
 Inputs and targets are int64 (n, length); targets stand at the position that has to predict them, -100 where nothing is asked.
+`pathfinder` alone is about pictures, whose pixels are read as a sequence: float32 images and one label each.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,6 +111,137 @@ def selective_copying(
         inputs[row, -tokens:] = 1
         targets[row, -tokens:] = data
     return inputs, targets
+
+
+# --------------------------------------------------------------------------------------------------------------- pathfinder
+
+TRIES = 100  # of a path's place, and of a scene
+
+
+def pathfinder(
+    n: int, side: int, *, seed: int = 0, distractors: int | None = None, dashes: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Are the two dots joined by a dashed path? Images float32 (n, side, side) in [0, 1], labels int64 (n,): 1 for yes.
+
+    A scene has two dashed, winding paths of `dashes` dashes and `distractors` shorter ones (a third of that), none touching
+    another; the dots are the two ends of one long path, or one end of each. The task is that of Linsley et al. (2018,
+    arXiv 1805.08315), which Path-X (side 128) and Path256 are sides of. The code is our own, and what is not in that description is
+    `our choice`: how lengths and counts go with the side (`pathfinder_sizes`), how sharply a path turns, antialiasing, and that
+    both choices of dots of a scene have nearly the same distance, so that how far the dots are apart tells nothing.
+    Raises ValueError for a side below 16, fewer than 2 dashes, or paths that find no place.
+    """
+    _check(n=n)
+    if side < 16:
+        raise ValueError(f"side must be at least 16, got {side}")
+    sizes = pathfinder_sizes(side)
+    dashes = int(sizes["dashes"]) if dashes is None else dashes
+    distractors = int(sizes["distractors"]) if distractors is None else distractors
+    if dashes < 2 or distractors < 0:
+        raise ValueError(f"dashes must be at least 2 and distractors at least 0, got {dashes} and {distractors}")
+    generator = np.random.default_rng(seed)
+    images, labels = np.empty((n, side, side), np.float32), generator.integers(0, 2, n)
+    for i in range(n):
+        paths, dots = _scene(side, dashes, distractors, bool(labels[i]), generator)
+        images[i] = _drawn(side, paths, dots)
+    return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def pathfinder_sizes(side: int) -> dict[str, float]:
+    """Pixels and counts for one side: a dash, the gap behind it, half a line's width, a dot's radius, space between paths.
+
+    At 256 a dash of 8, gaps of 4, lines of 2 and dots of 4 pixels, and a path of 16 dashes, three quarters of the side, among 16
+    distractors; smaller sides have the same in proportion until a dash has two pixels, then fewer dashes.
+    """
+    dash = max(2.0, side / 32)
+    return {
+        "dash": dash,
+        "gap": dash / 2,
+        "half_width": max(0.5, side / 256),
+        "dot": max(1.25, side / 64),
+        "space": 1.25 * dash,
+        "dashes": round(0.75 * side / (1.5 * dash)),
+        "distractors": min(16, side // 8),
+    }
+
+
+def _scene(
+    side: int, dashes: int, distractors: int, joined: bool, generator: np.random.Generator
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Paths, each (dashes, 2 ends, 2) in pixels, the two long ones first, and the two dots (2, 2)."""
+    for _ in range(TRIES):
+        long = _placed(side, [dashes] * 2, [], generator)
+        if long is None:
+            continue
+        ends = [(path[0, 0], path[-1, 1]) for path in long]
+        together = np.linalg.norm(ends[0][0] - ends[0][1])
+        pairs = [(a, b) for a in ends[0] for b in ends[1]]
+        apart = np.array([np.linalg.norm(a - b) for a, b in pairs])
+        nearest = int(np.abs(apart - together).argmin())
+        if abs(apart[nearest] - together) > 0.1 * together:
+            continue
+        paths = _placed(side, [max(1, dashes // 3)] * distractors, long, generator)
+        if paths is not None:
+            return paths, np.array(ends[0] if joined else pairs[nearest])
+    raise ValueError(
+        f"dashes ({dashes}) and distractors ({distractors}) find no place on {side} x {side} pixels: take fewer"
+    )
+
+
+def _placed(
+    side: int, lengths: list[int], others: list[np.ndarray], generator: np.random.Generator
+) -> list[np.ndarray] | None:
+    """`others` and a path of each length, all with `space` between them, or None when one found no place."""
+    sizes = pathfinder_sizes(side)
+    step, margin, space = sizes["dash"] + sizes["gap"], sizes["dot"] + 0.5, sizes["space"]
+    paths = list(others)
+    for dashes in lengths:
+        turns = generator.normal(0, 0.35, (TRIES, dashes))  # radians a dash: winding, without sharp corners
+        angles = generator.uniform(0, 2 * np.pi, (TRIES, 1)) + turns.cumsum(1)
+        directions = np.stack([np.cos(angles), np.sin(angles)], -1)
+        starts = step * (directions.cumsum(1) - directions)
+        tried = np.stack([starts, starts + sizes["dash"] * directions], 2)  # (tries, dashes, 2 ends, 2)
+        low, high = tried.min((1, 2)), tried.max((1, 2))
+        room = side - 2 * margin - (high - low)
+        tried = tried + (margin - low + generator.uniform(0, 1, room.shape) * room)[:, None, None]
+        taken = np.concatenate([_points(path) for path in paths]) if paths else np.empty((0, 2))
+        for path in tried[(room >= 0).all(1)]:
+            points = _points(path)
+            if len(taken) and (_distances(points, taken) < space).any():
+                continue
+            own = _distances(points, points).reshape(dashes, 3, dashes, 3).min((1, 3))
+            if not (own[np.triu_indices(dashes, 2)] < space).any():  # beyond the next dash
+                paths.append(path)
+                break
+        else:
+            return None
+    return paths
+
+
+def _points(path: np.ndarray) -> np.ndarray:
+    """Start, middle and end of each dash: (3 * dashes, 2)."""
+    return np.stack([path[:, 0], path.mean(1), path[:, 1]], 1).reshape(-1, 2)
+
+
+def _distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
+
+
+def _drawn(side: int, paths: list[np.ndarray], dots: np.ndarray) -> np.ndarray:
+    """White dashes and dots on black, edges one pixel soft: (side, side) float32."""
+    sizes = pathfinder_sizes(side)
+    image = np.zeros((side, side), np.float32)
+    segments = [(a, b, sizes["half_width"]) for a, b in np.concatenate(paths)] + [(d, d, sizes["dot"]) for d in dots]
+    for a, b, radius in segments:
+        first = np.maximum(np.floor(np.minimum(a, b) - radius - 1).astype(int), 0)
+        last = np.minimum(np.ceil(np.maximum(a, b) + radius + 1).astype(int), side)
+        down = np.arange(first[0], last[0])[:, None] + 0.5 - a[0]
+        right = np.arange(first[1], last[1]) + 0.5 - a[1]
+        along = b - a
+        share = np.clip((down * along[0] + right * along[1]) / max(float(along @ along), 1e-12), 0, 1)
+        away = np.hypot(down - share * along[0], right - share * along[1])
+        patch = image[first[0] : last[0], first[1] : last[1]]
+        np.maximum(patch, np.clip(radius + 0.5 - away, 0, 1), out=patch, casting="unsafe")
+    return image
 
 
 def batches_of(

@@ -1,4 +1,4 @@
-"""Long convolutions: what the fused transform gains on FFT convolutions of the time, and what squashing gains in accuracy.
+"""Long convolutions: what the fused transform gains on FFT convolutions of the time, what squashing gains in accuracy, and Path256.
 
 The convolutions are those of the paper's layers (two kernels a channel, all of the sequence). FlashButterfly is a design for matrix
 units and their fast memory; on a processor the same idea, no trip to slow memory between the steps, is blocks of channels in the
@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.experiments.core import Quality, Trial, experiment
+from assay.experiments.mixers.long_convs_path import LESSONS, accuracies, block_of, network, pictures, step_of
+from assay.measure.stats import bootstrap
 from assay.methods.mixers.long_convs import Form, LongConv, LongConvClassifier, conv_cost, fft_conv
 from assay.methods.mixers.training import train
 from assay.workloads.images import digits_split
@@ -211,7 +214,79 @@ def convolution_speedup(length: int, batch: int, dim: int, epochs: int, arms: li
     )
 
 
-def _seconds(path: Callable[[], Tensor]) -> float:
+@experiment(
+    "long_convs/path256-training",
+    points={
+        "smoke": [{"side": 32, "batch": 1, "dim": 16, "depth": 1, "lesson": "tiny"}],
+        "small": [
+            {"side": 32, "batch": 4, "dim": 64, "depth": 2},
+            {"side": 64, "batch": 1, "dim": 64, "depth": 2},
+            {"side": 128, "batch": 1, "dim": 64, "depth": 2, "lesson": "short"},
+        ],
+        "full": [
+            {"side": 64, "batch": 1, "dim": 128, "depth": 6},
+            {"side": 128, "batch": 1, "dim": 128, "depth": 6},
+            {"side": 256, "batch": 1, "dim": 64, "depth": 2, "lesson": "long"},
+        ],
+    },
+    minutes=240,
+    memory_gib=20,
+)
+def path256_training(side: int, batch: int, dim: int, depth: int, lesson: str | None = None) -> Trial:
+    """A step of training on pictures of side * side tokens: the transformer with block-sparse attention against long convolutions.
+
+    Free is the same transformer with dense attention by torch's kernel, in float32 or bfloat16, whichever is faster here. The
+    quality is the accuracy on held-out pictures after equally many steps on smaller ones, which is what can be learned in the
+    time (`LESSONS`); its interval is over pictures, not over seeds. The details say of every arm whether it learned more than
+    chance. The optimizer's step counts: kernels as long as the sequence are most of the long convolutions' parameters.
+    """
+    images, labels = pictures(batch, side, seed=2)
+    dense = {
+        name: step_of("dense", images, labels, dim, depth, bf16)
+        for name, bf16 in (("float32", False), ("bfloat16", True))
+    }
+    seconds = {name: _seconds(step) for name, step in dense.items()}
+    faster = min(seconds, key=lambda name: seconds[name])
+    found: dict[str, dict[str, Any]] = {}
+
+    def quality() -> Quality:
+        assert lesson is not None
+        found.update(accuracies(("long convolution", "block-sparse", "dense"), **LESSONS[lesson]))
+        ours, theirs = (found[arm]["right"].mean(0) for arm in ("long convolution", "block-sparse"))
+        gain = bootstrap((ours - theirs).numpy(), np.mean)
+        base = float(theirs.mean())
+        task = LESSONS[lesson]
+        metric = f"accuracy on held-out pictures of side {task['side']} after {task['steps']} steps"
+        return Quality(metric, float(ours.mean()), base, base + gain.low, base + gain.high)
+
+    def details() -> dict[str, Any]:
+        tokens = side * side
+        block = block_of(tokens)
+        return {
+            "tokens": tokens,
+            "block": block,
+            "density_of_blocks": (tokens // block).bit_length() * block / tokens,
+            "parameters": {
+                arm: sum(p.numel() for p in network(arm, side, dim, depth).parameters())
+                for arm in ("long convolution", "block-sparse")
+            },
+            "dense_step_seconds": seconds,
+            "lesson": LESSONS[lesson] if lesson else None,
+            "learned": {arm: {k: v for k, v in run.items() if k != "right"} for arm, run in found.items()},
+        }
+
+    return Trial(
+        baseline=step_of("block-sparse", images, labels, dim, depth),
+        candidate=step_of("long convolution", images, labels, dim, depth),
+        free=dense[faster],
+        free_label=f"dense attention by torch, {faster}",
+        quality=quality if lesson else None,
+        details=details,
+        pairs=8 if side < 256 else 3,
+    )
+
+
+def _seconds(path: Callable[[], Any]) -> float:
     """The shortest of three runs."""
     times = []
     for _ in range(3):
