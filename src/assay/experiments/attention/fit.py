@@ -334,15 +334,7 @@ LARGE = [3200, 4480, 6400, 8960]  # 40,000 tokens of 16 x 16 pixels, doubled; 64
         "smoke": [BASE | {"patch": 8, "dim": 32, "tile": 4, "latents": 4, "seconds": 60, "sides": {"fit": [256, 512]}}],
         "small": [
             BASE | {"dtype": "bfloat16", "seconds": 400, "sides": {"fit": LARGE}},
-            BASE
-            | {
-                "seconds": 400,
-                "sides": {
-                    "fit": LARGE,
-                    "plain transformer": [800, 1120, 1600, 2240],
-                    "local only": LARGE[:3],
-                },
-            },
+            BASE | {"seconds": 400, "sides": {"fit": LARGE, "plain transformer": [800, 1600]}},
         ],
         "full": [
             BASE
@@ -375,7 +367,8 @@ def tokens_in_memory(
     The model is the encoder with the sizes it has by default, "(2)4(2)" and 256 wide, and a head that fills in hidden patches; groups
     of 10 x 10 patches with 8 latents (`our choice`: the paper does not say which model its 16 GB held). Nothing is checkpointed.
     Details: the same for a plain transformer over all tokens (SDPA, which keeps no attention matrix, so that time ends its
-    growth rather than memory) and for local layers alone, of about the same parameters; 0 where not even the smallest image ran.
+    growth rather than memory) and for local layers alone, of about the same parameters, on the sizes the point names for them; 0
+    where not even the smallest image ran.
     """
     rows = {
         arm: upwards(
