@@ -26,12 +26,12 @@ HEAD = """# What was measured
 | file | command that makes it (each line holds the one it came from) |
 | --- | --- |
 | `claims.jsonl` | `assay verify --all --scale small --jsonl evidence/claims.jsonl` |
-| `demo.jsonl`, `demo-b.jsonl` | `make demo`, on machine A and B |
+| `demo.jsonl`, `demo-b.jsonl`, `demo-c.jsonl` | `make demo`, on machines A, B and C |
 | `bench.jsonl` | `make bench` |
 | `throughput.jsonl` | `assay tune smollm2-135m --goal throughput -o out/throughput` |
 | `memory.jsonl` | `assay tune smollm2-135m --goal memory -o out/memory` |
 | `mixers.jsonl` | `python benchmarks/mixers.py --out evidence/mixers.jsonl --chart evidence/mixers.html` (the picture: `mixers.png`) |
-| `attention.jsonl` | `python benchmarks/attention.py --out evidence/attention.jsonl` |
+| `attention.jsonl` | `python benchmarks/attention.py --out evidence/attention.jsonl`, on machines A and C |
 
 One JSON line a point, with machine, versions, threads, load, seed, commit and command. The machines:
 
@@ -81,12 +81,13 @@ def describe(machines: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 def page(lines: list[str]) -> str:
     """The whole page, from the lines of claims.jsonl."""
-    found = sorted(
-        summaries(Evidence.model_validate_json(line) for line in lines), key=lambda s: (s.claim, s.fingerprint)
-    )
+    records = [Evidence.model_validate_json(line) for line in lines]
+    found = sorted(summaries(records), key=lambda s: (s.claim, s.fingerprint))
     for summary in found:
         catalogue.get(summary.claim.split("/")[0])  # a claim of no known paper would be a mistake
-    machines = {s.fingerprint: s.deciding.machine for s in sorted(found, key=lambda s: s.fingerprint)}
+    shown = {s.fingerprint: s.deciding.machine for s in found}
+    first = sorted(records, key=lambda record: record.created)  # a machine keeps its letter when another comes
+    machines = {f: shown[f] for f in dict.fromkeys(record.fingerprint for record in first) if f in shown}
     letters = dict(zip(machines, string.ascii_uppercase, strict=False))
     lines = [f"- {letters[fingerprint]}: {text}" for fingerprint, text in describe(machines).items()]
     rows = [row(s.deciding, letters[s.fingerprint]) + "\n" for s in found]

@@ -88,7 +88,24 @@ def test_a_lesson_says_what_was_learned():
     for run in found.values():
         assert run["right"].shape == (2, 100)
         assert run["accuracy"] == pytest.approx(run["right"].mean(1).tolist())
-        assert not run["more_than_chance"] or sum(run["accuracy"]) / 2 > 0.5
+        assert not run["more_than_chance"] or sum(run["accuracy"]) / 2 > run["chance"]
+
+
+def test_always_the_same_answer_is_chance(monkeypatch):
+    """Held-out answers are not exactly half and half: a network that never looks must not seem to have learned."""
+
+    class Same(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(torch.ones(len(x), 1))
+
+    monkeypatch.setattr(path, "network", lambda *_: Same(1, 2))
+    for held_out in (30, 31, 50):
+        run = path.accuracies(("dense",), 16, 1, scenes=16, held_out=held_out, steps=1, batch=4, dim=8, depth=1)[
+            "dense"
+        ]
+        assert run["chance"] >= 0.5
+        assert min(run["accuracy"][0], 1 - run["accuracy"][0]) == pytest.approx(1 - run["chance"])
+        assert not run["more_than_chance"]
 
 
 def test_the_claim_has_its_experiment_and_it_runs():

@@ -836,6 +836,7 @@ def test_the_transform_fits_long_prompts_on_cpus_with_vnni(monkeypatch):
     model = tiny_llama()
     assert isinstance(transform, Transform)
     monkeypatch.setattr(sage, "has_vnni", lambda: True)
+    monkeypatch.setattr(sage, "has_tiles", lambda: False)
     fit = transform.applies_to(model, CONTEXT)
     assert fit.applies
     assert [effect.kind for effect in fit.effects] == ["attention"]
@@ -848,6 +849,8 @@ def test_the_transform_fits_long_prompts_on_cpus_with_vnni(monkeypatch):
         assert transform.apply(copy.deepcopy(model), config, CONTEXT).config.sageattention2["qk"] == config["qk"]
     context = TuneContext("ttft", 4096, 8, calibration=(tokens(),))
     assert {"qk": "calibrated"} in transform.configs(model, context)
+    monkeypatch.setattr(sage, "has_tiles", lambda: True)
+    assert "AMX" in transform.applies_to(model, CONTEXT).reason
     monkeypatch.setattr(sage, "has_vnni", lambda: False)
     assert "VNNI" in transform.applies_to(model, CONTEXT).reason
 

@@ -171,7 +171,13 @@ def learned(
     model.eval()
     with torch.no_grad():
         right = torch.cat([model(x.flatten(1)[..., None]).argmax(-1) for x in questions.split(100)]) == answers
-    return {"right": right.double(), "seconds": seconds, "last_loss": sum(losses[-20:]) / len(losses[-20:])}
+    joined = float(answers.double().mean())
+    return {
+        "right": right.double(),
+        "chance": max(joined, 1 - joined),  # by always giving the answer that is the more frequent here
+        "seconds": seconds,
+        "last_loss": sum(losses[-20:]) / len(losses[-20:]),
+    }
 
 
 def accuracies(arms: tuple[str, ...], side: int, seeds: int, **options: Any) -> dict[str, dict[str, Any]]:
@@ -184,7 +190,8 @@ def accuracies(arms: tuple[str, ...], side: int, seeds: int, **options: Any) -> 
         found[arm] = {
             "right": right,
             "accuracy": [run["right"].mean().item() for run in runs],
-            "more_than_chance": float(right.mean()) - error > 0.5,
+            "chance": runs[0]["chance"],
+            "more_than_chance": float(right.mean()) - error > runs[0]["chance"],
             "training_seconds": [run["seconds"] for run in runs],
             "last_loss": [run["last_loss"] for run in runs],
         }

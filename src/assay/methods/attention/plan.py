@@ -30,7 +30,6 @@ Backend = Literal["auto", "kernel", "triton", "flex", "gather", "sdpa", "referen
 Precision = Literal["input", "bf16"]  # of both products
 PlanPrecision = Literal[Precision, "int8"]  # int8: of QK^T, PV as "bf16"
 
-KERNEL_TIME = 0.3  # of SDPA's time for dense prefill with bfloat16 products, measured on Zen 5; a guess elsewhere
 CHUNK = 1 << 24  # numbers that a chunk of scores or gathered keys may hold (64 MiB in float32)
 
 
@@ -478,6 +477,18 @@ def load_int8_kernel() -> bool:
 def has_bf16() -> bool:
     """Whether the kernels multiply in bfloat16 on this processor."""
     return bool(torch.ops.assay.attention_has_bf16())
+
+
+def has_tiles() -> bool:
+    """Whether they multiply in AMX tiles. Softmax is then most of the work, and integer scores gain nothing."""
+    return load_kernel() and bool(torch.ops.assay.attention_has_tiles())
+
+
+def kernel_time() -> float:
+    """Of SDPA's time for dense prefill in bfloat16: measured on Zen 5 and, with tiles, which SDPA uses too, on a Xeon; 1 without."""
+    if not (load_kernel() and has_bf16()):
+        return 1.0
+    return 0.5 if has_tiles() else 0.3
 
 
 def has_vnni() -> bool:

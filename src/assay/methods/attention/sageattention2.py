@@ -16,7 +16,8 @@ nothing of padding; the mixture of precisions is a table by layer with threshold
 not padded; a query that sees nothing gives zeros and a log-sum-exp of -inf.
 
 When NOT to use it: decoding (one query: memory bound, kept exact here), prompts of a few hundred tokens, training (no gradient),
-processors without AVX512-VNNI (the exact kernel is as fast), INT4 in layers that calibration has not seen, position biases, soft caps.
+processors without AVX512-VNNI (the exact kernel is as fast) or with AMX (there it is faster: what takes time is softmax, not
+products), INT4 in layers that calibration has not seen, position biases, soft caps.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ from assay.methods.attention.integration import (
     store_settings,
 )
 from assay.methods.attention.plan import (
-    KERNEL_TIME,
     AttentionPlan,
     execute,
     has_bf16,
+    has_tiles,
     has_vnni,
+    kernel_time,
     needs_grad,
     unit_stride,
 )
@@ -557,7 +559,9 @@ class SageAttention:
             return Fit(False, f"prompts of {context.prompt_tokens} tokens are too short to gain (1024 needed)")
         if not has_vnni():
             return Fit(False, "needs a C++ compiler and a processor with AVX512-VNNI")
-        return Fit(True, effects=(Effect("attention", macs=KERNEL_TIME * INT8_TIME),))
+        if has_tiles():
+            return Fit(False, "on a processor with AMX the exact kernel is faster than integer scores")
+        return Fit(True, effects=(Effect("attention", macs=kernel_time() * INT8_TIME),))
 
     def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = [{"qk": "int8"}, {"qk": "int8", "smooth_q": False}]

@@ -35,15 +35,13 @@ from assay.methods.attention.integration import (
 )
 from assay.methods.attention.plan import (
     CHUNK,
-    KERNEL_TIME,
     AttentionPlan,
     Backend,
     PlanPrecision,
     execute,
-    has_bf16,
     in_bf16,
     kernel_refuses,
-    load_kernel,
+    kernel_time,
     unit_stride,
 )
 from assay.methods.transform import Effect, Fit, TuneContext
@@ -481,7 +479,7 @@ class XAttention:
         if context.prompt_tokens < 1024:
             return Fit(False, f"prompts of {context.prompt_tokens} tokens leave nothing to skip (1024 needed)")
         density = _expected_density(context.prompt_tokens)
-        gain = KERNEL_TIME if _on_cpu(model) and load_kernel() and has_bf16() else 1.0  # see attention_backend
+        gain = kernel_time() if _on_cpu(model) else 1.0  # see attention_backend
         return Fit(True, effects=(Effect("attention", macs=gain * (density + 1 / 16), bytes=density),))
 
     def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:

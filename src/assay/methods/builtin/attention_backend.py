@@ -15,7 +15,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from assay.methods.attention.integration import can_register, register_attention, set_attention
-from assay.methods.attention.plan import KERNEL_TIME, AttentionPlan, has_bf16, load_kernel
+from assay.methods.attention.plan import AttentionPlan, kernel_time, load_kernel
 from assay.methods.transform import Effect, Fit, TuneContext
 
 NAME = "assay_dense"  # as attn_implementation
@@ -47,7 +47,7 @@ class AttentionBackend:
         if not self.configs(model, context):
             return Fit(False, f"attention is {_now(model)!r} already, and nothing better is there")
         # The kernel does the same operations in less time; the roofline, which counts operations, is told so as fewer.
-        gain = KERNEL_TIME if _kernel_fits(model) and has_bf16() else 1.0
+        gain = kernel_time() if _kernel_fits(model) else 1.0
         return Fit(True, effects=(Effect("attention", macs=gain, bytes=_cache_share(model)),))
 
     def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:

@@ -69,6 +69,11 @@ inline void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
 inline Vec all(float x) { return _mm512_set1_ps(x); }
 inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline bool any_above(Vec v, float x) { return _mm512_cmp_ps_mask(v, all(x), _CMP_GT_OQ) != 0; }
+// v in the lanes [from, to), -infinity in the others.
+inline Vec only(Vec v, int64_t from, int64_t to) {
+  const auto before = [](int64_t lanes) { return (1u << std::clamp<int64_t>(lanes, 0, kLanes)) - 1; };
+  return _mm512_mask_mov_ps(all(-kInfinity), static_cast<__mmask16>(before(to) & ~before(from)), v);
+}
 inline float sum(Vec v) { return _mm512_reduce_add_ps(v); }
 inline float largest(Vec v) { return _mm512_reduce_max_ps(v); }
 #else
@@ -89,6 +94,10 @@ inline Vec load(const BFloat16* p) {
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 inline Vec all(float x) { return Vec{} + x; }
 inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec only(Vec v, int64_t from, int64_t to) {
+  for (int64_t i = 0; i < kLanes; ++i) v[i] = from <= i && i < to ? v[i] : -kInfinity;
+  return v;
+}
 inline bool any_above(Vec v, float x) {
   bool found = false;
   for (int i = 0; i < kLanes; ++i) found |= v[i] > x;
@@ -497,13 +506,16 @@ __attribute__((always_inline)) inline void weigh(Vec (&total)[M][N], int64_t pla
                                                  int64_t dim, int64_t at, const State& state, float* exponents, float* shares,
                                                  int64_t width) {
   constexpr int64_t tile = N * kLanes;
-  bool seldom = first > place || last[0] < place + tile;
+  const bool edge = first > place || last[0] < place + tile;
+  bool seldom = false;
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     Vec most = all(-kInfinity);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       total[m][n] = total[m][n] * scale - state.shift[at + m];
+      if (__builtin_expect(edge, false))
+        total[m][n] = only(total[m][n], first - place - n * kLanes, last[m] - place - n * kLanes);
       most = larger(most, total[m][n]);
     }
     seldom |= any_above(most, state.limit[at + m]);
@@ -514,8 +526,6 @@ __attribute__((always_inline)) inline void weigh(Vec (&total)[M][N], int64_t pla
       float* row = exponents + m * tile;
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) store(row + n * kLanes, total[m][n]);
-      for (int64_t i = 0; i < std::min(first - place, tile); ++i) row[i] = -kInfinity;
-      for (int64_t i = std::max<int64_t>(last[m] - place, 0); i < tile; ++i) row[i] = -kInfinity;
     }
     raise<Half, M>(exponents, tile, shares, width, place, dim, at, state);
 #pragma GCC unroll 8

@@ -655,6 +655,14 @@ bool has_bf16() {
 #endif
 }
 
+bool has_tiles() {
+#ifdef ASSAY_AMX
+  return tiles_allowed();
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(assay, m) {
@@ -669,6 +677,7 @@ TORCH_LIBRARY_FRAGMENT(assay, m) {
       "antidiagonal_scores(Tensor q, Tensor k, Tensor? key_start, int stride, int block, bool causal, float scale, bool half) "
       "-> Tensor");
   m.def("attention_has_bf16() -> bool", &has_bf16);
+  m.def("attention_has_tiles() -> bool", &has_tiles);
 }
 
 TORCH_LIBRARY_IMPL(assay, CPU, m) {
