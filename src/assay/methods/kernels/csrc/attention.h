@@ -30,13 +30,10 @@
 #define ASSAY_AVX512 1
 #if defined(__AVX512BF16__)
 #define ASSAY_BF16 1
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#define ASSAY_AMX 1
 #endif
 #endif
-#endif
+
+#include "amx.h"
 
 #if defined(__GNUC__) && !defined(__clang__)  // false alarms of GCC 12 from inside its own intrinsics
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -204,30 +201,6 @@ constexpr int64_t kTile = 16;  // rows of a tile, and words of a row
 constexpr int64_t kPair = 2 * kTile;
 
 #ifdef ASSAY_AMX
-// Whether the operating system lets this process use tiles.
-inline bool tiles_allowed() {
-  static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
-  return allowed;
-}
-
-// A thread's eight tiles of 16 x 16 words, while this lives: 0 to 3 are sums, 4 and 5 left sides, 6 and 7 right sides.
-struct Tiles {
-  const bool on;
-  explicit Tiles(bool wanted) : on(wanted && tiles_allowed()) {
-    if (!on) return;
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    _tile_loadconfig(&config);
-  }
-  ~Tiles() {
-    if (on) _tile_release();
-  }
-  Tiles(const Tiles&) = delete;
-};
-
 // out[r][c] = (Add ? out[r][c] : 0) + sum over words s of a[r][s] * b[s][c], for R tiles of rows and C tiles of columns; words are
 // pairs of bfloat16, or (Codes) unsigned codes of `a` and signed ones of `b` by fours, whose sums are int32. `words` is a multiple
 // of 16. Strides of `b` and `out` are in words.
@@ -275,11 +248,6 @@ inline void multiply_tiles(const char* a, int64_t row_bytes, const void* right, 
   if constexpr (R > 1 && C > 1) _tile_stored(3, out + kTile * out_bytes + 64, out_bytes);
   asm volatile("" ::: "memory");
 }
-#else
-struct Tiles {
-  static constexpr bool on = false;
-  explicit Tiles(bool) {}
-};
 #endif
 
 // Covers `count` registers of columns with tiles of 4 (or 2), 2 and 1: calls f(constant N, first register).

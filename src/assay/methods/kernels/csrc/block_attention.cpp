@@ -655,13 +655,7 @@ bool has_bf16() {
 #endif
 }
 
-bool has_tiles() {
-#ifdef ASSAY_AMX
-  return tiles_allowed();
-#else
-  return false;
-#endif
-}
+bool has_tiles() { return tiles_allowed(); }
 
 }  // namespace
 

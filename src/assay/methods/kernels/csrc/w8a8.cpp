@@ -30,12 +30,9 @@
 #if defined(__AVX512F__) && defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include <immintrin.h>
 #define ASSAY_VNNI 1
-#if defined(__AMX_INT8__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#define ASSAY_AMX 1
 #endif
-#endif
+
+#include "amx.h"
 
 namespace {
 
@@ -240,31 +237,11 @@ void vnni_multiply(const uint8_t* codes, const float* row_scale, int64_t rows, c
   }
 }
 
+bool amx_pays(int64_t rows) { return rows >= kAmxMin && tiles_allowed(); }
+
 #ifdef ASSAY_AMX
-// Linux lends the tile registers to a process that asks. It refuses, for example, where a signal stack could not hold them.
-const bool has_amx = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XFEATURE_XTILEDATA */) == 0;
-
-bool amx_pays(int64_t rows) { return has_amx && rows >= kAmxMin; }
-
-// The tile registers of this thread, for as long as it lives: eight of 16 rows x 64 bytes. Not touched for too few rows.
-struct AmxTiles {
-  explicit AmxTiles(int64_t rows) : held(amx_pays(rows)) {
-    static constexpr struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    if (held) _tile_loadconfig(&config);
-  }
-  ~AmxTiles() {
-    if (held) _tile_release();
-  }
-  AmxTiles(const AmxTiles&) = delete;
-  const bool held;
-};
-
-// 16 * `Tiles` rows times the first 16 * `steps` groups of inputs of one panel: sums[64 * r + 0..63] = offset + codes_r . weight.
-template <int Tiles>
+// 16 * `Count` rows times the first 16 * `steps` groups of inputs of one panel: sums[64 * r + 0..63] = offset + codes_r . weight.
+template <int Count>
 void amx_sums(const uint8_t* codes, const Weight& w, int64_t panel, int64_t steps, int32_t* sums) {
   const int64_t stride = w.stride();
   asm volatile("" ::: "memory");  // gcc 12 does not know that tile loads read memory
@@ -272,7 +249,7 @@ void amx_sums(const uint8_t* codes, const Weight& w, int64_t panel, int64_t step
     const int32_t* offset = w.offset + panel * kPanel + j;
     _tile_loadd(0, offset, 0);  // the same 16 in all rows
     _tile_loadd(1, offset + 16, 0);
-    if constexpr (Tiles == 2) {
+    if constexpr (Count == 2) {
       _tile_loadd(2, offset, 0);
       _tile_loadd(3, offset + 16, 0);
     }
@@ -284,7 +261,7 @@ void amx_sums(const uint8_t* codes, const Weight& w, int64_t panel, int64_t step
       _tile_loadd(7, b + 64, 4 * kPanel);
       _tile_dpbusd(0, 4, 6);
       _tile_dpbusd(1, 4, 7);
-      if constexpr (Tiles == 2) {
+      if constexpr (Count == 2) {
         _tile_loadd(5, a + kAmxRow * stride, stride);
         _tile_dpbusd(2, 5, 6);
         _tile_dpbusd(3, 5, 7);
@@ -292,7 +269,7 @@ void amx_sums(const uint8_t* codes, const Weight& w, int64_t panel, int64_t step
     }
     _tile_stored(0, sums + j, 4 * kPanel);
     _tile_stored(1, sums + j + 16, 4 * kPanel);
-    if constexpr (Tiles == 2) {
+    if constexpr (Count == 2) {
       _tile_stored(2, sums + kAmxRow * kPanel + j, 4 * kPanel);
       _tile_stored(3, sums + kAmxRow * kPanel + j + 16, 4 * kPanel);
     }
@@ -317,14 +294,10 @@ int64_t amx_multiply(const uint8_t* codes, const float* row_scale, int64_t rows,
   return r;
 }
 #else
-bool amx_pays(int64_t) { return false; }
-struct AmxTiles {
-  explicit AmxTiles(int64_t) {}
-};
 int64_t amx_multiply(const uint8_t*, const float*, int64_t, const Weight&, int64_t, float*, int64_t) { return 0; }
 #endif
 
-// Some rows times one panel. AMX needs `AmxTiles` in the calling thread, and readable codes (of any value) up to whole tiles.
+// Some rows times one panel. AMX needs `Tiles` in the calling thread, and readable codes (of any value) up to whole tiles.
 void multiply(const uint8_t* codes, const float* row_scale, int64_t rows, const Weight& w, int64_t panel, float* out,
               int64_t out_stride) {
   const int64_t done = amx_pays(rows) ? amx_multiply(codes, row_scale, rows, w, panel, out, out_stride) : 0;
@@ -386,7 +359,7 @@ void linear(const T* x, int64_t m, const Weight& w, int64_t group, const Finish&
     Quantised rows(m, w);
 #pragma omp parallel num_threads(threads)
     {
-      const AmxTiles registers(m);
+      const Tiles registers(amx_pays(m));
       Buffer<float> out(m * group * kPanel);
 #pragma omp for
       for (int64_t r = 0; r < m; ++r) rows.fill(r, 1, x + r * w.k, w);
@@ -401,7 +374,7 @@ void linear(const T* x, int64_t m, const Weight& w, int64_t group, const Finish&
   }
 #pragma omp parallel num_threads(threads)
   {
-    const AmxTiles registers(block);
+    const Tiles registers(amx_pays(block));
     Quantised rows(block, w);
     Buffer<float> out(block * group * kPanel);
 #pragma omp for schedule(dynamic)
@@ -448,7 +421,7 @@ void mlp(const T* x, int64_t m, const Weight& first, const Weight& second, T* ou
     Buffer<float> hidden(m * width);
 #pragma omp parallel num_threads(threads)
     {
-      const AmxTiles registers(m);
+      const Tiles registers(amx_pays(m));
       Buffer<float> tile(m * 2 * kPanel);
 #pragma omp for
       for (int64_t r = 0; r < m; ++r) rows.fill(r, 1, x + r * first.k, first);
@@ -466,7 +439,7 @@ void mlp(const T* x, int64_t m, const Weight& first, const Weight& second, T* ou
   }
 #pragma omp parallel num_threads(threads)
   {
-    const AmxTiles registers(block);
+    const Tiles registers(amx_pays(block));
     Quantised rows(block, first), inner(block, second);
     Buffer<float> hidden(block * width), tile(block * 2 * kPanel);
 #pragma omp for schedule(dynamic)
