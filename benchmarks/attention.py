@@ -31,8 +31,8 @@ from assay.experiments.attention.xattention import (
 )
 from assay.measure.clock import compare
 from assay.measure.stats import bootstrap
-from assay.methods.attention.plan import AttentionPlan, execute
 from assay.methods.attention.xattention import block_scores, select, xattention_plan
+from assay.methods.core.attention.plan import AttentionPlan, execute
 
 BLOCK = 64
 DENSITIES = (0.1, 0.2, 0.3, 0.5)

@@ -60,12 +60,12 @@ from torch import Tensor
 
 from assay.evidence.place import here
 from assay.experiments.mixers.based import generate_from, prefilled
+from assay.experiments.mixers.training import evaluate, train
 from assay.measure.clock import compare_many
 from assay.measure.stats import bootstrap
 from assay.methods.attention.fit import DecoderOutput, FITDecoder
+from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM, StateCache
 from assay.methods.mixers import based, long_convs, ssm_survey  # noqa: F401 (they register their mixers)
-from assay.methods.mixers.model import MixerConfig, MixerForCausalLM, StateCache
-from assay.methods.mixers.training import evaluate, train
 from assay.paths import atomic_file
 from assay.workloads.sequences import associative_recall, batches_of, byte_windows
 

@@ -25,8 +25,8 @@ from assay.evidence.place import here
 from assay.measure.isolate import run_isolated
 from assay.measure.machine import calibrate, machine
 from assay.measure.stats import bootstrap, paired_ratio
+from assay.tuner.outcome import drop_of
 from assay.tuner.recipe import Recipe, Step
-from assay.tuner.tune import drop_of
 from assay.tuner.work import UNITS, Settings
 
 MODEL = "smollm2-135m"

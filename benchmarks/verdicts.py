@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from assay import catalogue
-from assay.evidence.record import Estimate, Evidence
+from assay.evidence.record import Evidence
+from assay.evidence.types import Estimate
 from assay.evidence.verdict import judge, summaries, unit_name
 
 FOLDER = Path(__file__).resolve().parents[1] / "evidence"

@@ -19,6 +19,17 @@ def smollm2():
 
 
 @pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny models run fastest on one thread, and two workers share two cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
 def _own_data(tmp_path, monkeypatch):
     """No test writes into the user's evidence store."""
     monkeypatch.setenv("ASSAY_DATA_DIR", str(tmp_path / "assay-data"))

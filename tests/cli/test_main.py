@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from assay.cli import main
+from assay.cli.main import main
 
 
 def run(capsys, *arguments):

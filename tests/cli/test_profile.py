@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from assay.cli import main
 from assay.cli import profile as command
+from assay.cli.main import main
 from assay.measure.machine import Calibration
 
 CALIBRATION = Calibration(

@@ -2,7 +2,8 @@
 
 from datetime import UTC, datetime, timedelta
 
-from assay.evidence.record import Estimate, Evidence, changed
+from assay.evidence.record import Evidence, changed
+from assay.evidence.types import Estimate
 from assay.evidence.verdict import judge
 
 START = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)

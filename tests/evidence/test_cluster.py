@@ -11,7 +11,7 @@ from assay.errors import InputError, MissingError
 from assay.evidence import place
 from assay.evidence.runner import verify
 from assay.evidence.store import Store
-from assay.evidence.verdict import Verdict
+from assay.evidence.types import Verdict
 
 HERE = Path(__file__).parent
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from assay.errors import InputError
-from assay.evidence.record import Evidence, changed, parse, plain, point_key
+from assay.evidence.record import Evidence, changed, parse
+from assay.evidence.types import plain, point_key
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 json_values = st.recursive(

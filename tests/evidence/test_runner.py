@@ -14,7 +14,7 @@ from assay.errors import InputError, MissingError
 from assay.evidence import place, trial
 from assay.evidence.runner import plan, verify
 from assay.evidence.store import Store, StoreError
-from assay.evidence.verdict import Verdict
+from assay.evidence.types import Verdict
 from assay.experiments import Experiment, Figure, Quality, Trial, experiments_of
 
 HERE = Path(__file__).parent

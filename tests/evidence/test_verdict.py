@@ -5,7 +5,8 @@ from evidence_maker import estimate, make
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assay.evidence.verdict import Verdict, claimed_ratio, judge, summaries, unit_name
+from assay.evidence.types import Verdict
+from assay.evidence.verdict import claimed_ratio, judge, summaries, unit_name
 
 REPRODUCED, HOLDS, NO_PAY = Verdict.REPRODUCED, Verdict.DIRECTION_HOLDS, Verdict.DOES_NOT_PAY
 REFUTED, NEEDS = Verdict.REFUTED, Verdict.NEEDS_HARDWARE

@@ -8,7 +8,7 @@ import torch
 from assay.evidence import trial
 from assay.experiments import experiments_of
 from assay.experiments.mixers import long_convs_path as path
-from assay.methods.attention.plan import AttentionPlan, execute
+from assay.methods.core.attention.plan import AttentionPlan, execute
 from assay.workloads.sequences import pathfinder
 
 

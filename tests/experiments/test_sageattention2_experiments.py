@@ -24,9 +24,9 @@ from assay.experiments.attention.sageattention2 import (
 from assay.experiments.attention.video import psnr, small_photograph
 from assay.experiments.attention.xattention import causal_sdpa
 from assay.measure.cost import count_cost
-from assay.methods.attention.diffusers_processor import set_attention
-from assay.methods.attention.plan import AttentionPlan, execute
 from assay.methods.attention.sageattention2 import VARIANTS, SageSettings
+from assay.methods.core.attention.diffusers_processor import set_attention
+from assay.methods.core.attention.plan import AttentionPlan, execute
 from assay.workloads.images import clip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from assay.methods.mixers.protocol import clone_state
+from assay.methods.core.mixers.protocol import clone_state
 
 LENGTHS = (1, 2, 15, 16, 17, 64, 97)
 

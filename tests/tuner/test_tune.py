@@ -21,8 +21,9 @@ from assay.errors import InputError
 from assay.measure.isolate import ChildResult
 from assay.tuner import trial
 from assay.tuner import tune as tuning
+from assay.tuner.outcome import drop_of
 from assay.tuner.recipe import Recipe, Step
-from assay.tuner.tune import Journal, drop_of, tune
+from assay.tuner.tune import Journal, tune
 from assay.tuner.work import BLOCK, Settings, blocks, build_work, decode_nll, decodes_in_its_own_way, load_for, quality
 from tiny import write_tiny_llama
 

@@ -1,4 +1,4 @@
-"""What the papers say: 138 entries of `papers.toml` as frozen dataclasses.
+"""What the papers say: 138 entries, `papers/<family>.toml`, as frozen dataclasses.
 
 `status` is not written anywhere: a paper `works` when a module `assay.methods.<family>.<slug>` exists, else it is `planned`.
 """
@@ -65,8 +65,9 @@ class Paper:
 @cache
 def papers() -> tuple[Paper, ...]:
     """All papers, by number."""
-    text = (resources.files(__package__) / "papers.toml").read_text(encoding="utf-8")
-    return tuple(sorted((_paper(entry) for entry in tomllib.loads(text)["paper"]), key=lambda paper: paper.number))
+    files = [resources.files(__package__) / "papers" / f"{family}.toml" for family in FAMILIES]
+    entries = [entry for file in files for entry in tomllib.loads(file.read_text(encoding="utf-8"))["paper"]]
+    return tuple(sorted(map(_paper, entries), key=lambda paper: paper.number))
 
 
 def get(slug: str) -> Paper:

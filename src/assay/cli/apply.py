@@ -16,7 +16,7 @@ def apply(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Replay a recipe on MODEL and save the result. Nothing is measured: `assay tune` does that."""
-    from assay.cli import print_json
+    from assay.cli.output import print_json
     from assay.tuner.artefact import apply_to
 
     done = apply_to(model, recipe, output, allow_download=allow_download)

@@ -24,7 +24,7 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show the machine, the compiled kernels, the clock's self-test and the optional parts."""
-    from assay.cli import print_json
+    from assay.cli.output import print_json
 
     document = examine(calibrate)
     if json:
@@ -42,7 +42,7 @@ def examine(again: bool = False) -> dict[str, Any]:
 
     from assay.measure.clock import self_test
     from assay.measure.machine import calibrate, machine
-    from assay.methods import kernels
+    from assay.methods.core import kernels
     from assay.paths import cache_dir, data_dir
 
     here = machine()

@@ -23,12 +23,11 @@ def list_evidence(
     json: Json = False,
 ) -> None:
     """List records, oldest first."""
-    from assay.cli import print_json
+    from assay.cli.output import print_json
     from assay.errors import InputError
-    from assay.evidence.record import Scale, Status
     from assay.evidence.report import estimate_text, point_text, verdict_text
     from assay.evidence.store import Store
-    from assay.evidence.verdict import Verdict
+    from assay.evidence.types import Scale, Status, Verdict
 
     allowed = {"scale": get_args(Scale), "verdict": [str(v) for v in Verdict], "status": get_args(Status)}
     for name, given in (("scale", scale), ("verdict", verdict), ("status", status)):
@@ -69,7 +68,7 @@ def show(
     json: Json = False,
 ) -> None:
     """Show one record with everything that was kept of it."""
-    from assay.cli import print_json
+    from assay.cli.output import print_json
     from assay.evidence.report import estimate_text, figure_text, free_text, point_text, quality_text, verdict_text
     from assay.evidence.store import Store
 
@@ -108,7 +107,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Write every record as one line of JSON each, oldest first."""
-    from assay.cli import print_json
+    from assay.cli.output import print_json
     from assay.errors import InputError
     from assay.evidence.store import Store
 
@@ -132,7 +131,7 @@ def import_evidence(
     json: Json = False,
 ) -> None:
     """Take in records, all or none of them; those known already are left alone."""
-    from assay.cli import print_json
+    from assay.cli.output import print_json
     from assay.evidence.store import Store
 
     with Store() as store:

@@ -14,7 +14,7 @@ def paper(
 ) -> None:
     """Show a paper: its claims, what was seen of them, and how to import it."""
     from assay.catalogue import get
-    from assay.cli import print_json
+    from assay.cli.output import print_json
 
     found = get(slug)
     seen = latest_verdicts(slug)

@@ -15,7 +15,7 @@ def papers(
     """List the catalogue."""
     from assay.catalogue import FAMILIES
     from assay.catalogue import papers as all_papers
-    from assay.cli import print_json
+    from assay.cli.output import print_json
     from assay.errors import InputError
 
     if family is not None and family not in FAMILIES:

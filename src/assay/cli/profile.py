@@ -76,7 +76,7 @@ def profile(
     """Show where the time and the bytes of MODEL go, against what this machine could do, and fit its runtime model T(p, o)."""
     from rich.console import Console
 
-    from assay.cli import print_json
+    from assay.cli.output import print_json
     from assay.errors import InputError
 
     for name, value in (("--prompt-tokens", prompt_tokens), ("--new-tokens", new_tokens)):

@@ -14,7 +14,7 @@ def search(
 ) -> None:
     """Find the papers that fit a question."""
     from assay.catalogue.search import search as find
-    from assay.cli import print_json
+    from assay.cli.output import print_json
 
     hits = find(question, limit=limit)
     if json:

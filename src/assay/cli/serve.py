@@ -25,7 +25,7 @@ def serve(
     try:
         import uvicorn
 
-        from assay.serving.app import LOOPBACK, create_app
+        from assay.server.app import LOOPBACK, create_app
     except ModuleNotFoundError as error:
         raise MissingError(f"serving needs {error.name}: pip install 'assay[serve]'") from None
     if host not in LOOPBACK and api_key is None:

@@ -26,7 +26,7 @@ def tune(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from assay.cli import print_json
+    from assay.cli.output import print_json
     from assay.tuner.tune import tune as run
     from assay.tuner.work import Settings
 

@@ -40,7 +40,7 @@ def verify(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure the claims of papers and judge them."""
-    from assay.cli import print_json
+    from assay.cli.output import print_json
     from assay.errors import InputError, MissingError
     from assay.evidence.report import table, write_html
     from assay.evidence.runner import plan

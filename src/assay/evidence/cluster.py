@@ -6,13 +6,11 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from assay.errors import InputError, MissingError
+from assay.evidence.jobs import Job, Outcome, measure
 from assay.evidence.place import Place, here
-
-if TYPE_CHECKING:
-    from assay.evidence.runner import Job, Outcome
 
 
 class RayCluster:
@@ -53,8 +51,6 @@ class RayCluster:
 
     def run(self, jobs: list[tuple[int, Job]], started: Callable[[Job], None]) -> Iterator[tuple[int, Job, Outcome]]:
         """Yield each job's outcome as it comes; a machine that is lost makes its point "failed"."""
-        from assay.evidence.runner import Outcome
-
         alive = set(range(len(self._nodes)))
         free = list(alive)
         queue = list(jobs)
@@ -124,8 +120,6 @@ def _where() -> Place:
 
 def _measure(job: Job, threads: str | None) -> Outcome:
     """`measure`, with this process's thread setting as the caller has it (Ray puts its own there)."""
-    from assay.evidence.runner import measure
-
     os.environ.pop("OMP_NUM_THREADS", None)
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = threads

@@ -31,7 +31,7 @@ class Place:
 @functools.cache
 def here() -> Place:
     """This machine and this installation."""
-    from assay.evidence.record import plain
+    from assay.evidence.types import plain
     from assay.measure.machine import machine
 
     found = machine().as_dict()

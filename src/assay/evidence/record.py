@@ -4,59 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, JsonValue, ValidationError, model_validator
+from pydantic import AwareDatetime, BeforeValidator, JsonValue, ValidationError, model_validator
 
 from assay.errors import InputError
-from assay.evidence.verdict import Verdict
+from assay.evidence.types import Estimate, Frozen, Scale, Status, Verdict, plain
 
 SCHEMA = 1
-Scale = Literal["smoke", "small", "full"]
-Status = Literal["ok", "failed", "timeout", "out of memory"]
 
 
-def plain(value: Any) -> Any:
-    """`value` as strict JSON: tuples become lists, arrays and tensors nested lists, keys text.
-
-    A NaN or an infinity, which JSON cannot hold, becomes the text "NaN", "Infinity" or "-Infinity". Raises TypeError for
-    anything that has no such form.
-    """
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else json.dumps(float(value))
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value]
-    if hasattr(value, "tolist"):  # numpy and torch, scalars and arrays
-        return plain(value.tolist())
-    raise TypeError(f"{type(value).__name__} cannot be kept as JSON: {value!r:.80}")
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Estimate(_Frozen):
-    """A figure with its 95 % interval; all three are equal when the figure is exact."""
-
-    median: float
-    low: float
-    high: float
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Estimate:
-        if not self.low <= self.median <= self.high:
-            raise ValueError(f"low <= median <= high must hold, got {self.low}, {self.median}, {self.high}")
-        return self
-
-
-class QualityRecord(_Frozen):
+class QualityRecord(Frozen):
     """The candidate's quality beside its speed. `low`/`high` bound `candidate` (95 %), None where nothing was sampled."""
 
     metric: str
@@ -67,7 +25,7 @@ class QualityRecord(_Frozen):
     higher_is_better: bool
 
 
-class Evidence(_Frozen):
+class Evidence(Frozen):
     """One measured point of one claim. Never changed once made: a new measurement is a new record.
 
     `kind` "trial": `measured` is the speed-up, median time of the paper's baseline over the candidate's (unit "x"), `vs_free` the
@@ -172,8 +130,3 @@ def parse(text: str, where: str = "the record") -> Evidence:
 def changed(record: Evidence, **changes: Any) -> Evidence:
     """A new record with some fields changed, checked again and with its own id."""
     return Evidence.model_validate(record.model_dump() | {"id": ""} | changes)
-
-
-def point_key(point: dict[str, Any]) -> str:
-    """A point as canonical JSON, to compare points by."""
-    return json.dumps(plain(point), sort_keys=True, separators=(",", ":"))

@@ -9,8 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from assay.evidence.record import Estimate, Evidence
-from assay.evidence.verdict import Summary, Verdict, claimed_ratio, no_gain, summaries, unit_name
+from assay.evidence.record import Evidence
+from assay.evidence.types import Estimate, Verdict
+from assay.evidence.verdict import Summary, claimed_ratio, no_gain, summaries, unit_name
 from assay.paths import atomic_file
 
 if TYPE_CHECKING:

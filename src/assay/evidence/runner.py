@@ -10,9 +10,11 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from assay.errors import InputError, MissingError
-from assay.evidence.place import Place, here, lacking
-from assay.evidence.record import Evidence, Scale, Status, changed, plain, point_key
+from assay.evidence.jobs import Job, Outcome, measure
+from assay.evidence.place import Place, here
+from assay.evidence.record import Evidence, changed
 from assay.evidence.store import Store, StoreError
+from assay.evidence.types import Scale, plain, point_key
 from assay.evidence.verdict import SCALES, judge, unit_name
 
 
@@ -29,24 +31,6 @@ class ClaimFacts(Protocol):
     def unit(self) -> str: ...
     @property
     def higher_is_better(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Job:
-    """One point to be measured, by an experiment that can be imported anywhere."""
-
-    claim: str
-    module: str
-    point: dict[str, Any]
-    index: int
-    scale: Scale
-    seed: int
-    needs: tuple[str, ...]
-    seconds: float
-    memory_bytes: int
-
-    def key(self, place: Place) -> tuple[Any, ...]:
-        return (self.claim, point_key(self.point), self.scale, self.seed, *place.key)
 
 
 @dataclass(frozen=True)
@@ -67,19 +51,6 @@ class Progress:
     job: Job
     record: Evidence | None = None
     resumed: bool = False
-
-
-@dataclass
-class Outcome:
-    """What came of a job, wherever it was measured."""
-
-    place: Place
-    status: Status
-    error: str = ""
-    seen: dict[str, Any] = field(default_factory=dict)
-    needs: tuple[str, ...] = ()
-    seconds: float = 0.0
-    process: dict[str, Any] = field(default_factory=dict)
 
 
 def plan(names: Iterable[str], scale: Scale = "small", seed: int = 0) -> Plan:
@@ -250,26 +221,6 @@ class Here:
         for number, job in jobs:
             started(job)
             yield number, job, measure(job)
-
-
-def measure(job: Job) -> Outcome:
-    """Measure one point on this machine, in a child process; never raises for what happens there."""
-    from assay.measure.isolate import run_isolated
-
-    if lacks := lacking(job.needs):
-        return Outcome(here(), "ok", needs=tuple(lacks))
-    result = run_isolated(
-        "assay.evidence.trial:run_point",
-        {"module": job.module, "claim": job.claim, "point": job.point, "seed": job.seed, "seconds": job.seconds},
-        timeout_s=job.seconds,
-        memory_bytes=job.memory_bytes,
-    )
-    process: dict[str, Any] = {"peak_rss_bytes": result.peak_rss_bytes, "cpu_seconds": result.cpu_seconds}
-    if result.traceback:
-        process["traceback"] = result.traceback[-4000:]
-    return Outcome(
-        here(), result.status, result.error, result.value or {}, seconds=result.seconds, process=plain(process)
-    )
 
 
 def _evidence(job: Job, claim: ClaimFacts, outcome: Outcome) -> Evidence:

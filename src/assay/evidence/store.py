@@ -29,8 +29,8 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from assay.errors import AssayError, InputError, MissingError
-from assay.evidence.record import Evidence, parse, point_key
-from assay.evidence.verdict import Verdict
+from assay.evidence.record import Evidence, parse
+from assay.evidence.types import Verdict, point_key
 from assay.paths import atomic_file, data_dir
 
 VERSION_TABLE = "assay_version"

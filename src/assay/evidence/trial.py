@@ -8,7 +8,7 @@ import random
 import time
 from typing import Any
 
-from assay.evidence.record import plain
+from assay.evidence.types import plain
 from assay.experiments import Figure, Quality, Trial, experiments_of
 from assay.measure.clock import OthersWatch, compare_many, load_average
 from assay.measure.stats import Interval, positive_median

@@ -35,25 +35,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from assay.evidence.record import Estimate, Evidence
+from assay.evidence.record import Evidence
+from assay.evidence.types import Estimate, Verdict, point_key
 
 REACH = 0.8
 QUALITY_MARGIN = 0.01
 SCALES = ("smoke", "small", "full")
-
-
-class Verdict(StrEnum):
-    """Evidence against a claim. A point that failed has a status and no verdict."""
-
-    REPRODUCED = "reproduced"
-    DIRECTION_HOLDS = "direction holds"
-    DOES_NOT_PAY = "does not pay here"
-    REFUTED = "refuted here"
-    NEEDS_HARDWARE = "needs other hardware"
 
 
 @dataclass(frozen=True)
@@ -254,8 +242,6 @@ def summaries(records: Iterable[Evidence]) -> list[Summary]:
 
 
 def _summary(claim: str, fingerprint: str, records: list[Evidence]) -> Summary:
-    from assay.evidence.record import point_key
-
     judged = [record for record in records if record.verdict is not None]
     scale = max((record.scale for record in judged or records), key=SCALES.index)
     newest: dict[str, Evidence] = {}

@@ -6,6 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 Scale = Literal["smoke", "small", "full"]
@@ -113,12 +114,10 @@ def experiment(
 
 def experiments_of(slug: str) -> list[Experiment]:
     """The experiments of one paper, in the order they stand in its module; empty when it has none yet."""
-    import assay.experiments as package
-
-    for family in pkgutil.iter_modules(package.__path__):
+    for family in pkgutil.iter_modules([str(Path(__file__).parent)]):
         if not family.ispkg:
             continue
-        name = f"{package.__name__}.{family.name}"
+        name = f"{__package__}.{family.name}"
         modules = {module.name for module in pkgutil.iter_modules(importlib.import_module(name).__path__)}
         if slug in modules:
             room = importlib.import_module(f"{name}.{slug}")

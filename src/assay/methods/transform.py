@@ -20,6 +20,8 @@ GOALS: tuple[Goal, ...] = ("ttft", "decode", "throughput", "memory", "energy")
 Slot = Literal["structure", "dtype", "linear", "attention", "decode", "batching", "compile", "settings"]
 SLOTS: tuple[Slot, ...] = ("structure", "dtype", "linear", "attention", "decode", "batching", "compile", "settings")
 
+LEAST_SHARE = 0.5  # a transform that reaches less of its targets does not apply
+
 OpKind = Literal["linear", "attention", "other"]
 
 
@@ -39,11 +41,18 @@ class Effect:
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether a transform can be applied to this model, why not, and what it should change if so."""
+    """Whether a transform can be applied to this model, why not, and what it should change if so.
+
+    `share` is how much of what the method is meant for it reaches in this model: of the weights, for a method of linear layers; of
+    the attention calls, for one of attention. A transform that reaches less than `LEAST_SHARE` does not apply, and says so;
+    one that reaches less than all says in `reached` what it leaves alone ("the experts of 24 layers stay as they are").
+    """
 
     applies: bool
     reason: str = ""
     effects: tuple[Effect, ...] = ()
+    share: float = 1.0
+    reached: str = ""
 
 
 @dataclass(frozen=True)

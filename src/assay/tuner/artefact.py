@@ -22,10 +22,10 @@ from torch import nn
 from assay.errors import InputError
 from assay.methods.transform import TuneContext
 from assay.paths import atomic_dir
+from assay.tuner.outcome import Outcome
 from assay.tuner.recipe import Recipe, apply_recipe
 
 if TYPE_CHECKING:
-    from assay.tuner.tune import Outcome
     from assay.workloads.models import LoadedModel
 
 RECIPE, CALIBRATION, REPORT, EVIDENCE = "recipe.toml", "calibration.safetensors", "report.html", "evidence.jsonl"

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from assay.tuner.outcome import Outcome, base_row, front
 from assay.tuner.work import UNITS
-
-if TYPE_CHECKING:
-    from assay.tuner.tune import Outcome
 
 INK, BAD, GOOD, FREE, WATER = "#1f2937", "#b45309", "#047857", "#6b7280", "#bfdbfe"
 
@@ -38,8 +36,6 @@ def render(outcome: Outcome, document: dict[str, Any], after: dict[str, Any], li
 
 def pareto_plot(outcome: Outcome) -> str:
     """Every trial: the goal's figure against the loss of quality, the front drawn through."""
-    from assay.tuner.tune import front
-
     unit = UNITS[outcome.settings.goal]
     figure, axes = _figure(7.5, 4.2)
     done = [row for row in outcome.rows if row.cost is not None and row.drop is not None]
@@ -65,8 +61,6 @@ def pareto_plot(outcome: Outcome) -> str:
 
 def predicted_plot(outcome: Outcome) -> str:
     """Predicted against measured time, both over the base's: on the diagonal the roofline told the truth."""
-    from assay.tuner.tune import base_row
-
     base = base_row(outcome.rows)
     figure, axes = _figure(4.2, 4.2)
     rows = [r for r in outcome.rows if r.predicted is not None and r.cost is not None]

@@ -9,7 +9,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,135 +18,13 @@ import torch
 
 from assay.errors import AssayError, InputError, MissingError
 from assay.measure.isolate import ChildResult, run_isolated
-from assay.measure.stats import Interval, bootstrap, paired_ratio
+from assay.measure.stats import paired_ratio
+from assay.tuner.outcome import Outcome, Row, base_row, drop_of
 from assay.tuner.recipe import Recipe, Step
-from assay.tuner.search import Kind, Option, Search, option_from, pareto
-from assay.tuner.work import UNITS, Settings
+from assay.tuner.search import Kind, Option, Search, option_from
+from assay.tuner.work import Settings
 
 Say = Callable[[str], None]
-
-
-@dataclass
-class Row:
-    """One line of the journal: a recipe and what came out of measuring it."""
-
-    kind: str  # "baseline" | "free" | "candidate"
-    recipe: Recipe
-    status: str  # "ok" | "equivalent" | a failure of `run_isolated`
-    cost: float | None = None  # the goal's cost, lower is better: the median of the samples
-    drop: float | None = None  # relative perplexity increase over the baseline; the worst of the goal's paths
-    drop_low: float | None = None
-    drop_high: float | None = None
-    predicted: float | None = None  # predicted time over the base's, before the trial
-    seconds: float = 0.0  # the whole trial
-    run_seconds: float = 0.0  # one run of the work
-    error: str = ""
-    misfit: str = ""  # the transform that could not be applied, where that is why the trial failed
-    function: str = ""
-    structure: str = ""
-    samples: list[float] = field(default_factory=list)
-    quality: dict[str, list[float]] = field(default_factory=dict)
-    options: list[str] = field(default_factory=list)
-
-    def label(self) -> str:
-        return self.recipe.label()
-
-
-@dataclass
-class Outcome:
-    """What `tune` found; `document()` is the JSON answer."""
-
-    settings: Settings
-    max_drop: float
-    rows: list[Row]
-    survey: dict[str, Any]
-    best: Row
-    free: Row
-    baseline: Row
-    final: dict[str, Any]
-    helped: bool
-    artefact: Path
-    seconds: float
-    machine: dict[str, Any]
-
-    def speedup(self, over: str) -> Interval:
-        """Paired ratio of the final run: `over` is "baseline" or "free"."""
-        samples = self.final["samples"]
-        return paired_ratio(samples[over], samples["best"])
-
-    def level(self, label: str) -> dict[str, Any]:
-        """The goal's figure of "baseline", "free" or "best" in the final run, in its unit, with its interval."""
-        unit = UNITS[self.settings.goal]
-        cost = bootstrap(self.final["samples"][label])
-        low, high = sorted((unit.show(cost.low), unit.show(cost.high)))
-        row = {"baseline": self.baseline, "free": self.free, "best": self.best}[label]
-        return {"label": row.label(), "value": unit.show(cost.median), "unit": unit.name, "low": low, "high": high}
-
-    def quality(self) -> dict[str, Any]:
-        """Perplexity of the path that lost most, before and after, and the relative increase with its interval."""
-        before, after = self.final["quality"]["baseline"], self.final["quality"]["best"]
-        drops = {path: drop_of(before, {path: values}) for path, values in after.items()}
-        path = max(drops, key=lambda name: drops[name].median)
-        return {
-            "metric": f"perplexity ({path})",
-            "baseline": float(np.exp(np.mean(reference(before, path)))),
-            "candidate": float(np.exp(np.mean(after[path]))),
-            "drop": drops[path].median,
-            "low": drops[path].low,
-            "high": drops[path].high,
-        }
-
-    def document(self) -> dict[str, Any]:
-        def interval(found: Interval) -> dict[str, float]:
-            return {"median": found.median, "low": found.low, "high": found.high}
-
-        return {
-            "goal": self.settings.goal,
-            "model": self.settings.model,
-            "prompt_tokens": self.settings.prompt_tokens,
-            "new_tokens": self.settings.new_tokens,
-            "max_drop": self.max_drop,
-            "baseline": self.level("baseline"),
-            "free_baseline": self.level("free"),
-            "best": self.level("best"),
-            "speedup": interval(self.speedup("baseline")),
-            "speedup_vs_free": interval(self.speedup("free")),
-            "quality": self.quality(),
-            "helped": self.helped,
-            "recipe": [step.model_dump() for step in self.best.recipe.steps],
-            "trials": len(self.rows),
-            "candidates": sum(row.kind == "candidate" for row in self.rows),
-            "failed_trials": sum(row.status not in ("ok", "equivalent") for row in self.rows),
-            "seconds": self.seconds,
-            "noisy": self.noisy(),
-            "artefact": str(self.artefact),
-            "report": str(self.artefact / "report.html"),
-            "machine": self.machine,
-        }
-
-    def noisy(self) -> bool:
-        """True when others kept the machine busy: more load before the final run than half a core."""
-        return bool(self.final["load_before"] > float(os.cpu_count() or 1) + 0.5)
-
-
-def reference(baseline: dict[str, list[float]], path: str) -> list[float]:
-    """The untouched model has one path: its prefill is the reference of a decoding path too."""
-    return baseline.get(path) or baseline["prefill"]
-
-
-def drop_of(baseline: dict[str, list[float]], candidate: dict[str, list[float]]) -> Interval:
-    """Relative perplexity increase, paired block by block, of the path that lost most."""
-
-    def increase(differences: np.ndarray, axis: int) -> np.ndarray:
-        return np.expm1(differences.mean(axis=axis))
-
-    found = []
-    for path, values in candidate.items():
-        difference = np.asarray(values) - np.asarray(reference(baseline, path))
-        if not np.isfinite(difference).all():
-            return Interval(float("inf"), float("inf"), float("inf"), len(difference))
-        found.append(bootstrap(difference, increase))
-    return max(found, key=lambda interval: interval.median)
 
 
 class Journal:
@@ -523,17 +400,3 @@ def _child_fields(row: Row) -> dict[str, Any]:
         "peak_rss_bytes": 0,
         "cpu_seconds": 0.0,
     }
-
-
-def front(rows: list[Row]) -> list[Row]:
-    """The rows no other beats in both cost and loss of quality."""
-    done = [row for row in rows if row.cost is not None and row.drop is not None]
-    return [done[i] for i in pareto([(row.cost or 0.0, row.drop or 0.0) for row in done])]
-
-
-def base_row(rows: list[Row]) -> Row | None:
-    """The row candidates are built on: the faster dtype alone, or the model as loaded where there is none."""
-    for row in rows:
-        if row.status == "ok" and [step.transform for step in row.recipe.steps] == ["dtype"]:
-            return row
-    return rows[0] if rows and rows[0].status == "ok" else None

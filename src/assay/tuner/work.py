@@ -132,7 +132,7 @@ def run_once(model: nn.Module, work: Work) -> float:
         # T(p, n + 1) - T(p, 1): what the tokens after the first cost; the difference may not go below the clock's noise
         return max(whole - (before + after) / 2, 1e-6) / s.new_tokens
     if s.goal == "throughput":
-        from assay.methods.inference.loop import generate_batch
+        from assay.methods.core.generation.loop import generate_batch
 
         start = time.perf_counter()
         generate_batch(model, work.prompts, new_tokens=s.new_tokens)

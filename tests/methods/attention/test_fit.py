@@ -441,7 +441,7 @@ def test_right_padding_and_labels():
 
 def test_it_learns_to_look_into_earlier_groups():
     """The first token of a sequence is asked for two groups later."""
-    from assay.methods.mixers.training import train
+    from assay.experiments.mixers.training import train
 
     torch.manual_seed(0)
     model = FITDecoder(
@@ -475,7 +475,7 @@ def test_at_the_start_a_token_is_told_from_those_before_it(dim):
 
 def test_it_learns_recall_through_the_latents():
     """Two keys with values in the first group, each asked for in either group: the second knows them by latents alone."""
-    from assay.methods.mixers.training import evaluate, train
+    from assay.experiments.mixers.training import evaluate, train
     from assay.workloads.sequences import associative_recall, batches_of
 
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ from assay.methods.attention.pie_positional_integrity import (
     rotation_of,
     token_changes,
 )
-from assay.methods.inference.cache import keys_and_values
+from assay.methods.core.generation.cache import keys_and_values
 
 
 def llama(layers, *, dtype=torch.float64, heads=9, kv_heads=3, **options):

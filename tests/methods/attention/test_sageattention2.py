@@ -16,10 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from assay.measure.cost import count_cost
-from assay.methods import kernels
 from assay.methods.attention import sageattention2 as sage
-from assay.methods.attention.integration import parse_settings
-from assay.methods.attention.plan import INT8_GROUPS, AttentionPlan, execute, load_int8_kernel
 from assay.methods.attention.sageattention2 import (
     VARIANTS,
     SageAttentionConfig,
@@ -35,6 +32,9 @@ from assay.methods.attention.sageattention2 import (
     sage_attention,
     transform,
 )
+from assay.methods.core import kernels
+from assay.methods.core.attention.integration import parse_settings
+from assay.methods.core.attention.plan import INT8_GROUPS, AttentionPlan, execute, load_int8_kernel
 from assay.methods.transform import Transform, TuneContext
 
 needs_kernel = pytest.mark.skipif(not load_int8_kernel(), reason="needs a C++ compiler")
@@ -615,9 +615,9 @@ def test_bad_calls_of_the_operator():
 
 CHECK = """
 import torch
-from assay.methods import kernels
+from assay.methods.core import kernels
 kernels.FLAGS = tuple(kernels.FLAGS) + tuple({flags!r}.split())
-from assay.methods.attention.plan import AttentionPlan, execute
+from assay.methods.core.attention.plan import AttentionPlan, execute
 from assay.methods.attention.sageattention2 import SageSettings, sage_attention, accuracy
 torch.manual_seed(0)
 q, k, v = torch.randn(2, 6, 150, 64) + 1, torch.randn(2, 2, 220, 64) - 2, torch.randn(2, 2, 220, 32)

@@ -12,8 +12,6 @@ from tests.properties.video_models import MODELS, real_words
 from torch import nn
 
 from assay.methods.attention import svg2
-from assay.methods.attention.clusters import ClusterPlan, execute_clusters
-from assay.methods.attention.diffusers_processor import self_attentions, use_plans
 from assay.methods.attention.svg2 import (
     ClusterState,
     SVG2Config,
@@ -29,6 +27,8 @@ from assay.methods.attention.svg2 import (
     svg2_plan,
     update_clusters,
 )
+from assay.methods.core.attention.clusters import ClusterPlan, execute_clusters
+from assay.methods.core.attention.diffusers_processor import self_attentions, use_plans
 
 SMALL = {"query_clusters": 6, "key_clusters": 10, "iterations": 10}
 

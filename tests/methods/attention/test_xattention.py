@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from assay.methods.attention import xattention as xa
-from assay.methods.attention.plan import AttentionPlan, execute, load_int8_kernel, load_kernel
 from assay.methods.attention.xattention import (
     XAttentionConfig,
     block_scores,
@@ -23,6 +22,7 @@ from assay.methods.attention.xattention import (
     xattention,
     xattention_plan,
 )
+from assay.methods.core.attention.plan import AttentionPlan, execute, load_int8_kernel, load_kernel
 from assay.methods.transform import Transform, TuneContext
 
 BACKENDS = ["torch", pytest.param("kernel", marks=pytest.mark.skipif(not load_kernel(), reason="needs a compiler"))]

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
-from assay.methods.attention.integration import causal_mask, register_attention
-from assay.methods.attention.plan import load_kernel
 from assay.methods.builtin import attention_backend
 from assay.methods.builtin.attention_backend import transform
+from assay.methods.core.attention.integration import causal_mask, register_attention
+from assay.methods.core.attention.plan import load_kernel
 from assay.methods.transform import Transform, TuneContext
 
 CONTEXT = TuneContext("ttft", prompt_tokens=2048, new_tokens=8)
@@ -63,7 +63,7 @@ def padded_batch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_logits_and_generation_equal_sdpa(dtype, compiled, monkeypatch):
     if not compiled:
-        monkeypatch.setattr("assay.methods.attention.plan.load_kernel", lambda: False)
+        monkeypatch.setattr("assay.methods.core.attention.plan.load_kernel", lambda: False)
     model = tiny().to(dtype)
     other, ids = changed(model), tokens(2)
     with torch.no_grad():

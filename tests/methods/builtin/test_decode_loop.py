@@ -29,10 +29,10 @@ from transformers import (
     StoppingCriteria,
 )
 
-from assay.methods import kernels
 from assay.methods.builtin import decode_loop as dl
 from assay.methods.builtin import weight_only
 from assay.methods.builtin.decode_loop import Decoder, Sampling, transform
+from assay.methods.core import kernels
 from assay.methods.transform import Transform, TuneContext
 
 CONTEXT = TuneContext(goal="decode", prompt_tokens=16, new_tokens=16)
@@ -225,7 +225,7 @@ def test_portable_loops_without_avx512():
     """The same file, compiled without AVX-512, agrees with the torch oracle (in a process of its own: same operators)."""
     program = """
 import torch
-from assay.methods import kernels
+from assay.methods.core import kernels
 kernels.FLAGS = (*kernels.FLAGS, "-mno-avx512f")
 assert kernels.load("llama_decode")
 from assay.methods.builtin import weight_only as wo
@@ -582,12 +582,13 @@ def test_prompts_of_different_lengths_are_not_all_padded(model):
 
 
 def test_the_packed_prefill_of_the_settings_is_used(model, monkeypatch):
-    from assay.methods.inference import loop
+    from assay.methods.core.generation import loop
+    from assay.methods.inference.prepacking import PrepackedPrefill
 
     fast = looped(model)
-    loop.set_settings(fast, prepack=True)
-    calls, original = [], loop.PrepackedPrefill.__call__
-    monkeypatch.setattr(loop.PrepackedPrefill, "__call__", lambda self, p: calls.append(len(p)) or original(self, p))
+    loop.set_settings(fast, prefill=PrepackedPrefill)
+    calls, original = [], PrepackedPrefill.__call__
+    monkeypatch.setattr(PrepackedPrefill, "__call__", lambda self, p: calls.append(len(p)) or original(self, p))
     ids, mask = ragged((40, 3, 20))
     assert torch.equal(greedy(fast, ids, mask), greedy(model, ids, mask))
     assert calls == [3]
@@ -696,7 +697,7 @@ def test_layers_that_are_packed_already_are_shared(model, tmp_path):
 @pytest.mark.parametrize("fuse", [True, False])
 def test_on_top_of_an_int8_prefill(model, smooth, fuse):
     """The loop takes its weights from W8A8 layers too, fused or not, smoothed or not."""
-    from assay.methods.compression.int8_linear import quantize_linears
+    from assay.methods.core.quantize.int8_linear import quantize_linears
 
     calibration = [ragged((20,))[0]]
     made = quantize_linears(copy.deepcopy(model), smooth=smooth, calibration=calibration, fuse=fuse)

@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from assay.methods.builtin.sorted_batches import transform
-from assay.methods.inference.loop import generate_batch
+from assay.methods.core.generation.loop import generate_batch
 from assay.methods.transform import Transform, TuneContext
 
 CONTEXT = TuneContext(goal="throughput", prompt_tokens=64, new_tokens=4, batch_size=4)
@@ -44,6 +44,6 @@ def test_transform():
     assert not transform.applies_to(torch.nn.Linear(2, 2), CONTEXT).applies
     assert [config["batch_size"] for config in transform.configs(model, CONTEXT)] == [8, 16, 32, 4]
     transform.apply(model, {"batch_size": 16}, CONTEXT)
-    assert model.assay_settings == {"sort_by_length": True, "prepack": False, "batch_size": 16}
+    assert model.assay_settings == {"sort_by_length": True, "prefill": None, "batch_size": 16}
     with pytest.raises(ValueError, match="batch_size must be a whole number"):
         transform.apply(model, {"batch_size": 0}, CONTEXT)

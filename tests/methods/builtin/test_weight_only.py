@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from assay.methods import kernels
 from assay.methods.builtin import weight_only as wo
 from assay.methods.builtin.weight_only import WeightOnlyLinear, transform
+from assay.methods.core import kernels
 from assay.methods.transform import Transform, TuneContext
 
 CONTEXT = TuneContext(goal="decode", prompt_tokens=64, new_tokens=64)

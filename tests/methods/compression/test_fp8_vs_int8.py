@@ -26,8 +26,8 @@ from assay.methods.compression.fp8_vs_int8 import (
     ranges,
     transform,
 )
-from assay.methods.compression.int8_linear import Int8Linear
-from assay.methods.compression.quantizers import EIGHT_BIT, FloatQuantizer, make_quantizer
+from assay.methods.core.quantize.int8_linear import Int8Linear
+from assay.methods.core.quantize.quantizers import EIGHT_BIT, FloatQuantizer, make_quantizer
 from assay.methods.transform import Transform, TuneContext
 
 FLOATS = ("E2", "E3", "E4", "E5")

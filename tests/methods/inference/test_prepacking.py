@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packing_models import PROMPTS, alone, prompts_of, tiny
+from tests.properties.packing_models import PROMPTS, alone, prompts_of, tiny
 from transformers import (
     BertConfig,
     BertModel,
@@ -20,13 +20,13 @@ from transformers import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from assay.methods.inference.cache import keys_and_values, left_pad
+from assay.methods.core.generation.cache import keys_and_values, left_pad
+from assay.methods.core.generation.loop import padded_prefill
 from assay.methods.inference.prepacking import (
     PrepackedPrefill,
     pack_prompts,
     pack_rows,
     packed_mask,
-    padded_prefill,
     transform,
 )
 from assay.methods.transform import Transform, TuneContext
@@ -398,7 +398,7 @@ def test_transform_sets_the_batching():
     ).applies
     config = transform.configs(model, context)[0]
     assert transform.apply(model, config, context) is model
-    assert model.assay_settings == {"prepack": True, **config}
+    assert model.assay_settings == {"prefill": PrepackedPrefill, **config}
     with pytest.raises(ValueError, match="settings must be among"):
         transform.apply(model, {"colour": 1}, context)
 

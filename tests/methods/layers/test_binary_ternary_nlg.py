@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration, MBartConfig, MBartForConditionalGeneration
 
+from assay.methods.core.layers.packed import PackedLinear, pack, product, resident_bytes
 from assay.methods.layers.binary_ternary_nlg import (
     DistillationLoss,
     ElasticQuantizer,
@@ -29,7 +30,6 @@ from assay.methods.layers.binary_ternary_nlg import (
     save_packed,
     weight_codes,
 )
-from assay.methods.layers.packed import PackedLinear, pack, product, resident_bytes
 
 SIZES = {
     "vocab_size": 40,

@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from assay.methods.core.layers.surgery import LayerCost, cost, merge
 from assay.methods.layers.greenformers import (
     CED,
     LED,
@@ -40,7 +41,6 @@ from assay.methods.layers.greenformers import (
     transform,
     use_linformer,
 )
-from assay.methods.layers.surgery import LayerCost, cost, merge
 from assay.methods.transform import Transform, TuneContext
 
 
@@ -645,7 +645,7 @@ def test_torch_compile():
 
 def test_dynamic_quantisation_composes():
     """The units' layers are ordinary linear layers: a tool that replaces those finds them."""
-    from assay.methods.layers.surgery import find, linear_kinds
+    from assay.methods.core.layers.surgery import find, linear_kinds
 
     model = bert()
     apply_low_rank(model, rank=0.5)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from assay.methods import kernels
+from assay.methods.core import kernels
 from assay.methods.layers.kat import (
     GroupRational,
     KATMlp,

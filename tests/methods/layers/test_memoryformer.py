@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from tests.properties.mixers import check_mixer
 from torch import nn
 
-from assay.methods import kernels
+from assay.methods.core import kernels
+from assay.methods.core.mixers.model import MixerForCausalLM
 from assay.methods.layers.memoryformer import (
     SIZES,
     MemoryAttention,
@@ -22,7 +23,6 @@ from assay.methods.layers.memoryformer import (
     look_up_together,
     memoryformer_config,
 )
-from assay.methods.mixers.model import MixerForCausalLM
 
 WEIGHTS = ("softmax", "cosine", "magnitude")
 

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from tests.properties.mixers import check_mixer
 
+from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM
 from assay.methods.mixers.based import (
     SIZES,
     BaseConv,
@@ -16,7 +17,6 @@ from assay.methods.mixers.based import (
     quadratic,
     taylor_features,
 )
-from assay.methods.mixers.model import MixerConfig, MixerForCausalLM
 
 
 @pytest.mark.parametrize(

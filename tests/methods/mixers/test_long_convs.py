@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 from tests.properties import mixers as kit
 
+from assay.experiments.mixers.training import parameter_groups, train
+from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM
+from assay.methods.core.mixers.protocol import clone_state, fast_length
 from assay.methods.mixers import long_convs
 from assay.methods.mixers.long_convs import (
     ButterflyDFT,
@@ -26,9 +29,6 @@ from assay.methods.mixers.long_convs import (
     squash,
     three_pass_conv,
 )
-from assay.methods.mixers.model import MixerConfig, MixerForCausalLM
-from assay.methods.mixers.protocol import clone_state, fast_length
-from assay.methods.mixers.training import parameter_groups, train
 
 BACKENDS = ("rfft", "complex", "butterfly", "three_pass")
 

@@ -10,8 +10,17 @@ from tests.properties.mixers import check_mixer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from assay.methods import kernels
-from assay.methods.layers.packed import PackedLinear, packed_bytes, product, quantize_tokens, resident_bytes, unpack
+from assay.experiments.mixers.training import parameter_groups, train
+from assay.methods.core import kernels
+from assay.methods.core.layers.packed import (
+    PackedLinear,
+    packed_bytes,
+    product,
+    quantize_tokens,
+    resident_bytes,
+    unpack,
+)
+from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM
 from assay.methods.mixers.matmul_free import (
     MLGRU,
     BitGLU,
@@ -30,8 +39,6 @@ from assay.methods.mixers.matmul_free import (
     ternary_codes,
     token_codes,
 )
-from assay.methods.mixers.model import MixerConfig, MixerForCausalLM
-from assay.methods.mixers.training import parameter_groups, train
 
 
 def small_model(**options):

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from tests.properties.mixers import check_mixer
 from torch import nn
 
+from assay.experiments.mixers.training import evaluate, parameter_groups, train
 from assay.measure.cost import count_cost
-from assay.methods import kernels
-from assay.methods.mixers.model import MixerConfig, MixerForCausalLM
-from assay.methods.mixers.scan import ORDERS, Backend, Dynamics, SelectiveSSM
+from assay.methods.core import kernels
+from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM
+from assay.methods.core.mixers.scan import ORDERS, Backend, Dynamics, SelectiveSSM
 from assay.methods.mixers.ssm_survey import (
     GRID_MIXERS,
     S4D,
@@ -33,7 +34,6 @@ from assay.methods.mixers.ssm_survey import (
     match_width,
     taxonomy,
 )
-from assay.methods.mixers.training import evaluate, parameter_groups, train
 from assay.workloads.sequences import batches_of, selective_copying
 
 
@@ -229,7 +229,7 @@ def test_scan_mixer_is_the_sum_of_its_directions(order, tied):
     torch.manual_seed(0)
     mixer = ScanMixer(8, order=order, states=4, tied=tied).double()
     u = torch.randn(2, 35, 16, dtype=torch.float64)
-    from assay.methods.mixers.scan import scan_order
+    from assay.methods.core.mixers.scan import scan_order
 
     wanted = torch.zeros_like(u)
     for k, way in enumerate(scan_order(order, 5, 7)):

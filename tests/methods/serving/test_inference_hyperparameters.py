@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from assay.methods.inference.loop import settings
+from assay.methods.core.generation.loop import settings
 from assay.methods.serving.inference_hyperparameters import (
     Categorical,
     Constraint,
@@ -727,9 +727,9 @@ def test_the_transform_merges_settings_into_the_model(tiny):
     assert 1 <= len(configs) <= 5
     assert len({key_of(config) for config in configs}) == len(configs)
     assert all(config["batch_size"] <= 32 for config in configs)
-    model.assay_settings = {"prepack": True}
+    model.assay_settings = {"prefill": None}
     assert transform.apply(model, configs[0], context) is model
-    assert model.assay_settings == {"prepack": True, **configs[0]}
+    assert model.assay_settings == {"prefill": None, **configs[0]}
     assert settings(model)["batch_size"] == 16
     outcome, outputs = measure_settings(model, prompts(16), engine_settings(configs[0]), new_tokens=2)
     assert [len(output) for output in outputs] == [2] * 16

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from assay.catalogue import get_claim
-from assay.evidence.record import Estimate, Evidence
+from assay.evidence.record import Evidence
+from assay.evidence.types import Estimate
 from assay.evidence.verdict import judge
 from assay.measure.cost import count_cost
 from assay.measure.machine import Calibration

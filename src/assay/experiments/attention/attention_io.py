@@ -32,7 +32,7 @@ from assay.methods.attention.attention_io import (
     this_machine,
     tiled_attention,
 )
-from assay.methods.attention.plan import AttentionPlan, execute
+from assay.methods.core.attention.plan import AttentionPlan, execute
 from assay.workloads.attention import captured_qkv
 from assay.workloads.models import load_model
 from assay.workloads.text import long_prompt

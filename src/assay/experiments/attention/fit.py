@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from assay.errors import AssayError
 from assay.experiments.core import Figure, Quality, experiment
+from assay.experiments.mixers.training import train
 from assay.measure.cost import count_cost
 from assay.measure.isolate import run_isolated
 from assay.measure.stats import bootstrap
 from assay.methods.attention.fit import FIT, group_image
-from assay.methods.mixers.training import train
 from assay.workloads.images import crops, photograph
 
 TRAINING, HELD_OUT = ("china", "flower", "astronaut", "coffee"), ("chelsea", "rocket")

@@ -37,8 +37,6 @@ from assay.experiments.attention.xattention import (
 from assay.experiments.core import Quality, Trial, experiment
 from assay.measure.cost import count_cost
 from assay.measure.stats import Interval
-from assay.methods.attention.diffusers_processor import Attend, set_attention
-from assay.methods.attention.plan import AttentionPlan, execute, has_vnni
 from assay.methods.attention.sageattention2 import (
     VARIANTS,
     SageSettings,
@@ -48,6 +46,8 @@ from assay.methods.attention.sageattention2 import (
     sage_attention,
     transform,
 )
+from assay.methods.core.attention.diffusers_processor import Attend, set_attention
+from assay.methods.core.attention.plan import AttentionPlan, execute, has_vnni
 from assay.methods.transform import TuneContext
 from assay.workloads.attention import QKV, captured_qkv
 from assay.workloads.models import load_model

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from assay.experiments.core import Figure, Quality, Trial, experiment
+from assay.experiments.mixers.training import evaluate, train
 from assay.measure.clock import compare_many
 from assay.measure.stats import Interval, bootstrap
 from assay.methods.attention.sinklora import (
@@ -32,7 +33,6 @@ from assay.methods.attention.sinklora import (
     use_eviction,
     use_sf_attention,
 )
-from assay.methods.mixers.training import evaluate, train
 from assay.workloads.models import load_model
 from assay.workloads.sequences import byte_batches, byte_windows
 from assay.workloads.text import long_prompt

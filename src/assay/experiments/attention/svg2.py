@@ -23,9 +23,6 @@ from torch import Tensor, nn
 from assay.errors import MissingError
 from assay.experiments.attention.video import PATCH, Noised, psnr, train_on_clips
 from assay.experiments.core import Quality, Trial, experiment
-from assay.methods.attention.clusters import execute_clusters
-from assay.methods.attention.diffusers_processor import set_attention, use_plans
-from assay.methods.attention.plan import AttentionPlan
 from assay.methods.attention.svg2 import (
     SVG2Config,
     SVG2Sampling,
@@ -35,6 +32,9 @@ from assay.methods.attention.svg2 import (
     dense_attention,
     kmeans,
 )
+from assay.methods.core.attention.clusters import execute_clusters
+from assay.methods.core.attention.diffusers_processor import set_attention, use_plans
+from assay.methods.core.attention.plan import AttentionPlan
 from assay.workloads.attention import captured_qkv
 from assay.workloads.images import PHOTOGRAPHS
 from assay.workloads.models import load_model

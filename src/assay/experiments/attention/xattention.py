@@ -18,9 +18,9 @@ from torch import Tensor
 
 from assay.experiments.core import Figure, Quality, Trial, experiment
 from assay.measure.stats import Interval, bootstrap
-from assay.methods.attention.plan import AttentionPlan, execute
 from assay.methods.attention.xattention import block_scores, select, transform, xattention, xattention_plan
 from assay.methods.builtin import attention_backend
+from assay.methods.core.attention.plan import AttentionPlan, execute
 from assay.methods.transform import TuneContext
 from assay.workloads.attention import QKV, captured_qkv
 from assay.workloads.models import load_model

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from assay.experiments.core import Figure, Quality, Trial, experiment
 from assay.measure.stats import bootstrap
 from assay.methods.compression.fp8_vs_int8 import fake_quantize, format_report
-from assay.methods.compression.int8_linear import Int8Linear, smoothing
-from assay.methods.compression.quantizers import Estimator
+from assay.methods.core.quantize.int8_linear import Int8Linear, smoothing
+from assay.methods.core.quantize.quantizers import Estimator
 from assay.workloads.images import digits_split
 from assay.workloads.models import load_model
 from assay.workloads.quality import perplexity_increase, relative_increase, window_nll

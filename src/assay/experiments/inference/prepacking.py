@@ -20,8 +20,9 @@ from transformers.cache_utils import DynamicCache
 
 from assay.experiments.core import Figure, Quality, Trial, experiment
 from assay.measure.memory import peak_memory_of_child
-from assay.methods.inference.cache import Prefilled, left_pad
-from assay.methods.inference.prepacking import PrepackedPrefill, pack_prompts, padded_prefill, padding_token
+from assay.methods.core.generation.cache import Prefilled, left_pad
+from assay.methods.core.generation.loop import padded_prefill, padding_token
+from assay.methods.inference.prepacking import PrepackedPrefill, pack_prompts
 from assay.workloads.models import load_model
 from assay.workloads.text import mixed_prompts
 

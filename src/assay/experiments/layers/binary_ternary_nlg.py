@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from transformers import BartConfig, BartForConditionalGeneration
 
 from assay.experiments.core import Figure, Quality, experiment
+from assay.experiments.mixers.training import train
 from assay.measure.stats import bootstrap
+from assay.methods.core.layers.packed import resident_bytes
 from assay.methods.layers.binary_ternary_nlg import (
     DistillationLoss,
     calibrate_,
@@ -35,8 +37,6 @@ from assay.methods.layers.binary_ternary_nlg import (
     relative_operations,
     save_packed,
 )
-from assay.methods.layers.packed import resident_bytes
-from assay.methods.mixers.training import train
 from assay.workloads.sequences import text_bytes
 
 PAD, END, FIRST = 1, 2, 3  # bytes are numbered from FIRST on

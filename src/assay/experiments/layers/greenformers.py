@@ -16,6 +16,7 @@ from assay.errors import MissingError
 from assay.experiments.core import Figure, Quality, Trial, experiment
 from assay.measure.clock import compare
 from assay.measure.stats import bootstrap
+from assay.methods.core.layers.surgery import cost
 from assay.methods.layers.greenformers import (
     EncoderBlock,
     LowRankReport,
@@ -24,7 +25,6 @@ from assay.methods.layers.greenformers import (
     crossover_tokens,
     training_cost,
 )
-from assay.methods.layers.surgery import cost
 from assay.workloads.text import code_text, docstrings
 
 MINILM = "all-minilm-l6-v2"

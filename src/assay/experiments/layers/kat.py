@@ -16,8 +16,8 @@ from torch import Tensor
 
 from assay.experiments.core import Figure, Quality, Trial, experiment
 from assay.measure.stats import student_t
+from assay.methods.core.layers.surgery import cost
 from assay.methods.layers.kat import VisionTransformer, convert
-from assay.methods.layers.surgery import cost
 from assay.workloads.images import PHOTOGRAPHS, digits_split, photograph
 
 Mlp = Literal["kat", "gelu"]

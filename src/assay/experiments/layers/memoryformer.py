@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from assay.experiments.core import Quality, Trial, experiment
+from assay.experiments.mixers.training import evaluate, train
 from assay.measure.stats import bootstrap
+from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM
 from assay.methods.layers.memoryformer import MemoryLinear, bucket_entropy, distil_, memoryformer_config
-from assay.methods.mixers.model import MixerConfig, MixerForCausalLM
-from assay.methods.mixers.training import evaluate, train
 from assay.workloads.models import load_model
 from assay.workloads.sequences import byte_batches, byte_windows
 from assay.workloads.text import calibration_windows

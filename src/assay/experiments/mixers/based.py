@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from assay.experiments.core import Figure, Quality, Trial, experiment
+from assay.experiments.mixers.training import evaluate, train
 from assay.measure.stats import bootstrap
-from assay.methods.mixers.model import MixerConfig, MixerForCausalLM, StateCache
-from assay.methods.mixers.training import evaluate, train
+from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM, StateCache
 from assay.workloads.sequences import associative_recall, batches_of, byte_batches, byte_windows, repeated_ngrams
 
 # Two mixing layers each behind one short convolution, as the paper's layouts begin. Rivals hold as many bytes as BASED, "window only"

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from assay.experiments.core import Quality, Trial, experiment
 from assay.experiments.mixers.long_convs_path import LESSONS, accuracies, block_of, network, pictures, step_of
+from assay.experiments.mixers.training import train
 from assay.measure.stats import bootstrap
 from assay.methods.mixers.long_convs import Form, LongConv, LongConvClassifier, conv_cost, fft_conv
-from assay.methods.mixers.training import train
 from assay.workloads.images import digits_split
 
 LENGTH = 64  # tokens of a digit

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay.experiments.mixers.training import parameter_groups, train
 from assay.methods.mixers.long_convs import LongConvClassifier
-from assay.methods.mixers.training import parameter_groups, train
 from assay.workloads.sequences import pathfinder
 
 HEADS = 4

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from assay.experiments.core import Figure, Quality, experiment
+from assay.experiments.mixers.training import evaluate, train
 from assay.measure.clock import compare_many
 from assay.measure.machine import calibrate
 from assay.measure.memory import peak_memory_of_child
 from assay.measure.stats import bootstrap
 from assay.methods.builtin.weight_only import WeightOnlyLinear
-from assay.methods.layers.packed import Kind, PackedLinear, resident_bytes
+from assay.methods.core.layers.packed import Kind, PackedLinear, resident_bytes
+from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM
 from assay.methods.mixers.matmul_free import (
     MatmulFreeConfig,
     MatmulFreeForCausalLM,
@@ -31,8 +33,6 @@ from assay.methods.mixers.matmul_free import (
     pack_,
     save_packed,
 )
-from assay.methods.mixers.model import MixerConfig, MixerForCausalLM
-from assay.methods.mixers.training import evaluate, train
 from assay.workloads.sequences import byte_batches, byte_windows
 
 LOG_2 = 0.6931471805599453

@@ -18,13 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.experiments.core import Figure, Quality, experiment
+from assay.experiments.mixers.training import train
 from assay.measure.clock import compare_many
 from assay.measure.cost import count_cost
 from assay.measure.stats import Interval, bootstrap, median_interval
-from assay.methods import kernels
-from assay.methods.mixers.attention import SoftmaxAttention
+from assay.methods.core import kernels
+from assay.methods.core.mixers.attention import SoftmaxAttention
 from assay.methods.mixers.ssm_survey import Mamba, UNet, dice, dice_loss, hausdorff_distance, match_width
-from assay.methods.mixers.training import train
 from assay.workloads.images import crops, stained_tissue
 
 ARMS: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from assay.methods.inference.cache import keys_and_values
+from assay.methods.core.generation.cache import keys_and_values
 
 Layers = list[tuple[Tensor, Tensor]]  # (keys, values) of each layer, (batch, key heads, tokens, head dim)
 

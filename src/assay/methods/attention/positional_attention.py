@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods.mixers.protocol import Mixer, State, mixer
+from assay.methods.core.mixers.protocol import Mixer, State, mixer
 
 Routing = Literal["position", "content"]
 

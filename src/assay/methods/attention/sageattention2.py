@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods.attention import plan as plans
-from assay.methods.attention.integration import (
+from assay.methods.core.attention import plan as plans
+from assay.methods.core.attention.integration import (
     can_register,
     parse_settings,
     register_attention,
@@ -40,7 +40,7 @@ from assay.methods.attention.integration import (
     settings_of,
     store_settings,
 )
-from assay.methods.attention.plan import (
+from assay.methods.core.attention.plan import (
     AttentionPlan,
     execute,
     has_bf16,

@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods import kernels
-from assay.methods.attention.clusters import ClusterBackend, ClusterPlan, execute_clusters
-from assay.methods.attention.diffusers_processor import real_tokens, self_attentions, set_attention
-from assay.methods.attention.plan import AttentionPlan, Precision, execute
+from assay.methods.core import kernels
+from assay.methods.core.attention.clusters import ClusterBackend, ClusterPlan, execute_clusters
+from assay.methods.core.attention.diffusers_processor import real_tokens, self_attentions, set_attention
+from assay.methods.core.attention.plan import AttentionPlan, Precision, execute
 
 DISTANCES = 1 << 20  # distances that k-means holds at a time: 4 MiB, so that they stay in a processor's cache
 

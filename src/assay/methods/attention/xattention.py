@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods.attention.integration import (
+from assay.methods.core.attention.integration import (
     can_register,
     capture_qk,
     parse_settings,
@@ -33,7 +33,7 @@ from assay.methods.attention.integration import (
     settings_of,
     store_settings,
 )
-from assay.methods.attention.plan import (
+from assay.methods.core.attention.plan import (
     CHUNK,
     AttentionPlan,
     Backend,

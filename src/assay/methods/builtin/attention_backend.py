@@ -14,8 +14,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from assay.methods.attention.integration import can_register, register_attention, set_attention
-from assay.methods.attention.plan import AttentionPlan, kernel_time, load_kernel
+from assay.methods.core.attention.integration import can_register, register_attention, set_attention
+from assay.methods.core.attention.plan import AttentionPlan, kernel_time, load_kernel
 from assay.methods.transform import Effect, Fit, TuneContext
 
 NAME = "assay_dense"  # as attn_implementation

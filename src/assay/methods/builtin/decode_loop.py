@@ -37,7 +37,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods import kernels
 from assay.methods.builtin.weight_only import (
     GROUP,
     KINDS,
@@ -47,7 +46,8 @@ from assay.methods.builtin.weight_only import (
     quantize_inputs,
     unpack,
 )
-from assay.methods.compression.int8_linear import Int8GatedMLP, Int8Linear, rotate
+from assay.methods.core import kernels
+from assay.methods.core.quantize.int8_linear import Int8GatedMLP, Int8Linear, rotate
 from assay.methods.transform import Effect, Fit, TuneContext
 
 logger = logging.getLogger(__name__)
@@ -642,14 +642,14 @@ def _prefill(
 
     Prompts of different lengths are packed if the model's settings say so, else they go in groups of similar length.
     """
-    from assay.methods.inference import loop
+    from assay.methods.core.generation import loop
 
     rows, past, mask = list(range(len(lengths))), kwargs["cache"], kwargs.get("attention_mask")
     untouched = (
         not past.get_seq_length() and not getattr(past, "_is_user_defined", False) and config.prefill_chunk_size is None
     )
     groups = length_groups(lengths) if untouched else []
-    packs = loop.settings(model)["prepack"] and mask is not None
+    packs = loop.settings(model)["prefill"] is not None and mask is not None
     if not untouched or (len(groups) == 1 and not packs):
         outputs = model._prefill(input_ids, config, kwargs)
         _fill(cache, outputs.cache, rows, lengths)

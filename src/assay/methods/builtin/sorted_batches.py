@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from assay.methods.inference.loop import set_settings
+from assay.methods.core.generation.loop import set_settings
 from assay.methods.transform import Effect, Fit, TuneContext
 
 
@@ -35,7 +35,7 @@ class SortedBatches:
         return [{"batch_size": size} for size in dict.fromkeys([8, 16, 32, context.batch_size]) if size > 1]
 
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
-        set_settings(model, sort_by_length=True, prepack=False, **config)
+        set_settings(model, sort_by_length=True, prefill=None, **config)
         return model
 
 

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods import kernels
-from assay.methods.layers.surgery import page_out
+from assay.measure.cost import register_macs
+from assay.methods.core import kernels
+from assay.methods.core.layers.surgery import page_out
 from assay.methods.transform import Effect, Fit, TuneContext
 
 GROUP = 32
@@ -379,4 +380,9 @@ def _tied(model: nn.Module) -> bool:
     return head is not None and getter is not None and getattr(head, "weight", None) is getter().weight
 
 
+def _macs(x: Tensor, *_: Any, out: Tensor) -> int:
+    return x.numel() * out.shape[-1]
+
+
+register_macs("assay::weight_only_linear", _macs, "linear")
 transform = WeightOnly()

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from assay.errors import MissingError
-from assay.methods.compression.int8_linear import fusable_blocks, quantize_linears, select
-from assay.methods.compression.quantizers import (
+from assay.methods.core.quantize.int8_linear import fusable_blocks, quantize_linears, select
+from assay.methods.core.quantize.quantizers import (
     EIGHT_BIT,
     Estimator,
     Quantizer,

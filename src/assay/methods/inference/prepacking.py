@@ -18,7 +18,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
-import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from assay.methods.inference.cache import Prefilled, Span, left_pad, position_ids, unpack
+from assay.methods.core.generation.cache import Prefilled, Span, left_pad, unpack
+from assay.methods.core.generation.loop import checked_prompts, padded_prefill, padding_token, set_settings
 from assay.methods.transform import Effect, Fit, TuneContext
 
 Backend = Literal["varlen", "mask", "flex"]
@@ -366,51 +366,6 @@ class PrepackedPrefill:
         return _additive(mask, self.model.dtype)
 
 
-@torch.no_grad()
-def padded_prefill(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, *, last_token: bool = True
-) -> Prefilled:
-    """The baseline: one forward pass over a left-padded batch, (B, S) ids and mask; padding is computed like any token."""
-    module: Any = model
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    width = input_ids.shape[1] if last_token else input_ids.shape[1] - 1
-    out = module(
-        input_ids=input_ids[:, :width],
-        attention_mask=mask[:, :width],
-        position_ids=position_ids(mask)[:, :width],
-        cache=DynamicCache(config=module.config),
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    logits = out.logits[:, -1] if last_token else None
-    return Prefilled(out.cache, input_ids, mask, mask.sum(-1).tolist(), logits)
-
-
-def checked_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Prompts as lists of ints. Raises ValueError for none, or an empty one; TypeError for a token that is no whole number."""
-    try:
-        listed = [[operator.index(token) for token in prompt] for prompt in prompts]
-    except TypeError as error:
-        raise TypeError(f"prompts must be lists of token ids, which are whole numbers: {error}") from None
-    if not listed:
-        raise ValueError("prompts must hold at least one prompt, got none")
-    if empty := [i for i, prompt in enumerate(listed) if not prompt]:
-        raise ValueError(f"prompts must hold at least one token each, got an empty prompt at {empty[0]}")
-    return listed
-
-
-def padding_token(model: nn.Module) -> int:
-    """A token id to pad with: the model's own, else its end of sequence, else 0 (padding is masked, so any will do)."""
-    module: Any = model
-    config = module.config.get_text_config()
-    for token in (config.pad_token_id, config.eos_token_id):
-        if isinstance(token, list):
-            token = token[0]
-        if token is not None and token >= 0:
-            return int(token)
-    return 0
-
-
 def why_not(model: nn.Module) -> str:
     """Why this model cannot be prepacked; empty when it can."""
     config = getattr(model, "config", None)
@@ -547,11 +502,9 @@ class Prepacking:
         return [{"batch_size": size, "sort_by_length": order} for size in sizes for order in (True, False)]
 
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
-        from assay.methods.inference.loop import set_settings
-
         if reason := why_not(model):
             raise ValueError(f"model cannot be prepacked: {reason}")
-        set_settings(model, prepack=True, **config)
+        set_settings(model, prefill=PrepackedPrefill, **config)
         return model
 
 

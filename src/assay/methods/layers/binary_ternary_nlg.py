@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods.layers.packed import Kind, PackedLinear, packed_bytes, unpack
-from assay.methods.layers.surgery import swap
+from assay.methods.core.layers.packed import Kind, PackedLinear, packed_bytes, unpack
+from assay.methods.core.layers.surgery import swap
 from assay.paths import atomic_file
 
 Method = Literal["tbt", "baseline"]

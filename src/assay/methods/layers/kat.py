@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods import kernels
-from assay.methods.layers.surgery import find
+from assay.methods.core import kernels
+from assay.methods.core.layers.surgery import find
 
 Denominator = Literal["sum_of_abs", "abs_of_sum"]
 Shared = Literal["numerator", "denominator"]

@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods import kernels
-from assay.methods.mixers.attention import SoftmaxAttention, rotate
-from assay.methods.mixers.protocol import channel_mixer, mixer
+from assay.measure.cost import register_macs
+from assay.methods.core import kernels
+from assay.methods.core.mixers.attention import SoftmaxAttention, rotate
+from assay.methods.core.mixers.protocol import channel_mixer, mixer
 
 Weight = Literal["softmax", "cosine", "magnitude"]
 
@@ -154,6 +155,13 @@ def look_up_together(layers: Sequence[MemoryLinear], x: Tensor) -> list[Tensor]:
     kind = get_args(Weight).index(first.weight)
     found = torch.ops.assay.memory_look_up(flat, tables, biases, first.bits, kind, first.temperature)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in found]
+
+
+def _look_up_macs(x: Tensor, tables: list[Tensor], biases: Any, bits: int, *_: Any, out: list[Tensor]) -> int:
+    return x.shape[-1] // bits * sum(part.numel() for part in out)
+
+
+register_macs("assay::memory_look_up", _look_up_macs, "linear")
 
 
 def _use_kernel(layers: Sequence[MemoryLinear], x: Tensor) -> bool:
@@ -302,7 +310,7 @@ def memoryformer_config(
     temperature: float = 1.0,
 ) -> Any:
     """A `MixerConfig` of the paper's model; `SIZES` has the paper's. Embedding and head stay ordinary and separate."""
-    from assay.methods.mixers.model import MixerConfig
+    from assay.methods.core.mixers.model import MixerConfig
 
     hashing = {"bits": bits, "weight": weight, "temperature": temperature}
     return MixerConfig(

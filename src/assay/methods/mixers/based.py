@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods.mixers.attention import SoftmaxAttention
-from assay.methods.mixers.protocol import Mixer, State, left_conv, mixer
+from assay.methods.core.mixers.attention import SoftmaxAttention
+from assay.methods.core.mixers.protocol import Mixer, State, left_conv, mixer
 
 Feature = Literal["taylor", "taylor_full", "elu"]
 EPS = 1e-12  # of the normaliser

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods.mixers.protocol import Mixer, State, fast_length, mixer
+from assay.methods.core.mixers.protocol import Mixer, State, fast_length, mixer
 
 Backend = Literal["rfft", "complex", "butterfly", "three_pass", "direct"]
 Domain = Literal["time", "frequency"]
@@ -84,7 +84,7 @@ class LongKernel(nn.Module):
     `lam` the threshold (0.001 to 0.005 by task), `smooth_width` 1 for none, `dropout` of taps (0.2 to 0.3), `init` "random",
     0.002 N(0, 1), or "double_exponential", 0.02 N(0, 1) falling with the lag at a rate that rises with the input's index. `D`
     (channels, dim) is the weight of the input itself. The kernel has a learning rate of its own and no weight decay:
-    `assay.methods.mixers.training.parameter_groups` asks `optimizer_options`. Raises ValueError for impossible sizes.
+    `assay.experiments.mixers.training.parameter_groups` asks `optimizer_options`. Raises ValueError for impossible sizes.
     """
 
     def __init__(

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from assay.methods.layers.packed import KINDS, SMALLEST, Kind, PackedLinear, compiled
-from assay.methods.layers.surgery import find, swap, tied_names
-from assay.methods.mixers.model import MixerConfig, MixerForCausalLM, StateCache
-from assay.methods.mixers.protocol import Mixer, State, channel_mixer, mixer
+from assay.methods.core.layers.packed import KINDS, SMALLEST, Kind, PackedLinear, compiled
+from assay.methods.core.layers.surgery import find, swap, tied_names
+from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM, StateCache
+from assay.methods.core.mixers.protocol import Mixer, State, channel_mixer, mixer
 from assay.paths import atomic_file
 
 Variant = Literal["paper", "as_released"]

@@ -3,7 +3,7 @@
 The survey orders Mamba-style models for segmentation, classification, registration and reconstruction. What it shares is here:
 the sequence mixers "mamba" (S6), "mamba2" (SSD) and "s4d"; a vision block whose mixer is a convolution, window attention, full
 attention or a selective scan in any scan order; a U-shaped segmentation model and a classifier built of that block; Dice and HD95;
-and the survey's table as data (`taxonomy`). The scans themselves are in `assay.methods.mixers.scan`.
+and the survey's table as data (`taxonomy`). The scans themselves are in `assay.methods.core.mixers.scan`.
 
     model = UNet(1, 1, mixer="s6", order="cross", dim=96)                        # the form of VM-UNet
     rival = UNet(1, 1, mixer="window", dim=match_width(300_000, in_chans=1, mixer="window"))  # 0.3 M
@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods.mixers.protocol import Mixer, State, left_conv, mixer
-from assay.methods.mixers.scan import (
+from assay.methods.core.mixers.protocol import Mixer, State, left_conv, mixer
+from assay.methods.core.mixers.scan import (
     Backend,
     Discretisation,
     Dynamics,

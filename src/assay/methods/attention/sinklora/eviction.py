@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from assay.methods.attention.integration import by_sdpa, can_register, causal_mask, key_start_of, set_attention
+from assay.methods.core.attention.integration import by_sdpa, can_register, causal_mask, key_start_of, set_attention
 
 Policy = Literal["h2o", "sinks", "local"]
 NAME = "assay_eviction"  # as attn_implementation

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods.attention.integration import by_sdpa, can_register, causal_mask, key_start_of, set_attention
 from assay.methods.attention.sinklora.groups import Variant, sf_attention, shifted_heads
+from assay.methods.core.attention.integration import by_sdpa, can_register, causal_mask, key_start_of, set_attention
 
 NAME = "assay_sf_attn"  # as attn_implementation
 

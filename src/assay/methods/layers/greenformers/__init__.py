@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from assay.methods.core.layers.surgery import find, linear_kinds
 from assay.methods.layers.greenformers.convert import LayerReport, LowRankReport, apply_low_rank
 from assay.methods.layers.greenformers.economics import TrainingCost, training_cost
 from assay.methods.layers.greenformers.encoder import (
@@ -31,7 +32,6 @@ from assay.methods.layers.greenformers.encoder import (
 from assay.methods.layers.greenformers.released import auto_fact
 from assay.methods.layers.greenformers.solvers import SOLVERS, Solver, factor, input_moments, output_basis, truncate
 from assay.methods.layers.greenformers.units import CED, LED, UNITS, LEDEmbedding, break_even_rank
-from assay.methods.layers.surgery import find, linear_kinds
 from assay.methods.transform import Effect, Fit, TuneContext
 
 __all__ = [

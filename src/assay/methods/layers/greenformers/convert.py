@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from assay.methods.core.layers.surgery import CONVOLUTIONS, LayerCost, cost, find, linear_kinds, swap, tied_names, untie
 from assay.methods.layers.greenformers.solvers import SOLVERS, Solver, factor, input_moments, output_basis, truncate
 from assay.methods.layers.greenformers.units import (
     UNITS,
@@ -20,7 +21,6 @@ from assay.methods.layers.greenformers.units import (
     unit_around,
     weight_of,
 )
-from assay.methods.layers.surgery import CONVOLUTIONS, LayerCost, cost, find, linear_kinds, swap, tied_names, untie
 
 
 @dataclass(frozen=True)

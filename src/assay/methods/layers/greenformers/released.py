@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from assay.methods.core.layers.surgery import CONVOLUTIONS, find, linear_kinds, swap, tied_names
 from assay.methods.layers.greenformers.solvers import factor
 from assay.methods.layers.greenformers.units import (
     CED,
@@ -21,7 +22,6 @@ from assay.methods.layers.greenformers.units import (
     unit_around,
     weight_of,
 )
-from assay.methods.layers.surgery import CONVOLUTIONS, find, linear_kinds, swap, tied_names
 
 
 def auto_fact(

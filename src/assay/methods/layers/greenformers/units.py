@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assay.methods.layers.surgery import CONVOLUTIONS, linear_kinds
+from assay.methods.core.layers.surgery import CONVOLUTIONS, linear_kinds
 
 
 class LED(nn.Module):

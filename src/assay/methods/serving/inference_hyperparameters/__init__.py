@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from assay.methods.inference.loop import set_settings
+from assay.methods.core.generation.loop import set_settings
 from assay.methods.serving.inference_hyperparameters.engine import (
     HuggingFaceEngine,
     Infilling,

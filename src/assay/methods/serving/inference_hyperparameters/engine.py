@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from assay.measure.isolate import run_isolated
-from assay.methods.inference.loop import generate_batch
+from assay.methods.core.generation.loop import generate_batch
 from assay.methods.serving.inference_hyperparameters.space import Params
 from assay.methods.serving.inference_hyperparameters.trials import Outcome
 

@@ -1,0 +1,1 @@
+"""What papers share, by subject. No module here imports a paper's."""

@@ -1,0 +1,181 @@
+"""How assay runs many prompts: batches, their order, their prefill, and the settings a model carries with it.
+
+`model.assay_settings`, a plain dict on the model, holds the defaults: transforms set it (`set_settings`), and
+`generate_batch` and `prefill` read it, so that a tuned model runs the way it was tuned wherever it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from assay.methods.core.generation.cache import Prefilled, left_pad, position_ids
+
+DEFAULTS: dict[str, Any] = {"batch_size": 8, "sort_by_length": False, "prefill": None, "threads": None}
+
+
+class Prefill(Protocol):
+    """A way to fill the cache of prompts that begin together. `last_token` False leaves each prompt's last one to `generate`."""
+
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> Prefilled: ...
+
+
+class PrefillFactory(Protocol):
+    """What the setting `prefill` holds: called with the model, it makes a `Prefill`; None stands for `padded_prefill`."""
+
+    def __call__(self, model: nn.Module, *, last_token: bool = True, pad_token_id: int | None = None) -> Prefill: ...
+
+
+def settings(model: nn.Module) -> dict[str, Any]:
+    """The settings `model` carries, over the defaults."""
+    return {**DEFAULTS, **getattr(model, "assay_settings", {})}
+
+
+def set_settings(model: nn.Module, **values: Any) -> None:
+    """Attach settings to `model`, keeping the others it has. Raises ValueError for an unknown name or a bad value."""
+    if unknown := set(values) - set(DEFAULTS):
+        raise ValueError(f"settings must be among {', '.join(DEFAULTS)}, got {', '.join(sorted(unknown))}")
+    for name in ("batch_size", "threads"):
+        value = values.get(name)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if not isinstance(values.get("sort_by_length", False), bool):
+        raise ValueError(f"sort_by_length must be true or false, got {values['sort_by_length']!r}")
+    if not (values.get("prefill") is None or callable(values["prefill"])):
+        raise ValueError(f"prefill must be a prefill's class or None, got {values['prefill']!r}")
+    object.__setattr__(model, "assay_settings", {**getattr(model, "assay_settings", {}), **values})
+
+
+def prefill(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Prefilled:
+    """Run a left-padded batch of prompts, (B, S) int64 ids and mask, the way the model's settings say; padded by default.
+
+    The result holds the left-padded cache, the logits (B, vocab) of each prompt's last token, and the lengths. Everything
+    that generates goes through here, so that a decoding loop of its own keeps the packed prefill.
+    """
+    make: PrefillFactory | None = settings(model)["prefill"]
+    if make is None or attention_mask is None or bool(attention_mask.all()):
+        return padded_prefill(model, input_ids, attention_mask)
+    lengths = attention_mask.sum(-1).tolist()
+    prompts = [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
+    return make(model)(prompts)
+
+
+@torch.no_grad()
+def padded_prefill(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, *, last_token: bool = True
+) -> Prefilled:
+    """The baseline: one forward pass over a left-padded batch, (B, S) ids and mask; padding is computed like any token."""
+    module: Any = model
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    width = input_ids.shape[1] if last_token else input_ids.shape[1] - 1
+    out = module(
+        input_ids=input_ids[:, :width],
+        attention_mask=mask[:, :width],
+        position_ids=position_ids(mask)[:, :width],
+        cache=DynamicCache(config=module.config),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    logits = out.logits[:, -1] if last_token else None
+    return Prefilled(out.cache, input_ids, mask, mask.sum(-1).tolist(), logits)
+
+
+def checked_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Prompts as lists of ints. Raises ValueError for none, or an empty one; TypeError for a token that is no whole number."""
+    try:
+        listed = [[operator.index(token) for token in prompt] for prompt in prompts]
+    except TypeError as error:
+        raise TypeError(f"prompts must be lists of token ids, which are whole numbers: {error}") from None
+    if not listed:
+        raise ValueError("prompts must hold at least one prompt, got none")
+    if empty := [i for i, prompt in enumerate(listed) if not prompt]:
+        raise ValueError(f"prompts must hold at least one token each, got an empty prompt at {empty[0]}")
+    return listed
+
+
+def padding_token(model: nn.Module) -> int:
+    """A token id to pad with: the model's own, else its end of sequence, else 0 (padding is masked, so any will do)."""
+    module: Any = model
+    config = module.config.get_text_config()
+    for token in (config.pad_token_id, config.eos_token_id):
+        if isinstance(token, list):
+            token = token[0]
+        if token is not None and token >= 0:
+            return int(token)
+    return 0
+
+
+@torch.no_grad()
+def generate_batch(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    batch_size: int | None = None,
+    sort_by_length: bool | None = None,
+    pad_token_id: int | None = None,
+    ignore_eos: bool = True,
+) -> list[list[int]]:
+    """Continue every prompt greedily by `new_tokens` tokens; returns the new tokens, in the order of the prompts.
+
+    Prompts run in batches of `batch_size`, in arrival order, or with `sort_by_length` longest first, which wastes little on
+    padding and meets the largest batch at once. With `ignore_eos` (for measuring: equal work for every prompt) the end token
+    is never chosen; without it a prompt's tokens end with it. What is None comes from the model's settings.
+    Raises ValueError for no prompts, an empty one, new_tokens < 1 or batch_size < 1.
+    """
+    prompts = checked_prompts(prompts)
+    chosen = settings(model)
+    size = chosen["batch_size"] if batch_size is None else batch_size
+    ordered = chosen["sort_by_length"] if sort_by_length is None else sort_by_length
+    if new_tokens < 1 or size < 1:
+        raise ValueError(f"new_tokens and batch_size must be at least 1, got {new_tokens} and {size}")
+    pad = padding_token(model) if pad_token_id is None else pad_token_id
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) if ordered else list(range(len(prompts)))
+    results: list[list[int]] = [[] for _ in prompts]
+    with _threads(chosen["threads"]):
+        for first in range(0, len(order), size):
+            members = order[first : first + size]
+            new = _generate(model, [prompts[i] for i in members], new_tokens, pad, ignore_eos)
+            for i, tokens in zip(members, new, strict=True):
+                results[i] = tokens if ignore_eos else _until_end(tokens, model)
+    return results
+
+
+def _generate(model: Any, prompts: list[list[int]], new_tokens: int, pad: int, ignore_eos: bool) -> list[list[int]]:
+    ids, mask = left_pad(prompts, pad, model.device)
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    make: PrefillFactory | None = settings(model)["prefill"]
+    if make is not None and not getattr(model.generate, "calls_prefill", False):
+        # The last token is left to `generate`: its own rules (end token, penalties) then choose every new token.
+        inputs = make(model, last_token=False, pad_token_id=pad)(prompts).generate_inputs()
+    if ignore_eos:
+        inputs["min_new_tokens"] = new_tokens
+    out: Tensor = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad)
+    new: list[list[int]] = out[:, ids.shape[1] :].tolist()
+    return new
+
+
+def _until_end(tokens: list[int], model: Any) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:stop]
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Run with `count` intra-op threads, None for as many as now."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)

@@ -1,0 +1,667 @@
+"""State space models as functions: discretisation, time-invariant recurrences and convolutions, selective scans, scan orders.
+
+    h' = A h + B x,  y = C h + D x         discretised with step dt:        h_t = Ab h_{t-1} + Bb x_t,  y_t = C h_t + D x_t
+
+Ab = exp(dt A). Bb is A^-1 (exp(dt A) - 1) B under zero-order hold, exact for inputs that are constant within a step, or dt B, the
+Euler form of Mamba. A is diagonal throughout. Three kinds of model: time-invariant (S4D), whose recurrence is a convolution;
+selective (S6, Mamba), where dt, B and C come from the token; and selective with one decay a head (SSD, Mamba-2), which is a masked
+product of matrices.
+
+The selective scan has interchangeable back ends that agree: "sequential", the definition; "chunked", exact, one step for all chunks
+of a segment at once; "associative", pairs of pairs, log depth; "kernel", compiled, float32. None divides by a cumulative decay,
+and none but the first's gradients holds (batch, tokens, channels, states): segments are computed again in the backward pass.
+
+`our choice`: segments of 256 tokens, chunks of the square root of that; sub-grids of the atrous order one behind the other in one
+sequence. 1 MAC = 2 FLOPs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from assay.measure.cost import register_macs
+from assay.methods.core import kernels
+from assay.methods.core.mixers.protocol import fast_length, left_conv
+
+Discretisation = Literal["zoh", "euler"]
+Backend = Literal["auto", "kernel", "chunked", "associative", "sequential"]
+SEGMENT = 256  # tokens whose (channels, states) may be held at once
+DIRECT = 128  # tokens up to which a convolution is not worth an FFT
+SCAN_FLOPS = 9  # for each token, channel and state: the count usual in the literature, an exponential counted as one
+
+
+# ----------------------------------------------------------------------------------------------------------- discretisation
+
+
+def discretise(A: Tensor, B: Tensor, dt: Tensor, method: Discretisation = "zoh") -> tuple[Tensor, Tensor]:
+    """(Ab, Bb) of a diagonal system, elementwise over shapes that broadcast; A may be complex.
+
+    "zoh": Bb = A^-1 (exp(dt A) - 1) B, dt B in the limit A -> 0. "euler": Bb = dt B. Raises ValueError for another method.
+    """
+    if method not in get_args(Discretisation):
+        raise ValueError(f"method must be one of {', '.join(get_args(Discretisation))}, got {method!r}")
+    z = dt * A
+    return torch.exp(z), dt * (_held(z) * B if method == "zoh" else B)
+
+
+def _held(z: Tensor) -> Tensor:
+    """(exp(z) - 1) / z without cancellation, 1 at 0, for real and complex z."""
+    small, zero = z.abs() < 0.5, z == 0
+    half = torch.where(small & ~zero, z, 1.0) / 2
+    near = torch.exp(half) * torch.sinh(half) / half
+    far = torch.where(small, 1.0, z)
+    return torch.where(small, torch.where(zero, 1 + z / 2, near), (torch.exp(far) - 1) / far)
+
+
+# ----------------------------------------------------------------------------------------------------------- time-invariant
+
+
+def lti_recurrence(
+    x: Tensor, decay: Tensor, gain: Tensor, C: Tensor, D: Tensor | None = None, h: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """h_t = Ab h_{t-1} + Bb x_t, y_t = Re(C h_t) + D x_t, token by token: the reference.
+
+    x (batch, tokens, channels); decay (Ab), gain (Bb) and C (channels, states), real or complex; D (channels,);
+    h (batch, channels, states), zeros when None. Returns y like x and the last state.
+    """
+    if h is None:
+        h = torch.zeros(len(x), *decay.shape, dtype=torch.promote_types(decay.dtype, x.dtype), device=x.device)
+    outputs = []
+    for t in range(x.shape[1]):
+        h = decay * h + gain * x[:, t, :, None]
+        outputs.append(_real((C * h).sum(-1)))
+    y = torch.stack(outputs, 1) if outputs else torch.empty_like(x)
+    return (y if D is None else y + D * x), h
+
+
+def lti_kernel(decay: Tensor, gain: Tensor, C: Tensor, length: int, *, chunk: int = SEGMENT) -> Tensor:
+    """The convolution kernel (Re C Bb, Re C Ab Bb, Re C Ab^2 Bb, ...), (channels, length); arguments as `lti_recurrence`."""
+    base = powers(decay, min(chunk, length))
+    onward, weight, parts = base[..., -1] * decay, C * gain, []
+    for start in range(0, length, chunk):
+        parts.append(_real(torch.einsum("dn,dnt->dt", weight, base[..., : length - start])))
+        weight = weight * onward
+    return torch.cat(parts, -1)
+
+
+def lti_convolution(x: Tensor, kernel: Tensor, D: Tensor | None = None) -> Tensor:
+    """Causal convolution of x (batch, tokens, channels) with kernel (channels, at least tokens), plus D x.
+
+    By FFT; up to 128 tokens directly, which is causal to the last bit.
+    """
+    tokens = x.shape[1]
+    if tokens <= DIRECT:
+        y = left_conv(x, kernel[:, :tokens].flip(1))
+    else:
+        size = fast_length(2 * tokens)
+        spectrum = torch.fft.rfft(x, size, dim=1) * torch.fft.rfft(kernel[:, :tokens], size, dim=1).T
+        y = torch.fft.irfft(spectrum, size, dim=1)[:, :tokens]
+    return y if D is None else y + D * x
+
+
+def lti_advance(
+    x: Tensor, decay: Tensor, gain: Tensor, C: Tensor, D: Tensor | None, h: Tensor, *, chunk: int = SEGMENT
+) -> tuple[Tensor, Tensor]:
+    """`lti_recurrence` behind the state h, whole chunks at a time."""
+    outputs = []
+    for part in x.split(chunk, 1):
+        tokens = part.shape[1]
+        power = powers(decay, tokens)
+        y = lti_convolution(part, _real(torch.einsum("dn,dnt->dt", C * gain, power)), D)
+        outputs.append(y + _real(torch.einsum("bdn,dnt->btd", C * decay * h, power)))
+        entering = (gain[..., None] * power.flip(-1)).to(h.dtype)
+        h = power[..., -1] * decay * h + torch.einsum("btd,dnt->bdn", part.to(h.dtype), entering)
+    return torch.cat(outputs, 1), h
+
+
+def powers(decay: Tensor, count: int) -> Tensor:
+    """(..., count): decay^0, decay^1, ... by doubling."""
+    found, onward = torch.ones_like(decay)[..., None], decay
+    while found.shape[-1] < count:
+        found = torch.cat([found, found * onward[..., None]], -1)
+        onward = onward * onward
+    return found[..., :count]
+
+
+def _real(x: Tensor) -> Tensor:
+    return x.real if x.is_complex() else x
+
+
+# ----------------------------------------------------------------------------------------------------------- selective scan
+
+
+def selective_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    h0: Tensor | None = None,
+    *,
+    backend: Backend = "auto",
+    discretisation: Discretisation = "euler",
+    segment: int = SEGMENT,
+) -> tuple[Tensor, Tensor]:
+    """S6: h_t = exp(dt_t A) h_{t-1} + Bb_t u_t, y_t = <h_t, C_t> + D u_t; y like u, and the last state.
+
+    u and dt (positive; 0 leaves the state as it is) (batch, tokens, channels), A (channels, states), B and C (batch, tokens,
+    states), D (channels,), h0 (batch, channels, states), zeros when None. `discretisation` of B: "euler", Bb = dt B (Mamba), or
+    "zoh". Computed and the state returned in float32 (float64 for float64). All back ends have gradients; "auto" takes the
+    compiled kernel where it serves (CPU, float32, Euler), else the chunks.
+
+    Raises ValueError for shapes that do not fit, unknown options, or "kernel" where it cannot serve.
+    """
+    _check_scan(u, dt, A, B, C, D, h0, backend, discretisation, segment)
+    wide, given = wide_dtype(u.dtype), u.dtype
+    (u, dt, A, B, C) = (x.to(wide) for x in (u, dt, A, B, C))
+    D = None if D is None else D.to(wide)
+    h = u.new_zeros(len(u), *A.shape) if h0 is None else h0.to(wide)
+    if not u.shape[1]:
+        return u.to(given), h
+    if backend in ("auto", "kernel"):
+        if why := _no_kernel(u, discretisation):
+            if backend == "kernel":
+                raise ValueError(f"backend 'kernel' cannot serve here: {why}")
+            backend = "sequential" if u.shape[1] == 1 else "chunked"
+        else:
+            arguments = [None if x is None else x.contiguous() for x in (u, dt, A, B, C, D, h)]
+            if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments):
+                y, h = _Kernel.apply(*arguments)
+            else:
+                y, h, _ = torch.ops.assay.selective_scan(*arguments, False)
+            return y.to(given), h
+    if backend == "sequential":
+        y, h = _sequential(u, dt, A, B, C, h, discretisation)
+    else:
+        y, h = _in_segments(
+            _chunked if backend == "chunked" else _associative, u, dt, A, B, C, h, discretisation, segment
+        )
+    return (y if D is None else y + D * u).to(given), h
+
+
+def _check_scan(
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    h0: Tensor | None,
+    backend: str,
+    discretisation: str,
+    segment: int,
+) -> None:
+    if u.ndim != 3 or dt.shape != u.shape:
+        raise ValueError(f"u and dt must both be (batch, tokens, channels), got {tuple(u.shape)} and {tuple(dt.shape)}")
+    if A.ndim != 2 or len(A) != u.shape[2]:
+        raise ValueError(f"A must be (channels, states) with {u.shape[2]} channels, got {tuple(A.shape)}")
+    wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+        ("B", B, (*u.shape[:2], A.shape[1])),
+        ("C", C, (*u.shape[:2], A.shape[1])),
+        ("D", D, (u.shape[2],)),
+        ("h0", h0, (len(u), *A.shape)),
+    ]
+    for name, tensor, shape in wanted:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
+    for name, value, allowed in (
+        ("backend", backend, get_args(Backend)),
+        ("discretisation", discretisation, get_args(Discretisation)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if segment < 1:
+        raise ValueError(f"segment must be at least 1, got {segment}")
+
+
+def _no_kernel(u: Tensor, discretisation: str) -> str:
+    """Why the compiled kernel cannot serve; empty when it can."""
+    if discretisation != "euler":
+        return "it has the Euler form of B only"
+    if u.device.type != "cpu" or u.dtype != torch.float32:
+        return f"it is for float32 on the CPU, not {u.dtype} on {u.device.type}"
+    return "" if kernels.load("scan") else "it is not compiled"
+
+
+def _sequential(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, discretisation: Discretisation
+) -> tuple[Tensor, Tensor]:
+    outputs = []
+    for t in range(u.shape[1]):
+        decay, gain = discretise(A, B[:, t, None, :], dt[:, t, :, None], discretisation)
+        h = decay * h + gain * u[:, t, :, None]
+        outputs.append((h * C[:, t, None, :]).sum(-1))
+    return torch.stack(outputs, 1), h
+
+
+def _in_segments(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    u: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    h: Tensor,
+    discretisation: Discretisation,
+    segment: int,
+) -> tuple[Tensor, Tensor]:
+    """Segments one behind the other; what they held is computed again for the gradients."""
+    outputs = []
+    for at in range(0, u.shape[1], segment):
+        here = slice(at, at + segment)
+        parts = (u[:, here], dt[:, here], A, B[:, here], C[:, here], h)
+        if torch.is_grad_enabled() and any(x.requires_grad for x in parts):
+            y, h = checkpoint(run, *parts, discretisation, use_reentrant=False)
+        else:
+            y, h = run(*parts, discretisation)
+        outputs.append(y)
+    return torch.cat(outputs, 1), h
+
+
+def _chunked(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, discretisation: Discretisation
+) -> tuple[Tensor, Tensor]:
+    """All chunks step together from empty states; then states travel from chunk to chunk; then each token gets its chunk's.
+
+    exp(A (dt_1 + ... + dt_t)) is what is left after t tokens of the state in front of the chunk, so nothing is divided.
+    """
+    tokens = u.shape[1]
+    size = max(1, round(tokens**0.5))
+    count = -(-tokens // size)
+
+    def cut(
+        x: Tensor,
+    ) -> Tensor:  # (batch, tokens, k) to (batch, chunks, size, k); dt = 0 behind the end changes no state
+        return F.pad(x, (0, 0, 0, count * size - tokens)).unflatten(1, (count, size))
+
+    u, dt, B, C = cut(u), cut(dt), cut(B), cut(C)
+    local, passed = u.new_zeros(*u.shape[:2], *A.shape), dt.cumsum(2)
+    outputs = []
+    for t in range(size):
+        decay, gain = discretise(A, B[:, :, t, None, :], dt[:, :, t, :, None], discretisation)
+        local = decay * local + gain * u[:, :, t, :, None]
+        outputs.append((local * C[:, :, t, None, :]).sum(-1))
+    through, before = torch.exp(passed[:, :, -1, :, None] * A), []
+    for chunk in range(count):
+        before.append(h)
+        h = through[:, chunk] * h + local[:, chunk]
+    start = torch.stack(before, 1)
+    for t in range(size):
+        left = torch.exp(passed[:, :, t, :, None] * A) * start
+        outputs[t] = outputs[t] + (left * C[:, :, t, None, :]).sum(-1)
+    return torch.stack(outputs, 2).flatten(1, 2)[:, :tokens], h
+
+
+def _associative(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, discretisation: Discretisation
+) -> tuple[Tensor, Tensor]:
+    decay, gain = discretise(A, B[:, :, None, :], dt[..., None], discretisation)
+    added = gain * u[..., None]
+    added = torch.cat([added[:, :1] + decay[:, :1] * h[:, None], added[:, 1:]], 1)
+    states = associative_scan(decay, added)
+    return (states * C[:, :, None, :]).sum(-1), states[:, -1]
+
+
+def associative_scan(a: Tensor, x: Tensor) -> Tensor:
+    """h_t = a_t h_{t-1} + x_t along dimension 1, h_0 = x_0, in logarithmic depth: (a, x) pairs combine as (a' a, a' x + x')."""
+    tokens = a.shape[1]
+    if tokens == 1:
+        return x
+    even, odd = slice(0, tokens // 2 * 2, 2), slice(1, None, 2)
+    at_odd = associative_scan(a[:, odd] * a[:, even], a[:, odd] * x[:, even] + x[:, odd])
+    behind = a[:, 2::2] * at_odd[:, : (tokens - 1) // 2] + x[:, 2::2]
+    at_even = torch.cat([x[:, :1], behind], 1)
+    paired = torch.stack([at_even[:, : tokens // 2], at_odd], 2).flatten(1, 2)
+    return paired if tokens % 2 == 0 else torch.cat([paired, at_even[:, -1:]], 1)
+
+
+class _Kernel(torch.autograd.Function):
+    """The compiled scan; saves its inputs and one state in 64 tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, h, kept = torch.ops.assay.selective_scan(*arguments, True)
+        ctx.save_for_backward(*arguments[:6], kept)
+        ctx.set_materialize_grads(False)
+        return y, h
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> Any:
+        u, dt, A, B, C, D, kept = ctx.saved_tensors
+        grad = torch.zeros_like(u) if grad is None else grad.contiguous()
+        grad_last = None if grad_last is None else grad_last.contiguous()
+        found = torch.ops.assay.selective_scan_backward(grad, grad_last, u, dt, A, B, C, D, kept)
+        return tuple(x if needed else None for x, needed in zip(found, ctx.needs_input_grad, strict=True))
+
+
+def scan_flops(tokens: int, channels: int, states: int, batch: int = 1) -> int:
+    """FLOPs of a selective scan: 9 for each token, channel and state, exponentials included."""
+    return SCAN_FLOPS * batch * tokens * channels * states
+
+
+def _scan_macs(u: Tensor, dt: Tensor, A: Tensor, *rest: Any, out: Any) -> int:
+    return scan_flops(u.shape[1], u.shape[2], A.shape[1], u.shape[0]) // 2
+
+
+def _scan_backward_macs(grad: Tensor, last: Any, u: Tensor, dt: Tensor, A: Tensor, *rest: Any, out: Any) -> int:
+    return 2 * _scan_macs(u, dt, A, out=out)
+
+
+register_macs("assay::selective_scan", _scan_macs, "other")
+register_macs("assay::selective_scan_backward", _scan_backward_macs, "other")
+
+
+# --------------------------------------------------------------------------------------------------- one decay a head (SSD)
+
+
+def segment_sums(z: Tensor) -> Tensor:
+    """(..., T) to (..., T, T): entry i, j is the sum of z_k over j < k <= i, -inf above the diagonal. Sums only, no differences."""
+    size = z.shape[-1]
+    below = torch.ones(size, size, dtype=torch.bool, device=z.device).tril(-1)
+    sums = z[..., :, None].expand(*z.shape, size).masked_fill(~below, 0).cumsum(-2)
+    return sums.masked_fill(below.T, -torch.inf)
+
+
+def ssd_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> Tensor:
+    """The masked-attention form, all pairs at once: y = (L o C B^T) (dt x) + D x, L_ij the product of decays between j and i.
+
+    Arguments as `ssd`.
+    """
+    heads = x.shape[2] // B.shape[2]
+    mask = torch.exp(segment_sums((dt * A).transpose(1, 2)))
+    scores = torch.einsum("bign,bjgn->bgij", C, B).repeat_interleave(heads, 1)
+    y = torch.einsum("bhij,bjhp->bihp", mask * scores, dt[..., None] * x)
+    return y if D is None else y + D[:, None] * x
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    h0: Tensor | None = None,
+    *,
+    chunk: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """The scan with one decay exp(dt A) a head, in chunks: matrix products within a chunk, a state between them.
+
+    x (batch, tokens, heads, values), dt (batch, tokens, heads), A and D (heads,), B and C (batch, tokens, groups, states), groups
+    dividing the heads; h0 (batch, heads, values, states), zeros when None. Returns y like x and the last state, both in the
+    dtype of x. O(tokens * chunk). Raises ValueError for shapes that do not fit.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    if x.ndim != 4 or dt.shape != x.shape[:3] or A.shape != x.shape[2:3]:
+        raise ValueError(
+            "x, dt and A must be (batch, tokens, heads, values), (batch, tokens, heads) and (heads,), "
+            f"got {tuple(x.shape)}, {tuple(dt.shape)} and {tuple(A.shape)}"
+        )
+    if B.ndim != 4 or B.shape != C.shape or B.shape[:2] != x.shape[:2] or not B.shape[2] or x.shape[2] % B.shape[2]:
+        raise ValueError(
+            f"B and C must be (batch, tokens, groups, states), groups dividing {x.shape[2]} heads, "
+            f"got {tuple(B.shape)} and {tuple(C.shape)}"
+        )
+    groups = B.shape[2]
+    heads = x.shape[2] // groups
+    h = x.new_zeros(len(x), x.shape[2], x.shape[3], B.shape[3]) if h0 is None else h0
+    outputs = []
+    for part, step, b, c in zip(
+        x.split(chunk, 1), dt.split(chunk, 1), B.split(chunk, 1), C.split(chunk, 1), strict=True
+    ):
+        z = (step * A).transpose(1, 2)  # (batch, heads, tokens)
+        mask = torch.exp(segment_sums(z))
+        added = (step[..., None] * part).transpose(1, 2)  # (batch, heads, tokens, values)
+        c, b = c.transpose(1, 2), b.transpose(1, 2)  # (batch, groups, tokens, states)
+        scores = (c @ b.transpose(-1, -2))[:, :, None] * mask.unflatten(1, (groups, heads))
+        y = scores.flatten(1, 2) @ added
+        read = c[:, :, None] @ h.unflatten(1, (groups, heads)).transpose(-1, -2)
+        y = y + read.flatten(1, 2) * torch.exp(z.cumsum(-1))[..., None]
+        entering = (mask[:, :, -1, :, None] * added).transpose(-1, -2).unflatten(1, (groups, heads)) @ b[:, :, None]
+        h = torch.exp(z.sum(-1))[..., None, None] * h + entering.flatten(1, 2)
+        outputs.append(y.transpose(1, 2))
+    y = torch.cat(outputs, 1) if outputs else torch.empty_like(x)
+    return (y if D is None else y + D[:, None] * x), h
+
+
+# --------------------------------------------------------------------------------------------------------- the scan as a layer
+
+
+class Float32Parameters(nn.Module):
+    """Parameters of a system's dynamics: they stay float32 in a bfloat16 or float16 model and get no weight decay."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def keep(x: Tensor) -> Tensor:
+            found = fn(x)
+            return x.to(found.device, torch.float32) if found.dtype in (torch.bfloat16, torch.float16) else found
+
+        return super()._apply(keep, recurse)
+
+    def optimizer_options(self) -> dict[str, dict[str, float]]:
+        """Read by `training.parameter_groups`."""
+        return {name: {"weight_decay": 0.0} for name, _ in self.named_parameters()}
+
+
+def log_uniform_steps(count: int, low: float = 1e-3, high: float = 1e-1) -> Tensor:
+    """Log-uniform step sizes."""
+    return torch.exp(torch.empty(count).uniform_(math.log(low), math.log(high)))
+
+
+class Dynamics(Float32Parameters):
+    """A_log, D and dt_bias. A = -exp(A_log) is (channels, states), or (channels,) for `states` None (Mamba-2).
+
+    A begins as -1, -2, ..., -states (Mamba-2: uniform in [-16, -1]), D as 1, softplus(dt_bias) log-uniform in [1e-3, 1e-1].
+    """
+
+    def __init__(self, channels: int, states: int | None = None):
+        super().__init__()
+        shape = (channels,) if states is None else (channels, states)
+        self.A_log = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(channels, dtype=torch.float32))
+        self.dt_bias = nn.Parameter(torch.empty(channels, dtype=torch.float32))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As the class says A, D and dt_bias begin; the steps are drawn anew."""
+        if self.A_log.ndim == 1:
+            self.A_log.uniform_(1, 16).log_()
+        else:
+            self.A_log.copy_(torch.arange(1, self.A_log.shape[1] + 1).float().log().expand_as(self.A_log))
+        self.D.fill_(1)
+        step = log_uniform_steps(len(self.dt_bias))
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+    def steps(self, raw: Tensor, mask: Tensor | None) -> Tensor:
+        """softplus(raw + dt_bias), 0 on padding: (batch, tokens, channels), float32 at least."""
+        dt = F.softplus(raw.to(self.dt_bias.dtype) + self.dt_bias)
+        return dt if mask is None else dt * mask[..., None]
+
+
+class SelectiveSSM(nn.Module):
+    """S6 with its projections: dt (rank `dt_rank`, default width / 16), B and C of every token from the token itself.
+
+    `width` channels, `states` numbers of state each. `forward(x, h, mask)` takes x (batch, tokens, width) behind the state
+    h (batch, width, states), None for none, and returns the outputs and the last state. Raises ValueError for sizes below 1.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        states: int = 16,
+        dt_rank: int | None = None,
+        backend: Backend = "auto",
+        discretisation: Discretisation = "euler",
+    ):
+        super().__init__()
+        self.dt_rank = -(-width // 16) if dt_rank is None else dt_rank
+        check_positive(width=width, states=states, dt_rank=self.dt_rank)
+        self.width, self.states = width, states
+        self.backend: Backend = backend
+        self.discretisation: Discretisation = discretisation
+        self.x_proj = nn.Linear(width, self.dt_rank + 2 * states, bias=False)
+        self.dt_weight = nn.Parameter(torch.empty(width, self.dt_rank))  # its bias is dynamics.dt_bias
+        self.dynamics = Dynamics(width, states)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """dt_weight uniform within 1 / sqrt(dt_rank), which keeps the steps near their bias; x_proj as torch's linear layers."""
+        self.x_proj.reset_parameters()
+        nn.init.uniform_(self.dt_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+
+    def forward(self, x: Tensor, h: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        low, B, C = self.x_proj(x).split([self.dt_rank, self.states, self.states], -1)
+        dt = self.dynamics.steps(F.linear(low, self.dt_weight), mask)
+        A, D = -torch.exp(self.dynamics.A_log), self.dynamics.D
+        return selective_scan(x, dt, A, B, C, D, h, backend=self.backend, discretisation=self.discretisation)
+
+    def flops(self, tokens: int) -> int:
+        """FLOPs of `tokens` tokens: 2 a MAC of the projections, 9 for each state of the scan."""
+        macs = self.width * (self.dt_rank + 2 * self.states) + self.dt_rank * self.width
+        return 2 * tokens * macs + scan_flops(tokens, self.width, self.states)
+
+
+def check_positive(**sizes: int) -> None:
+    """Raise ValueError that names the first argument below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums run in: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# -------------------------------------------------------------------------------------------------------------- scan orders
+
+ORDERS: dict[str, Callable[..., Tensor]] = {}
+
+
+def _order(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        ORDERS[name] = function
+        return function
+
+    return register
+
+
+@functools.lru_cache(maxsize=256)
+def scan_order(name: str, *size: int, **options: int) -> Tensor:
+    """The directions of a scan order over a grid, int64 (directions, cells): entry i of a row is the cell visited as i-th.
+
+    Cells are numbered in row-major order. `size` is (height, width), for "raster" and "bidirectional" any number of dimensions,
+    for "volume" (depth, height, width). Names in `ORDERS`; "window" takes `window` (default 8) and "atrous" `step` (default 2).
+    The tensor is shared: do not write to it. Raises ValueError for an unknown name, a size that does not fit or is below 1.
+    """
+    if name not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {name!r}")
+    wanted = {"raster": None, "bidirectional": None, "volume": 3}.get(name, 2)
+    if min(size, default=0) < 1 or (wanted is not None and len(size) != wanted):
+        raise ValueError(f"size of order {name!r} must be {wanted or 'some'} numbers of at least 1, got {size}")
+    if min(options.values(), default=1) < 1:
+        raise ValueError(f"options of order {name!r} must be at least 1, got {options}")
+    with torch.inference_mode(False), torch.device("cpu"):  # the tensor outlives the modes of its first use
+        return ORDERS[name](*size, **options)
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Where each cell stands in each direction: inverse[k, order[k, i]] = i."""
+    return order.argsort(1)
+
+
+def scan(x: Tensor, order: Tensor) -> Tensor:
+    """(batch, cells, channels) to (batch, directions, cells, channels), each direction in its own order."""
+    return x.index_select(1, order.flatten().to(x.device)).unflatten(1, order.shape)
+
+
+def unscan(y: Tensor, order: Tensor) -> Tensor:
+    """The inverse of `scan` in each direction: (batch, directions, cells, channels), all in row-major order again."""
+    directions, cells = order.shape
+    back = (
+        inverse(order) + cells * torch.arange(directions, device=order.device)[:, None]
+    )  # whole rows, far faster than gather
+    return y.flatten(1, 2).index_select(1, back.flatten().to(y.device)).view(y.shape)
+
+
+def both_ways(order: Tensor) -> Tensor:
+    """Each direction followed by its reverse."""
+    return torch.stack([order, order.flip(1)], 1).flatten(0, 1)
+
+
+def _sorted_by(*keys: Tensor) -> Tensor:
+    """The cells sorted by the first key, equal ones by the second, and so on; keys are whole numbers from 0, one a cell."""
+    code = torch.zeros_like(keys[0])
+    for key in keys:
+        code = code * (int(key.max()) + 1) + key
+    return code.flatten().argsort(stable=True)
+
+
+def _grid(*size: int) -> tuple[Tensor, ...]:
+    return torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij")
+
+
+@_order("raster")
+def _raster(*size: int) -> Tensor:
+    """Row by row."""
+    return torch.arange(int(torch.tensor(size).prod()))[None]
+
+
+@_order("bidirectional")
+def _bidirectional(*size: int) -> Tensor:
+    """Row by row and back (Vim)."""
+    return both_ways(_raster(*size))
+
+
+@_order("cross")
+def _cross(height: int, width: int) -> Tensor:
+    """Rows forth and back, columns forth and back (VMamba)."""
+    row, column = _grid(height, width)
+    return both_ways(torch.stack([_sorted_by(row, column), _sorted_by(column, row)]))
+
+
+@_order("serpentine")
+def _serpentine(height: int, width: int) -> Tensor:
+    """Row by row, every other row backwards: all steps go to a neighbour."""
+    row, column = _grid(height, width)
+    return _sorted_by(row, torch.where(row % 2 == 0, column, width - 1 - column))[None]
+
+
+@_order("serpentine4")
+def _serpentine4(height: int, width: int) -> Tensor:
+    """Serpentines along rows and along columns, forth and back (PlainMamba)."""
+    row, column = _grid(height, width)
+    down = _sorted_by(column, torch.where(column % 2 == 0, row, height - 1 - row))
+    return both_ways(torch.stack([_serpentine(height, width)[0], down]))
+
+
+@_order("window")
+def _window(height: int, width: int, window: int = 8) -> Tensor:
+    """Row by row within windows, windows row by row (LocalMamba)."""
+    row, column = _grid(height, width)
+    return _sorted_by(row // window, column // window, row, column)[None]
+
+
+@_order("atrous")
+def _atrous(height: int, width: int, step: int = 2) -> Tensor:
+    """Every `step`-th cell of every `step`-th row, then the next such sub-grid (EfficientVMamba)."""
+    row, column = _grid(height, width)
+    return _sorted_by(row % step, column % step, row, column)[None]
+
+
+@_order("volume")
+def _volume(depth: int, height: int, width: int) -> Tensor:
+    """Three directions: the width, the height or the depth runs fastest."""
+    d, h, w = _grid(depth, height, width)
+    return torch.stack([_sorted_by(d, h, w), _sorted_by(w, d, h), _sorted_by(h, w, d)])

@@ -1,0 +1,479 @@
+"""W8A8 linear layers that are fast on a CPU: int8 weights per output channel, int8 activations per token.
+
+    y[t, n] = (x_scale[t] * w_scale[n]) * sum_k codes_x[t, k] * codes_w[n, k] + bias[n]
+
+Both are symmetric: codes in -127..127, a token's scale is the largest magnitude of its row over 127 and is found anew for every
+row. Linear layers of a model are replaced by `quantize_linears`; in blocks of the llama family (llama, mistral, qwen2) the
+RMSNorm before, the rotary embedding and the gated activation are fused into the same pass, because beside an int8 product they
+take as long as the product itself.
+
+When not to use it: for training (there is no gradient), and where a layer's inputs have channels hundreds of times larger than
+the rest in *every* token (give `smooth`, or skip that layer). A single outlier token costs the others nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from types import MethodType
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from assay.measure.cost import register_macs
+from assay.methods.core import kernels
+from assay.methods.core.layers.surgery import page_out
+
+PANEL = 64  # output channels that lie side by side in a packed weight
+LLAMA_FAMILY = (
+    "llama",
+    "mistral",
+    "qwen2",
+)  # model types whose blocks are computed exactly as `fuse_block` computes them
+
+_ready: bool | None = None  # whether the compiled operators serve; None until first asked
+
+
+def pack(codes: Tensor) -> Tensor:
+    """int8 (n, k) -> int8 (ceil(n / 64), ceil(k / 4), 64, 4), filled up with zeros: the order the kernel reads it in."""
+    n, k = codes.shape
+    padded = F.pad(codes, (0, -k % 4, 0, -n % PANEL))
+    return padded.view(-(-n // PANEL), PANEL, -(-k // 4), 4).permute(0, 2, 1, 3).contiguous()
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The inverse of `pack`, still filled up: int8 (64 * panels, 4 * quads)."""
+    panels, quads = packed.shape[:2]
+    return packed.permute(0, 2, 1, 3).reshape(panels * PANEL, quads * 4)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 codes of each row and the rows' scales: float (..., k) -> int8 (..., k), float32 (..., 1)."""
+    x = x.float()
+    peak = x.abs().amax(-1, keepdim=True)
+    inverse = 127.0 / peak
+    step = torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))  # a row of zeros stays one
+    return (x * step).round().to(torch.int8), peak / 127.0
+
+
+def rotate(x: Tensor, size: int) -> Tensor:
+    """The unnormalised Hadamard transform of channels k / size apart: (..., k) seen as (..., size, k / size). Twice is size times x."""
+    *rows, k = x.shape
+    half = k // 2
+    for _ in range(size.bit_length() - 1):
+        left, right = x.reshape(*rows, -1, 2, half).unbind(-2)
+        x = torch.stack([left + right, left - right], -2).reshape(*rows, k)
+        half //= 2
+    return x
+
+
+class Int8Linear(nn.Module):
+    """A linear layer in W8A8: (..., in_features) -> (..., out_features) in the dtype of its input (float32, bfloat16, float16).
+
+    On their way in, inputs are multiplied by `multiplier` (in_features; the inverse of a smoothing folded into the weight, or the
+    weight of an RMSNorm where `norm_eps` is given), then rotated by a Hadamard transform over `rotation` channels, whose inverse is
+    folded into the weight here; that spreads outliers over the channels. `weight` (out, in) already holds the smoothing, not the
+    rotation. Buffers: `packed` (see `pack`), `scale`
+    float32 and `offset` int32, one per output channel up to a full panel (offset = -128 * sum of the channel's codes),
+    `multiplier` float32, `bias` float32 or None. All of them travel in the state dict, which does not depend on how the layer
+    was calibrated.
+
+    Raises TypeError for inputs of another dtype, ValueError for another number of features.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    offset: Tensor
+    multiplier: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        multiplier: Tensor | None = None,
+        norm_eps: float | None = None,
+        rotation: int = 1,
+    ):
+        super().__init__()
+        if weight.dim() != 2 or not weight.is_floating_point():
+            raise ValueError(
+                f"weight must be a floating-point matrix (out, in), got {weight.dtype} {tuple(weight.shape)}"
+            )
+        self.out_features, self.in_features = weight.shape
+        if rotation < 1 or rotation & (rotation - 1) or self.in_features % rotation:
+            raise ValueError(
+                f"rotation must be a power of two that divides {self.in_features} features, got {rotation}"
+            )
+        self.norm_eps = norm_eps
+        self.rotation = rotation
+        codes, scale = quantize_rows(rotate(weight.detach().float(), rotation) / rotation)
+        filler = (0, -self.out_features % PANEL)
+        self.register_buffer("packed", pack(codes))
+        self.register_buffer("scale", F.pad(scale.flatten(), filler))
+        self.register_buffer("offset", F.pad(codes.sum(1, dtype=torch.int32) * -128, filler))
+        if multiplier is None:
+            multiplier = torch.ones(self.in_features, device=weight.device)
+        self.register_buffer("multiplier", multiplier.detach().float().clone())
+        self.register_buffer("bias", None if bias is None else F.pad(bias.detach().float(), filler))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
+        """Moves between devices like any module, but `model.to(bfloat16)` leaves the scales in float32."""
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            self._buffers[name] = buffer.to(self.packed.device)
+        return self
+
+    def codes(self) -> Tensor:
+        """The integer weight, int8 (out_features, in_features)."""
+        return unpack(self.packed)[: self.out_features, : self.in_features]
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What the compiled operators want of this layer, in their order."""
+        eps = -1.0 if self.norm_eps is None else self.norm_eps
+        return self.packed, self.scale, self.offset, self.bias, self.multiplier, eps, self.rotation
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check(x, self.in_features)
+        if _compiled(x):
+            return cast(Tensor, torch.ops.assay.w8a8_linear(x, *self.arguments(), self.out_features))
+        return self.reference(x)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """The same in plain torch: the oracle of the tests, and what runs without a compiler."""
+        if x.numel() == 0:
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        rows = x.reshape(-1, self.in_features).float()
+        if self.norm_eps is not None:
+            rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + self.norm_eps)
+        codes, row_scale = quantize_rows(rotate(rows * self.multiplier, self.rotation))
+        weight = unpack(self.packed)
+        codes = F.pad(codes, (0, weight.shape[1] - self.in_features))
+        if x.device.type == "cpu":
+            product = torch._int_mm(codes, weight.T).float()
+        else:
+            product = codes.float() @ weight.T.float()
+        y = product * (row_scale * self.scale)
+        if self.bias is not None:
+            y = y + self.bias
+        return y[:, : self.out_features].to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        norm = "" if self.norm_eps is None else f", norm_eps={self.norm_eps}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}{norm}"
+
+
+class Int8GatedMLP(nn.Module):
+    """RMSNorm, gate, up, SiLU, product and down projection in one pass: (..., k) -> (..., n).
+
+    `gate_up` holds both weights, each filled up to a full panel; the hidden activations of a block of rows are quantised for
+    `down` while they are in the cache.
+    """
+
+    def __init__(self, gate_up: Int8Linear, down: Int8Linear):
+        super().__init__()
+        self.gate_up, self.down = gate_up, down
+
+    def forward(self, x: Tensor) -> Tensor:
+        _check(x, self.gate_up.in_features)
+        if not _compiled(x):
+            gate, up = self.gate_up.reference(x.float()).chunk(2, -1)
+            hidden = (F.silu(gate) * up)[..., : self.down.in_features]
+            return self.down.reference(hidden).to(x.dtype)
+        sizes = self.down.in_features, self.down.out_features
+        return cast(Tensor, torch.ops.assay.w8a8_mlp(x, *self.gate_up.arguments(), *self.down.arguments(), *sizes))
+
+
+def attention_forward(
+    self: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    cache: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`forward` of an attention module after `fuse_block`: norm, q/k/v and rotary embedding in one pass, then as before.
+
+    The cache is updated and the attention function looked up as transformers does it, so that any registered
+    `attn_implementation` serves. hidden_states is (batch, tokens, features) *before* the block's RMSNorm.
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    query, key, value = qkv_rope(self.qkv_proj, hidden_states, *position_embeddings, self.num_kv_heads)
+    if cache is not None:
+        key, value = cache.update(key, value, self.layer_idx)
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+        self.config._attn_implementation, sys.modules[type(self).__module__].eager_attention_forward
+    )
+    output, weights = attention(
+        self,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=0.0 if not self.training else self.attention_dropout,
+        scaling=self.scaling,
+        **self.window,
+        **kwargs,
+    )
+    return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+def qkv_rope(layer: Int8Linear, x: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x (batch, tokens, features) -> q (batch, heads, tokens, d), k, v (batch, kv_heads, tokens, d); q and k are rotated.
+
+    `layer` holds the weights of q, k and v one after the other; cos and sin are (1 or batch, tokens, d).
+    """
+    _check(x, layer.in_features)
+    d = cos.shape[-1]
+    heads = layer.out_features // d - 2 * kv_heads
+    if _compiled(x):
+        turn = cos.to(x.dtype), sin.to(x.dtype)
+        fused = torch.ops.assay.w8a8_qkv_rope(x, *layer.arguments(), *turn, heads, kv_heads)
+        return cast(tuple[Tensor, Tensor, Tensor], fused)
+    y = layer.reference(x.float()).view(*x.shape[:-1], -1, d).transpose(1, 2)
+    rotated, value = y[:, : heads + kv_heads], y[:, heads + kv_heads :]
+    left, right = rotated.chunk(2, -1)
+    rotated = rotated * cos.unsqueeze(1).float() + torch.cat([-right, left], -1) * sin.unsqueeze(1).float()
+    query, key = rotated[:, :heads], rotated[:, heads:]
+    return query.to(x.dtype), key.to(x.dtype), value.to(x.dtype)
+
+
+def input_rms(model: nn.Module, calibration: Iterable[Tensor], linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
+    """Root mean square of every input channel of the named layers over token ids, each (1, n): name -> float32 (in_features)."""
+    squares: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows = inputs[0].detach().float().flatten(0, -2)
+            squares[name] = squares.get(name, 0) + rows.square().sum(0)
+            counts[name] = counts.get(name, 0) + rows.shape[0]
+
+        return hook
+
+    handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    try:
+        with torch.no_grad():
+            for ids in calibration:
+                model(ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (total / counts[name]).sqrt() for name, total in squares.items()}
+
+
+def smoothing(rms: Tensor, weight: Tensor, alpha: float) -> Tensor:
+    """SmoothQuant's factor per input channel, with root mean squares in place of peaks: rms(x)^alpha / rms(w)^(1 - alpha).
+
+    Inputs are divided and the weight's columns multiplied by it. Peaks (the published form) made the error three times as large on
+    the q/k/v inputs of the bundled model; our choice.
+    """
+    weight_rms = weight.detach().float().square().mean(0).sqrt()
+    floor = 1e-3  # of the mean: a channel that calibration never saw must stay finite
+    rms, weight_rms = (x.clamp_min((x.mean() * floor).clamp_min(1e-12)) for x in (rms, weight_rms))
+    return rms**alpha / weight_rms ** (1 - alpha)
+
+
+def select(
+    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ("lm_head",)
+) -> dict[str, nn.Linear]:
+    """The linear layers of a model by name. A pattern matches a whole name (with `*`) or one of its dotted parts."""
+
+    def matches(name: str, patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(name, pattern) or pattern in name.split(".") for pattern in patterns)
+
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is nn.Linear and matches(name, include) and not matches(name, exclude)
+    }
+
+
+def quantize_linears(
+    model: nn.Module,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = ("lm_head",),
+    smooth: float | None = None,
+    rotation: int = 16,
+    calibration: Iterable[Tensor] = (),
+    fuse: bool = True,
+) -> nn.Module:
+    """Replace linear layers by `Int8Linear`, in place, and return the model.
+
+    `smooth` is SmoothQuant's alpha in 0..1 and needs `calibration` (token ids, each (1, n), other text than the one quality is
+    judged on). `rotation` is the size of the Hadamard transform of the inputs (1 for none), halved until it divides a layer's
+    inputs. With `fuse`, blocks of the llama family whose layers were all selected become fused ones. The model is then for
+    inference only; it still generates, copies and saves like before, and a state dict loads into any model quantised with the same
+    `include`, `exclude`, `rotation` and `fuse`, calibrated or not.
+
+    Raises ValueError when nothing is selected, `smooth` or `rotation` is out of range, or calibration is missing.
+    """
+    linears = select(model, include, exclude)
+    if not linears:
+        raise ValueError(
+            f"include={list(include)} and exclude={list(exclude)} select no nn.Linear of {type(model).__name__}"
+        )
+    if rotation < 1 or rotation & (rotation - 1):
+        raise ValueError(f"rotation must be a power of two (1 for none), got {rotation}")
+    factors: dict[str, Tensor] = {}
+    if smooth is not None:
+        if not 0 <= smooth <= 1:
+            raise ValueError(f"smooth must lie in 0..1, got {smooth}")
+        rms = input_rms(model, calibration, linears)
+        if missing := set(linears) - set(rms):
+            raise ValueError(
+                f"smooth needs calibration token ids that reach every layer; none reached {sorted(missing)[:3]}"
+            )
+        factors = _factors(linears, rms, smooth)
+    fused = fusable_blocks(model, linears) if fuse else {}
+    with torch.no_grad():
+        for name, block in fused.items():
+            own = {k.removeprefix(f"{name}."): f for k, f in factors.items() if k.startswith(f"{name}.")}
+            fuse_block(block, own, rotation)
+        for name, linear in linears.items():
+            if any(name.startswith(f"{block}.") for block in fused):
+                continue
+            parent = model.get_submodule(name.rpartition(".")[0])
+            setattr(parent, name.rpartition(".")[2], _quantized([linear], factors.get(name), rotation))
+    config: Any = getattr(model, "config", None)
+    if "lm_head" in linears and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # the head is no view of the embedding any more
+    return model
+
+
+def fuse_block(block: Any, factors: Mapping[str, Tensor] | None = None, rotation: int = 16) -> None:
+    """Make one decoder block of the llama family run fused, in place.
+
+    The two norms move into the projections behind them and leave `nn.Identity` in their place; q/k/v and gate/up become one weight
+    each. `factors` are smoothing factors by layer ("self_attn.q_proj" ...), equal for layers that share their input.
+    """
+    factors = factors or {}
+    attention, mlp = block.self_attn, block.mlp
+    attention.num_kv_heads = attention.k_proj.out_features // attention.head_dim
+    attention.window = {}
+    if attention.config.model_type != "llama":  # the argument those two pass to the attention function beside llama's
+        attention.window["sliding_window"] = getattr(attention, "sliding_window", attention.config.sliding_window)
+    attention.qkv_proj = _quantized(
+        [attention.q_proj, attention.k_proj, attention.v_proj],
+        factors.get("self_attn.q_proj"),
+        rotation,
+        block.input_layernorm,
+    )
+    attention.o_proj = _quantized([attention.o_proj], factors.get("self_attn.o_proj"), rotation)
+    del attention.q_proj, attention.k_proj, attention.v_proj
+    attention.forward = MethodType(attention_forward, attention)
+    gate_up = [mlp.gate_proj, mlp.up_proj]
+    block.mlp = Int8GatedMLP(
+        _quantized(gate_up, factors.get("mlp.gate_proj"), rotation, block.post_attention_layernorm, filled=True),
+        _quantized([mlp.down_proj], factors.get("mlp.down_proj"), rotation),
+    )
+    block.input_layernorm = nn.Identity()
+    block.post_attention_layernorm = nn.Identity()
+
+
+def _quantized(
+    linears: list[nn.Linear], factor: Tensor | None, rotation: int, norm: Any = None, filled: bool = False
+) -> Int8Linear:
+    """Layers with the same input as one Int8Linear, each filled up to a full panel if wanted; their own weights are let go of."""
+    size = PANEL if filled else 1
+    weight = torch.cat([F.pad(linear.weight, (0, 0, 0, -linear.out_features % size)) for linear in linears]).float()
+    bias = None
+    if any(linear.bias is not None for linear in linears):
+        biases = [torch.zeros(x.out_features) if x.bias is None else x.bias for x in linears]
+        bias = torch.cat([F.pad(b.float(), (0, -b.numel() % size)) for b in biases])
+    multiplier = torch.ones(weight.shape[1]) if norm is None else norm.weight.float()
+    if factor is not None:
+        weight, multiplier = weight * factor, multiplier / factor
+    while weight.shape[1] % rotation:
+        rotation //= 2
+    eps = None if norm is None else norm.variance_epsilon
+    layer = Int8Linear(weight, bias, multiplier=multiplier, norm_eps=eps, rotation=rotation)
+    for linear in linears:
+        page_out(linear.weight)
+    return layer
+
+
+def _factors(linears: Mapping[str, nn.Linear], rms: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """Smoothing factors; the layers of a block that share their input share one, so that they can be fused."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in linears:
+        parent, _, leaf = name.rpartition(".")
+        shared = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
+        groups.setdefault((parent, shared.get(leaf, leaf)), []).append(name)
+    factors: dict[str, Tensor] = {}
+    for names in groups.values():
+        factor = smoothing(rms[names[0]], torch.cat([linears[name].weight for name in names]), alpha)
+        factors.update(dict.fromkeys(names, factor))
+    return factors
+
+
+def fusable_blocks(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Module]:
+    """The decoder blocks of the llama family of which every linear layer was selected, by name."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "model_type", None) not in LLAMA_FAMILY or config.hidden_act != "silu":
+        return {}
+    wanted = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module).__name__.endswith("DecoderLayer") and all(f"{name}.{leaf}" in linears for leaf in wanted)
+    }
+
+
+def _check(x: Tensor, features: int) -> None:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
+    if x.shape[-1] != features:
+        raise ValueError(f"x must have {features} features in its last dimension, got shape {tuple(x.shape)}")
+
+
+def _compiled(x: Tensor) -> bool:
+    """Whether the compiled operators serve this input."""
+    if _ready is None:
+        _prepare()
+    return bool(_ready) and x.device.type == "cpu"
+
+
+def _prepare() -> None:
+    global _ready
+    _ready = kernels.load("w8a8")
+    if not _ready:
+        return
+
+    def linear(x: Tensor, *arguments: Any) -> Tensor:  # shapes alone, for torch.compile
+        return x.new_empty(*x.shape[:-1], arguments[-1])
+
+    def qkv(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        (batch, tokens), (cos, _, heads, kv_heads) = x.shape[:2], arguments[-4:]
+        query = x.new_empty(batch, tokens, heads, cos.shape[-1]).transpose(1, 2)
+        key = x.new_empty(batch, kv_heads, tokens, cos.shape[-1])
+        return query, key, torch.empty_like(key)
+
+    operators: tuple[tuple[str, Any, Any], ...] = (
+        ("w8a8_linear", linear, _linear_macs),
+        ("w8a8_mlp", linear, _mlp_macs),
+        ("w8a8_qkv_rope", qkv, _qkv_macs),
+    )
+    for name, shape, macs in operators:
+        torch.library.register_fake(f"assay::{name}", shape)
+        register_macs(f"assay::{name}", macs, "linear", "int8")
+
+
+def _linear_macs(x: Tensor, *_: Any, out: Tensor) -> int:
+    return x.numel() * out.shape[-1]
+
+
+def _mlp_macs(x: Tensor, *rest: Any, out: Tensor) -> int:
+    hidden: int = rest[-2]
+    return x.numel() * 2 * hidden + out.numel() * hidden
+
+
+def _qkv_macs(x: Tensor, *_: Any, out: tuple[Tensor, Tensor, Tensor]) -> int:
+    return x.shape[-1] * sum(part.numel() for part in out)

@@ -1,0 +1,106 @@
+"""The builder, through transformers' own API."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from assay.experiments.mixers.training import evaluate, parameter_groups, token_loss, train
+from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM, make_mixer
+from assay.workloads.sequences import associative_recall, batches_of
+
+LAYERS = [["attention", {"heads": 2}], ["attention", {"heads": 2, "reach": 8}]]
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    return MixerForCausalLM(MixerConfig(vocab_size=32, hidden_size=16, layers=LAYERS, **options)).eval()
+
+
+def test_generate_equals_the_parallel_forward_token_by_token():
+    model = tiny()
+    ids = torch.randint(1, 32, (2, 13))
+    out = model.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    for t in range(13, 22):
+        torch.testing.assert_close(model(out[:, :t]).logits[:, -1].argmax(-1), out[:, t])
+
+
+def test_generate_with_left_padding_equals_each_prompt_alone():
+    model = tiny()
+    prompts = [torch.randint(1, 32, (n,)) for n in (11, 4)]
+    ids, mask = torch.zeros(2, 11, dtype=torch.int64), torch.zeros(2, 11, dtype=torch.int64)
+    for i, prompt in enumerate(prompts):
+        ids[i, 11 - len(prompt) :], mask[i, 11 - len(prompt) :] = prompt, 1
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    both = model.generate(ids, attention_mask=mask, **options)[:, 11:]
+    for i, prompt in enumerate(prompts):
+        alone = model.generate(prompt[None], attention_mask=torch.ones(1, len(prompt)), **options)[0, len(prompt) :]
+        assert both[i].tolist() == alone.tolist()
+
+
+def test_beam_search_reorders_the_states():
+    model = tiny()
+    ids = torch.randint(1, 32, (1, 5))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1, "num_beams": 3}
+    cached = model.generate(ids, **options)
+    plain = model.generate(ids, use_cache=False, **options)
+    assert cached.tolist() == plain.tolist()
+
+
+def test_saves_and_loads_by_the_auto_class(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(1, 32, (1, 20))
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
+    assert isinstance(again, MixerForCausalLM)
+
+
+def test_padding_on_the_right_is_refused():
+    with pytest.raises(ValueError, match="left"):
+        tiny()(torch.ones(1, 4, dtype=torch.int64), attention_mask=torch.tensor([[1, 1, 0, 0]]))
+
+
+def test_an_unknown_mixer_is_named():
+    with pytest.raises(ValueError, match="nonsense"):
+        make_mixer("nonsense", 8)
+
+
+def test_the_trainer_teaches_recall():
+    torch.manual_seed(0)
+    config = MixerConfig(
+        vocab_size=16, hidden_size=32, layers=[["baseconv", {}], ["attention", {"heads": 1}]], intermediate_size=64
+    )
+    model = MixerForCausalLM(config)
+    task = {"length": 12, "pairs": 3, "vocab": 16}
+    inputs, targets = associative_recall(64, seed=0, **task)
+    before = evaluate(model, inputs, targets)
+    losses = train(model, batches_of(associative_recall, 64, **task), steps=600, lr=1e-2)
+    after = evaluate(model, inputs, targets)
+    assert losses[-1] < losses[0]
+    assert before["accuracy"].mean() < 0.2
+    assert after["accuracy"].mean() > 0.9  # knowing which values stood there gives 1 / 3
+
+
+def test_parameter_groups_keep_what_a_layer_asks_for_and_every_parameter_once():
+    model = tiny()
+    model.blocks[0].mixer.optimizer_options = lambda: {"q_proj.weight": {"lr": 1e-5, "weight_decay": 0.0}}
+    groups = parameter_groups(model, lr=1e-3, weight_decay=0.3)
+    found = {id(p): group for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found) == len(list(model.parameters()))
+    special = found[id(model.blocks[0].mixer.q_proj.weight)]
+    assert (special["lr"], special["weight_decay"]) == (1e-5, 0.0)
+    assert found[id(model.blocks[0].mixer.k_proj.weight)]["weight_decay"] == 0.3
+    assert found[id(model.norm.weight)]["weight_decay"] == 0.0
+    assert found[id(model.embed_tokens.weight)]["weight_decay"] == 0.0
+
+
+def test_a_loss_that_is_not_finite_is_reported():
+    model = tiny()
+    inputs, targets = associative_recall(2, length=16, pairs=2, vocab=32)
+    with pytest.raises(ValueError, match="step 0"):
+        train(model, [(inputs, targets)], steps=1, loss=lambda *a: token_loss(*a) * float("nan"))
+    with pytest.raises(ValueError, match="2 steps"):
+        train(model, [(inputs, targets)], steps=2)
