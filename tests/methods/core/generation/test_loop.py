@@ -138,8 +138,8 @@ def test_settings_travel_with_a_copy_and_threads_are_put_back():
     [
         ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
         ({"threads": True}, "threads must be a whole number"),
-        ({"prepack": 1}, "prepack must be true or false, got 1"),
-        ({"speed": 1}, "settings must be among batch_size, sort_by_length, prepack, threads, got speed"),
+        ({"prefill": 1}, "prefill must be a prefill's class or None, got 1"),
+        ({"speed": 1}, "settings must be among batch_size, sort_by_length, prefill, threads, got speed"),
     ],
 )
 def test_bad_settings_are_named(values, message):
