@@ -242,7 +242,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:  # a packed weight has no storage
                 storage = tensor.untyped_storage()
                 if storage._cdata != self.given:
                     self.known.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
@@ -252,11 +252,11 @@ class Live(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("block", [ConvFirst, MBConv, ConvNeXt])
-def test_extra_memory_does_not_depend_on_the_image(block):
-    def extra(model, size):
-        x = torch.randn(1, 16, size, size).contiguous(memory_format=torch.channels_last)
+def test_extra_memory_depends_on_neither_the_image_nor_the_batch(block):
+    def extra(model, size, batch=1):
+        x = torch.randn(batch, 16, size, size).contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
-            model(x)  # packs the weights
+            model(x)
             with Live(x) as live:
                 model(x)
         return live.peak - x.nbytes  # less the output
@@ -265,8 +265,74 @@ def test_extra_memory_does_not_depend_on_the_image(block):
     plain = {size: extra(layer, size) for size in (48, 96)}
     fused = fuse_blocks(layer, tile=8)
     tiled = {size: extra(fused, size) for size in (48, 96)}
-    assert tiled[48] == tiled[96] < plain[48] / 3
+    assert tiled[48] == tiled[96] == extra(fused, 48, batch=8) < plain[48] / 3
     assert plain[96] > 3 * plain[48]
+
+
+@pytest.mark.parametrize("block", [ConvFirst, MBConv, FusedMBConv, ConvNeXt])
+@pytest.mark.parametrize("size", [8, 56])
+def test_tiles_of_a_batch_fit_the_chip(block, size):
+    """116 KiB were planned and 3,720 used at batch 32, when a tile spanned all images."""
+    chip = DeviceSpec("chip", 1e12, 1e10, 256 << 10)
+    fused = fuse_blocks(trained(block(16, expand=4)), device=chip)
+    x = torch.randn(32, 16, size, size).contiguous(memory_format=torch.channels_last)
+    weights = sum(p.nbytes for p in fused.parameters())
+    with torch.no_grad(), Live(x) as live:
+        fused(x)
+    together = fused.images_together(x)
+    assert (
+        live.peak - x.nbytes - weights <= 1.5 * chip.sram_bytes
+    )  # the planner's workspace, and what an operator holds beside it
+    assert together > 4 if size == 8 else together <= 4  # small images share a tile's memory: each alone would waste it
+
+
+def test_a_block_follows_weights_changed_in_any_way():
+    """In place, through `.data`, by assignment, by loading: the packed weights are those of the call."""
+    block = trained(ConvFirst(8, 2))
+    fused, x = fuse_blocks(block, tile=4), torch.randn(1, 8, 8, 8)
+    expand = next(module for module in fused.modules() if isinstance(module, PackedLinear))
+
+    def close_to_plain():
+        with torch.no_grad():
+            rows = F.conv2d(x, fused.conv.weight, fused.conv.bias, padding=1, groups=fused.conv.groups).permute(
+                0, 2, 3, 1
+            )
+            for stage in fused.after:
+                rows = F.linear(rows, stage.weight, stage.bias)
+                rows = F.silu(rows) if stage.act == "swish" else rows
+            return close(fused(x), x + rows.permute(0, 3, 1, 2))
+
+    assert close_to_plain()
+    before = expand.weight.detach().clone()
+    expand.weight.data.copy_(2 * before)
+    assert close_to_plain()
+    expand.weight.data = 3 * before
+    assert close_to_plain()
+    expand.weight = nn.Parameter(4 * before, requires_grad=False)
+    assert close_to_plain()
+    fused.conv.weight.data.mul_(2)
+    assert close_to_plain()
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8, 8), (2, 8, 0, 8), (2, 8, 8, 0)])
+def test_nothing_in_nothing_out(shape):
+    fused = fuse_blocks(trained(ConvFirst(8, 2)), tile=4)
+    with torch.no_grad():
+        assert fused(torch.randn(shape)).shape == shape
+
+
+def test_inputs_of_another_kind_are_refused():
+    fused = fuse_blocks(trained(ConvFirst(8, 2)), tile=4)
+    with torch.no_grad():
+        for x in (torch.randn(1, 8, 4, 4).double(), torch.ones(1, 8, 4, 4, dtype=torch.int64), None):
+            with pytest.raises(TypeError, match="^x must "):
+                fused(x)
+        for shape in ((8, 4, 4), (1, 4, 4, 4)):
+            with pytest.raises(ValueError, match="^x must have shape"):
+                fused(torch.randn(shape))
+    for bad in (8.0, True, "8"):
+        with pytest.raises(TypeError, match="^channels must be a whole number"):
+            ConvNeXt(bad)
 
 
 def test_network_is_fused_in_place_and_gives_the_same_logits():

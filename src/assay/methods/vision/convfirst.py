@@ -13,6 +13,7 @@ The general efficiency arithmetic (efficiency, gap, roofline, waterline) is in `
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay import checks
 from assay.measure.cost import count_cost
 from assay.measure.machine import calibrate, last_cache_bytes
 from assay.measure.roofline import (
@@ -173,8 +175,7 @@ def tile_plan(
 
 def _at_least_one(**values: int) -> None:
     for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        checks.whole(name, value, low=1)
 
 
 def _grouped(channels: int, group_width: int) -> int:
@@ -184,7 +185,7 @@ def _grouped(channels: int, group_width: int) -> int:
 
 
 def _kernel(kernel: int) -> int:
-    if kernel < 1 or kernel % 2 == 0:
+    if checks.whole("kernel", kernel, low=1) % 2 == 0:
         raise ValueError(f"kernel must be odd and positive, got {kernel}")
     return kernel
 
@@ -299,12 +300,16 @@ class ConvNet(nn.Sequential):
 # --- tiled execution -------------------------------------------------------------------------------------------------------
 
 
+Stage = Callable[[Tensor], Tensor]  # on rows: (pixels, channels in) to (pixels, channels out)
+_ANY = DeviceSpec("any", 1.0, 1.0)  # for a workspace, which depends on no device
+
+
 class DepthFirst(nn.Module):
     """A residual block computed tile by tile: `after(conv(before(x))) + x`, with only one tile of the middle alive at a time.
 
     `before` and `after` map pixels, given as rows: (pixels, channels in) to (pixels, channels out). Pixels outside the image are
     never given to `before`: the halo there is zero after it, which is what the block's own padding gives (a bias would otherwise
-    leak in). For inference. `hidden` is the width of the middle, for the planner.
+    leak in). For inference. `hidden` is the width of the middle, for the planner. Weights may change between calls.
     """
 
     def __init__(
@@ -313,43 +318,67 @@ class DepthFirst(nn.Module):
         super().__init__()
         self.kind, self.before, self.conv, self.after, self.hidden = kind, before, conv, after, hidden
         self.tile = TILES[0]
+        self.sram_bytes = 0  # for one tile of as many images as it holds; 0: of one image
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to the same shape and memory format. Extra memory does not depend on H and W."""
+        """(B, C, H, W) to the same shape and memory format. Extra memory depends neither on B nor on H and W.
+
+        Raises ValueError for an x of other than four dimensions or another number of channels, TypeError for another dtype than
+        the block's, RuntimeError where gradients are wanted.
+        """
+        width = _width(self.after)
+        checks.tensor("x", x, shape=("batch", width, "height", "width"), dtype=self.conv.weight.dtype, empty=True)
         if torch.is_grad_enabled() and (x.requires_grad or self.conv.weight.requires_grad):
             raise RuntimeError("a fused block is for inference: run it under torch.no_grad() or torch.inference_mode()")
         out = torch.empty_like(x)
+        if not x.numel():
+            return out
+        before = None if self.before is None else _packed(self.before)
+        after = _packed(self.after)
+        together = self.images_together(x)
+        for first in range(0, x.shape[0], together):
+            images, done = x[first : first + together], out[first : first + together]
+            self._run(images, done, before, after)
+        return out
+
+    def _run(self, x: Tensor, out: Tensor, before: Stage | None, after: Stage) -> None:
         reach = self.conv.kernel_size[0] // 2
         weight, bias, groups = self.conv.weight, self.conv.bias, self.conv.groups
         for rows, padded_rows, pad_rows in _spans(x.shape[2], self.tile, reach):
             for columns, padded_columns, pad_columns in _spans(x.shape[3], self.tile, reach):
                 part = x[:, :, padded_rows, padded_columns].contiguous(memory_format=torch.channels_last)
-                if self.before is not None:
-                    part = _by_pixel(self.before, part)
+                if before is not None:
+                    part = _by_pixel(before, part)
                 if any(pad_rows + pad_columns):
                     part = F.pad(part, pad_columns + pad_rows)
-                part = _by_pixel(self.after, F.conv2d(part, weight, bias, groups=groups))
+                part = _by_pixel(after, F.conv2d(part, weight, bias, groups=groups))
                 torch.add(part, x[:, :, rows, columns], out=out[:, :, rows, columns])
-        return out
 
-    def plan(self, device: DeviceSpec) -> int:
-        """The planner's tile for this block, the smallest one if none fits (it spills least)."""
-        channels = self.hidden if self.kind == "mbconv" else self.conv.in_channels
-        group_width = channels // self.conv.groups
-        if self.kind == "mbconv":
-            channels = _width(self.after)
+    def images_together(self, x: Tensor) -> int:
+        """How many images of (B, C, H, W) share a tile: as many as fit the memory the tile was planned for, at least one."""
+        side = max(min(self.tile, x.shape[2]), min(self.tile, x.shape[3]))
+        workspace = tile_plan(side, **self._shape(), device=_ANY).workspace_bytes
+        return min(max(self.sram_bytes // workspace, 1), x.shape[0])
+
+    def fit(self, device: DeviceSpec) -> None:
+        """Take the planner's tile for the chip's memory, the smallest one if none fits (it spills least)."""
+        self.sram_bytes = device.sram_bytes
         try:
-            return plan_tile(
-                channels,
-                max(self.hidden // channels, 1),
-                device,
-                kernel=self.conv.kernel_size[0],
-                group_width=group_width,
-                element_bytes=self.conv.weight.element_size(),
-                block=self.kind,
-            ).tile
+            self.tile = plan_tile(**self._shape(), device=device).tile
         except ValueError:
-            return TILES[0]
+            self.tile = TILES[0]
+
+    def _shape(self) -> dict[str, Any]:
+        """This block as arguments of the planner."""
+        channels = _width(self.after)
+        return {
+            "channels": channels,
+            "expand": max(self.hidden // channels, 1),
+            "kernel": self.conv.kernel_size[0],
+            "group_width": self.conv.in_channels // self.conv.groups,
+            "element_bytes": self.conv.weight.element_size(),
+            "block": self.kind,
+        }
 
     def extra_repr(self) -> str:
         return f"{self.kind}, tile={self.tile}"
@@ -364,7 +393,7 @@ def _spans(size: int, tile: int, reach: int) -> Iterator[tuple[slice, slice, tup
         yield slice(start, end), slice(first, last), (first - (start - reach), end + reach - last)
 
 
-def _by_pixel(stage: nn.Module, part: Tensor) -> Tensor:
+def _by_pixel(stage: Stage, part: Tensor) -> Tensor:
     """`stage` on the pixels of a channels-last tile as rows: views both ways, no copies."""
     batch, _, height, width = part.shape
     rows: Tensor = stage(part.permute(0, 2, 3, 1).reshape(batch * height * width, -1))
@@ -372,42 +401,60 @@ def _by_pixel(stage: nn.Module, part: Tensor) -> Tensor:
 
 
 class PackedLinear(nn.Module):
-    """`act(x W^T + b)` on (rows, in) for inference, with the weight packed once for oneDNN on the CPU and the activation fused.
+    """`act(x W^T + b)` on (rows, in) for inference, with the weight packed for oneDNN on the CPU and the activation fused.
 
-    oneDNN takes the widest instructions the processor has and skips the packing that every plain call repeats; torch's own product
-    of unpacked float32 weights does neither everywhere (twice as slow on an AVX-512 AMD processor). `act`: "none", "swish" or
-    "gelu". Elsewhere (GPU, other dtypes, no oneDNN) and on empty input the plain product serves. Rounding may differ from it.
+    oneDNN takes the widest instructions the processor has; torch's own product of unpacked float32 weights does not everywhere
+    (twice as slow on an AVX-512 AMD processor). `pack` gives the product of the weights as they are now: whoever runs many tiles
+    packs once before the first, and a weight that has changed since is seen by the next. `act`: "none", "swish" or "gelu".
+    Elsewhere (GPU, other dtypes, no oneDNN) and on empty input the plain product serves. Rounding may differ from it.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, act: Literal["none", "swish", "gelu"] = "none") -> None:
         super().__init__()
         self.weight = nn.Parameter(weight.detach().reshape(weight.shape[0], -1).contiguous(), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.act = act
-        self._packed: tuple[tuple[int, int], Tensor] | None = None
+        self.act = checks.choice("act", act, ("none", "swish", "gelu"))
 
     def forward(self, x: Tensor) -> Tensor:
         """(rows, in) to (rows, out)."""
-        if not self._packs(x):
-            out = F.linear(x, self.weight, self.bias)
-            return F.silu(out, inplace=True) if self.act == "swish" else F.gelu(out) if self.act == "gelu" else out
-        key = (self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version)
-        if self._packed is None or self._packed[0] != key:  # first use, or the weights have changed
-            with torch.no_grad():
-                self._packed = key, torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
-        done: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed[1], self.bias, self.act, [], "none")
-        return done
+        return self.pack()(x)
 
-    def _packs(self, x: Tensor) -> bool:
-        wide = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        there = torch.backends.mkldnn.is_available()
-        return x.device.type == "cpu" and there and wide and x.numel() > 0
+    def pack(self) -> Stage:
+        """This layer with its weights as they are now, for many calls."""
+        if not self._packs():
+            return self._plain
+        with torch.no_grad():
+            weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_packed": None}  # a packed weight can neither be copied nor stored
+        def product(x: Tensor) -> Tensor:
+            if not x.numel():
+                return self._plain(x)
+            done: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, self.act, [], "none")
+            return done
+
+        return product
+
+    def _plain(self, x: Tensor) -> Tensor:
+        out = F.linear(x, self.weight, self.bias)
+        return F.silu(out, inplace=True) if self.act == "swish" else F.gelu(out) if self.act == "gelu" else out
+
+    def _packs(self) -> bool:
+        dtype = self.weight.dtype
+        wide = dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return self.weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and wide
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}, act={self.act}"
+
+
+def _packed(stage: nn.Module) -> Stage:
+    """`stage` with all its weights packed as they are now."""
+    parts = [_packed(part) for part in stage] if isinstance(stage, nn.Sequential) else []
+    if isinstance(stage, PackedLinear):
+        return stage.pack()
+    if not parts:
+        return stage
+    return lambda rows: functools.reduce(lambda x, part: part(x), parts, rows)
 
 
 class _SiLU(nn.Module):
@@ -504,7 +551,7 @@ def fuse_blocks(
         fused = _FUSERS[_type_name(block)](block).eval()
         if tile == "auto":
             device = device or this_machine(str(fused.conv.weight.dtype).removeprefix("torch."))
-            fused.tile = fused.plan(device)
+            fused.fit(device)
         else:
             fused.tile = tile
         if name == "":
