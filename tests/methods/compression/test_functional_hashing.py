@@ -581,7 +581,7 @@ def test_arguments_are_refused_by_name(tmp_path):
         FunctionalCache(store=tmp_path / "text.db")
     with pytest.raises(ValueError, match="SQLite"):
         FunctionalCache(store=tmp_path / "no" / "such" / "folder.db")
-    with pytest.raises(TypeError, match="JSON"):
+    with pytest.raises(TypeError, match="the SQLite store cannot keep a object"):
         FunctionalCache(store=tmp_path / "good.db").insert("k", object())
     with pytest.raises(ValueError, match="inputs"):
         functional_hash(lambda x: x, [])
@@ -804,3 +804,128 @@ def test_the_experiment_counts_what_is_saved_at_equal_candidates():
     assert networks.details["same_candidates_visited"]
     assert networks.details["largest_difference_of_a_stored_score"] == 0
     assert networks.quality.candidate == networks.quality.baseline > 0.1
+
+
+# Promises of the docstrings
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        (1, 2.5), [(1, 2), (3,)], {1: 2.0, 2: 3.0}, {"tuple": [1]}, {"items": (1,)}, {}, (), {(1, 2): "a"}, None, True,
+        {None: [False]}, float("inf"), "text", {"a": {"b": {3: (4,)}}}, 10**30,
+    ],
+)  # fmt: skip
+def test_a_file_gives_back_what_it_got(tmp_path, result):
+    """A tuple stays one, whole-number keys stay numbers."""
+    cache = FunctionalCache(store=tmp_path / "cache.db")
+    cache.insert("key", result)
+    found = cache.peek("key")
+    assert found == result
+    assert repr(found) == repr(result)
+    cache.close()
+
+
+@pytest.mark.parametrize("result", [{1, 2}, object(), b"bytes", 1j, np.zeros(2), [object()]])
+def test_a_file_refuses_what_it_could_not_give_back(tmp_path, result):
+    cache = FunctionalCache(store=tmp_path / "cache.db")
+    with pytest.raises(TypeError, match="the SQLite store cannot keep a "):
+        cache.insert("key", result)
+    assert len(cache) == 0
+    cache.close()
+
+
+def test_means_of_tuples_and_numbered_mappings_come_from_a_file_too(tmp_path):
+    for store in ("memory", tmp_path / "cache.db"):
+        cache = FunctionalCache(store=store, reevaluate=0.5)
+        cache.insert("a", (1.0, 2.0))
+        assert cache.insert("a", (3.0, 4.0)) == (2.0, 3.0)
+        cache.insert("b", {1: 1.0})
+        assert cache.insert("b", {1: 3.0}) == {1: 2.0}
+        cache.close()
+
+
+def test_a_bound_on_a_probability_is_at_most_one():
+    assert collision_bound(10**6, bits=32) == 1.0
+    assert collision_bound(2**10, bits=32) == 2.0**-13
+    assert collision_bound(10**400) == 1.0
+    for bad in (2.5, True, "3"):
+        with pytest.raises(TypeError, match="functions must be a whole number"):
+            collision_bound(bad)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_is_refused(value):
+    with pytest.raises(ValueError, match="hit_rate"):
+        speedup(value, 0.1)
+    with pytest.raises(ValueError, match="hash_to_evaluation"):
+        speedup(0.1, value)
+    with pytest.raises(ValueError, match="reevaluate"):
+        FunctionalCache(reevaluate=value)
+
+
+def test_the_report_of_a_cache_that_evaluated_nothing_has_no_speedup():
+    assert math.isnan(FunctionalCache().report().speedup)
+
+
+class Counting(nn.Module):
+    """Keeps what it saw, as a cache or a running statistic does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.register_buffer("seen", torch.zeros(1))
+        self.calls = []
+
+    def forward(self, x):
+        self.seen += 1
+        self.calls.append(x)
+        self.weight.data.mul_(1.5)
+        return x * self.weight + self.seen
+
+
+class CountingCallable:
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return x + self.calls
+
+    def method(self, x):
+        return self(x)
+
+
+@pytest.mark.parametrize("modes", [("eval",), ("train",), ("eval", "train")])
+def test_the_candidate_is_left_as_it_was(modes):
+    module, calls = Counting(), CountingCallable()
+    inputs = canonical_inputs(3, (2,))
+    key = functional_hash(module, inputs, modes=modes)
+    assert (module.seen.item(), module.weight.item(), module.calls) == (0.0, 1.0, [])
+    assert functional_hash(module, inputs, modes=modes) == key
+    first = functional_hash(calls, inputs)
+    assert calls.calls == 0
+    assert functional_hash(calls.method, inputs) == first
+    assert calls.calls == 0
+
+
+def test_the_targets_are_left_as_they_were():
+    def loss(output, target):
+        target += 1
+        return ((output - target) ** 2).mean()
+
+    targets = [torch.zeros(2) for _ in range(3)]
+    training = Training(targets, loss=loss)
+    functional_hash(nn.Linear(2, 2).double(), canonical_inputs(3, (2,)), training=training)
+    assert all(bool((target == 0).all()) for target in targets)
+
+
+def test_a_candidate_that_cannot_be_copied_is_refused():
+    class Lonely(nn.Module):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("there can be only one")
+
+    with pytest.raises(
+        TypeError, match="candidate must be one that can be copied, got a Lonely: there can be only one"
+    ):
+        functional_hash(Lonely(), [1.0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import random
 import sqlite3
@@ -18,6 +19,8 @@ from typing import Any, Protocol, TypeVar
 
 import filelock
 import numpy as np
+
+from assay import checks
 
 T = TypeVar("T")
 
@@ -45,23 +48,30 @@ class CacheReport:
 
     @property
     def speedup(self) -> float:
-        """What the cache gained against evaluating every candidate, by the formula of `speedup`."""
-        return speedup(self.hit_rate, self.hash_to_evaluation)
+        """What the cache gained against evaluating every candidate, by the formula of `speedup`; NaN when nothing was evaluated."""
+        ratio = self.hash_to_evaluation
+        return ratio if math.isnan(ratio) else speedup(self.hit_rate, ratio)
 
 
 def speedup(hit_rate: float, hash_to_evaluation: float) -> float:
-    """1 / (h/E + 1 - p): evaluation time without the cache over time with it. Raises ValueError outside 0 <= p <= 1, h/E >= 0."""
-    if not 0 <= hit_rate <= 1:
-        raise ValueError(f"hit_rate must lie in [0, 1], got {hit_rate}")
-    if hash_to_evaluation < 0:
-        raise ValueError(f"hash_to_evaluation must not be negative, got {hash_to_evaluation}")
-    cost = hash_to_evaluation + 1 - hit_rate
+    """1 / (h/E + 1 - p): evaluation time without the cache over time with it. Raises ValueError outside 0 <= p <= 1, h/E >= 0.
+
+    >>> speedup(0.75, 0.25)
+    2.0
+    """
+    cost = checks.number("hash_to_evaluation", hash_to_evaluation, low=0) + 1
+    cost -= checks.number("hit_rate", hit_rate, low=0, high=1)
     return float("inf") if cost == 0 else 1 / cost
 
 
 def collision_bound(functions: int, *, bits: int = 128) -> float:
-    """Upper bound on the probability that any two of `functions` different behaviours share a key: n^2 / 2^(bits + 1)."""
-    return float(functions**2 / 2 ** (bits + 1))
+    """Upper bound on the probability that any two of `functions` different behaviours share a key: n^2 / 2^(bits + 1), at most 1.
+
+    >>> collision_bound(10**9) < 1e-20
+    True
+    """
+    functions, bits = checks.whole("functions", functions, low=0), checks.whole("bits", bits, low=1)
+    return 1.0 if functions**2 >= 2 ** (bits + 1) else functions**2 / 2 ** (bits + 1)
 
 
 def deduplicate(candidates: Iterable[T], key: Callable[[T], Hashable]) -> list[T]:
@@ -75,8 +85,9 @@ def deduplicate(candidates: Iterable[T], key: Callable[[T], Hashable]) -> list[T
 class FunctionalCache:
     """Functional equivalence cache: key -> result, least recently used out first.
 
-    `store` is "memory" (any result, this process) or the path of an SQLite file (JSON results, shared by processes, survives a
-    crash). `forget_every=k` drops an entry once it was used k times, its evaluation counting as the first use, so that a lucky
+    `store` is "memory" (any result, this process) or the path of an SQLite file (shared by processes, survives a crash), which
+    takes None, bools, numbers, text, and lists, tuples and dicts of these, and gives them back as they were (NumPy's numbers as
+    Python's). `forget_every=k` drops an entry once it was used k times, its evaluation counting as the first use, so that a lucky
     noisy score cannot live for ever; 0 never forgets, 1 would store nothing and is refused. `reevaluate=eps` evaluates a
     stored candidate again with that probability and keeps the mean; results must then be numbers, or flat lists or mappings of
     numbers. Safe to share between threads; two threads that miss the same key at once both evaluate it.
@@ -94,13 +105,11 @@ class FunctionalCache:
         store: str | os.PathLike[str] = "memory",
         seed: int = 0,
     ):
-        if maxsize < 1:
-            raise ValueError(f"maxsize must be positive, got {maxsize}")
-        if forget_every < 0 or forget_every == 1:
+        self.maxsize = checks.whole("maxsize", maxsize, low=1)
+        self.forget_every = checks.whole("forget_every", forget_every, low=0)
+        if self.forget_every == 1:
             raise ValueError(f"forget_every must be 0 (never) or at least 2, got {forget_every}")
-        if not 0 <= reevaluate <= 1:
-            raise ValueError(f"reevaluate must be a probability, got {reevaluate}")
-        self.maxsize, self.forget_every, self.reevaluate = maxsize, forget_every, reevaluate
+        self.reevaluate = checks.number("reevaluate", reevaluate, low=0, high=1)
         self._store: _Store = _MemoryStore() if store == "memory" else _SqliteStore(Path(store))
         self._random = random.Random(seed)
         self._lock = threading.Lock()
@@ -133,8 +142,10 @@ class FunctionalCache:
     def insert(self, key: str, result: Any, *, evaluations: int = 1) -> Any:
         """Store `result`, which counts as a use; for a key that is there already, the mean over all evaluations. Returns what is stored.
 
-        A key whose result is not made of numbers keeps the newest. Raises TypeError when the SQLite store gets no JSON.
+        A key whose result is not made of numbers keeps the newest. Raises TypeError for what the SQLite store cannot keep,
+        ValueError for fewer than one evaluation.
         """
+        checks.whole("evaluations", evaluations, low=1)
         return self._store.record(key, result, evaluations, self.forget_every, self.maxsize)
 
     def evaluate(self, key: str, function: Callable[[], Any]) -> Any:
@@ -332,21 +343,50 @@ class _SqliteStore:
     @staticmethod
     def _get(database: sqlite3.Connection, key: str) -> _Entry | None:
         row = database.execute("SELECT result, evaluations, uses FROM entries WHERE key = ?", (key,)).fetchone()
-        return None if row is None else _Entry(json.loads(row[0]), row[1], row[2])
+        return None if row is None else _Entry(_from_json(json.loads(row[0])), row[1], row[2])
 
     @staticmethod
     def _put(database: sqlite3.Connection, key: str, entry: _Entry, forget_every: int) -> None:
         if forget_every and entry.uses >= forget_every:
             database.execute("DELETE FROM entries WHERE key = ?", (key,))
             return
-        try:
-            text = json.dumps(entry.result)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"the SQLite store keeps JSON, and the result is none: {error}") from error
+        text = json.dumps(_to_json(entry.result))
         database.execute(
             "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, (SELECT coalesce(max(used), 0) + 1 FROM entries))",
             (key, text, entry.evaluations, entry.uses),
         )
+
+
+_TUPLE, _ITEMS = "tuple", "items"  # JSON has neither: each becomes a dict of that one key
+
+
+def _to_json(value: Any) -> Any:
+    """`value` in JSON's words, so that `_from_json` gives back an equal value of the same types. Raises TypeError where there are none."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, np.number | np.bool_) and not isinstance(value, np.complexfloating):
+        return value.item()
+    if type(value) is list:
+        return [_to_json(item) for item in value]
+    if type(value) is tuple:
+        return {_TUPLE: [_to_json(item) for item in value]}
+    if type(value) is dict:
+        if all(type(key) is str for key in value) and len(value) != 1:
+            return {key: _to_json(item) for key, item in value.items()}
+        return {_ITEMS: [[_to_json(key), _to_json(item)] for key, item in value.items()]}
+    raise TypeError(f"the SQLite store cannot keep a {type(value).__name__}: {checks.shown(value)}")
+
+
+def _from_json(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
+    if isinstance(value, dict):
+        if value.keys() == {_TUPLE}:
+            return tuple(_from_json(item) for item in value[_TUPLE])
+        if value.keys() == {_ITEMS}:
+            return {_from_json(key): _from_json(item) for key, item in value[_ITEMS]}
+        return {key: _from_json(item) for key, item in value.items()}
+    return value
 
 
 def _merged(old: _Entry | None, result: Any, evaluations: int) -> _Entry:

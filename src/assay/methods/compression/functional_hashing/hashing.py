@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from assay import checks
+
 _PROBE_LOCK = threading.RLock()  # the global random states belong to one probe at a time
 
 
@@ -62,7 +64,8 @@ def functional_hash(
     The candidate is a torch module, any callable, or a learning algorithm: an object with `fit(inputs, targets)` and
     `predict(inputs)`, or with `learn(x, y)` and `predict(x)` (and, if it likes, `setup()`); a learning algorithm needs `training`.
     Each input is one call: a tuple is its positional arguments, a dict its keyword arguments, anything else its one argument.
-    The candidate is left as it was (a copy is trained), and so are the random states of Python, numpy and torch.
+    The candidate is left as it was (a copy of it runs: modules and callable objects may keep counts or buffers), and so are the
+    random states of Python, numpy and torch. What a plain function keeps in its closure is its own affair.
 
     Equal keys: same values, in the same order, once every number has `digits` significant digits. NaN and the infinities are
     values of their own; a call that raises counts as its exception's class. More inputs only split keys, they never merge them.
@@ -79,8 +82,7 @@ def functional_hash(
     """
     if len(inputs) == 0:
         raise ValueError("inputs must hold at least one example, got none")
-    if not 1 <= digits <= 15:
-        raise ValueError(f"digits must be from 1 to 15, got {digits}")
+    checks.whole("digits", digits, low=1, high=15)
     if not modes or not set(modes) <= {"eval", "train"}:
         raise ValueError(f"modes must name 'eval', 'train' or both, got {tuple(modes)}")
     if training is not None and len(training.targets) != len(inputs):
@@ -106,8 +108,7 @@ def canonical_inputs(n: int, *shapes: tuple[int, ...], seed: int = 42) -> list[A
     already have small and large numbers of either sign. The first k of n are those of k: adding probes refines the keys.
     Raises ValueError when `n` is not positive.
     """
-    if n < 1:
-        raise ValueError(f"n must be positive, got {n}")
+    checks.whole("n", n, low=1)
     arguments = shapes or ((),)
     ratio = 2.0
     for _ in range(60):  # the root of r^(d + 1) = r + 1 for d arguments: powers of 1/r are jointly even steps
@@ -140,6 +141,7 @@ def _behaviour(
     elif callable(getattr(candidate, "predict", None)) and hasattr(candidate, "learn"):
         yield from _learner_behaviour(candidate, inputs, _needed(training, candidate), seed)
     elif callable(candidate):
+        candidate = _copy(candidate)
         if training is not None:
             raise TypeError(f"training was given, but {type(candidate).__name__} is a plain callable and cannot learn")
         _seed_all(seed)
@@ -161,14 +163,13 @@ def _module_behaviour(
 ) -> Iterator[Any]:
     inputs = [_cast(example, dtype) for example in inputs]
     for mode in modes:
-        untouched = mode == "eval" and dtype is None  # else a copy: another dtype, or running statistics would change
-        probe = model if untouched else _cast(copy.deepcopy(model), dtype)
+        probe = _cast(_copy(model), dtype)  # a forward pass may count or keep what it sees, in eval mode too
         with _in_mode(probe, mode == "train"), torch.no_grad():
             _seed_all(seed)
             for example in inputs:
                 yield _called(probe, example)
     if training is not None:
-        yield from _trained_behaviour(_cast(copy.deepcopy(model), dtype), inputs, training, dtype, seed)
+        yield from _trained_behaviour(_cast(_copy(model), dtype), inputs, training, dtype, seed)
 
 
 def _trained_behaviour(
@@ -184,7 +185,9 @@ def _trained_behaviour(
         number = step % len(inputs)
         try:
             with torch.enable_grad():
-                loss = training.loss(_call(model, inputs[number]), _cast(training.targets[number], dtype))
+                loss = training.loss(
+                    _call(model, inputs[number]), _cast(copy.deepcopy(training.targets[number]), dtype)
+                )
                 gradients = torch.autograd.grad(loss, parameters, allow_unused=True) if loss.requires_grad else ()
         except (MemoryError, torch.OutOfMemoryError):
             raise
@@ -203,7 +206,7 @@ def _trained_behaviour(
 
 
 def _estimator_behaviour(candidate: Any, inputs: Sequence[Any], training: Training, seed: int) -> Iterator[Any]:
-    learner = copy.deepcopy(candidate)
+    learner = _copy(candidate)
     validation = training.validation if len(training.validation) else inputs
 
     def trained(examples: Any, targets: Any) -> Any:
@@ -220,7 +223,7 @@ def _learner_behaviour(candidate: Any, inputs: Sequence[Any], training: Training
 
     The paper collects errors; with the targets fixed a prediction says the same and rounds better. Our choice.
     """
-    learner = copy.deepcopy(candidate)
+    learner = _copy(candidate)
     steps: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
     if hasattr(learner, "setup"):
         steps.append((learner.setup, ()))
@@ -232,6 +235,14 @@ def _learner_behaviour(candidate: Any, inputs: Sequence[Any], training: Training
         result = _called(step, arguments)
         if step == learner.predict or isinstance(result, _Failure):
             yield result
+
+
+def _copy(candidate: Any) -> Any:
+    try:
+        return copy.deepcopy(candidate)
+    except Exception as error:
+        kind = type(candidate).__name__
+        raise TypeError(f"candidate must be one that can be copied, got a {kind}: {error}") from error
 
 
 def _needed(training: Training | None, candidate: Any) -> Training:
