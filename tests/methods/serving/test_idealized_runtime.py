@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from assay.methods.serving.idealized_runtime import (
     PAPER_OUTPUT_TOKENS,
     PAPER_PROMPT_TOKENS,
+    ProbeError,
     RuntimeModel,
     add_runtimes,
     denoised_saving,
@@ -410,7 +411,8 @@ TOKEN, PROMPT_TOKEN, FIXED = 0.003, 0.00004, 0.004
 class Server(ThreadingHTTPServer):
     """Times are counted from a request's arrival, so that late wake-ups do not add up."""
 
-    def __init__(self, overhead=0.0, noise=0.02, short_every=0, usage=True, key=None):
+    def __init__(self, overhead=0.0, noise=0.02, short_every=0, usage=True, key=None, never=(), broken=()):
+        self.never, self.broken = never, broken  # output lengths that come short, or end in an error
         super().__init__(("127.0.0.1", 0), Handler)
         self.overhead, self.noise, self.short_every, self.usage, self.key = overhead, noise, short_every, usage, key
         self.random, self.lock, self.count, self.active, self.peak, self.bodies = (
@@ -455,6 +457,12 @@ class Handler(BaseHTTPRequestHandler):
                 server.random.expovariate(1 / server.noise) if server.noise and server.random.random() < 0.5 else 0.0
             )
             short = server.short_every and server.count % server.short_every == 0
+        short = short or body["max_tokens"] in server.never
+        if body["max_tokens"] in server.broken:
+            self.send_response(500)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         chat = self.path.endswith("/chat/completions")
         text = body["messages"][0]["content"] if chat else body["prompt"]
         p, o = len(text.split()) + 3, body["max_tokens"] - bool(short)
@@ -538,6 +546,88 @@ def test_answers_of_another_length_are_dropped_and_servers_without_usage_are_und
     assert silent.model.prompt_tokens == (10,)
     with Server(noise=0, short_every=1) as server, pytest.raises(RuntimeError, match="asked length"):
         probe_endpoint(server.url, "m", prompt_tokens=(10,), output_tokens=(2, 3), repeats=1)
+
+
+@pytest.mark.parametrize("fault", ["never", "broken"])
+def test_one_cell_without_an_answer_does_not_cost_the_probe(fault):
+    """What the other cells told is kept, and the cell is named."""
+    options = {"prompt_tokens": (10,), "output_tokens": (2, 9, 20), "repeats": 2}
+    with Server(noise=0, **{fault: (9,)}) as server:
+        probed = probe_endpoint(server.url, "m", **options)
+    assert probed.missing == ((10, 9),)
+    assert probed.dropped == 2
+    assert probed.model.seconds_per_token == pytest.approx(TOKEN, rel=0.2)
+    with Server(noise=0, **{fault: (2, 9)}) as server, pytest.raises(ProbeError, match="asked length") as caught:
+        probe_endpoint(server.url, "m", **options)
+    assert {answer.output_tokens for answer in caught.value.requests} >= {20}
+    with Server(noise=0, broken=(2, 9, 20)) as server, pytest.raises(ConnectionError, match="500"):
+        probe_endpoint(server.url, "m", **options)
+
+
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("bad", [NAN, INFINITY, -1.0, 0.0])
+def test_nan_and_infinity_pass_no_guard(bad):
+    model = fit(exact_runs())
+    with pytest.raises(ValueError, match="^prompt_tokens must be finite and at least 1"):
+        model.predict([1, bad], 1, extrapolate=True)
+    with pytest.raises(ValueError, match="^output_tokens must be finite and at least 1"):
+        model.predict(1, bad, extrapolate=True)
+    with pytest.raises(ValueError, match="^factor must be"):
+        model.scaled(bad)
+    with pytest.raises(ValueError, match="^seconds must be .* for 1 prompt and 1 output tokens"):
+        fit([(1, 1, bad), *exact_runs()])
+    if bad != 0:
+        with pytest.raises(ValueError, match="^overhead_seconds must be"):
+            fit(exact_runs(), overhead_seconds=bad)
+        with pytest.raises(ValueError, match="^watts must be"):
+            joules(1.0, accelerators=1, watts=bad)
+        with pytest.raises(ValueError, match="^dollars_per_hour must be"):
+            dollars(1.0, accelerators=1, dollars_per_hour=bad)
+    if not bad <= 0:
+        with pytest.raises(ValueError, match="^costs must be a finite number"):
+            pareto_front([1.0, bad], [1.0, 2.0])
+        with pytest.raises(ValueError, match="^text is not a runtime model"):
+            RuntimeModel.from_json(json.dumps(json.loads(model.to_json()) | {"seconds_per_token": bad}))
+
+
+def test_lengths_are_whole():
+    for bad in (3.7, True, "3"):
+        with pytest.raises(TypeError, match="output tokens must be a whole number"):
+            fit([(1, bad, 1.0), *exact_runs()])
+        with pytest.raises(TypeError, match="prompt_tokens must be a whole number"):
+            profile(exact, prompt_tokens=[bad], output_tokens=[1])
+    assert fit([(np.int64(p), np.int32(o), np.float32(t)) for p, o, t in exact_runs()]).largest_output == 64
+
+
+def test_a_bad_time_is_told_when_it_is_measured():
+    calls = []
+
+    def run(p, o):
+        calls.append((p, o))
+        return NAN
+
+    with pytest.raises(ValueError, match="seconds must be"):
+        profile(run, prompt_tokens=(1, 32), output_tokens=(1, 4))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt_tokens": [32, 1]},
+        {"prompt_tokens": []},
+        {"prompt_seconds": [1.0]},
+        {"largest_output": 2.5},
+        {"r2": "x"},
+        {"fit": 3},
+    ],
+)
+def test_damaged_documents_are_refused(change):
+    document = json.loads(fit(exact_runs()).to_json())
+    with pytest.raises(ValueError, match="^text is not a runtime model"):
+        RuntimeModel.from_json(json.dumps(document | change))
 
 
 def test_endpoints_that_refuse_or_are_not_there():

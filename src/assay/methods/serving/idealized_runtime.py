@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from assay import checks
 from assay.paths import atomic_file
 
 Run = tuple[int, int, float]  # prompt tokens, output tokens, seconds of one request
@@ -76,15 +77,33 @@ class RuntimeModel:
     held_out: Errors | None = None
     profiling_seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        lengths = [checks.whole("prompt_tokens", p, low=1) for p in self.prompt_tokens]
+        if not lengths or lengths != sorted(set(lengths)) or len(lengths) != len(self.prompt_seconds):
+            raise ValueError(
+                "prompt_tokens must ascend, with as many prompt_seconds, "
+                f"got {checks.shown(self.prompt_tokens)} and {checks.shown(self.prompt_seconds)}"
+            )
+        checks.whole("largest_output", self.largest_output, low=1)
+        for seconds in self.prompt_seconds:
+            checks.number("prompt_seconds", seconds)
+        for name in ("seconds_per_token", "seconds_per_context_token", "overhead_seconds", "profiling_seconds", "r2"):
+            checks.number(name, getattr(self, name))
+
     def predict(self, prompt_tokens: Any, output_tokens: Any, *, extrapolate: bool = False) -> Any:
-        """Seconds of a request, or an array of them for arrays of lengths (broadcast against each other).
+        """Seconds of a request, or an array of them for arrays of lengths (broadcast against each other; means may be fractions).
+
+        >>> line = RuntimeModel((1, 101), (0.1, 0.2), 0.05, largest_output=64, fit=Errors(0.0, 0.0, 0), r2=1.0)
+        >>> round(line.predict(51, 3), 3)
+        0.25
 
         Raises ValueError for lengths below 1, and for lengths outside the profiled ones unless `extrapolate=True`, which
         continues the first or last segment (one profiled prompt length: a constant).
         """
         p, o = np.broadcast_arrays(np.asarray(prompt_tokens, dtype=float), np.asarray(output_tokens, dtype=float))
-        if (p < 1).any() or (o < 1).any():
-            raise ValueError("prompt_tokens and output_tokens must be at least 1")
+        for name, lengths in (("prompt_tokens", p), ("output_tokens", o)):
+            if not ((lengths >= 1) & (lengths < np.inf)).all():
+                raise ValueError(f"{name} must be finite and at least 1, got {checks.shown(lengths.tolist())}")
         if not extrapolate:
             self._require_inside(p, o)
         seconds = self.overhead_seconds + self._prompt(p) + (o - 1) * self.seconds_per_token
@@ -106,8 +125,7 @@ class RuntimeModel:
 
     def scaled(self, factor: float) -> RuntimeModel:
         """All times but the overhead times `factor`: the paper profiles a third of the layers of a model too large, and takes 3."""
-        if factor <= 0:
-            raise ValueError(f"factor must be positive, got {factor}")
+        factor = checks.number("factor", factor, above=0)
         return replace(
             self,
             prompt_seconds=tuple(factor * seconds for seconds in self.prompt_seconds),
@@ -169,13 +187,22 @@ class RuntimeModel:
 
 
 def fastest(runs: Iterable[Run]) -> dict[tuple[int, int], float]:
-    """The fastest run of each cell (p, o): noise only ever adds. Raises ValueError for a time that is not positive."""
+    """The fastest run of each cell (p, o): noise only ever adds.
+
+    Raises ValueError for a time that is not positive and finite or a length below 1, TypeError for a length that is not whole.
+    """
     cells: dict[tuple[int, int], float] = {}
     for p, o, seconds in runs:
-        if not seconds > 0 or not np.isfinite(seconds):
-            raise ValueError(f"seconds must be positive and finite, got {seconds} for {p} prompt and {o} output tokens")
-        cells[p, o] = min(seconds, cells.get((p, o), np.inf))
+        cell = checks.whole("prompt tokens", p, low=1), checks.whole("output tokens", o, low=1)
+        cells[cell] = min(_positive(seconds, *cell), cells.get(cell, np.inf))
     return cells
+
+
+def _positive(seconds: float, p: int, o: int) -> float:
+    try:
+        return checks.number("seconds", seconds, above=0)
+    except ValueError as error:
+        raise ValueError(f"{error} for {p} prompt and {o} output tokens") from None
 
 
 def fit(
@@ -202,8 +229,7 @@ def fit(
     _require(method, ("idealized", "denoised"), "method")
     _require(slope, ("constant", "context"), "slope")
     _require(variant, ("paper", "as_released"), "variant")
-    if overhead_seconds < 0:
-        raise ValueError(f"overhead_seconds must not be negative, got {overhead_seconds}")
+    overhead_seconds = checks.number("overhead_seconds", overhead_seconds, low=0)
     cells = {lengths: seconds - overhead_seconds for lengths, seconds in fastest(runs).items()}
     if not cells:
         raise ValueError("runs must hold at least one measurement, got none")
@@ -307,11 +333,8 @@ def profile(
 
     Raises ValueError for lengths below 1, `repeats` below 1, or a held-out pair outside the grid.
     """
-    if not prompt_tokens or not output_tokens or min(prompt_tokens) < 1 or min(output_tokens) < 1:
-        raise ValueError("prompt_tokens and output_tokens must hold lengths of at least 1")
-    if repeats < 1 or warmup < 0:
-        raise ValueError(f"repeats must be at least 1 and warmup not negative, got {repeats} and {warmup}")
-    prompts, outputs = sorted(set(prompt_tokens)), sorted(set(output_tokens))
+    prompts, outputs = _lengths("prompt_tokens", prompt_tokens), _lengths("output_tokens", output_tokens)
+    repeats, warmup = checks.whole("repeats", repeats, low=1), checks.whole("warmup", warmup, low=0)
     apart = middle_cells(prompts, outputs) if held_out is None else list(dict.fromkeys(held_out))
     for p, o in apart:
         if not (prompts[0] <= p <= prompts[-1] and 1 <= o <= outputs[-1]):
@@ -350,7 +373,17 @@ def middle_cells(prompts: Sequence[int], outputs: Sequence[int]) -> list[tuple[i
 def _timed(run: Callable[[int, int], Any], p: int, o: int) -> float:
     start = time.perf_counter()
     result = run(p, o)
-    return result if isinstance(result, float) else time.perf_counter() - start
+    if isinstance(result, float | np.floating):
+        return _positive(float(result), p, o)  # now, not after the whole grid was paid for
+    return time.perf_counter() - start
+
+
+def _lengths(name: str, lengths: Sequence[int]) -> list[int]:
+    """Different lengths in ascending order."""
+    found = sorted({checks.whole(name, length, low=1) for length in lengths})
+    if not found:
+        raise ValueError(f"{name} must hold at least one length, got none")
+    return found
 
 
 def transformers_runner(
@@ -424,10 +457,21 @@ class EndpointProfile:
 
     model: RuntimeModel
     requests: tuple[Streamed, ...]
-    dropped: int  # answers of another length than asked for
+    dropped: int  # answers of another length than asked for, and requests that failed
+    missing: tuple[
+        tuple[int, int], ...
+    ]  # cells (p, o) as asked that no answer came for: the model is fitted without them
     ttft: dict[int, float]  # fastest, by prompt tokens
     inter_token_seconds: float  # median gap between pieces; servers may send several tokens in one piece
     raw_mean_seconds: dict[tuple[int, int], float]
+
+
+class ProbeError(RuntimeError):
+    """A probe whose answers do not determine a model. `requests` are those that were paid for, for `fit` with other settings."""
+
+    def __init__(self, message: str, requests: tuple[Streamed, ...]) -> None:
+        super().__init__(message)
+        self.requests = requests
 
 
 def probe_endpoint(
@@ -453,22 +497,24 @@ def probe_endpoint(
     since streams come in bursts. The overhead, unless given, is the fastest of several requests for the list of models, which
     generate nothing (our choice).
     The server is asked to ignore the end token (`ignore_eos`, `min_tokens`); an answer of another length than asked for is
-    dropped. Prompts are random common words; `make_prompt(p, rng)` makes others. Prompt lengths are those the server reports.
+    dropped, and so is a request that fails. Cells left without an answer are `missing` and the rest is fitted. Prompts are random
+    common words; `make_prompt(p, rng)` makes others. Prompt lengths are those the server reports.
 
-    Raises ValueError for bad arguments, ConnectionError when the server cannot be reached or refuses, RuntimeError when a cell
-    is left without an answer of the asked length.
+    Raises ValueError for bad arguments, ConnectionError when the server cannot be reached or refuses every request, ProbeError,
+    which holds the answers, when they do not determine a model.
     """
     import httpx
 
-    if repeats < 1 or concurrency < 1:
-        raise ValueError(f"repeats and concurrency must be at least 1, got {repeats} and {concurrency}")
-    if not prompt_tokens or not output_tokens or min(prompt_tokens) < 1 or min(output_tokens) < 1:
-        raise ValueError("prompt_tokens and output_tokens must hold lengths of at least 1")
+    repeats, concurrency = checks.whole("repeats", repeats, low=1), checks.whole("concurrency", concurrency, low=1)
+    timeout = checks.number("timeout", timeout, above=0)
+    if overhead_seconds is not None:
+        overhead_seconds = checks.number("overhead_seconds", overhead_seconds, low=0)
+    prompts, outputs = _lengths("prompt_tokens", prompt_tokens), _lengths("output_tokens", output_tokens)
     rng = random.Random(seed)
     prompt_of = make_prompt or random_words
     orders: list[tuple[int, int, str]] = []
     for _ in range(repeats):
-        cells = [(p, o) for p in sorted(set(prompt_tokens)) for o in sorted(set(output_tokens))]
+        cells = [(p, o) for p in prompts for o in outputs]
         rng.shuffle(cells)
         orders += [(p, o, prompt_of(p, rng)) for p, o in cells]
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -478,37 +524,71 @@ def probe_endpoint(
         try:
             if overhead_seconds is None:
                 overhead_seconds = min(_list_models(client) for _ in range(max(5, repeats)))
-            with ThreadPoolExecutor(concurrency) as pool:
-                answers = list(pool.map(lambda order: _stream(client, model, order, chat), orders))
-        except httpx.HTTPStatusError as error:
-            raise ConnectionError(f"{base_url} answered {error.response.status_code} to {error.request.url}") from error
         except httpx.HTTPError as error:
-            raise ConnectionError(f"{base_url} cannot be reached: {error or type(error).__name__}") from error
+            raise _unreachable(base_url, error) from error
+        with ThreadPoolExecutor(concurrency) as pool:
+            answers = list(pool.map(lambda order: _answer(client, model, order, chat), orders))
     seconds = time.perf_counter() - start
-    kept = [answer for answer, (_, o, _) in zip(answers, orders, strict=True) if answer.output_tokens == o]
-    asked = {(p, o) for p, o, _ in orders}
-    if missing := asked - {(answer.asked_prompt_tokens, answer.output_tokens) for answer in kept}:
-        raise RuntimeError(f"no answer had the asked length for (prompt, output) tokens {sorted(missing)}")
+    came = [answer for answer in answers if isinstance(answer, Streamed)]
+    if not came:
+        failure = next(answer for answer in answers if not isinstance(answer, Streamed))
+        raise _unreachable(base_url, failure) from failure
+    pairs = zip(orders, answers, strict=True)
+    kept = [a for (_, o, _), a in pairs if isinstance(a, Streamed) and a.output_tokens == o]
+    wanted = {(p, o) for p in prompts for o in outputs}
+    missing = sorted(wanted - {(answer.asked_prompt_tokens, answer.output_tokens) for answer in kept})
     counted = {
         p: int(np.median([answer.prompt_tokens for answer in kept if answer.asked_prompt_tokens == p]))
-        for p in set(prompt_tokens)
+        for p in {answer.asked_prompt_tokens for answer in kept}
     }
     runs = [(counted[answer.asked_prompt_tokens], answer.output_tokens, answer.seconds) for answer in kept]
-    if overhead_seconds >= min(seconds for _, _, seconds in runs):
-        raise RuntimeError(
-            f"the list of models takes {overhead_seconds:.3g} s, longer than an answer; pass overhead_seconds"
+    if runs and overhead_seconds >= min(seconds for _, _, seconds in runs):
+        raise ProbeError(
+            f"the list of models takes {overhead_seconds:.3g} s, longer than an answer; pass overhead_seconds",
+            tuple(came),
         )
-    fitted = fit(runs, method="denoised", slope=slope, isotonic=isotonic, overhead_seconds=overhead_seconds)
+    enough = {p for p, _, _ in runs if len({o for q, o, _ in runs if q == p}) > 1}  # a line needs two output lengths
+    try:
+        fitted = fit(
+            [run for run in runs if run[0] in enough],
+            method="denoised",
+            slope=slope,
+            isotonic=isotonic,
+            overhead_seconds=overhead_seconds,
+        )
+    except ValueError as error:
+        raise ProbeError(
+            f"no answer had the asked length for (prompt, output) tokens {missing}, and the others do not do: {error}",
+            tuple(came),
+        ) from error
     gaps = [gap for answer in kept for gap in np.diff(answer.arrivals)]
     means = {cell: float(np.mean([run[2] for run in runs if run[:2] == cell])) for cell in sorted(fastest(runs))}
     return EndpointProfile(
         model=replace(fitted, profiling_seconds=seconds),
         requests=tuple(kept),
         dropped=len(answers) - len(kept),
+        missing=tuple(missing),
         ttft={counted[p]: min(a.ttft for a in kept if a.asked_prompt_tokens == p) for p in sorted(counted)},
         inter_token_seconds=float(np.median(gaps)) if gaps else float("nan"),
         raw_mean_seconds=means,
     )
+
+
+def _unreachable(base_url: str, error: Exception) -> ConnectionError:
+    response = getattr(error, "response", None)
+    if response is not None:
+        return ConnectionError(f"{base_url} answered {response.status_code} to {response.request.url}")
+    return ConnectionError(f"{base_url} cannot be reached: {error or type(error).__name__}")
+
+
+def _answer(client: Any, model: str, order: tuple[int, int, str], chat: bool) -> Streamed | Exception:
+    """The answer, or why there is none: one request that fails does not cost the others."""
+    import httpx
+
+    try:
+        return _stream(client, model, order, chat)
+    except (httpx.HTTPError, ValueError) as error:  # also a stream that is no JSON
+        return error
 
 
 def random_words(tokens: int, rng: random.Random) -> str:
@@ -551,24 +631,25 @@ def _stream(client: Any, model: str, order: tuple[int, int, str], chat: bool) ->
 
 
 def dollars(seconds: Any, *, accelerators: int, dollars_per_hour: float) -> Any:
-    """Idealized cost: time x number of accelerators x price of one for an hour."""
-    if accelerators < 1 or dollars_per_hour < 0:
-        raise ValueError(
-            f"accelerators must be at least 1 and the price not negative, got {accelerators}, {dollars_per_hour}"
-        )
+    """Idealized cost: time x number of accelerators x price of one for an hour.
+
+    >>> dollars(1800, accelerators=2, dollars_per_hour=3.0)
+    3.0
+    """
+    accelerators = checks.whole("accelerators", accelerators, low=1)
+    dollars_per_hour = checks.number("dollars_per_hour", dollars_per_hour, low=0)
     return seconds * accelerators * dollars_per_hour / 3600
 
 
 def joules(seconds: Any, *, accelerators: int, watts: float) -> Any:
     """Idealized energy: time x number of accelerators x power of one."""
-    if accelerators < 1 or watts < 0:
-        raise ValueError(f"accelerators must be at least 1 and watts not negative, got {accelerators}, {watts}")
+    accelerators, watts = checks.whole("accelerators", accelerators, low=1), checks.number("watts", watts, low=0)
     return seconds * accelerators * watts
 
 
 def flops_proxy(parameters: int, prompt_tokens: Any, output_tokens: Any) -> Any:
     """The usual proxy 2 N (p + o) FLOPs (1 MAC = 2 FLOPs), blind to what a system does: the baseline runtime models beat."""
-    return 2 * parameters * (np.asarray(prompt_tokens) + np.asarray(output_tokens))
+    return 2 * checks.whole("parameters", parameters, low=1) * (np.asarray(prompt_tokens) + np.asarray(output_tokens))
 
 
 def share_below(model: RuntimeModel, runs: Iterable[Run]) -> float:
@@ -589,7 +670,9 @@ def add_runtimes(
 ) -> list[dict[str, Any]]:
     """Per-instance log rows of a benchmark harness, each with a column of predicted seconds per model.
 
-    >>> add_runtimes(rows, {"idealized_seconds": local, "denoised_seconds": api})
+    >>> line = RuntimeModel((1, 101), (0.1, 0.2), 0.05, largest_output=64, fit=Errors(0.0, 0.0, 0), r2=1.0)
+    >>> add_runtimes([{"id": 7, "prompt_tokens": 1, "output_tokens": 1}], {"idealized_seconds": line})
+    [{'id': 7, 'prompt_tokens': 1, 'output_tokens': 1, 'idealized_seconds': 0.1}]
     """
     return [
         {
@@ -603,8 +686,17 @@ def add_runtimes(
 
 
 def pareto_front(costs: Sequence[float], capabilities: Sequence[float]) -> list[int]:
-    """Indices of the systems that no other beats: none is at most as costly and at least as capable, and better in one."""
-    systems = list(zip(costs, capabilities, strict=True))
+    """Indices of the systems that no other beats: none is at most as costly and at least as capable, and better in one.
+
+    Raises ValueError for sequences of other lengths, and for NaN or infinity, which no comparison could place.
+
+    >>> pareto_front([1.0, 2.0, 3.0], [0.5, 0.9, 0.8])
+    [0, 1]
+    """
+    systems = [
+        (checks.number("costs", cost), checks.number("capabilities", skill))
+        for cost, skill in zip(costs, capabilities, strict=True)
+    ]
     return [
         i
         for i, (cost, skill) in enumerate(systems)
@@ -628,7 +720,8 @@ def idealized_saving(
     1000 prompt and output tokens), ask the API once for every request. Without prices the ratio is one of seconds.
     The paper's 57.42x: $40.96 an hour, $0.0015 and $0.002 per 1000 tokens, 50 trials.
     """
-    hourly = dollars_per_hour or 3600.0
+    trials = checks.whole("trials", trials, low=1)
+    hourly = checks.number("dollars_per_hour", dollars_per_hour, low=0) or 3600.0
     api = _api_dollars(requests, api_dollars_in, api_dollars_out)
     brute_force = trials * model.total(requests) * hourly / 3600 + api
     return brute_force / (trials * model.total(grid) * hourly / 3600 + api)
@@ -646,9 +739,12 @@ def denoised_saving(
 
     Prices are dollars per 1000 tokens; the defaults are those of the released analysis, which finds 9.93x. Never above `trials`.
     """
+    trials = checks.whole("trials", trials, low=1)
     once = _api_dollars(requests, api_dollars_in, api_dollars_out)
     return trials * once / (trials * _api_dollars(grid, api_dollars_in, api_dollars_out) + once)
 
 
 def _api_dollars(requests: Sequence[tuple[int, int]], dollars_in: float, dollars_out: float) -> float:
+    dollars_in = checks.number("api_dollars_in", dollars_in, low=0)
+    dollars_out = checks.number("api_dollars_out", dollars_out, low=0)
     return sum(p * dollars_in + o * dollars_out for p, o in requests) / 1000
