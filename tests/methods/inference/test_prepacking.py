@@ -313,7 +313,7 @@ def test_best_fit_decreasing_stays_within_eleven_ninths_of_the_optimum(seed):
     ("arguments", "message"),
     [
         (([],), "lengths must hold at least one"),
-        (([3, 0],), "lengths must lie in 1..capacity"),
+        (([3, 0],), "lengths must be a whole number at least 1, got 0"),
         (([3, 9], 5), r"lengths must lie in 1..capacity \(5\), got 3..9"),
     ],
 )
@@ -323,7 +323,7 @@ def test_packing_names_bad_lengths(arguments, message):
 
 
 def test_packing_names_a_bad_method():
-    with pytest.raises(ValueError, match="'best_fit' or 'exact', got 'magic'"):
+    with pytest.raises(ValueError, match="method must be one of 'best_fit', 'exact', got 'magic'"):
         pack_prompts([1], method="magic")
 
 
@@ -367,11 +367,11 @@ def test_refuses_models_it_would_break():
         PrepackedPrefill(MambaForCausalLM(MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=9, state_size=4)))
     with pytest.raises(ValueError, match="not a transformers language model"):
         PrepackedPrefill(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="'varlen', 'mask' or 'flex', got 'cuda'"):
+    with pytest.raises(ValueError, match="backend must be one of 'varlen', 'mask', 'flex', got 'cuda'"):
         PrepackedPrefill(tiny(), backend="cuda")
-    with pytest.raises(ValueError, match="packing must be 'best_fit' or 'exact', got 'tight'"):
+    with pytest.raises(ValueError, match="packing must be one of 'best_fit', 'exact', got 'tight'"):
         PrepackedPrefill(tiny(), packing="tight")
-    with pytest.raises(ValueError, match="capacity must be a whole number of tokens, at least 1, or None, got 0"):
+    with pytest.raises(ValueError, match="capacity must be a whole number at least 1, got 0"):
         PrepackedPrefill(tiny(), capacity=0)
 
 
@@ -383,7 +383,7 @@ def test_refuses_bad_prompts():
         prefill([[1], []])
     with pytest.raises(TypeError, match="token ids, which are whole numbers: 'float'"):
         prefill([[1, 2.5]])
-    with pytest.raises(ValueError, match="rows must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="rows must be a whole number at least 1, got 0"):
         next(prefill.dataset([[1]], rows=0))
 
 
@@ -429,3 +429,13 @@ def test_memory_is_held_against_the_leanest_free_arm(monkeypatch):
     figure = room.prefill_peak_memory(8, 4, "varlen")
     assert (figure.value, figure.free, figure.free_label) == (2.4, 2.0, "each prompt by itself")
     assert figure.details == {"peak_bytes": peaks, "in_every_arm_bytes": {"weights": 300, "cache": 100}}
+
+
+@pytest.mark.parametrize("bad", [3.7, True, "3", float("nan")])
+def test_lengths_and_capacities_are_whole(bad):
+    """3.7 tokens are not packed as 3."""
+    with pytest.raises(TypeError, match="lengths must be a whole number"):
+        pack_prompts([bad, 4])
+    with pytest.raises(TypeError, match="capacity must be a whole number"):
+        pack_prompts([3, 4], bad)
+    assert pack_prompts([np.int64(3), torch.tensor(4)], np.int32(8)).bins == ((1, 0),)

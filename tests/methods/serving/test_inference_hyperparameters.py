@@ -7,6 +7,7 @@ import math
 import random
 import statistics
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -617,10 +618,16 @@ def test_engine_arguments_are_checked(tiny):
     engine = HuggingFaceEngine(tiny, prompts(3), new_tokens=2)
     with pytest.raises(ValueError, match="params must be among .*batch_size.*, got num_beams"):
         engine({"batch_size": 1, "num_beams": 4})
-    for size in (0, 4):  # 4 would measure batches of 3
-        with pytest.raises(ValueError, match=rf"batch_size must lie in 1..3, the number of prompts, got {size}"):
-            engine({"batch_size": size})
-    with pytest.raises(ValueError, match="threads must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number at least 1, got 0"):
+        engine({"batch_size": 0})
+    with pytest.raises(ValueError, match=r"batch_size must lie in 1..3, the number of prompts, got 4"):
+        engine({"batch_size": 4})  # would measure batches of 3
+    for bad in (2.0, True, "2"):
+        with pytest.raises(TypeError, match="batch_size must be a whole number"):
+            engine({"batch_size": bad})
+        with pytest.raises(TypeError, match="static_cache must be True or False" if bad is not True else "threads"):
+            engine({"static_cache": bad} if bad is not True else {"threads": bad})
+    with pytest.raises(ValueError, match="threads must be a whole number at least 1, got 0"):
         engine({"batch_size": 1, "threads": 0})
 
 
@@ -757,3 +764,48 @@ def test_the_experiments_run_at_smoke_scale():
         matrix = trial.details["transfer"]
         assert all(matrix[name][name] == 1 for name in matrix)
     assert torch.get_num_threads() == threads
+
+
+LINE = Space([Int("batch_size", 1, 4, default=1)])
+
+
+@pytest.mark.parametrize(
+    "bad", ["fast", None, [1.0], True, 1j, {"value": 1}, Outcome("fast"), Outcome(1.0, {"odd": object()})]
+)
+def test_a_value_of_a_bad_type_fails_its_trial_and_not_the_search(bad):
+    result = search(
+        LINE, lambda params, **_: bad if params["batch_size"] == 2 else params["batch_size"], method="grid", confirm=1
+    )
+    assert result.best_params == {"batch_size": 4}
+    (failed,) = [trial for trial in result.trials if trial.status == "failed"]
+    assert failed.params == {"batch_size": 2}
+    assert failed.error.startswith("TypeError: ")
+
+
+def test_values_of_every_make_count():
+    made = {1: np.float32(1), 2: torch.tensor(2.0), 3: Outcome(np.int64(3), {"p50_seconds": np.float32(0.5)}), 4: 4}
+    result = search(LINE, lambda params, **_: made[params["batch_size"]], method="grid", confirm=1)
+    assert {trial.params["batch_size"]: trial.value for trial in result.trials} == {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}
+    json.dumps([dict(trial.metrics) for trial in result.trials])
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, "slow"])
+def test_nan_is_within_no_limit(seconds):
+    def objective(params, **_):
+        return Outcome(params["batch_size"], {"p95_seconds": 0.1 if params["batch_size"] < 4 else seconds})
+
+    result = search(LINE, objective, method="grid", confirm=1, limits={"p95_seconds": 1.0})
+    assert result.best_params == {"batch_size": 3}
+    assert [trial.params["batch_size"] for trial in result.trials if trial.status == "rejected"] == [4]
+
+
+def test_a_limit_nobody_reports_is_told_at_the_first_trial_and_costs_only_the_trial_later():
+    with pytest.raises(ValueError, match="limits name 'p95_seconds', which the objective does not report"):
+        search(LINE, lambda params, **_: 1.0, method="grid", limits={"p95_seconds": 1.0})
+    quiet = search(
+        LINE,
+        lambda params, **_: Outcome(params["batch_size"], {} if params["batch_size"] == 4 else {"p95_seconds": 0.1}),
+        method="grid", confirm=1, limits={"p95_seconds": 1.0},
+    )  # fmt: skip
+    assert quiet.best_params == {"batch_size": 3}
+    assert [trial.error for trial in quiet.trials if trial.status == "rejected"] == ["p95_seconds was not reported"]

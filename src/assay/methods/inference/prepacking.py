@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from assay import checks
 from assay.methods.core.generation.cache import Prefilled, Span, left_pad, unpack
 from assay.methods.core.generation.loop import checked_prompts, padded_prefill, padding_token, set_settings
 from assay.methods.transform import Effect, Fit, TuneContext
@@ -78,15 +79,18 @@ def pack_prompts(
     at most about 11/9 of the optimum). "exact": fewest rows by branch and bound, the paper's integer program; it stops after
     `max_nodes` steps with the best packing found, and `optimal` of the result says whether that one is proven.
     Raises ValueError for no lengths, a length below 1 or above the capacity, or an unknown method.
+
+    >>> pack_prompts([5, 3, 2, 4]).bins
+    ((0,), (3,), (1, 2))
     """
-    sizes = tuple(int(length) for length in lengths)
+    sizes = tuple(checks.whole("lengths", length, low=1) for length in lengths)
     if not sizes:
         raise ValueError("lengths must hold at least one item, got none")
-    capacity = max(sizes) if capacity is None else int(capacity)
-    if min(sizes) < 1 or max(sizes) > capacity:
+    capacity = max(sizes) if capacity is None else checks.whole("capacity", capacity, low=1)
+    max_nodes = checks.whole("max_nodes", max_nodes, low=0)
+    if max(sizes) > capacity:
         raise ValueError(f"lengths must lie in 1..capacity ({capacity}), got {min(sizes)}..{max(sizes)}")
-    if method not in ("best_fit", "exact"):
-        raise ValueError(f"method must be 'best_fit' or 'exact', got {method!r}")
+    checks.choice("method", method, ("best_fit", "exact"))
     bins = _best_fit_decreasing(sizes, capacity)
     bound = _lower_bound(sizes, capacity)
     optimal = len(bins) == bound
@@ -260,12 +264,10 @@ class PrepackedPrefill:
         last_token: bool = True,
         pad_token_id: int | None = None,
     ) -> None:
-        if backend not in ("varlen", "mask", "flex"):
-            raise ValueError(f"backend must be 'varlen', 'mask' or 'flex', got {backend!r}")
-        if packing not in ("best_fit", "exact"):
-            raise ValueError(f"packing must be 'best_fit' or 'exact', got {packing!r}")
-        if capacity is not None and (type(capacity) is not int or capacity < 1):
-            raise ValueError(f"capacity must be a whole number of tokens, at least 1, or None, got {capacity!r}")
+        checks.choice("backend", backend, ("varlen", "mask", "flex"))
+        checks.choice("packing", packing, ("best_fit", "exact"))
+        capacity = None if capacity is None else checks.whole("capacity", capacity, low=1)
+        checks.flag("last_token", last_token)
         if reason := why_not(model):
             raise ValueError(f"model cannot be prepacked: {reason}")
         self.model: Any = model
@@ -287,8 +289,7 @@ class PrepackedPrefill:
         Yields (numbers of the prompts in this batch, their prefill in that order); every prompt comes once.
         Raises ValueError for rows < 1.
         """
-        if rows < 1:
-            raise ValueError(f"rows must be at least 1, got {rows}")
+        rows = checks.whole("rows", rows, low=1)
         prompts = checked_prompts(prompts)
         bins = pack_prompts([len(prompt) for prompt in prompts], self.capacity, method=self.packing).bins
         for first in range(0, len(bins), rows):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from assay import checks
 from assay.measure.isolate import run_isolated
 from assay.methods.core.generation.loop import generate_batch
 from assay.methods.serving.inference_hyperparameters.space import Params
@@ -38,6 +39,7 @@ def infilling_problems(source: str, n: int, *, seed: int = 0, longest: int = 120
     shows the function with the gap marked and ends where the line should begin (our choice: no fill-in tokens are assumed).
     Raises ValueError if `source` has fewer such functions.
     """
+    n = checks.whole("n", n, low=1)
     rng = random.Random(seed)
     functions = [(text, gaps) for text in _functions(source) if len(text) <= longest and (gaps := _code_lines(text))]
     if len(functions) < n:
@@ -96,11 +98,13 @@ def measure_settings(
     if unknown := set(params) - {*REFERENCE, "sort_by_length", "threads"}:
         known = ", ".join(sorted({*REFERENCE, "sort_by_length", "threads"}))
         raise ValueError(f"params must be among {known}, got {', '.join(sorted(unknown))}")
-    size = params.get("batch_size", 1)
-    if not 1 <= size <= len(prompts):
+    size = checks.whole("batch_size", params.get("batch_size", 1), low=1)
+    if size > len(prompts):
         raise ValueError(f"batch_size must lie in 1..{len(prompts)}, the number of prompts, got {size}")
-    if params.get("threads", 1) < 1:
-        raise ValueError(f"threads must be at least 1, got {params['threads']}")
+    checks.whole("threads", params.get("threads", 1), low=1)
+    new_tokens, warmup = checks.whole("new_tokens", new_tokens, low=1), checks.whole("warmup", warmup, low=0)
+    for name in ("sort_by_length", "static_cache"):
+        checks.flag(name, params.get(name, False))
     order = list(range(len(prompts)))
     if params.get("sort_by_length", False):
         order.sort(key=lambda i: -len(prompts[i]))
@@ -164,7 +168,9 @@ class HuggingFaceEngine:
         self._loaded: tuple[tuple[str, str], nn.Module] | None = None
 
     def __call__(self, params: Params, *, fidelity: float = 1.0, seed: int = 0) -> Outcome:
-        outcome, outputs = self._measure(params, self._share(fidelity, params.get("batch_size", 1)))
+        outcome, outputs = self._measure(
+            params, self._share(fidelity, checks.whole("batch_size", params.get("batch_size", 1), low=1))
+        )
         if self._reference is None:
             first = {**REFERENCE, **params} == {**params, **REFERENCE} and len(outputs) == len(self.prompts)
             self._reference = outputs if first else self._measure(REFERENCE, self.prompts)[1]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from assay import checks
 from assay.methods.serving.inference_hyperparameters.space import Categorical, Params, Space, key_of
 from assay.methods.serving.inference_hyperparameters.trials import Mean, Objective, Trial, mean_of
 
@@ -79,7 +80,11 @@ def relative_noise(groups: Iterable[Sequence[float]]) -> float:
 
 
 def local_maxima(values: Sequence[float], tolerance: float = 0.0) -> int:
-    """Maxima of a line of values whose rise before and fall after exceed `tolerance`; an end may be one. At least one."""
+    """Maxima of a line of values whose rise before and fall after exceed `tolerance`; an end may be one. At least one.
+
+    >>> local_maxima([1.0, 3.0, 2.0, 4.0])
+    2
+    """
     count, looking_up = 0, True
     high, low = -math.inf, math.inf
     for value in values:
@@ -152,8 +157,7 @@ class Invariance:
 
 def workload_invariance(objective: Objective, params: Params, *, repeats: int = 4, seed: int = 0) -> Invariance:
     """Whether doubling the workload leaves tokens/s as it is; if not, the warm-up does not suffice or the workload is too small."""
-    if repeats < 2:
-        raise ValueError(f"repeats must be at least 2, got {repeats}")
+    checks.whole("repeats", repeats, low=2)
     means = []
     for fidelity in (0.5, 1.0):
         outcomes = [objective(dict(params), fidelity=fidelity, seed=seed + i) for i in range(repeats)]

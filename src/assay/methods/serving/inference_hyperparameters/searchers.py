@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
+from assay import checks
 from assay.errors import MissingError
 from assay.methods.serving.inference_hyperparameters.space import Categorical, Int, Parameter, Params, Space, key_of
 from assay.methods.serving.inference_hyperparameters.trials import (
@@ -251,28 +252,46 @@ class _Run:
     def _measured(self, number: int, params: Params, fidelity: float) -> Trial:
         start = time.perf_counter()
         try:
-            outcome = self.objective(dict(params), fidelity=fidelity, seed=self.seed * 1_000_003 + number)
+            found = self.objective(dict(params), fidelity=fidelity, seed=self.seed * 1_000_003 + number)
+            outcome = _checked(found)  # here: what cannot be understood fails this trial, not the search
         except Exception as error:
             status: Status = "out of memory" if is_out_of_memory(error) else "failed"
             text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
             return Trial(number, params, status, None, {}, text, time.perf_counter() - start, fidelity)
         seconds = time.perf_counter() - start
-        outcome = Outcome(float(outcome)) if isinstance(outcome, int | float) else outcome
         if not math.isfinite(outcome.value):
             return Trial(number, params, "failed", None, {}, f"value {outcome.value}", seconds, fidelity)
+        if (absent := sorted(set(self.limits) - set(outcome.metrics))) and number == 0:
+            raise ValueError(
+                f"limits name {absent[0]!r}, which the objective does not report; it has {', '.join(outcome.metrics)}"
+            )
         reason = self._broken(outcome.metrics)
         status = "rejected" if reason else "ok"
         return Trial(number, params, status, outcome.value, dict(outcome.metrics), reason, seconds, fidelity)
 
     def _broken(self, metrics: Mapping[str, Any]) -> str:
         for name, limit in {**self.limits, "mismatch_rate": self.max_mismatch}.items():
-            if name in self.limits and name not in metrics:
-                raise ValueError(
-                    f"limits name {name!r}, which the objective does not report; it has {', '.join(metrics)}"
-                )
-            if metrics.get(name, 0.0) > limit:
-                return f"{name} {metrics[name]:.4g} exceeds {limit:.4g}"
+            if name not in metrics:
+                if name in self.limits:
+                    return f"{name} was not reported"
+                continue
+            value = metrics[name]
+            if not isinstance(value, int | float) or not value <= limit:  # NaN is within no limit
+                return f"{name} {value:.4g} exceeds {limit:.4g}" if isinstance(value, float) else f"{name} is {value!r}"
         return ""
+
+
+def _checked(found: Any) -> Outcome:
+    """What an objective returned, in plain Python numbers. Raises TypeError for anything else than a number or an Outcome."""
+    value, metrics = (found.value, found.metrics) if isinstance(found, Outcome) else (found, {})
+    value = (
+        value.item() if hasattr(value, "item") and getattr(value, "shape", None) == () else value
+    )  # NumPy's, torch's
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"the objective must return a number or an Outcome of one, got {checks.shown(found)}")
+    plain = {name: item.item() if hasattr(item, "item") else item for name, item in metrics.items()}
+    json.dumps(plain)  # the journal keeps them
+    return Outcome(float(value), plain)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

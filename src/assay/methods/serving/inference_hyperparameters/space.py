@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from assay import checks
+
 Params = dict[str, Any]
 
 
@@ -136,6 +138,9 @@ class Space:
                 raise ValueError(f"parameters must have different names, {parameter.name!r} comes twice")
             if unknown := set(parameter.when) - seen:
                 raise ValueError(f"{parameter.name!r} depends on {sorted(unknown)}, which do not come before it")
+            if isinstance(parameter, Int):
+                checks.whole(f"low of {parameter.name}", parameter.low)
+                checks.whole(f"high of {parameter.name}", parameter.high)
             if not isinstance(parameter, Categorical):
                 if not parameter.low <= parameter.high or (parameter.log and parameter.low <= 0):
                     raise ValueError(f"{parameter.name!r} needs low <= high, and low > 0 if log; got {parameter}")
@@ -297,7 +302,7 @@ def memory_floor(
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * batch_size * heads * tokens * head
     logits = batch_size * config.vocab_size if last_logits else 0
-    return int(dtype_bytes * (parameters + cache + logits))
+    return int(dtype_bytes * (checks.whole("parameters", parameters, low=1) + cache + logits))
 
 
 def fits_memory(available_bytes: int, *, parameters: int, config: Any, tokens: int) -> Constraint:

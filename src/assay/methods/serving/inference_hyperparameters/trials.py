@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from assay import checks
 from assay.measure.stats import student_t
 from assay.methods.serving.inference_hyperparameters.space import Params
 from assay.paths import atomic_file
@@ -62,7 +63,13 @@ class Mean:
 
 
 def mean_of(values: Sequence[float]) -> Mean:
-    """Raises ValueError for no values."""
+    """Raises ValueError for no values, or one that is not finite.
+
+    >>> mean_of([1.0, 2.0, 3.0]).mean
+    2.0
+    """
+    for value in values:
+        checks.number("values", value)
     if not values:
         raise ValueError("values must hold at least one measurement, got none")
     mean, n = float(np.mean(values)), len(values)
