@@ -1,243 +1,216 @@
-"""The server: /v1/models, /v1/completions and /v1/chat/completions, streamed or whole, one request at a time.
+"""The web side: /health, /v1/models, /v1/completions and /v1/chat/completions, streamed or whole, with OpenAI's errors.
 
-Greedy unless a temperature is asked for. It binds to loopback unless told otherwise, and to anything else only with a key.
+Departures from OpenAI's API, on purpose: greedy unless a temperature is asked for, 256 new tokens unless a number is, and
+`ignore_eos` and `min_tokens` as other servers have them for measuring. Everything here runs on the event loop and waits for
+nothing but clients, so that /health answers whatever the engine does. Prompts and answers are never logged.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
-import json
-import threading
+import logging
 import time
+import traceback
 import uuid
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
 
-import torch
-from fastapi import Depends, FastAPI, Header, HTTPException, Request
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
+from assay.server.engine import Engine, Job
+from assay.server.protocol import ApiError, choice, dumps, event, usage
 
-# fields of the OpenAI API that would change the answer and are not implemented
-UNSUPPORTED = (
-    "best_of", "echo", "frequency_penalty", "functions", "logit_bias", "logprobs", "presence_penalty", "response_format",
-    "suffix", "tools", "top_logprobs",
-)  # fmt: skip
+logger = logging.getLogger(__name__)
 
-
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    model: str = ""
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float = Field(default=0.0, ge=0.0, le=2.0)
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    seed: int | None = None
-    stream: bool = False
-    n: Literal[1] = 1
-    stop: str | list[str] | None = None
-
-    @model_validator(mode="after")
-    def _only_what_is_done(self) -> Self:
-        extra = self.model_extra or {}
-        if asked := [name for name in UNSUPPORTED if extra.get(name)]:
-            raise ValueError(f"not supported here: {', '.join(asked)}")
-        if not all(self.stops()) or len(self.stops()) > 4:
-            raise ValueError(f"stop must be up to 4 strings that are not empty, got {self.stop!r}")
-        return self
-
-    def stops(self) -> list[str]:
-        """The strings that end the answer; they are not part of it."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
-
-
-class CompletionRequest(_Request):
-    """Body of /v1/completions."""
-
-    prompt: str = Field(min_length=1)
-
-
-class Message(BaseModel):
-    """One turn of a chat."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-class ChatRequest(_Request):
-    """Body of /v1/chat/completions."""
-
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-
-
-@dataclass
-class Piece:
-    """A piece of generated text; the last one says why generation stopped."""
-
-    text: str
-    tokens: int
-    finish: str | None = None
-
-
-class Engine:
-    """A model and its tokenizer behind a lock: one request runs at a time, in the order they get the lock."""
-
-    def __init__(self, model: Any, tokenizer: Any, name: str):
-        self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.limit = getattr(model.config, "max_position_embeddings", 2048)
-        self.lock = threading.Lock()
-
-    def encode(self, request: CompletionRequest | ChatRequest) -> list[int]:
-        """Token ids of a request; a chat goes through the model's own template."""
-        if isinstance(request, CompletionRequest):
-            return list(self.tokenizer(request.prompt)["input_ids"])
-        if not self.tokenizer.chat_template:
-            raise HTTPException(400, "this model has no chat template; use /v1/completions")
-        turns = [turn.model_dump() for turn in request.messages]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def length(self, request: CompletionRequest | ChatRequest, ids: list[int]) -> int:
-        """Tokens to generate: what was asked for (default 256), refused when the context cannot hold it."""
-        asked = request.max_tokens or getattr(request, "max_completion_tokens", None)
-        room = self.limit - len(ids)
-        if room < 1 or (asked or 1) > room:
-            text = f"the prompt has {len(ids)} tokens and {asked or 1} are asked for; the context holds {self.limit}"
-            raise HTTPException(400, text)
-        return asked or min(256, room)
-
-    def pieces(self, request: CompletionRequest | ChatRequest, ids: list[int], new: int) -> Iterator[Piece]:
-        """Generate, giving text as soon as it is there."""
-        from transformers import TextIteratorStreamer
-
-        streamer: Any = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
-        box: dict[str, Any] = {}
-        inputs = torch.tensor([ids])
-        options: dict[str, Any] = {"do_sample": request.temperature > 0}
-        if request.temperature > 0:
-            options |= {"temperature": request.temperature, "top_p": request.top_p}
-        if stops := request.stops():
-            options |= {"stop_strings": stops, "tokenizer": self.tokenizer}
-
-        def run() -> None:
-            try:
-                with self.lock, torch.inference_mode():
-                    if request.seed is not None:
-                        torch.manual_seed(request.seed)
-                    box["ids"] = self.model.generate(
-                        input_ids=inputs,
-                        attention_mask=torch.ones_like(inputs),
-                        max_new_tokens=new,
-                        pad_token_id=self.tokenizer.pad_token_id or 0,
-                        streamer=streamer,
-                        **options,
-                    )
-            except Exception as error:  # told to the client below; the server lives on
-                box["error"] = error
-            finally:
-                streamer.end()
-
-        worker = threading.Thread(target=run, daemon=True)
-        worker.start()
-        ended = False
-        for text, met in until_stop(streamer, stops):
-            ended = ended or met
-            if text:
-                yield Piece(text, 0)
-        worker.join()
-        if "error" in box:
-            raise RuntimeError(f"generation failed: {box['error']}") from box["error"]
-        made = box["ids"].shape[1] - len(ids)
-        yield Piece("", made, "length" if made >= new and not ended else "stop")
-
-
-def until_stop(texts: Iterable[str], stops: list[str]) -> Iterator[tuple[str, bool]]:
-    """The text up to the first of `stops`, each piece with whether one was met.
-
-    What may be the beginning of a stop is held back until it is clear. All of `texts` is consumed: whoever makes it may wait for that.
-    """
-    held, met = "", False
-    for text in texts:
-        if met:
-            continue
-        held += text
-        found = [at for stop in stops if (at := held.find(stop)) >= 0]
-        if found:
-            met = True
-            yield held[: min(found)], True
-            continue
-        keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        yield held[: len(held) - keep], False
-        held = held[len(held) - keep :]
-    if not met:
-        yield held, False
+LEAST_BODY = 1 << 20  # bytes of a request that are always read
+BODY_PER_TOKEN = 24  # and so many for each token of the context: a long word in escapes
+BODY_SECONDS = 30.0  # for a request to arrive in
+STALLED_SECONDS = 60.0  # that a client may take to read a piece before it counts as gone
 
 
 def create_app(model: Any, tokenizer: Any, *, name: str, api_key: str | None = None) -> FastAPI:
-    """The ASGI application over a model."""
+    """The ASGI application over a model; with `api_key`, everything under /v1 needs it. The engine is `app.state.engine`."""
     engine = Engine(model, tokenizer, name)
-    app = FastAPI(title="assay", docs_url=None, redoc_url=None)
-    born = int(time.time())
+    app = FastAPI(title="assay", openapi_url=None)
+    app.state.engine = engine
+    card = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "assay"}
 
-    def authorised(authorization: str = Header(default="")) -> None:
-        if api_key is not None and not hmac.compare_digest(authorization.encode(), f"Bearer {api_key}".encode()):
-            raise HTTPException(401, "wrong or missing API key")
+    async def authorised(request: Request) -> None:
+        given = request.headers.getlist("authorization")
+        if api_key is None or (
+            len(given) == 1 and hmac.compare_digest(given[0].encode("latin-1"), f"Bearer {api_key}".encode())
+        ):
+            return
+        headers = {"WWW-Authenticate": "Bearer"}
+        raise ApiError(401, "wrong or missing API key", code="invalid_api_key", headers=headers)
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return _json(error.body(), error.status, error.headers)
 
     @app.exception_handler(HTTPException)
-    async def openai_error(request: Request, error: HTTPException) -> JSONResponse:
-        body = {"error": {"message": error.detail, "type": "invalid_request_error", "code": error.status_code}}
-        return JSONResponse(body, status_code=error.status_code)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        path = request.scope["path"][:200].encode("ascii", "backslashreplace").decode()
+        code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code)
+        told = ApiError(error.status_code, f"{request.method} {path}: {error.detail}", code=code)
+        return _json(told.body(), told.status, dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        return _json(ApiError(500, f"the server failed ({type(error).__name__})", code="internal_error").body(), 500)
 
     @app.get("/health")
-    def health() -> dict[str, str]:
-        return {"status": "ok"}
+    async def health() -> Response:
+        return _json({"status": "ok"})
 
     @app.get("/v1/models", dependencies=[Depends(authorised)])
-    def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": born, "owned_by": "assay"}]}
+    async def models() -> Response:
+        return _json({"object": "list", "data": [card]})
 
-    @app.post("/v1/completions", dependencies=[Depends(authorised)], response_model=None)
-    def completions(request: CompletionRequest) -> Any:
-        return _answer(engine, request, "text_completion", "cmpl")
+    @app.get("/v1/models/{wanted:path}", dependencies=[Depends(authorised)])
+    async def one_model(wanted: str) -> Response:
+        if wanted != name:
+            raise ApiError(404, f"no such model here; this server has {name!r}", param="model", code="model_not_found")
+        return _json(card)
 
-    @app.post("/v1/chat/completions", dependencies=[Depends(authorised)], response_model=None)
-    def chat(request: ChatRequest) -> Any:
-        return _answer(engine, request, "chat.completion", "chatcmpl")
+    @app.post("/v1/completions", dependencies=[Depends(authorised)])
+    async def completions() -> Response:
+        return _Answer(engine, chat=False)
+
+    @app.post("/v1/chat/completions", dependencies=[Depends(authorised)])
+    async def chat_completions() -> Response:
+        return _Answer(engine, chat=True)
 
     return app
 
 
-def _answer(engine: Engine, request: CompletionRequest | ChatRequest, kind: str, prefix: str) -> Any:
-    ids = engine.encode(request)
-    new = engine.length(request, ids)
-    head = {"id": f"{prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": engine.name}
-    if request.stream:
-        stream = _stream(engine, request, ids, new, head, kind)
-        return StreamingResponse(stream, media_type="text/event-stream")
-    text, made, finish = "", 0, "stop"
-    for piece in engine.pieces(request, ids, new):
-        text, made, finish = text + piece.text, piece.tokens, piece.finish or finish
-    chat = kind == "chat.completion"
-    choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
-    choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-    usage = {"prompt_tokens": len(ids), "completion_tokens": made, "total_tokens": len(ids) + made}
-    return {**head, "object": kind, "choices": [choice], "usage": usage}
+def _json(document: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(dumps(document), status, headers, media_type="application/json")
 
 
-def _stream(
-    engine: Engine, request: CompletionRequest | ChatRequest, ids: list[int], new: int, head: dict[str, Any], kind: str
-) -> Iterator[str]:
-    chat = kind == "chat.completion"
+class _Answer(Response):
+    """Reads a request, and answers it for as long as its client is there."""
+
+    def __init__(self, engine: Engine, *, chat: bool) -> None:
+        super().__init__()
+        self.engine, self.chat = engine, chat
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self.engine.place():
+            try:
+                body = await read_body(Request(scope, receive), max(LEAST_BODY, BODY_PER_TOKEN * self.engine.context))
+            except ClientDisconnect:
+                return
+            await _while_there(receive, self._answer(body, scope, receive, send))
+
+    async def _answer(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+        job = None
+        try:
+            job = await self.engine.read(body, chat=self.chat)
+            head = {
+                "id": f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}",
+                "object": "chat.completion" if self.chat else "text_completion",
+                "created": int(time.time()),
+                "model": self.engine.name,
+            }
+            if job.ask.stream:
+                with contextlib.suppress(TimeoutError):
+                    await _send_events(send, self._events(job, head))
+            else:
+                await _json(head | await self._whole(job))(scope, receive, send)
+        except Exception as error:
+            raise _told(error) from None
+        finally:
+            if job is not None:  # cancelled between two pieces, say
+                job.left = True
+
+    async def _whole(self, job: Job) -> dict[str, Any]:
+        texts, choices, made = [""] * len(job.prompts), [], 0
+        async for piece in self.engine.pieces(job):
+            texts[piece.index] += piece.text
+            if piece.finish:
+                choices.append(choice(self.chat, piece.index, texts[piece.index], piece.finish))
+                made += piece.tokens
+        return {"choices": choices, "usage": usage(job.prompt_tokens(), made)}
+
+    async def _events(self, job: Job, head: dict[str, Any]) -> AsyncIterator[bytes]:
+        if self.chat:
+            head = head | {"object": "chat.completion.chunk"}
+        if job.ask.include_usage:
+            head = head | {"usage": None}
+        made = 0
+        try:
+            if self.chat:
+                yield event(head | {"choices": [choice(True, 0, "", None, delta="first")]})
+            async for piece in self.engine.pieces(job):
+                delta: Any = "last" if piece.finish else "next"
+                yield event(head | {"choices": [choice(self.chat, piece.index, piece.text, piece.finish, delta=delta)]})
+                made += piece.tokens
+            if job.ask.include_usage:
+                yield event(head | {"choices": [], "usage": usage(job.prompt_tokens(), made)})
+            yield b"data: [DONE]\n\n"
+        except Exception as error:  # the status is sent: what is left to say it in is an event
+            yield event(_told(error).body())
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """The body of a request of type application/json. Raises ApiError 400, 408, 413 for another type, too late, too long."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(400, "send the request as JSON, with Content-Type: application/json")
+    too_long = ApiError(413, f"a request may have {most} bytes", code="request_too_large")
+    length = request.headers.get("content-length", "")
+    if length and (not length.isascii() or not length.isdigit() or len(length) > 18 or int(length) > most):
+        raise too_long
+    body = bytearray()
     try:
-        for piece in engine.pieces(request, ids, new):
-            choice: dict[str, Any] = {"index": 0, "finish_reason": piece.finish, "logprobs": None}
-            choice |= {"delta": {"role": "assistant", "content": piece.text}} if chat else {"text": piece.text}
-            event = {**head, "object": "chat.completion.chunk" if chat else kind, "choices": [choice]}
-            yield f"data: {json.dumps(event)}\n\n"
-    except RuntimeError as error:
-        yield f"data: {json.dumps({'error': {'message': str(error), 'type': 'server_error'}})}\n\n"
-    yield "data: [DONE]\n\n"
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > most:
+                    raise too_long
+    except TimeoutError:
+        raise ApiError(408, f"the request did not arrive within {BODY_SECONDS:.0f} s", code="timeout") from None
+    return bytes(body)
+
+
+async def _while_there(receive: Receive, answer: Coroutine[Any, Any, None]) -> None:
+    """Run `answer` to its end, or until the client has left."""
+
+    async def left() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    work, watch = asyncio.ensure_future(answer), asyncio.ensure_future(left())
+    try:
+        await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            work.result()
+    finally:
+        work.cancel()
+        watch.cancel()
+        await asyncio.gather(work, watch, return_exceptions=True)
+
+
+async def _send_events(send: Send, events: AsyncIterator[bytes]) -> None:
+    headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    async for data in events:
+        async with asyncio.timeout(STALLED_SECONDS):
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _told(error: Exception) -> ApiError:
+    """What a client is told of an error. Where an unforeseen one arose is logged, its text is not: that may hold the prompt."""
+    if isinstance(error, ApiError):
+        return error
+    place = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("answering failed with %s:\n%s", type(error).__name__, place)
+    return ApiError(500, f"generation failed ({type(error).__name__})", code="internal_error")
