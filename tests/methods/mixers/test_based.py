@@ -5,14 +5,17 @@ import torch
 import torch.nn.functional as F
 from tests.properties.mixers import check_mixer
 
-from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM
+from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM, make_channel_mixer, make_mixer
 from assay.methods.mixers.based import (
     SIZES,
     BaseConv,
     SlidingWindow,
     TaylorAttention,
+    advance_state,
+    based_config,
     based_layers,
     feature_size,
+    features_of,
     kernel,
     quadratic,
     taylor_features,
@@ -97,7 +100,7 @@ def test_state_does_not_grow_and_follows_the_formula():
     full = TaylorAttention(64, heads=4, feature_dim=16, feature="taylor_full")
     assert full.state_bytes(1) == 4 * 273 * (16 + 1) * 4
     assert sum(p.numel() for p in mixer.parameters()) == 2 * 64 * 64 + 2 * 64 * 64
-    assert sum(p.numel() for p in BaseConv(64).parameters()) == 64 * 256 + 128 * 64 + 128 * 3 + 128
+    assert sum(p.numel() for p in BaseConv(64).parameters()) == 64 * 256 + 256 + 128 * 64 + 64 + 128 * 3
 
 
 def test_sums_stay_in_float32_in_a_bfloat16_model():
@@ -117,6 +120,75 @@ def test_released_layouts(size):
     assert names[:4] == ["baseconv", "based", "based_window", "baseconv"]
     with pytest.raises(ValueError, match="360m"):
         based_layers("7b")
+
+
+@pytest.mark.parametrize(("size", "width", "layers"), [("360m", 1024, 27), ("1.4b", 1792, 36)])
+def test_the_configuration_is_the_released_one_field_by_field(size, width, layers):
+    config = based_config(size)
+    released = {
+        "hidden_size": width,  # n_embd
+        "num_hidden_layers": layers,
+        "intermediate_size": 2 * width,  # n_inner
+        "channel_mixer": ["swiglu", {}],
+        "norm_eps": 1e-5,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": True,
+        "vocab_size": 50264,  # of 50257, padded to a multiple of 8
+    }
+    assert {name: getattr(config, name) for name in released} == released
+    with torch.device("meta"):
+        found = {name: make_mixer(name, width, layer=1, layers=layers, **options) for name, options in config.layers}
+        glu = make_channel_mixer("swiglu", width, 2 * width)
+    taylor, window, conv = (found[name] for name in ("based", "based_window", "baseconv"))
+    assert (taylor.heads, taylor.feature_dim, taylor.feature) == (16, 16, "taylor")
+    assert (window.heads, window.kv_heads, window.reach, window.rotary) == (
+        16,
+        16,
+        128,
+        True,
+    )  # window_size 256, one-sided
+    assert (conv.width, conv.in_proj.out_features, conv.out_proj.in_features) == (
+        3,
+        4 * width,
+        2 * width,
+    )  # expand_proj 4
+    biased = {module: [n for n, _ in m.named_parameters() if n.endswith("bias")] for module, m in found.items()}
+    assert biased == {
+        "based": [],
+        "based_window": [],
+        "baseconv": ["in_proj.bias", "out_proj.bias"],
+    }  # use_bias; no conv_bias
+    assert not any(name.endswith("bias") for name, _ in glu.named_parameters())
+    assert based_config(size, vocab_size=300).vocab_size == 300
+    with pytest.raises(ValueError, match="360m"):
+        based_config("7b")
+
+
+@pytest.mark.parametrize("wrong", [torch.int64, torch.complex64])
+def test_whole_and_complex_numbers_are_refused_and_never_cast(wrong):
+    q = torch.ones(1, 2, 5, 4)
+    s, z = torch.zeros(1, 2, 15, 4), torch.zeros(1, 2, 15)
+    for call in (
+        lambda: taylor_features(q.to(wrong)),
+        lambda: features_of(q.to(wrong), "elu"),
+        lambda: kernel(q.to(wrong), q),
+        lambda: kernel(q, q.to(wrong)),
+        lambda: quadratic(q, q, q.to(wrong)),
+        lambda: advance_state(q.to(wrong), q, q, s, z),
+        lambda: advance_state(q, q, q, s.to(wrong), z),
+    ):
+        with pytest.raises(TypeError, match="must hold floating-point numbers"):
+            call()
+    y, after, _ = advance_state(q[:, :, :0], q[:, :, :0], q[:, :, :0], s, z)
+    assert y.shape == (1, 2, 0, 4)
+    assert torch.equal(after, torch.zeros_like(after))
+    assert quadratic(q[:0], q[:0], q[:0]).shape == (0, 2, 5, 4)
+    with pytest.raises(TypeError, match="dtype of q"):
+        kernel(q, q.double())
+    with pytest.raises(ValueError, match="s must have shape"):
+        advance_state(q, q, q, s[:, :, :-1], z)
+    with pytest.raises(ValueError, match="feature must be one of"):
+        features_of(q, "exp")
 
 
 def test_generates_and_comes_back_from_disk(tmp_path):

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.properties import mixers as kit
+from torch import nn
 
 from assay.experiments.mixers.training import parameter_groups, train
 from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM
 from assay.methods.core.mixers.protocol import clone_state, fast_length
-from assay.methods.mixers import long_convs
 from assay.methods.mixers.long_convs import (
     ButterflyDFT,
     CausalLongConv,
@@ -17,9 +17,11 @@ from assay.methods.mixers.long_convs import (
     LongConvClassifier,
     LongKernel,
     around,
+    butterfly,
     butterfly_dft,
     butterfly_idft,
     conv_cost,
+    convolution,
     dft_flops,
     factors_of,
     fft_conv,
@@ -128,7 +130,7 @@ def test_blocks_of_channels_change_nothing(backend, monkeypatch):
     u, k, k_back, D = data(batch=3, dim=7, length=64)
     whole = fft_conv(u, k, D, k_back=k_back, backend=backend, fuse=False)
     for size in (1, 3 * 64 * 1000):
-        monkeypatch.setattr(long_convs, "FUSED_BYTES", size)
+        monkeypatch.setattr(convolution, "FUSED_BYTES", size)
         torch.testing.assert_close(fft_conv(u, k, D, k_back=k_back, backend=backend), whole)
 
 
@@ -210,7 +212,7 @@ def test_three_passes_are_one(outer, length):
 
 
 def test_tables_made_in_inference_mode_serve_training():
-    long_convs._phases.cache_clear()
+    butterfly.phases.cache_clear()
     u, k, _, D = data(length=16)
     with torch.inference_mode():
         for backend in ("butterfly", "three_pass"):
@@ -257,7 +259,7 @@ def test_layers_with_the_learned_dft_equal_plain_ones_at_the_start():
     learned = LongConv(4, 24, bidirectional=True, lam=0.0, learned_dft={"heads": 4}).double()
     learned.load_state_dict(plain.state_dict(), strict=False)
     x = torch.randn(2, 20, 4, dtype=torch.float64)
-    torch.testing.assert_close(learned(x), plain(x))
+    torch.testing.assert_close(learned.eval()(x), plain.eval()(x))
 
 
 # -------------------------------------------------------------------------------------------------------------- regularisers
@@ -274,7 +276,7 @@ def test_squash():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 1000, generator=generator, dtype=torch.float64)
     assert ((squash(a, 0.3) - squash(b, 0.3)).abs() <= (a - b).abs() + 1e-15).all()  # 1-Lipschitz
-    with pytest.raises(ValueError, match="lam must be at least 0"):
+    with pytest.raises(ValueError, match="lam must be a finite number at least 0"):
         squash(a, -1.0)
 
 
@@ -450,38 +452,48 @@ def test_steps_with_no_gradients_reuse_their_buffer(kind):
 
 
 @pytest.mark.parametrize("kind", [CausalLongConv, H3LongConv])
-def test_steps_keep_the_kernels_and_never_use_old_ones(kind, monkeypatch):
+def test_steps_never_use_the_kernels_of_yesterday(kind):
+    """Weights changed in the middle of a sequence, in every way there is, count from the next step on."""
     torch.manual_seed(0)
-    made = []
-    squashed = long_convs.squash
-    monkeypatch.setattr(long_convs, "squash", lambda k, lam: made.append(k) or squashed(k, lam))
     mixer = kind(4, length=60, init="double_exponential").double().eval()
+    other = kind(4, length=60, init="double_exponential").double().eval()
     x = torch.randn(2, 60, 4, dtype=torch.float64)
 
-    @torch.no_grad()
-    def steps(state, begin, end):
-        found = []
-        for t in range(begin, end):
-            y, state = mixer.step(x[:, t], state)
-            found.append(y)
-        return torch.stack(found, 1), state
+    def reassign():
+        for module in mixer.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(1.1 * p))
 
-    made.clear()
-    first, state = steps(mixer.init_state(2), 0, 30)
-    kernels = 1 if kind is CausalLongConv else 2
-    assert len(made) == kernels
-    torch.testing.assert_close(first, mixer(x)[:, :30].detach())
-    with torch.no_grad():  # weights that change, as an optimizer and as a careless script change them
-        mixer.load_state_dict({name: 1.5 * value for name, value in mixer.state_dict().items()})
-        torch.testing.assert_close(steps(mixer.init_state(2), 0, 30)[0], mixer(x)[:, :30])
-        for p in mixer.parameters():
-            p.data.mul_(2)
-        torch.testing.assert_close(steps(mixer.init_state(2), 0, 30)[0], mixer(x)[:, :30])
-        state = mixer.advance(x[:, :30], mixer.init_state(2))[1]
-        low = mixer.float()
-        made.clear()
-        low.step(x[:, 30].float(), {name: t.float() if t.is_floating_point() else t for name, t in state.items()})
-    assert len(made) == kernels  # made again for another dtype
+    def learn():
+        optimizer = torch.optim.SGD(mixer.parameters(), lr=0.1)
+        with torch.enable_grad():
+            mixer(x).square().sum().backward()
+        optimizer.step()
+
+    changes = [
+        lambda: [p.data.mul_(2) for p in mixer.parameters()],
+        lambda: [p.data.copy_(q) for p, q in zip(mixer.parameters(), other.parameters(), strict=True)],
+        lambda: mixer.load_state_dict({name: 1.5 * value for name, value in mixer.state_dict().items()}),
+        reassign,
+        learn,
+    ]
+    with torch.no_grad():
+        _, state = mixer.advance(x[:, :20], mixer.init_state(2))
+        for at, change in enumerate(changes, 20):
+            kept = clone_state(state)
+            mixer.step(x[:, at], state)
+            change()
+            y, state = mixer.step(x[:, at], clone_state(kept))
+            wanted = mixer.advance(x[:, at : at + 1], kept)[0][:, 0]
+            assert torch.equal(y, wanted)
+            if (
+                kind is CausalLongConv
+            ):  # its state holds inputs, so that new weights give what they always would have given
+                torch.testing.assert_close(y, mixer(x[:, : at + 1])[:, -1])
+        y, _ = mixer.float().step(
+            x[:, 25].float(), {n: t.float() if t.is_floating_point() else t for n, t in state.items()}
+        )
+    assert y.dtype == torch.float32
 
 
 def test_a_step_multiplies_only_the_tokens_seen():
@@ -509,6 +521,114 @@ def test_generates_and_comes_back_from_disk(name, tmp_path):
         again.generate(ids, max_new_tokens=60, do_sample=False, pad_token_id=0, eos_token_id=-1)
 
 
+# --------------------------------------------------------------------------------------------------------- released settings
+
+
+def test_defaults_are_those_of_the_released_configurations():
+    layer = LongConv(8, 16)
+    kernel = layer.kernel
+    released = {"channels": 2, "bidirectional": False, "lam": 0.003, "kernel_dropout": 0.2, "dropout": 0.0}
+    found = (layer.channels, layer.bidirectional, kernel.lam, kernel.dropout.p, layer.dropout.p)
+    assert dict(zip(released, found, strict=True)) == released
+    assert (kernel.init, kernel.smooth_width, kernel.lr) == ("random", 1, 1e-3)
+    assert layer.out_proj.bias is not None  # postact: a linear layer and GLU
+    torch.manual_seed(0)
+    assert LongKernel(2, 500, 8).D.std().item() == pytest.approx(1, rel=0.1)
+    block = H3LongConv(8, length=16)
+    for kernel in (block.shift, block.long):
+        assert (kernel.lam, kernel.dropout.p, kernel.lr, kernel.D.shape) == (0.003, 0.2, 1e-3, (1, 8))  # head_dim 1
+    biased = [name for name, _ in block.named_parameters() if name.endswith("bias")]
+    assert biased == ["qkv_proj.bias", "out_proj.bias"]
+
+
+def test_dropout_of_taps_is_for_training_only():
+    torch.manual_seed(0)
+    layer = LongConv(4, 12, kernel_dropout=0.5, init="double_exponential")
+    x = torch.randn(1, 12, 4)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------- odd inputs
+
+
+@pytest.mark.parametrize("wrong", [torch.int64, torch.int8, torch.bool, torch.complex64])
+def test_whole_and_complex_signals_are_refused_and_never_cast(wrong):
+    u, k, k_back, D = data(dtype=torch.float32, length=8)
+    for backend in (*BACKENDS, "direct"):
+        for name, arguments in {
+            "u": (u.to(wrong), k, D, k_back),
+            "k": (u, k.to(wrong), D, k_back),
+            "D": (u, k, D.to(wrong), k_back),
+            "k_back": (u, k, D, k_back.to(wrong)),
+        }.items():
+            with pytest.raises(TypeError, match=f"{name} must hold floating-point numbers"):
+                fft_conv(*arguments[:3], k_back=arguments[3], backend=backend)
+    for call in (
+        lambda: three_pass_conv(u.to(wrong), k),
+        lambda: squash(k.to(wrong), 0.1),
+        lambda: smooth(k.to(wrong), 3),
+        lambda: LongConv(3, 8)(u.transpose(1, 2).to(wrong)),
+        lambda: LongConvClassifier(3, 2, 8, dim=4, depth=1)(u.transpose(1, 2).to(wrong)),
+    ):
+        with pytest.raises(TypeError, match="must hold floating-point numbers"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bidirectional": True},
+        {"learned_dft": {}},
+        {"learned_dft": {"additive": True, "heads": 4}},
+        {"smooth_width": 3},
+    ],
+    ids=str,
+)
+def test_every_layer_in_half_precision(options, dtype):
+    torch.manual_seed(0)
+    layer = LongConv(4, 40, init="double_exponential", **options).eval()
+    x = 30 * torch.randn(2, 33, 4)
+    exact = layer(x)
+    y = layer.to(dtype)(x.to(dtype))
+    assert y.dtype == dtype
+    assert (y.float() - exact).norm() <= 0.03 * exact.norm()
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters() if p.grad is not None)
+
+
+def test_empty_signals_give_empty_results():
+    for shape in ((0, 3, 8), (2, 3, 0), (0, 3, 0)):
+        u, (_, k, k_back, D) = torch.zeros(shape), data(dtype=torch.float32, length=8)
+        for backend in (*BACKENDS, "direct"):
+            assert fft_conv(u, k, D, k_back=k_back, backend=backend).shape == (shape[0], 2, *shape[1:])
+            assert fft_conv(u, k[0], D[0], backend=backend).shape == shape
+        for options in ({}, {"bidirectional": True}, {"learned_dft": {}}):
+            assert LongConv(3, 8, **options)(u.transpose(1, 2)).shape == (shape[0], shape[2], 3)
+    with pytest.raises(ValueError, match="u must be"):
+        fft_conv(torch.zeros(1, 3, 4), torch.zeros(3, 0))
+    model = LongConvClassifier(3, 2, 8, dim=4, depth=1).eval()
+    assert model(torch.zeros(0, 8, 3)).shape == (0, 2)
+    with pytest.raises(ValueError, match="at least one token"):
+        model(torch.zeros(2, 0, 3))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"smooth_width": 3}, {"smooth_width": 5, "smooth_domain": "frequency"}], ids=str
+)
+def test_the_first_taps_are_the_first_of_all(options):
+    kernel = LongKernel(2, 3, 16, init="double_exponential", **options).double()
+    whole = kernel()
+    assert whole.shape == (2, 3, 16)
+    for taps in (0, 1, 2, 9, 15, 16):
+        torch.testing.assert_close(kernel(taps), whole[..., :taps], atol=1e-15, rtol=1e-12)
+    with pytest.raises(ValueError, match="taps"):
+        kernel(17)
+
+
 # -------------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -529,7 +649,7 @@ def test_generates_and_comes_back_from_disk(name, tmp_path):
             "backend must be one of",
         ),
         (lambda: three_pass_conv(*data()[:2], outer=3), ValueError, "outer must be even"),
-        (lambda: butterfly_dft(torch.zeros(8)), TypeError, "x must be complex"),
+        (lambda: butterfly_dft(torch.zeros(8)), TypeError, "x must hold complex numbers"),
         (lambda: butterfly_dft(torch.zeros(12, dtype=torch.complex64)), ValueError, "n must be a power of two"),
         (lambda: factors_of(8, 3), ValueError, "max_factor must be a power of two"),
         (lambda: smooth(torch.zeros(1, 1, 8), 4), ValueError, "width must be odd"),
@@ -537,13 +657,22 @@ def test_generates_and_comes_back_from_disk(name, tmp_path):
         (lambda: split_around(torch.zeros(3)), ValueError, "even number of taps"),
         (lambda: LongKernel(1, 0, 4), ValueError, "dim"),
         (lambda: LongKernel(1, 4, 4, init="zeros"), ValueError, "init must be one of"),
-        (lambda: LongKernel(1, 4, 4, lr=0), ValueError, "lr must be positive"),
-        (lambda: LongKernel(1, 4, 4, lam=-0.1), ValueError, "lam must be at least 0"),
+        (lambda: LongKernel(1, 4, 4, lr=0), ValueError, "lr must be a finite number above 0"),
+        (lambda: LongKernel(1, 4, 4, lam=-0.1), ValueError, "lam must be a finite number at least 0"),
         (lambda: LongKernel(1, 4, 4, smooth_width=2), ValueError, "width must be odd"),
-        (lambda: ButterflyDFT(heads=0), ValueError, "heads must be at least 1"),
+        (lambda: ButterflyDFT(heads=0), ValueError, "heads must be a whole number at least 1"),
         (lambda: CausalLongConv(4, length=8, bidirectional=True), ValueError, "would look ahead"),
         (lambda: CausalLongConv(4, length=8, learned_dft={}), ValueError, "would look ahead"),
         (lambda: LongConvClassifier(1, 2, 8, norm="group"), ValueError, "norm must be"),
+        (lambda: LongConvClassifier(1, 2, 8, layer=nn.Identity, lam=0.1), ValueError, "beside layer, got lam"),
+        (lambda: LongConv(4, 8, kernel_dropout=1.0), ValueError, "dropout"),
+        (lambda: LongConv(4, 8, bidirectional=1), TypeError, "bidirectional must be True or False"),
+        (lambda: LongConv(4, 8.0), TypeError, "length"),
+        (lambda: LongKernel(1, 4, 4, lam=float("nan")), ValueError, "lam"),
+        (lambda: LongKernel(1, 4, 4, lr=float("nan")), ValueError, "lr"),
+        (lambda: ButterflyDFT(heads=3)(torch.zeros(2, 4, 8), 8), ValueError, "3 inputs"),
+        (lambda: ButterflyDFT()(torch.zeros(2, 4, 16), 8), ValueError, "at most 8 values"),
+        (lambda: conv_cost(64, form="fused", sequences=0), ValueError, "sequences"),
         (lambda: conv_cost(64, form="fast"), ValueError, "form must be one of"),
         (lambda: conv_cost(48, form="fused"), ValueError, "power of two"),
     ],

@@ -35,6 +35,7 @@ from assay.methods.mixers.matmul_free import (
     pack_,
     parallel_scan,
     quantize_,
+    rooms,
     save_packed,
     ternary_codes,
     token_codes,
@@ -319,6 +320,13 @@ def test_initial_weights():
     assert block.mixer.i_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
     for layer in (block.mixer.o_proj, block.mlp.down_proj):
         assert layer.weight.std().item() == pytest.approx(0.02 / 4, rel=0.1)
+    wider = MatmulFreeForCausalLM(MatmulFreeConfig(hidden_size=128, num_layers=8, initializer_range=0.1))
+    for layer, std in (
+        (wider.lm_head, 0.1),
+        (wider.blocks[3].mixer.i_proj, 0.1),
+        (wider.blocks[3].mlp.down_proj, 0.1 / 4),
+    ):
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.1)
 
 
 def test_the_model_owns_the_lower_bounds_and_trains_them():
@@ -368,6 +376,28 @@ def test_generates_with_padding_and_comes_back_from_disk(tmp_path):
     check_generation(again, ids)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_model_in_every_dtype_with_beams_padding_and_a_cache_used_twice(dtype, tmp_path):
+    model = small_model()
+    with torch.no_grad():
+        model.lower_bounds.normal_(std=5)  # bounds so near 1 that half precision would round them to it
+    ids = torch.randint(1, 50, (2, 9), generator=torch.Generator().manual_seed(1))
+    exact = model(ids).logits
+    model.to(dtype).save_pretrained(tmp_path)
+    low = MatmulFreeForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert low.dtype == dtype
+    found = low(ids, use_cache=True)
+    assert torch.equal(found.logits, model(ids, use_cache=True).logits)
+    assert (found.logits.float() - exact).norm() < 0.15 * exact.norm()
+    found.cache.reset()
+    assert torch.equal(low(ids, cache=found.cache).logits, found.logits)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    settings = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2, "pad_token_id": 0, "eos_token_id": -1}
+    out = low.generate(ids, attention_mask=mask, **settings)
+    assert torch.equal(out[1, 4:], low.generate(ids[1:, 4:], **settings)[0])
+
+
 def check_generation(model, ids):
     """Step by step equals the whole at once, and a padded row equals the row alone."""
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
@@ -409,15 +439,16 @@ def test_packed_agrees_generates_and_comes_back_from_disk(kind, tmp_path):
     assert torch.equal(codes, ternary_codes(model.lm_head.weight)[0].to(torch.int8))
 
 
-@pytest.mark.parametrize("kind", ["ternary", "base3"])
-def test_what_was_learnt_is_generated_from_the_packed_file(kind, tmp_path):
+def test_what_was_learnt_is_generated_from_the_packed_file(tmp_path):
     model = small_model()
     pattern = 1 + torch.arange(200) % 7
     train(model, [(pattern[None, :-1], pattern[None, 1:])] * 60, steps=60, lr=1e-2)
-    save_packed(pack_(copy.deepcopy(model), kind), tmp_path / "model.safetensors")
-    again = load_packed(tmp_path / "model.safetensors")
     settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
-    for each in (model.eval(), again):
+    models = [model.eval()]
+    for kind in ("ternary", "base3"):
+        save_packed(pack_(copy.deepcopy(model), kind), tmp_path / kind)
+        models.append(load_packed(tmp_path / kind))
+    for each in models:
         assert torch.equal(each.generate(pattern[None, :30], **settings)[0], pattern[:50])
 
 
@@ -506,17 +537,107 @@ def test_one_scale_for_the_fused_gate_and_up():
     torch.testing.assert_close(glu(x), glu.down_proj(F.silu(gate) * up))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"fused": False}, {"quantized": False}], ids=str)
+def test_half_precision_neither_overflows_nor_loses_the_codes(dtype, options):
+    """Sums of 127 * 2048 codes are beyond float16 (65504), and so is 127 / 1e-5, the scale of a token of zeros."""
+    torch.manual_seed(0)
+    layer = BitLinear(2048, 3, bias=True, **options)
+    with torch.no_grad():
+        layer.weight.fill_(0.02)
+    x = torch.cat([1000 * torch.rand(4, 2048) + 1, torch.zeros(1, 2048)]).to(dtype).requires_grad_()
+    exact = layer(x.detach().float())
+    y = copy.deepcopy(layer).to(dtype)(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+    (grad,) = torch.autograd.grad(y[:4].sum(), x)
+    assert grad.isfinite().all()
+    glu = BitGLU(8, 16, **options)
+    with torch.no_grad():
+        glu.gate_up_proj.weight.fill_(400.0)  # gate and up are about 3,000, their product 9,000,000
+    wanted = glu(torch.ones(2, 8))
+    found = copy.deepcopy(glu).to(dtype)(torch.ones(2, 8, dtype=dtype))
+    torch.testing.assert_close(found.float(), wanted, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gate_that_is_nearly_shut_still_lets_something_in(dtype):
+    """sigmoid(20) rounds to 1 in float32, a lower bound of 0.999 to 1 in bfloat16: the state must move all the same."""
+    torch.manual_seed(0)
+    mixer = MLGRU(16, layer=1, layers=2, quantized=False)
+    with torch.no_grad():
+        mixer.bound.fill_(20.0)
+    mixer = mixer.to(dtype)
+    _, closed = mixer.gates(torch.randn(1, 3, 16).to(dtype))
+    assert (closed != 0).all()
+    matrix = torch.zeros(24, 16, dtype=dtype)
+    matrix[1] = 9
+    left = rooms(matrix)
+    assert left.dtype == lower_bounds(matrix).dtype == torch.float32
+    assert (left > 0).all()
+    assert (left.diff(dim=0) < 0).all()
+    torch.testing.assert_close(left.double(), rooms(matrix.double()), rtol=1e-5, atol=0)
+    torch.testing.assert_close(1 - left, lower_bounds(matrix), atol=1e-6, rtol=0)
+
+
+def test_the_recurrence_says_which_path_it_took_and_casts_nothing():
+    f = torch.rand(2, 3, 4)
+    before = sum(n for name, n in kernels.paths().items() if name.startswith("gated scan"))
+    gated_scan(f, f, f[:, 0])
+    assert sum(n for name, n in kernels.paths().items() if name.startswith("gated scan")) == before + 1
+    assert gated_scan(f[:, :0], f[:, :0], f[:, 0]).shape == (2, 0, 4)
+    assert gated_scan(f[:0], f[:0], f[:0, 0]).shape == (0, 3, 4)
+    for wrong in (torch.int64, torch.complex64):
+        for call in (
+            lambda wrong=wrong: gated_scan(f.to(wrong), f, f[:, 0]),
+            lambda wrong=wrong: gated_scan(f, f.to(wrong), f[:, 0]),
+            lambda wrong=wrong: BitLinear(4, 2)(f.to(wrong)),
+            lambda wrong=wrong: ternary_codes(f[0].to(wrong)),
+        ):
+            with pytest.raises(TypeError, match="must hold floating-point numbers"):
+                call()
+    assert BitLinear(4, 2)(torch.zeros(0, 4)).shape == (0, 2)
+
+
+def test_defaults_are_those_of_the_released_configuration():
+    config = MatmulFreeConfig.of_size("1.3b")
+    released = {
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "intermediate_size": 5632,  # hidden_ratio 4
+        "norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+    }
+    assert {name: getattr(config, name) for name in released} == released
+    mixer = MLGRU(8, variant="as_released", layer=1, layers=2)
+    assert mixer.g_norm.eps == 1e-6
+    assert mixer.bound_from == "own"  # use_lower_bound
+    assert not any("conv" in name for name, _ in mixer.named_modules())  # use_short_conv is off
+    assert not any(name.endswith("bias") for name, _ in mixer.named_parameters())
+    assert not any(name.endswith("bias") for name, _ in BitGLU(8, 16).named_parameters())
+
+
+def test_a_config_refuses_what_it_would_ignore():
+    for name, value in (("layers", [["attention", {}]]), ("channel_mixer", ["swiglu", {}]), ("num_hidden_layers", 7)):
+        with pytest.raises(ValueError, match=name):
+            MatmulFreeConfig(**{name: value})
+    config = MatmulFreeConfig(num_layers=2)
+    assert MatmulFreeConfig.from_dict(config.to_dict()).layers == config.layers
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: MLGRU(16, variant="theirs"), "variant"),
         (lambda: MLGRU(16, bound="ours"), "bound"),
-        (lambda: BitLinear(4, 4)(torch.zeros(2, 5)), "last dimension"),
+        (lambda: BitLinear(4, 4)(torch.zeros(2, 5)), "x must have shape"),
         (lambda: BitLinear(4, 4).packed("binary"), "kind"),
         (lambda: BitLinear(4, 4, quantized=False).packed(), "quantized"),
         (lambda: pack_(nn.Sequential(nn.Linear(4, 4))), "BitLinear"),
         (lambda: quantize_(nn.Sequential(nn.ReLU())), "nn.Linear"),
-        (lambda: gated_scan(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), torch.zeros(2, 4)), "h0"),
+        (lambda: gated_scan(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5), torch.zeros(2, 4)), "c must have shape"),
         (lambda: MatmulFreeForCausalLM(MatmulFreeConfig(tie_word_embeddings=True)), "tie_word_embeddings"),
     ],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import math
 from typing import get_args
 
@@ -13,7 +14,9 @@ from assay.experiments.mixers.training import evaluate, parameter_groups, train
 from assay.measure.cost import count_cost
 from assay.methods.core import kernels
 from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM
-from assay.methods.core.mixers.scan import ORDERS, Backend, Dynamics, SelectiveSSM
+from assay.methods.core.mixers.orders import ORDERS, scan_order
+from assay.methods.core.mixers.scan import Backend
+from assay.methods.core.mixers.ssm import Dynamics, SelectiveSSM
 from assay.methods.mixers.ssm_survey import (
     GRID_MIXERS,
     S4D,
@@ -45,18 +48,18 @@ def parameters(module):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "longest"),
     [
-        lambda: Mamba(12, states=4),
-        lambda: Mamba(6, states=3, conv=1, discretisation="zoh", backend="associative"),
-        lambda: Mamba2(16, states=5, head_dim=8, chunk=16),
-        lambda: Mamba2(12, states=4, head_dim=4, groups=3, conv=2, chunk=97),
-        lambda: S4D(12, states=6),
+        (lambda: Mamba(12, states=4), 768),
+        (lambda: Mamba(6, states=3, conv=1, discretisation="zoh", backend="associative"), 97),
+        (lambda: Mamba2(16, states=5, head_dim=8, chunk=16), 768),
+        (lambda: Mamba2(12, states=4, head_dim=4, groups=3, conv=2, chunk=97), 97),
+        (lambda: S4D(12, states=6), 768),
     ],
     ids=["mamba", "mamba-zoh", "mamba2", "mamba2-groups", "s4d"],
 )
-def test_is_a_mixer(make):
-    check_mixer(make, longest=768)
+def test_is_a_mixer(make, longest):
+    check_mixer(make, longest=longest)
 
 
 @pytest.mark.parametrize("backend", get_args(Backend))
@@ -214,7 +217,7 @@ def test_a_selective_model_learns_to_choose_what_a_time_invariant_one_cannot():
         torch.manual_seed(0)
         layers = [[name, options]] * 2
         model = MixerForCausalLM(MixerConfig(vocab_size=8, hidden_size=32, layers=layers))
-        train(model, batches_of(selective_copying, 32, **task), steps=400, lr=3e-3)
+        train(model, batches_of(selective_copying, 32, **task), steps=400, lr=1e-2)
         accuracy[name] = float(evaluate(model, *selective_copying(64, seed=10**6, **task))["accuracy"].mean())
     assert accuracy["mamba"] > 0.95, accuracy
     assert accuracy["s4d"] < 0.85, accuracy
@@ -229,8 +232,6 @@ def test_scan_mixer_is_the_sum_of_its_directions(order, tied):
     torch.manual_seed(0)
     mixer = ScanMixer(8, order=order, states=4, tied=tied).double()
     u = torch.randn(2, 35, 16, dtype=torch.float64)
-    from assay.methods.core.mixers.scan import scan_order
-
     wanted = torch.zeros_like(u)
     for k, way in enumerate(scan_order(order, 5, 7)):
         y, _ = mixer.ssm[0 if tied else k](u[:, way])
@@ -311,8 +312,45 @@ def test_the_u_shape_gives_a_logit_a_pixel_and_gradients_everywhere(mixer, group
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     with torch.no_grad():
         torch.testing.assert_close(model(image[1:]), logits[1:], atol=1e-5, rtol=1e-4)
-        low = model.bfloat16()(image.bfloat16()).float()
-    assert (low - logits).norm() < 0.1 * logits.norm()
+        for dtype in (torch.float16, torch.bfloat16):
+            low = model.to(dtype)(image.to(dtype))
+            assert low.dtype == dtype
+            assert (low.float() - logits).norm() < 0.1 * logits.norm()
+
+
+GRID_OPTIONS = [
+    ("attention", {}, "head_dim", 4),
+    ("window", {}, "head_dim", 4),
+    ("window", {}, "window", 2),
+    ("s6", {}, "order", "raster"),
+    ("s6", {"order": "window"}, "order_options", {"window": 2}),
+    ("s6", {}, "states", 3),
+    ("s6", {}, "expand", 3),
+    ("s6", {}, "tied", True),
+    ("s6", {}, "discretisation", "zoh"),
+    ("s6", {}, "backend", "sequential"),
+]
+
+
+@pytest.mark.parametrize(("mixer", "base", "option", "value"), GRID_OPTIONS)
+def test_an_option_of_a_grid_mixer_changes_it(mixer, base, option, value):
+    def seen(**options):
+        torch.manual_seed(0)
+        made = GRID_MIXERS[mixer](8, **base, **options)
+        torch.manual_seed(1)
+        return [tuple(p.shape) for p in made.parameters()], made(torch.randn(1, 6, 5, 8)).detach()
+
+    (shapes, y), (other_shapes, other) = seen(), seen(**{option: value})
+    if option == "backend":
+        torch.testing.assert_close(other, y, atol=1e-5, rtol=1e-4)
+    else:
+        assert other_shapes != shapes or not torch.equal(other, y)
+
+
+def test_all_options_of_grid_mixers_are_tried():
+    for name, kind in GRID_MIXERS.items():
+        options = set(inspect.signature(kind.__init__).parameters) - {"self", "dim", "dims", "layer"}
+        assert options == {option for mixer, _, option, _ in GRID_OPTIONS if mixer == name}
 
 
 def test_groups_share_one_mixer():
@@ -373,6 +411,140 @@ def test_flops_of_the_segmentation_model_are_linear_for_scans_and_not_for_attent
     for mixer in ("conv", "s6", "window"):
         assert flops(mixer, 64) == 4 * flops(mixer, 32), mixer
     assert flops("attention", 64) > 5 * flops("attention", 32)
+
+
+# ------------------------------------------------------------------------------------------------------------------ volumes
+
+
+@pytest.mark.parametrize("mixer", list(GRID_MIXERS))
+def test_volumes_are_segmented_and_classified(mixer):
+    torch.manual_seed(0)
+    model = UNet(2, 3, mixer=mixer, dim=8, depths=(1, 2, 1), patch=2, dims=3, groups=2)
+    volume = torch.randn(2, 2, 8, 16, 24)
+    logits = model(volume)
+    assert logits.shape == (2, 3, 8, 16, 24)
+    dice_loss(logits, (torch.randn(2, 3, 8, 16, 24) > 0).float()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert Classifier(2, 5, mixer=mixer, dim=8, depths=(1, 1), patch=2, dims=3)(volume).shape == (2, 5)
+
+
+def test_a_volume_is_scanned_along_all_three_axes():
+    torch.manual_seed(0)
+    mixer = ScanMixer(8, states=4, dims=3).double()
+    assert mixer.order == "volume"
+    assert ScanMixer(8, states=4).order == "cross"
+    u = torch.randn(2, 2 * 3 * 4, 16, dtype=torch.float64)
+    order = scan_order("volume", 2, 3, 4)
+    wanted = torch.zeros_like(u)
+    for k, way in enumerate(order):
+        wanted[:, way] += mixer.ssm[k](u[:, way])[0]
+    torch.testing.assert_close(mixer.scanned(u, 2, 3, 4), wanted)
+    assert len(mixer.ssm) == len(order) == 3
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("size", [(4, 4, 4), (8, 4, 12), (5, 3, 9)])
+def test_windows_in_a_volume_see_their_cells_and_nothing_else(size, layer):
+    torch.manual_seed(0)
+    mixer = WindowAttention(8, window=4, head_dim=8, layer=layer, dims=3).double()
+    x = torch.randn(2, *size, 8, dtype=torch.float64)
+    placed = x + mixer.position(x.movedim(-1, 1)).movedim(1, -1)
+    label = []
+    for i, n in zip(torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij"), size, strict=True):
+        cells = min(4, n)
+        shift = mixer.shift if n > cells else 0
+        label.append(torch.where(i < shift, -1, (i - shift) // cells))
+    label = torch.stack(label, -1).view(-1, 3)
+    allowed = (label[:, None] == label[None]).all(-1)
+    wanted = mixer.proj(mixer._attend(placed.flatten(1, 3), allowed)).view(x.shape)
+    torch.testing.assert_close(mixer(x), wanted)
+
+
+def test_a_volume_of_one_slice_is_an_image_to_a_scan():
+    torch.manual_seed(0)
+    image, volume = ScanMixer(4, order="raster", states=2), ScanMixer(4, order="raster", states=2, dims=3)
+    u = torch.randn(1, 20, 8)
+    volume.ssm.load_state_dict(image.ssm.state_dict())
+    assert torch.equal(image.scanned(u, 4, 5), volume.scanned(u, 1, 4, 5))
+
+
+def test_merging_and_expanding_keep_the_cells_of_a_volume_where_they_are():
+    torch.manual_seed(0)
+    model = UNet(1, 1, mixer="conv", dim=8, depths=(0, 0), patch=2, dims=3)
+    volume = torch.zeros(1, 1, 8, 8, 16)
+    other = volume.clone()
+    other[..., 4:8, 0:4, 8:12] = torch.rand(4, 4, 4)
+    changed = (model(volume) != model(other))[0, 0]
+    assert changed[4:8, 0:4, 8:12].any()
+    changed[4:8, 0:4, 8:12] = False
+    assert not changed.any()
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("mixer", list(GRID_MIXERS))
+def test_no_images_give_no_logits_and_odd_ones_are_refused(mixer, dims):
+    options = {"mixer": mixer, "dim": 8, "depths": (1, 1), "patch": 2, "dims": dims}
+    model, classifier = UNet(1, 2, **options), Classifier(1, 3, **options)
+    sides = [8] * dims
+    assert model(torch.zeros(0, 1, *sides)).shape == (0, 2, *sides)
+    assert classifier(torch.zeros(0, 1, *sides)).shape == (0, 3)
+    for wrong in (torch.int64, torch.uint8, torch.complex64):
+        with pytest.raises(TypeError, match="image must hold floating-point numbers"):
+            model(torch.zeros(1, 1, *sides).to(wrong))
+    with pytest.raises(ValueError, match="divisible by 4"):
+        model(torch.zeros(1, 1, *sides[:-1], 0))
+    with pytest.raises(ValueError, match="image must have shape"):
+        model(torch.zeros(1, 2, *sides))
+    with pytest.raises(ValueError, match="image must have shape"):
+        model(torch.zeros(1, 1, *sides, 8))
+
+
+# ---------------------------------------------------------------------------------------------------------- released settings
+
+
+def test_defaults_are_those_of_the_released_models():
+    mixer = Mamba(64)
+    ssm = mixer.ssm
+    released = {"d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": 4, "bias": False, "conv_bias": True}
+    found = (ssm.states, mixer.conv_weight.shape[1], ssm.width // 64, ssm.dt_rank, mixer.in_proj.bias is not None)
+    assert dict(zip(released, (*found, mixer.conv_bias is not None), strict=True)) == released
+    assert mixer.out_proj.bias is None
+    assert ssm.x_proj.bias is None
+    newer = Mamba2(64)
+    released = {"d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1, "bias": False, "conv_bias": True}
+    found = (newer.states, newer.conv_weight.shape[1], newer.width // 64, newer.head_dim, newer.groups)
+    assert (
+        dict(zip(released, (*found, newer.in_proj.bias is not None, newer.conv_bias is not None), strict=True))
+        == released
+    )
+    assert newer.dynamics.D.shape == (2,)  # one a head
+    older = S4D(64)
+    assert older.states == 64
+    assert older.out_proj.bias is not None
+    torch.manual_seed(0)
+    start = S4D(2000, states=4).dynamics
+    assert (start.A_log.exp() == 0.5).all()
+    torch.testing.assert_close(start.A_imag[0], math.pi * torch.arange(2.0))
+    for part in (start.D, 2**0.5 * start.C):  # complex C of variance 1
+        assert float(part.detach().std()) == pytest.approx(1, rel=0.05)
+    step = start.log_dt.exp()
+    assert 0.999e-3 <= float(step.min()) < 2e-3
+    assert 0.05 < float(step.max()) <= 1.001e-1
+
+
+@pytest.mark.parametrize("kind", [Mamba, Mamba2])
+def test_the_start_of_the_released_models(kind):
+    """Convolutions as torch's; the last projection divided by the root of the number of layers."""
+    torch.manual_seed(0)
+    one, many = kind(64), kind(64, layer=3, layers=16)
+    for taps in (one.conv_weight, one.conv_bias):
+        assert taps.abs().max() <= 0.5
+        assert float(taps.detach().std()) == pytest.approx(0.5 / 3**0.5, rel=0.15)
+    ratio = float(one.out_proj.weight.detach().std() / many.out_proj.weight.detach().std())
+    assert ratio == pytest.approx(4, rel=0.05)
+    assert float(many.in_proj.weight.detach().std()) == pytest.approx(
+        float(one.in_proj.weight.detach().std()), rel=0.05
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------ metrics
@@ -444,12 +616,12 @@ def test_every_row_of_the_taxonomy_builds():
     for row in rows:
         assert row.design in ("pure", "hybrid")
         assert row.year in (2023, 2024)
-        with torch.device("meta"):
-            model = (Classifier if row.task == "classification" else UNet)(**row.builder)
-        assert parameters(model) > 0
+        assert (row.builder.get("dims", 2) == 3) <= ("3d" in row.dimension)
         if row.order in ORDERS:
             assert row.builder["order"] == row.order
     with torch.device("meta"):
+        for task, builder in {str(row.builder): (row.task, row.builder) for row in rows}.values():
+            assert parameters((Classifier if task == "classification" else UNet)(**builder)) > 0
         light = UNet(**next(row for row in rows if row.method == "UltraLight VM-UNet").builder)
     assert parameters(light) < 500_000
 
@@ -485,6 +657,15 @@ def test_taxonomy_filters():
         (lambda: UNet(dim=10, patch=4), "patch must divide"),
         (lambda: UNet(1, 1, dim=8, depths=(1, 1), patch=2, mixer="conv")(torch.ones(1, 1, 30, 32)), "divisible by 4"),
         (lambda: UNet(1, 0), "num_classes"),
+        (lambda: UNet(1, 1, dims=4), "dims must be one of 2, 3"),
+        (lambda: ScanMixer(16, order="cross", dims=3), "size"),
+        (lambda: ScanMixer(16, order="raster", order_options={"window": 4}), "options of order"),
+        (lambda: Block(8, mixer="conv")(torch.ones(1, 4, 8)), "x must have shape"),
+        (lambda: match_width(0), "parameters"),
+        (lambda: dice_loss(torch.ones(1, 1, 4), torch.ones(1, 1, 5)), "target must have shape"),
+        (lambda: dice_loss(torch.ones(1, 1, 4), torch.ones(1, 1, 4), smooth=float("nan")), "smooth"),
+        (lambda: hausdorff_distance(torch.ones(1, 1, 4), torch.ones(1, 1, 4), spacing=(float("nan"),)), "spacing"),
+        (lambda: hausdorff_distance(torch.ones(1, 1, 4), torch.ones(1, 1, 4), percentile=float("nan")), "percentile"),
         (lambda: dice(torch.full((1, 1, 4), 0.5), torch.ones(1, 1, 4)), "threshold"),
         (lambda: dice(torch.ones(1, 1, 4), torch.ones(1, 4)), "one shape"),
         (lambda: hausdorff_distance(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 4, 4), percentile=0), "percentile"),
@@ -494,6 +675,18 @@ def test_taxonomy_filters():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_selective_ssm_refuses_what_it_would_cast():
+    ssm = SelectiveSSM(8, states=2)
+    for wrong in (torch.int64, torch.complex64):
+        with pytest.raises(TypeError, match="x must hold floating-point numbers"):
+            ssm(torch.ones(1, 3, 8).to(wrong))
+    with pytest.raises(ValueError, match="x must have shape"):
+        ssm(torch.ones(1, 3, 7))
+    y, h = ssm(torch.ones(2, 0, 8))
+    assert y.shape == (2, 0, 8)
+    assert torch.equal(h, torch.zeros(2, 8, 2))
 
 
 def test_float32_parameters_keep_their_gradients_too():

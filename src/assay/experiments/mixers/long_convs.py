@@ -78,7 +78,7 @@ def classifiers(dim: int, depth: int) -> dict[str, tuple[Callable[[], LongConvCl
     def model(**options: Any) -> Callable[[], LongConvClassifier]:
         return lambda: LongConvClassifier(1, 10, LENGTH, dim=dim, depth=depth, dropout=0.1, **options)
 
-    long: dict[str, Any] = {"bidirectional": True, "init": "double_exponential", "lr": 1e-2}
+    long: dict[str, Any] = {"bidirectional": True, "init": "double_exponential", "lr": 1e-2, "kernel_dropout": 0.0}
     return {
         "squash": (model(**long, lam=0.003), 5e-3),
         "no squash": (model(**long, lam=0.0), 5e-3),

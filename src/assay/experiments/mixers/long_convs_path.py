@@ -111,7 +111,15 @@ def network(arm: str, side: int, dim: int, depth: int) -> nn.Module:
     tokens = side * side
     if arm == "long convolution":
         return LongConvClassifier(
-            1, 2, tokens, dim=dim, depth=depth, bidirectional=True, init="double_exponential", lr=1e-2
+            1,
+            2,
+            tokens,
+            dim=dim,
+            depth=depth,
+            bidirectional=True,
+            init="double_exponential",
+            lr=1e-2,
+            kernel_dropout=0.0,
         )
     return Transformer(tokens, dim, depth, block_of(tokens) if arm == "block-sparse" else None)
 

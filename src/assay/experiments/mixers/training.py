@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay import checks
+
 
 def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.1) -> list[dict[str, Any]]:
     """Parameter groups for an optimizer, one per setting; each parameter once, also where it is shared."""
@@ -52,10 +54,11 @@ def train(
 
     Targets (batch, tokens) stand at the position that predicts them (already shifted), -100 where nothing is asked. `loss`
     replaces the cross-entropy. Learning rates rise over the share `warmup` of the steps and fall to a tenth along a cosine.
-    Raises ValueError when the batches end early or a loss is not finite.
+    Raises ValueError when the batches end early or a loss is not finite, and for settings out of range.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+    steps = checks.whole("steps", steps, low=1)
+    lr, weight_decay = checks.number("lr", lr, above=0), checks.number("weight_decay", weight_decay, low=0)
+    warmup, clip = checks.number("warmup", warmup, low=0, high=1), checks.number("clip", clip, above=0)
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=lr, weight_decay=weight_decay), betas=betas)
     first = max(1, int(warmup * steps))
 
@@ -97,7 +100,11 @@ def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, inputs: Tensor, targets: Tensor, *, batch: int = 16) -> dict[str, Tensor]:
-    """Per sequence: "nll", mean negative log-likelihood in nats, and "accuracy", the share of right targets, each (n,) float64."""
+    """Per sequence: "nll", mean negative log-likelihood in nats, and "accuracy", the share of right targets, each (n,) float64.
+
+    NaN for a sequence that asks nothing (all targets -100).
+    """
+    batch = checks.whole("batch", batch, low=1)
     was = model.training
     model.eval()
     nll, right = [], []

@@ -5,8 +5,10 @@ What a fixed-state model can recall is bounded by its state. BASED dials that wi
 last few dozen tokens, which is local and sharp. Gated short convolutions (BaseConv) make up the other layers.
 
 After the paper and the official code: feature dimension 16 a head, normalised, no positions in the linear layers, rotary in the
-windows, a `window` of W tokens reaching W // 2 tokens back. `our choice`: equal products x_i x_j are kept once with weight sqrt(2)
-(153 features instead of 273: the same kernel, a smaller state), and the state's sums stay in float32 whatever the model's dtype.
+windows, a `window` of W tokens reaching W // 2 tokens back; BaseConv's projections have biases, its convolution has none, and the
+attention layers have none at all. `based_config` gives the released models. `our choice`: equal products x_i x_j are kept once with
+weight sqrt(2) (153 features instead of 273: the same kernel, a smaller state), and the state's sums stay in float32 whatever the
+model's dtype.
 
 When NOT to use it: contexts of a few hundred tokens (the state is larger than a cache would be, and softmax attention faster),
 and tasks that need exact copies from far away: the kernel grows only quadratically, and rises again for opposed keys.
@@ -15,14 +17,18 @@ and tasks that need exact copies from far away: the kernel grows only quadratica
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay import checks
 from assay.methods.core.mixers.attention import SoftmaxAttention
-from assay.methods.core.mixers.protocol import Mixer, State, left_conv, mixer
+from assay.methods.core.mixers.protocol import Mixer, State, check_positive, left_conv, mixer, wide_dtype
+
+if TYPE_CHECKING:
+    from assay.methods.core.mixers.model import MixerConfig
 
 Feature = Literal["taylor", "taylor_full", "elu"]
 EPS = 1e-12  # of the normaliser
@@ -33,7 +39,13 @@ def taylor_features(x: Tensor, *, merged: bool = True) -> Tensor:
     """phi(x) with phi(q) . phi(k) = 1 + s + s^2 / 2 for s = q . k / sqrt(d): (..., d) to (..., 1 + d + d (d + 1) / 2).
 
     `merged=False` keeps both x_i x_j and x_j x_i, as the paper writes it: (..., 1 + d + d^2).
+    Raises TypeError for whole or complex numbers.
+
+    >>> q, k = torch.tensor([2.0]), torch.tensor([3.0])
+    >>> round((taylor_features(q) * taylor_features(k)).sum().item(), 3)  # 1 + 6 + 6^2 / 2
+    25.0
     """
+    checks.tensor("x", x, shape=("...", "dim"), empty=True)
     d = x.shape[-1]
     one = torch.ones_like(x[..., :1])
     if merged:
@@ -55,19 +67,33 @@ def _products(d: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor,
 
 
 def features_of(x: Tensor, feature: Feature) -> Tensor:
-    """The feature map by name: "taylor" (merged), "taylor_full", or "elu", elu(x) + 1 of earlier linear attention."""
+    """The feature map by name: "taylor" (merged), "taylor_full", or "elu", elu(x) + 1 of earlier linear attention.
+
+    Raises ValueError for another name, TypeError for whole or complex numbers.
+    """
+    checks.choice("feature", feature, get_args(Feature))
+    checks.tensor("x", x, empty=True)
     if feature == "elu":
         return F.elu(x) + 1
     return taylor_features(x, merged=feature == "taylor")
 
 
 def feature_size(d: int, feature: Feature) -> int:
-    """Features of a head whose queries and keys have d numbers."""
+    """Features of a head whose queries and keys have d numbers. Raises ValueError for another feature or d below 1."""
+    check_positive(d=d)
+    checks.choice("feature", feature, get_args(Feature))
     return {"taylor": 1 + d + d * (d + 1) // 2, "taylor_full": 1 + d + d * d, "elu": d}[feature]
 
 
 def kernel(q: Tensor, k: Tensor, feature: Feature = "taylor") -> Tensor:
-    """phi(q) . phi(k) for all pairs, without the features where the kernel has a closed form: (..., queries, keys)."""
+    """phi(q) . phi(k) for all pairs, without the features where the kernel has a closed form: (..., queries, keys).
+
+    Raises ValueError for another feature or widths that differ, TypeError for whole or complex numbers or dtypes that differ.
+    """
+    checks.choice("feature", feature, get_args(Feature))
+    checks.tensor("q", q, shape=("...", "queries", "dim"), empty=True)
+    checks.tensor("k", k, shape=("...", "keys", q.shape[-1]), empty=True)
+    checks.together(q=q, k=k)
     if feature == "elu":
         return features_of(q, feature) @ features_of(k, feature).transpose(-1, -2)
     s = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -77,8 +103,9 @@ def kernel(q: Tensor, k: Tensor, feature: Feature = "taylor") -> Tensor:
 def quadratic(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, feature: Feature = "taylor") -> Tensor:
     """Causal normalised linear attention over all pairs: q, k (batch, heads, tokens, d), v (batch, heads, tokens, d_v).
 
-    `mask` (batch, tokens) bool leaves keys out. O(tokens^2) time; the reference of the other forms.
+    `mask` (batch, tokens) bool leaves keys out. O(tokens^2) time; the reference of the other forms. Errors as `kernel`.
     """
+    checks.tensor("v", v, shape=(*k.shape[:3], "values"), empty=True)
     weights = kernel(q, k, feature).tril()
     if mask is not None:
         weights = weights * mask[:, None, None, :]
@@ -90,8 +117,15 @@ def advance_state(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The next tokens behind the sums s = sum phi(k) v^T (batch, heads, F, d_v) and z = sum phi(k) (batch, heads, F).
 
-    Returns outputs (batch, heads, tokens, d_v) and the new sums. Without gradients s and z are updated in place.
+    Returns outputs (batch, heads, tokens, d_v) and the new sums. Without gradients s and z are updated in place. No tokens leave
+    the sums as they are. Raises ValueError for shapes that do not fit, TypeError for whole or complex numbers.
     """
+    checks.tensor("q", q, ndim=4, empty=True)
+    checks.tensor("k", k, shape=tuple(q.shape), empty=True)
+    checks.tensor("v", v, shape=(*q.shape[:3], "values"), empty=True)
+    size = feature_size(q.shape[-1], feature)
+    checks.tensor("s", s, shape=(*q.shape[:2], size, v.shape[-1]), empty=True)
+    checks.tensor("z", z, shape=(*q.shape[:2], size), empty=True)
     wide = s.dtype
     phi_q, phi_k = features_of(q.to(wide), feature), features_of(k.to(wide), feature)
     values = v.to(wide)
@@ -140,12 +174,10 @@ class TaylorAttention(Mixer):
         layers: int = 1,
     ):
         super().__init__()
-        if heads < 1 or dim % heads:
+        check_positive(dim=dim, heads=heads, feature_dim=feature_dim, chunk=chunk)
+        if dim % heads:
             raise ValueError(f"heads must divide dim ({dim}), got {heads}")
-        if feature not in ("taylor", "taylor_full", "elu"):
-            raise ValueError(f"feature must be 'taylor', 'taylor_full' or 'elu', got {feature!r}")
-        if feature_dim < 1 or chunk < 1:
-            raise ValueError(f"feature_dim and chunk must be at least 1, got {feature_dim} and {chunk}")
+        checks.choice("feature", feature, get_args(Feature))
         self.dim, self.heads, self.feature_dim, self.chunk = dim, heads, feature_dim, chunk
         self.feature: Feature = feature
         self.q_proj = nn.Linear(dim, heads * feature_dim, bias=False)
@@ -165,12 +197,12 @@ class TaylorAttention(Mixer):
         if x.shape[1] > QUADRATIC:
             return self.chunked(x, chunk=self.chunk, mask=mask)[0]
         q, k, v = self._qkv(x)
-        wide = _sum_dtype(x.dtype)
+        wide = wide_dtype(x.dtype)
         return self._out(quadratic(q.to(wide), k.to(wide), v.to(wide), mask, self.feature).to(x.dtype))
 
     def init_state(self, batch: int, *, device: Any = None, dtype: torch.dtype | None = None) -> State:
         weight = self.q_proj.weight
-        wide, device = _sum_dtype(weight.dtype if dtype is None else dtype), weight.device if device is None else device
+        wide, device = wide_dtype(weight.dtype if dtype is None else dtype), weight.device if device is None else device
         size = feature_size(self.feature_dim, self.feature)
         return {
             "s": torch.zeros(batch, self.heads, size, self.dim // self.heads, device=device, dtype=wide),
@@ -183,40 +215,33 @@ class TaylorAttention(Mixer):
         return self._out(y), {"s": s, "z": z}
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums over the sequence overflow or drown in half precision."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 @mixer("based_window")
 class SlidingWindow(SoftmaxAttention):
     """Exact softmax attention with rotary positions to the last `window` // 2 tokens and the token itself."""
 
     def __init__(self, dim: int, *, heads: int = 4, window: int = 64, layer: int = 0, layers: int = 1):
-        if window < 2:
-            raise ValueError(f"window must be at least 2, got {window}")
+        checks.whole("window", window, low=2)
         super().__init__(dim, heads=heads, reach=window // 2)
 
 
 @mixer("baseconv")
 class BaseConv(Mixer):
-    """Gated short convolution: project to twice 2 d, convolve one half (depthwise, causal, `width` taps), multiply, project back."""
+    """Gated short convolution: project to twice 2 d, convolve one half (depthwise, causal, `width` taps), multiply, project back.
+
+    The projections have biases, the convolution has none, as released. Raises ValueError for a width below 1.
+    """
 
     def __init__(self, dim: int, *, width: int = 3, layer: int = 0, layers: int = 1):
         super().__init__()
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+        check_positive(dim=dim, width=width)
         self.dim, self.width = dim, width
-        self.in_proj = nn.Linear(dim, 4 * dim, bias=False)
-        self.out_proj = nn.Linear(2 * dim, dim, bias=False)
+        self.in_proj, self.out_proj = nn.Linear(dim, 4 * dim), nn.Linear(2 * dim, dim)
         self.conv_weight = nn.Parameter(torch.empty(2 * dim, width))
-        self.conv_bias = nn.Parameter(torch.empty(2 * dim))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Uniform taps within 1 / sqrt(width), as torch's convolutions."""
         nn.init.uniform_(self.conv_weight, -(self.width**-0.5), self.width**-0.5)
-        nn.init.zeros_(self.conv_bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self._run(x, None, mask)[0]
@@ -231,10 +256,12 @@ class BaseConv(Mixer):
         return y, {"conv": conv}
 
     def _run(self, x: Tensor, before: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        gate, u = self.in_proj(x if mask is None else x * mask[..., None]).chunk(2, -1)
+        u, gate = self.in_proj(x).chunk(2, -1)
+        if mask is not None:  # behind the bias, so that the convolution sees zeros in front of a sequence
+            u = u * mask[..., None]
         if before is None:
             before = u.new_zeros(len(x), self.width - 1, u.shape[2])
-        y = F.silu(left_conv(u, self.conv_weight, self.conv_bias, before))
+        y = F.silu(left_conv(u, self.conv_weight, None, before))
         last = torch.cat([before, u], 1)[:, u.shape[1] :]
         out: Tensor = self.out_proj(gate * y)
         return out, last
@@ -246,18 +273,30 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def based_layers(size: str, *, heads: int = 16, feature_dim: int = 16, window: int = 128) -> list[list[Any]]:
+def based_layers(size: str, *, heads: int = 16, feature_dim: int = 16, window: int = 256) -> list[list[Any]]:
     """The layers of the released models ("360m", "1.4b") for `MixerConfig.layers`: BaseConv but for the listed ones.
 
-    The model's other settings are hidden_size `SIZES[size]["dim"]` and intermediate_size twice that.
     Raises ValueError for another size.
+
+    >>> [name for name, _ in based_layers("360m")[:4]]
+    ['baseconv', 'based', 'based_window', 'baseconv']
     """
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
-    found = SIZES[size]
+    found = SIZES[checks.choice("size", size, SIZES)]
     chosen: list[list[Any]] = [["baseconv", {}] for _ in range(found["layers"])]
     for index in found["linear"]:
         chosen[index] = ["based", {"heads": heads, "feature_dim": feature_dim}]
     for index in found["window"]:
         chosen[index] = ["based_window", {"heads": heads, "window": window}]
     return chosen
+
+
+def based_config(size: str, **changes: Any) -> MixerConfig:
+    """The released models ("360m", "1.4b") as a `MixerConfig`; `changes` replace its arguments. Raises ValueError for another size.
+
+    SwiGLU of twice the width, RMS norms with epsilon 1e-5, embedding and head shared, GPT-2's vocabulary padded to 50264.
+    """
+    from assay.methods.core.mixers.model import MixerConfig  # transformers, which the layers alone do not need
+
+    layers, width = based_layers(size), SIZES[size]["dim"]
+    settings = {"vocab_size": 50264, "hidden_size": width, "layers": layers, "intermediate_size": 2 * width}
+    return MixerConfig(**{**settings, "norm_eps": 1e-5, **changes})

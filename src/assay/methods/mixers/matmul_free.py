@@ -10,7 +10,8 @@ one number a channel, a GLU mixes channels. Trained, the weights take 2 bits (or
 biases, as released. The lower bounds beta come from one matrix (layers, d) of the model, `MatmulFreeForCausalLM`; a mixer outside
 that model has its own row, beta = sigmoid(bound), starting at layer / layers as the matrix does (`our choice`). The released
 short convolution, off in its models, is left out. `our choice`: products are taken of the integer codes and scaled afterwards, so
-that trained and packed model agree to the last bit of the product; the norm, the codes and the state are in float32 at least.
+that trained and packed model agree to the last bit of the product; norm, codes, products, gates and state are in float32 at least,
+in half precision too, where sums of codes overflow (float16) and gates round to 1 (bfloat16).
 torch rounds half to even and so do the kernels: a weight of exactly g / 2 becomes 0.
 
 When NOT to use it: to make training cheaper (it uses ordinary matrix products), in half precision without `pack_` (no smaller and
@@ -20,9 +21,10 @@ slower than ordinary layers), or by sharding a weight without an all-reduce: g i
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,27 +32,43 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from assay.methods.core.layers.packed import KINDS, SMALLEST, Kind, PackedLinear, compiled
+from assay import checks
+from assay.methods.core import kernels
+from assay.methods.core.layers.packed import SMALLEST, Kind, PackedLinear, compiled
 from assay.methods.core.layers.surgery import find, swap, tied_names
 from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM, StateCache
-from assay.methods.core.mixers.protocol import Mixer, State, channel_mixer, mixer
+from assay.methods.core.mixers.protocol import Mixer, State, channel_mixer, check_positive, mixer, wide_dtype
 from assay.paths import atomic_file
 
 Variant = Literal["paper", "as_released"]
 NORM_EPS = 1e-8  # of the norm inside each BitLinear
+STD = 0.02  # of initial weights
 
 
 # ---- the layer -------------------------------------------------------------------------------------------------------------------
 
 
 def ternary_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes -1, 0, 1 (out, in), in the weight's dtype, and the scale g = mean|W| (at least 1e-5, a scalar): W ~ g * codes."""
-    scale = weight.abs().mean(dtype=_wide(weight.dtype)).clamp_min(SMALLEST)
+    """Codes -1, 0, 1 (out, in), in the weight's dtype, and the scale g = mean|W| (at least 1e-5, a scalar): W ~ g * codes.
+
+    Raises TypeError for whole or complex numbers, ValueError for an empty weight.
+
+    >>> codes, scale = ternary_codes(torch.tensor([[0.9, -0.1, -1.1, 0.1]]))
+    >>> codes.tolist(), round(scale.item(), 3)
+    ([[1.0, -0.0, -1.0, 0.0]], 0.55)
+    """
+    checks.tensor("weight", weight)
+    scale = weight.abs().mean(dtype=wide_dtype(weight.dtype)).clamp_min(SMALLEST)
     return (weight.to(scale.dtype) / scale).round().clamp(-1, 1).to(weight.dtype), scale
 
 
 def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """8 bits a token: integer codes -128..127 (..., k) in the dtype of x and steps (..., 1): x ~ codes * step."""
+    """8 bits a token: integer codes -128..127 (..., k) and steps (..., 1), float32 at least: x ~ codes * step.
+
+    Raises TypeError for whole or complex numbers.
+    """
+    x = checks.tensor("x", x, shape=("...", "values"), empty=True)
+    x = x.to(wide_dtype(x.dtype))  # 127 / peak overflows in float16
     peak = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
     return (x * (127.0 / peak)).round().clamp(-128, 127), peak / 127.0
 
@@ -60,11 +78,15 @@ def bit_linear_reference(x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor |
 
     x (..., in), norm (in), weight (out, in). Rounding is x + (rounded x - x) with the bracket detached.
     """
-    normed = F.rms_norm(x, (x.shape[-1],), norm, NORM_EPS)
+    wide = wide_dtype(x.dtype)
+    normed = F.rms_norm(x.to(wide), (x.shape[-1],), norm.to(wide), NORM_EPS)
     codes, step = token_codes(normed)
     rounded = normed + (codes * step - normed).detach()
     ternary, scale = ternary_codes(weight)
-    return F.linear(rounded, weight + (ternary * scale - weight).detach(), bias)
+    weight = weight.to(wide)
+    return F.linear(rounded, weight + (ternary * scale - weight).detach(), None if bias is None else bias.to(wide)).to(
+        x.dtype
+    )
 
 
 class _BitProduct(torch.autograd.Function):
@@ -75,7 +97,7 @@ class _BitProduct(torch.autograd.Function):
         ctx.save_for_backward(x, norm, weight)
         codes, step = token_codes(_normed(x, norm)[0])
         ternary, scale = ternary_codes(weight)
-        return (F.linear(codes.to(weight.dtype), ternary) * (step * scale)).to(x.dtype)
+        return (F.linear(codes, ternary.to(codes.dtype)) * (step * scale)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -86,11 +108,11 @@ class _BitProduct(torch.autograd.Function):
         dx = dnorm = dweight = None
         if ctx.needs_input_grad[2]:
             codes, step = token_codes(y)
-            rounded = (codes * step).to(grad.dtype)
-            dweight = (grad.flatten(0, -2).T @ rounded.flatten(0, -2)).to(weight.dtype)
+            rounded = codes * step
+            dweight = (grad.to(wide).flatten(0, -2).T @ rounded.flatten(0, -2)).to(weight.dtype)
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             ternary, scale = ternary_codes(weight)
-            dy = (grad @ ternary.to(grad.dtype)).to(wide) * scale
+            dy = (grad.to(wide) @ ternary.to(wide)) * scale
             unit = x.to(wide) * inverse
             dnorm = (dy * unit).flatten(0, -2).sum(0).to(norm.dtype)
             dunit = dy * norm.to(wide)
@@ -98,13 +120,9 @@ class _BitProduct(torch.autograd.Function):
         return dx, dnorm, dweight
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _normed(x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     """RMSNorm in float32 at least, and the inverse of each token's root mean square."""
-    wide = x.to(_wide(x.dtype))
+    wide = x.to(wide_dtype(x.dtype))
     inverse = (wide.square().mean(-1, keepdim=True) + NORM_EPS).rsqrt()
     return wide * inverse * norm.to(wide.dtype), inverse
 
@@ -113,7 +131,11 @@ class BitLinear(nn.Linear):
     """RMSNorm, 8-bit inputs, ternary weights: (..., in) to (..., out). Trains the float `weight` behind them.
 
     `fused=False` is the chain of ordinary operators, `quantized=False` rounds nothing (norm and an ordinary product: the model of
-    floats to compare with). `std` is that of the initial weights.
+    floats to compare with). `std` is that of the initial weights. Computed in float32 at least, returned in the dtype of the input.
+    Raises ValueError for inputs of another width, TypeError for whole or complex numbers.
+
+    >>> BitLinear(16, 4)(torch.ones(2, 16)).shape
+    torch.Size([2, 4])
     """
 
     def __init__(
@@ -124,9 +146,12 @@ class BitLinear(nn.Linear):
         *,
         quantized: bool = True,
         fused: bool = True,
-        std: float = 0.02,
+        std: float = STD,
     ):
-        self.std = std
+        check_positive(in_features=in_features, out_features=out_features)
+        for name, value in (("bias", bias), ("quantized", quantized), ("fused", fused)):
+            checks.flag(name, value)
+        self.std = checks.number("std", std, low=0)
         super().__init__(in_features, out_features, bias)
         self.norm = nn.RMSNorm(in_features, eps=NORM_EPS)
         self.quantized, self.fused = quantized, fused
@@ -145,10 +170,10 @@ class BitLinear(nn.Linear):
         return layer.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have {self.in_features} values in its last dimension, got {tuple(x.shape)}")
+        checks.tensor("x", x, shape=("...", self.in_features), empty=True)
         if not self.quantized:
-            return F.linear(self.norm(x), self.weight, self.bias)
+            normed = _normed(x, self.norm.weight)[0].to(self.weight.dtype)
+            return F.linear(normed, self.weight, self.bias).to(x.dtype)
         if not self.fused:
             return bit_linear_reference(x, self.norm.weight, self.weight, self.bias)
         y = cast(Tensor, _BitProduct.apply(x, self.norm.weight, self.weight))
@@ -162,8 +187,7 @@ class BitLinear(nn.Linear):
         """The layer for inference on packed weights. Raises ValueError for one that is not quantised, or for kind "binary"."""
         if not self.quantized:
             raise ValueError("packing needs a layer with quantized=True, got a layer of floats")
-        if kind not in KINDS or kind == "binary":
-            raise ValueError(f"kind must be 'ternary' or 'base3', got {kind!r}")
+        checks.choice("kind", kind, ("ternary", "base3"))
         codes, scale = ternary_codes(self.weight.detach().float())
         return PackedLinear.from_codes(
             codes, scale, kind, bias=self.bias, norm_weight=self.norm.weight, norm_eps=NORM_EPS
@@ -192,15 +216,25 @@ class _Scan(torch.autograd.Function):
 def gated_scan(f: Tensor, c: Tensor, h0: Tensor) -> Tensor:
     """h_t = f_t h_{t-1} + c_t, element by element: f, c (batch, tokens, dim), h0 (batch, dim), all h (batch, tokens, dim).
 
-    On the CPU one pass over memory (compiled, the same sum whatever the chunks); else `parallel_scan`. Computed in float32 at least.
+    On the CPU one pass over memory (compiled, the same sum whatever the chunks); else `parallel_scan`. Computed in float32 at
+    least. Which one ran is noted (`kernels.paths`) as "gated scan". No tokens give no states.
+    Raises ValueError for shapes that do not fit, TypeError for tensors of whole or complex numbers.
+
+    >>> half, one = torch.full((1, 3, 1), 0.5), torch.ones(1, 3, 1)
+    >>> gated_scan(half, one, torch.zeros(1, 1)).flatten().tolist()
+    [1.0, 1.5, 1.75]
     """
-    if f.shape != c.shape or f.dim() != 3 or h0.shape != (f.shape[0], f.shape[2]):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (f, c, h0))
-        raise ValueError(f"f and c must be (batch, tokens, dim) and h0 (batch, dim), got {shapes}")
-    wide = _wide(f.dtype)
+    checks.tensor("f", f, shape=("batch", "tokens", "dim"), empty=True)
+    checks.tensor("c", c, shape=tuple(f.shape), empty=True)
+    checks.tensor("h0", h0, shape=(f.shape[0], f.shape[2]), empty=True)
+    wide = wide_dtype(f.dtype)
     f, c, h0 = f.to(wide).contiguous(), c.to(wide).contiguous(), h0.to(wide).contiguous()
+    if not f.numel():
+        return c
     if compiled(f):
+        kernels.ran("gated scan", "kernel")
         return cast(Tensor, _Scan.apply(f, c, h0))
+    kernels.ran("gated scan", "torch")
     return parallel_scan(f, c, h0)
 
 
@@ -215,9 +249,23 @@ def parallel_scan(f: Tensor, c: Tensor, h0: Tensor) -> Tensor:
 
 
 def lower_bounds(matrix: Tensor) -> Tensor:
-    """beta of all layers from the learnt matrix (layers, d): softmax over the layers, summed up, minus the first row."""
-    shares = matrix.softmax(0)
+    """beta of all layers from the learnt matrix (layers, d): softmax over the layers, summed up, minus the first row.
+
+    In float32 at least.
+
+    >>> lower_bounds(torch.zeros(4, 1)).flatten().tolist()
+    [0.0, 0.25, 0.5, 0.75]
+    """
+    checks.tensor("matrix", matrix, shape=("layers", "dim"))
+    shares = matrix.to(wide_dtype(matrix.dtype)).softmax(0)
     return shares.cumsum(0) - shares[:1]
+
+
+def rooms(matrix: Tensor) -> Tensor:
+    """1 - beta of all layers, without the cancellation that would make it 0 where beta is near 1."""
+    shares = matrix.to(wide_dtype(matrix.dtype)).softmax(0)
+    above = torch.cat([shares[1:], torch.zeros_like(shares[:1])])
+    return shares[:1] + above.flip(0).cumsum(0).flip(0)
 
 
 @mixer("mlgru")
@@ -241,40 +289,49 @@ class MLGRU(Mixer):
         layers: int = 1,
     ):
         super().__init__()
-        if variant not in ("paper", "as_released"):
-            raise ValueError(f"variant must be 'paper' or 'as_released', got {variant!r}")
-        if bound not in ("own", "model", "none"):
-            raise ValueError(f"bound must be 'own', 'model' or 'none', got {bound!r}")
+        check_positive(dim=dim, layers=layers)
+        checks.choice("variant", variant, get_args(Variant))
+        checks.choice("bound", bound, ("own", "model", "none"))
+        checks.whole("layer", layer, low=0, high=layers - 1)
         self.dim, self.variant, self.bound_from, self.start = dim, variant, bound, layer / layers
         options: dict[str, Any] = {"quantized": quantized, "fused": fused}
         self.i_proj, self.f_proj, self.g_proj = (BitLinear(dim, dim, **options) for _ in range(3))
-        self.o_proj = BitLinear(dim, dim, std=0.02 * (2 * layers) ** -0.5, **options)
+        self.o_proj = BitLinear(dim, dim, std=STD * (2 * layers) ** -0.5, **options)
         if variant == "as_released":
             self.g_norm = nn.RMSNorm(dim, eps=1e-6)
         if bound == "own" and layer > 0:
             self.bound = nn.Parameter(torch.empty(dim))
-        self.given: Tensor | None = None  # beta, while the model runs
+        self.given: Tensor | None = None  # 1 - beta, while the model runs
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """beta starts at layer / layers."""
         if hasattr(self, "bound"):
-            nn.init.constant_(self.bound, float(torch.logit(torch.tensor(self.start, dtype=torch.float64))))
+            nn.init.constant_(self.bound, math.log(self.start / (1 - self.start)))
 
-    def beta(self) -> Tensor | None:
-        """The lower bound of the forget gate (dim,), None for 0. Raises ValueError where the model should give one and did not."""
+    def room(self) -> Tensor | None:
+        """1 - beta (dim,), None for 1. Raises ValueError where the model should give it and did not."""
         if self.bound_from == "model" and self.given is None:
             raise ValueError("bound 'model' needs a MatmulFreeForCausalLM around the layer; take 'own' elsewhere")
-        return self.bound.sigmoid() if hasattr(self, "bound") else self.given
+        return (-self.bound.to(wide_dtype(self.bound.dtype))).sigmoid() if hasattr(self, "bound") else self.given
+
+    def beta(self) -> Tensor | None:
+        """The lower bound of the forget gate (dim,), None for 0; errors as `room`."""
+        room = self.room()
+        return None if room is None else 1 - room
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """f and (1 - f) * SiLU(W_i x), each (batch, tokens, dim), float32 at least."""
-        wide = _wide(x.dtype)
-        f = self.f_proj(x).to(wide).sigmoid()
-        beta = self.beta()
-        if beta is not None:
-            f = beta.to(wide) + (1 - beta.to(wide)) * f
-        return f, F.silu(self.i_proj(x).to(wide)) * (1 - f)
+        """f and (1 - f) * SiLU(W_i x), each (batch, tokens, dim), float32 at least.
+
+        1 - f is computed as such: a gate so near 1 that it rounds to it still lets something in.
+        """
+        raw = self.f_proj(x)
+        raw = raw.to(wide_dtype(raw.dtype))
+        f, closed, room = raw.sigmoid(), (-raw).sigmoid(), self.room()
+        if room is not None:
+            room = room.to(raw.dtype)
+            f, closed = (1 - room) + room * f, room * closed
+        return f, F.silu(self.i_proj(x).to(raw.dtype)) * closed
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.advance(x, self.init_state(len(x), device=x.device, dtype=x.dtype), mask)[0]
@@ -285,7 +342,7 @@ class MLGRU(Mixer):
             dtype = torch.float32 if found is None else found.dtype
         if device is None:
             device = "cpu" if found is None else found.device
-        return {"h": torch.zeros(batch, self.dim, device=device, dtype=_wide(dtype))}
+        return {"h": torch.zeros(batch, self.dim, device=device, dtype=wide_dtype(dtype))}
 
     def advance(self, x: Tensor, state: State, mask: Tensor | None = None) -> tuple[Tensor, State]:
         if mask is not None:  # zeros give c = 0, which leaves an empty state empty
@@ -305,12 +362,15 @@ class BitGLU(nn.Module):
     def __init__(self, dim: int, hidden: int, *, quantized: bool = True, fused: bool = True, layers: int = 1):
         super().__init__()
         self.gate_up_proj = BitLinear(dim, 2 * hidden, quantized=quantized, fused=fused)
-        self.down_proj = BitLinear(hidden, dim, quantized=quantized, fused=fused, std=0.02 * (2 * layers) ** -0.5)
+        self.down_proj = BitLinear(hidden, dim, quantized=quantized, fused=fused, std=STD * (2 * layers) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, -1)
-        y: Tensor = self.down_proj(F.silu(gate) * up)
-        return y
+        wide = wide_dtype(
+            x.dtype
+        )  # the product of two float16 numbers may be beyond float16; the next norm brings it back
+        y: Tensor = self.down_proj(F.silu(gate.to(wide)) * up.to(wide))
+        return y.to(x.dtype)
 
 
 # ---- the model ---------------------------------------------------------------------------------------------------------------------
@@ -337,18 +397,24 @@ class MatmulFreeConfig(MixerConfig):
         fused: bool = True,
         **kwargs: Any,
     ):
-        self.num_layers, self.variant, self.quantized, self.fused = num_layers, variant, quantized, fused
+        self.num_layers = checks.whole("num_layers", num_layers, low=1)
+        self.variant, self.quantized, self.fused = variant, quantized, fused
         if intermediate_size is None:
             intermediate_size = 256 * -(-(8 * hidden_size // 3) // 256)
         options = {"quantized": quantized, "fused": fused}
         layer: list[Any] = ["mlgru", {"variant": variant, "bound": "model", **options}]
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("layers", "channel_mixer")}
+        made: dict[str, Any] = {
+            "layers": [layer] * self.num_layers,
+            "channel_mixer": ["bit_glu", {"layers": self.num_layers, **options}],
+        }
+        for name, value in made.items():  # a stored config holds them
+            if kwargs.pop(name, value) != value:
+                raise ValueError(f"{name} must be left out: num_layers, variant, quantized and fused say what it is")
         super().__init__(
             vocab_size=vocab_size,
             hidden_size=hidden_size,
-            layers=[layer] * num_layers,
             intermediate_size=intermediate_size,
-            channel_mixer=["bit_glu", {"layers": num_layers, **options}],
+            **made,
             tie_word_embeddings=kwargs.pop("tie_word_embeddings", False),
             **kwargs,
         )
@@ -356,9 +422,7 @@ class MatmulFreeConfig(MixerConfig):
     @classmethod
     def of_size(cls, size: str, **kwargs: Any) -> MatmulFreeConfig:
         """The paper's sizes: "370m", "1.3b" or "2.7b", vocabulary 32000. Raises ValueError for another."""
-        if size not in SIZES:
-            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
-        layers, width = SIZES[size]
+        layers, width = SIZES[checks.choice("size", size, SIZES)]
         return cls(**{"vocab_size": 32000, "hidden_size": width, "num_layers": layers, **kwargs})
 
 
@@ -373,6 +437,10 @@ class MatmulFreeForCausalLM(MixerForCausalLM):
             raise ValueError("tie_word_embeddings must be False: the head is ternary, the embedding is not")
         super().__init__(config)
         self.lm_head = BitLinear(config.hidden_size, config.vocab_size, quantized=config.quantized, fused=config.fused)
+        for layer in self.modules():
+            if isinstance(layer, BitLinear):
+                layer.std *= config.initializer_range / STD
+                layer.reset_parameters()
         self.lower_bounds = nn.Parameter(torch.zeros(config.num_layers, config.hidden_size))
 
     def optimizer_options(self) -> dict[str, dict[str, float]]:
@@ -390,8 +458,8 @@ class MatmulFreeForCausalLM(MixerForCausalLM):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         mixers: list[Any] = [block.mixer for block in self.blocks]
-        for each, beta in zip(mixers, lower_bounds(self.lower_bounds), strict=True):
-            each.given = beta
+        for each, room in zip(mixers, rooms(self.lower_bounds), strict=True):
+            each.given = room
         try:
             return super().forward(input_ids, attention_mask, cache, labels, use_cache, logits_to_keep, **kwargs)
         finally:  # not a leaf: must not be copied or stored with the model

@@ -104,6 +104,39 @@ class ForgetsAParameter(Sound):
         return super().forward(x, mask) * self.scale.detach()
 
 
+class CountsNothing(Sound):
+    """Its state knows how long it is, and zeros in it are not what it began with."""
+
+    def init_state(self, batch, *, device=None, dtype=None):
+        state = super().init_state(batch, device=device, dtype=dtype)
+        return {**state, "row": torch.arange(batch, device=device)}
+
+    def advance(self, x, state, mask=None):
+        y, after = super().advance(x, {name: state[name] for name in ("s", "z")}, mask)
+        return y, {**after, "row": state["row"]}
+
+
+class KeepsItsWeights(Sound):
+    kept = None
+
+    def forward(self, x, mask=None):
+        if self.kept is None:
+            self.kept = self.o_proj.weight.detach().clone()
+        return super().forward(x, mask) @ self.kept
+
+
+class Casts(Sound):
+    def chunked(self, x, state=None, *, chunk=64, mask=None):
+        return super().chunked(x.to(self.q_proj.weight.dtype), state, chunk=chunk, mask=mask)
+
+
+class LosesEmptyBatches(Sound):
+    def chunked(self, x, state=None, *, chunk=64, mask=None):
+        return super().chunked(
+            x if x.shape[1] else x[:, :1].new_zeros(len(x), 1, self.dim), state, chunk=chunk, mask=mask
+        )
+
+
 def gradients(mixer):
     kit.check_gradients(mixer, 5)
 
@@ -113,7 +146,12 @@ def float32(mixer):
 
 
 def bfloat16(mixer):
-    kit.check_bfloat16(mixer.float())
+    kit.check_half(mixer.float(), torch.bfloat16)
+
+
+def weights(mixer):
+    torch.manual_seed(1)
+    kit.check_follows_weights(mixer, type(mixer)().double().eval())
 
 
 CHECKS = {
@@ -125,6 +163,10 @@ CHECKS = {
     kit.check_state: [SaysTooLittle, SaysTooMuch, GrowsInSecret],
     float32: [RoundsInChunks],
     bfloat16: [SumsInBfloat16],
+    kit.check_empty: [LosesEmptyBatches],
+    kit.check_reset: [CountsNothing],
+    kit.check_refusals: [Casts],
+    weights: [KeepsItsWeights],
     kit.check_gradients_of_chunks: [CutsGradientsOfTheState],
     gradients: [CutsGradients, ForgetsAParameter],
 }
@@ -134,5 +176,5 @@ CHECKS = {
 def test_each_check_refuses_what_breaks_its_property(check, broken):
     torch.manual_seed(0)
     check(Sound().double().eval())
-    with pytest.raises((AssertionError, GradcheckError)):
+    with pytest.raises((AssertionError, GradcheckError, pytest.fail.Exception)):
         check(broken().double().eval())

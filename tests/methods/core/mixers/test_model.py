@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -68,6 +69,7 @@ def test_an_unknown_mixer_is_named():
         make_mixer("nonsense", 8)
 
 
+@pytest.mark.slow
 def test_the_trainer_teaches_recall():
     torch.manual_seed(0)
     config = MixerConfig(
@@ -102,5 +104,74 @@ def test_a_loss_that_is_not_finite_is_reported():
     inputs, targets = associative_recall(2, length=16, pairs=2, vocab=32)
     with pytest.raises(ValueError, match="step 0"):
         train(model, [(inputs, targets)], steps=1, loss=lambda *a: token_loss(*a) * float("nan"))
+    for settings in (
+        {"steps": 0},
+        {"steps": 1, "lr": float("nan")},
+        {"steps": 1, "clip": 0},
+        {"steps": 1, "warmup": 1.5},
+    ):
+        with pytest.raises(ValueError, match=list(settings)[-1]):
+            train(model, [(inputs, targets)], **settings)
+    nothing = evaluate(model, inputs, torch.full_like(targets, -100))
+    assert nothing["nll"].isnan().all()
     with pytest.raises(ValueError, match="2 steps"):
         train(model, [(inputs, targets)], steps=2)
+
+
+def test_what_the_model_does_not_have_is_refused():
+    model, ids = tiny(), torch.ones(2, 4, dtype=torch.int64)
+    for name in ("output_hidden_states", "output_attentions", "inputs_embeds"):
+        with pytest.raises(ValueError, match=name):
+            model(ids, **{name: True})
+        model(ids, **{name: None})
+    with pytest.raises(ValueError, match="return_dict"):
+        model(ids, return_dict=False)
+    with pytest.raises(ValueError, match="does not support"):
+        model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="logits_to_keep"):
+        model(ids, labels=ids, logits_to_keep=1)
+    with pytest.raises(TypeError, match="input_ids"):
+        model(ids.float())
+    with pytest.raises(ValueError, match="input_ids must have shape"):
+        model(ids[0])
+    with pytest.raises(ValueError, match="attention_mask must cover 4 tokens"):
+        model(ids, attention_mask=torch.ones(2, 3))
+    with pytest.raises(ValueError, match="cache must hold 2 sequences"):
+        model(ids, cache=model.new_cache(3))
+
+
+def test_the_loss_is_divided_by_the_items_the_trainer_counted():
+    model = tiny()
+    ids = torch.randint(1, 32, (2, 9))
+    labels = ids.clone()
+    labels[0, :5] = -100
+    items = int((labels[:, 1:] != -100).sum())
+    mean = model(ids, labels=labels).loss
+    torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=items).loss, mean)
+    torch.testing.assert_close(model(ids, labels=labels, num_items_in_batch=4 * items).loss, mean / 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_hidden_layers": 3}, ValueError, "num_hidden_layers must be the number of layers, 2"),
+        ({"intermediate_size": 0, "channel_mixer": ["bit_glu", {}]}, ValueError, "channel_mixer must be left out"),
+        ({"intermediate_size": -1}, ValueError, "intermediate_size"),
+        ({"vocab_size": 0}, ValueError, "vocab_size"),
+        ({"hidden_size": 16.0}, TypeError, "hidden_size"),
+        ({"hidden_size": True}, TypeError, "hidden_size"),
+        ({"norm_eps": float("nan")}, ValueError, "norm_eps"),
+        ({"initializer_range": -0.1}, ValueError, "initializer_range"),
+        ({"tie_word_embeddings": "no"}, TypeError, "tie_word_embeddings"),
+    ],
+)
+def test_a_bad_config_is_named(options, error, message):
+    with pytest.raises(error, match=message):
+        MixerConfig(**{"layers": LAYERS, **options})
+
+
+def test_a_config_takes_numpys_numbers_and_comes_back_from_a_dictionary():
+    config = MixerConfig(vocab_size=np.int64(32), hidden_size=np.int32(16), layers=LAYERS, norm_eps=np.float32(0.5))
+    again = MixerConfig.from_dict(config.to_dict())
+    assert (type(again.vocab_size), again.hidden_size, again.norm_eps, again.layers) == (int, 16, 0.5, config.layers)
+    assert MixerForCausalLM(config)(torch.ones(1, 2, dtype=torch.int64)).logits.shape == (1, 2, 32)

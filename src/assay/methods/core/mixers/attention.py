@@ -12,11 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.methods.core.mixers.protocol import Mixer, State, mixer
+from assay import checks
+from assay.methods.core.mixers.protocol import Mixer, State, check_positive, mixer
 
 
 def rotate(x: Tensor, position: Tensor, base: float = 10000.0) -> Tensor:
-    """Rotary embedding, half-split layout, of x (batch, heads, tokens, dim) at `position`, (batch or 1, tokens) int64."""
+    """Rotary embedding, half-split layout, of x (batch, heads, tokens, dim) at `position`, (batch or 1, tokens) int64.
+
+    Raises ValueError for an odd dim, TypeError for whole or complex numbers.
+    """
+    checks.tensor("x", x, ndim=4, empty=True)
+    if x.shape[-1] % 2:
+        raise ValueError(f"x must have an even last dimension to be rotated, got {tuple(x.shape)}")
     half = x.shape[-1] // 2
     frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
     angle = (position[..., None].double() * frequency)[:, None]
@@ -46,12 +53,13 @@ class SoftmaxAttention(Mixer):
     ):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        if heads < 1 or kv_heads < 1 or dim % heads or heads % kv_heads:
+        check_positive(dim=dim, heads=heads, kv_heads=kv_heads)
+        if dim % heads or heads % kv_heads:
             raise ValueError(f"heads must divide dim ({dim}) and kv_heads heads, got {heads} and {kv_heads}")
-        if rotary and (dim // heads) % 2:
+        if checks.flag("rotary", rotary) and (dim // heads) % 2:
             raise ValueError(f"rotary positions need an even head dimension, got {dim // heads}")
-        if reach is not None and reach < 0:
-            raise ValueError(f"reach must be at least 0, got {reach}")
+        if reach is not None:
+            checks.whole("reach", reach, low=0)
         self.dim, self.heads, self.kv_heads, self.reach, self.rotary = dim, heads, kv_heads, reach, rotary
         self.head_dim = dim // heads
         self.q_proj = nn.Linear(dim, dim, bias=False)
@@ -153,7 +161,14 @@ def local_attention(q: Tensor, k: Tensor, v: Tensor, reach: int, mask: Tensor | 
     """Causal attention to the last `reach` tokens and the token itself, in local blocks: O(tokens * reach).
 
     q (batch, heads, tokens, dim), k, v (batch, key heads, tokens, dim); mask (batch, tokens) bool, False on left padding.
+    No tokens give no outputs. Raises TypeError for whole or complex numbers, ValueError for shapes that do not fit.
     """
+    checks.tensor("q", q, ndim=4, empty=True)
+    for name, x in (("k", k), ("v", v)):
+        checks.tensor(name, x, shape=(len(q), "key heads", *q.shape[2:]), empty=True)
+    reach = checks.whole("reach", reach, low=0)
+    if not q.numel():
+        return q
     batch, heads, tokens, dim = q.shape
     block = max(16, reach)
     blocks = -(-tokens // block)

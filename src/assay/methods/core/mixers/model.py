@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from assay import checks
 from assay.methods.core.mixers.protocol import CHANNEL_MIXERS, MIXERS, Mixer, State, channel_mixer
 
 
@@ -61,7 +62,13 @@ class MixerConfig(PretrainedConfig):
     """`layers` is a list of [mixer name, options], `channel_mixer` one such pair for all layers.
 
     `intermediate_size` is the channel mixer's inner width (default 8 / 3 of the model's), 0 leaves it out.
-    `tie_word_embeddings` shares the embedding with the head.
+    `tie_word_embeddings` shares the embedding with the head. What transformers' configs know besides (token ids and the like) is
+    passed on. Raises ValueError or TypeError for values out of range, and ValueError for a `num_hidden_layers` that is not the
+    number of layers, and for a channel mixer beside an `intermediate_size` of 0.
+
+    >>> config = MixerConfig(hidden_size=64, layers=[["attention", {"heads": 4}], ["attention", {"reach": 32}]])
+    >>> config.num_hidden_layers, config.intermediate_size
+    (2, 170)
     """
 
     model_type = "assay_mixer"
@@ -78,22 +85,34 @@ class MixerConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         **kwargs: Any,
     ):
-        self.vocab_size, self.hidden_size = vocab_size, hidden_size
+        self.vocab_size = checks.whole("vocab_size", vocab_size, low=1)
+        self.hidden_size = checks.whole("hidden_size", hidden_size, low=1)
         self.layers = [[name, dict(options)] for name, options in layers]
         self.num_hidden_layers = len(self.layers)
-        self.intermediate_size = 4 * hidden_size * 2 // 3 if intermediate_size is None else intermediate_size
+        if kwargs.pop("num_hidden_layers", self.num_hidden_layers) != self.num_hidden_layers:
+            raise ValueError(
+                f"num_hidden_layers must be the number of layers, {self.num_hidden_layers}, or be left out"
+            )
+        if intermediate_size is None:
+            intermediate_size = 4 * self.hidden_size * 2 // 3
+        self.intermediate_size = checks.whole("intermediate_size", intermediate_size, low=0)
         self.channel_mixer = [channel_mixer[0], dict(channel_mixer[1])]
-        self.norm_eps, self.initializer_range = norm_eps, initializer_range
-        self.tie_word_embeddings = tie_word_embeddings
+        if not self.intermediate_size and self.channel_mixer != ["swiglu", {}]:
+            raise ValueError("channel_mixer must be left out where intermediate_size is 0: there is none then")
+        self.norm_eps = checks.number("norm_eps", norm_eps, low=0)
+        self.initializer_range = checks.number("initializer_range", initializer_range, low=0)
+        self.tie_word_embeddings = checks.flag("tie_word_embeddings", tie_word_embeddings)
         super().__init__(**kwargs)
 
 
 class StateCache(Cache):
-    """The states of all layers, in the form transformers' generation carries around."""
+    """The states of all layers, in the form transformers' generation carries around. `states` are those before any token."""
 
     def __init__(self, states: list[State]):
         super().__init__(layers=[])
         self.states, self.seen = states, 0
+        # one row of each, to begin again with: rows are alike before the first token
+        self._empty = [{name: x[:1].clone() for name, x in state.items()} for state in states]
 
     @property
     def is_croppable(self) -> bool:
@@ -116,13 +135,21 @@ class StateCache(Cache):
         self.reorder_cache(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Raises ValueError: a state cannot be cut back to an earlier token."""
         raise ValueError("the state of a mixer cannot be cut back to an earlier token; keep a copy from then")
 
     def reset(self) -> None:
-        for state in self.states:
-            for x in state.values():
-                x.zero_()
+        """Begin again with empty states, for as many sequences as there are now."""
+        self.states = [
+            {name: row.expand(len(state[name]), *row.shape[1:]).clone() for name, row in empty.items()}
+            for empty, state in zip(self._empty, self.states, strict=True)
+        ]
         self.seen = 0
+
+    @property
+    def batch_size(self) -> int:
+        """How many sequences the states are of."""
+        return max((len(x) for state in self.states for x in state.values()), default=0)
 
     def bytes(self) -> int:
         """Bytes all states hold now."""
@@ -214,6 +241,7 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin):
 
     def new_cache(self, batch: int) -> StateCache:
         """Empty states for `batch` sequences."""
+        batch = checks.whole("batch", batch, low=0)
         states = [block.mixer.init_state(batch, device=self.device, dtype=self.dtype) for block in self.blocks]  # type: ignore[union-attr,operator]
         return StateCache(states)
 
@@ -231,15 +259,24 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """`input_ids` (batch, tokens); `attention_mask` 1 on tokens and 0 on left padding; `labels` as in transformers.
+        """`input_ids` (batch, tokens); `attention_mask` 1 on tokens and 0 on left padding; `labels` as in transformers, summed and
+        divided by `num_items_in_batch` where the Trainer gives one, else the mean.
 
-        With `use_cache` or `cache` the states advance, else all tokens are computed in parallel.
-        Raises ValueError for padding that does not stand on the left, TypeError for `past_key_values`, the cache's former name.
+        With `use_cache` or `cache` the states advance, else all tokens are computed in parallel. No tokens give no logits.
+        Raises ValueError for padding that does not stand on the left, a cache of another batch, and what the model does not have
+        (hidden states, attention weights, input embeddings), TypeError for `past_key_values`, the cache's former name.
         """
-        if kwargs.get("past_key_values") is not None:  # further arguments are ignored, but a state must not be
+        if kwargs.get("past_key_values") is not None:
             raise TypeError("past_key_values is called cache since transformers 5.24")
-        if input_ids is None:
-            raise ValueError("input_ids must be given, got None")
+        for name in ("output_hidden_states", "output_attentions", "inputs_embeds"):
+            if (given := kwargs.get(name)) is not None and given is not False:
+                raise ValueError(f"{name} must be left out: the model does not have it")
+        if kwargs.get("return_dict") is False:
+            raise ValueError("return_dict must be left out or True: the output has names")
+        input_ids = checks.tensor("input_ids", input_ids, shape=("batch", "tokens"), dtype="integer", empty=True)
+        logits_to_keep = checks.whole("logits_to_keep", logits_to_keep, low=0)
+        if cache is not None and len(input_ids) != cache.batch_size:
+            raise ValueError(f"cache must hold {len(input_ids)} sequences, as input_ids, got {cache.batch_size}")
         mask = self._mask(attention_mask, input_ids)
         if cache is None and use_cache and not self.training:
             cache = self.new_cache(len(input_ids))
@@ -254,14 +291,26 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.lm_head(x[:, -logits_to_keep:] if logits_to_keep else x)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+            if logits_to_keep:
+                raise ValueError("logits_to_keep must be 0 where labels are given: the loss needs all logits")
+            checks.tensor("labels", labels, shape=tuple(input_ids.shape), dtype=torch.int64, empty=True)
+            items = kwargs.get("num_items_in_batch")
+            wanted, found = labels[:, 1:].flatten(), logits[:, :-1].flatten(0, 1)
+            loss = F.cross_entropy(
+                found.float(), wanted, ignore_index=-100, reduction="mean" if items is None else "sum"
+            )
+            loss = loss if items is None else loss / items
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
 
     @staticmethod
     def _mask(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
         if attention_mask is None:
             return None
-        mask = attention_mask[:, -input_ids.shape[1] :].bool()
+        tokens = input_ids.shape[1]
+        checks.tensor("attention_mask", attention_mask, shape=(len(input_ids), "tokens"), dtype="any", empty=True)
+        if attention_mask.shape[1] < tokens:
+            raise ValueError(f"attention_mask must cover {tokens} tokens, got {attention_mask.shape[1]}")
+        mask = attention_mask[:, attention_mask.shape[1] - tokens :].bool()
         if mask.all():
             return None
         if (mask[:, :-1] & ~mask[:, 1:]).any():

@@ -5,15 +5,20 @@ plain dictionary of tensors whose first dimension is the batch.
 
 Padding stands on the left only, told by `mask`, bool (batch, tokens), False on padding. A mixer must compute for the tokens
 behind the padding what it would compute without it; what it returns at padding is unspecified.
+
+No tokens, or no sequences in the batch, are no error: the outputs are empty and the state is what it was.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from assay import checks
 
 State = dict[str, Tensor]
 
@@ -21,10 +26,18 @@ State = dict[str, Tensor]
 class Mixer(nn.Module):
     """Base class. A mixer implements `forward`, `init_state` and `advance`; the rest follows.
 
-    `forward` is what training uses and must be causal and have gradients. `advance` is what generation uses.
+    `forward` is what training uses and must be causal and have gradients. `advance` is what generation uses. Both are entered
+    through `check_sequence`: what a class defines sees inputs of the right kind and shape, and never an empty one.
     """
 
     dim: int
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in cls.__dict__:
+            cls.forward = _checked_forward(cls.__dict__["forward"])  # type: ignore[method-assign]
+        if "advance" in cls.__dict__:
+            cls.advance = _checked_advance(cls.__dict__["advance"])  # type: ignore[method-assign]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The whole sequence at once, from an empty state: (batch, tokens, dim) to the same shape."""
@@ -44,26 +57,65 @@ class Mixer(nn.Module):
     def chunked(
         self, x: Tensor, state: State | None = None, *, chunk: int = 64, mask: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """The sequence in chunks of `chunk` tokens, carrying the state: memory does not grow with the length."""
-        if chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {chunk}")
+        """The sequence in chunks of `chunk` tokens, carrying the state: memory does not grow with the length.
+
+        Raises ValueError for a chunk below 1 and for shapes that do not fit.
+        """
+        chunk = checks.whole("chunk", chunk, low=1)
+        check_sequence(x, self.dim, mask)
         state = self.init_state(len(x), device=x.device, dtype=x.dtype) if state is None else state
         outputs = []
-        for start in range(0, x.shape[1], chunk):
+        for start in range(0, max(1, x.shape[1]), chunk):
             part = None if mask is None else mask[:, start : start + chunk]
             y, state = self.advance(x[:, start : start + chunk], state, part)
             outputs.append(y)
-        return torch.cat(outputs, 1) if outputs else x, state
+        return torch.cat(outputs, 1), state
 
     def step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One token (batch, dim): its output and the new state."""
+        checks.tensor("x", x, shape=("batch", self.dim), empty=True)
         y, state = self.advance(x[:, None], state)
         return y[:, 0], state
 
     def state_bytes(self, tokens: int, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """Bytes of the state after `tokens` tokens. The default is for states that do not grow."""
-        state = self.init_state(batch, device="meta", dtype=dtype)
+        checks.whole("tokens", tokens, low=0)
+        state = self.init_state(checks.whole("batch", batch, low=0), device="meta", dtype=dtype)
         return sum(x.numel() * x.element_size() for x in state.values())
+
+
+def check_sequence(x: Tensor, dim: int, mask: Tensor | None = None) -> None:
+    """What every mixer asks of its input: x (batch, tokens, dim) floating point, mask (batch, tokens) bool.
+
+    Raises TypeError for another type or dtype, ValueError for another shape. Empty ones are allowed.
+    """
+    checks.tensor("x", x, shape=("batch", "tokens", dim), empty=True)
+    if mask is not None:
+        checks.tensor("mask", mask, shape=tuple(x.shape[:2]), dtype="bool", device=x.device, empty=True)
+
+
+def _checked_forward(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(method)
+    def forward(self: Mixer, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        check_sequence(x, self.dim, mask)
+        return method(self, x, mask) if x.numel() else x
+
+    return forward
+
+
+def _checked_advance(method: Callable[..., tuple[Tensor, State]]) -> Callable[..., tuple[Tensor, State]]:
+    @functools.wraps(method)
+    def advance(self: Mixer, x: Tensor, state: State, mask: Tensor | None = None) -> tuple[Tensor, State]:
+        check_sequence(x, self.dim, mask)
+        return method(self, x, state, mask) if x.numel() else (x, state)
+
+    return advance
+
+
+def check_positive(**sizes: int) -> None:
+    """Raise ValueError that names the first argument below 1, TypeError for one that is no whole number."""
+    for name, value in sizes.items():
+        checks.whole(name, value, low=1)
 
 
 def clone_state(state: State) -> State:
@@ -103,13 +155,30 @@ def left_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, before: Ten
     """Depthwise causal convolution of (batch, tokens, channels) with weight (channels, width).
 
     `before` (batch, width - 1, channels) are the tokens in front, zeros when None; the last tap is the token itself.
+    Raises TypeError for whole or complex numbers, ValueError for shapes that do not fit.
+
+    >>> left_conv(torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[10.0, 1.0]]))[0, :, 0].tolist()
+    [1.0, 12.0, 23.0]
     """
-    width = weight.shape[1]
+    checks.tensor("weight", weight, shape=("channels", "width"))
+    channels, width = weight.shape
+    checks.tensor("x", x, shape=("batch", "tokens", channels), empty=True)
+    if bias is not None:
+        checks.tensor("bias", bias, shape=(channels,))
+    if before is not None:
+        checks.tensor("before", before, shape=(len(x), width - 1, channels), empty=True)
+    if not x.numel():
+        return x
     if before is None:
         before = x.new_zeros(len(x), width - 1, x.shape[2])
     padded = torch.cat([before, x], 1).transpose(1, 2)
     y: Tensor = nn.functional.conv1d(padded, weight[:, None], bias, groups=weight.shape[0])
     return y.transpose(1, 2)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums run in: float64 for float64 and complex128, else float32. Half precision overflows or drowns in long sums."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 def fast_length(n: int) -> int:

@@ -1,4 +1,4 @@
-"""State space models as functions: discretisation, time-invariant recurrences and convolutions, selective scans, scan orders.
+"""State space models as functions: discretisation, time-invariant recurrences and convolutions, selective scans.
 
     h' = A h + B x,  y = C h + D x         discretised with step dt:        h_t = Ab h_{t-1} + Bb x_t,  y_t = C h_t + D x_t
 
@@ -11,25 +11,23 @@ The selective scan has interchangeable back ends that agree: "sequential", the d
 of a segment at once; "associative", pairs of pairs, log depth; "kernel", compiled, float32. None divides by a cumulative decay,
 and none but the first's gradients holds (batch, tokens, channels, states): segments are computed again in the backward pass.
 
-`our choice`: segments of 256 tokens, chunks of the square root of that; sub-grids of the atrous order one behind the other in one
-sequence. 1 MAC = 2 FLOPs.
+`our choice`: segments of 256 tokens, chunks of the square root of that. 1 MAC = 2 FLOPs.
 """
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from assay import checks
 from assay.measure.cost import register_macs
 from assay.methods.core import kernels
-from assay.methods.core.mixers.protocol import fast_length, left_conv
+from assay.methods.core.mixers.protocol import fast_length, left_conv, wide_dtype
 
 Discretisation = Literal["zoh", "euler"]
 Backend = Literal["auto", "kernel", "chunked", "associative", "sequential"]
@@ -44,12 +42,24 @@ SCAN_FLOPS = 9  # for each token, channel and state: the count usual in the lite
 def discretise(A: Tensor, B: Tensor, dt: Tensor, method: Discretisation = "zoh") -> tuple[Tensor, Tensor]:
     """(Ab, Bb) of a diagonal system, elementwise over shapes that broadcast; A may be complex.
 
-    "zoh": Bb = A^-1 (exp(dt A) - 1) B, dt B in the limit A -> 0. "euler": Bb = dt B. Raises ValueError for another method.
+    "zoh": Bb = A^-1 (exp(dt A) - 1) B, dt B in the limit A -> 0. "euler": Bb = dt B. Raises ValueError for another method,
+    TypeError for whole numbers.
+
+    >>> decay, gain = discretise(torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor(0.1))
+    >>> round(float(decay), 4), round(float(gain), 4)
+    (0.9048, 0.0952)
     """
-    if method not in get_args(Discretisation):
-        raise ValueError(f"method must be one of {', '.join(get_args(Discretisation))}, got {method!r}")
+    checks.choice("method", method, get_args(Discretisation))
+    for name, value in (("A", A), ("B", B), ("dt", dt)):
+        _continuous(name, value)
     z = dt * A
     return torch.exp(z), dt * (_held(z) * B if method == "zoh" else B)
+
+
+def _continuous(name: str, value: Tensor) -> None:
+    """Raise TypeError unless `value` is a tensor of real or complex floating-point numbers."""
+    kind: checks.Kind = "complex" if isinstance(value, Tensor) and value.is_complex() else "floating"
+    checks.tensor(name, value, dtype=kind, empty=True)
 
 
 def _held(z: Tensor) -> Tensor:
@@ -70,8 +80,9 @@ def lti_recurrence(
     """h_t = Ab h_{t-1} + Bb x_t, y_t = Re(C h_t) + D x_t, token by token: the reference.
 
     x (batch, tokens, channels); decay (Ab), gain (Bb) and C (channels, states), real or complex; D (channels,);
-    h (batch, channels, states), zeros when None. Returns y like x and the last state.
+    h (batch, channels, states), zeros when None. Returns y like x and the last state. Raises TypeError for whole numbers.
     """
+    _check_lti(x, decay, gain, C, D)
     if h is None:
         h = torch.zeros(len(x), *decay.shape, dtype=torch.promote_types(decay.dtype, x.dtype), device=x.device)
     outputs = []
@@ -84,6 +95,9 @@ def lti_recurrence(
 
 def lti_kernel(decay: Tensor, gain: Tensor, C: Tensor, length: int, *, chunk: int = SEGMENT) -> Tensor:
     """The convolution kernel (Re C Bb, Re C Ab Bb, Re C Ab^2 Bb, ...), (channels, length); arguments as `lti_recurrence`."""
+    length, chunk = checks.whole("length", length, low=0), checks.whole("chunk", chunk, low=1)
+    if not length:
+        return _real(C[:, :0])
     base = powers(decay, min(chunk, length))
     onward, weight, parts = base[..., -1] * decay, C * gain, []
     for start in range(0, length, chunk):
@@ -95,9 +109,18 @@ def lti_kernel(decay: Tensor, gain: Tensor, C: Tensor, length: int, *, chunk: in
 def lti_convolution(x: Tensor, kernel: Tensor, D: Tensor | None = None) -> Tensor:
     """Causal convolution of x (batch, tokens, channels) with kernel (channels, at least tokens), plus D x.
 
-    By FFT; up to 128 tokens directly, which is causal to the last bit.
+    By FFT; up to 128 tokens directly, which is causal to the last bit. Raises TypeError for whole or complex numbers, ValueError
+    for shapes that do not fit.
     """
+    checks.tensor("x", x, shape=("batch", "tokens", "channels"), empty=True)
+    checks.tensor("kernel", kernel, shape=(x.shape[2], "taps"), empty=True)
     tokens = x.shape[1]
+    if kernel.shape[1] < tokens:
+        raise ValueError(f"kernel must have a tap for each of {tokens} tokens, got {kernel.shape[1]}")
+    if D is not None:
+        checks.tensor("D", D, shape=(x.shape[2],), empty=True)
+    if not x.numel():
+        return x
     if tokens <= DIRECT:
         y = left_conv(x, kernel[:, :tokens].flip(1))
     else:
@@ -111,6 +134,9 @@ def lti_advance(
     x: Tensor, decay: Tensor, gain: Tensor, C: Tensor, D: Tensor | None, h: Tensor, *, chunk: int = SEGMENT
 ) -> tuple[Tensor, Tensor]:
     """`lti_recurrence` behind the state h, whole chunks at a time."""
+    _check_lti(x, decay, gain, C, D)
+    if not x.numel():
+        return x, h
     outputs = []
     for part in x.split(chunk, 1):
         tokens = part.shape[1]
@@ -120,6 +146,16 @@ def lti_advance(
         entering = (gain[..., None] * power.flip(-1)).to(h.dtype)
         h = power[..., -1] * decay * h + torch.einsum("btd,dnt->bdn", part.to(h.dtype), entering)
     return torch.cat(outputs, 1), h
+
+
+def _check_lti(x: Tensor, decay: Tensor, gain: Tensor, C: Tensor, D: Tensor | None) -> None:
+    checks.tensor("x", x, shape=("batch", "tokens", "channels"), empty=True)
+    for name, value in (("decay", decay), ("gain", gain), ("C", C)):
+        _continuous(name, value)
+        if value.ndim != 2 or len(value) not in (1, x.shape[2]):  # one row may serve all channels
+            raise ValueError(f"{name} must be (channels, states) with {x.shape[2]} channels, got {tuple(value.shape)}")
+    if D is not None:
+        checks.tensor("D", D, shape=(x.shape[2],), empty=True)
 
 
 def powers(decay: Tensor, count: int) -> Tensor:
@@ -158,14 +194,21 @@ def selective_scan(
     "zoh". Computed and the state returned in float32 (float64 for float64). All back ends have gradients; "auto" takes the
     compiled kernel where it serves (CPU, float32, Euler), else the chunks.
 
-    Raises ValueError for shapes that do not fit, unknown options, or "kernel" where it cannot serve.
+    No tokens give no outputs and the state as it was. Which back end served is noted (`kernels.paths`) as "selective scan".
+    Raises ValueError for shapes that do not fit, unknown options, or "kernel" where it cannot serve; TypeError for tensors of
+    whole or complex numbers.
+
+    >>> u, dt = torch.ones(1, 3, 1), torch.full((1, 3, 1), 0.5)
+    >>> y, h = selective_scan(u, dt, A=torch.zeros(1, 1), B=torch.ones(1, 3, 1), C=torch.ones(1, 3, 1))
+    >>> y[0, :, 0].tolist()  # nothing decays: a running sum of dt u
+    [0.5, 1.0, 1.5]
     """
     _check_scan(u, dt, A, B, C, D, h0, backend, discretisation, segment)
     wide, given = wide_dtype(u.dtype), u.dtype
     (u, dt, A, B, C) = (x.to(wide) for x in (u, dt, A, B, C))
     D = None if D is None else D.to(wide)
     h = u.new_zeros(len(u), *A.shape) if h0 is None else h0.to(wide)
-    if not u.shape[1]:
+    if not u.numel():
         return u.to(given), h
     if backend in ("auto", "kernel"):
         if why := _no_kernel(u, discretisation):
@@ -173,12 +216,14 @@ def selective_scan(
                 raise ValueError(f"backend 'kernel' cannot serve here: {why}")
             backend = "sequential" if u.shape[1] == 1 else "chunked"
         else:
+            kernels.ran("selective scan", "kernel")
             arguments = [None if x is None else x.contiguous() for x in (u, dt, A, B, C, D, h)]
             if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments):
                 y, h = _Kernel.apply(*arguments)
             else:
                 y, h, _ = torch.ops.assay.selective_scan(*arguments, False)
             return y.to(given), h
+    kernels.ran("selective scan", backend)
     if backend == "sequential":
         y, h = _sequential(u, dt, A, B, C, h, discretisation)
     else:
@@ -200,27 +245,19 @@ def _check_scan(
     discretisation: str,
     segment: int,
 ) -> None:
-    if u.ndim != 3 or dt.shape != u.shape:
-        raise ValueError(f"u and dt must both be (batch, tokens, channels), got {tuple(u.shape)} and {tuple(dt.shape)}")
-    if A.ndim != 2 or len(A) != u.shape[2]:
-        raise ValueError(f"A must be (channels, states) with {u.shape[2]} channels, got {tuple(A.shape)}")
-    wanted: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-        ("B", B, (*u.shape[:2], A.shape[1])),
-        ("C", C, (*u.shape[:2], A.shape[1])),
-        ("D", D, (u.shape[2],)),
-        ("h0", h0, (len(u), *A.shape)),
-    ]
-    for name, tensor, shape in wanted:
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
-    for name, value, allowed in (
-        ("backend", backend, get_args(Backend)),
-        ("discretisation", discretisation, get_args(Discretisation)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-    if segment < 1:
-        raise ValueError(f"segment must be at least 1, got {segment}")
+    checks.tensor("u", u, shape=("batch", "tokens", "channels"), empty=True)
+    checks.tensor("A", A, shape=(u.shape[2], "states"), empty=True)
+    per_token = (*u.shape[:2], A.shape[1])
+    checks.tensor("dt", dt, shape=tuple(u.shape), empty=True)
+    checks.tensor("B", B, shape=per_token, empty=True)
+    checks.tensor("C", C, shape=per_token, empty=True)
+    if D is not None:
+        checks.tensor("D", D, shape=(u.shape[2],), empty=True)
+    if h0 is not None:
+        checks.tensor("h0", h0, shape=(len(u), *A.shape), empty=True)
+    checks.choice("backend", backend, get_args(Backend))
+    checks.choice("discretisation", discretisation, get_args(Discretisation))
+    checks.whole("segment", segment, low=1)
 
 
 def _no_kernel(u: Tensor, discretisation: str) -> str:
@@ -398,15 +435,17 @@ def ssd(
 
     x (batch, tokens, heads, values), dt (batch, tokens, heads), A and D (heads,), B and C (batch, tokens, groups, states), groups
     dividing the heads; h0 (batch, heads, values, states), zeros when None. Returns y like x and the last state, both in the
-    dtype of x. O(tokens * chunk). Raises ValueError for shapes that do not fit.
+    dtype of x. O(tokens * chunk). No tokens give no outputs and the state as it was.
+    Raises ValueError for shapes that do not fit, TypeError for tensors of whole or complex numbers.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1, got {chunk}")
-    if x.ndim != 4 or dt.shape != x.shape[:3] or A.shape != x.shape[2:3]:
-        raise ValueError(
-            "x, dt and A must be (batch, tokens, heads, values), (batch, tokens, heads) and (heads,), "
-            f"got {tuple(x.shape)}, {tuple(dt.shape)} and {tuple(A.shape)}"
-        )
+    chunk = checks.whole("chunk", chunk, low=1)
+    checks.tensor("x", x, shape=("batch", "tokens", "heads", "values"), empty=True)
+    checks.tensor("dt", dt, shape=tuple(x.shape[:3]), empty=True)
+    checks.tensor("A", A, shape=(x.shape[2],), empty=True)
+    for name, value in (("B", B), ("C", C)):
+        checks.tensor(name, value, ndim=4, empty=True)
+    if D is not None:
+        checks.tensor("D", D, shape=(x.shape[2],), empty=True)
     if B.ndim != 4 or B.shape != C.shape or B.shape[:2] != x.shape[:2] or not B.shape[2] or x.shape[2] % B.shape[2]:
         raise ValueError(
             f"B and C must be (batch, tokens, groups, states), groups dividing {x.shape[2]} heads, "
@@ -414,7 +453,11 @@ def ssd(
         )
     groups = B.shape[2]
     heads = x.shape[2] // groups
+    if h0 is not None:
+        checks.tensor("h0", h0, shape=(len(x), x.shape[2], x.shape[3], B.shape[3]), empty=True)
     h = x.new_zeros(len(x), x.shape[2], x.shape[3], B.shape[3]) if h0 is None else h0
+    if not x.numel():
+        return x, h
     outputs = []
     for part, step, b, c in zip(
         x.split(chunk, 1), dt.split(chunk, 1), B.split(chunk, 1), C.split(chunk, 1), strict=True
@@ -430,238 +473,5 @@ def ssd(
         entering = (mask[:, :, -1, :, None] * added).transpose(-1, -2).unflatten(1, (groups, heads)) @ b[:, :, None]
         h = torch.exp(z.sum(-1))[..., None, None] * h + entering.flatten(1, 2)
         outputs.append(y.transpose(1, 2))
-    y = torch.cat(outputs, 1) if outputs else torch.empty_like(x)
+    y = torch.cat(outputs, 1)
     return (y if D is None else y + D[:, None] * x), h
-
-
-# --------------------------------------------------------------------------------------------------------- the scan as a layer
-
-
-class Float32Parameters(nn.Module):
-    """Parameters of a system's dynamics: they stay float32 in a bfloat16 or float16 model and get no weight decay."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        def keep(x: Tensor) -> Tensor:
-            found = fn(x)
-            return x.to(found.device, torch.float32) if found.dtype in (torch.bfloat16, torch.float16) else found
-
-        return super()._apply(keep, recurse)
-
-    def optimizer_options(self) -> dict[str, dict[str, float]]:
-        """Read by `training.parameter_groups`."""
-        return {name: {"weight_decay": 0.0} for name, _ in self.named_parameters()}
-
-
-def log_uniform_steps(count: int, low: float = 1e-3, high: float = 1e-1) -> Tensor:
-    """Log-uniform step sizes."""
-    return torch.exp(torch.empty(count).uniform_(math.log(low), math.log(high)))
-
-
-class Dynamics(Float32Parameters):
-    """A_log, D and dt_bias. A = -exp(A_log) is (channels, states), or (channels,) for `states` None (Mamba-2).
-
-    A begins as -1, -2, ..., -states (Mamba-2: uniform in [-16, -1]), D as 1, softplus(dt_bias) log-uniform in [1e-3, 1e-1].
-    """
-
-    def __init__(self, channels: int, states: int | None = None):
-        super().__init__()
-        shape = (channels,) if states is None else (channels, states)
-        self.A_log = nn.Parameter(torch.empty(shape, dtype=torch.float32))
-        self.D = nn.Parameter(torch.empty(channels, dtype=torch.float32))
-        self.dt_bias = nn.Parameter(torch.empty(channels, dtype=torch.float32))
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """As the class says A, D and dt_bias begin; the steps are drawn anew."""
-        if self.A_log.ndim == 1:
-            self.A_log.uniform_(1, 16).log_()
-        else:
-            self.A_log.copy_(torch.arange(1, self.A_log.shape[1] + 1).float().log().expand_as(self.A_log))
-        self.D.fill_(1)
-        step = log_uniform_steps(len(self.dt_bias))
-        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
-
-    def steps(self, raw: Tensor, mask: Tensor | None) -> Tensor:
-        """softplus(raw + dt_bias), 0 on padding: (batch, tokens, channels), float32 at least."""
-        dt = F.softplus(raw.to(self.dt_bias.dtype) + self.dt_bias)
-        return dt if mask is None else dt * mask[..., None]
-
-
-class SelectiveSSM(nn.Module):
-    """S6 with its projections: dt (rank `dt_rank`, default width / 16), B and C of every token from the token itself.
-
-    `width` channels, `states` numbers of state each. `forward(x, h, mask)` takes x (batch, tokens, width) behind the state
-    h (batch, width, states), None for none, and returns the outputs and the last state. Raises ValueError for sizes below 1.
-    """
-
-    def __init__(
-        self,
-        width: int,
-        *,
-        states: int = 16,
-        dt_rank: int | None = None,
-        backend: Backend = "auto",
-        discretisation: Discretisation = "euler",
-    ):
-        super().__init__()
-        self.dt_rank = -(-width // 16) if dt_rank is None else dt_rank
-        check_positive(width=width, states=states, dt_rank=self.dt_rank)
-        self.width, self.states = width, states
-        self.backend: Backend = backend
-        self.discretisation: Discretisation = discretisation
-        self.x_proj = nn.Linear(width, self.dt_rank + 2 * states, bias=False)
-        self.dt_weight = nn.Parameter(torch.empty(width, self.dt_rank))  # its bias is dynamics.dt_bias
-        self.dynamics = Dynamics(width, states)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """dt_weight uniform within 1 / sqrt(dt_rank), which keeps the steps near their bias; x_proj as torch's linear layers."""
-        self.x_proj.reset_parameters()
-        nn.init.uniform_(self.dt_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-
-    def forward(self, x: Tensor, h: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        low, B, C = self.x_proj(x).split([self.dt_rank, self.states, self.states], -1)
-        dt = self.dynamics.steps(F.linear(low, self.dt_weight), mask)
-        A, D = -torch.exp(self.dynamics.A_log), self.dynamics.D
-        return selective_scan(x, dt, A, B, C, D, h, backend=self.backend, discretisation=self.discretisation)
-
-    def flops(self, tokens: int) -> int:
-        """FLOPs of `tokens` tokens: 2 a MAC of the projections, 9 for each state of the scan."""
-        macs = self.width * (self.dt_rank + 2 * self.states) + self.dt_rank * self.width
-        return 2 * tokens * macs + scan_flops(tokens, self.width, self.states)
-
-
-def check_positive(**sizes: int) -> None:
-    """Raise ValueError that names the first argument below 1."""
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums run in: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-# -------------------------------------------------------------------------------------------------------------- scan orders
-
-ORDERS: dict[str, Callable[..., Tensor]] = {}
-
-
-def _order(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        ORDERS[name] = function
-        return function
-
-    return register
-
-
-@functools.lru_cache(maxsize=256)
-def scan_order(name: str, *size: int, **options: int) -> Tensor:
-    """The directions of a scan order over a grid, int64 (directions, cells): entry i of a row is the cell visited as i-th.
-
-    Cells are numbered in row-major order. `size` is (height, width), for "raster" and "bidirectional" any number of dimensions,
-    for "volume" (depth, height, width). Names in `ORDERS`; "window" takes `window` (default 8) and "atrous" `step` (default 2).
-    The tensor is shared: do not write to it. Raises ValueError for an unknown name, a size that does not fit or is below 1.
-    """
-    if name not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {name!r}")
-    wanted = {"raster": None, "bidirectional": None, "volume": 3}.get(name, 2)
-    if min(size, default=0) < 1 or (wanted is not None and len(size) != wanted):
-        raise ValueError(f"size of order {name!r} must be {wanted or 'some'} numbers of at least 1, got {size}")
-    if min(options.values(), default=1) < 1:
-        raise ValueError(f"options of order {name!r} must be at least 1, got {options}")
-    with torch.inference_mode(False), torch.device("cpu"):  # the tensor outlives the modes of its first use
-        return ORDERS[name](*size, **options)
-
-
-def inverse(order: Tensor) -> Tensor:
-    """Where each cell stands in each direction: inverse[k, order[k, i]] = i."""
-    return order.argsort(1)
-
-
-def scan(x: Tensor, order: Tensor) -> Tensor:
-    """(batch, cells, channels) to (batch, directions, cells, channels), each direction in its own order."""
-    return x.index_select(1, order.flatten().to(x.device)).unflatten(1, order.shape)
-
-
-def unscan(y: Tensor, order: Tensor) -> Tensor:
-    """The inverse of `scan` in each direction: (batch, directions, cells, channels), all in row-major order again."""
-    directions, cells = order.shape
-    back = (
-        inverse(order) + cells * torch.arange(directions, device=order.device)[:, None]
-    )  # whole rows, far faster than gather
-    return y.flatten(1, 2).index_select(1, back.flatten().to(y.device)).view(y.shape)
-
-
-def both_ways(order: Tensor) -> Tensor:
-    """Each direction followed by its reverse."""
-    return torch.stack([order, order.flip(1)], 1).flatten(0, 1)
-
-
-def _sorted_by(*keys: Tensor) -> Tensor:
-    """The cells sorted by the first key, equal ones by the second, and so on; keys are whole numbers from 0, one a cell."""
-    code = torch.zeros_like(keys[0])
-    for key in keys:
-        code = code * (int(key.max()) + 1) + key
-    return code.flatten().argsort(stable=True)
-
-
-def _grid(*size: int) -> tuple[Tensor, ...]:
-    return torch.meshgrid(*(torch.arange(n) for n in size), indexing="ij")
-
-
-@_order("raster")
-def _raster(*size: int) -> Tensor:
-    """Row by row."""
-    return torch.arange(int(torch.tensor(size).prod()))[None]
-
-
-@_order("bidirectional")
-def _bidirectional(*size: int) -> Tensor:
-    """Row by row and back (Vim)."""
-    return both_ways(_raster(*size))
-
-
-@_order("cross")
-def _cross(height: int, width: int) -> Tensor:
-    """Rows forth and back, columns forth and back (VMamba)."""
-    row, column = _grid(height, width)
-    return both_ways(torch.stack([_sorted_by(row, column), _sorted_by(column, row)]))
-
-
-@_order("serpentine")
-def _serpentine(height: int, width: int) -> Tensor:
-    """Row by row, every other row backwards: all steps go to a neighbour."""
-    row, column = _grid(height, width)
-    return _sorted_by(row, torch.where(row % 2 == 0, column, width - 1 - column))[None]
-
-
-@_order("serpentine4")
-def _serpentine4(height: int, width: int) -> Tensor:
-    """Serpentines along rows and along columns, forth and back (PlainMamba)."""
-    row, column = _grid(height, width)
-    down = _sorted_by(column, torch.where(column % 2 == 0, row, height - 1 - row))
-    return both_ways(torch.stack([_serpentine(height, width)[0], down]))
-
-
-@_order("window")
-def _window(height: int, width: int, window: int = 8) -> Tensor:
-    """Row by row within windows, windows row by row (LocalMamba)."""
-    row, column = _grid(height, width)
-    return _sorted_by(row // window, column // window, row, column)[None]
-
-
-@_order("atrous")
-def _atrous(height: int, width: int, step: int = 2) -> Tensor:
-    """Every `step`-th cell of every `step`-th row, then the next such sub-grid (EfficientVMamba)."""
-    row, column = _grid(height, width)
-    return _sorted_by(row % step, column % step, row, column)[None]
-
-
-@_order("volume")
-def _volume(depth: int, height: int, width: int) -> Tensor:
-    """Three directions: the width, the height or the depth runs fastest."""
-    d, h, w = _grid(depth, height, width)
-    return torch.stack([_sorted_by(d, h, w), _sorted_by(w, d, h), _sorted_by(h, w, d)])
