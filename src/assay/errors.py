@@ -25,7 +25,7 @@ class MissingError(AssayError):
     exit_code = 3
 
 
-class NotMetError(AssayError):
-    """A claim or goal was not met, and the caller asked to be told (`--check`). Exit code 1."""
+class InterruptedRun(AssayError):
+    """Ctrl-C in the middle of a long run; the text says what is kept. Exit code 130."""
 
-    exit_code = 1
+    exit_code = 130

@@ -4,72 +4,181 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import platformdirs
 
+from assay.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system: what a killed process left is then not cleared away
+    fcntl = None  # type: ignore[assignment]
+
 
 def cache_dir() -> Path:
     """Things that can be made again: converted models, compiled kernels, calibrations. `ASSAY_CACHE_DIR` overrides."""
-    return _made(Path(os.environ.get("ASSAY_CACHE_DIR") or platformdirs.user_cache_dir("assay")))
+    return _made("ASSAY_CACHE_DIR", platformdirs.user_cache_dir("assay"))
 
 
 def data_dir() -> Path:
     """Things that cannot be made again: the evidence store. `ASSAY_DATA_DIR` overrides."""
-    return _made(Path(os.environ.get("ASSAY_DATA_DIR") or platformdirs.user_data_dir("assay")))
+    return _made("ASSAY_DATA_DIR", platformdirs.user_data_dir("assay"))
 
 
-def _made(path: Path) -> Path:
-    path = path.expanduser()
-    path.mkdir(parents=True, exist_ok=True)
+def _made(variable: str, default: str) -> Path:
+    path = expanded(os.environ.get(variable) or default, variable)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise InputError(f"{variable} must name a folder, got the file {path}") from None
     return path
+
+
+def expanded(path: Path | str, name: str) -> Path:
+    """`path` with a leading `~` or `~user` replaced by that home folder. Raises InputError, naming `name`, for an unknown user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        user = Path(path).parts[0]
+        raise InputError(f"{name}: no home folder is known for {user}, got {str(path)!r}") from None
+
+
+def output_file(path: Path | str, name: str) -> Path:
+    """`path`, `~` expanded, as a file that `atomic_file` can write.
+
+    Raises InputError, naming `name`, for anything else: said before hours of measuring, not after them.
+    """
+    given = expanded(path, name)
+    target = _target(given, name)
+    folder = target.parent
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise InputError(f"{name}: {folder} is not a folder, so that {path} cannot be written")
+    try:
+        with scratch_dir(folder, ".assay-check."):
+            pass
+    except OSError as error:
+        raise InputError(f"{name}: cannot write into {folder}: {error.strerror}") from None
+    return given
+
+
+def _target(path: Path | str, name: str) -> Path:
+    """Where writing `path` really goes: through links, but never over a folder or a device."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise InputError(f"{name} must name a file, {path} is a folder")
+    if target.exists() and not target.is_file():
+        raise InputError(f"{name} must name a regular file, {path} is a device or a pipe")
+    return target
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success fsync it and rename it over `path`, on any error remove it."""
-    target = Path(path)
+    """Yield a temporary path on the file system of `path`; on success it is fsynced and takes the place of `path`.
+
+    On any error `path` is as it was. A link stays a link, the file it leads to is replaced. Raises InputError for a folder, a
+    device or a pipe.
+    """
+    target = _target(path, "the output")
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with scratch_dir(target.parent, f".{target.name}.") as scratch:
+        temporary = scratch / target.name
+        temporary.touch()
         yield temporary
         _fsync(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
         _fsync(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_dir(path: Path | str) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success every file is fsynced and the folder takes `path`'s place."""
-    target = Path(path)
+    target = Path(os.path.abspath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    old = temporary.with_suffix(".old")
+
+    def rescue(left: Path) -> None:
+        """A process killed between the two renames below has left nothing at `path`: put the old folder back."""
+        if (left / "old").is_dir() and not target.exists():
+            os.replace(left / "old", target)
+
+    with scratch_dir(target.parent, f".{target.name}.", before_removal=rescue) as scratch:
+        temporary, old = scratch / "new", scratch / "old"
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _fsync(file)
+            if target.exists():
+                os.replace(target, old)
+            os.replace(temporary, target)
+            _fsync(target.parent)
+        finally:
+            rescue(scratch)
+
+
+@contextlib.contextmanager
+def scratch_dir(
+    parent: Path | str, prefix: str, *, before_removal: Callable[[Path], None] | None = None
+) -> Iterator[Path]:
+    """Yield a new folder in `parent`, named `prefix`, some letters and ".tmp", that is removed in the end.
+
+    What killed processes have left in `parent` under that prefix is removed first (`before_removal` is called with each such
+    folder). A folder is its living owner's as long as the owner holds the lock on it, which ends with the process however it
+    ends. Only folders of this user are touched, and links are not followed.
+    """
+    parent = Path(parent)
+    _clear_left(parent, prefix, before_removal)
+    folder, lock = _claimed(parent, prefix)
     try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _fsync(file)
-        os.chmod(temporary, 0o777 & ~_umask())
-        if target.exists():
-            os.replace(target, old)
-        os.replace(temporary, target)
-        _fsync(target.parent)
-    except BaseException:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
-        raise
+        yield folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _claimed(parent: Path, prefix: str) -> tuple[Path, int]:
+    """A new folder and the lock on it. One that is taken for a dead owner's before it is locked is given up for another."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent))
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        if fcntl is None:
+            return folder, lock
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody else gets one either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, lock
+        os.close(lock)
+
+
+def _clear_left(parent: Path, prefix: str, before_removal: Callable[[Path], None] | None) -> None:
+    if fcntl is None:
+        return
+    try:
+        names = os.listdir(parent)
+    except OSError:
+        return
+    ours = re.compile(re.escape(prefix) + r"\w+\.tmp")  # what mkdtemp makes of it; "a" does not clear up for "a.b"
+    for name in [os.path.join(parent, name) for name in names if ours.fullmatch(name)]:
+        with contextlib.suppress(OSError):  # not a folder, not ours, still in use, or gone meanwhile
+            lock = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(lock).st_uid == os.geteuid():
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if before_removal is not None:
+                        before_removal(Path(name))
+                    shutil.rmtree(name)
+            finally:
+                os.close(lock)
 
 
 def _fsync(path: Path) -> None:
@@ -78,9 +187,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

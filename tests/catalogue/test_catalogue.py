@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections import Counter
-from importlib import util
+from importlib import resources, util
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from assay.catalogue import FAMILIES, SAVES, get, get_claim, papers
 from assay.catalogue import search as searching
+from assay.cli.papers import page
 from assay.errors import InputError
 
 
@@ -36,6 +39,64 @@ def test_entry(paper):
         assert re.fullmatch(rf"{paper.slug}/[a-z0-9-]+", claim.id)
         assert claim.metric
         assert claim.value is None or np.isfinite(claim.value)
+
+
+FILES = sorted(Path(str(resources.files("assay.catalogue") / "papers")).iterdir())
+PAPER_KEYS = {"slug", "number", "title", "year", "arxiv", "family", "summary", "saves", "code", "claims"}
+CLAIM_KEYS = {"id", "metric", "value", "unit", "baseline", "conditions", "better"}
+
+
+def test_each_family_has_its_file_and_no_other_file_is_there():
+    """A file of another name would never be read."""
+    assert [file.name for file in FILES] == sorted(f"{family}.toml" for family in FAMILIES)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_file(file):
+    """A misspelt key is ignored when the catalogue is read, so that it must be found here."""
+    document = tomllib.loads(file.read_text(encoding="utf-8"))
+    assert set(document) == {"paper"}
+    for entry in document["paper"]:
+        assert entry["family"] == file.stem, f"{entry['slug']} stands in {file.name}"
+        assert set(entry) <= PAPER_KEYS, entry["slug"]
+        assert {"slug", "number", "title", "family", "summary", "saves"} <= set(entry), entry["slug"]
+        kinds = {
+            "slug": str,
+            "number": int,
+            "title": str,
+            "summary": str,
+            "saves": list,
+            "year": int,
+            "arxiv": str,
+            "code": str,
+        }
+        for key, kind in kinds.items():
+            assert type(entry.get(key, kind())) is kind, f"{entry['slug']}: {key}"
+            assert entry.get(key, "x") not in ("", []), f"{entry['slug']}: {key} is empty: leave it out"
+        for claim in entry.get("claims", []):
+            where = f"{entry['slug']}/{claim.get('id')}"
+            assert set(claim) <= CLAIM_KEYS, where
+            assert {"id", "metric"} <= set(claim), where
+            assert claim.get("better", "higher") in ("higher", "lower"), where
+            assert type(claim.get("value", 0)) in (int, float), where
+            assert all(type(claim.get(key, "")) is str for key in CLAIM_KEYS - {"value"}), where
+
+
+def test_ids_are_those_of_one_paper():
+    for what in ("slug", "number", "title", "arxiv"):
+        counts = Counter(getattr(paper, what) for paper in papers())
+        del counts[None]
+        assert [value for value, count in counts.items() if count > 1] == []
+    assert max(Counter(claim.id for paper in papers() for claim in paper.claims).values()) == 1
+
+
+def test_the_list_of_papers_with_code_is_up_to_date():
+    """`assay papers --status works --markdown > docs/papers.md` writes it."""
+    rows = [paper for paper in papers() if paper.status == "works"]
+    file = Path(__file__).parents[2] / "docs" / "papers.md"
+    assert file.read_text(encoding="utf-8") == page(rows)
+    for paper in papers():
+        assert (f"- `{paper.slug}`:" in page(rows)) == (paper.status == "works")
 
 
 def test_every_family_has_papers_and_every_paper_but_few_a_claim():
@@ -93,6 +154,20 @@ def test_search_by_meaning(question, expected):
     assert {hit.method for hit in hits} == {"embedding"}
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
     assert expected & {hit.paper.slug for hit in hits}
+
+
+@pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", b"nothing of the kind", "object"])
+def test_a_damaged_cache_of_embeddings_is_made_again(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("ASSAY_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(searching, "embed", lambda folder, texts: np.eye(len(texts), dtype=np.float32))
+    made = searching.embedded(tmp_path, ["a", "b"])
+    (file,) = (tmp_path / "search").iterdir()
+    if damage == "object":
+        np.save(file, np.array([{}, {}]), allow_pickle=True)
+    else:
+        file.write_bytes(damage)
+    assert (searching.embedded(tmp_path, ["a", "b"]) == made).all()
+    assert (np.load(file) == made).all()
 
 
 @pytest.mark.parametrize(("question", "limit", "says"), [(" ", 5, "empty"), ("x", 0, "at least 1")])

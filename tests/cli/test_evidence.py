@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "evidence"))
 from evidence_maker import estimate, make
 
 from assay.cli.evidence import app
+from assay.cli.main import main
 from assay.errors import InputError
 from assay.evidence.store import Store, write_jsonl
 
@@ -91,6 +92,81 @@ def test_export_and_import(tmp_path, monkeypatch):
     monkeypatch.setenv("ASSAY_DATA_DIR", str(tmp_path / "another"))
     assert run("import", file).stdout == "3 records added, 0 known already\n"
     assert listed() == [record.id for record in RECORDS]
+
+
+DEEP = "[" * 5000 + "]" * 5000
+LONG = "9" * 6000
+
+
+def with_field(name, text):
+    """A record's line with `text` in the place of a field's value."""
+    record = RECORDS[0].model_dump(mode="json", exclude={"id"}) | {name: "@"}
+    return json.dumps(record).replace('"@"', text)
+
+
+NO_RECORDS = {
+    "a list": "[]",
+    "a number": "1",
+    "a long number": LONG,
+    "deep nesting": DEEP,
+    "deep nesting in an object": f'{{"a": {DEEP}}}',
+    "NaN": "NaN",
+    "a NUL": "\x00",
+    "no UTF-8": b"\xff\xfe",
+    "half of a pair": '"\\ud800"',
+    "another object": '{"claim": "toy/speedup"}',
+    "another version": with_field("schema_version", "99"),
+    "a version of another type": with_field("schema_version", '"1"'),
+    **{
+        f"{name}: {text[:12]}": with_field(name, text)
+        for name in (
+            "details",
+            "machine",
+            "point",
+            "claim",
+            "measured",
+            "created",
+            "seed",
+            "seconds",
+            "needs",
+            "verdict",
+        )
+        for text in (DEEP, LONG, "NaN", "1e999", '"\\ud800"', f'{{"a": {DEEP}}}', f'{{"a": {LONG}}}')
+    },
+}
+
+
+@pytest.mark.parametrize("what", NO_RECORDS)
+def test_import_of_what_is_no_record_is_one_line_and_adds_nothing(tmp_path, capsys, what):
+    line = NO_RECORDS[what]
+    file = tmp_path / "e.jsonl"
+    write_jsonl(RECORDS[:1], file)
+    file.write_bytes(file.read_bytes() + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    code = main(["evidence", "import", str(file)])
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert err.startswith(f"assay: {file}, line 2: ")
+    assert len(err.strip().splitlines()) == 1
+    assert len(err) < 1000
+    assert listed() == []
+
+
+def test_import_of_what_is_no_file(tmp_path, capsys):
+    for path, says in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such file")):
+        assert main(["evidence", "import", str(path)]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_an_imported_record_cannot_steer_the_terminal():
+    with Store() as store:
+        store.add([make(point={"x": "\x1b[31mred\n"})])
+    assert "x=?[31mred?" in run("list").stdout
+
+
+def test_export_over_a_folder_is_refused_before_the_store_is_read(tmp_path):
+    result = run("export", tmp_path)
+    assert isinstance(result.exception, InputError)
+    assert "FILE must name a file" in str(result.exception)
 
 
 def test_import_of_something_else(tmp_path):

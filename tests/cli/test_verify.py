@@ -1,7 +1,13 @@
 """`assay verify`: what it prints, what it writes, and its exit codes."""
 
+import dataclasses
 import json
+import os
+import re
+import signal
+import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +21,7 @@ import toy_experiments
 import assay.cli.verify
 from assay.errors import InputError, MissingError
 from assay.evidence import place
+from assay.evidence.record import changed
 from assay.evidence.store import Store, StoreError, read_jsonl
 
 app = typer.Typer()
@@ -62,6 +69,109 @@ def test_one_paper_as_json_and_in_files(tmp_path):
     assert "(recorded before)" in again.stderr
 
 
+def test_a_plain_log_says_what_came_of_each_point_and_how_long_the_rest_takes(tmp_path, monkeypatch):
+    result = run("toyslow", "--scale", "smoke")
+    assert result.exit_code == 0
+    first, *lines = result.stderr.splitlines()
+    assert first == "assay: loading the experiments"
+    for number, line in enumerate(lines):
+        point, begins = number // 2, number % 2 == 0
+        where = rf"\[{point + 1}/3\] toyslow/points n={point}: "
+        if begins:
+            assert re.fullmatch(where + "measuring, at most 60 s", line)
+        else:
+            left = "; about \\d+ s left" if point < 2 else ""
+            assert re.fullmatch(where + rf"(reproduced|direction holds)( \*)?, {4 + point}x, took \d+ s" + left, line)
+    assert len(lines) == 6
+    assert "%|" not in result.output  # no library's progress bar
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (99.4, "99 s"), (99.6, "2 min"), (5340, "89 min"), (5400, "1 h 30 min")]
+)
+def test_durations(seconds, text):
+    assert assay.cli.verify.duration(seconds) == text
+
+
+def test_resume_tries_again_what_failed_and_keeps_the_rest(tmp_path, monkeypatch):
+    """Yesterday's out-of-memory says nothing about today's limit."""
+    real = assay.experiments.experiments_of
+
+    def with_limit(gib):
+        def found(slug):
+            chosen = [e for e in real(slug) if e.claim in ("toybroken/memory", "toyneeds/gpu")]
+            return [dataclasses.replace(e, memory_gib=gib, minutes=1) for e in chosen]
+
+        monkeypatch.setattr("assay.experiments.experiments_of", found)
+
+    with_limit(0.4)
+    first = json.loads(run("toybroken", "toyneeds", "--scale", "smoke", "--json").stdout)["evidence"]
+    assert [record["status"] for record in first] == ["out of memory", "ok", "ok"]
+    again = run("toybroken", "toyneeds", "--scale", "smoke", "--json", "--resume")
+    records = json.loads(again.stdout)["evidence"]
+    assert records[1:] == first[1:]
+    assert records[0]["id"] != first[0]["id"]
+    assert again.stderr.count("(recorded before)") == 2
+    with Store() as store:  # a success stays one, whatever was tried after it
+        good = changed(store.get(first[1]["id"]), status="failed", error="later", verdict=None, reason="")
+        store.append(changed(good, created=good.created + timedelta(hours=1)))
+    third = json.loads(run("toyneeds", "--scale", "smoke", "--json", "--resume").stdout)["evidence"]
+    assert third == first[1:]
+
+
+@pytest.mark.parametrize("option", ["--html", "--jsonl"])
+def test_output_paths_are_checked_before_anything_is_measured(tmp_path, monkeypatch, option):
+    monkeypatch.setenv("TOY_LOG", str(tmp_path / "runs"))
+    (tmp_path / "file").write_text("this is no evidence\n")
+    for path, says in (
+        (tmp_path, "must name a file"),
+        (tmp_path / "file" / "below", "is not a folder"),
+        ("/dev/full", "must name a regular file"),
+        ("/proc/x", "cannot write into"),
+        *([(tmp_path / "file", "line 1: not JSON")] if option == "--jsonl" else []),
+    ):
+        result = run("toyslow", "--scale", "smoke", option, path)
+        assert isinstance(result.exception, InputError)
+        assert says in str(result.exception)
+    assert not (tmp_path / "runs").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+PROGRAM = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+import toy_experiments
+toy_experiments.install()
+from assay.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_says_what_is_kept_and_the_command_that_goes_on(as_json):
+    words = ["verify", "toyslow", "--scale", "smoke", *["--json"] * as_json]
+    path = os.pathsep.join([str(Path(toy_experiments.__file__).parent), *filter(None, sys.path)])
+    sweep = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *words],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for line in sweep.stderr:
+        if "[2/3] toyslow/points n=1: measuring" in line:
+            break
+    sweep.send_signal(signal.SIGINT)
+    out, err = sweep.communicate(timeout=60)
+    assert sweep.returncode == 130
+    told = f"interrupted; 1 of 3 points are recorded; go on with: assay {' '.join(words)} --resume"
+    assert err.strip() == f"assay: {told}"  # what stood before is read above
+    assert (json.loads(out) if as_json else out) == ({"error": told, "exit_code": 130} if as_json else "")
+    with Store() as store:
+        assert [record.point for record in store.records()] == [{"n": 0}]
+
+
 def test_the_table_and_the_check():
     result = run("toyneeds", "--scale", "smoke", "--check")
     assert result.exit_code == 0
@@ -72,6 +182,14 @@ def test_the_table_and_the_check():
     assert json.loads(refuted.stdout)["evidence"][0]["verdict"] == "refuted here"
     assert "not met: toyrefuted/speedup" in refuted.stderr
     assert run("toyrefuted", "--scale", "smoke", "--resume").exit_code == 0
+
+
+def test_lines_in_a_pipe_are_not_broken():
+    lines = run("toyneeds", "--scale", "smoke").stdout.splitlines()
+    assert lines[1] == "needs other hardware: needs no_such_flag, which this machine does not have"
+    assert lines[2:4] == ["    n=1: -; needs other hardware", "    n=2: -; needs other hardware"]
+    long = run("toyslow", "--scale", "smoke").stdout.splitlines()
+    assert all(line == line.rstrip() for line in long)
 
 
 def test_a_failed_point_is_not_met(monkeypatch):

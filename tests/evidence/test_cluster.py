@@ -35,6 +35,7 @@ def test_a_local_cluster(tmp_path, monkeypatch):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'assay[ray]'")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), *filter(None, sys.path)]))
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "none"))  # no commit, whatever is being edited meanwhile
+    before = Path.cwd(), [os.environ["PYTHONPATH"], os.environ.get("PYTHONSAFEPATH")]
     records = verify(["toy", "toybroken", "toyneeds"], scale="smoke", ray_address="local")
     told = {(record.claim, tuple(record.point.values())): (record.status, record.verdict) for record in records}
     assert told == {
@@ -53,6 +54,7 @@ def test_a_local_cluster(tmp_path, monkeypatch):
     assert {record.fingerprint for record in records} == {place.here().fingerprint}
     assert records[0].machine["threads"] == place.here().machine["threads"]  # not the one thread that Ray gives a task
     assert len((tmp_path / "runs").read_text().splitlines()) == 2
+    assert (Path.cwd(), [os.environ.get(name) for name in ("PYTHONPATH", "PYTHONSAFEPATH")]) == before
     with Store() as store:
         assert store.count() == len(records)
     again = verify(["toy"], scale="smoke", ray_address="local", resume=True)

@@ -1,4 +1,4 @@
-"""The table and the page: what they say, and that nothing in a record can break them."""
+"""The overview and the page: what they say, and that nothing in a record can break them."""
 
 import base64
 import io
@@ -10,13 +10,13 @@ import pytest
 from evidence_maker import estimate, make
 from rich.console import Console
 
-from assay.evidence.report import html, plot_svg, table, write_html
+from assay.evidence.report import html, overview, plot_svg, write_html
 from assay.evidence.verdict import summaries
 
 
 def show(records, width=200):
     out = io.StringIO()
-    Console(file=out, width=width).print(table(records))
+    Console(file=out, width=width, highlight=False).print(overview(records))
     return out.getvalue()
 
 
@@ -31,7 +31,15 @@ RECORDS = [
 ]  # fmt: skip
 
 
-def test_the_table_says_claim_against_measured():
+def test_the_overview_breaks_between_words():
+    words = set(show(RECORDS).split())
+    for width in (80, 60):
+        text = show(RECORDS, width)
+        assert max(map(len, text.splitlines())) <= width
+        assert set(text.split()) == words
+
+
+def test_the_overview_says_claim_against_measured():
     text = show(RECORDS)
     for words in (
         "toy/speedup  the paper: 2x, speed-up", "tokens=1024, kind=code", "2x [1.9, 2.1]", "1.2x [1.1, 1.3] vs SDPA",

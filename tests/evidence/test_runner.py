@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import toy_experiments
 
 from assay.errors import InputError, MissingError
-from assay.evidence import place, trial
+from assay.evidence import place, point
 from assay.evidence.runner import plan, verify
 from assay.evidence.store import Store, StoreError
 from assay.evidence.types import Verdict
@@ -274,8 +275,8 @@ def test_nothing_to_verify():
 
 def run_here(monkeypatch, function, *, seed=0, seconds=60.0):
     """A point in this process, of an experiment that is one function."""
-    monkeypatch.setattr(trial, "experiments_of", lambda slug: [Experiment("toy/loss", function, {"smoke": [{}]})])
-    return trial.run_point("toy_experiments", "toy/loss", {}, seed, seconds)
+    monkeypatch.setattr(point, "experiments_of", lambda slug: [Experiment("toy/loss", function, {"smoke": [{}]})])
+    return point.run_point("toy_experiments", "toy/loss", {}, seed, seconds)
 
 
 def test_a_point_is_repeatable(monkeypatch):
@@ -318,6 +319,23 @@ def test_quality_and_details_come_after_the_timing(monkeypatch):
     assert order == ["a", "b", "a", "b", "b", "a", "quality", "details"]
     assert seen["vs_free"] is None
     assert "free" not in seen
+
+
+def test_a_record_says_which_path_its_operators_took(monkeypatch):
+    from assay.methods.core import kernels
+
+    monkeypatch.setattr(kernels, "_ran", Counter())
+    assert "paths" not in run_here(monkeypatch, lambda: Figure(2.0, "nats"))["details"]
+
+    def attends():
+        kernels.ran("some attention", "kernel")
+        return Trial(
+            baseline=lambda: kernels.ran("some attention", "torch"), candidate=int, details={"k": 1}, pairs=2, warmup=1
+        )
+
+    details = run_here(monkeypatch, attends)["details"]
+    assert details["paths"] == {"some attention: kernel": 1, "some attention: torch": 3}
+    assert details["k"] == 1
 
 
 def test_what_is_no_result_is_refused(monkeypatch):

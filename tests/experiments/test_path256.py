@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from assay.evidence import trial
+from assay.evidence import point
 from assay.experiments import experiments_of
 from assay.experiments.mixers import long_convs_path as path
 from assay.methods.core.attention.plan import AttentionPlan, execute
@@ -110,7 +110,7 @@ def test_always_the_same_answer_is_chance(monkeypatch):
 
 def test_the_claim_has_its_experiment_and_it_runs():
     (found,) = [e for e in experiments_of("long_convs") if e.claim == "long_convs/path256-training"]
-    seen = trial.run_point("assay.experiments.mixers.long_convs", found.claim, found.points["smoke"][0], 0, 60.0)
+    seen = point.run_point("assay.experiments.mixers.long_convs", found.claim, found.points["smoke"][0], 0, 60.0)
     assert seen["kind"] == "trial"
     assert seen["quality"]["baseline"] is not None
     assert set(seen["details"]["learned"]) == {"long convolution", "block-sparse", "dense"}

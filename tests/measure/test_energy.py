@@ -7,13 +7,14 @@ import types
 
 import pytest
 
-from assay.measure.energy import Counter, EnergyMeter, available_counters
+from assay.measure import energy
+from assay.measure.energy import Counter, EnergyMeter, available_counters, why_not
 
 
 @pytest.fixture
 def powercap(tmp_path):
     """Two packages, one with DRAM and cores below it, as the kernel lays them out."""
-    for zone, name, energy in [
+    for zone, name, microjoules in [
         ("intel-rapl:0", "package-0", 1_000_000),
         ("intel-rapl:0:0", "core", 5),
         ("intel-rapl:0:1", "dram", 500_000),
@@ -22,7 +23,7 @@ def powercap(tmp_path):
         folder = tmp_path / zone
         folder.mkdir()
         (folder / "name").write_text(f"{name}\n")
-        (folder / "energy_uj").write_text(f"{energy}\n")
+        (folder / "energy_uj").write_text(f"{microjoules}\n")
         (folder / "max_energy_range_uj").write_text("2000000\n")
     return tmp_path
 
@@ -102,3 +103,14 @@ def test_own_counters():
     with EnergyMeter([Counter("meter", lambda: next(ticks))]) as meter:
         pass
     assert meter.joules == 2.0
+
+
+def test_why_there_is_no_counter_and_what_to_do(powercap, tmp_path, monkeypatch):
+    monkeypatch.setattr(energy, "_nvml", list)
+    assert why_not(powercap) == ""
+    for file in powercap.glob("*/energy_uj"):
+        file.write_text("not for you")
+    assert "not readable for this user: sudo chmod a+r" in why_not(powercap)
+    assert "no energy counter here" in why_not(tmp_path / "nothing")
+    monkeypatch.setattr(energy, "_nvml", lambda: [Counter("gpu 0: a GPU", lambda: 1)])
+    assert why_not(tmp_path / "nothing") == ""

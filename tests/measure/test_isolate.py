@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -196,3 +197,30 @@ def test_bad_arguments_are_named(target, limits, error, message):
         run_isolated(target, **limits)
     with pytest.raises(TypeError, match="kwargs"):
         run_isolated("a:b", {"x": object()})
+
+
+def test_a_killed_runs_folder_goes_at_the_next_start_and_a_living_runs_stays(tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+
+    def start(name):
+        file = tmp_path / name
+        code = PARENT.format(here=str(HERE), file=str(file))
+        parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        wait_for(file)
+        return parent
+
+    killed = start("killed")
+    (left,) = scratch.glob("assay-child-*")
+    living = start("living")
+    (kept,) = set(scratch.glob("assay-child-*")) - {left}
+    killed.kill()
+    killed.wait(20)
+    assert left.is_dir()
+    assert run("add", {"a": 1, "b": 2}).ok
+    assert list(scratch.glob("assay-child-*")) == [kept]
+    living.send_signal(signal.SIGINT)
+    living.wait(20)
+    assert list(scratch.glob("assay-child-*")) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 import time
 
 import pytest
@@ -103,7 +104,7 @@ def test_busy_machine_is_judged_by_one_thread(monkeypatch):
     all_threads = dataclasses.replace(KNOWN, cache_bandwidth=dict.fromkeys(blocks, 1e9))
     seen = []
 
-    def rates(here, device, rounds, clock):
+    def rates(here, device, rounds, clock, say):
         seen.append(torch.get_num_threads())
         return all_threads if len(seen) == 1 else one
 
@@ -145,10 +146,24 @@ def test_another_thread_count_is_another_calibration(own_cache, monkeypatch):
     assert len(taken) == 2
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"peak_flops": {}}'])
+WRONG = {
+    "peak_flops": [{}, [], {"float32": "fast"}, {"float32": float("nan")}, {"float32": -1}, {"float32": True}],
+    "matmul_flops": [None, {"float32": 0}],
+    "read_bandwidth": ["x", 0, float("inf"), None],
+    "cache_bandwidth": [{"x": 1.0}, {"1": "y"}],
+}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "[]", '{"peak_flops": {}}', "[" * 10_000]
+    + [json.dumps(KNOWN.as_dict() | {name: value}) for name, values in WRONG.items() for value in values],
+)
 def test_damaged_file_is_measured_again(own_cache, monkeypatch, damage):
-    monkeypatch.setattr(module, "_measure", lambda *a, **k: KNOWN)
+    other = dataclasses.replace(KNOWN, noisy=True)  # what is not measured again is seen by this
+    monkeypatch.setattr(module, "_measure", lambda *a, **k: other)
     calibrate(device="cpu")
+    monkeypatch.setattr(module, "_measure", lambda *a, **k: KNOWN)
     file = next((own_cache / "calibration").glob("*.json"))
     file.write_text(damage)
     assert calibrate(device="cpu") == KNOWN
@@ -181,6 +196,40 @@ def test_bad_arguments_are_named():
         calibrate(device="tpu")
     with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, got 'int3'"):
         KNOWN.peak("int3")
+
+
+def test_a_calibration_says_what_it_does(own_cache, monkeypatch):
+    told = []
+    monkeypatch.setattr(module, "_products", lambda device: [("float32", 1, int)])
+    monkeypatch.setattr(module, "_convolutions", lambda device: [])
+    monkeypatch.setattr(module.OthersWatch, "stop", lambda self: (0.9, True))
+    calibrate(quick=True, device="cpu", say=told.append)
+    rounds = [f"calibrating the machine: round {n} of 2" for n in (1, 2)]
+    assert told == [*rounds, "the machine is busy: calibrating once more, on one thread", *rounds]
+    monkeypatch.setattr(module, "load_average", lambda: 50.0)  # still busy: the figures stand
+    told.clear()
+    calibrate(device="cpu", say=told.append)
+    assert told == []
+
+
+def test_two_processes_do_not_calibrate_at_once(own_cache, monkeypatch):
+    """The second says that it waits, and takes what the first has found."""
+    started, told, results = threading.Event(), [], []
+
+    def slow(*_, **__):
+        started.set()
+        time.sleep(1)
+        return KNOWN
+
+    monkeypatch.setattr(module, "_measure", slow)
+    first = threading.Thread(target=lambda: results.append(calibrate(device="cpu")))
+    first.start()
+    assert started.wait(20)
+    monkeypatch.setattr(module, "_measure", lambda *a, **k: pytest.fail("measured a second time"))
+    assert calibrate(device="cpu", say=told.append) == KNOWN
+    first.join()
+    assert results == [KNOWN]
+    assert told == ["another process is calibrating this machine: waiting for it"]
 
 
 @pytest.mark.gpu

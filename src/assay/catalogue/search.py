@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -31,8 +32,8 @@ class Hit:
     method: str
 
 
-def search(question: str, *, limit: int = 10) -> list[Hit]:
-    """The papers that fit a question best, best first.
+def search(question: str, *, limit: int = 10, say: Callable[[str], None] | None = None) -> list[Hit]:
+    """The papers that fit a question best, best first. `say` is told of the steps that take seconds.
 
     Raises InputError for an empty question or a limit below 1.
     """
@@ -44,6 +45,8 @@ def search(question: str, *, limit: int = 10) -> list[Hit]:
     texts = [document(paper) for paper in known]
     folder = model_folder()
     if folder is not None:
+        if say is not None:
+            say("loading the language model (the first search also embeds the catalogue)")
         scores, method = embed(folder, [question])[0] @ embedded(folder, texts).T, "embedding"
     else:
         scores, method = bm25(question, texts), "bm25"
@@ -78,9 +81,10 @@ def embedded(folder: Path, texts: Sequence[str]) -> np.ndarray:
     key = hashlib.sha256("\0".join([folder.name, *texts]).encode()).hexdigest()[:16]
     path = cache_dir() / "search" / f"{key}.npy"
     if path.is_file():
-        found: np.ndarray = np.load(path, allow_pickle=False)
-        if len(found) == len(texts):
-            return found
+        with contextlib.suppress(ValueError, OSError, EOFError):  # damaged: made again
+            found: np.ndarray = np.load(path, allow_pickle=False)
+            if found.ndim == 2 and len(found) == len(texts):
+                return found
     made = embed(folder, texts)
     with atomic_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, made, allow_pickle=False)

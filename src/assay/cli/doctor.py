@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -24,20 +25,21 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show the machine, the compiled kernels, the clock's self-test and the optional parts."""
-    from assay.cli.output import print_json
+    from assay.cli.output import print_json, saying, wrapped
 
-    document = examine(calibrate)
+    with saying("loading torch") as say:
+        document = examine(calibrate, say)
     if json:
         print_json(document)
         return
     for title, rows in document.items():
         typer.echo(title)
         for name, value in rows.items():
-            typer.echo(f"  {name:28} {value}")
+            typer.echo(wrapped(f"  {name:28} {value}", hang=31))
 
 
-def examine(again: bool = False) -> dict[str, Any]:
-    """The facts `doctor` prints, by section."""
+def examine(again: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """The facts `doctor` prints, by section; `say` is told of each step."""
     from importlib import util
 
     from assay.measure.clock import self_test
@@ -46,12 +48,13 @@ def examine(again: bool = False) -> dict[str, Any]:
     from assay.paths import cache_dir, data_dir
 
     here = machine()
-    limits = calibrate(force=again)
+    limits = calibrate(force=again, say=say)
     compiler = kernels.compiler()
-    built = {
-        name: "ready" if kernels.load(name) else "not built: the torch paths serve; install g++ to have it"
-        for name in kernels.names()
-    }
+    built = {}
+    for name in kernels.names():
+        say(f"loading the kernel {name} (built on first use)")
+        built[name] = _kernel(name)
+    say("testing the clock")
     rates = {f"peak {name}": f"{value / 1e9:,.0f} GOP/s" for name, value in limits.peak_flops.items()}
     rates |= {"read": f"{limits.read_bandwidth / 1e9:.1f} GB/s", "copy": f"{limits.copy_bandwidth / 1e9:.1f} GB/s"}
     parts = {
@@ -67,3 +70,13 @@ def examine(again: bool = False) -> dict[str, Any]:
         "optional parts": parts,
         "folders": {"cache": str(cache_dir()), "data": str(data_dir())},
     }
+
+
+def _kernel(name: str) -> str:
+    """Whether a kernel can be used; one that does not compile is a finding, not the end of the examination."""
+    from assay.methods.core import kernels
+
+    try:
+        return "ready" if kernels.load(name) else "not built: the torch paths serve; install g++ to have it"
+    except (RuntimeError, OSError) as error:
+        return f"broken: {' '.join(str(error).split())[:300]}"

@@ -23,7 +23,7 @@ def list_evidence(
     json: Json = False,
 ) -> None:
     """List records, oldest first."""
-    from assay.cli.output import print_json
+    from assay.cli.output import print_json, wrapped
     from assay.errors import InputError
     from assay.evidence.report import estimate_text, point_text, verdict_text
     from assay.evidence.store import Store
@@ -41,25 +41,12 @@ def list_evidence(
     if not found:
         typer.echo("no evidence; `assay verify SLUG` measures some", err=True)
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None)
-    for column in ("id", "claim", "point", "scale", "measured", "verdict", "on (UTC)"):
-        table.add_column(column, overflow="fold")
     for record in found:
-        cells = (
-            record.id[:8],
-            record.claim,
-            point_text(record.point),
-            record.scale,
-            estimate_text(record.measured, record.unit),
-            verdict_text(record),
-            record.created.strftime("%Y-%m-%d %H:%M"),
-        )
-        table.add_row(*(Text(cell) for cell in cells))
-    Console().print(table)
+        head = f"{record.id[:8]}  {record.claim}, {record.scale}: {verdict_text(record)}"
+        seen = f"{point_text(record.point)}: {estimate_text(record.measured, record.unit)}"
+        taken = f"{record.created:%Y-%m-%d %H:%M} UTC"
+        typer.echo(wrapped(head, hang=10))
+        typer.echo(wrapped(f"          {seen}; {taken}", hang=12))
 
 
 @app.command()
@@ -68,7 +55,7 @@ def show(
     json: Json = False,
 ) -> None:
     """Show one record with everything that was kept of it."""
-    from assay.cli.output import print_json
+    from assay.cli.output import print_json, wrapped
     from assay.evidence.report import estimate_text, figure_text, free_text, point_text, quality_text, verdict_text
     from assay.evidence.store import Store
 
@@ -96,9 +83,9 @@ def show(
         "again": record.command,
     }
     for name, value in lines.items():
-        typer.echo(f"{name:<14} {value}")
+        typer.echo(wrapped(f"{name:<14} {value}", hang=15))
     for name, detail in record.details.items():
-        typer.echo(f"{name:<14} {detail}")
+        typer.echo(wrapped(f"{name:<14} {detail}", hang=15))
 
 
 @app.command()
@@ -110,7 +97,10 @@ def export(
     from assay.cli.output import print_json
     from assay.errors import InputError
     from assay.evidence.store import Store
+    from assay.paths import output_file
 
+    if str(file) != "-":
+        file = output_file(file, "FILE")
     with Store() as store:
         if str(file) == "-":
             if json:
@@ -133,9 +123,10 @@ def import_evidence(
     """Take in records, all or none of them; those known already are left alone."""
     from assay.cli.output import print_json
     from assay.evidence.store import Store
+    from assay.paths import expanded
 
     with Store() as store:
-        done = store.import_jsonl(file)
+        done = store.import_jsonl(expanded(file, "FILE"))
     if json:
         print_json({"added": done.added, "known": done.known, "file": str(file)})
     else:

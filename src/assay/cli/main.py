@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shlex
 import sys
 from typing import Any
+
+INTERRUPTED = 130  # as shells have it for SIGINT
 
 
 def build() -> Any:
@@ -18,7 +22,6 @@ def build() -> Any:
         name="assay",
         help="Make machine-learning workloads cheaper, with proof measured on your own machine.",
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
@@ -28,7 +31,10 @@ def build() -> Any:
     app.add_typer(evidence.app, name="evidence")
 
     @app.callback(invoke_without_command=True)
-    def options(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+    def options(
+        version: bool = typer.Option(False, "--version", help="Print the version and leave."),
+        debug: bool = typer.Option(False, "--debug", help="Show tracebacks; may stand behind any command too."),
+    ) -> None:
         if version:
             from assay import __version__
 
@@ -41,56 +47,103 @@ def build() -> Any:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 not met, 2 bad input, 3 something missing, 130 interrupted.
 
-    An error nobody foresaw gives 70. `--debug` may stand anywhere and shows tracebacks.
+    An error nobody foresaw gives 70. `--debug` may stand anywhere and shows tracebacks. As a program's entry (`arguments` None)
+    nothing is imported from the current folder from here on, and Python's own path is changed for that.
     """
-    import typer
+    if arguments is None:
+        from assay.search_path import leave_current_folder
 
-    from assay.errors import AssayError, MissingError
-
-    # typer carries its own copy of click or uses the installed one, by version: ask it for the class
-    usage_error: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in arguments or os.environ.get("ASSAY_DEBUG") == "1"
-    arguments = [word for word in arguments if word != "--debug"]
-    as_json = "--json" in arguments
+        leave_current_folder()
+        arguments = sys.argv[1:]
+    words = [word for word in arguments if word != "--debug"]
+    debug = len(words) < len(arguments) or os.environ.get("ASSAY_DEBUG") == "1"
+    as_json = "--json" in words
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "--allow-download" not in words:  # the bars of loading would lie over our own, and fill a log with lines
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        result = build()(args=arguments, prog_name="assay", standalone_mode=False)
-        code = result if isinstance(result, int) else 0
-    except typer.Exit as stop:
-        code = stop.exit_code
-    except usage_error as error:
-        error.show()
-        code = 2
-    except (KeyboardInterrupt, typer.Abort):
-        code = _report("interrupted; what was measured so far is kept, `--resume` goes on from there", 130, as_json)
-    except AssayError as error:
-        if debug:
-            raise
-        code = _report(str(error), error.exit_code, as_json)
-    except ModuleNotFoundError as error:
-        if debug:
-            raise
-        missing = MissingError(f"the package {error.name!r} is needed here: pip install {error.name}")
-        code = _report(str(missing), missing.exit_code, as_json)
+        code = _run(words)
+        sys.stdout.flush()  # here, so that a full disk is reported like any other error
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_stdout_up()
         code = 0
-    except OSError as error:
-        if debug:
-            raise
-        code = _report(f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 2, as_json)
     except Exception as error:
-        if debug:
+        if debug and not _is_usage(error):
             raise
-        text = " ".join(str(error).split())[:500]
-        code = _report(f"{type(error).__name__}: {text} (this is a bug in assay; --debug shows where)", 70, as_json)
+        text, code = _explained(error)
+        code = _report(text, code, as_json)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+        _report(_interrupted(words, ""), code, as_json)
+    else:
+        if code == INTERRUPTED:  # typer makes this of Ctrl-C, and says nothing
+            _report(_interrupted(words, ""), code, as_json)
     return code
+
+
+def _run(words: list[str]) -> int:
+    from assay.errors import InterruptedRun
+
+    try:
+        result = build()(args=words, prog_name="assay", standalone_mode=False)
+    except InterruptedRun as stop:
+        raise InterruptedRun(_interrupted(words, str(stop))) from stop
+    except Exception as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # `assay` and `assay evidence` alone: the help is the answer
+            error.show()  # type: ignore[attr-defined]
+            return 2
+        raise
+    return result if isinstance(result, int) else 0
+
+
+def _is_usage(error: BaseException) -> bool:
+    """An unknown option or the like. typer carries its own copy of click or uses the installed one, by version."""
+    return any(kind.__name__ == "ClickException" for kind in type(error).__mro__)
+
+
+def _explained(error: Exception) -> tuple[str, int]:
+    """One line for the user, and the exit code."""
+    from assay.errors import AssayError
+
+    text = " ".join(str(error).split())
+    if _is_usage(error):
+        return f"{error.format_message()} (`--help` lists what there is)", 2  # type: ignore[attr-defined]
+    if isinstance(error, AssayError):
+        return str(error), error.exit_code
+    if isinstance(error, ModuleNotFoundError):
+        return f"the package {error.name!r} is needed here: pip install {error.name}", 3
+    # torch, safetensors, SQLite and g++ report a full disk by errors of their own
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
+        where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        hint = "make room there, or choose another place (-o, TMPDIR, ASSAY_CACHE_DIR, ASSAY_DATA_DIR)"
+        return f"the disk is full{where}: {hint}; nothing was left half written", 2
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename or ''}".rstrip(": "), 2
+    if isinstance(error, RuntimeError) and "home directory" in text:  # Path.expanduser
+        return f"{text}: no home folder is known for the user after `~` in a path", 2
+    return f"{type(error).__name__}: {text[:500]} (this is a bug in assay; --debug shows where)", 70
+
+
+def _interrupted(words: list[str], kept: str) -> str:
+    """What is said after Ctrl-C: what is kept, and the command that goes on."""
+    if not words or words[0] not in ("verify", "tune"):
+        return "interrupted; nothing was left half written"
+    again = words if "--resume" in words else [*words, "--resume"]
+    return f"interrupted; {kept or 'what was measured so far is kept'}; go on with: assay {shlex.join(again)}"
 
 
 def _report(text: str, code: int, as_json: bool) -> int:
     print(f"assay: {text}", file=sys.stderr)
-    if as_json:
-        print(json.dumps({"error": text, "exit_code": code}))
+    try:
+        if as_json:
+            print(json.dumps({"error": text, "exit_code": code}))
+        sys.stdout.flush()
+    except OSError:  # nobody reads it, or it is what is full
+        _give_stdout_up()
     return code
+
+
+def _give_stdout_up() -> None:
+    """What is still to be written goes nowhere, so that Python does not complain of it when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

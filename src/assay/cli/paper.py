@@ -14,7 +14,7 @@ def paper(
 ) -> None:
     """Show a paper: its claims, what was seen of them, and how to import it."""
     from assay.catalogue import get
-    from assay.cli.output import print_json
+    from assay.cli.output import print_json, wrapped
 
     found = get(slug)
     seen = latest_verdicts(slug)
@@ -22,17 +22,19 @@ def paper(
         print_json({**dataclasses.asdict(found), "status": found.status, "module": found.module, "evidence": seen})
         return
     where = f"arXiv {found.arxiv}" if found.arxiv else "no arXiv id"
+    facts = f"{found.slug}, no. {found.number}, {found.family}, {found.year or 'year unknown'}, {where}"
+    typer.echo(f"{wrapped(found.title)}\n{wrapped(facts)}")
     typer.echo(
-        f"{found.title}\n{found.slug}, no. {found.number}, {found.family}, {found.year or 'year unknown'}, {where}"
+        f"code     {found.code or 'none known'}\nsaves    {', '.join(found.saves)}\n\n{wrapped(found.summary)}\n\nclaims"
     )
-    typer.echo(f"code     {found.code or 'none known'}\nsaves    {', '.join(found.saves)}\n\n{found.summary}\n\nclaims")
     for claim in found.claims:
         value = "direction only" if claim.value is None else f"{claim.value:g} {claim.unit}".strip()
-        typer.echo(f"  {claim.id}: {claim.metric}: {value}, against {claim.baseline or 'nothing stated'}")
+        against = claim.baseline or "nothing stated"
+        typer.echo(wrapped(f"  {claim.id}: {claim.metric}: {value}, against {against}", hang=4))
         if claim.conditions:
-            typer.echo(f"    {claim.conditions}")
+            typer.echo(wrapped(f"    {claim.conditions}", hang=4))
         for row in (row for row in seen if row["claim"] == claim.id):
-            typer.echo(f"    seen: {row['verdict']} ({row['scale']}): {row['reason']}")
+            typer.echo(wrapped(f"    seen: {row['verdict']} ({row['scale']}): {row['reason']}", hang=6))
     if found.status == "works":
         typer.echo(f"\nimport   from {found.module.rsplit('.', 1)[0]} import {found.slug}")
         typer.echo(f"verify   assay verify {found.slug}")
@@ -45,7 +47,8 @@ def latest_verdicts(slug: str) -> list[dict[str, Any]]:
     from assay.evidence.store import Store
     from assay.evidence.verdict import summaries
 
-    rows = summaries(Store().records(slug=slug))
+    with Store() as store:
+        rows = summaries(store.records(slug=slug))
     return [
         {"claim": r.claim, "verdict": str(r.verdict or "failed"), "scale": r.deciding.scale, "reason": r.reason}
         for r in rows

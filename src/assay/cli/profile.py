@@ -74,23 +74,20 @@ def profile(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show where the time and the bytes of MODEL go, against what this machine could do, and fit its runtime model T(p, o)."""
-    from rich.console import Console
-
-    from assay.cli.output import print_json
+    from assay.cli.output import print_json, saying
     from assay.errors import InputError
+    from assay.paths import output_file
 
     for name, value in (("--prompt-tokens", prompt_tokens), ("--new-tokens", new_tokens)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    for option, path in (("--html", html), ("--png", png)):
-        if path is not None and path.is_dir():
-            raise InputError(f"{option} must name a file, {path} is a folder")
+    html = None if html is None else output_file(html, "--html")
+    png = None if png is None else output_file(png, "--png")
 
-    console = Console(stderr=True)
-    with console.status("loading the model") as status:
-        measured, runtime = examine(model, prompt_tokens, new_tokens, status.update)
+    with saying("loading the model") as say:
+        measured, runtime = examine(model, prompt_tokens, new_tokens, say)
         if html is not None:
-            status.update("drawing")
+            say("drawing")
             write_page(model, measured, runtime, html)
         if png is not None:
             write_png(measured, png)
@@ -125,8 +122,7 @@ def examine(
             f"--prompt-tokens {prompt_tokens} and --new-tokens {new_tokens} need {prompt_tokens + new_tokens} positions, "
             f"the model has {longest}"
         )
-    say("calibrating the machine")
-    limits = calibrate(device="cpu")
+    limits = calibrate(device="cpu", say=say)
     say("timing the modules")
     measured = profile_model(model, long_prompt(loaded.tokenizer, prompt_tokens), new_tokens, calibration=limits)
 
@@ -136,7 +132,12 @@ def examine(
         model, make_prompt=lambda p: long_prompt(loaded.tokenizer, p, seed=next(seeds))
     )
     prompts, outputs = grid(prompt_tokens, new_tokens)
-    fitted = idealized_runtime.profile(run, prompt_tokens=prompts, output_tokens=outputs, repeats=2)
+
+    def told(prompt: int, output: int) -> Any:
+        say(f"fitting the runtime model: {prompt} prompt tokens, {output} new ones")
+        return run(prompt, output)
+
+    fitted = idealized_runtime.profile(told, prompt_tokens=prompts, output_tokens=outputs, repeats=2)
     runtime: dict[str, Any] = json.loads(fitted.to_json())
     runtime["predicted"] = [
         {"prompt_tokens": p, "output_tokens": o, "seconds": fitted.predict(p, o)} for p in prompts for o in outputs

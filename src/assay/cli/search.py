@@ -13,13 +13,19 @@ def search(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Find the papers that fit a question."""
-    from assay.catalogue.search import search as find
-    from assay.cli.output import print_json
+    from assay.cli.output import print_json, saying, width, wrapped
 
-    hits = find(question, limit=limit)
+    with saying("searching the catalogue") as say:
+        from assay.catalogue.search import search as find
+
+        hits = find(question, limit=limit, say=say)
     if json:
         keys = ("slug", "title", "family", "status")
         print_json([{**{k: getattr(h.paper, k) for k in keys}, "score": h.score, "method": h.method} for h in hits])
         return
     for hit in hits:
-        typer.echo(f"{hit.score:6.2f}  {hit.paper.slug:30} {hit.paper.status:8} {hit.paper.summary}")
+        if width() is None:
+            typer.echo(f"{hit.score:6.2f}  {hit.paper.slug:30} {hit.paper.status:8} {hit.paper.summary}")
+        else:
+            typer.echo(f"{hit.score:6.2f}  {hit.paper.slug:30} {hit.paper.status}")
+            typer.echo(wrapped(f"        {hit.paper.summary}", hang=8))

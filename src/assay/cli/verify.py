@@ -15,6 +15,7 @@ import typer
 if TYPE_CHECKING:
     from assay.evidence.record import Evidence
     from assay.evidence.runner import Plan
+    from assay.evidence.runner import Progress as Step
 
 
 def verify(
@@ -26,7 +27,9 @@ def verify(
     scale: Annotated[
         str, typer.Option(help="smoke (seconds a point), small (minutes) or full (hours, or a GPU).")
     ] = "small",
-    resume: Annotated[bool, typer.Option("--resume", help="Skip points that are recorded already.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Measure only points that failed or are not recorded yet.")
+    ] = False,
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Measure on a Ray cluster; `local` starts one.")
     ] = None,
@@ -40,17 +43,22 @@ def verify(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure the claims of papers and judge them."""
-    from assay.cli.output import print_json
+    from assay.cli.output import print_json, saying, width
     from assay.errors import InputError, MissingError
-    from assay.evidence.report import table, write_html
+    from assay.evidence.report import overview, write_html
     from assay.evidence.runner import plan
-    from assay.evidence.store import StoreError, merge_jsonl
+    from assay.evidence.store import StoreError, merge_jsonl, read_jsonl
     from assay.evidence.verdict import summaries
+    from assay.paths import output_file
 
     if bool(slugs) + (family is not None) + all != 1:
         raise InputError("name one or more papers, or give --family FAMILY, or --all: one of the three")
+    html = None if html is None else output_file(html, "--html")
+    if jsonl is not None and (jsonl := output_file(jsonl, "--jsonl")).exists():
+        read_jsonl(jsonl)  # what is no evidence cannot be added to: told now, not after the measuring
     chosen = list(slugs or _slugs_of(family))
-    todo = plan(chosen, scale)  # type: ignore[arg-type]
+    with saying("loading the experiments"):
+        todo = plan(chosen, scale)  # type: ignore[arg-type]
     if not todo.jobs:
         raise MissingError(f"nothing to measure: {_reasons(todo, 5)}")
     if todo.unavailable:
@@ -74,7 +82,7 @@ def verify(
     else:
         from rich.console import Console
 
-        Console().print(table(records))
+        Console(highlight=False, width=width() or 100_000).print(overview(records))  # lines of a pipe are not broken
 
     unmet = [claim.claim for claim in claims if not claim.met and claim.verdict != "needs other hardware"]
     if unsaved is not None:
@@ -101,30 +109,68 @@ def _reasons(todo: Plan, most: int) -> str:
 
 
 def _run(slugs: list[str], scale: str, resume: bool, ray: str | None, records: list[Evidence]) -> None:
-    """Measure with a progress bar on stderr, filling `records` in the order of the plan."""
+    """Measure, filling `records` in the order of the plan, and say on stderr what came of each point and how long the rest takes.
+
+    Raises InterruptedRun, saying how many points are recorded, when Ctrl-C ends it.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from assay.evidence.report import point_text, verdict_text
-    from assay.evidence.runner import Progress as Step
+    from assay.errors import InterruptedRun
+    from assay.evidence.report import point_text
     from assay.evidence.runner import verify as measure
 
     console = Console(stderr=True)
     columns = (BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=console, transient=True) as bar:
+    total = 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
 
         def show(step: Step) -> None:
+            nonlocal total
+            total = step.total
             where = f"{step.job.claim} {point_text(step.job.point)}"
             bar.update(task, description=where, completed=step.done, total=step.total)
-            if step.record is not None:
+            if step.record is None:
+                line = f"[{step.done + 1}/{step.total}] {where}: measuring, at most {duration(step.job.seconds)}"
+                if console.is_terminal:
+                    return  # the bar shows it
+            else:
                 records.append(step.record)
-                if not console.is_terminal:
-                    again = " (recorded before)" if step.resumed else ""
-                    line = f"[{step.done}/{step.total}] {where}: {verdict_text(step.record)}{again}"
-                    console.print(line, highlight=False, markup=False, soft_wrap=True)
+                line = f"[{step.done}/{step.total}] {where}: {_result(step)}{_left(records, step.total - step.done)}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-        records[:] = measure(slugs, scale=scale, resume=resume, ray_address=ray, progress=show)  # type: ignore[arg-type]
+        try:
+            records[:] = measure(slugs, scale=scale, resume=resume, ray_address=ray, progress=show)  # type: ignore[arg-type]
+        except KeyboardInterrupt:
+            raise InterruptedRun(f"{len(records)} of {total or 'the'} points are recorded") from None
+
+
+def _result(step: Step) -> str:
+    """What came of a point, in one line."""
+    from assay.evidence.report import estimate_text, verdict_text
+
+    record = step.record
+    assert record is not None
+    figure = estimate_text(record.measured, record.unit) if record.measured is not None else record.error
+    seen = f"{verdict_text(record)}{f', {figure}' if figure else ''}"
+    return f"{seen} (recorded before)" if step.resumed else f"{seen}, took {duration(record.seconds)}"
+
+
+def _left(records: list[Evidence], points: int) -> str:
+    """How long the rest will take if its points are like those measured; nothing when there is no rest."""
+    taken = [record.seconds for record in records if record.seconds > 0]
+    if not points or not taken:
+        return ""
+    return f"; about {duration(points * sum(taken) / len(taken))} left"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `1 h 5 min`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _document(records: list[Evidence], todo: Plan, scale: str) -> dict[str, Any]:

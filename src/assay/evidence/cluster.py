@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from assay.errors import InputError, MissingError
 from assay.evidence.jobs import Job, Outcome, measure
 from assay.evidence.place import Place, here
+from assay.paths import scratch_dir
+from assay.search_path import environment
 
 
 class RayCluster:
     """The cluster at `address`: "local" starts one on this machine, "auto" finds the running one, else HOST:PORT or ray://...
 
-    Raises MissingError without Ray and InputError when nothing answers at the address.
+    Raises MissingError without Ray and InputError when nothing answers at the address or assay cannot be run there.
     """
 
     def __init__(self, address: str) -> None:
@@ -26,18 +30,23 @@ class RayCluster:
         except ImportError:
             raise MissingError("--ray needs Ray: pip install 'assay[ray]'") from None
         self._ray: Any = ray
+        self._folder = contextlib.ExitStack()
         self._ours = not ray.is_initialized()
         if self._ours:
             options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
             try:
                 _knock(address)
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+                with _in_a_folder_of_ours(self._folder):
+                    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
             except Exception as error:  # Ray's own kinds of error have no common root
-                first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                raise InputError(f"--ray {address}: cannot reach a Ray cluster there: {first}") from error
+                self._folder.close()
+                raise InputError(f"--ray {address}: cannot reach a Ray cluster there: {_first_line(error)}") from error
         try:
             self._nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
             self.places: list[Place] = ray.get([self._task(node, _where).remote() for node in self._nodes])
+        except ray.exceptions.RayError as error:
+            self.__exit__()
+            raise InputError(f"--ray {address}: assay does not run on its machines: {_first_line(error)}") from error
         except BaseException:
             self.__exit__()
             raise
@@ -48,6 +57,7 @@ class RayCluster:
     def __exit__(self, *_: object) -> None:
         if self._ours:
             self._ray.shutdown()
+        self._folder.close()
 
     def run(self, jobs: list[tuple[int, Job]], started: Callable[[Job], None]) -> Iterator[tuple[int, Job, Outcome]]:
         """Yield each job's outcome as it comes; a machine that is lost makes its point "failed"."""
@@ -71,8 +81,9 @@ class RayCluster:
                 outcome = self._ray.get(done)
                 free.append(node)
             except self._ray.exceptions.RayError as error:
-                first = str(error).strip().splitlines()[0]
-                outcome = Outcome(self.places[node], "failed", f"the machine or its worker was lost: {first}")
+                outcome = Outcome(
+                    self.places[node], "failed", f"the machine or its worker was lost: {_first_line(error)}"
+                )
                 if self._is_alive(node):
                     free.append(node)
                 else:
@@ -105,6 +116,29 @@ class RayCluster:
     def _is_alive(self, node: int) -> bool:
         wanted = self._nodes[node]["NodeID"]
         return any(other["NodeID"] == wanted and other["Alive"] for other in self._ray.nodes())
+
+
+@contextlib.contextmanager
+def _in_a_folder_of_ours(kept: contextlib.ExitStack) -> Iterator[None]:
+    """Ray starts its processes in the current folder and puts it on its workers' search path: let it be an empty one.
+
+    The folder lasts as long as `kept`; in the end this process is back where it was, with the environment it had.
+    """
+    empty = kept.enter_context(scratch_dir(tempfile.gettempdir(), "assay-ray-"))
+    before, given = os.getcwd(), dict(os.environ)
+    os.environ.update(environment(given))  # made while relative entries still mean what they did
+    os.chdir(empty)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+        for name in ("PYTHONSAFEPATH", "PYTHONPATH"):
+            os.environ.pop(name, None)
+        os.environ.update({name: given[name] for name in ("PYTHONSAFEPATH", "PYTHONPATH") if name in given})
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _knock(address: str) -> None:

@@ -46,7 +46,7 @@ def measure(job: Job) -> Outcome:
     if lacks := lacking(job.needs):
         return Outcome(here(), "ok", needs=tuple(lacks))
     result = run_isolated(
-        "assay.evidence.trial:run_point",
+        "assay.evidence.point:run_point",
         {"module": job.module, "claim": job.claim, "point": job.point, "seed": job.seed, "seconds": job.seconds},
         timeout_s=job.seconds,
         memory_bytes=job.memory_bytes,

@@ -110,8 +110,10 @@ def parse(text: str, where: str = "the record") -> Evidence:
     """Read one record from its JSON. Raises InputError, one line that begins with `where`."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except ValueError as error:  # also a number of more digits than Python reads
         raise InputError(f"{where}: not JSON ({error})") from None
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply for a record") from None
     if not isinstance(value, dict):
         raise InputError(f"{where}: must be a JSON object, got {type(value).__name__}")
     version = value.get("schema_version", SCHEMA)
@@ -121,8 +123,10 @@ def parse(text: str, where: str = "the record") -> Evidence:
         )
     try:
         return Evidence.model_validate_json(text)
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply for a record") from None
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{where}: {f'{field}: ' if field else ''}{first['msg']}") from None
 

@@ -75,13 +75,16 @@ def verdict_text(record: Evidence) -> str:
     return text + (" *" if record.noisy else "")
 
 
-def table(records: Sequence[Evidence]) -> Group:
-    """Claim against measured, for rich to print: per claim its verdict and why, and a row for each point."""
+def overview(records: Sequence[Evidence]) -> Group:
+    """Claim against measured, for rich to print: per claim its verdict and why, and a few words on each point.
+
+    Text alone, no columns: it breaks between words however narrow the terminal is.
+    """
     from rich.console import Group
-    from rich.table import Table
+    from rich.padding import Padding
     from rich.text import Text
 
-    parts: list[Text | Table] = []
+    parts: list[Text | Padding] = []
     for summary in summaries(records):
         deciding = summary.deciding
         verdict = summary.verdict.value if summary.verdict is not None else deciding.status
@@ -89,19 +92,12 @@ def table(records: Sequence[Evidence]) -> Group:
         style = STYLES[summary.verdict] if summary.verdict is not None else "bold red"
         parts.append(Text.assemble((summary.claim, "bold"), f"  the paper: {paper}, {deciding.metric}"))
         parts.append(Text.assemble((verdict, style), f": {summary.reason}"))
-        points = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        for column in ("point", "measured here", "free baseline", "quality", "verdict"):
-            points.add_column(column, overflow="fold")
         for point in summary.points:
-            cells = (
-                point_text(point.point),
-                estimate_text(point.measured, point.unit),
-                free_text(point),
-                quality_text(point),
-                verdict_text(point),
-            )
-            points.add_row(*(Text(cell) for cell in cells), style="" if point is deciding else "dim")
-        parts += [points, Text()]
+            seen = f"{point_text(point.point)}: {estimate_text(point.measured, point.unit)}; {verdict_text(point)}"
+            more = [text for text in (free_text(point), quality_text(point)) if text != "-"]
+            style = "" if point is deciding else "dim"
+            parts += [Padding(Text("; ".join([seen, *more]), style=style), (0, 0, 0, 4), expand=False)]
+        parts.append(Text())
     if any(record.noisy for record in records):
         parts.append(Text("* measured while the machine was busy with other things"))
     return Group(*parts)

@@ -123,9 +123,10 @@ def verify(
 
     Each point runs in a process of its own under its experiment's time and memory limits, and its record is in the store
     (default: `Store()`) before the next begins: an interruption loses only the point it hits. With `resume` a point is not
-    measured again, whatever came of it, if the store has it from the same machine, version and commit of assay, scale and
-    seed; its record is returned instead. With `ray_address` the points go to a Ray cluster, one at a time to each of its
-    machines ("local" starts one here, "auto" finds the running one); assay must be installed on all of them.
+    measured again if the store has a record of it that did not fail, from the same machine, version and commit of assay, scale
+    and seed; that record is returned instead. What failed is tried again: its limits may be others today. With `ray_address`
+    the points go to a Ray cluster, one at a time to each of its machines ("local" starts one here, "auto" finds the running
+    one); assay must be installed on all of them.
 
     Raises InputError and MissingError as `plan` does and when nothing that was named can be measured; MissingError when Ray is
     wanted and missing; StoreError before the first point when the store cannot be written, and after the last one when it
@@ -185,11 +186,11 @@ def _verify(
 
 
 def _recorded(todo: Plan, store: Store) -> dict[tuple[Any, ...], Evidence]:
-    """What the store has of the plan's claims; of a point measured twice the newest."""
+    """What the store has of the plan's claims and did not fail; of a point measured twice the newest."""
     return {
         (r.claim, point_key(r.point), r.scale, r.seed, r.fingerprint, r.assay_version, r.commit): r
         for claim in dict.fromkeys(job.claim for job in todo.jobs)
-        for r in store.records(claim=claim)
+        for r in store.records(claim=claim, status="ok")
     }
 
 

@@ -1,4 +1,7 @@
-"""The child process of `assay.measure.isolate`: reads call.json in the folder it is given, writes reply.json there."""
+"""The child process of `assay.measure.isolate`: reads call.json in the folder it is given, writes reply.json there.
+
+Run as a file: until it has its search path it imports the standard library alone.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ def main(folder: Path) -> None:
     faulthandler.enable()
     call = json.loads((folder / "call.json").read_text())
     die_with(call["parent"])
-    sys.path[:0] = [entry for entry in call["path"] if entry not in sys.path]
+    sys.path[:] = call["path"] + [entry for entry in sys.path if entry not in call["path"]]
+    if call["folder"] is not None:
+        os.chdir(call["folder"])  # relative paths mean what they mean to the caller; modules are never looked for here
     reply: dict[str, Any] = {"status": "ok", "value": None, "error": "", "traceback": ""}
     try:
         module, name = call["target"].split(":")

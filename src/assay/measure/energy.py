@@ -64,6 +64,16 @@ def available_counters(powercap: Path = POWERCAP) -> list[Counter]:
     return [*_rapl(powercap), *_nvml()]
 
 
+def why_not(powercap: Path = POWERCAP) -> str:
+    """Why energy cannot be measured here, in one line that says what to do; "" where it can. Takes milliseconds."""
+    if available_counters(powercap):
+        return ""
+    zones = list(powercap.glob("intel-rapl:*/energy_uj"))
+    if zones:
+        return f"energy counters are there, but not readable for this user: sudo chmod a+r {powercap}/intel-rapl:*/energy_uj"
+    return "no energy counter here: neither RAPL (hidden in most virtual machines) nor an NVIDIA GPU that counts"
+
+
 def _rapl(powercap: Path) -> list[Counter]:
     """Packages and their DRAM. A package already includes its cores and graphics, so those are left out."""
     found = []

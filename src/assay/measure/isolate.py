@@ -22,6 +22,11 @@ from typing import IO, Any, Literal
 
 import psutil
 
+from assay.paths import scratch_dir
+from assay.search_path import environment as safe_environment
+from assay.search_path import without_current_folder
+
+CHILD = str(Path(__file__).with_name("child.py"))
 POLL_SECONDS = 0.05
 FAMILY_SECONDS = 0.5  # how often new grandchildren are looked for: that scans every process of the machine
 
@@ -64,7 +69,8 @@ def run_isolated(
 ) -> ChildResult:
     """Call `target` ("module:function", keyword arguments `kwargs`) in a fresh interpreter and wait for it.
 
-    The child sees this process's module search path and working directory, and `environment` on top of this process's. It is
+    The child sees this process's module search path less the current folder (nothing that lies beside the user's files is ever
+    imported; see `assay.search_path`), its working directory, and `environment` on top of this process's. It is
     killed with everything it started when `timeout_s` has passed, when the resident memory of the whole family exceeds
     `memory_bytes` (looked at every 50 ms; pages shared within the family count more than once), when this process is
     interrupted, and (on Linux) when this process dies. A crash, an exception, a result that is not JSON and an early exit are
@@ -82,10 +88,14 @@ def run_isolated(
     except (TypeError, ValueError) as error:
         raise TypeError(f"kwargs must be JSON: {error}") from None
 
-    with tempfile.TemporaryDirectory(prefix="assay-child-") as name:
-        folder = Path(name)
-        path = [entry or os.getcwd() for entry in sys.path]
-        call = {"target": target, "kwargs": json.loads(arguments), "path": path, "parent": os.getpid()}
+    with scratch_dir(tempfile.gettempdir(), "assay-child-") as folder:
+        call = {
+            "target": target,
+            "kwargs": json.loads(arguments),
+            "path": without_current_folder(sys.path),
+            "folder": _current_folder(),
+            "parent": os.getpid(),
+        }
         (folder / "call.json").write_text(json.dumps(call))
         with (folder / "output").open("wb") as output:
             start = time.perf_counter()
@@ -98,13 +108,21 @@ def run_isolated(
         return _result(folder, child, family, ended, seconds, _kernel_kills() > kills)
 
 
-def _start(folder: Path, output: IO[bytes], environment: Mapping[str, str] | None) -> subprocess.Popen[bytes]:
+def _current_folder() -> str | None:
+    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+        return os.getcwd()
+    return None
+
+
+def _start(folder: Path, output: IO[bytes], extra: Mapping[str, str] | None) -> subprocess.Popen[bytes]:
+    """Started as a file, in a folder of ours and with -P, so that not even its first imports can come from the user's folder."""
     return subprocess.Popen(
-        [sys.executable, "-m", "assay.measure.child", str(folder)],
+        [sys.executable, "-P", CHILD, str(folder)],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **(environment or {})},
+        cwd=folder,
+        env=safe_environment({**os.environ, **(extra or {})}),
         start_new_session=True,  # a process group of its own: it can be killed whole, and Ctrl-C reaches only us
     )
 

@@ -6,6 +6,7 @@ several shapes), never a data sheet's.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -15,13 +16,15 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import filelock
 import psutil
 
+from assay.checks import number
 from assay.measure.clock import OthersWatch, load_average, synchronize
 from assay.paths import atomic_file, cache_dir
 
@@ -154,7 +157,9 @@ def machine() -> Machine:
     )
 
 
-def calibrate(force: bool = False, quick: bool = False, device: str | None = None) -> Calibration:
+def calibrate(
+    force: bool = False, quick: bool = False, device: str | None = None, say: Callable[[str], None] | None = None
+) -> Calibration:
     """Peak operations a second per dtype and memory bandwidth, from the cache if this machine was measured before.
 
     A cache entry is for one machine, torch version, device and thread count. `force` measures again and keeps the better of the
@@ -162,12 +167,14 @@ def calibrate(force: bool = False, quick: bool = False, device: str | None = Non
     machine the figures are marked `noisy` and are those of one thread, by its own processor time (arithmetic and caches times
     the threads), where that is more than all threads reached; such an entry is measured again, and replaced, once the machine
     is idle.
-    `device` is "cpu" or "cuda"; None takes CUDA where there is one.
+    `device` is "cpu" or "cuda"; None takes CUDA where there is one. `say` is told what goes on, if anything is to be measured.
+    Two processes do not measure at once, which would spoil both: the second waits, and takes what the first has found.
 
     Raises ValueError for an unknown device.
     """
     import torch
 
+    say = say or _quiet
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
@@ -178,27 +185,52 @@ def calibrate(force: bool = False, quick: bool = False, device: str | None = Non
     idle = here.load < 0.25 * here.cores
     if known is not None and not force and not (known.noisy and idle):
         return known
-    found = _measure(here, device, rounds=2 if quick else 8)
-    if known is not None and known.noisy == found.noisy:
-        found = _better(known, found)
-    elif known is not None and found.noisy:
-        found = known
-    with atomic_file(file) as temporary:
-        temporary.write_text(json.dumps(found.as_dict(), indent=1))
+    with _alone(file, say):
+        meanwhile = _load(file)
+        if meanwhile is not None and meanwhile != known:
+            return meanwhile
+        found = _measure(here, device, rounds=2 if quick else 8, say=say)
+        if known is not None and known.noisy == found.noisy:
+            found = _better(known, found)
+        elif known is not None and found.noisy:
+            found = known
+        with atomic_file(file) as temporary:
+            temporary.write_text(json.dumps(found.as_dict(), indent=1))
     return found
 
 
-def _measure(here: Machine, device: str, rounds: int) -> Calibration:
+def _quiet(_: str) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def _alone(file: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of a calibration; it ends with the process that holds it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(file.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        say("another process is calibrating this machine: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _measure(here: Machine, device: str, rounds: int, say: Callable[[str], None] = _quiet) -> Calibration:
     """All rates; on a busy machine with a second look that does not depend on getting all cores at once."""
     import torch
 
     watch = OthersWatch()
-    found = _rates(here, device, rounds, time.perf_counter)
+    found = _rates(here, device, rounds, time.perf_counter, say)
     noisy = watch.stop()[1]
     if noisy and device == "cpu":
+        say("the machine is busy: calibrating once more, on one thread")
         torch.set_num_threads(1)
         try:
-            found = _better(_of_all_threads(_rates(here, device, rounds, time.thread_time), here.threads), found)
+            found = _better(_of_all_threads(_rates(here, device, rounds, time.thread_time, say), here.threads), found)
         finally:
             torch.set_num_threads(here.threads)
     return dataclasses.replace(found, noisy=noisy)
@@ -216,7 +248,9 @@ def _of_all_threads(one: Calibration, threads: int) -> Calibration:
     )
 
 
-def _rates(here: Machine, device: str, rounds: int, clock: Callable[[], float]) -> Calibration:
+def _rates(
+    here: Machine, device: str, rounds: int, clock: Callable[[], float], say: Callable[[str], None] = _quiet
+) -> Calibration:
     """The best of several rounds over all cases, so that a short disturbance spoils none of them for good."""
     import torch
 
@@ -235,6 +269,7 @@ def _rates(here: Machine, device: str, rounds: int, clock: Callable[[], float]) 
         for done in range(rounds):
             if done >= 2 and time.perf_counter() - begin > LONGEST:
                 break
+            say(f"calibrating the machine: round {done + 1} of {rounds}")
             for rates, name, operations, run in cases:
                 rates[name] = max(rates.get(name, 0.0), operations / _seconds(run, clock))
             read = max(read, size / _seconds(source.sum, clock), size / _seconds(source.amax, clock))
@@ -341,9 +376,13 @@ def _load(file: Path) -> Calibration | None:
     """The stored calibration; None if there is none or it cannot be read (then it is measured again)."""
     try:
         values = json.loads(file.read_text())
-        values["cache_bandwidth"] = {int(n): float(rate) for n, rate in values["cache_bandwidth"].items()}
-        return Calibration(**values)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        for name in ("peak_flops", "matmul_flops", "cache_bandwidth"):
+            values[name] = {key: number(name, rate, above=0) for key, rate in values[name].items()}
+        for name in ("read_bandwidth", "copy_bandwidth"):
+            values[name] = number(name, values[name], above=0)
+        values["cache_bandwidth"] = {int(n): rate for n, rate in values["cache_bandwidth"].items()}
+        return Calibration(**values) if values["peak_flops"] else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 

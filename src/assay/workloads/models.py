@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from assay.errors import AssayError, InputError, MissingError
-from assay.paths import atomic_dir, cache_dir
+from assay.paths import atomic_dir, cache_dir, expanded
 from assay.workloads.files import GgufHeader, Stored, check_folder, check_gguf, safetensors_shapes, weight_files
 from assay.workloads.gguf_models import read_plan, read_tokenizer, read_weights
 
@@ -253,10 +253,7 @@ def find_model(source: str | Path, allow_download: bool = False) -> Path:
         raise InputError(f"a model is a folder, a .gguf file, a hub id or a bundled name, got {source!r}")
     if source in _BUNDLES:
         return _bundle_file(str(source))
-    try:
-        path = Path(source).expanduser()
-    except RuntimeError as error:  # ~nobody
-        raise InputError(f"{str(source)[:200]!r}: {_in_a_line(error)}") from None
+    path = expanded(source, "MODEL")
     try:
         if path.is_dir() or (path.is_file() and path.suffix.lower() == ".gguf"):
             return path.absolute()

@@ -12,6 +12,7 @@ from assay.evidence.types import plain
 from assay.experiments import Figure, Quality, Trial, experiments_of
 from assay.measure.clock import OthersWatch, compare_many, load_average
 from assay.measure.stats import Interval, positive_median
+from assay.methods.core import kernels
 
 TIMING_SHARE = (
     0.6  # of what is left of the time limit once the trial is built; the rest is for its quality and its details
@@ -21,7 +22,8 @@ TIMING_SHARE = (
 def run_point(module: str, claim: str, point: dict[str, Any], seed: int, seconds: float) -> dict[str, Any]:
     """Run the experiment of `claim`, found in `module`, at one point; `seconds` is the time limit of the whole.
 
-    Returns the fields of an Evidence record that the run decides. Raises whatever the experiment raises, ValueError for a
+    Returns the fields of an Evidence record that the run decides; `details["paths"]` tells which path each operator of ours took,
+    compiled kernel or fallback, and how often. Raises whatever the experiment raises, ValueError for a
     figure or a quality that is not finite, and TypeError for something that is neither a Trial nor a Figure.
     """
     start = time.monotonic()
@@ -37,6 +39,8 @@ def run_point(module: str, claim: str, point: dict[str, Any], seed: int, seconds
     else:
         raise TypeError(f"an experiment must return a Trial or a Figure, {claim} returned {type(made).__name__}")
     seen |= {"threads": _threads()}
+    if ran := kernels.paths():
+        seen["details"] = {**seen["details"], "paths": ran}
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in seen.items()}
 
 
