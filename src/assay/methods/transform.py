@@ -66,9 +66,23 @@ class TuneContext:
     calibration: Sequence[torch.Tensor] = field(default_factory=tuple)  # each (1, n) int64, never the held-out text
 
 
+def only(config: Mapping[str, Any], allowed: Sequence[str]) -> Mapping[str, Any]:
+    """`config` itself if it is a mapping of names among `allowed`; raises TypeError or ValueError listing them."""
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config must be a mapping of {', '.join(allowed)}, got {config!r}")
+    if unknown := {key for key in config if key not in allowed}:
+        raise ValueError(f"unknown configuration {sorted(map(str, unknown))}; allowed: {', '.join(allowed)}")
+    return config
+
+
 @runtime_checkable
 class Transform(Protocol):
-    """Protocol; see the module docstring. `exact` means nothing is lost, so that it belongs to the free baseline."""
+    """Protocol; see the module docstring.
+
+    `exact` says that the transform is not suspected of costing quality: the search expects no loss from it, blames the loss of a
+    recipe on its other steps, and does not judge it alone. The quality of a recipe is measured all the same. It says
+    nothing about the free baseline, which is a list of its own in the tuner.
+    """
 
     name: str
     slot: Slot

@@ -68,6 +68,7 @@ def test_generate_gives_the_same_tokens_and_blocks_share_their_graphs(model):
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.slow
 def test_whole_model(model):
     ids = torch.randint(1, 101, (1, 9))
     expected = model.generate(ids, max_new_tokens=6, do_sample=False)

@@ -209,17 +209,18 @@ def test_not_a_number_is_reported(model):
 
 
 def test_decoder_says_what_is_wrong(model):
-    with pytest.raises(ValueError, match="weights must be one of fp32, bf16, int8, int4, got 'int2'"):
+    with pytest.raises(ValueError, match="weights must be one of .fp32., .bf16., .int8., .int4., got .int2."):
         Decoder(model, weights="int2")
-    with pytest.raises(ValueError, match="cache must be one of bfloat16, float32, got 'int8'"):
+    with pytest.raises(ValueError, match="cache must be one of .bfloat16., .float32., got .int8."):
         Decoder(model, cache="int8")
     decoder = Decoder(model)
     with pytest.raises(ValueError, match="capacity must be at most 700"):
         decoder.new_cache(1, 701)
-    with pytest.raises(ValueError, match="must be positive"):
+    with pytest.raises(ValueError, match="slots must be a whole number at least 1, got 0"):
         decoder.new_cache(0, 10)
 
 
+@pytest.mark.slow
 @compiled
 def test_portable_loops_without_avx512():
     """The same file, compiled without AVX-512, agrees with the torch oracle (in a process of its own: same operators)."""
@@ -227,19 +228,20 @@ def test_portable_loops_without_avx512():
 import torch
 from assay.methods.core import kernels
 kernels.FLAGS = (*kernels.FLAGS, "-mno-avx512f")
-assert kernels.load("llama_decode")
-from assay.methods.builtin import weight_only as wo
+assert kernels.load("llama_decode") and kernels.load("weight_only")
+from assay.methods.core.quantize.formats import FORMATS, PANEL_FORMATS
+from assay.methods.core.quantize.groups import quantize_inputs
 torch.manual_seed(0)
 weight, x = torch.randn(70, 64), torch.randn(9, 64)
-for kind in wo.KINDS:
-    packed = wo.pack(weight, kind)
-    y = torch.ops.assay.weight_only_linear(x, packed, wo.KINDS[kind], 70)
-    inputs = wo.quantize_inputs(x) if kind.startswith("int") else x
-    expected = inputs @ wo.unpack(packed, kind, 70, 64).T
+for kind in PANEL_FORMATS:
+    packed = FORMATS[kind].pack(weight)["packed"]
+    y = torch.ops.assay.weight_only_linear(x, packed, FORMATS[kind].id, 70)
+    inputs = quantize_inputs(x) if kind.startswith("int") else x
+    expected = inputs @ FORMATS[kind].unpack({"packed": packed}, 70, 64).T
     assert float((y - expected).abs().max()) < 1e-3, kind
 import tests.methods.builtin.test_decode_loop as t
 model = t.tiny()
-for weights in wo.KINDS:
+for weights in PANEL_FORMATS:
     decoder = t.Decoder(model, weights=weights, cache="float32")
     ours, theirs = t.filled(decoder, (15, 300)), t.filled(decoder, (15, 300))
     _, logits = decoder.run(ours, [0, 1], [7, 8], 1, want_logits=True)
@@ -473,7 +475,7 @@ def test_sampling_repeats_with_the_seed(fast, load, monkeypatch):
 def test_sampling_takes_the_compiled_draw(fast, monkeypatch):
     """Temperature, top-k and top-p never come back to Python; another warper does."""
     calls = []
-    monkeypatch.setattr(dl, "_stepwise_loop", lambda *args: calls.append(1) or args[2])
+    monkeypatch.setattr(dl.generate, "_stepwise_loop", lambda *args: calls.append(1) or args[2])
     ids, _ = ragged((6,))
     fast.generate(
         ids, max_new_tokens=3, do_sample=True, temperature=0.7, top_k=5, top_p=0.9, min_new_tokens=2, eos_token_id=3
@@ -712,6 +714,7 @@ def test_on_top_of_an_int8_prefill(model, smooth, fuse):
         transform.apply(made, {"weights": "int4", "keep_prefill_weights": False}, CONTEXT)
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_bundled_model_speaks(smollm2):
     prompt = smollm2.tokenizer("The capital of France is", return_tensors="pt")
@@ -719,3 +722,61 @@ def test_bundled_model_speaks(smollm2):
     for weights in ("fp32", "int4"):
         fast = transform.apply(copy.deepcopy(smollm2.model), {"weights": weights}, CONTEXT)
         assert torch.equal(fast.generate(**prompt, max_new_tokens=4, do_sample=False), expected)
+
+
+# ---- what it must not serve, and weights that move
+
+
+def test_every_field_of_the_configurations_is_known():
+    for config in (LlamaConfig, MistralConfig, Qwen2Config):
+        assert set(vars(config())) <= dl.fit.FIELDS
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: setattr(model.model.layers[1].self_attn, "scaling", 0.5), "scales by head_dim"),
+        (lambda model: setattr(model.model.layers[1].input_layernorm, "variance_epsilon", 1e-3), "epsilon"),
+        (lambda model: setattr(model.model.norm, "variance_epsilon", 1e-3), "epsilon"),
+        (lambda model: setattr(model.model.layers[0].mlp, "forward", lambda x: x), "forward pass was replaced"),
+        (lambda model: setattr(model.model.layers[0].self_attn, "sliding_window", 4), "sliding-window"),
+        (lambda model: setattr(model, "lm_head", torch.nn.Linear(64, 90, bias=False)), "rows of the configuration"),
+        (lambda model: setattr(model.model.layers[0], "self_attn", torch.nn.Identity()), "plain llama layer"),
+    ],
+)
+def test_another_function_is_refused_before_anything_is_changed(change, reason):
+    model = tiny()
+    change(model)
+    kind = type(model)
+    with pytest.raises(ValueError, match=reason):
+        transform.apply(model, {"weights": "fp32"}, CONTEXT)
+    assert type(model) is kind
+    assert not transform.applies_to(model, CONTEXT).applies
+
+
+def test_a_subclass_with_its_own_forward_is_refused():
+    class Own(LlamaForCausalLM):
+        pass
+
+    assert "transformers' own LlamaForCausalLM" in transform.applies_to(tiny(Own), CONTEXT).reason
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.model.layers[0].mlp.up_proj.weight.data.mul_(1.01),
+        lambda model: setattr(model.model.norm, "weight", torch.nn.Parameter(model.model.norm.weight * 2)),
+        lambda model: model.to(torch.bfloat16),
+    ],
+)
+def test_other_weights_than_those_packed_are_refused(change):
+    model = transform.apply(tiny(), {"weights": "int4"}, CONTEXT)
+    ids = ragged((6,))[0]
+    again = greedy(copy.deepcopy(model), ids)  # a copy has the same weights
+    assert torch.equal(greedy(model, ids), again)
+    with torch.no_grad():
+        change(model)
+    with pytest.raises(ValueError, match="apply the transform again"):
+        greedy(model, ids)
+    model = transform.apply(model, {"weights": "int4"}, CONTEXT)
+    assert greedy(model, ids).shape[0] == 1

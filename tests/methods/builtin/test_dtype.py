@@ -59,7 +59,21 @@ def test_protocol(model):
 
 
 def test_says_what_is_wrong(model):
-    with pytest.raises(ValueError, match="dtype must be one of bfloat16, float32, got 'float8'"):
+    with pytest.raises(ValueError, match="dtype must be one of 'bfloat16', 'float32', got 'float8'"):
         transform.apply(model, {"dtype": "float8"}, CONTEXT)
     with pytest.raises(ValueError, match=r"unknown configuration \['bits'\]"):
         transform.apply(model, {"bits": 8}, CONTEXT)
+
+
+def test_every_architecture_runs_in_bfloat16_as_when_it_is_loaded_so():
+    import torch
+    from tests.properties.architectures import build, output
+
+    from assay.methods.builtin.dtype import cast
+
+    for name in ("m2m100", "gemma3", "llama"):
+        model = build(name)
+        exact = output(model, name, 8)
+        seen = output(cast(model, torch.bfloat16), name, 8)
+        assert float((seen - exact).norm() / exact.norm()) < 0.05
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32

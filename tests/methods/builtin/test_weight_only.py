@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from assay.methods.builtin import weight_only as wo
 from assay.methods.builtin.weight_only import WeightOnlyLinear, transform
 from assay.methods.core import kernels
+from assay.methods.core.quantize.formats import FORMATS, PANEL_FORMATS
+from assay.methods.core.quantize.groups import dequantize_groups, quantize_groups, quantize_inputs
 from assay.methods.transform import Transform, TuneContext
 
 CONTEXT = TuneContext(goal="decode", prompt_tokens=64, new_tokens=64)
@@ -23,7 +24,7 @@ def path(request, monkeypatch):
     """Both ways every operation can take."""
     if request.param == "torch":
         monkeypatch.setattr(kernels, "load", lambda name: False)
-    elif not kernels.load("llama_decode"):
+    elif not kernels.load("weight_only"):
         pytest.skip("no compiler")
     return request.param
 
@@ -42,13 +43,13 @@ def path(request, monkeypatch):
 )
 def test_error_is_at_most_that_of_plain_rounding(seed, bits, asymmetric, group, scale, shift):
     weight = (torch.randn(6, 2 * group, generator=torch.Generator().manual_seed(seed)) + shift) * scale
-    codes, s, m = wo.quantize_groups(weight, bits, group, asymmetric=asymmetric)
+    codes, s, m = quantize_groups(weight, bits, group, asymmetric=asymmetric)
     assert codes.dtype == torch.uint8
     assert int(codes.max()) < 2**bits
     assert s.dtype == m.dtype == torch.float16
     assert s.shape == m.shape == (6, 2)
     groups = weight.view(-1, group)
-    error = (wo.dequantize_groups(codes, s, m) - weight).view(-1, group)
+    error = (dequantize_groups(codes, s, m) - weight).view(-1, group)
     if asymmetric:
         step = (groups.amax(1) - groups.amin(1)) / (2**bits - 1)
     else:
@@ -73,7 +74,7 @@ def test_weights_on_a_four_bit_grid_come_back(seed, part):
     else:  # what a quantiser that starts from minimum and maximum leaves
         codes[..., :2] = torch.tensor([0, 15])
     weight = (codes * scale + minimum).view(20, 96)
-    found = wo.dequantize_groups(*wo.quantize_groups(weight, 4))
+    found = dequantize_groups(*quantize_groups(weight, 4))
     if part:  # a group of bfloat16 values, there by chance, may stop at an error that bfloat16 would make
         error = (found - weight).view(20, 3, 32).abs().amax(2)
         assert float((error < 2e-6).float().mean()) > 0.9
@@ -87,7 +88,7 @@ def test_weights_on_a_symmetric_eight_bit_grid_come_back_exactly(path):
     codes = torch.randint(-127, 128, (8, 2, 32)).float()
     codes[..., 0] = 127
     weight = (codes * scale).view(8, 64)
-    assert torch.equal(wo.dequantize_groups(*wo.quantize_groups(weight, 8, asymmetric=False)), weight)
+    assert torch.equal(dequantize_groups(*quantize_groups(weight, 8, asymmetric=False)), weight)
 
 
 def test_four_bit_grid_survives_bfloat16(path):
@@ -95,21 +96,21 @@ def test_four_bit_grid_survives_bfloat16(path):
     codes = torch.randint(0, 16, (16, 2, 32))
     codes[..., :2] = torch.tensor([0, 15])
     weight = (codes * scale + minimum).view(16, 64)
-    found, s, m = wo.quantize_groups(weight.bfloat16(), 4)
+    found, s, m = quantize_groups(weight.bfloat16(), 4)
     assert torch.equal(found, codes.view(16, 64).to(torch.uint8))
-    assert float((wo.dequantize_groups(found, s, m) - weight).abs().max()) < 0.02 * float(weight.abs().max())
+    assert float((dequantize_groups(found, s, m) - weight).abs().max()) < 0.02 * float(weight.abs().max())
 
 
 @pytest.mark.parametrize("asymmetric", [True, False])
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_compiled_search_finds_what_torch_finds(bits, asymmetric, monkeypatch):
-    if not kernels.load("llama_decode"):
+    if not kernels.load("weight_only"):
         pytest.skip("no compiler")
     torch.manual_seed(0)
     weight = torch.randn(40, 96) * torch.rand(40, 1).exp()
-    compiled = wo.dequantize_groups(*wo.quantize_groups(weight, bits, asymmetric=asymmetric))
+    compiled = dequantize_groups(*quantize_groups(weight, bits, asymmetric=asymmetric))
     monkeypatch.setattr(kernels, "load", lambda name: False)
-    plain = wo.dequantize_groups(*wo.quantize_groups(weight, bits, asymmetric=asymmetric))
+    plain = dequantize_groups(*quantize_groups(weight, bits, asymmetric=asymmetric))
     a, b = (compiled - weight).square().mean(), (plain - weight).square().mean()
     assert abs(float(a / b) - 1) < 1e-3
 
@@ -120,23 +121,22 @@ def test_search_beats_plain_rounding(path):
     groups = weight.view(-1, 32)
     low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
     plain = ((groups - low) / (high - low) * 15).round() * (high - low) / 15 + low
-    found = wo.dequantize_groups(*wo.quantize_groups(weight, 4))
+    found = dequantize_groups(*quantize_groups(weight, 4))
     assert float((found - weight).square().mean()) < 0.95 * float((plain - groups).square().mean())
 
 
 def test_constant_and_zero_groups(path):
     weight = torch.tensor([[0.0] * 32 + [0.25] * 32, [-3.0] * 32 + [1e-9] * 32])
     for bits, asymmetric in ((4, True), (8, True), (8, False)):
-        found = wo.dequantize_groups(*wo.quantize_groups(weight, bits, asymmetric=asymmetric))
+        found = dequantize_groups(*quantize_groups(weight, bits, asymmetric=asymmetric))
         torch.testing.assert_close(found, weight, atol=1e-7, rtol=2e-3 if not asymmetric else 0)
 
 
 @pytest.mark.parametrize(
     ("weight", "bits", "group", "message"),
     [
-        (torch.zeros(4, 4, 32), 4, 32, "weight must be a floating-point matrix"),
-        (torch.zeros(4, 32, dtype=torch.int8), 4, 32, "weight must be a floating-point matrix"),
-        (torch.zeros(4, 32), 9, 32, "bits must be 2 to 8"),
+        (torch.zeros(4, 4, 32), 4, 32, "weight must have 2 dimensions"),
+        (torch.zeros(4, 32), 9, 32, "bits must be a whole number at least 2 and at most 8"),
         (torch.zeros(4, 48), 4, 32, "group must divide the 48 inputs"),
         (torch.full((4, 32), torch.nan), 4, 32, "weight must be finite"),
         (torch.full((4, 32), 1e5), 4, 32, "weight must fit float16"),
@@ -144,55 +144,53 @@ def test_constant_and_zero_groups(path):
 )
 def test_quantize_says_what_is_wrong(weight, bits, group, message):
     with pytest.raises(ValueError, match=message):
-        wo.quantize_groups(weight, bits, group)
+        quantize_groups(weight, bits, group)
 
 
 # ---- packing
 
 
-@pytest.mark.parametrize("kind", list(wo.KINDS))
+@pytest.mark.parametrize("kind", PANEL_FORMATS)
 @pytest.mark.parametrize("outputs", [1, 32, 50, 96])
 def test_packing_keeps_the_weights(kind, outputs):
     weight = torch.randn(outputs, 64)
-    packed = wo.pack(weight, kind)
-    assert packed.numel() == wo.packed_bytes(kind, outputs, 64)
+    packed = FORMATS[kind].pack(weight)["packed"]
+    assert packed.numel() == FORMATS[kind].bytes(outputs, 64)
     expected = {
         "fp32": lambda: weight,
         "bf16": lambda: weight.bfloat16().float(),
-        "int8": lambda: wo.dequantize_groups(*wo.quantize_groups(weight, 8, asymmetric=False)),
-        "int4": lambda: wo.dequantize_groups(*wo.quantize_groups(weight, 4)),
+        "int8": lambda: dequantize_groups(*quantize_groups(weight, 8, asymmetric=False)),
+        "int4": lambda: dequantize_groups(*quantize_groups(weight, 4)),
     }[kind]()
-    torch.testing.assert_close(wo.unpack(packed, kind, outputs, 64), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(FORMATS[kind].unpack({"packed": packed}, outputs, 64), expected, rtol=1e-6, atol=0)
 
 
 def test_bits_per_weight():
-    assert wo.packed_bytes("int4", 64, 128) * 8 / (64 * 128) == 5.0
-    assert wo.packed_bytes("int8", 64, 128) * 8 / (64 * 128) == 8.5
+    assert FORMATS["int4"].bytes(64, 128) * 8 / (64 * 128) == 5.0
+    assert FORMATS["int8"].bytes(64, 128) * 8 / (64 * 128) == 8.5
 
 
 def test_pack_says_what_is_wrong():
-    with pytest.raises(ValueError, match="kind must be one of"):
-        wo.pack(torch.zeros(4, 32), "int2")
     with pytest.raises(ValueError, match="int4 weights need a multiple of 32 inputs, got 48"):
-        wo.pack(torch.zeros(4, 48), "int4")
+        WeightOnlyLinear.from_linear(nn.Linear(48, 4), 4)
     with pytest.raises(ValueError, match="bf16 weights need a multiple of 2"):
-        wo.pack(torch.zeros(4, 3), "bf16")
+        FORMATS["bf16"].check(3)
 
 
 # ---- the layer
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 64, 65, 130])
-@pytest.mark.parametrize("kind", list(wo.KINDS))
+@pytest.mark.parametrize("kind", PANEL_FORMATS)
 def test_kernel_agrees_with_the_reference(kind, rows):
-    if not kernels.load("llama_decode"):
+    if not kernels.load("weight_only"):
         pytest.skip("no compiler")
     torch.manual_seed(rows)
     weight, x = torch.randn(70, 96), torch.randn(rows, 96) * torch.rand(rows, 1).exp()
-    packed = wo.pack(weight, kind)
-    y = torch.ops.assay.weight_only_linear(x, packed, wo.KINDS[kind], 70)
-    inputs = wo.quantize_inputs(x) if kind.startswith("int") else x
-    expected = inputs.double() @ wo.unpack(packed, kind, 70, 96).double().T
+    packed = FORMATS[kind].pack(weight)["packed"]
+    y = torch.ops.assay.weight_only_linear(x, packed, FORMATS[kind].id, 70)
+    inputs = quantize_inputs(x) if kind.startswith("int") else x
+    expected = inputs.double() @ FORMATS[kind].unpack({"packed": packed}, 70, 96).double().T
     tolerance = {"fp32": 1e-5, "bf16": 1e-4, "int8": 1e-5, "int4": 1e-5}[kind]
     torch.testing.assert_close(y.double(), expected, atol=tolerance * float(expected.abs().max()), rtol=0)
 
@@ -215,9 +213,9 @@ def test_layer_stays_close_to_the_linear_layer(bits, dtype, path):
 def test_inputs_are_rounded_to_int8_in_groups():
     x = torch.randn(3, 64)
     x[0, :32] *= 1000  # a large group does not cost the other its precision
-    error = (wo.quantize_inputs(x) - x).abs()
+    error = (quantize_inputs(x) - x).abs()
     assert float(error[0, 32:].max()) <= float(x[0, 32:].abs().max()) / 254 * 1.001
-    assert torch.equal(wo.quantize_inputs(torch.zeros(1, 32)), torch.zeros(1, 32))
+    assert torch.equal(quantize_inputs(torch.zeros(1, 32)), torch.zeros(1, 32))
 
 
 def test_gradients_reach_the_inputs():
@@ -245,7 +243,7 @@ def test_empty_batch(path):
 
 
 def test_layer_says_what_is_wrong():
-    with pytest.raises(ValueError, match="bits must be 4 or 8, got 3"):
+    with pytest.raises(ValueError, match="bits must be one of 4, 8, got 3"):
         WeightOnlyLinear(64, 8, 3)
     with pytest.raises(ValueError, match="multiple of 32 inputs"):
         WeightOnlyLinear(60, 8, 4)
@@ -281,7 +279,7 @@ def test_transform_replaces_what_fits():
     torch.manual_seed(0)
     model = Tiny()
     before = model(torch.arange(10)).detach()
-    assert transform.applies_to(model, CONTEXT).applies == kernels.load("llama_decode")
+    assert transform.applies_to(model, CONTEXT).applies == kernels.load("weight_only")
     config = transform.configs(model, CONTEXT)[0]
     assert config == {"bits": 4, "head_bits": 8}
     made = transform.apply(model, config, CONTEXT)
@@ -302,14 +300,14 @@ def test_memory_goal_leaves_a_tied_head_alone():
 
 
 def test_transform_says_what_is_wrong():
-    assert "no nn.Linear" in transform.applies_to(nn.Linear(3, 4), CONTEXT).reason
-    with pytest.raises(ValueError, match="bits must be 4 or 8"):
+    assert "no linear layer" in transform.applies_to(nn.Linear(3, 4), CONTEXT).reason
+    with pytest.raises(ValueError, match="bits must be one of 4, 8"):
         transform.apply(Tiny(), {"bits": 5}, CONTEXT)
     with pytest.raises(ValueError, match="head_bits must be"):
         transform.apply(Tiny(), {"head_bits": 3}, CONTEXT)
     with pytest.raises(ValueError, match=r"unknown configuration \['group'\]"):
         transform.apply(Tiny(), {"group": 64}, CONTEXT)
-    with pytest.raises(ValueError, match="no nn.Linear"):
+    with pytest.raises(ValueError, match="no linear layer"):
         transform.apply(nn.Sequential(nn.Linear(3, 4)), {}, CONTEXT)
 
 
@@ -317,9 +315,12 @@ def test_transform_says_what_is_wrong():
 def test_bundled_model_comes_through_four_bits_unchanged(smollm2):
     layers = smollm2.model.model.layers
     for linear in (layers[0].self_attn.q_proj, layers[7].mlp.down_proj, layers[29].mlp.up_proj):
-        assert torch.equal(wo.unpack(wo.pack(linear.weight, "int4"), "int4", *linear.weight.shape), linear.weight)
+        assert torch.equal(
+            FORMATS["int4"].unpack(FORMATS["int4"].pack(linear.weight), *linear.weight.shape), linear.weight
+        )
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_perplexity_of_real_text_stays(smollm2):
     from assay.workloads.quality import window_nll
@@ -330,3 +331,29 @@ def test_perplexity_of_real_text_stays(smollm2):
     made = transform.apply(copy.deepcopy(smollm2.model), {"bits": 4, "head_bits": 8}, CONTEXT)
     after = float(window_nll(made, windows).mean())
     assert abs(after - before) < 0.01  # nats per token: 1 % of perplexity
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_beyond_float16_scales_keep_their_weights(bits, path):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 40)
+    with torch.no_grad():
+        linear.weight[3] *= 1e-6
+        linear.weight[7] *= 1e-30
+        linear.weight[9] *= 1e7
+        linear.bias.zero_()
+        layer, x = WeightOnlyLinear.from_linear(linear, bits), torch.randn(5, 64)
+        exact = linear(x).double()
+        error = ((layer(x) - exact).norm(dim=0) / exact.norm(dim=0)).amax()
+    assert float(error) < {4: 0.2, 8: 0.03}[bits]
+    again = WeightOnlyLinear(64, 40, bits, bias=True)
+    again.load_state_dict(layer.state_dict())
+    assert torch.equal(again(x), layer(x))
+    assert torch.equal(layer.to(torch.bfloat16).gain, again.gain)
+
+
+def test_which_path_it_took_is_noted(path):
+    before = kernels.paths()
+    WeightOnlyLinear(64, 40, 8)(torch.randn(2, 64))
+    name = f"weight-only linear: {'kernel' if path == 'compiled' else 'torch'}"
+    assert kernels.paths()[name] == before.get(name, 0) + 1

@@ -544,3 +544,38 @@ def test_a_few_steps_bring_the_student_nearer_its_teacher():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_small_rows_of_float16_keep_their_levels(bits):
+    torch.manual_seed(0)
+    weight = torch.rand(4, 64) * 2 - 1
+    small = (weight * 1e-5).half()
+    codes, scale = weight_codes(small, bits)
+    assert torch.equal(codes, weight_codes(small.float(), bits)[0])
+    assert (codes != 0).any(1).all()
+    rounded = low_bit(small, bits)
+    assert rounded.dtype == torch.float16
+    assert (rounded.float().abs().amax(1) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["m2m100", "biogpt", "whisper"])
+def test_other_models_of_its_make_pack_save_and_load(name, tmp_path):
+    from tests.properties.architectures import build, inputs, output
+
+    model = quantize_(build(name), weights=2, embeddings=2, activations=8)
+    freeze_(model, [inputs(name, 4)])
+    exact = output(model, name, 4)
+    pack_(model)
+    packed = output(model, name, 4)
+    assert float((packed - exact).norm() / exact.norm()) < 0.02
+    save_packed(model, tmp_path / "packed.safetensors")
+    loaded = load_packed(tmp_path / "packed.safetensors")
+    assert torch.equal(output_of(loaded, name), output_of(model, name))
+
+
+def output_of(model, name):
+    from tests.properties.architectures import inputs
+
+    with torch.no_grad():
+        return model(**inputs(name, 4)).logits

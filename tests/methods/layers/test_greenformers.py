@@ -281,7 +281,7 @@ def test_ced_refuses_a_rank_that_is_no_multiple_of_the_groups():
     with pytest.raises(ValueError, match="multiple of the 2 groups, got 3"):
         CED.like(nn.Conv2d(8, 12, 3, groups=2), 3)
     for rank in (0, 2.5, True):
-        with pytest.raises(ValueError, match="rank must be a whole number"):
+        with pytest.raises((ValueError, TypeError), match="rank must be a whole number"):
             LED(3, 3, rank)
 
 
@@ -494,10 +494,10 @@ def test_embeddings_on_demand():
     [
         ({}, "exactly one of rank, energy and budget"),
         ({"rank": 3, "energy": 0.5}, "exactly one of rank, energy and budget"),
-        ({"rank": 0}, "rank must be a whole number of at least 1 or a fraction"),
+        ({"rank": 0}, "rank must be a finite number above 0"),
         ({"rank": 2.5}, "rank must be a whole number of at least 1 or a fraction"),
-        ({"energy": 1.0}, r"energy must lie in \(0, 1\), got 1.0"),
-        ({"budget": 0}, r"budget must lie in \(0, 1\), got 0"),
+        ({"energy": 1.0}, "energy must be a finite number above 0 and below 1, got 1.0"),
+        ({"budget": 0}, "budget must be a finite number above 0 and below 1, got 0"),
         ({"rank": 3, "solver": "qr"}, "solver must be one of"),
         ({"energy": 0.5, "solver": "nmf"}, "energy and budget need solver 'svd' or 'data_svd', got 'nmf'"),
         ({"rank": 3, "solver": "data_svd"}, "calibration must be given"),
@@ -634,6 +634,7 @@ def test_lora_on_top_through_peft():
     assert isinstance(merged.model.layers[0].mlp.up_proj, LED)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_torch_compile():
     model = bert()
@@ -782,10 +783,11 @@ def test_transform():
     assert cost(model).macs < before.macs
     again = transform.apply(llama(), config, context)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    with pytest.raises(ValueError, match="budget must lie in"):
+    with pytest.raises(ValueError, match="budget must be a finite number"):
         transform.apply(llama(), {"budget": 2}, context)
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_a_real_model_survives_mild_factoring(smollm2):
     """SmolLM2's last layers at 80 % of their break-even rank: data-aware keeps its text, plain SVD loses more."""

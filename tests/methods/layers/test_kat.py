@@ -282,7 +282,7 @@ def test_trains_and_learns_the_shape():
         (lambda: GroupRational(8, "gelu", "safe"), "denominator"),
         (lambda: GroupRational(8, shared="both"), "shared"),
         (lambda: GroupRational(8)(torch.randn(2, 12)), "num_groups"),
-        (lambda: rational(torch.randn(2, 4), torch.randn(2, 5), torch.randn(2, 4)), "a and b"),
+        (lambda: rational(torch.randn(2, 4), torch.randn(2, 5), torch.randn(2, 4)), "a must have shape"),
         (lambda: rational(torch.randn(2, 6), torch.randn(2, 6), torch.randn(3, 4)), "a and b"),
         (lambda: VisionTransformer(img_size=30, patch_size=16), "patch_size"),
         (lambda: VisionTransformer(mlp="relu"), "mlp"),
@@ -294,3 +294,57 @@ def test_bad_arguments_are_named(call, message):
         call()
     with pytest.raises(TypeError, match="x must hold floating-point numbers, got torch.int64"):
         GroupRational(2)(torch.arange(4))
+
+
+def test_converts_what_transformers_calls_gelu_and_follows_device_and_dtype():
+    from tests.properties.architectures import build, output
+
+    for name in ("gemma3", "biogpt", "gpt2", "vit", "bert"):
+        model = build(name)
+        exact = output(model, name, 8)
+        assert convert(model)
+        assert float((output(model, name, 8) - exact).norm() / exact.norm()) < 0.05
+        half = build(name).to(torch.bfloat16)
+        convert(half)
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+        far = build(name).to("meta")
+        convert(far)
+        assert {p.device.type for p in far.parameters()} == {"meta"}
+
+
+def test_the_fused_path_of_torch_does_not_pass_it_by():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, activation=nn.GELU()).eval()
+    x = torch.randn(2, 5, 32)
+    with torch.no_grad():
+        before = layer(x)
+        convert(layer)
+        close = layer(x)
+        assert 0 < float((close - before).abs().max()) < 0.02
+        layer.activation.numerator.zero_()
+        assert not torch.allclose(layer(x), close)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [({"num_groups": 7}, ValueError), ({"num_groups": 2.0}, TypeError), ({"init": "gelu"}, ValueError)],
+)
+def test_conversion_refuses_before_it_changes(options, kind):
+    model = nn.Sequential(nn.Sequential(), nn.TransformerEncoderLayer(32, 4, 64, activation=nn.GELU()))
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(kind, match=next(iter(options))):
+        convert(model, **options)
+    assert [type(m) for m in model.modules()] == before
+
+
+@pytest.mark.parametrize("denominator", ["sum_of_abs", "abs_of_sum"])
+def test_far_out_it_is_finite_where_the_kernel_is(denominator):
+    a, b = (torch.tensor(c)[None] for c in fitted("swish", denominator))
+    x = torch.tensor([[6e7, -6e7, 1e7, 3e3]]).T.contiguous()
+    wanted = rational_reference(x.double(), a.double(), b.double(), denominator)
+    found = rational_reference(x, a, b, denominator)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=0)
+    torch.testing.assert_close(rational(x, a, b, denominator=denominator), found, rtol=1e-4, atol=0)
+    x.requires_grad_()
+    rational_reference(x, a, b, denominator).sum().backward()
+    assert x.grad.isfinite().all()

@@ -95,7 +95,7 @@ def test_look_up_equals_a_dense_one_hot_product_with_all_gradients(weight):
 def test_kernel_equals_torch(weight, bias, dtype):
     assert kernels.load("memory")
     torch.manual_seed(0)
-    options = {"bits": 4, "weight": weight, "bias": bias, "temperature": 0.7}
+    options = {"bits": 4, "weight": weight, "bias": bias, "temperature": 0.7 if weight == "cosine" else 1.0}
     layers = [MemoryLinear(24, width, **options).to(dtype) for width in (5, 48)]
     x = torch.randn(3, 7, 24, dtype=dtype).transpose(0, 1)  # not contiguous
     x[0, 0] = 0.0
@@ -262,6 +262,7 @@ def test_layer_norm_spreads_the_buckets():
     assert centred_peak < peak
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_real_activations_use_most_rows_after_layer_norm(smollm2):
     from assay.workloads.text import calibration_windows
@@ -293,4 +294,31 @@ def test_real_activations_use_most_rows_after_layer_norm(smollm2):
 )
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_empty_inputs_and_rows_of_their_own(weight):
+    layer = MemoryLinear(24, 5, bits=4, weight=weight)
+    x = torch.randn(4, 3, 24)
+    for shape in ((0, 24), (0, 3, 24), (3, 0, 24)):
+        assert layer(torch.empty(shape)).shape == (*shape[:-1], 5)
+        with torch.no_grad():
+            assert layer(torch.empty(shape)).shape == (*shape[:-1], 5)
+    torch.testing.assert_close(layer(x)[2], layer(x[2]))
+
+
+@pytest.mark.parametrize(
+    ("call", "kind"),
+    [
+        (lambda: MemoryLinear(24, 5, bits=4, temperature=0.5), ValueError),  # it would be ignored
+        (lambda: MemoryLinear(24, 5, bits=4, weight="magnitude", temperature=2), ValueError),
+        (lambda: MemoryLinear(24, 5, bits=4.0), TypeError),
+        (lambda: MemoryLinear(24, 5, bits=True), TypeError),
+        (lambda: MemoryLinear(24, 5, bits=4, weight="cosine", temperature=float("nan")), ValueError),
+        (lambda: MemoryLinear(24, 5, bits=4)(torch.arange(24)), TypeError),
+    ],
+)
+def test_what_would_be_ignored_or_cast_is_refused(call, kind):
+    with pytest.raises(kind):
         call()

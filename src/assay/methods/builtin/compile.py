@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from assay.methods.transform import GOALS, Effect, Fit, TuneContext
+from assay import checks
+from assay.methods.transform import GOALS, Effect, Fit, TuneContext, only
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 REGIONS = ("blocks", "model")
@@ -45,13 +46,9 @@ class Compile:
         return [{"mode": "default", "region": "blocks"}]
 
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
-        mode, region = config.get("mode", "default"), config.get("region", "blocks")
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-        if region not in REGIONS:
-            raise ValueError(f"region must be one of {', '.join(REGIONS)}, got {region!r}")
-        if unknown := set(config) - {"mode", "region"}:
-            raise ValueError(f"unknown configuration {sorted(unknown)}; allowed: mode, region")
+        only(config, ("mode", "region"))
+        mode = checks.choice("mode", config.get("mode", "default"), MODES)
+        region = checks.choice("region", config.get("region", "blocks"), REGIONS)
         chosen = parts(model) if region == "blocks" else [model]
         if not chosen:
             raise ValueError(

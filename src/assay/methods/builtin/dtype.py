@@ -1,7 +1,7 @@
 """bfloat16: half the bytes of float32, and on processors with bfloat16 dot products four times its speed.
 
-It counts as free (`exact`): models are published in it and everybody can have it by one argument. Tables that a model computes
-for itself (the rotary frequencies) stay in float32, as they do when transformers loads a model in bfloat16; a plain
+It counts as `exact`: models are published in it and everybody can have it by one argument. Tables that a model computes for
+itself get the dtype they have when transformers loads the model in bfloat16: the rotary frequencies stay in float32. A plain
 `model.to(torch.bfloat16)` rounds them, and with them every position.
 
 When NOT to use it: processors without bfloat16 arithmetic (before AVX-512 BF16, AMX, ARM v8.6), where it is slower than float32.
@@ -9,13 +9,15 @@ When NOT to use it: processors without bfloat16 arithmetic (before AVX-512 BF16,
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from assay.methods.transform import GOALS, Effect, Fit, TuneContext
+from assay import checks
+from assay.methods.transform import GOALS, Effect, Fit, TuneContext, only
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -39,26 +41,45 @@ class DType:
         return [{"dtype": "bfloat16"}]
 
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
-        name = config.get("dtype", "bfloat16")
-        if name not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-        if unknown := set(config) - {"dtype"}:
-            raise ValueError(f"unknown configuration {sorted(unknown)}; allowed: dtype")
-        return cast(model, DTYPES[name])
+        only(config, ("dtype",))
+        return cast(model, DTYPES[checks.choice("dtype", config.get("dtype", "bfloat16"), tuple(DTYPES))])
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`model.to(dtype)`, except for buffers that are not saved with the model: those it computes, and needs as they are."""
-    computed = [
-        (module, name, getattr(module, name))
-        for module in model.modules()
-        for name in module._non_persistent_buffers_set
-        if getattr(module, name) is not None
-    ]
+    """`model.to(dtype)`, except for buffers that are not saved with the model: those it computes, as transformers would load them.
+
+    Rotary frequencies stay in float32, a table of positions that is added to the embeddings goes along. Models that are not
+    transformers' keep all such buffers as they are.
+    """
+    wanted = _computed(model, dtype)
+    kept = []
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = getattr(module, name)
+            if buffer is not None:
+                target = wanted.get(f"{path}.{name}", buffer.dtype)
+                kept.append((module, name, buffer.to(target) if buffer.is_floating_point() else buffer))
     model = model.to(dtype)
-    for module, name, buffer in computed:
+    for module, name, buffer in kept:
         setattr(module, name, buffer)
     return model
+
+
+def _computed(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtypes of the buffers of a model of this class that is made in `dtype`, as loading makes it: no memory, no numbers."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return {}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            twin = type(model)(copy.deepcopy(config))
+    except (TypeError, RuntimeError, NotImplementedError):  # a class that is made in another way
+        return {}
+    finally:
+        torch.set_default_dtype(before)
+    return {name: buffer.dtype for name, buffer in twin.named_buffers()}
 
 
 transform = DType()

@@ -26,17 +26,22 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from assay import checks
 from assay.errors import MissingError
+from assay.methods.core.layers.linears import left_alone, linears, share
+from assay.methods.core.layers.stand_in import stand_in
+from assay.methods.core.layers.surgery import linear_kinds, output_layer
 from assay.methods.core.quantize.int8_linear import fusable_blocks, quantize_linears, select
 from assay.methods.core.quantize.quantizers import (
     EIGHT_BIT,
+    ESTIMATORS,
     Estimator,
     Quantizer,
     kurtosis,
     make_quantizer,
     sqnr,
 )
-from assay.methods.transform import Effect, Fit, TuneContext
+from assay.methods.transform import LEAST_SHARE, Effect, Fit, TuneContext, only
 
 # Expected error on a known distribution --------------------------------------------------------------------------------------
 
@@ -84,7 +89,7 @@ class StudentT:
     sigma: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.nu <= 2:
+        if not self.nu > 2:
             raise ValueError(f"nu must be above 2 (the variance is infinite otherwise), got {self.nu}")
 
     def moments(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,14 +217,24 @@ def format_report(
     quantised per output channel (or per tensor with `per_channel=False`), inputs per tensor, the same for every format: anything
     else would compare granularities. INT8 is symmetric for weights and has a zero point for inputs. At most `sample` values a
     tensor are looked at. Raises ValueError when the model has no linear or convolution layer, or data reaches none.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    >>> report = format_report(model, [torch.randn(8, 64)])
+    >>> [(row.layer, row.kind) for row in report.rows]
+    [('0', 'weight'), ('0', 'activation'), ('2', 'weight'), ('2', 'activation')]
     """
     names = list(formats)
+    if not names:
+        raise ValueError("formats must name at least one format, got none")
+    sample = checks.whole("sample", sample, low=1)
     inputs = _layer_inputs(model, data, sample)
     rows = []
     for layer, module in _layers(model).items():
         if layer not in inputs:
             continue
         weight = module.weight.detach()
+        if _channels(module):
+            weight = weight.T
         weight = weight[:: max(1, weight.numel() // sample)]  # whole channels
         for kind, x, axis in (("weight", weight, 0 if per_channel else None), ("activation", inputs[layer], None)):
             found = {}
@@ -236,23 +251,31 @@ def format_report(
 class FakeQuantized(nn.Module):
     """A linear or convolution layer whose weight and inputs are rounded to an 8-bit grid on the way in.
 
-    `inputs` None means a range of its own for every token (the last dimension), found as it comes. The rounded weight is kept while
-    no gradients are wanted.
+    `inputs` None means a range of its own for every token (the last dimension), found as it comes. The weight is rounded in every
+    call, so that whatever becomes of it, or of a learnt range, takes effect at once. Other attributes are those of `layer`.
     """
 
     def __init__(self, layer: nn.Module, weight: Quantizer, inputs: Quantizer | None, name: str):
         super().__init__()
-        self.layer, self.weight, self.inputs, self.name = layer, weight, inputs, name
-        self._kept: tuple[Any, Tensor] | None = None
+        self.layer, self.weight_quantizer, self.inputs, self.name = layer, weight, inputs, name
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "layer":
+                raise
+            return getattr(super().__getattr__("layer"), name)
+
+    @property
+    def weight(self) -> Tensor:
+        """The rounded weight, made when its numbers are wanted."""
+        kept: Tensor = self.layer.weight  # type: ignore[assignment]
+        return stand_in(kept.shape, kept.dtype, kept.device, self.rounded_weight)
 
     def rounded_weight(self) -> Tensor:
-        weight: Any = self.layer.weight
-        if torch.is_grad_enabled():
-            return cast(Tensor, self.weight(weight))
-        made_of = [(id(t), t._version) for t in (weight, *self.weight.state_dict(keep_vars=True).values())]
-        if self._kept is None or self._kept[0] != made_of:
-            self._kept = made_of, self.weight(weight)
-        return self._kept[1]
+        """The weight on its grid, with gradients to the float weight and to a learnt range."""
+        return cast(Tensor, self.weight_quantizer(self.layer.weight))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.inputs is not None:
@@ -274,7 +297,8 @@ def fake_quantize(
     per_channel: bool = True,
     activations: Literal["tensor", "token", "none"] = "tensor",
     estimator: Estimator = "mse",
-    exclude: Iterable[str] = ("lm_head",),
+    exclude: Iterable[str] = (),
+    head: bool = False,
     learn_ranges: bool = False,
     sample: int = 2**17,
 ) -> nn.Module:
@@ -284,19 +308,68 @@ def fake_quantize(
     `calibration` (inputs as for `format_report`). `activations="token"` gives every token its own symmetric range, "none" leaves
     activations alone. A model that is already wrapped is converted: its layers keep their trained weights and get new ranges. With
     `learn_ranges` the ranges are parameters (`ranges`), so that a training loop over the result is quantisation-aware training.
+    `exclude` names parts of layer names to leave alone; the output layer is left alone unless `head`. Fused experts of a mixture
+    are not layers: put them into the model as layers first (`core.layers.linears.open_`).
 
-    Raises ValueError for an unknown name or granularity, or when calibration does not reach a layer.
+    Raises TypeError or ValueError, before anything is changed, for an unknown name or granularity, when calibration does not reach
+    a layer, or when less than half of the linear weights would be reached.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    >>> images = torch.randn(16, 64)
+    >>> fake_quantize(model, "E4", [images])(images).shape
+    torch.Size([16, 10])
     """
     make_quantizer(name)
-    if activations not in ("tensor", "token", "none"):
-        raise ValueError(f"activations must be 'tensor', 'token' or 'none', got {activations!r}")
-    for path, module in list(model.named_modules()):
-        if isinstance(module, FakeQuantized):
-            _replace(model, path, module.layer)
-    layers = {path: layer for path, layer in _layers(model).items() if not set(path.split(".")) & set(exclude)}
+    checks.choice("activations", activations, ("tensor", "token", "none"))
+    checks.choice("estimator", estimator, ESTIMATORS)
+    for flag, value in (("per_channel", per_channel), ("head", head), ("learn_ranges", learn_ranges)):
+        checks.flag(flag, value)
+    sample = checks.whole("sample", sample, low=1)
+    if isinstance(exclude, str):
+        raise TypeError(f"exclude must be a sequence of names, got {exclude!r}")
+    wrapped = {path: module for path, module in model.named_modules() if isinstance(module, FakeQuantized)}
+    for path, module in wrapped.items():
+        _replace(model, path, module.layer)
+    try:
+        made = _fake(model, name, calibration, per_channel, activations, estimator, set(exclude), head, sample)
+    except BaseException:
+        for path, module in wrapped.items():
+            _replace(model, path, module)
+        raise
+    for path, unit in made.items():
+        if learn_ranges:
+            unit.weight_quantizer.learn_range()
+            if unit.inputs is not None and activations == "tensor":
+                unit.inputs.learn_range()
+        _replace(model, path, unit)
+    return model
+
+
+def _fake(
+    model: nn.Module,
+    name: str,
+    calibration: Iterable[Any],
+    per_channel: bool,
+    activations: str,
+    estimator: Estimator,
+    exclude: set[str],
+    head: bool,
+    sample: int,
+) -> dict[str, FakeQuantized]:
+    """The wrapped layers by name, nothing changed yet."""
+    every = _layers(model)
+    known = set(linears(model))
+    if not (part := share(model, known & set(every))) >= LEAST_SHARE:
+        rest = left_alone(model, known & set(every))
+        raise ValueError(
+            f"model must let half of its linear weights be reached, got {part:.0%}: {rest or 'the rest is fused'}"
+        )
+    last = None if head else output_layer(model)
+    layers = {path: layer for path, layer in every.items() if layer is not last and not set(path.split(".")) & exclude}
     inputs = _layer_inputs(model, calibration, sample) if activations == "tensor" else {}
+    made = {}
     for path, layer in layers.items():
-        weight = make_quantizer(name, axis=0 if per_channel else None).calibrate(layer.weight, estimator)
+        weight = make_quantizer(name, axis=_channels(layer) if per_channel else None).calibrate(layer.weight, estimator)
         own: Quantizer | None = None
         if activations == "tensor":
             if path not in inputs:
@@ -304,12 +377,9 @@ def fake_quantize(
             own = make_quantizer(name, symmetric=False).calibrate(inputs[path], estimator)
         elif activations == "none":
             own = _Unchanged()
-        if learn_ranges:
-            weight.learn_range()
-            if own is not None and activations == "tensor":
-                own.learn_range()
-        _replace(model, path, FakeQuantized(layer, weight, own, name))
-    return model
+        device = layer.weight.device
+        made[path] = FakeQuantized(layer, weight.to(device), None if own is None else own.to(device), name)
+    return made
 
 
 def ranges(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -328,11 +398,17 @@ class _Unchanged(Quantizer):
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    found = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    """Linear layers (Conv1D too) and convolutions of exactly these types: subclasses often bypass their own forward."""
+    kinds = (*linear_kinds(), nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    found = {name: module for name, module in model.named_modules() if type(module) in kinds}
     if not found:
         raise ValueError(f"model has no linear or convolution layer: {type(model).__name__}")
     return found
+
+
+def _channels(layer: nn.Module) -> int:
+    """The dimension of a weight that counts its outputs: the second in GPT-2's transposed Conv1D."""
+    return int(type(layer) is linear_kinds()[1])
 
 
 def _layer_inputs(model: nn.Module, data: Iterable[Any], sample: int) -> dict[str, Tensor]:
@@ -450,7 +526,7 @@ class Int8Linears:
     """Every linear layer in W8A8 with compiled kernels, fused into the blocks of the llama family.
 
     Configuration: `smooth` (alpha of SmoothQuant in 0..1, or None), `rotation` (size of the Hadamard transform, 1 for none), `skip`
-    (layer names to leave alone), `head` (whether the language-model head is done too; it matters when decoding).
+    (layer names to leave alone), `head` (whether the output layer is done too; it matters when decoding).
     """
 
     name = "fp8_vs_int8"
@@ -459,22 +535,24 @@ class Int8Linears:
     exact = False
 
     def applies_to(self, model: nn.Module, context: TuneContext) -> Fit:
-        linears = select(model)
-        if not linears:
-            return Fit(False, "no plain nn.Linear layers to quantise")
-        devices = {linear.weight.device.type for linear in linears.values()}
+        chosen = select(model)
+        if not chosen:
+            return Fit(False, "no plain linear layers to quantise")
+        devices = {linear.weight.device.type for linear in chosen.values()}
         if devices != {"cpu"}:
             return Fit(False, f"made for the CPU; the model is on {', '.join(sorted(devices))}")
-        size = next(iter(linears.values())).weight.element_size()
-        effects = [Effect("linear", bytes=1 / size, dtype="int8")]
-        if fusable_blocks(
-            model, linears
-        ):  # norms, rotary embedding and gate no longer pass through memory: 0.3 is counted
+        part, rest = share(model, chosen), left_alone(model, chosen)
+        if not part >= LEAST_SHARE:
+            return Fit(False, f"it reaches {part:.0%} of the weights only: {rest}", share=part, reached=rest)
+        size = next(iter(chosen.values())).weight.element_size()
+        effects = [Effect("linear", bytes=part / size + 1 - part, dtype="int8")]
+        if fusable_blocks(model, chosen):
+            # norms, rotary embedding and gate no longer pass through memory: 0.3 is counted
             effects.append(Effect("other", bytes=0.3))
-        return Fit(True, effects=tuple(effects))
+        return Fit(True, effects=tuple(effects), share=part, reached=rest)
 
     def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
-        head = context.goal in ("decode", "throughput") and isinstance(getattr(model, "lm_head", None), nn.Linear)
+        head = context.goal in ("decode", "throughput") and isinstance(output_layer(model), nn.Linear)
         plain: dict[str, Any] = {"smooth": None, "rotation": 16, "skip": [], "head": head}
         first = plain | {"smooth": 0.5}
         if not context.calibration:
@@ -484,11 +562,21 @@ class Int8Linears:
         return [first, first | {"skip": ["down_proj"], "head": False}, plain]
 
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
-        if unknown := set(config) - {"smooth", "rotation", "skip", "head"}:
-            raise ValueError(f"unknown configuration {sorted(unknown)}; allowed: smooth, rotation, skip, head")
+        """Raises TypeError or ValueError, before anything is changed, for a configuration or a model it does not fit."""
+        only(config, ("smooth", "rotation", "skip", "head"))
+        skip = config.get("skip", ())
+        if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
+            raise TypeError(f"skip must be a list of layer names, got {skip!r}")
+        head = checks.flag("head", config.get("head", False))
+        chosen = select(model, exclude=(), head=head)
+        if not (part := share(model, chosen)) >= LEAST_SHARE:
+            raise ValueError(
+                f"model must let half of its weights be reached, got {part:.0%}: {left_alone(model, chosen)}"
+            )
         return quantize_linears(
             model,
-            exclude=(*config.get("skip", ()), *(() if config.get("head") else ("lm_head",))),
+            exclude=tuple(skip),
+            head=head,
             smooth=config.get("smooth"),
             rotation=config.get("rotation", 16),
             calibration=list(context.calibration)[:CALIBRATION_WINDOWS],

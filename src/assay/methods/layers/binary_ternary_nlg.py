@@ -22,14 +22,15 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay import checks
 from assay.methods.core.layers.packed import Kind, PackedLinear, packed_bytes, unpack
-from assay.methods.core.layers.surgery import swap
+from assay.methods.core.layers.surgery import output_layer, output_name, swap
 from assay.paths import atomic_file
 
 Method = Literal["tbt", "baseline"]
@@ -37,6 +38,7 @@ ATTENTION = "assay_low_bit"
 SMALLEST = 1e-5
 CLIP = 2.5
 HEAD_BITS = 8
+COMPUTED = "~"  # before the names of buffers that a state dict leaves out
 KIND: dict[int, Kind] = {2: "ternary", 1: "binary"}
 
 
@@ -47,12 +49,16 @@ def weight_codes(weight: Tensor, bits: int, method: Method = "tbt") -> tuple[Ten
     """Codes (..., in) of -1, 0, 1 (2 bits) or -1, 1 (1 bit), and a scale a row (..., 1): weight ~ codes * scale.
 
     `method="baseline"` is TWN at 2 bits (0 below 0.7 mean|w|, scale the mean of the others) and BWN at 1 bit, which is the same
-    as the paper's. Raises ValueError for other bits or methods.
+    as the paper's. Computed in float32 at least, whatever the weight: in float16, rows of weights under 6e-5 would come out as 0.
+    Raises ValueError for other bits or methods.
+
+    >>> codes, scale = weight_codes(torch.tensor([[0.9, -0.1, -1.1, 0.2]]), 2)
+    >>> codes.tolist(), round(scale.item(), 3)
+    ([[1.0, -0.0, -1.0, 0.0]], 0.767)
     """
-    if bits not in KIND:
-        raise ValueError(f"bits must be 1 or 2, got {bits}")
-    if method not in ("tbt", "baseline"):
-        raise ValueError(f"method must be 'tbt' or 'baseline', got {method!r}")
+    checks.choice("bits", bits, tuple(KIND))
+    checks.choice("method", method, get_args(Method))
+    weight = weight if weight.dtype == torch.float64 else weight.float()
     mean = weight.abs().mean(-1, keepdim=True)
     if bits == 1:
         return torch.where(weight >= 0, 1.0, -1.0).to(weight.dtype), mean
@@ -70,7 +76,7 @@ def low_bit(weight: Tensor, bits: int, method: Method = "tbt") -> Tensor:
     if bits == 32:
         return weight
     codes, scale = weight_codes(weight.detach(), bits, method)
-    return codes * scale + (weight - weight.detach())
+    return (codes * scale).to(weight.dtype) + (weight - weight.detach())
 
 
 # ---- activations -----------------------------------------------------------------------------------------------------------------
@@ -140,8 +146,8 @@ class ElasticQuantizer(ActivationQuantizer):
 
     def __init__(self, bits: int, *, signed: bool = True):
         super().__init__()
-        if bits not in (1, 2):
-            raise ValueError(f"bits must be 1 or 2, got {bits}")
+        checks.choice("bits", bits, (1, 2))
+        checks.flag("signed", signed)
         self.bits, self.signed = bits, signed
         self.low, self.high = (-1, 1) if signed else (0, bits)
         self.scale = nn.Parameter(torch.ones(()))
@@ -193,8 +199,7 @@ class RangeQuantizer(ActivationQuantizer):
 
     def __init__(self, *, signed: bool = True, clip: float | None = CLIP):
         super().__init__()
-        if clip is not None and not clip > 0:
-            raise ValueError(f"clip must be positive or None, got {clip}")
+        clip = None if clip is None else checks.number("clip", clip, above=0)
         self.signed, self.clip = signed, clip
 
     def _grid(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -226,6 +231,7 @@ class RangeQuantizer(ActivationQuantizer):
 
 def make_quantizer(bits: int, *, signed: bool = True) -> nn.Module:
     """Elastic for 1 and 2 bits, by range for 8, none (`nn.Identity`) for 32. Raises ValueError for other bits."""
+    checks.choice("bits", bits, (1, 2, 8, 32))
     if bits == 32:
         return nn.Identity()
     if bits == 8:
@@ -350,13 +356,13 @@ def _targets(model: nn.Module) -> tuple[dict[str, bool], list[nn.Module], dict[s
             linears |= {f"{name}.{p}": True for p in PROJECTIONS}
         if all(type(getattr(module, p, None)) is nn.Linear for p in ("fc1", "fc2")):
             linears |= {f"{name}.fc1": True, f"{name}.fc2": False}
-    head = getattr(model, "lm_head", None)
+    head = output_layer(model)
     embeddings: dict[str, nn.Embedding] = {}
     if isinstance(head, nn.Linear):
         for name, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, nn.Embedding) and module.weight is head.weight:
                 embeddings[name] = module
-    if not attentions or not embeddings:
+    if not attentions or not embeddings or not hasattr(model, "set_attn_implementation"):
         raise ValueError(
             "model must be like BartForConditionalGeneration (attention with q_proj, k_proj, v_proj and out_proj, "
             f"layers with fc1 and fc2, a head tied to the embedding), got {type(model).__name__}"
@@ -372,15 +378,10 @@ def quantize_(
     Bits of weights are 1, 2 or 32, of activations 1, 2, 8 or 32. `method="baseline"` takes the weights of TWN and BWN. Call
     `calibrate_` next where activations have 1 or 2 bits. Raises ValueError for other bits or a model of another make.
     """
-    for name, value, allowed in (
-        ("weights", weights, (1, 2, 32)),
-        ("embeddings", embeddings, (1, 2, 32)),
-        ("activations", activations, (1, 2, 8, 32)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {allowed}, got {value}")
-    if method not in ("tbt", "baseline"):
-        raise ValueError(f"method must be 'tbt' or 'baseline', got {method!r}")
+    checks.choice("weights", weights, (1, 2, 32))
+    checks.choice("embeddings", embeddings, (1, 2, 32))
+    checks.choice("activations", activations, (1, 2, 8, 32))
+    checks.choice("method", method, get_args(Method))
     linears, attentions, tables = _targets(model)
     found = dict(model.named_modules(remove_duplicate=False))
     made: dict[str, nn.Module] = {
@@ -389,13 +390,14 @@ def quantize_(
     }
     made |= {name: LowBitEmbedding(table, embeddings, method) for name, table in tables.items()}
     inputs = make_quantizer(32 if activations == 32 else HEAD_BITS)
-    made["lm_head"] = LowBitLinear(cast(nn.Linear, found["lm_head"]), embeddings, inputs, method)
+    head = cast(str, output_name(model))
+    made[head] = LowBitLinear(cast(nn.Linear, found[head]), embeddings, inputs, method)
+    _register()
+    root: Any = model
+    root.set_attn_implementation(ATTENTION)  # first: raises ValueError for models whose attention cannot be exchanged
     swap(model, made)
     for attention in attentions:
         attention.low_bit = nn.ModuleDict({name: make_quantizer(activations, signed=name != "p") for name in "qkvp"})
-    _register()
-    root: Any = model
-    root.set_attn_implementation(ATTENTION)
     root.config.low_bit = [weights, embeddings, activations]
     return model
 
@@ -467,7 +469,7 @@ def pack_(model: nn.Module) -> nn.Module:
         raise ValueError("packing needs low-bit weights, embeddings and activations, got 32 bits")
     made: dict[str, nn.Module] = {}
     table: PackedEmbedding | None = None
-    head = found["lm_head"]
+    head = found[cast(str, output_name(model))]
     packed_head = _packed_linear(cast(LowBitLinear, head))
     for name, layer in found.items():
         if isinstance(layer, LowBitEmbedding):
@@ -500,8 +502,7 @@ def packed_size(model: nn.Module, *, weights: int, embeddings: int) -> int:
     quantisers (at most 13 bytes each) is left out.
     """
     for name, value in (("weights", weights), ("embeddings", embeddings)):
-        if value not in KIND:
-            raise ValueError(f"{name} must be 1 or 2, got {value}")
+        checks.choice(name, value, tuple(KIND))
     linears, _, tables = _targets(model)
     table = next(iter(tables.values())).weight
     sizes = [(KIND[embeddings], table)]
@@ -525,13 +526,14 @@ def save_packed(model: nn.Module, path: Path | str) -> None:
     from safetensors.torch import save_file
 
     root: Any = model
-    if not isinstance(getattr(model, "lm_head", None), PackedLowBitLinear):
+    if not isinstance(output_layer(model), PackedLowBitLinear):
         raise ValueError("model must be packed (pack_) before it is saved packed")
-    first: dict[int, str] = {}
+    first: dict[Any, str] = {}
     aliases: dict[str, str] = {}
     tensors = {}
-    for name, tensor in model.state_dict().items():
-        kept = first.setdefault(tensor.data_ptr(), name) if tensor.numel() > 2 else name
+    for name, tensor in {**model.state_dict(), **_computed(model)}.items():
+        place = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        kept = first.setdefault(place, name) if tensor.numel() > 2 else name
         if kept == name:
             tensors[name] = tensor.contiguous()
         else:
@@ -546,7 +548,10 @@ def save_packed(model: nn.Module, path: Path | str) -> None:
 
 
 def load_packed(path: Path | str) -> Any:
-    """The model that `save_packed` wrote, ready to generate; float weights are never made."""
+    """The model that `save_packed` wrote, ready to generate; float weights are never made.
+
+    Raises ValueError for another file, or one that lacks a tensor of the model.
+    """
     import transformers
     from safetensors import safe_open
 
@@ -564,8 +569,23 @@ def load_packed(path: Path | str) -> Any:
         model: Any = architecture(cast(Any, architecture).config_class(**config))
         weights, embeddings, activations = config["low_bit"]
         pack_(quantize_(model, weights=weights, embeddings=embeddings, activations=activations))
+    for name in [name for name in tensors if name.startswith(COMPUTED)]:
+        path, _, leaf = name.removeprefix(COMPUTED).rpartition(".")
+        setattr(model.get_submodule(path), leaf, tensors.pop(name))
     model.load_state_dict(tensors, assign=True)
+    if lost := [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]:
+        raise ValueError(f"path lacks the tensor {lost[0]!r} of a {header['class']}, got {path}")
     return model.eval()
+
+
+def _computed(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that are no part of the state dict, tables of positions say: nothing makes them for a model built without memory."""
+    return {
+        f"{COMPUTED}{path}.{name}": getattr(module, name)
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+        if getattr(module, name) is not None
+    }
 
 
 # ---- distillation ----------------------------------------------------------------------------------------------------------------

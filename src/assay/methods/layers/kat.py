@@ -18,6 +18,7 @@ accuracy at equal size. Outside [-3, 3] a fitted function grows apart from its t
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Sequence
@@ -27,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay import checks
 from assay.methods.core import kernels
-from assay.methods.core.layers.surgery import find
+from assay.methods.core.layers.surgery import find, linear_kinds
 
 Denominator = Literal["sum_of_abs", "abs_of_sum"]
 Shared = Literal["numerator", "denominator"]
@@ -42,15 +44,30 @@ FIT_TOLERANCE = {"identity": 0.0, "gelu": 0.02, "swish": 0.02}  # largest error 
 
 
 def rational_reference(x: Tensor, a: Tensor, b: Tensor, denominator: Denominator = "sum_of_abs") -> Tensor:
-    """P(x) / Q(x) by the definition; arguments as for `rational`, whose oracle it is."""
+    """P(x) / Q(x) by Horner's rule, as the kernel computes it; arguments as for `rational`, whose oracle it is.
+
+    The fifth power leaves float32 where |x| is some 10^7 or more, sooner for large coefficients: the result is then infinite or
+    NaN, in both. The identity has no such limit.
+    """
     groups = max(len(a), len(b))
     v = x.unflatten(-1, (groups, x.shape[-1] // groups))
-    p = sum(a[:, i, None] * v**i for i in range(6))
-    if denominator == "sum_of_abs":
-        q = 1 + sum(b[:, i - 1, None].abs() * v.abs() ** i for i in range(1, 5))
-    else:
-        q = 1 + cast(Tensor, sum(b[:, i - 1, None] * v**i for i in range(1, 5))).abs()
-    return cast(Tensor, p / q).reshape(x.shape)
+    s = _denominator(v, b, denominator == "abs_of_sum")[0]
+    return (_horner(v, a) / (1 + s.abs())).reshape(x.shape)
+
+
+def _horner(v: Tensor, coefficients: Tensor) -> Tensor:
+    """sum_i c_i v^i for v (..., groups, channels) and coefficients (groups or 1, degree + 1)."""
+    *rest, total = (c[:, None] for c in coefficients.unbind(1))
+    for c in reversed(rest):
+        total = c + v * total
+    return total
+
+
+def _denominator(v: Tensor, b: Tensor, abs_of_sum: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum s of Q = 1 + |s|, the variable u it is a polynomial of, and ds/du."""
+    u, weight = (v, b) if abs_of_sum else (v.abs(), b.abs())
+    degrees = torch.arange(1, 5, device=b.device, dtype=b.dtype)
+    return u * _horner(u, weight), u, _horner(u, weight * degrees)
 
 
 class _Rational(torch.autograd.Function):
@@ -61,7 +78,9 @@ class _Rational(torch.autograd.Function):
         ctx.save_for_backward(x, a, b)
         ctx.abs_of_sum = abs_of_sum
         if _use_kernel(x):
+            kernels.ran("rational", "kernel")
             return cast(Tensor, torch.ops.assay.rational(x, a, b, abs_of_sum))
+        kernels.ran("rational", "torch")
         return rational_reference(x, a, b, "abs_of_sum" if abs_of_sum else "sum_of_abs")
 
     @staticmethod
@@ -81,19 +100,23 @@ def _gradients(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, abs_of_sum: bool) 
     groups = max(len(a), len(b))
     v = x.unflatten(-1, (groups, x.shape[-1] // groups))
     g = grad.view_as(v)
-    u, weight = (v, b) if abs_of_sum else (v.abs(), b.abs())
-    powers = [u**i for i in range(5)]
-    s = cast(Tensor, sum(weight[:, i - 1, None] * powers[i] for i in range(1, 5)))
-    slope = cast(Tensor, sum(i * weight[:, i - 1, None] * powers[i - 1] for i in range(1, 5)))
+    s, u, slope = _denominator(v, b, abs_of_sum)
     turn = s.sign() if abs_of_sum else v.sign()
-    q = 1 + s.abs()
-    y = cast(Tensor, sum(a[:, i, None] * v**i for i in range(6))) / q
-    rise = cast(Tensor, sum(i * a[:, i, None] * v ** (i - 1) for i in range(1, 6)))
-    dx = (g / q * (rise - y * turn * slope)).view_as(x)
-    da = torch.stack([(g * v**i / q).sum((0, 2)) for i in range(6)], 1)
-    scale = -g * y / q * (turn if abs_of_sum else 1.0)
-    db = torch.stack([(scale * powers[i]).sum((0, 2)) for i in range(1, 5)], 1) * (1.0 if abs_of_sum else b.sign())
-    return dx, da.sum_to_size(a.shape), db.sum_to_size(b.shape)
+    over = 1 / (1 + s.abs())
+    y = _horner(v, a) * over
+    rise = _horner(v, a[:, 1:] * torch.arange(1, 6, device=a.device, dtype=a.dtype))
+    dx = (g * over * (rise - y * turn * slope)).view_as(x)
+    da, db = [], []
+    w = g * over  # times a power more in each step, so that no power stands alone
+    z = -w * y * (turn if abs_of_sum else 1.0)
+    for _ in range(6):
+        da.append(w.sum((0, 2)))
+        w = w * v
+    for _ in range(4):
+        z = z * u
+        db.append(z.sum((0, 2)))
+    signs = 1.0 if abs_of_sum else b.sign()
+    return dx, torch.stack(da, 1).sum_to_size(a.shape), torch.stack(db, 1).mul(signs).sum_to_size(b.shape)
 
 
 def rational(x: Tensor, a: Tensor, b: Tensor, *, denominator: Denominator = "sum_of_abs") -> Tensor:
@@ -102,15 +125,12 @@ def rational(x: Tensor, a: Tensor, b: Tensor, *, denominator: Denominator = "sum
     One of a and b may have a single row, which all groups share. Computed in float32 (float64 for float64), returned in the
     dtype of x. Raises ValueError for shapes that do not fit, TypeError when x does not hold floating-point numbers.
     """
-    if denominator not in get_args(Denominator):
-        raise ValueError(f"denominator must be one of {', '.join(get_args(Denominator))}, got {denominator!r}")
-    if not x.is_floating_point():
-        raise TypeError(f"x must hold floating-point numbers, got {x.dtype}")
-    shapes = a.ndim == b.ndim == 2 and a.shape[1] == 6 and b.shape[1] == 4
-    if not shapes or not (len(a) == len(b) or min(len(a), len(b)) == 1) or not len(a):
-        raise ValueError(
-            f"a and b must be (groups, 6) and (groups, 4), or one of them a single row, got {tuple(a.shape)} and {tuple(b.shape)}"
-        )
+    checks.choice("denominator", denominator, get_args(Denominator))
+    checks.tensor("x", x, empty=True)
+    for name, value, width in (("a", a, 6), ("b", b, 4)):
+        checks.tensor(name, value, shape=("groups", width))
+    if not (len(a) == len(b) or min(len(a), len(b)) == 1):
+        raise ValueError(f"a and b must have as many rows, or one of them a single row, got {len(a)} and {len(b)}")
     groups = max(len(a), len(b))
     if not x.ndim or x.shape[-1] % groups:
         raise ValueError(f"num_groups ({groups}) must divide the channels of x, got {tuple(x.shape)}")
@@ -129,8 +149,8 @@ def fitted(name: str, denominator: Denominator = "sum_of_abs") -> tuple[tuple[fl
 
     "identity" is exact: a_1 = 1, the rest 0. Raises ValueError for another name, RuntimeError if a fit misses its tolerance.
     """
-    if name not in INITS:
-        raise ValueError(f"init must be one of {', '.join(INITS)}, got {name!r}")
+    checks.choice("init", name, INITS)
+    checks.choice("denominator", denominator, get_args(Denominator))
     if name == "identity":
         return (0.0, 1.0, 0.0, 0.0, 0.0, 0.0), (0.0,) * 4
     x = torch.linspace(-FIT_RANGE, FIT_RANGE, FIT_POINTS, dtype=torch.float64)
@@ -173,7 +193,12 @@ class GroupRational(nn.Module):
 
     `init` "identity" | "gelu" | "swish"; `denominator`, `shared` as in the module docstring. `noise` adds normal noise of that
     size to the denominators: under "sum_of_abs" a b of exactly zero gets no gradient and stays (`our choice`, off by default).
-    6 + 4 g numbers, or 6 g + 4 with a shared denominator. Raises ValueError for unknown options.
+    6 + 4 g numbers, or 6 g + 4 with a shared denominator. Raises TypeError or ValueError for unknown options.
+
+    >>> phi = GroupRational(num_groups=4, init="gelu")
+    >>> x = torch.linspace(-3, 3, 8)
+    >>> bool((phi(x) - F.gelu(x)).abs().max() < 0.02)
+    True
     """
 
     def __init__(
@@ -186,14 +211,9 @@ class GroupRational(nn.Module):
         noise: float = 0.0,
     ):
         super().__init__()
-        if num_groups < 1:
-            raise ValueError(f"num_groups must be at least 1, got {num_groups}")
-        for name, value, allowed in (
-            ("denominator", denominator, get_args(Denominator)),
-            ("shared", shared, get_args(Shared)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        num_groups = checks.whole("num_groups", num_groups, low=1)
+        checks.choice("shared", shared, get_args(Shared))
+        noise = checks.number("noise", noise, low=0)
         a, b = fitted(init, denominator)
         self.num_groups, self.init = num_groups, init
         self.denominator: Denominator = denominator
@@ -211,14 +231,12 @@ class GroupRational(nn.Module):
         x = torch.linspace(-10, 10, 20001, dtype=torch.float64)
         density = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
         with torch.no_grad():
-            y = self.double_copy()(x[:, None].expand(-1, self.num_groups))
+            y = self.double_copy().cpu()(x[:, None].expand(-1, self.num_groups))
         return 1 / float((density[:, None] * y.square()).sum(0).mean())
 
     def double_copy(self) -> GroupRational:
         """The same function in float64."""
-        twin = GroupRational(self.num_groups, self.init, self.denominator, shared=self.shared)
-        twin.load_state_dict(self.state_dict())
-        return twin.double()
+        return copy.deepcopy(self).double()
 
     def extra_repr(self) -> str:
         return f"num_groups={self.num_groups}, init={self.init!r}, denominator={self.denominator!r}, shared={self.shared!r}"
@@ -250,8 +268,8 @@ class KATMlp(nn.Module):
         **options: Any,
     ):
         super().__init__()
-        if variant not in get_args(Variant):
-            raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
+        checks.choice("variant", variant, get_args(Variant))
+        dropout = checks.number("dropout", dropout, low=0, high=1)
         self.act1 = GroupRational(init="identity", **options)
         self.fc1 = nn.Linear(dim, hidden)
         self.act2 = GroupRational(init=act_init, **options)
@@ -406,42 +424,106 @@ def kat_base_patch16_224(**options: Any) -> VisionTransformer:
 # -------------------------------------------------------------------------------------------------------------- conversion
 
 
+GELUS = (
+    "GELUActivation",
+    "NewGELUActivation",
+    "PytorchGELUTanh",
+    "GELUTanh",
+    "FastGELUActivation",
+    "AccurateGELUActivation",
+)
+SWISHES = ("SiLUActivation", "SwishActivation")
+BESIDE = (
+    "fc1",
+    "dense",
+    "c_fc",
+    "linear1",
+    "fc_in",
+    "lin1",
+    "intermediate_dense",
+)  # the layer in front of an activation
+
+
+class Activated(nn.Module):
+    """A linear layer behind an activation of its own: linear(phi(x)). `weight`, `bias` and sizes are those of the layer."""
+
+    def __init__(self, phi: GroupRational, linear: nn.Module):
+        super().__init__()
+        self.phi, self.linear = phi, linear
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "linear":
+                raise
+            return getattr(super().__getattr__("linear"), name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.phi(x))
+        return y
+
+
 def _activation(module: nn.Module) -> str | None:
     """Name of the function that a plain activation computes, if there is a fit for it."""
     name = type(module).__name__
-    if isinstance(module, nn.SiLU) or name in ("SiLUActivation", "SwishActivation"):
+    if isinstance(module, nn.SiLU) or name in SWISHES:
         return "swish"
-    if isinstance(module, nn.GELU) or name in (
-        "GELUActivation",
-        "NewGELUActivation",
-        "PytorchGELUTanh",
-        "FastGELUActivation",
-    ):
-        return "gelu"
-    return None
+    return "gelu" if isinstance(module, nn.GELU) or name in GELUS else None
 
 
 def convert(model: nn.Module, *, include: Sequence[str] = ("*",), **options: Any) -> list[str]:
     """Turn the activations of a trained model's MLPs into group-rational ones, in place; returns the names of those replaced.
 
     Each GELU or Swish module becomes a `GroupRational` that starts as its fit, and the linear layer in front of it gets an
-    identity `GroupRational` before itself where it can be found beside it (`fc1`, `dense`, `c_fc`, `linear1`). The function is
-    the old one up to the error of the fit within [-3, 3]. Gated MLPs (SwiGLU) keep their structure.
-    `options` are those of `GroupRational`. Raises ValueError when nothing can be replaced.
+    identity `GroupRational` before itself where it can be found beside it (`BESIDE`), as `Activated`. The function is the old one
+    up to the error of the fit within [-3, 3]. Gated MLPs (SwiGLU) keep their structure. Coefficients take the device and dtype of
+    the weights beside them. Activations that a model keeps as plain functions are not found.
+    `options` are those of `GroupRational`. Raises TypeError or ValueError, before anything is changed, for unknown options, when
+    nothing can be replaced, or when `num_groups` does not divide the inputs of such a layer or of what follows.
+
+    >>> model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
+    >>> convert(model)
+    ['1']
     """
+    if "init" in options:
+        raise ValueError(f"init must not be given, it follows from each activation, got {options['init']!r}")
+    groups = GroupRational(**options).num_groups
     kinds = tuple({type(m) for m in model.modules() if _activation(m) is not None})
     chosen = {id(module) for module in find(model, kinds, include=include).values()} if kinds else set()
     if not chosen:
         raise ValueError(f"{type(model).__name__} has no GELU or Swish module that `include` names")
-    for parent in list(
-        model.modules()
-    ):  # one activation object may serve many layers: every place gets a function of its own
-        for key, child in list(parent._modules.items()):
-            if child is None or id(child) not in chosen:
-                continue
-            parent._modules[key] = GroupRational(init=str(_activation(child)), **options)
-            for beside in ("fc1", "dense", "c_fc", "linear1"):
-                linear = parent._modules.get(beside)
-                if isinstance(linear, nn.Linear):
-                    parent._modules[beside] = nn.Sequential(GroupRational(init="identity", **options), linear)
+    places = [
+        (parent, key, child)
+        for parent in model.modules()  # one activation object may serve many layers: every place gets a function of its own
+        for key, child in parent._modules.items()
+        if child is not None and id(child) in chosen
+    ]
+    layers = {
+        id(p): [(name, p._modules[name]) for name in BESIDE if _dense(p._modules.get(name))] for p, _, _ in places
+    }
+    for parent, key, _ in places:
+        for name, linear in layers[id(parent)]:
+            for side, width in zip(("inputs", "outputs"), _sizes(linear), strict=True):
+                if width % groups:
+                    raise ValueError(f"num_groups ({groups}) must divide the {width} {side} of {name} beside {key}")
+    for parent, key, child in places:
+        near = next(iter(parent.parameters()), next(iter(model.parameters()), torch.empty(0)))
+        like: dict[str, Any] = {"device": near.device, "dtype": near.dtype if near.is_floating_point() else None}
+        parent._modules[key] = GroupRational(init=str(_activation(child)), **options).to(**like)
+        for name, linear in layers[id(parent)]:
+            phi = GroupRational(init="identity", **options).to(**like)
+            parent._modules[name] = Activated(phi, cast(nn.Module, linear)).train(model.training)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # keeps torch off its fused path, which computes the old activation
     return sorted(name for name, module in model.named_modules() if isinstance(module, GroupRational))
+
+
+def _dense(module: nn.Module | None) -> bool:
+    return module is not None and type(module) in linear_kinds()
+
+
+def _sizes(linear: Any) -> tuple[int, int]:
+    """Inputs and outputs."""
+    rows, columns = linear.weight.shape
+    return (rows, columns) if type(linear) is linear_kinds()[1] else (columns, rows)

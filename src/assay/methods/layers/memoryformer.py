@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay import checks
 from assay.measure.cost import register_macs
 from assay.methods.core import kernels
 from assay.methods.core.mixers.attention import SoftmaxAttention, rotate
@@ -63,7 +64,11 @@ class MemoryLinear(nn.Module):
 
     Layers of one input can share the hash, as Q, K and V do: see `look_up_together`. Without gradients, in float32 or bfloat16 on
     a CPU, a compiled kernel does it all in one pass.
-    Raises ValueError for sizes that do not divide or an unknown weight.
+    Raises TypeError or ValueError for sizes that do not divide, an unknown weight, or a temperature that its weight would ignore.
+
+    >>> layer = MemoryLinear(64, 32, bits=8)
+    >>> layer(torch.randn(2, 5, 64)).shape, layer.cost().macs  # 8 rows of 32 numbers in place of 64 x 32 products
+    (torch.Size([2, 5, 32]), 256)
     """
 
     def __init__(
@@ -77,12 +82,16 @@ class MemoryLinear(nn.Module):
         bias: bool = True,
     ):
         super().__init__()
-        if not 1 <= bits <= 16 or in_features % bits:
+        in_features = checks.whole("in_features", in_features, low=1)
+        out_features = checks.whole("out_features", out_features, low=1)
+        bits = checks.whole("bits", bits, low=1, high=16)
+        if in_features % bits:
             raise ValueError(f"bits must be from 1 to 16 and divide in_features ({in_features}), got {bits}")
-        if weight not in get_args(Weight):
-            raise ValueError(f"weight must be one of {', '.join(get_args(Weight))}, got {weight!r}")
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        checks.choice("weight", weight, get_args(Weight))
+        checks.flag("bias", bias)
+        temperature = checks.number("temperature", temperature, above=0)
+        if temperature != 1 and weight != "cosine":
+            raise ValueError(f"temperature is of weight 'cosine' only, got {temperature} with {weight!r}")
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.weight: Weight = weight
         self.temperature = temperature
@@ -103,8 +112,9 @@ class MemoryLinear(nn.Module):
 
     def hash(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (..., K) int64 of `tables`, and their weights (..., K), for inputs (..., in_features)."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x must have {self.in_features} features, got {x.shape[-1]}")
+        checks.tensor("x", x, empty=True)
+        if not x.ndim or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must have {self.in_features} features, got shape {tuple(x.shape)}")
         z = x.unflatten(-1, (self.count, self.bits))
         rows = bucket_codes(z) + torch.arange(self.count, device=x.device) * 2**self.bits
         return rows, bucket_weights(z, self.weight, self.temperature)
@@ -145,11 +155,14 @@ def look_up_together(layers: Sequence[MemoryLinear], x: Tensor) -> list[Tensor]:
     if len({(m.in_features, m.bits, m.weight, m.temperature) for m in layers}) != 1:
         raise ValueError("layers must be at least one, all with the same in_features, bits, weight and temperature")
     first = layers[0]
+    checks.tensor("x", x, empty=True)
     if not _use_kernel(layers, x):
+        kernels.ran("memory look-up", "torch")
         rows, weights = first.hash(x)
         return [layer.look_up(rows, weights) for layer in layers]
-    if x.shape[-1] != first.in_features:
-        raise ValueError(f"x must have {first.in_features} features, got {x.shape[-1]}")
+    if not x.ndim or x.shape[-1] != first.in_features:
+        raise ValueError(f"x must have {first.in_features} features, got shape {tuple(x.shape)}")
+    kernels.ran("memory look-up", "kernel")
     flat = x.reshape(-1, first.in_features).contiguous()
     tables, biases = [m.tables for m in layers], [m.bias for m in layers]
     kind = get_args(Weight).index(first.weight)
@@ -188,8 +201,9 @@ def distil_(layer: MemoryLinear, x: Tensor, y: Tensor, *, sweeps: int = 10, ridg
         raise ValueError(
             f"x and y must be (n, in_features) and (n, out_features), got {tuple(x.shape)} and {tuple(y.shape)}"
         )
-    if sweeps < 1 or ridge < 0:
-        raise ValueError(f"sweeps must be at least 1 and ridge at least 0, got {sweeps} and {ridge}")
+    sweeps, ridge = checks.whole("sweeps", sweeps, low=1), checks.number("ridge", ridge, low=0)
+    checks.tensor("x", x, finite=True)
+    checks.tensor("y", y, finite=True)
     rows, weights = layer.hash(x)
     weights = weights.to(torch.float32)
     layer.tables.zero_()
@@ -203,10 +217,11 @@ def distil_(layer: MemoryLinear, x: Tensor, y: Tensor, *, sweeps: int = 10, ridg
             row, p = rows[:, k] - k * buckets, weights[:, k, None]
             table = layer.tables[k * buckets : (k + 1) * buckets]
             residual += p * table[row].float()
-            mass = torch.zeros(buckets, 1).index_add(0, row, p.square()) + ridge
-            table.copy_(torch.zeros(buckets, layer.out_features).index_add(0, row, p * residual) / mass)
+            mass = residual.new_zeros(buckets, 1).index_add(0, row, p.square()) + ridge
+            best = residual.new_zeros(buckets, layer.out_features).index_add(0, row, p * residual) / mass
+            table.copy_(torch.where(mass > 0, best, 0.0))
             residual -= p * table[row].float()
-        errors.append(float(residual.norm() / y.float().norm()))
+        errors.append(float(residual.norm() / y.float().norm().clamp_min(torch.finfo(torch.float32).tiny)))
     return errors
 
 
@@ -215,7 +230,8 @@ def bucket_entropy(layer: MemoryLinear, x: Tensor) -> tuple[float, float]:
 
     Both are averages over the tables.
     """
-    rows, _ = layer.hash(x.reshape(-1, layer.in_features))
+    checks.tensor("x", x)
+    rows, _ = layer.hash(x)
     counts = torch.bincount(rows.flatten(), minlength=len(layer.tables)).view(layer.count, -1).double()
     share = counts / counts.sum(-1, keepdim=True)
     entropy = -(share * share.clamp(min=1e-300).log2()).sum(-1) / layer.bits
@@ -245,6 +261,7 @@ class MemoryAttention(SoftmaxAttention):
         layers: int = 1,
     ):
         super().__init__(dim, heads=heads, rotary=False)
+        rotary_share = checks.number("rotary_share", rotary_share, low=0, high=1)
         self.rotary_dim = int(self.head_dim * rotary_share) // 2 * 2
         for name in ("q_proj", "k_proj", "v_proj"):
             setattr(self, name, MemoryLinear(dim, dim, bits=bits, weight=weight, temperature=temperature))
@@ -280,8 +297,7 @@ class MemoryBlock(nn.Module):
         temperature: float = 1.0,
     ):
         super().__init__()
-        if extra < 0:
-            raise ValueError(f"extra must be at least 0, got {extra}")
+        bits, extra = checks.whole("bits", bits, low=1, high=16), checks.whole("extra", extra, low=0)
         inner = dim // bits * (bits + extra)
         self.first = MemoryLinear(dim, inner, bits=bits, weight=weight, temperature=temperature)
         self.norm = nn.LayerNorm(inner)

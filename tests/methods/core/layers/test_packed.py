@@ -14,7 +14,6 @@ from assay.measure.machine import machine
 from assay.methods.core import kernels
 from assay.methods.core.layers.packed import (
     KINDS,
-    PER_BYTE,
     PackedLinear,
     pack,
     packed_bytes,
@@ -23,6 +22,7 @@ from assay.methods.core.layers.packed import (
     quantize_tokens,
     unpack,
 )
+from assay.methods.core.quantize.formats import PER_BYTE
 
 SHAPES = [(1, 1), (3, 4), (5, 63), (4, 64), (7, 65), (9, 256), (6, 320), (33, 517), (2, 1280)]
 
@@ -167,6 +167,7 @@ def test_the_kernel_is_booked_as_a_linear_layer():
     assert count_cost(layer, torch.randn(3, 40)).macs == 3 * 40 * 5
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["-march=cascadelake", "-march=haswell", "-march=x86-64"])
 def test_the_other_instruction_sets_give_the_same_integers(flags, tmp_path):

@@ -14,71 +14,42 @@ When NOT to use it: for weights that were not trained for it. Rounding a trained
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay import checks
 from assay.measure.cost import register_macs
 from assay.methods.core import kernels
+from assay.methods.core.layers.stand_in import Casting, stand_in
+from assay.methods.core.quantize.formats import DIGIT_FORMATS, FORMATS, find, pack_digits, unpack_digits
 
 Kind = Literal["ternary", "base3", "binary"]
-KINDS: dict[str, int] = {"ternary": 0, "base3": 1, "binary": 2}
-PER_BYTE: dict[str, int] = {"ternary": 4, "base3": 5, "binary": 8}
+KINDS = DIGIT_FORMATS
 SMALLEST = 1e-5  # of what a scale is found from
 
 
 def packed_bytes(kind: Kind, out_features: int, in_features: int, scales: int = 1) -> int:
     """Bytes of a packed matrix with `scales` float32 scales: out * ceil(in / weights a byte) + 4 * scales."""
-    _check_kind(kind)
-    return out_features * -(-in_features // PER_BYTE[kind]) + 4 * scales
+    return find(kind, KINDS).bytes(out_features, in_features) + 4 * (scales - out_features)
 
 
 def pack(codes: Tensor, kind: Kind) -> Tensor:
     """Codes (out, in), -1, 0, 1 (ternary, base3) or -1, 1 (binary), as uint8 (out, ceil(in / weights a byte)).
 
     Raises ValueError for another shape or other values.
+
+    >>> pack(torch.tensor([[1, -1, 0, 1]]), "ternary")  # digits 2, 0, 1, 2, the first the lowest
+    tensor([[146]], dtype=torch.uint8)
     """
-    _check_kind(kind)
-    if codes.dim() != 2:
-        raise ValueError(f"codes must be a matrix (out, in), got {tuple(codes.shape)}")
-    allowed = (codes.abs() == 1) if kind == "binary" else (codes.abs() <= 1) & (codes == codes.round())
-    if not bool(allowed.all()):
-        raise ValueError(f"codes must be {'-1 or 1' if kind == 'binary' else '-1, 0 or 1'} for kind {kind!r}")
-    per = PER_BYTE[kind]
-    digits = (codes > 0).to(torch.int16) if kind == "binary" else codes.to(torch.int16) + 1
-    n, k = digits.shape
-    width = -(-k // per)
-    planes = F.pad(digits, (0, per * width - k)).view(n, per, width)
-    if kind == "base3":
-        number = sum(planes[:, j] * 3 ** (per - 1 - j) for j in range(per))
-        packed = (cast(Tensor, number).int() * 256 + 242) // 243
-    else:
-        shift = 8 // per
-        packed = cast(Tensor, sum(planes[:, j] << (shift * j) for j in range(per)))
-    return packed.to(torch.uint8).contiguous()
+    return pack_digits(codes, find(kind, KINDS).name)
 
 
 def unpack(packed: Tensor, kind: Kind, in_features: int) -> Tensor:
     """The codes, int8 (out, in), of what `pack` gave. Also for stacks of rows (..., bytes)."""
-    _check_kind(kind)
-    per = PER_BYTE[kind]
-    if packed.dtype != torch.uint8 or packed.shape[-1] != -(-in_features // per):
-        raise ValueError(
-            f"packed must be uint8 (..., {-(-in_features // per)}), got {packed.dtype} {tuple(packed.shape)}"
-        )
-    planes = []
-    rest = packed.to(torch.int16)
-    for j in range(per):
-        if kind == "base3":
-            planes.append((3 * rest >> 8) - 1)
-            rest = 3 * rest & 255
-        elif kind == "ternary":
-            planes.append((rest >> 2 * j & 3) - 1)
-        else:
-            planes.append(2 * (rest >> j & 1) - 1)
-    return torch.cat(planes, -1)[..., :in_features].to(torch.int8)
+    return unpack_digits(packed, find(kind, KINDS).name, in_features)
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,12 +64,14 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def product(codes: Tensor, packed: Tensor, kind: Kind) -> Tensor:
     """The integer product: activations int8 (m, in) with packed weights (out, bytes), int32 (m, out), exact."""
-    _check_kind(kind)
+    find(kind, KINDS)
     if codes.dim() != 2 or codes.dtype != torch.int8:
         raise ValueError(f"codes must be int8 (m, in), got {codes.dtype} {tuple(codes.shape)}")
     if compiled(codes):
-        found: Tensor = torch.ops.assay.lowbit_product(codes.contiguous(), packed, KINDS[kind])
+        kernels.ran("low-bit product", "kernel")
+        found: Tensor = torch.ops.assay.lowbit_product(codes.contiguous(), packed, FORMATS[kind].id)
         return found
+    kernels.ran("low-bit product", "torch")
     return product_reference(codes, packed, kind)
 
 
@@ -115,7 +88,7 @@ def compiled(x: Tensor) -> bool:
     return x.device.type == "cpu" and kernels.load("lowbit")
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(Casting, nn.Module):
     """A linear layer on packed weights, for inference: (..., in) to (..., out) in the dtype of its input.
 
     Inputs are quantised to 8 bits per token on the fly; with `norm_eps` an RMSNorm with a learnt weight comes first, in the same
@@ -141,17 +114,18 @@ class PackedLinear(nn.Module):
         norm_eps: float | None = None,
     ):
         super().__init__()
-        _check_kind(kind)
-        if in_features < 1 or out_features < 1:
-            raise ValueError(f"in_features and out_features must be at least 1, got {in_features} and {out_features}")
-        self.in_features, self.out_features, self.norm_eps = in_features, out_features, norm_eps
+        find(kind, KINDS)
+        self.in_features = checks.whole("in_features", in_features, low=1)
+        self.out_features = checks.whole("out_features", out_features, low=1)
+        checks.choice("scales", scales, ("tensor", "row"))
+        self.norm_eps = None if norm_eps is None else checks.number("norm_eps", norm_eps, low=0)
+        self.dtype = torch.get_default_dtype()
         self.kind: Kind = kind
-        width = -(-in_features // PER_BYTE[kind])
+        width = packed_bytes(kind, 1, in_features, 0)
         self.register_buffer("packed", torch.zeros(out_features, width, dtype=torch.uint8))
         self.register_buffer("scale", torch.ones(out_features if scales == "row" else 1))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
         self.register_buffer("norm_weight", None if norm_eps is None else torch.ones(in_features))
-        self._row_sums: Tensor | None = None
 
     @classmethod
     def from_codes(
@@ -164,8 +138,12 @@ class PackedLinear(nn.Module):
         norm_weight: Tensor | None = None,
         norm_eps: float | None = None,
     ) -> PackedLinear:
-        """The layer of integer codes (out, in) and their scales (one, or one a row). Raises ValueError for other codes or sizes."""
+        """The layer of integer codes (out, in) and their scales (one, or one a row).
+
+        Raises ValueError for other codes or sizes, and for scales that are not finite.
+        """
         packed, (n, k) = pack(codes, kind), codes.shape
+        checks.tensor("scale", scale, finite=True)
         if scale.numel() not in (1, n):
             raise ValueError(f"scale must have 1 or {n} values, got {scale.numel()}")
         with torch.device("meta"):
@@ -180,7 +158,9 @@ class PackedLinear(nn.Module):
         layer.packed, layer.scale = packed, scale.detach().flatten().float().clone()
         layer.bias = None if bias is None else bias.detach().float().clone()
         if norm_eps is not None:
-            layer.norm_weight = torch.ones(k) if norm_weight is None else norm_weight.detach().float().clone()
+            layer.norm_weight = (
+                torch.ones(k, device=codes.device) if norm_weight is None else norm_weight.detach().float().clone()
+            )
         return layer
 
     def _apply(self, fn: Any, recurse: bool = True) -> PackedLinear:
@@ -190,7 +170,7 @@ class PackedLinear(nn.Module):
         for name, buffer in kept.items():
             if not buffer.is_meta:
                 self._buffers[name] = buffer.to(self.packed.device)
-        self._row_sums = None
+        self.follow(fn)
         return self
 
     def codes(self) -> Tensor:
@@ -201,26 +181,31 @@ class PackedLinear(nn.Module):
         """The float32 weight (out, in) this layer stands for."""
         return self.codes().float() * self.scale[:, None]
 
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out, in), made when its numbers are wanted; nothing learns by changing it."""
+        return stand_in((self.out_features, self.in_features), self.dtype, self.packed.device, self.dequantize)
+
     def row_sums(self) -> Tensor:
-        """The sum of each row's codes, int32 (out,); found once."""
-        if self._row_sums is None:
-            ones = torch.ones(1, self.in_features, dtype=torch.int8, device=self.packed.device)
-            self._row_sums = product(ones, self.packed, self.kind)[0]
-        return self._row_sums
+        """The sum of each row's codes, int32 (out,): one product with ones, found anew as the codes may have been exchanged."""
+        ones = torch.ones(1, self.in_features, dtype=torch.int8, device=self.packed.device)
+        return product(ones, self.packed, self.kind)[0]
 
     def forward(self, x: Tensor) -> Tensor:
         self._check(x.shape[-1])
         if not compiled(x) or x.numel() == 0:
             return self.reference(x)
+        kernels.ran("low-bit linear", "kernel")
         rows = x.detach().reshape(-1, self.in_features).float().contiguous()
         eps = 0.0 if self.norm_eps is None else self.norm_eps
         y: Tensor = torch.ops.assay.lowbit_linear(
-            rows, self.packed, KINDS[self.kind], self.scale, self.bias, self.norm_weight, eps
+            rows, self.packed, FORMATS[self.kind].id, self.scale, self.bias, self.norm_weight, eps
         )
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def reference(self, x: Tensor) -> Tensor:
         """The same in torch, step by step."""
+        kernels.ran("low-bit linear", "torch")
         rows = x.detach().float()
         if self.norm_eps is not None:
             rows = F.rms_norm(rows, (self.in_features,), self.norm_weight, self.norm_eps)
@@ -250,11 +235,6 @@ def resident_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers of a model, shared ones once."""
     held = {id(t): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]}
     return sum(held.values())
-
-
-def _check_kind(kind: str) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
 
 
 def _macs(x: Tensor, *rest: Any, out: Tensor) -> int:

@@ -99,19 +99,41 @@ def tied_names(model: nn.Module, parameter: Tensor) -> list[str]:
     return [name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
 
 
-def untie(model: nn.Module) -> None:
-    """Tell a transformers model that its embedding and its head are no longer one, so that nothing ties them again.
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The layer onto the vocabulary, as `get_output_embeddings` tells it; "lm_head" where a model has no such method; or None."""
+    getter = getattr(model, "get_output_embeddings", None)
+    found = getattr(model, "lm_head", None) if getter is None else getter()
+    return found if isinstance(found, nn.Module) else None
 
-    Other ties of the model stay. Does nothing for models that know no tying.
+
+def output_name(model: nn.Module) -> str | None:
+    """The first name of the `output_layer`, or None."""
+    layer = output_layer(model)
+    return (
+        next((name for name, module in model.named_modules() if module is layer), None) if layer is not None else None
+    )
+
+
+def untie(model: nn.Module) -> None:
+    """Bring a transformers model's list of tied weights up to date, so that what was taken apart is not tied again.
+
+    Ties that still hold stay, and those that tensors of replaced layers have among each other are added, which is what lets
+    `save_pretrained` write them once. Does nothing for models that know no tying.
     """
     root: Any = model
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
-    if not hasattr(model, "config") or embedding is None:
+    ties = getattr(model, "all_tied_weights_keys", None)
+    if not hasattr(model, "config") or not isinstance(ties, dict):
         return
-    root.config.tie_word_embeddings = False
-    if isinstance(ties := getattr(model, "all_tied_weights_keys", None), dict):
-        names = tuple(f"{name}." for name, module in model.named_modules() if module is embedding)
-        root.all_tied_weights_keys = {k: source for k, source in ties.items() if not source.startswith(names)}
+    first: dict[int, str] = {}
+    same: dict[str, str] = {}
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    for name, tensor in tensors.items():
+        if (kept := first.setdefault(id(tensor), name)) != name:
+            same[name] = kept
+    root.all_tied_weights_keys = same
+    table, head = getattr(model, "get_input_embeddings", lambda: None)(), output_layer(model)
+    if head is not None and getattr(table, "weight", None) is not getattr(head, "weight", table):
+        root.config.tie_word_embeddings = False
 
 
 def layer_macs(module: nn.Module) -> int:
@@ -134,10 +156,13 @@ def page_out(weight: Tensor) -> None:
     needs the room. This takes them out at once. The numbers stay readable (from the file, slower).
     Memory of a process's own goes to swap, where there is some. Does nothing on other systems and devices.
     """
-    if sys.platform != "linux" or weight.device.type != "cpu":
+    if sys.platform != "linux" or weight.device.type != "cpu" or weight.numel() == 0:
         return
-    storage = weight.untyped_storage()
-    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE  # whole pages inside the storage
-    size = (storage.data_ptr() + storage.nbytes()) // mmap.PAGESIZE * mmap.PAGESIZE - start
+    last = sum((size - 1) * stride for size, stride in zip(weight.shape, weight.stride(), strict=True))
+    end = weight.data_ptr() + (last + 1) * weight.element_size()
+    start = (
+        -(-weight.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    )  # whole pages inside the weight: it may be one of many in a storage
+    size = end // mmap.PAGESIZE * mmap.PAGESIZE - start
     if size > 0:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), MADV_PAGEOUT)

@@ -23,40 +23,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay import checks
 from assay.measure.cost import register_macs
 from assay.methods.core import kernels
-from assay.methods.core.layers.surgery import page_out
+from assay.methods.core.layers.linears import linears as all_linears
+from assay.methods.core.layers.linears import open_, put, settle
+from assay.methods.core.layers.stand_in import Casting, stand_in
+from assay.methods.core.layers.surgery import output_layer, page_out, untie
+from assay.methods.core.quantize.formats import WIDE_PANEL, pack_wide, quantize_rows, unpack_wide
 
-PANEL = 64  # output channels that lie side by side in a packed weight
-LLAMA_FAMILY = (
-    "llama",
-    "mistral",
-    "qwen2",
-)  # model types whose blocks are computed exactly as `fuse_block` computes them
+# model types whose blocks are computed exactly as `fuse_block` computes them
+LLAMA_FAMILY = ("llama", "mistral", "qwen2")
+PLAIN = ("Attention", "MLP", "RMSNorm")  # the classes in them, after the family's own prefix
 
 _ready: bool | None = None  # whether the compiled operators serve; None until first asked
-
-
-def pack(codes: Tensor) -> Tensor:
-    """int8 (n, k) -> int8 (ceil(n / 64), ceil(k / 4), 64, 4), filled up with zeros: the order the kernel reads it in."""
-    n, k = codes.shape
-    padded = F.pad(codes, (0, -k % 4, 0, -n % PANEL))
-    return padded.view(-(-n // PANEL), PANEL, -(-k // 4), 4).permute(0, 2, 1, 3).contiguous()
-
-
-def unpack(packed: Tensor) -> Tensor:
-    """The inverse of `pack`, still filled up: int8 (64 * panels, 4 * quads)."""
-    panels, quads = packed.shape[:2]
-    return packed.permute(0, 2, 1, 3).reshape(panels * PANEL, quads * 4)
-
-
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 codes of each row and the rows' scales: float (..., k) -> int8 (..., k), float32 (..., 1)."""
-    x = x.float()
-    peak = x.abs().amax(-1, keepdim=True)
-    inverse = 127.0 / peak
-    step = torch.where(inverse.isfinite(), inverse, torch.zeros_like(inverse))  # a row of zeros stays one
-    return (x * step).round().to(torch.int8), peak / 127.0
+_least_amx: int = -1  # rows from which AMX computes; -1: never
+_below = "portable"  # what computes fewer rows
 
 
 def rotate(x: Tensor, size: int) -> Tensor:
@@ -70,7 +52,7 @@ def rotate(x: Tensor, size: int) -> Tensor:
     return x
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(Casting, nn.Module):
     """A linear layer in W8A8: (..., in_features) -> (..., out_features) in the dtype of its input (float32, bfloat16, float16).
 
     On their way in, inputs are multiplied by `multiplier` (in_features; the inverse of a smoothing folded into the weight, or the
@@ -81,7 +63,12 @@ class Int8Linear(nn.Module):
     `multiplier` float32, `bias` float32 or None. All of them travel in the state dict, which does not depend on how the layer
     was calibrated.
 
-    Raises TypeError for inputs of another dtype, ValueError for another number of features.
+    Raises TypeError for inputs of another dtype, ValueError for another number of features, and for weights, biases or
+    multipliers that are not finite.
+
+    >>> layer = Int8Linear(torch.randn(48, 64), rotation=16)
+    >>> layer(torch.randn(2, 5, 64)).shape
+    torch.Size([2, 5, 48])
     """
 
     packed: Tensor
@@ -100,20 +87,23 @@ class Int8Linear(nn.Module):
         rotation: int = 1,
     ):
         super().__init__()
-        if weight.dim() != 2 or not weight.is_floating_point():
-            raise ValueError(
-                f"weight must be a floating-point matrix (out, in), got {weight.dtype} {tuple(weight.shape)}"
-            )
+        checks.tensor("weight", weight, ndim=2)
         self.out_features, self.in_features = weight.shape
-        if rotation < 1 or rotation & (rotation - 1) or self.in_features % rotation:
+        self.norm_eps = None if norm_eps is None else checks.number("norm_eps", norm_eps, low=0)
+        self.rotation = _power_of_two(rotation)
+        if self.in_features % self.rotation:
             raise ValueError(
                 f"rotation must be a power of two that divides {self.in_features} features, got {rotation}"
             )
-        self.norm_eps = norm_eps
-        self.rotation = rotation
+        self.dtype = weight.dtype
+        for name, values in (("weight", weight), ("bias", bias), ("multiplier", multiplier)):
+            if values is None or type(values) not in (Tensor, nn.Parameter) or values.is_meta:
+                continue  # not given, or without numbers
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"{name} must be finite, got inf or NaN")
         codes, scale = quantize_rows(rotate(weight.detach().float(), rotation) / rotation)
-        filler = (0, -self.out_features % PANEL)
-        self.register_buffer("packed", pack(codes))
+        filler = (0, -self.out_features % WIDE_PANEL)
+        self.register_buffer("packed", pack_wide(codes))
         self.register_buffer("scale", F.pad(scale.flatten(), filler))
         self.register_buffer("offset", F.pad(codes.sum(1, dtype=torch.int32) * -128, filler))
         if multiplier is None:
@@ -127,11 +117,22 @@ class Int8Linear(nn.Module):
         super()._apply(fn, recurse)
         for name, buffer in kept.items():
             self._buffers[name] = buffer.to(self.packed.device)
+        self.follow(fn)
         return self
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (out, in) behind the norm, made when its numbers are wanted; nothing learns by changing it."""
+        return stand_in((self.out_features, self.in_features), self.dtype, self.packed.device, self.dequantize)
+
+    def dequantize(self) -> Tensor:
+        """The float32 weight (out, in) this layer stands for, smoothing and the gain of a norm taken in."""
+        rows = rotate(self.codes().float() * self.scale[: self.out_features, None], self.rotation)
+        return rows * self.multiplier
 
     def codes(self) -> Tensor:
         """The integer weight, int8 (out_features, in_features)."""
-        return unpack(self.packed)[: self.out_features, : self.in_features]
+        return unpack_wide(self.packed)[: self.out_features, : self.in_features]
 
     def arguments(self) -> tuple[Any, ...]:
         """What the compiled operators want of this layer, in their order."""
@@ -141,18 +142,20 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         _check(x, self.in_features)
         if _compiled(x):
+            _note(x)
             return cast(Tensor, torch.ops.assay.w8a8_linear(x, *self.arguments(), self.out_features))
         return self.reference(x)
 
     def reference(self, x: Tensor) -> Tensor:
         """The same in plain torch: the oracle of the tests, and what runs without a compiler."""
+        kernels.ran("int8 linear", "torch")
         if x.numel() == 0:
             return x.new_empty(*x.shape[:-1], self.out_features)
         rows = x.reshape(-1, self.in_features).float()
         if self.norm_eps is not None:
             rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + self.norm_eps)
         codes, row_scale = quantize_rows(rotate(rows * self.multiplier, self.rotation))
-        weight = unpack(self.packed)
+        weight = unpack_wide(self.packed)
         codes = F.pad(codes, (0, weight.shape[1] - self.in_features))
         if x.device.type == "cpu":
             product = torch._int_mm(codes, weight.T).float()
@@ -185,6 +188,7 @@ class Int8GatedMLP(nn.Module):
             gate, up = self.gate_up.reference(x.float()).chunk(2, -1)
             hidden = (F.silu(gate) * up)[..., : self.down.in_features]
             return self.down.reference(hidden).to(x.dtype)
+        _note(x)
         sizes = self.down.in_features, self.down.out_features
         return cast(Tensor, torch.ops.assay.w8a8_mlp(x, *self.gate_up.arguments(), *self.down.arguments(), *sizes))
 
@@ -233,6 +237,7 @@ def qkv_rope(layer: Int8Linear, x: Tensor, cos: Tensor, sin: Tensor, kv_heads: i
     d = cos.shape[-1]
     heads = layer.out_features // d - 2 * kv_heads
     if _compiled(x):
+        _note(x)
         turn = cos.to(x.dtype), sin.to(x.dtype)
         fused = torch.ops.assay.w8a8_qkv_rope(x, *layer.arguments(), *turn, heads, kv_heads)
         return cast(tuple[Tensor, Tensor, Tensor], fused)
@@ -244,8 +249,11 @@ def qkv_rope(layer: Int8Linear, x: Tensor, cos: Tensor, sin: Tensor, kv_heads: i
     return query.to(x.dtype), key.to(x.dtype), value.to(x.dtype)
 
 
-def input_rms(model: nn.Module, calibration: Iterable[Tensor], linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-    """Root mean square of every input channel of the named layers over token ids, each (1, n): name -> float32 (in_features)."""
+def input_rms(model: nn.Module, calibration: Iterable[Any], names: Iterable[str]) -> dict[str, Tensor]:
+    """Root mean square of every input channel of the named layers: name -> float32 (in_features).
+
+    `calibration` holds token ids, each (1, n), or mappings of keyword arguments. The model runs in evaluation mode.
+    """
     squares: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -257,12 +265,15 @@ def input_rms(model: nn.Module, calibration: Iterable[Tensor], linears: Mapping[
 
         return hook
 
-    handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    training = model.training
+    model.eval()
     try:
         with torch.no_grad():
-            for ids in calibration:
-                model(ids)
+            for item in calibration:
+                model(**item) if isinstance(item, Mapping) else model(item)
     finally:
+        model.train(training)
         for handle in handles:
             handle.remove()
     return {name: (total / counts[name]).sqrt() for name, total in squares.items()}
@@ -281,17 +292,21 @@ def smoothing(rms: Tensor, weight: Tensor, alpha: float) -> Tensor:
 
 
 def select(
-    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ("lm_head",)
+    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = (), *, head: bool = False
 ) -> dict[str, nn.Linear]:
-    """The linear layers of a model by name. A pattern matches a whole name (with `*`) or one of its dotted parts."""
+    """The linear layers of a model by name (see `linears`). A pattern matches a whole name (with `*`) or one of its dotted parts.
+
+    The output layer, known by `get_output_embeddings`, is among them with `head` only.
+    """
 
     def matches(name: str, patterns: Sequence[str]) -> bool:
         return any(fnmatchcase(name, pattern) or pattern in name.split(".") for pattern in patterns)
 
+    last = None if checks.flag("head", head) else output_layer(model)
     return {
-        name: module
-        for name, module in model.named_modules()
-        if type(module) is nn.Linear and matches(name, include) and not matches(name, exclude)
+        name: layer
+        for name, layer in all_linears(model).items()
+        if layer is not last and matches(name, include) and not matches(name, exclude)
     }
 
 
@@ -299,52 +314,66 @@ def quantize_linears(
     model: nn.Module,
     *,
     include: Sequence[str] = ("*",),
-    exclude: Sequence[str] = ("lm_head",),
+    exclude: Sequence[str] = (),
+    head: bool = False,
     smooth: float | None = None,
     rotation: int = 16,
-    calibration: Iterable[Tensor] = (),
+    calibration: Iterable[Any] = (),
     fuse: bool = True,
 ) -> nn.Module:
     """Replace linear layers by `Int8Linear`, in place, and return the model.
 
-    `smooth` is SmoothQuant's alpha in 0..1 and needs `calibration` (token ids, each (1, n), other text than the one quality is
-    judged on). `rotation` is the size of the Hadamard transform of the inputs (1 for none), halved until it divides a layer's
-    inputs. With `fuse`, blocks of the llama family whose layers were all selected become fused ones. The model is then for
-    inference only; it still generates, copies and saves like before, and a state dict loads into any model quantised with the same
-    `include`, `exclude`, `rotation` and `fuse`, calibrated or not.
+    `include` and `exclude` are patterns over names; the output layer is left alone unless `head`. GPT-2's Conv1D and the fused
+    experts of a mixture are linear layers like any other. `smooth` is SmoothQuant's alpha in 0..1 and needs `calibration` (token
+    ids, each (1, n), or mappings of keyword arguments, other text than the one quality is judged on); experts, which no text
+    reaches all of, are not smoothed. `rotation` is the size of the Hadamard transform of the inputs (1 for none), halved until it
+    divides a layer's inputs. With `fuse`, blocks of the llama family whose layers were all selected become fused ones. The model
+    is then for inference only; it still generates, copies and saves like before, and a state dict loads into any model quantised
+    with the same `include`, `exclude`, `head`, `rotation` and `fuse`, calibrated or not.
 
-    Raises ValueError when nothing is selected, `smooth` or `rotation` is out of range, or calibration is missing.
+    Raises TypeError or ValueError, before anything is changed, when nothing is selected, `smooth` or `rotation` is out of range,
+    calibration is missing, or a weight is not finite.
+
+    >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    >>> quantize_linears(model)[0]
+    Int8Linear(in_features=64, out_features=64, bias=True)
     """
-    linears = select(model, include, exclude)
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise TypeError(f"{name} must be a sequence of patterns, got {patterns!r}")
+    checks.flag("fuse", fuse)
+    rotation = _power_of_two(rotation)
+    linears = select(model, include, exclude, head=head)
     if not linears:
         raise ValueError(
-            f"include={list(include)} and exclude={list(exclude)} select no nn.Linear of {type(model).__name__}"
+            f"include={list(include)} and exclude={list(exclude)} select no linear layer of {type(model).__name__}"
         )
-    if rotation < 1 or rotation & (rotation - 1):
-        raise ValueError(f"rotation must be a power of two (1 for none), got {rotation}")
+    for name, linear in linears.items():
+        if not all(bool(torch.isfinite(p).all()) for p in (linear.weight, linear.bias) if p is not None):
+            raise ValueError(f"the weight and bias of {name} must be finite, got inf or NaN")
+        page_out(linear.weight)
     factors: dict[str, Tensor] = {}
     if smooth is not None:
-        if not 0 <= smooth <= 1:
-            raise ValueError(f"smooth must lie in 0..1, got {smooth}")
-        rms = input_rms(model, calibration, linears)
-        if missing := set(linears) - set(rms):
+        smooth = checks.number("smooth", smooth, low=0, high=1)
+        present = {name for name, _ in model.named_modules()}
+        ordinary = {name: linear for name, linear in linears.items() if name in present}
+        rms = input_rms(model, calibration, ordinary)
+        if missing := set(ordinary) - set(rms):
             raise ValueError(
                 f"smooth needs calibration token ids that reach every layer; none reached {sorted(missing)[:3]}"
             )
-        factors = _factors(linears, rms, smooth)
+        factors = _factors(ordinary, rms, smooth)
     fused = fusable_blocks(model, linears) if fuse else {}
+    open_(model)
     with torch.no_grad():
         for name, block in fused.items():
             own = {k.removeprefix(f"{name}."): f for k, f in factors.items() if k.startswith(f"{name}.")}
             fuse_block(block, own, rotation)
-        for name, linear in linears.items():
-            if any(name.startswith(f"{block}.") for block in fused):
-                continue
-            parent = model.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], _quantized([linear], factors.get(name), rotation))
-    config: Any = getattr(model, "config", None)
-    if "lm_head" in linears and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # the head is no view of the embedding any more
+        for name in linears:
+            if not any(name.startswith(f"{block}.") for block in fused):
+                linear = cast(nn.Linear, model.get_submodule(name))
+                put(model, name, _quantized([linear], factors.get(name), rotation))
+    untie(settle(model))
     return model
 
 
@@ -382,19 +411,20 @@ def _quantized(
     linears: list[nn.Linear], factor: Tensor | None, rotation: int, norm: Any = None, filled: bool = False
 ) -> Int8Linear:
     """Layers with the same input as one Int8Linear, each filled up to a full panel if wanted; their own weights are let go of."""
-    size = PANEL if filled else 1
+    size = WIDE_PANEL if filled else 1
     weight = torch.cat([F.pad(linear.weight, (0, 0, 0, -linear.out_features % size)) for linear in linears]).float()
     bias = None
     if any(linear.bias is not None for linear in linears):
-        biases = [torch.zeros(x.out_features) if x.bias is None else x.bias for x in linears]
+        biases = [weight.new_zeros(x.out_features) if x.bias is None else x.bias for x in linears]
         bias = torch.cat([F.pad(b.float(), (0, -b.numel() % size)) for b in biases])
-    multiplier = torch.ones(weight.shape[1]) if norm is None else norm.weight.float()
+    multiplier = torch.ones(weight.shape[1], device=weight.device) if norm is None else norm.weight.float()
     if factor is not None:
         weight, multiplier = weight * factor, multiplier / factor
     while weight.shape[1] % rotation:
         rotation //= 2
     eps = None if norm is None else norm.variance_epsilon
     layer = Int8Linear(weight, bias, multiplier=multiplier, norm_eps=eps, rotation=rotation)
+    layer.dtype = linears[0].weight.dtype
     for linear in linears:
         page_out(linear.weight)
     return layer
@@ -417,14 +447,38 @@ def _factors(linears: Mapping[str, nn.Linear], rms: Mapping[str, Tensor], alpha:
 def fusable_blocks(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Module]:
     """The decoder blocks of the llama family of which every linear layer was selected, by name."""
     config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) not in LLAMA_FAMILY or config.hidden_act != "silu":
+    family = getattr(config, "model_type", None)
+    if family not in LLAMA_FAMILY or config.hidden_act != "silu":
         return {}
+
+    def plain(block: Any) -> bool:
+        parts = (block.self_attn, block.mlp, block.input_layernorm)
+        return all(
+            type(part).__name__.lower() == f"{family}{kind}".lower() for part, kind in zip(parts, PLAIN, strict=True)
+        )
+
     wanted = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module).__name__.endswith("DecoderLayer") and all(f"{name}.{leaf}" in linears for leaf in wanted)
+        if type(module).__name__.endswith("DecoderLayer")
+        and plain(module)
+        and all(f"{name}.{leaf}" in linears for leaf in wanted)
     }
+
+
+def _power_of_two(rotation: int) -> int:
+    rotation = checks.whole("rotation", rotation, low=1)
+    if rotation & (rotation - 1):
+        raise ValueError(f"rotation must be a power of two (1 for none), got {rotation}")
+    return rotation
+
+
+def _note(x: Tensor) -> None:
+    """Which instructions the compiled operators take for these rows."""
+    if not torch.compiler.is_compiling():
+        rows = x.numel() // x.shape[-1]
+        kernels.ran("int8 linear", "amx" if 0 <= _least_amx <= rows else _below)
 
 
 def _check(x: Tensor, features: int) -> None:
@@ -442,10 +496,12 @@ def _compiled(x: Tensor) -> bool:
 
 
 def _prepare() -> None:
-    global _ready
+    global _ready, _least_amx, _below
     _ready = kernels.load("w8a8")
     if not _ready:
         return
+    _least_amx, vnni = torch.ops.assay.w8a8_paths()
+    _below = "vnni" if vnni else "portable"
 
     def linear(x: Tensor, *arguments: Any) -> Tensor:  # shapes alone, for torch.compile
         return x.new_empty(*x.shape[:-1], arguments[-1])

@@ -12,13 +12,19 @@ for efficient deep learning inference" (arXiv 2303.17951).
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
+from assay import checks
+from assay.methods.core.quantize.formats import FLOAT8_FORMATS, float_values
+
 Variant = Literal["all-finite", "ocp", "ieee"]
 Estimator = Literal["minmax", "percentile", "mse"]
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+OCTAVES = 40  # that the search for a range of least squared error may go down to
+LOWEST, HIGHEST = 1e-30, 2.0**60  # of a range and of a grid's top: beyond, float32 does not hold the steps
 OCP_FORMATS = {(4, 3): "one NaN code", (5, 2): "ieee", (3, 2): "all-finite", (2, 3): "all-finite", (2, 1): "all-finite"}
 
 
@@ -105,16 +111,19 @@ class Quantizer(nn.Module):
         "minmax": the largest magnitude (or both ends). "percentile": the given percentile of the magnitudes (or of both tails).
         "mse": of `steps` ranges an octave over `octaves` octaves below the largest magnitude, the one of least squared error; the
         error of a floating-point grid is nearly periodic in the logarithm of its range, so that a coarse search misses its minimum.
+        Where the best lies in the last octave, as with outliers far out, the search goes on downwards until it does not.
         The range of least squared error is not always that of best accuracy. A channel of zeros gets the range 1.
 
-        Raises ValueError for an unknown estimator, an empty sample, or one that is not finite.
+        Raises TypeError or ValueError for an unknown estimator, an empty sample, or one that is not finite.
+
+        >>> quantizer = UniformQuantizer(8).calibrate(torch.tensor([-0.5, 0.25, 1.27]))
+        >>> quantizer(torch.tensor([0.123, 9.0]))
+        tensor([0.1200, 1.2700])
         """
-        if estimator not in ("minmax", "percentile", "mse"):
-            raise ValueError(f"estimator must be 'minmax', 'percentile' or 'mse', got {estimator!r}")
-        if not 50 < percentile <= 100:
-            raise ValueError(f"percentile must lie in (50, 100], got {percentile}")
-        if x.numel() == 0 or not bool(x.isfinite().all()):
-            raise ValueError("x must hold at least one value and only finite ones")
+        checks.choice("estimator", estimator, ESTIMATORS)
+        percentile = checks.number("percentile", percentile, above=50, high=100)
+        octaves, steps = checks.whole("octaves", octaves, low=1, high=OCTAVES), checks.whole("steps", steps, low=1)
+        checks.tensor("x", x, finite=True)
         with torch.no_grad():
             x = x.detach().float()
             rows = x.reshape(1, -1) if self.axis is None else x.movedim(self.axis, 0).flatten(1)
@@ -147,7 +156,9 @@ class Quantizer(nn.Module):
         self, rows: Tensor, high: Tensor, low: Tensor | None, octaves: int, steps: int
     ) -> tuple[Tensor, Tensor | None]:
         best, factor = torch.full_like(high, math.inf), torch.ones_like(high)
-        for i in range(octaves * steps):
+        for i in range(OCTAVES * steps):
+            if i >= octaves * steps and not bool((factor < 2.0 ** (1 - i / steps)).any()):
+                break
             f = 2.0 ** (-i / steps)
             error = (
                 (self.quantize(rows, high * f, None if low is None else low * f) - rows).square().mean(1, keepdim=True)
@@ -179,8 +190,9 @@ class UniformQuantizer(Quantizer):
 
     def __init__(self, bits: int = 8, *, symmetric: bool = True, signed: bool = True, axis: int | None = None):
         super().__init__(axis)
-        if not 2 <= bits <= 16:
-            raise ValueError(f"bits must lie in 2..16, got {bits}")
+        bits = checks.whole("bits", bits, low=2, high=16)
+        checks.flag("symmetric", symmetric)
+        checks.flag("signed", signed)
         if not symmetric and not signed:
             raise ValueError("signed=False is for symmetric=True; an asymmetric range tells its own sign")
         self.bits, self.symmetric, self.signed = bits, symmetric, signed
@@ -196,6 +208,7 @@ class UniformQuantizer(Quantizer):
         return (1 << magnitude_bits) - 1
 
     def quantize(self, x: Tensor, high: Tensor, low: Tensor | None = None) -> Tensor:
+        x, high, low = _wide(x, high, low)
         if low is None:
             step = high / self.codes
             bottom = -high if self.signed else torch.zeros_like(high)
@@ -250,12 +263,13 @@ class FloatQuantizer(Quantizer):
         axis: int | None = None,
     ):
         super().__init__(axis)
+        exponent, mantissa = checks.whole("exponent", exponent), checks.whole("mantissa", mantissa)
+        checks.choice("variant", variant, get_args(Variant))
+        checks.flag("signed", signed)
         if not 0 <= exponent <= 7 or not 0 <= mantissa <= 10 or exponent + mantissa < 1:
             raise ValueError(
                 f"exponent must lie in 0..7 and mantissa in 0..10, not both 0; got {exponent} and {mantissa}"
             )
-        if variant not in ("all-finite", "ocp", "ieee"):
-            raise ValueError(f"variant must be 'all-finite', 'ocp' or 'ieee', got {variant!r}")
         if variant == "ocp" and (exponent, mantissa) not in OCP_FORMATS:
             known = ", ".join(f"E{e}M{m}" for e, m in OCP_FORMATS)
             raise ValueError(f"variant 'ocp' defines {known}, not E{exponent}M{mantissa}")
@@ -288,12 +302,13 @@ class FloatQuantizer(Quantizer):
 
     def grid(self) -> Tensor:
         p_top, fraction = self.top
-        values = torch.cat([_binade(p, self.mantissa) for p in range(2**self.exponent)])
+        values = float_values(self.exponent, self.mantissa)
         values = values[values <= 2.0**p_top * fraction]
         if self.signed:
             values = torch.cat([-values.flip(0)[:-1], values])
-        high = self._range()[0].detach()
-        values = values.to(high.device, torch.float32) * (high.reshape(-1, 1) / (2.0**p_top * fraction))
+        top, high = 2.0**p_top * fraction, self._range()[0].detach()
+        wide = _wide(high, high, None, top)[1]  # as `quantize` computes, to the bit
+        values = (values.to(wide) * (wide.reshape(-1, 1) / top)).float()
         return values[0] if self.axis is None else values
 
     def extra_repr(self) -> str:
@@ -315,8 +330,7 @@ class LearnedFloatQuantizer(Quantizer):
 
     def __init__(self, mantissa: float = 4.0, *, axis: int | None = None):
         super().__init__(axis)
-        if not 1 <= mantissa <= 7:
-            raise ValueError(f"mantissa must lie in 1..7, got {mantissa}")
+        mantissa = checks.number("mantissa", mantissa, low=1, high=7)
         self.mantissa = nn.Parameter(torch.tensor(float(mantissa)))
 
     def settled(self) -> FloatQuantizer:
@@ -347,6 +361,7 @@ def _float_quantize(
 
     `growth`: factors of the steps of normal and of subnormal values, for their gradient.
     """
+    x, high, _ = _wide(x, high, None, top)
     scale = high / top
     bottom = -high if signed else torch.zeros_like(high)
     y = torch.minimum(torch.maximum(x, bottom), high) / scale
@@ -359,18 +374,18 @@ def _float_quantize(
     return rounded
 
 
+def _wide(x: Tensor, high: Tensor, low: Tensor | None, top: float = 1.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same in float64 where steps would fall below what float32 holds: a channel of 1e-37 would come out as NaN."""
+    narrow = high.detach() if low is None else torch.minimum(high.detach().abs(), (high - low).detach())
+    if high.numel() and top <= HIGHEST and bool((narrow >= LOWEST * max(top, 1.0)).all()):
+        return x, high, low
+    return x.double(), high.double(), None if low is None else low.double()
+
+
 def _power_of_two(exponent: Tensor) -> Tensor:
     """2^exponent for int32 exponents in -126..127, exactly."""
     bits: Tensor = (exponent.int() + 127) << 23
     return bits.view(torch.float32)
-
-
-def _binade(p: int, mantissa: int) -> Tensor:
-    """The values with exponent code p at bias 0, float64."""
-    steps = torch.arange(2**mantissa, dtype=torch.float64) / 2**mantissa
-    first = 0.0 if p == 0 else 1.0
-    scaled: Tensor = (steps + first) * math.ldexp(1.0, max(p, 1))
-    return scaled
 
 
 def _quantile(rows: Tensor, share: float) -> Tensor:
@@ -392,7 +407,7 @@ def sqnr(x: Tensor, quantized: Tensor) -> float:
     return float(10 * torch.log10(x.double().square().sum() / noise)) if noise > 0 else math.inf
 
 
-EIGHT_BIT = ("INT8", "E2", "E3", "E4", "E5")
+EIGHT_BIT = ("INT8", *FLOAT8_FORMATS)
 
 
 def make_quantizer(name: str, *, axis: int | None = None, symmetric: bool = True) -> Quantizer:

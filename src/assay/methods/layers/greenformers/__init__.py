@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from assay.methods.core.layers.linears import left_alone, share
 from assay.methods.core.layers.surgery import find, linear_kinds
 from assay.methods.layers.greenformers.convert import LayerReport, LowRankReport, apply_low_rank
 from assay.methods.layers.greenformers.economics import TrainingCost, training_cost
@@ -32,7 +33,7 @@ from assay.methods.layers.greenformers.encoder import (
 from assay.methods.layers.greenformers.released import auto_fact
 from assay.methods.layers.greenformers.solvers import SOLVERS, Solver, factor, input_moments, output_basis, truncate
 from assay.methods.layers.greenformers.units import CED, LED, UNITS, LEDEmbedding, break_even_rank
-from assay.methods.transform import Effect, Fit, TuneContext
+from assay.methods.transform import LEAST_SHARE, Effect, Fit, TuneContext, only
 
 __all__ = [
     "CED",
@@ -65,7 +66,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class LowRank:
-    """The tuner's handle: factor the linear layers with the data-aware solver, calibrated on the context's text."""
+    """The tuner's handle: factor the linear layers with the data-aware solver, calibrated on the context's text.
+
+    Configuration: exactly one of `rank`, `energy` and `budget` (see `apply_low_rank`). Fused experts are not reached.
+    """
 
     name: str = "greenformers"
     slot: Literal["structure"] = "structure"
@@ -73,16 +77,28 @@ class LowRank:
     exact: bool = False
 
     def applies_to(self, model: nn.Module, context: TuneContext) -> Fit:
-        if not find(model, linear_kinds(), closed=UNITS):
+        found = find(model, linear_kinds(), closed=UNITS)
+        if not found:
             return Fit(False, f"{type(model).__name__} has no dense linear layers")
         if not len(context.calibration):
             return Fit(False, "it needs calibration text")
-        return Fit(True, effects=(Effect("linear", macs=0.9, bytes=0.9),))
+        part, rest = share(model, found), left_alone(model, found)
+        if not part >= LEAST_SHARE:
+            return Fit(False, f"it reaches {part:.0%} of the weights only: {rest}", share=part, reached=rest)
+        saved = 1 - 0.1 * part
+        return Fit(True, effects=(Effect("linear", macs=saved, bytes=saved),), share=part, reached=rest)
 
     def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
         return [{"energy": 0.999}, {"energy": 0.99}, {"budget": 0.8}]
 
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+        """Raises TypeError or ValueError, before anything is changed, for a configuration or a model it does not fit."""
+        only(config, ("rank", "energy", "budget"))
+        found = find(model, linear_kinds(), closed=UNITS)
+        if found and not (part := share(model, found)) >= LEAST_SHARE:
+            raise ValueError(
+                f"model must let half of its weights be reached, got {part:.0%}: {left_alone(model, found)}"
+            )
         apply_low_rank(model, solver="data_svd", calibration=context.calibration, **config)
         return model
 

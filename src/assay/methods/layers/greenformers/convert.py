@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from assay import checks
 from assay.methods.core.layers.surgery import CONVOLUTIONS, LayerCost, cost, find, linear_kinds, swap, tied_names, untie
 from assay.methods.layers.greenformers.solvers import SOLVERS, Solver, factor, input_moments, output_basis, truncate
 from assay.methods.layers.greenformers.units import (
@@ -90,6 +91,9 @@ def apply_low_rank(
     Raises ValueError for bad arguments, before anything is changed, naming them.
     """
     _check(rank, energy, budget, solver, calibration)
+    for name, value in (("embeddings", embeddings), ("untie_head", untie_head)):
+        checks.flag(name, value)
+    num_iter, seed = checks.whole("num_iter", num_iter, low=1), checks.whole("seed", seed)
     kinds = (*linear_kinds(), *CONVOLUTIONS, *((nn.Embedding,) if embeddings else ()))
     layers = find(model, kinds, include=include, exclude=exclude, closed=UNITS)
     before = cost(model)
@@ -146,10 +150,9 @@ def _check(rank: float | None, energy: float | None, budget: float | None, solve
     if sum(given is not None for given in (rank, energy, budget)) != 1:
         raise ValueError(f"exactly one of rank, energy and budget must be given, got {rank}, {energy} and {budget}")
     for name, share in (("energy", energy), ("budget", budget)):
-        if share is not None and not 0 < share < 1:
-            raise ValueError(f"{name} must lie in (0, 1), got {share}")
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver!r}")
+        if share is not None:
+            checks.number(name, share, above=0, below=1)
+    checks.choice("solver", solver, SOLVERS)
     if rank is not None:
         check_rank(rank)
     elif solver not in ("svd", "data_svd"):

@@ -10,22 +10,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from assay import checks
+from assay.methods.core.layers.stand_in import stand_in
 from assay.methods.core.layers.surgery import CONVOLUTIONS, linear_kinds
+
+MOST = 2**31 - 1  # of a rank: more directions than any layer has
 
 
 class LED(nn.Module):
-    """Linear encoder-decoder: `encoder` (i -> rank, no bias), then `decoder` (rank -> o, with the bias). (..., i) -> (..., o)."""
+    """Linear encoder-decoder: `encoder` (i -> rank, no bias), then `decoder` (rank -> o, with the bias). (..., i) -> (..., o).
+
+    `weight` shows the dense layer's weight to models that look at it, and computes it for those that want its numbers.
+
+    >>> unit = LED(64, 48, rank=8)
+    >>> unit(torch.randn(2, 64)).shape, unit.weight.shape
+    (torch.Size([2, 48]), torch.Size([48, 64]))
+    """
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True, **options: Any) -> None:
         super().__init__()
         check_whole_rank(rank)
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.in_features = checks.whole("in_features", in_features, low=1)
+        self.out_features = checks.whole("out_features", out_features, low=1)
+        self.rank = rank
         self.encoder = nn.Linear(in_features, rank, bias=False, **options)
         self.decoder = nn.Linear(rank, out_features, bias=bias, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.decoder(self.encoder(x))
         return out
+
+    @property
+    def weight(self) -> Tensor:
+        """D E, (o, i), with gradients to both."""
+        d, e = self.decoder.weight, self.encoder.weight
+        return stand_in((self.out_features, self.in_features), d.dtype, d.device, lambda: d @ e)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The decoder's."""
+        return self.decoder.bias
 
     def merged(self) -> nn.Linear:
         """The dense layer with the same action."""
@@ -46,6 +70,29 @@ class CED(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
+        first: Any = encoder
+        self.out_channels: int = decoder.out_channels  # type: ignore[assignment]
+        for name in ("in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+            setattr(self, name, getattr(first, name))  # Whisper, say, asks its convolutions for their strides
+
+    @property
+    def weight(self) -> Tensor:
+        """The kernel of the one convolution with the same action, with gradients to both."""
+        d: Tensor = self.decoder.weight  # type: ignore[assignment]
+        e: Tensor = self.encoder.weight  # type: ignore[assignment]
+        groups: int = self.groups  # type: ignore[assignment]
+
+        def dense() -> Tensor:
+            pairs = zip(d.chunk(groups), e.chunk(groups), strict=True)
+            return torch.cat([a.flatten(1) @ b.flatten(1) for a, b in pairs]).reshape(self.out_channels, *e.shape[1:])
+
+        return stand_in((self.out_channels, *e.shape[1:]), e.dtype, e.device, dense)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The decoder's."""
+        found: Tensor | None = self.decoder.bias  # type: ignore[assignment]
+        return found
 
     @classmethod
     def like(cls, conv: nn.Module, rank: int) -> CED:
@@ -95,6 +142,12 @@ class LEDEmbedding(nn.Module):
         out: Tensor = self.decoder(self.codes(ids))
         return out
 
+    @property
+    def weight(self) -> Tensor:
+        """The table (V, d), with gradients to both."""
+        codes, decoder = self.codes.weight, self.decoder.weight
+        return stand_in((self.num_embeddings, self.embedding_dim), codes.dtype, codes.device, lambda: codes @ decoder.T)
+
     def merged(self) -> nn.Embedding:
         """The table with the same action."""
         weight = _product(self.codes.weight, self.decoder.weight.T)
@@ -124,9 +177,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def check_whole_rank(rank: int) -> None:
-    """Raises ValueError unless `rank` is an integer of at least 1."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
+    """Raises TypeError or ValueError unless `rank` is an integer of at least 1."""
+    checks.whole("rank", rank, low=1)
 
 
 def break_even_rank(module: nn.Module) -> float:
@@ -167,8 +219,9 @@ def matrices_of(layer: Any) -> list[Tensor]:
 
 
 def check_rank(rank: float) -> None:
-    """Raises ValueError unless `rank` is a whole number of at least 1 or a fraction in (0, 1)."""
-    if isinstance(rank, bool) or not (0 < rank < 1 or (rank >= 1 and rank == int(rank))):
+    """Raises TypeError or ValueError unless `rank` is a whole number of at least 1 or a fraction in (0, 1)."""
+    given = checks.number("rank", rank, above=0)
+    if given >= 1 and (given != int(given) or given > MOST):
         raise ValueError(f"rank must be a whole number of at least 1 or a fraction in (0, 1), got {rank!r}")
 
 

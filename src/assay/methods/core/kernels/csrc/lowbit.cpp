@@ -21,6 +21,8 @@
 #include <tuple>
 #include <vector>
 
+#include "formats.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -30,8 +32,7 @@ namespace {
 using at::Tensor;
 using OptTensor = std::optional<Tensor>;
 
-enum Kind : int64_t { kTernary = 0, kBase3 = 1, kBinary = 2 };
-constexpr int64_t kPerByte[] = {4, 5, 8};
+constexpr int64_t per_byte(int64_t kind) { return kind == kTernary ? 4 : kind == kBase3 ? 5 : 8; }
 constexpr int kRows = 4;   // weight rows computed side by side
 constexpr int kBatch = 4;  // rows of activations that share a decoded weight
 constexpr int64_t kPad = 64;
@@ -150,7 +151,7 @@ inline Bytes digit(Bytes& v) {
 
 template <int64_t K, int R, int J>
 inline void digits(Bytes (&v)[kRows], const int8_t* const* x, int64_t bytes, int64_t b, Sum (&sum)[R][kRows]) {
-  if constexpr (J < kPerByte[K]) {
+  if constexpr (J < per_byte(K)) {
     Bytes inputs[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) inputs[r] = load(x[r] + J * bytes + b);
@@ -326,11 +327,11 @@ void product(Inputs& x, const Tensor& packed, int64_t kind, Finish&& finish) {
 }
 
 void check(const Tensor& x, const Tensor& packed, int64_t kind) {
-  TORCH_CHECK_VALUE(kind >= 0 && kind <= 2, "kind must be 0, 1 or 2");
+  TORCH_CHECK_VALUE(kind == kTernary || kind == kBase3 || kind == kBinary, "kind must be ternary, base3 or binary, got ", kind);
   TORCH_CHECK_VALUE(x.dim() == 2 && x.is_contiguous(), "x must be contiguous (rows, features)");
   TORCH_CHECK_VALUE(packed.dim() == 2 && packed.is_contiguous() && packed.scalar_type() == at::kByte,
                     "packed must be contiguous uint8 (out, bytes)");
-  const int64_t per = kPerByte[kind];
+  const int64_t per = per_byte(kind);
   TORCH_CHECK_VALUE(packed.size(1) == (x.size(1) + per - 1) / per, "packed must hold as many inputs as x has features");
 }
 
@@ -338,7 +339,7 @@ Tensor lowbit_product(const Tensor& codes, const Tensor& packed, int64_t kind) {
   check(codes, packed, kind);
   TORCH_CHECK_VALUE(codes.scalar_type() == at::kChar, "codes must be int8");
   const int64_t m = codes.size(0), k = codes.size(1), n = packed.size(0);
-  Inputs x(m, k, packed.size(1), kPerByte[kind]);
+  Inputs x(m, k, packed.size(1), per_byte(kind));
   for (int64_t r = 0; r < m; ++r) {
     std::memcpy(x.row(r), codes.data_ptr<int8_t>() + r * k, k);
     x.add_up(r);
@@ -398,7 +399,7 @@ Tensor lowbit_linear(const Tensor& x, const Tensor& packed, int64_t kind, const 
   TORCH_CHECK_VALUE(vector(scale, 1) || vector(scale, n), "scale must be float32 with one value, or one per output");
   TORCH_CHECK_VALUE(!bias || vector(*bias, n), "bias must be float32 with one value per output");
   TORCH_CHECK_VALUE(!norm || vector(*norm, k), "norm must be float32 with one value per feature");
-  Inputs inputs(m, k, packed.size(1), kPerByte[kind]);
+  Inputs inputs(m, k, packed.size(1), per_byte(kind));
   std::vector<float> steps(m);
   const float* weight = norm ? norm->data_ptr<float>() : nullptr;
 #pragma omp parallel num_threads(threads()) if (m > 8)

@@ -588,7 +588,18 @@ std::tuple<Tensor, Tensor, Tensor> w8a8_qkv_rope(const Tensor& input, const Tens
   return {q.transpose(1, 2), k, v};
 }
 
+// From how many rows on AMX computes (-1: never), and whether VNNI does below that.
+std::tuple<int64_t, bool> w8a8_paths() {
+#ifdef ASSAY_VNNI
+  constexpr bool vnni = true;
+#else
+  constexpr bool vnni = false;
+#endif
+  return {tiles_allowed() ? kAmxMin : -1, vnni};
+}
+
 TORCH_LIBRARY_FRAGMENT(assay, m) {
+  m.def("w8a8_paths() -> (int, bool)", w8a8_paths);
   m.def(
       "w8a8_linear(Tensor x, Tensor packed, Tensor scale, Tensor offset, Tensor? bias, Tensor multiplier, float eps, int rotation, "
       "int out_features) -> Tensor");

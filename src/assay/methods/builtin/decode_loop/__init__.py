@@ -1,0 +1,131 @@
+"""The decode loop of llama-family models as one compiled call: many tokens at a time, on packed weights and a static cache.
+
+What a token costs in an ordinary generation loop on a CPU is, beside reading the weights, hundreds of small operators, each with
+its own dispatch and its own meeting of threads. Here the loop itself is compiled: one call runs many steps for a batch of
+sequences of different lengths, on weights packed in the order in which they are read (`weight_only.pack`) and on a cache that is
+written in place.
+
+`apply` leaves a transformers model: `model.generate(...)` prefills through the model's own forward pass (whatever transforms that
+carries), copies keys and values once into the static cache and runs the loop. The compiled loop covers greedy search and sampling
+with temperature, top-k and top-p, end-of-sequence tokens, streamers, left padding, and a `DynamicCache` passed in. With other
+logits processors or stopping criteria the steps are compiled and the choice of the token is transformers' own. Handed to the
+original loop: beam search and assisted decoding, `return_dict_in_generate`, `use_cache=False`, other cache classes, embeddings as
+input, several devices, position ids or masks that are not left padding. `assay.methods.builtin.decode_loop.generate` logs the reason
+at level INFO.
+
+Weights: "fp32" and "bf16" compute with unrounded inputs, so their tokens are those of greedy search in float32 with these weights,
+up to ties; "int8" and "int4" also round inputs to int8, 32 values to a scale. Whatever the weights, the residual stream, the norms
+and the attention are float32, and the head (the projection onto the vocabulary) is int8 for "int4". Sampling draws from torch's
+generator, so `torch.manual_seed` repeats it, but it takes other random numbers than transformers' own loop.
+
+Memory: the packed weights come on top of the model's, which the prefill uses. With `keep_prefill_weights=False` (int8, int4) the
+linear layers are replaced by `WeightOnlyLinear` layers on the same storage, so that the prefill uses the packed weights as well;
+layers that are `WeightOnlyLinear` already are shared in any case. The packed weights are a copy: `generate` raises ValueError when the
+model has other weights by then (it looks at some numbers of each tensor); apply the transform again after changing them.
+
+When NOT to use it: models on a GPU, processors without AVX-512 VNNI (the portable loops are right but slow), training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from assay import checks
+from assay.methods.builtin.decode_loop.decoder import (
+    CACHE_DTYPES,
+    Decoder,
+    KVCache,
+    Sampling,
+    draw,
+    draw_in_torch,
+    sample,
+)
+from assay.methods.builtin.decode_loop.fit import MATRICES, why_not
+from assay.methods.builtin.decode_loop.generate import DecodeLoopMixin, length_groups, with_loop
+from assay.methods.builtin.weight_only import WeightOnlyLinear
+from assay.methods.core import kernels
+from assay.methods.core.quantize.formats import PANEL_FORMATS
+from assay.methods.core.quantize.int8_linear import Int8Linear
+from assay.methods.transform import Effect, Fit, TuneContext, only
+
+__all__ = [
+    "DecodeLoop",
+    "DecodeLoopMixin",
+    "Decoder",
+    "KVCache",
+    "Sampling",
+    "draw",
+    "draw_in_torch",
+    "length_groups",
+    "transform",
+    "why_not",
+]
+
+
+class DecodeLoop:
+    """Gives a llama-family transformers model the compiled loop.
+
+    Configuration: `weights` "fp32", "bf16", "int8" or "int4"; `cache` "bfloat16" or "float32"; `keep_prefill_weights` (default
+    true; false shares the packed weights with the prefill, for int8 and int4).
+    """
+
+    name = "decode_loop"
+    slot = "decode"
+    goals = frozenset({"decode", "throughput"})
+    exact = False
+
+    def applies_to(self, model: nn.Module, context: TuneContext) -> Fit:
+        if reason := why_not(model):
+            return Fit(False, reason)
+        if not kernels.load("llama_decode"):
+            return Fit(False, "the compiled loop needs a C++ compiler (g++) on x86-64")
+        size = next(model.parameters()).element_size()
+        return Fit(True, effects=(Effect("linear", bytes=0.625 / size, dtype="int8"), Effect("other", bytes=0.1)))
+
+    def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
+        return [
+            {"weights": kind, "cache": "bfloat16", "keep_prefill_weights": True} for kind in ("int4", "int8", "bf16")
+        ]
+
+    def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+        """Raises TypeError or ValueError, before anything is changed, for a configuration or a model it does not fit."""
+        only(config, ("weights", "cache", "keep_prefill_weights"))
+        weights = checks.choice("weights", config.get("weights", "int4"), PANEL_FORMATS)
+        cache = checks.choice("cache", config.get("cache", "bfloat16"), tuple(CACHE_DTYPES))
+        keep = checks.flag("keep_prefill_weights", config.get("keep_prefill_weights", True))
+        if not keep and weights not in ("int8", "int4"):
+            raise ValueError(f"keep_prefill_weights=False needs weights int8 or int4, got {weights!r}")
+        if not keep and any(isinstance(module, Int8Linear) for module in model.modules()):
+            raise ValueError(
+                "keep_prefill_weights=False needs ordinary linear layers; those of this model are int8 for the prefill"
+            )
+        decoder = Decoder(model, weights=weights, cache=cache)
+        if not keep:
+            _share(model, decoder)
+            decoder.seen = sample(model)
+        if not isinstance(model, DecodeLoopMixin):
+            model.__class__ = with_loop(type(model))  # type: ignore[arg-type]
+        model.decode_loop = decoder  # type: ignore[assignment]
+        return model
+
+
+def _share(model: Any, decoder: Decoder) -> None:
+    """Let the model's linear layers use the decoder's packed weights."""
+    packed = iter(decoder.weights)
+
+    def swap(parent: Any, name: str) -> None:
+        linear, bits = getattr(parent, name), 8 if parent is model else int(decoder.kind[3:])
+        layer = WeightOnlyLinear.from_packed(next(packed), linear.in_features, linear.out_features, bits)
+        layer.bias = linear.bias
+        setattr(parent, name, layer.train(linear.training))
+
+    for layer in model.model.layers:
+        for name in MATRICES:
+            swap(layer.self_attn if name in MATRICES[:4] else layer.mlp, name)
+    swap(model, "lm_head")
+
+
+transform = DecodeLoop()
