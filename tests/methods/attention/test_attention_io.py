@@ -20,6 +20,7 @@ from assay.methods.attention.attention_io import (
     Scratchpad,
     Tile,
     advise,
+    advise_model,
     attention_io_bound,
     best_tile,
     choose,
@@ -383,14 +384,28 @@ def test_what_a_counter_would_count_is_attention():
     repeat_run("assay's kernel", (1, 2, 70, 64), 2)
 
 
+def test_advice_for_a_model():
+    """What `advise` says of each layer, for the model's own heads; windows are left out."""
+    from tests.properties.architectures import build
+
+    one = advise(1024, 32, H100, heads=8, causal=True)
+    assert advise_model(build("llama"), 1024, H100, batch=2) == [one, one]
+    assert advise_model(build("gemma3"), 1024, H100, batch=2) == [None, one]
+    assert advise_model(build("bert"), 64, H100) == [advise(64, 32, H100, heads=4)] * 2
+    with pytest.raises(ValueError, match="has no attention"):
+        advise_model(build("mamba"), 64, H100)
+    with pytest.raises(TypeError, match="tokens must be a whole number"):
+        advise_model(build("llama"), 3.7, H100)
+
+
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
 def test_bad_arguments():
     q, k, v = qkv(8, 4)
-    with pytest.raises(ValueError, match="d must be an integer of at least 1"):
+    with pytest.raises(ValueError, match="d must be a whole number at least 1"):
         attention_io_bound(8, 0, 16)
-    with pytest.raises(ValueError, match="constant must be positive"):
+    with pytest.raises(ValueError, match="constant must be a finite number above 0"):
         attention_io_bound(8, 4, 16).words(0)
     with pytest.raises(ValueError, match="algorithm must be one of"):
         count("flash", 8, 4, Tile(1, 1))
@@ -398,11 +413,11 @@ def test_bad_arguments():
         best_tile("flash", 8, 4, 100)
     with pytest.raises(ValueError, match="must be square"):
         count("small_cache", 8, 4, Tile(1, 2))
-    with pytest.raises(ValueError, match="rows must be an integer"):
+    with pytest.raises(ValueError, match="rows must be a whole number"):
         simulate(q, k, v, "flash_keys", Tile(0, 1))
     with pytest.raises(ValueError, match=r"q, k and v must be floating point \(N, d\)"):
         simulate(q, k[:4], v, "flash_keys", Tile(1, 1))
-    with pytest.raises(ValueError, match="columns must be an integer"):
+    with pytest.raises(ValueError, match="columns must be a whole number"):
         tiled_attention(q, k, v, Tile(1, 0))
     with pytest.raises(ValueError, match=r"q, k and v must be \(..., N, d\) alike"):
         tiled_attention(q, k[:4], v, Tile(1, 1))
@@ -410,7 +425,7 @@ def test_bad_arguments():
         simulate(q, k, v, "flash_keys", Tile(1, 1), cache="fifo")
     with pytest.raises(ValueError, match="rule must be"):
         choose(8, 4, 100, rule="best")
-    with pytest.raises(ValueError, match="fast_bytes must be positive"):
+    with pytest.raises(ValueError, match="fast_bytes must be a whole number at least 1"):
         DeviceSheet("nothing", 0, 1.0, 1.0, 1, 2)
     with pytest.raises(ValueError, match="heads must be"):
         advise(8, 4, H100, heads=0)

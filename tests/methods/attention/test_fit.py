@@ -12,8 +12,8 @@ from assay.methods.attention.fit import (
     FIT,
     Attention,
     Cross,
+    FITConfig,
     FITDecoder,
-    FITDenoiser,
     FITSize,
     Interleaved,
     attend,
@@ -41,9 +41,8 @@ def encoder(layers="(1)2(1)", groups=3, group_size=4, latents=2, inputs=5, **opt
 
 def decoder(layers="(1)1(1)2(1)", groups=4, group_size=5, latents=2, **options):
     torch.manual_seed(0)
-    model = FITDecoder(
-        layers, vocab_size=23, groups=groups, group_size=group_size, latents=latents, **{**SMALL, **options}
-    )
+    sizes = {"vocab_size": 23, "groups": groups, "group_size": group_size, "latents": latents}
+    model = FITDecoder(FITConfig(layers, **sizes, **{**SMALL, **options}))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
@@ -444,9 +443,8 @@ def test_it_learns_to_look_into_earlier_groups():
     from assay.experiments.mixers.training import train
 
     torch.manual_seed(0)
-    model = FITDecoder(
-        "(1)1(1)", vocab_size=4, groups=3, group_size=4, latents=2, dim=32, latent_dim=32, heads=2, latent_heads=2
-    )
+    sizes = {"vocab_size": 4, "groups": 3, "group_size": 4, "latents": 2}
+    model = FITDecoder(FITConfig("(1)1(1)", **sizes, dim=32, latent_dim=32, heads=2, latent_heads=2))
 
     def batches():
         while True:
@@ -463,7 +461,7 @@ def test_it_learns_to_look_into_earlier_groups():
 def test_at_the_start_a_token_is_told_from_those_before_it(dim):
     """Most of what varies at a position behind the first layer comes from the token there, not from the mean of its predecessors."""
     torch.manual_seed(0)
-    model = FITDecoder("(1)1(1)", vocab_size=8, groups=2, group_size=8, dim=dim, latent_dim=dim)
+    model = FITDecoder(FITConfig("(1)1(1)", vocab_size=8, groups=2, group_size=8, dim=dim, latent_dim=dim))
     ids, seen = torch.randint(8, (512, 16)), []
     model.body.stages[0].local_layers[0].register_forward_hook(lambda module, inputs, out: seen.append(out))
     with torch.no_grad():
@@ -473,16 +471,15 @@ def test_at_the_start_a_token_is_told_from_those_before_it(dim):
     assert own.var(0).sum() > 0.8 * last.var(0).sum()
 
 
+@pytest.mark.slow
 def test_it_learns_recall_through_the_latents():
     """Two keys with values in the first group, each asked for in either group: the second knows them by latents alone."""
     from assay.experiments.mixers.training import evaluate, train
     from assay.workloads.sequences import associative_recall, batches_of
 
     torch.manual_seed(0)
-    model = FITDecoder(
-        "(1)1(1)", vocab_size=32, groups=2, group_size=8, latents=4, dim=64, latent_dim=64, heads=2, latent_heads=2,
-        ratio=2,
-    )  # fmt: skip
+    sizes = {"vocab_size": 32, "groups": 2, "group_size": 8, "latents": 4, "ratio": 2}
+    model = FITDecoder(FITConfig("(1)1(1)", **sizes, dim=64, latent_dim=64, heads=2, latent_heads=2))
     task = {"length": 16, "pairs": 2, "vocab": 32}
     train(model, batches_of(associative_recall, 64, **task), steps=400, lr=3e-3, weight_decay=0.0)
     inputs, targets = associative_recall(256, seed=0, **task)
@@ -496,8 +493,10 @@ def test_it_learns_recall_through_the_latents():
 
 
 def denoiser(**options):
+    from assay.methods.attention.fit.denoiser import FITDenoiser
+
     torch.manual_seed(0)
-    sizes = {"height": 16, "width": 12, "patch": 2, "tile": 2, "latents": 2, **SMALL}
+    sizes = {"sample_size": (16, 12), "patch": 2, "tile": 2, "latents": 2, **SMALL}
     return FITDenoiser("(1)1(1)1(1)", **{**sizes, **options}).double()
 
 
@@ -531,7 +530,7 @@ def test_time_and_conditions_are_read():
 def test_the_denoiser_learns_in_a_diffusers_style_loop():
     """Predict the image behind the noise, the only one there is, and sample it with a few deterministic steps."""
     torch.manual_seed(0)
-    model = denoiser(height=8, width=8).float()
+    model = denoiser(sample_size=8).float()
     image = torch.linspace(-1, 1, 8).expand(1, 3, 8, 8)
     keep = torch.linspace(0.99, 0.05, 10)  # of the signal's variance, by time
     optimizer, losses = torch.optim.Adam(model.parameters(), 5e-3), []
@@ -558,6 +557,67 @@ def test_the_denoiser_learns_in_a_diffusers_style_loop():
     assert (sample - image).square().mean() < 0.2 * image.square().mean()
 
 
+def test_in_a_pipeline_of_diffusers(tmp_path):
+    """Called, saved and loaded by the pipeline itself: the same pictures afterwards."""
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    from assay.methods.attention.fit.denoiser import FITDenoiser
+
+    for options in ({}, {"sample_size": 8, "positions": "sincos"}):
+        pipeline = DDPMPipeline(unet=denoiser(**options).float(), scheduler=DDPMScheduler(num_train_timesteps=20))
+        pipeline.set_progress_bar_config(disable=True)
+        draw = {"num_inference_steps": 3, "output_type": "np", "batch_size": 2}
+        images = pipeline(**draw, generator=torch.Generator().manual_seed(0)).images
+        assert images.shape == ((2, 8, 8, 3) if options else (2, 16, 12, 3))
+        pipeline.save_pretrained(tmp_path)
+        again = DDPMPipeline.from_pretrained(tmp_path)
+        again.set_progress_bar_config(disable=True)
+        assert isinstance(again.unet, FITDenoiser)
+        assert again.unet.config.sample_size == ([16, 12] if not options else 8)
+        assert (again(**draw, generator=torch.Generator().manual_seed(0)).images == images).all()
+    alone = FITDenoiser.from_pretrained(tmp_path / "unet", torch_dtype=torch.bfloat16)
+    x = torch.randn(1, 3, 8, 8, dtype=torch.bfloat16)
+    assert alone(x, 3, return_dict=False)[0].dtype == torch.bfloat16
+
+
+def test_the_decoder_saved_and_loaded_by_transformers(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, ids = decoder().float(), torch.randint(23, (2, 13))
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(again, FITDecoder)
+    assert not again.training
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=0, rtol=0)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert (half(ids).logits.float() - model(ids).logits).abs().max() < 0.1 * model(ids).logits.abs().max()
+
+
+def test_padding_on_either_side_changes_nothing():
+    model, ids = decoder(), torch.randint(23, (3, 13))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    mask[1, -6:] = 0
+    out = model(ids, attention_mask=mask, labels=ids)
+    torch.testing.assert_close(out.logits[0, 4:], model(ids[:1, 4:]).logits[0])
+    torch.testing.assert_close(out.logits[1, :-6], model(ids[1:2, :-6]).logits[0])
+    torch.testing.assert_close(out.logits[2], model(ids[2:]).logits[0])
+    assert not out.logits[0, :4].any()
+    assert not out.logits[1, -6:].any()
+    rows = [ids[:1, 4:], ids[1:2, :-6], ids[2:]]
+    total = sum(model(row, labels=row).loss * (row.shape[1] - 1) for row in rows)
+    torch.testing.assert_close(out.loss, total.float() / sum(row.shape[1] - 1 for row in rows), check_dtype=False)
+    mask[1] = 1
+    found = model.generate(ids, mask, max_new_tokens=5)
+    assert found[0, 4:].tolist() == model.generate(ids[:1, 4:], max_new_tokens=5)[0].tolist()
+    assert found[1:].tolist() == model.generate(ids[1:], max_new_tokens=5).tolist()
+    mask[0, 8] = 0
+    with pytest.raises(ValueError, match="one run of tokens"):
+        model(ids, attention_mask=mask)
+    with pytest.raises(ValueError, match="pad on the left"):
+        model.generate(ids, torch.ones_like(ids).index_fill_(1, torch.tensor([12]), 0), max_new_tokens=2)
+
+
 # -------------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -576,7 +636,7 @@ def test_positions():
         (lambda: encoder("2(2)"), "layers must look like"),
         (lambda: encoder(causal="yes"), "causal must be one of"),
         (lambda: encoder(positions="none"), "positions must be one of"),
-        (lambda: encoder(latents=0), "latents must be at least 1"),
+        (lambda: encoder(latents=0), "latents must be a whole number at least 1"),
         (lambda: encoder(heads=3), "heads must divide the attention's width"),
         (lambda: encoder()(tokens(1, 4)), "up to 3 groups, up to 4 tokens"),
         (lambda: encoder()(tokens(1, 3, 5)), "up to 3 groups, up to 4 tokens"),
@@ -591,20 +651,20 @@ def test_positions():
         (lambda: encoder()(tokens(1), torch.ones(1, 3, 4)), "mask must be bool"),
         (lambda: encoder()(tokens(1), torch.ones(1, 12) > 0), "mask must be bool"),
         (lambda: encoder()(tokens(1), None, torch.zeros(1, 2, 12).double()), "without context=True"),
-        (lambda: FITSize("(1)", 3, 0, 4, 2, 8, 8), "groups must be at least 1, got 0"),
+        (lambda: FITSize("(1)", 3, 0, 4, 2, 8, 8), "groups must be a whole number at least 1, got 0"),
         (lambda: FITSize("1", 3, 1, 4, 2, 8, 8), "layers must look like"),
-        (lambda: denoiser(latent_dim=7, latent_heads=1, heads=1), "latent_dim even"),
+        (lambda: denoiser(latent_dim=7, latent_heads=1, heads=1), "latent_dim must be even"),
         (
             lambda: denoiser()(torch.zeros(1, 3, 16, 12).double(), 1, previous_latents=torch.zeros(1, 1, 2, 12)),
             r"previous_latents must be \(1, 12, 2, 12\)",
         ),
-        (lambda: decoder()(torch.zeros(4, dtype=torch.int64)), "input_ids must be"),
+        (lambda: decoder()(torch.zeros(4, dtype=torch.int64)), "input_ids must have shape"),
         (lambda: sincos(4, 3), "dim must be even"),
-        (lambda: Attention(8, 0), "heads must divide"),
+        (lambda: Attention(8, 0), "heads must be a whole number at least 1"),
         (lambda: decoder(groups=0), "groups"),
         (lambda: decoder()(torch.zeros(1, 21, dtype=torch.int64)), "tokens must be at most 20, got 21"),
         (lambda: decoder().generate(torch.zeros(1, 15, dtype=torch.int64), max_new_tokens=6), "at most 20, got 21"),
-        (lambda: decoder().generate(torch.zeros(1, 0, dtype=torch.int64), max_new_tokens=6), "not empty"),
+        (lambda: decoder().generate(torch.zeros(1, 0, dtype=torch.int64), max_new_tokens=6), "must not be empty"),
         (
             lambda: denoiser()(torch.zeros(1, 3, 16, 12).double(), 1, torch.zeros(1, 2, 7).double()),
             "made without condition_dim",

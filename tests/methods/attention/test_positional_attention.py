@@ -15,6 +15,7 @@ from assay.methods.attention.positional_attention import (
     fold,
     task_data,
 )
+from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM
 
 
 def test_is_a_mixer():
@@ -141,6 +142,73 @@ def test_gradients(layer):
     )
 
 
+def mixer_model(**changes):
+    config = MixerConfig(vocab_size=40, hidden_size=32, layers=[["positional", {"positions": 64}]] * 2, **changes)
+    torch.manual_seed(0)
+    return MixerForCausalLM(config).eval()
+
+
+@torch.no_grad()
+def test_reset_begins_a_new_sequence():
+    model, ids = mixer_model(), torch.randint(0, 40, (2, 12))
+    cache = model.new_cache(2)
+    model(ids, cache=cache)
+    cache.reset()
+    torch.testing.assert_close(model(ids, cache=cache).logits, model(ids).logits)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    cache.reset()
+    found = model(ids, attention_mask=mask, cache=cache).logits
+    torch.testing.assert_close(found[mask.bool()], model(ids, attention_mask=mask).logits[mask.bool()])
+
+
+@torch.no_grad()
+def test_routes_are_computed_once_and_shared_by_the_rows():
+    layer = PositionalMixer(16, positions=64)
+    x, state = torch.randn(3, 40, 16), layer.init_state(3)
+    layer(x)
+    known = layer._known
+    for t in range(39):
+        _, state = layer.step(x[:, t], state)
+    done = count_cost(lambda: layer.step(x[:, 39], state))
+    assert done.macs == 3 * (2 * 16 * 16 + 40 * 16)  # projections and mixing: no products of queries and keys
+    assert layer._known is known
+    assert known.shape == (2, 40, 40)
+    mask = torch.arange(40) >= torch.tensor([[0], [3], [39]])
+    layer(x, mask)
+    assert layer._known is known
+
+
+@pytest.mark.parametrize("change", ["step", "data", "reassigned", "loaded", "half"])
+def test_kept_routes_follow_the_weights(change):
+    torch.manual_seed(0)
+    layer, x = PositionalMixer(16, positions=32), torch.randn(2, 9, 16)
+    with torch.no_grad():
+        layer(x)
+    weight = layer.attention.q_proj.weight
+    if change == "step":
+        layer(x).square().sum().backward()
+        torch.optim.SGD(layer.parameters(), lr=100.0).step()
+    elif change == "data":
+        weight.data.mul_(-50)
+    elif change == "reassigned":
+        layer.attention.q_proj.weight = torch.nn.Parameter(-50 * weight.detach())
+    elif change == "loaded":
+        layer.load_state_dict({name: 50 * value for name, value in layer.state_dict().items()})
+    else:
+        layer, x = layer.half(), x.half()
+    fresh = layer(x).detach()  # with gradients: nothing is kept
+    near = {"atol": (2e-3 if change == "half" else 1e-5) * float(fresh.abs().max()), "rtol": 0.0}
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), fresh, **near)
+        y, state = layer.advance(x[:, :4], layer.init_state(2))
+        for t in range(4, 9):
+            more, state = layer.step(x[:, t], state)
+            y = torch.cat([y, more[:, None]], 1)
+    torch.testing.assert_close(y, fresh, **near)
+    assert not layer._known.requires_grad
+
+
 def test_tasks_are_what_they_say():
     x = torch.tensor([[3.0, -1.0, 2.0, -5.0]])
     assert TASKS["sum"](x).tolist() == [[3, 2, 4, -1]]
@@ -169,8 +237,8 @@ def test_data_leaves_the_training_range_at_larger_scales():
         (lambda: PositionalAttention(8, 0), "positions"),
         (lambda: PositionalAttention(8, 5).weights(6), "n must be"),
         (lambda: AlgorithmicTransformer(8, routing="both"), "routing"),
-        (lambda: AlgorithmicTransformer(8, depth=0), "depth must be at least 1"),
-        (lambda: AlgorithmicTransformer(0), "n, hidden and depth must be at least 1, got 0"),
+        (lambda: AlgorithmicTransformer(8, depth=0), "depth must be a whole number at least 1"),
+        (lambda: AlgorithmicTransformer(0), "n must be a whole number at least 1, got 0"),
         (lambda: AlgorithmicTransformer(8)(torch.randn(1, 9)), "at most 8"),
         (lambda: AlgorithmicTransformer(8)(torch.randn(8)), r"at most 8 positions\), got \(8,\)"),
         (lambda: PositionalMixer(8, positions=4)(torch.randn(1, 5, 8)), "4 positions"),

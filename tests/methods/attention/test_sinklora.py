@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.properties.architectures import build
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from assay.measure.cost import count_cost
@@ -300,9 +301,9 @@ def test_what_training_refuses():
         use_sf_attention(tiny_llama(attention_dropout=0.1)).train()(ids)
     with pytest.raises(ValueError, match="settings must be among"):
         use_sf_attention(model, window=3)
-    with pytest.raises(ValueError, match="group_ratio must lie in"):
+    with pytest.raises(ValueError, match="group_ratio must be a finite number above 0"):
         use_sf_attention(model, group_ratio=0)
-    with pytest.raises(ValueError, match="sinks must be at least 0"):
+    with pytest.raises(ValueError, match="sinks must be a whole number at least 0"):
         use_sf_attention(model, sinks=-1)
     with pytest.raises(ValueError, match="variant must be one of"):
         use_sf_attention(model, variant="new")
@@ -587,12 +588,119 @@ def test_caches_select_repeat_and_start_anew():
     assert not cache.is_croppable
 
 
+# what is held after a prompt, however it came
+
+
+@torch.no_grad()
+def held_after(cache, ids, mask=None, chunk=None):
+    """The model's cache after a prompt in chunks."""
+    model = use_eviction(tiny_llama())
+    for start in range(0, ids.shape[1], chunk or ids.shape[1]):
+        stop = min(start + (chunk or ids.shape[1]), ids.shape[1])
+        seen = None if mask is None else mask[:, :stop]
+        logits = model(ids[:, start:stop], attention_mask=seen, cache=cache).logits
+    return model, logits
+
+
+@pytest.mark.parametrize("policy", ["h2o", "sinks", "local"])
+def test_a_share_is_one_of_the_whole_prompt_however_it_comes(policy):
+    ids = torch.randint(3, 60, (2, 40))
+    for chunk in (10, 13, None):
+        cache = EvictionCache(0.5, policy=policy)
+        held_after(cache, ids, chunk=chunk)
+        assert set(cache.entries) == {20}
+    cache = EvictionCache(24, policy=policy)
+    held_after(cache, ids, chunk=10)
+    assert set(cache.entries) == {24}
+
+
+def test_a_share_that_sinks_would_fill_is_refused_when_the_prompt_is_over():
+    """Not before: a first chunk may be short."""
+    ids, cache = torch.randint(3, 60, (1, 40)), EvictionCache(0.3, policy="sinks")
+    held_after(cache, ids, chunk=10)
+    assert set(cache.entries) == {12}
+    cache = EvictionCache(0.1, policy="sinks")
+    model, _ = held_after(cache, ids, chunk=20)
+    with pytest.raises(ValueError, match="budget must exceed the 4 sinks, got 4 entries"):
+        model(ids[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize("chunk", [None, 10])
+@pytest.mark.parametrize("policy", ["h2o", "sinks", "local"])
+def test_left_padding_takes_no_room_of_the_budget(policy, chunk):
+    """A row that begins in a later chunk too: only tokens are held, and those of a row are the ones it holds when it is alone."""
+    ids, mask = torch.randint(3, 60, (3, 40)), torch.ones(3, 40, dtype=torch.int64)
+    mask[1, :14] = 0
+    mask[2, :31] = 0
+    cache = EvictionCache(20, policy=policy)
+    held_after(cache, ids * mask, mask, chunk)
+    assert set(cache.entries) == {20}
+    for layer in cache.layers:
+        assert (layer.positions[2] >= 31).sum(-1).tolist() == [9] * layer.positions.shape[1]
+        assert (layer.positions[:2] >= torch.tensor([0, 14])[:, None, None]).all()
+    alone = EvictionCache(20, policy=policy)
+    held_after(alone, ids[1:2, 14:], chunk=chunk if chunk is None else 26)
+    if chunk is None:
+        for found, own in zip(cache.layers, alone.layers, strict=True):
+            assert torch.equal(found.positions[1].sort(-1).values, own.positions[0].sort(-1).values + 14)
+    share = EvictionCache(0.5, policy=policy)
+    held_after(share, ids[1:] * mask[1:], mask[1:], chunk)
+    assert set(share.entries) == {13}  # of 26: the 14 that are padding in both rows are not counted
+
+
+@torch.no_grad()
+def test_a_budget_larger_than_the_prompt_is_exact_in_chunks_and_padded():
+    ids, mask = torch.randint(3, 60, (2, 24)), torch.ones(2, 24, dtype=torch.int64)
+    mask[1, :15] = 0
+    stock = tiny_llama()
+    expected = stock(ids * mask, attention_mask=mask).logits
+    for policy in ("h2o", "sinks", "local"):
+        cache = EvictionCache(64, policy=policy)
+        _, logits = held_after(cache, ids * mask, mask, 8)
+        torch.testing.assert_close(logits[:, -1], expected[:, -1], atol=1e-4, rtol=1e-4)
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+        for more in ({}, {"num_beams": 3}, {"prefill_chunk_size": 8}):
+            found = use_eviction(tiny_llama()).generate(
+                ids * mask, attention_mask=mask, cache=EvictionCache(64, policy=policy), **options, **more
+            )
+            assert found.tolist() == stock.generate(ids * mask, attention_mask=mask, **options, **more).tolist()
+
+
+@torch.no_grad()
+def test_rows_are_moved_and_the_cache_is_used_again():
+    ids, mask = torch.randint(3, 60, (3, 20)), torch.ones(3, 20, dtype=torch.int64)
+    mask[1, :12] = 0
+    cache = EvictionCache(8)
+    model, _ = held_after(cache, ids * mask, mask)
+    next_ids, order = torch.randint(3, 60, (3, 1)), torch.tensor([1, 1, 0])
+    longer = torch.cat([mask, mask[:, :1] | 1], 1)
+    expected = model(next_ids, attention_mask=longer, cache=copy.deepcopy(cache)).logits
+    moved = copy.deepcopy(cache)
+    moved.reorder_cache(order)
+    found = model(next_ids[order], attention_mask=longer[order], cache=moved).logits
+    torch.testing.assert_close(found, expected[order])
+    with pytest.raises(ValueError, match="cannot go back"):
+        cache.crop(3)
+    cache.reset()
+    _, again = held_after(cache, ids)
+    torch.testing.assert_close(again, held_after(EvictionCache(8), ids)[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("bert", "not causal"), ("mistral", "16 tokens at most"), ("gpt_oss", "sinks of its own")]
+)
+def test_models_it_would_be_wrong_for_are_refused(name, why):
+    for use in (use_eviction, use_sf_attention):
+        with pytest.raises(ValueError, match=why):
+            use(build(name))
+
+
 def test_what_eviction_refuses():
     ids = ids_of()
     with pytest.raises(RuntimeError, match="use_eviction"):
         generated(tiny_llama(), ids, EvictionCache(10))
     for budget in (1, 0, 0.0, 1.5, -3, True, "half"):
-        with pytest.raises(ValueError, match="budget must be"):
+        with pytest.raises((TypeError, ValueError), match="budget must be"):
             EvictionCache(budget)
     with pytest.raises(ValueError, match="policy must be one of"):
         EvictionCache(10, policy="random")
@@ -611,9 +719,9 @@ def test_bad_arguments():
     q, k, v = qkv(12)
     with pytest.raises(ValueError, match="group must divide"):
         sf_attention(q, k, v, group=5)
-    with pytest.raises(ValueError, match="sinks must be from 0"):
+    with pytest.raises(ValueError, match="sinks must be a whole number at least 0 and at most 12"):
         sf_attention(q, k, v, group=4, sinks=13)
-    with pytest.raises(ValueError, match="shift_fraction must lie in"):
+    with pytest.raises(ValueError, match="shift_fraction must be a finite number at least 0"):
         sf_attention(q, k, v, group=4, shift_fraction=2)
     with pytest.raises(ValueError, match="variant must be one of"):
         sf_attention(q, k, v, group=4, variant="fast")
@@ -621,9 +729,9 @@ def test_bad_arguments():
         sf_attention(q[:, :, :5], k, v, group=4)
     with pytest.raises(ValueError, match="multiple of the heads"):
         sf_attention(q[:, :3], k, v, group=4)
-    with pytest.raises(ValueError, match="tokens must be bool"):
+    with pytest.raises((TypeError, ValueError), match="tokens must"):
         sf_attention(q, k, v, group=4, tokens=torch.ones(2, 12))
-    with pytest.raises(ValueError, match="heads must be at least 1"):
+    with pytest.raises(ValueError, match="heads must be a whole number at least 1"):
         shifted_heads(0)
 
 

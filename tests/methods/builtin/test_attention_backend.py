@@ -211,7 +211,7 @@ def test_the_transform():
 
 def test_errors():
     model = tiny()
-    with pytest.raises(ValueError, match="backend must be one of kernel, sdpa, eager"):
+    with pytest.raises(ValueError, match="backend must be one of 'kernel', 'sdpa', 'eager'"):
         transform.apply(model, {"backend": "flash"}, CONTEXT)
     with pytest.raises(ValueError, match="unknown configuration"):
         transform.apply(model, {"speed": 2}, CONTEXT)

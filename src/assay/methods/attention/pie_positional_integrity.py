@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from assay import checks
 from assay.methods.core.generation.cache import keys_and_values
 
 Layers = list[tuple[Tensor, Tensor]]  # (keys, values) of each layer, (batch, key heads, tokens, head dim)
@@ -40,9 +41,11 @@ def rotate_keys(keys: Tensor, delta: Tensor | int, inv_freq: Tensor, *, interlea
     Computed in float32 at least; same dtype back. A delta of zero returns the keys themselves.
     """
     if not isinstance(delta, Tensor):
-        if delta == 0:
+        if checks.whole("delta", delta) == 0:
             return keys
         delta = torch.tensor([delta])
+    checks.tensor("keys", keys, shape=("...", "tokens", "dim"), empty=True)
+    checks.tensor("inv_freq", inv_freq, ndim=1)
     if 2 * inv_freq.numel() > keys.shape[-1]:
         raise ValueError(
             f"inv_freq must have at most half as many values as keys have dimensions ({keys.shape[-1]}), got {inv_freq.numel()}"
@@ -80,7 +83,7 @@ def edit_cache(
     """
     layers = _whole_layers(cache)
     tokens = layers[0][0].shape[2]
-    if not 0 <= start <= start + old_len <= tokens:
+    if not 0 <= checks.whole("start", start) <= start + checks.whole("old_len", old_len) <= tokens or old_len < 0:
         raise ValueError(f"start and old_len must lie within the cache's {tokens} tokens, got {start} and {old_len}")
     if len(new_kv) != len(layers):
         raise ValueError(f"new_kv must have {len(layers)} layers, got {len(new_kv)}")
@@ -299,13 +302,13 @@ class EditableContext:
 
         Raises ValueError as `edit`, and when they overlap; nothing is edited then.
         """
-        if recompute < 0:
-            raise ValueError(f"recompute must be at least 0, got {recompute}")
+        checks.whole("recompute", recompute, low=0)
+        checks.flag("rotate", rotate)
         ordered = [
             (start, stop, self._row(new, "new_ids")) for start, stop, new in sorted(changes, key=lambda c: c[:2])
         ]
         for start, stop, _ in ordered:
-            if not 0 <= start <= stop <= len(self.ids):
+            if not 0 <= checks.whole("start", start) <= checks.whole("stop", stop) <= len(self.ids):
                 raise ValueError(
                     f"start and stop must lie within {len(self.ids)} tokens in order, got {start} and {stop}"
                 )

@@ -17,15 +17,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay import checks
 from assay.methods.core.mixers.protocol import Mixer, State, mixer
 
 Routing = Literal["position", "content"]
+
+
+def _check_heads(dim: int, heads: int) -> None:
+    if checks.whole("dim", dim, low=1) % checks.whole("heads", heads, low=1):
+        raise ValueError(f"heads must divide dim ({dim}), got {heads}")
 
 
 class PositionalAttention(nn.Module):
@@ -37,10 +43,8 @@ class PositionalAttention(nn.Module):
 
     def __init__(self, dim: int, positions: int, *, heads: int = 2):
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim ({dim}), got {heads}")
-        if positions < 1:
-            raise ValueError(f"positions must be at least 1, got {positions}")
+        _check_heads(dim, heads)
+        checks.whole("positions", positions, low=1)
         self.dim, self.positions, self.heads = dim, positions, heads
         self.q_proj = nn.Linear(positions, heads * positions)
         self.k_proj = nn.Linear(positions, heads * positions)
@@ -48,9 +52,7 @@ class PositionalAttention(nn.Module):
 
     def weights(self, n: int | None = None) -> Tensor:
         """A: (heads, n, n), rows sum to 1; no batch dimension. Raises ValueError for n above `positions`."""
-        n = self.positions if n is None else n
-        if not 1 <= n <= self.positions:
-            raise ValueError(f"n must be from 1 to {self.positions}, got {n}")
+        n = self.positions if n is None else checks.whole("n", n, low=1, high=self.positions)
         encodings = torch.eye(self.positions, device=self.q_proj.weight.device, dtype=self.q_proj.weight.dtype)
         encodings = torch.cat([encodings[: n - 1], encodings[-1:]])
         q, k = (p(encodings).view(n, self.heads, -1).transpose(0, 1) for p in (self.q_proj, self.k_proj))
@@ -73,8 +75,7 @@ class ContentAttention(nn.Module):
 
     def __init__(self, dim: int, *, heads: int = 2):
         super().__init__()
-        if heads < 1 or dim % heads:
-            raise ValueError(f"heads must divide dim ({dim}), got {heads}")
+        _check_heads(dim, heads)
         self.dim, self.heads = dim, heads
         self.q_proj, self.k_proj = nn.Linear(dim, heads * dim), nn.Linear(dim, heads * dim)
         self.v_proj, self.o_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
@@ -119,11 +120,10 @@ class AlgorithmicTransformer(nn.Module):
         depth: int | None = None,
     ):
         super().__init__()
-        if routing not in ("position", "content"):
-            raise ValueError(f"routing must be 'position' or 'content', got {routing!r}")
-        depth = int(math.log2(max(n, 1))) + 1 if depth is None else depth
-        if min(n, hidden, depth) < 1:
-            raise ValueError(f"n, hidden and depth must be at least 1, got {n}, {hidden} and {depth}")
+        checks.choice("routing", routing, get_args(Routing))
+        checks.whole("n", n, low=1)
+        checks.whole("hidden", hidden, low=1)
+        depth = n.bit_length() if depth is None else checks.whole("depth", depth, low=1)
         self.n, self.routing = n, routing
         self.encoder = nn.Linear(1 if routing == "position" else n + 2, dim)
         self.layers = nn.ModuleList()
@@ -135,7 +135,7 @@ class AlgorithmicTransformer(nn.Module):
         self.decoder = nn.Linear(dim, 1)
 
     def forward(self, values: Tensor) -> Tensor:
-        if values.ndim != 2 or not 1 <= values.shape[1] <= self.n:
+        if checks.tensor("values", values).ndim != 2 or values.shape[1] > self.n:
             raise ValueError(f"values must be (batch, 1 to at most {self.n} positions), got {tuple(values.shape)}")
         batch, n = values.shape
         x = F.pad(values, (0, 1))[..., None]
@@ -183,57 +183,86 @@ def fold(model: nn.Module, n: int) -> nn.Module:
 class PositionalMixer(Mixer):
     """Causal positional attention for sequence models up to `positions` tokens; the state keeps the values.
 
-    Raises ValueError for longer sequences.
+    Where no gradient is asked for, the weights of all positions so far are computed once and kept: heads * n^2 numbers, shared by all
+    rows, whatever their padding. Each sequence (a forward pass, or an empty state) begins by comparing the parameters with those the
+    weights were made of, so that they follow every change; within a sequence they are as old as its values. Raises TypeError and
+    ValueError for sizes that are none, and ValueError for longer sequences.
     """
 
     def __init__(self, dim: int, *, heads: int = 2, positions: int = 512, layer: int = 0, layers: int = 1):
         super().__init__()
-        self.dim, self.heads, self.positions = dim, heads, positions
         self.attention = PositionalAttention(dim, positions, heads=heads)
+        self.dim, self.heads, self.positions = dim, heads, positions
+        self._made_of: list[Tensor] = []
+        self._known: Tensor | None = None  # (heads, n, n)
 
-    def _logits(self, low: int, high: int) -> Tensor:
+    def _weights(self, low: int, high: int) -> Tensor:
         """(heads, high - low, high) of queries from position low on: with one-hot encodings a product of rows of two tables."""
         a = self.attention
         q = (a.q_proj.weight.T[low:high] + a.q_proj.bias).unflatten(1, (self.heads, -1)).transpose(0, 1)
         k = (a.k_proj.weight.T[:high] + a.k_proj.bias).unflatten(1, (self.heads, -1)).transpose(0, 1)
-        return q @ k.transpose(-1, -2) / math.sqrt(self.positions)
+        later = torch.ones(high - low, high, dtype=torch.bool, device=q.device).triu(low + 1)
+        return (q @ k.transpose(-1, -2) / math.sqrt(self.positions)).masked_fill(later, -torch.inf).softmax(-1)
 
-    def _run(self, v: Tensor, first: Tensor, queries: int) -> Tensor:
+    def _rows(self, low: int, high: int, begins: bool) -> Tensor:
+        """`_weights`, kept from one call to the next where that is right."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._weights(low, high)
+        parameters = [x for part in (self.attention.q_proj, self.attention.k_proj) for x in (part.weight, part.bias)]
+        if begins and not (
+            len(self._made_of) == len(parameters)
+            and all(
+                kept.device == x.device and kept.dtype == x.dtype and torch.equal(kept, x)
+                for kept, x in zip(self._made_of, parameters, strict=True)
+            )
+        ):
+            self._known = None
+        known = 0 if self._known is None else self._known.shape[1]
+        if self._known is None or high > known:
+            self._made_of = [x.detach().clone() for x in parameters]
+            self._known = self._weights(0, min(self.positions, max(high, 2 * known)))
+        return self._known[:, low:high, :high]
+
+    def _run(self, v: Tensor, first: Tensor, queries: int, begins: bool) -> Tensor:
         """The last `queries` of the tokens of v (batch, tokens, dim), whose row r begins at token first[r]."""
         tokens = v.shape[1]
-        position = torch.arange(tokens, device=v.device) - first[:, None]  # (batch, tokens), negative on padding
-        high = max(1, int(position.max()) + 1)
-        if high > self.positions:
-            raise ValueError(f"positional attention was built for {self.positions} positions, got {high}")
-        at = position.clamp(min=0)
-        rows = at[:, tokens - queries :]
-        low = int(rows.min())
-        logits = self._logits(low, high)
-        chosen = logits[:, rows[:, :, None] - low, at[:, None, :]].transpose(0, 1)  # (batch, heads, queries, tokens)
-        seen = (position[:, None] <= position[:, tokens - queries :, None]) & (position[:, None] >= 0)
-        seen = seen | ~seen.any(-1, keepdim=True)
-        a = chosen.masked_fill(~seen[:, None], -torch.inf).softmax(-1)
-        y: Tensor = self.attention.o_proj(
-            (a @ v.unflatten(2, (self.heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
-        )
-        return y
+        starts = sorted(set(first.tolist()))
+        longest = tokens - starts[0] if starts else 0
+        if longest > self.positions:
+            raise ValueError(f"positional attention was built for {self.positions} positions, got {longest}")
+        low = max(0, tokens - queries - starts[-1]) if starts else 0
+        a = self._rows(low, longest, begins) if longest else v.new_zeros(self.heads, 0, 0)
+        y = v.new_zeros(len(v), queries, self.dim)
+        for start in starts:  # rows of one length share the weights
+            rows, there = (first == start).nonzero()[:, 0], tokens - start
+            count = min(queries, there)
+            if count == 0:
+                continue
+            values = v[rows, start:].unflatten(2, (self.heads, -1)).permute(2, 1, 0, 3)  # (heads, there, rows, width)
+            mixed = a[:, there - count - low : there - low, :there] @ values.flatten(2)
+            mixed = mixed.unflatten(2, (len(rows), -1)).permute(2, 1, 0, 3).flatten(2)
+            y = y.index_put((rows[:, None], torch.arange(queries - count, queries, device=v.device)), mixed)
+        out: Tensor = self.attention.o_proj(y)
+        return out
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         first = x.new_zeros(len(x), dtype=torch.int64) if mask is None else (~mask).sum(1)
-        return self._run(self.attention.v_proj(x), first, x.shape[1])
+        return self._run(self.attention.v_proj(x), first, x.shape[1], True)
 
     def init_state(self, batch: int, *, device: Any = None, dtype: torch.dtype | None = None) -> State:
         weight = self.attention.v_proj.weight
         dtype, device = weight.dtype if dtype is None else dtype, weight.device if device is None else device
         return {
             "v": torch.zeros(batch, 0, self.dim, device=device, dtype=dtype),
-            "first": torch.zeros(batch, dtype=torch.int64, device=device),
+            "seen": torch.zeros(batch, dtype=torch.int64, device=device),  # tokens of each row, the last of v
         }
 
     def advance(self, x: Tensor, state: State, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        first = state["first"] if mask is None else state["first"] + (~mask).sum(1)
-        v = torch.cat([state["v"], self.attention.v_proj(x)], 1)
-        return self._run(v, first, x.shape[1]), {"v": v, "first": first}
+        before = int(state["seen"].max()) if len(x) else 0
+        old = state["v"][:, state["v"].shape[1] - before :]  # what is padding in all rows is left behind
+        seen = state["seen"] + (x.shape[1] if mask is None else mask.sum(1))
+        v = torch.cat([old, self.attention.v_proj(x)], 1)
+        return self._run(v, v.shape[1] - seen, x.shape[1], before == 0), {"v": v, "seen": seen}
 
     def state_bytes(self, tokens: int, batch: int = 1, dtype: torch.dtype | None = None) -> int:
         """The values of all tokens."""
@@ -273,10 +302,10 @@ def task_data(task: str, samples: int, n: int = 8, *, scale: float = 1.0, seed: 
     Each sample's values are uniform in a random sub-interval of [-2, 2]; with scale c above 1, of [-2 c, 2 c], and intervals
     that lie inside [-2, 2] are drawn again: out of the training distribution. Raises ValueError for an unknown task.
     """
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-    if samples < 1 or n < 1 or scale < 1:
-        raise ValueError(f"samples, n and scale must be at least 1, got {samples}, {n} and {scale}")
+    checks.choice("task", task, TASKS)
+    checks.whole("samples", samples, low=1)
+    checks.whole("n", n, low=1)
+    checks.number("scale", scale, low=1)
     generator = torch.Generator().manual_seed(seed)
     ends = torch.zeros(0, 2)
     while len(ends) < samples:

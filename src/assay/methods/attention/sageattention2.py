@@ -31,13 +31,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay import checks
+from assay.methods.core import kernels
 from assay.methods.core.attention import plan as plans
 from assay.methods.core.attention.integration import (
     can_register,
+    each_layer,
+    layer_of,
     parse_settings,
     register_attention,
     set_attention,
     settings_of,
+    share_reached,
     store_settings,
 )
 from assay.methods.core.attention.plan import (
@@ -48,7 +53,9 @@ from assay.methods.core.attention.plan import (
     has_vnni,
     kernel_time,
     needs_grad,
+    scale_of,
     unit_stride,
+    with_sinks,
 )
 from assay.methods.transform import Effect, Fit, TuneContext
 
@@ -84,14 +91,12 @@ class SageSettings:
     warp_rows: int = 32
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("qk", self.qk, get_args(QK)),
-            ("granularity", self.granularity, get_args(Granularity)),
-            ("pv", self.pv, get_args(PV)),
-            ("warp_rows", self.warp_rows, (16, 32)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+        checks.choice("qk", self.qk, get_args(QK))
+        checks.choice("granularity", self.granularity, get_args(Granularity))
+        checks.choice("pv", self.pv, get_args(PV))
+        checks.choice("warp_rows", self.warp_rows, (16, 32))
+        for name in ("smooth_k", "smooth_q", "smooth_v"):
+            checks.flag(name, getattr(self, name))
 
 
 VARIANTS = {
@@ -117,14 +122,19 @@ def masked_mean(x: Tensor, there: Tensor, size: int | None = None) -> Tensor:
 
 
 def quantise(x: Tensor, levels: int, size: int, classes: int = 1) -> tuple[Tensor, Tensor]:
-    """Integers in [-levels, levels] and their scales: int8 (..., rows, dim) and (..., rows, 1), x ~ integers * scales.
+    """Integers in [-levels, levels] and their scales: int8 (..., rows, dim) and (..., rows, 1), x ~ integers * scales. Scales are
+    float32, or float64 for float64.
 
     Inside each `size` rows (the last such group may be shorter) rows share a scale if they are of one class: row r of every 8
     is of class r // (8 / classes). scale = max|x| / levels + 1e-7, rounding half away from zero. A group with NaN or infinity
     gets zeros and a scale that is not finite. Raises ValueError for a size that is not a multiple of 8, or classes not of 8.
     """
-    if size < 8 or size % 8 or classes not in (1, 2, 4, 8):
+    checks.whole("levels", levels, low=1, high=127)
+    if checks.whole("size", size) < 8 or size % 8 or classes not in (1, 2, 4, 8):
         raise ValueError(f"size must be a multiple of 8 and classes 1, 2, 4 or 8, got {size} and {classes}")
+    x = checks.tensor("x", x, shape=("...", "rows", "dim"), empty=True)
+    if x.dtype.itemsize < 4:  # scales of small rows would be no numbers of 16 bits
+        x = x.float()
     rows = x.shape[-2]
     padded = F.pad(x.abs(), (0, 0, 0, -rows % size))
     # (..., groups, eights, classes, rows of a class, dim)
@@ -214,6 +224,7 @@ def _emulate(
     scale: float,
     key_start: Tensor | None,
     mask: Tensor | None,
+    window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """The output and the log-sum-exp, by the kernels' own loop over key blocks of 64 with online softmax."""
     dtype, wide = q.dtype, torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -268,6 +279,8 @@ def _emulate(
             seen = seen & there_k[:, :, at].mT & there_q[:, :, first:]
         if causal:
             seen = seen & (positions[at] <= positions[offset + first :, None])
+        if window is not None:
+            seen = seen & (positions[at] > positions[offset + first :, None] - window)
         scores = (scores * scale).masked_fill(~seen, -math.inf)
         before = top[:, :, first:]
         now = torch.maximum(before, scores.amax(-1, keepdim=True))
@@ -314,6 +327,8 @@ def sage_attention(
     return_lse: bool = False,
     key_start: Tensor | None = None,
     mask: Tensor | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
     variant: str | SageSettings = "paper",
     backend: Backend = "auto",
 ) -> Any:
@@ -322,49 +337,60 @@ def sage_attention(
     `layout` "HND": q (batch, heads, queries, dim), k and v (batch, key heads, keys, dim); "NHD": tokens before heads. Heads are
     a multiple of key heads. Causal queries are the last of the keys. `scale` multiplies Q K^T (default dim ** -0.5). Keys before
     `key_start`, int64 (batch,), are padding, and so are the queries there; `mask`, bool, broadcasts to (batch, heads, queries,
-    keys), True where a query sees a key. The log-sum-exp is that of the scaled scores, natural, in float32 (float64 of float64).
+    keys), True where a query sees a key. With a `window`, which is for causal attention, a query sees itself and the window - 1
+    keys before it; `sinks` as in `execute`. The log-sum-exp is that of the scaled scores, natural, in float32 (float64 of float64).
 
     `variant` is "paper", "paper_8bit", "as_released", "cpu" (INT8, values in bfloat16: what the kernel is for) or your own
     `SageSettings`. `backend="torch"` emulates, "kernel" is C++, "auto" takes the kernel where it can do exactly what the
     settings say; on a processor without bfloat16 products it multiplies "bf16" values in float32.
     queries * keys * (dim + value dim) MACs a head (1 MAC = 2 FLOPs), half of it causal. Forward only.
-    Raises ValueError for tensors that do not fit together or need gradients, and for unknown options.
+    Raises TypeError for arguments of another kind, ValueError for tensors that do not fit together or need gradients, and for
+    unknown options. `kernels.paths()` counts which backend ran.
+
+    >>> q, k, v = torch.randn(3, 1, 2, 64, 16).unbind()
+    >>> exact = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    >>> accuracy(sage_attention(q, k, v, is_causal=True, variant="cpu"), exact)["cosine"] > 0.999
+    True
     """
     settings = _settings(variant)
-    if layout not in get_args(Layout):
-        raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}")
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
+    checks.choice("layout", layout, get_args(Layout))
+    checks.choice("backend", backend, get_args(Backend))
+    checks.flag("is_causal", is_causal)
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4 or not x.is_floating_point() or not x.numel():
-            raise ValueError(
-                f"{name} must be floating point of 4 dimensions, not empty, got {x.dtype} {tuple(x.shape)}"
-            )
+        checks.tensor(name, x, ndim=4)
     if layout == "NHD":
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     _check(q, k, v, is_causal, key_start)
+    if window is not None and checks.whole("window", window, low=1) and not is_causal:
+        raise ValueError(f"window must be None unless causal, got {window}")
+    if sinks is not None:
+        checks.tensor("sinks", sinks, shape=(q.shape[1],), device=q.device)
     if mask is not None:
         shape = (*q.shape[:3], k.shape[2])
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask must be bool, got {mask.dtype}")
+        checks.tensor("mask", mask, dtype="bool", empty=True)
         try:
             mask = mask.to(q.device).expand(shape)
         except RuntimeError as error:
             raise ValueError(f"mask must broadcast to {shape}, got {tuple(mask.shape)}") from error
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = scale_of(scale, q)
     refused = kernel_refuses(q, k, v, settings, mask) if backend != "torch" else "is not asked for"
     if backend == "kernel" and refused:
         raise ValueError(f"backend 'kernel' {refused}")
+    kernels.ran("sageattention2", "torch" if refused else "kernel")
     if refused:
         with torch.no_grad():
-            out, lse = _emulate(q, k, v, settings, is_causal, scale, key_start, mask)
+            out, lse = _emulate(q, k, v, settings, is_causal, scale, key_start, mask, window)
     else:
         start = None if key_start is None else key_start.cpu().contiguous()
         by_query, by_key = _groups(settings, q.shape[2], k.shape[2])
         levels, half = LEVELS[settings.qk], settings.pv == "bf16" and has_bf16()
         where = (None, start, QUERY_BLOCK, is_causal, scale)
         options = (*where, levels, [*by_query, *by_key], settings.smooth_q, settings.smooth_k, half)
-        out, lse = torch.ops.assay.int8_attention(unit_stride(q), unit_stride(k), unit_stride(v), *options)
+        out, lse = torch.ops.assay.int8_attention(
+            unit_stride(q), unit_stride(k), unit_stride(v), *options, window=window or 0
+        )
+    if sinks is not None:
+        out, lse = with_sinks(out, lse, sinks.detach())
     out = out.transpose(1, 2) if layout == "NHD" else out
     return (out, lse) if return_lse else out
 
@@ -372,8 +398,7 @@ def sage_attention(
 def _settings(variant: str | SageSettings) -> SageSettings:
     if isinstance(variant, SageSettings):
         return variant
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be SageSettings or one of {', '.join(VARIANTS)}, got {variant!r}")
+    checks.choice("variant", variant, VARIANTS)
     return VARIANTS[variant]
 
 
@@ -382,13 +407,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, key_start: Tensor | No
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"heads of q ({q.shape[1]}) must be a multiple of the heads of k ({k.shape[1]})")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    checks.together(q=q, k=k, v=v)
     if (causal or key_start is not None) and q.shape[2] > k.shape[2]:
         raise ValueError(f"queries must be the last of the keys, got {q.shape[2]} queries and {k.shape[2]} keys")
     if key_start is not None:
-        if key_start.dtype != torch.int64 or key_start.shape != q.shape[:1]:
-            raise ValueError(f"key_start must be int64 (batch,), got {key_start.dtype} {tuple(key_start.shape)}")
+        checks.tensor("key_start", key_start, shape=(q.shape[0],), dtype=torch.int64)
         if not ((key_start >= 0) & (key_start <= k.shape[2])).all():
             raise ValueError(f"key_start must lie in [0, {k.shape[2]}], got {key_start.tolist()}")
     if needs_grad(q, k, v):
@@ -422,8 +445,8 @@ def calibrate(
     paper mixes 4 and 8 bit by the cosine to full precision, measured once; the thresholds are our choice.
     Raises ValueError for thresholds that make no sense or candidates not known.
     """
-    if not -1 <= min_cosine <= 1 or not max_l1 >= 0:
-        raise ValueError(f"min_cosine must lie in [-1, 1] and max_l1 be at least 0, got {min_cosine} and {max_l1}")
+    checks.number("min_cosine", min_cosine, low=-1, high=1)
+    checks.number("max_l1", max_l1, low=0)
     tried = [replace(settings, qk=name) for name in candidates]
     table: list[QK] = []
     for q, k, v in layers:
@@ -444,29 +467,15 @@ def calibrate_model(model: nn.Module, input_ids: Tensor, **options: Any) -> list
 
     `options` as there. The model is left as it was. Raises ValueError for a model whose attention cannot be replaced.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-    from transformers.modeling_utils import AttentionInterface
-
     if reason := can_register(model):
         raise ValueError(f"sageattention2 does not fit this model: {reason}")
-    found: Any = model
-    table: dict[int, QK] = {}
+    table: list[QK] = []
 
-    def choose(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        table[module.layer_idx] = calibrate([(query, key, value)], scale=kwargs.get("scaling"), **options)[0]
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+    def choose(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+        table.append(calibrate([(q, k, v)], scale=scale, **options)[0])
 
-    before = found.config.get_text_config()._attn_implementation
-    AttentionInterface.register("assay_calibrate", choose)
-    AttentionMaskInterface.register("assay_calibrate", sdpa_mask)
-    try:
-        set_attention(model, "assay_calibrate")
-        with torch.no_grad():
-            found.base_model(input_ids=input_ids.to(found.device), use_cache=False)
-    finally:
-        set_attention(model, before)
-    return [table[layer] for layer in sorted(table)]
+    each_layer(model, input_ids, choose)
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------- transformers
@@ -489,17 +498,21 @@ class SageAttentionConfig:
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
-        if self.backend not in get_args(Backend):
-            raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {self.backend!r}")
+        checks.choice("backend", self.backend, get_args(Backend))
+        checks.whole("min_tokens", self.min_tokens, low=0)
         for qk in [self.qk] if isinstance(self.qk, str) else self.qk:
             self._with(qk)
 
     def _with(self, qk: QK) -> SageSettings:
         return SageSettings(qk, self.granularity, True, self.smooth_q, self.smooth_v, self.pv)
 
-    def of(self, layer: int) -> SageSettings:
-        """The settings of one layer."""
-        return self._with(self.qk if isinstance(self.qk, str) else self.qk[layer])
+    def of(self, module: nn.Module | None = None) -> SageSettings:
+        """The settings of one attention module, or, where there is one `qk` for all, of any."""
+        if isinstance(self.qk, str):
+            return self._with(self.qk)
+        if module is None:
+            raise ValueError(f"qk must be one value for all layers, got {len(self.qk)}")
+        return self._with(self.qk[layer_of(module)])
 
     def check(self, layers: int) -> None:
         """Raise ValueError where the settings do not fit a model of so many layers."""
@@ -508,28 +521,45 @@ class SageAttentionConfig:
 
 
 def _plan_of_module(
-    module: nn.Module, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, key_start: Tensor | None
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool,
+    scale: float | None,
+    key_start: Tensor | None,
+    window: int | None,
 ) -> tuple[AttentionPlan, Mapping[str, Any]]:
     """The dense plan, and how it is quantised, if at all."""
     config = settings_of(module, "sageattention2", SageAttentionConfig)
-    settings = config.of(cast(int, getattr(module, "layer_idx", 0)))
-    plan = AttentionPlan(q.shape[2], k.shape[2], causal=causal, key_start=key_start)
-    exact = settings.qk == "exact" or k.shape[2] < config.min_tokens
+    settings = config.of(module)
+    plan = AttentionPlan(q.shape[2], k.shape[2], causal=causal, key_start=key_start, window=window)
+    exact = settings.qk == "exact" or min(k.shape[2], window or k.shape[2]) < config.min_tokens
     return plan, {} if exact else {"variant": settings, "backend": config.backend}
 
 
-def _execute(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, **options: Any) -> Tensor:
+def _execute(
+    plan: AttentionPlan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None,
+    sinks: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
     if not options or needs_grad(q, k, v):
-        return execute(plan, q, k, v, scale=scale)
-    found = sage_attention(q, k, v, is_causal=plan.causal, scale=scale, key_start=plan.key_start, **options)
-    return cast(Tensor, found)
+        return execute(plan, q, k, v, scale=scale, sinks=sinks)
+    where: dict[str, Any] = {"is_causal": plan.causal, "key_start": plan.key_start, "window": plan.window}
+    return cast(Tensor, sage_attention(q, k, v, scale=scale, sinks=sinks, **where, **options))
 
 
 def register() -> None:
     """Make `attn_implementation="assay_sageattention2"` known to transformers (which this imports); again does no harm.
 
     Prompts are quantised. Attended exactly, in the way of `register_attention`, are single tokens, short prompts, layers set to
-    "exact", masks other than causal with left padding, and whatever needs a gradient. Settings: `model.config.sageattention2`.
+    "exact", windows shorter than `min_tokens`, masks that are neither causal nor windows, and whatever needs a
+    gradient. Settings: `model.config.sageattention2`.
     """
     register_attention(NAME, _plan_of_module, _execute)
 
@@ -561,7 +591,11 @@ class SageAttention:
             return Fit(False, "needs a C++ compiler and a processor with AVX512-VNNI")
         if has_tiles():
             return Fit(False, "on a processor with AMX the exact kernel is faster than integer scores")
-        return Fit(True, effects=(Effect("attention", macs=kernel_time() * INT8_TIME),))
+        share, reached, reason = share_reached(model, context.prompt_tokens, 512, "stay exact")
+        if reason:
+            return Fit(False, reason, share=share)
+        gain = kernel_time() * (INT8_TIME * share + 1 - share)
+        return Fit(True, "", (Effect("attention", macs=gain),), share, reached)
 
     def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = [{"qk": "int8"}, {"qk": "int8", "smooth_q": False}]
@@ -575,7 +609,7 @@ class SageAttention:
         if values.get("qk") == "calibrated":
             if not context.calibration:
                 raise ValueError("qk 'calibrated' needs calibration texts, got none")
-            settings = parse_settings(SageAttentionConfig, {**values, "qk": "int8"}).of(0)
+            settings = parse_settings(SageAttentionConfig, {**values, "qk": "int8"}).of()
             longest = max(context.calibration, key=lambda ids: ids.shape[-1])
             strict = {
                 "min_cosine": 0.9999,

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay import checks
 from assay.methods.core import kernels
 from assay.methods.core.attention.clusters import ClusterBackend, ClusterPlan, execute_clusters
 from assay.methods.core.attention.diffusers_processor import real_tokens, self_attentions, set_attention
@@ -63,23 +64,26 @@ def kmeans(
     Starts from `centres` (batch, heads, clusters, dim), or else from random tokens. Each iteration assigns every token to its
     nearest centre (the first of equals) and moves the centres to the means; a head stops after `iterations`, or when none of
     its centres moves by `tolerance`. tokens * clusters * dim MACs an iteration and head (1 MAC = 2 FLOPs).
-    Raises ValueError for another shape, more clusters than tokens, or no iterations.
+    Distances are those of what is left when each head's mean token is taken away, so that an offset of all tokens costs no digits.
+    Raises TypeError for arguments of another kind, ValueError for another shape, NaN or infinity, more clusters than tokens, or no
+    iterations.
+
+    >>> found = kmeans(torch.tensor([0.0, 1.0, 10.0, 11.0]).view(1, 1, 4, 1), 2, generator=torch.Generator().manual_seed(0))
+    >>> sorted(found.centroids.flatten().tolist())
+    [0.5, 10.5]
     """
-    if x.ndim != 4 or not x.is_floating_point():
-        raise ValueError(f"x must be floating point (batch, heads, tokens, dim), got {x.dtype} {tuple(x.shape)}")
+    checks.tensor("x", x, shape=("batch", "heads", "tokens", "dim"), finite=True, empty=True)
     batch, heads, tokens, dim = x.shape
-    if not 1 <= clusters <= tokens:
-        raise ValueError(f"clusters must be from 1 to the number of tokens ({tokens}), got {clusters}")
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must not be negative, got {tolerance}")
+    checks.whole("clusters", clusters, low=1, high=tokens)
+    checks.whole("iterations", iterations, low=1)
+    checks.number("tolerance", tolerance, low=0)
     x = x if x.dtype == torch.float64 else x.float()
     if centres is None:
         centres = _random_tokens(x, clusters, generator)
-    elif centres.shape != (batch, heads, clusters, dim):
-        raise ValueError(f"centres must be {(batch, heads, clusters, dim)}, got {tuple(centres.shape)}")
-    x, centroids = x.flatten(0, 1), centres.to(x.dtype).flatten(0, 1).clone()
+    else:
+        checks.tensor("centres", centres, shape=(batch, heads, clusters, dim), device=x.device, finite=True, empty=True)
+    middle = x.mean(2, keepdim=True)
+    x, centroids = (x - middle).flatten(0, 1), (centres.to(x.dtype) - middle).flatten(0, 1)
     squares = torch.linalg.vector_norm(x, dim=(1, 2)).square()
     labels = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
     sizes = torch.zeros(centroids.shape[:2], dtype=torch.int64, device=x.device)
@@ -97,7 +101,8 @@ def kmeans(
             break
     shape = (batch, heads)
     history = torch.stack(inertia).unflatten(1, shape)
-    return KMeans(labels.unflatten(0, shape), centroids.unflatten(0, shape), sizes.unflatten(0, shape), history)
+    centroids = centroids.unflatten(0, shape) + middle
+    return KMeans(labels.unflatten(0, shape), centroids, sizes.unflatten(0, shape), history)
 
 
 def _random_tokens(x: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
@@ -111,8 +116,10 @@ def _lloyd(x: Tensor, old: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One iteration from the centres `old` (rows, clusters, dim): labels (rows, tokens), the sums of squared distances (rows,) less
     that of the squared tokens, the means of the members (`old` where there are none), and how many members there are."""
     if x.is_cpu and x.dtype == torch.float32 and x.shape[2] and _load():
+        kernels.ran("k-means", "kernel")
         labels, closeness, sums, counts = torch.ops.assay.kmeans_step(x.contiguous(), old.contiguous())
         return labels, (-2 * closeness).to(x.dtype), _divided(sums, counts, old), counts
+    kernels.ran("k-means", "torch")
     labels, distance = _nearest(x, old)
     return labels, distance, *_means(x, labels, old)
 
@@ -213,8 +220,7 @@ def critical_clusters(mass: Tensor, *, top_p: float = 0.9, min_ratio: float = 0.
 
 
 def _check_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    checks.number(name, value, low=0, high=1)
 
 
 # ------------------------------------------------------------------------------------------------------------- operator
@@ -313,7 +319,8 @@ def svg2_plan(
 
 
 def _check_text(text: Tensor, q: Tensor) -> int:
-    if text.dtype != torch.bool or text.ndim != 2 or text.shape[0] != q.shape[0] or text.shape[1] >= q.shape[2]:
+    checks.tensor("text", text, shape=("batch", "text tokens"), dtype="bool", empty=True)
+    if text.shape[0] != q.shape[0] or text.shape[1] >= q.shape[2]:
         raise ValueError(
             f"text must be bool ({q.shape[0]}, text tokens), fewer than the {q.shape[2]} tokens, "
             f"got {text.dtype} {tuple(text.shape)}"
@@ -397,8 +404,10 @@ class SVG2Config:
         for name in ("top_p", "min_ratio", "dense_steps", "dense_layers"):
             _check_share(name, getattr(self, name))
         for name in ("query_clusters", "key_clusters", "iterations", "warm_iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            checks.whole(name, getattr(self, name), low=1)
+        checks.number("tolerance", self.tolerance, low=0)
+        checks.flag("cluster_in_dense_steps", self.cluster_in_dense_steps)
+        checks.whole("seed", self.seed)
 
     def clustering(self) -> dict[str, Any]:
         """The settings of `update_clusters`."""
@@ -427,8 +436,7 @@ class SVG2Sampling:
 
     def __post_init__(self) -> None:
         for name in ("layers", "steps", "branches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            checks.whole(name, getattr(self, name), low=1)
 
     def reset(self) -> None:
         """Back to the first step, with nothing remembered."""
@@ -462,8 +470,7 @@ class SVG2Sampling:
         self, layer: int, q: Tensor, k: Tensor, *, text: Tensor | None = None, scale: float | None = None
     ) -> ClusterPlan | None:
         """The plan of a layer's next call in this step, None for dense attention. Raises ValueError beyond the `branches`."""
-        if not 0 <= layer < self.layers:
-            raise ValueError(f"layer must be from 0 to {self.layers - 1}, got {layer}")
+        checks.whole("layer", layer, low=0, high=self.layers - 1)
         branch = self._calls.get(layer, 0)
         if branch >= self.branches:
             raise ValueError(

@@ -11,26 +11,31 @@ where its score rounds to nothing; batches, padding, any block size. `variant="a
 selection, a side effect of the official indexing.
 
 When NOT to use it: prompts of a few blocks (nothing to leave out), decoding, random data (no structure to find), retrieval tasks
-that have not been checked at the chosen tau, and models whose attention has soft caps, sinks or position biases.
+that have not been checked at the chosen tau, models whose attention has soft caps or position biases, and layers whose sliding
+window is a few blocks long.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay import checks
+from assay.methods.core import kernels
 from assay.methods.core.attention.integration import (
     can_register,
     capture_qk,
+    layer_of,
     parse_settings,
     register_attention,
     set_attention,
     settings_of,
+    share_reached,
     store_settings,
 )
 from assay.methods.core.attention.plan import (
@@ -42,12 +47,14 @@ from assay.methods.core.attention.plan import (
     in_bf16,
     kernel_refuses,
     kernel_time,
+    scale_of,
     unit_stride,
 )
 from assay.methods.transform import Effect, Fit, TuneContext
 
 Order = Literal["antidiagonal", "slash", "random"]
 Variant = Literal["paper", "as_released"]
+ScoreBackend = Literal["auto", "kernel", "torch"]
 NAME = "assay_xattention"  # as attn_implementation
 
 
@@ -62,6 +69,7 @@ def tile_scores(q: Tensor, k: Tensor, stride: int, *, order: Order = "antidiagon
     k (batch, key heads, keys, dim), both lengths multiples of stride. queries * keys * dim / stride MACs (1 MAC = 2 FLOPs).
     With an even stride these are pairs at odd distances only: a slanted line one token wide at an even one is not seen.
     """
+    checks.choice("order", order, get_args(Order))
     batch, heads, queries, dim = q.shape
     rows = q.reshape(batch, k.shape[1], -1, stride, dim)
     if order == "antidiagonal":
@@ -73,7 +81,7 @@ def tile_scores(q: Tensor, k: Tensor, stride: int, *, order: Order = "antidiagon
 
 
 def _check_stride(stride: int, block: int) -> None:
-    if stride < 1 or block % stride:
+    if checks.whole("block", block, low=1) % checks.whole("stride", stride, low=1):
         raise ValueError(f"stride must divide block ({block}), got {stride}")
 
 
@@ -88,32 +96,42 @@ def block_scores(
     norm: float = 1.0,
     order: Order = "antidiagonal",
     key_start: Tensor | None = None,
+    window: int | None = None,
     precision: PlanPrecision = "input",
-    backend: Literal["auto", "kernel", "torch"] = "auto",
+    backend: ScoreBackend = "auto",
 ) -> Tensor:
     """Estimated attention mass of each block: (batch, heads, query blocks, key blocks) float32, on the grid of `AttentionPlan`.
 
-    Softmax of `tile_scores` * scale / (stride * norm), tiles of the causal diagonal included whole, summed over the tiles of a
+    Softmax of `tile_scores` * scale / (stride * norm), tiles at the edges of what is seen included whole, summed over the tiles of a
     block: rows sum to block / stride, or less where a query block is not full. With stride 1 they are the exact masses.
     q (batch, heads, queries, dim) and k (batch, key heads, keys, dim) after rotary embedding; queries are the last of the
-    keys. `key_start` as in `AttentionPlan`. `precision="bf16"` (and "int8") multiplies in bfloat16. `backend="kernel"` is C++ on the CPU,
-    "torch" works in chunks of queries of bounded memory; "auto" takes the kernel where it can.
-    Raises ValueError for a stride that does not divide the block, an unknown order, or tensors that do not fit.
+    keys. `key_start` and `window` as in `AttentionPlan`. `precision="bf16"` (and "int8") multiplies in bfloat16.
+    `backend="kernel"` is C++ on the CPU, "torch" works in chunks of queries of bounded memory; "auto" takes the kernel where it can.
+    Raises TypeError for arguments of another kind, ValueError for a stride that does not divide the block, an unknown order or
+    backend, or tensors that do not fit.
     """
-    grid = AttentionPlan(q.shape[2], k.shape[2], block, causal, key_start=key_start)
+    for name, x in (("q", q), ("k", k)):
+        checks.tensor(name, x, shape=("batch", "heads", "tokens", "dim"), empty=True)
+    checks.together(q=q, k=k)
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3] or not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit together")
+    grid = AttentionPlan(q.shape[2], k.shape[2], block, causal, None, key_start, window)
     _check_stride(stride, block)
-    if order not in get_args(Order):
-        raise ValueError(f"order must be one of {', '.join(get_args(Order))}, got {order!r}")
-    if not norm > 0:
-        raise ValueError(f"norm must be positive, got {norm}")
-    factor = (q.shape[-1] ** -0.5 if scale is None else scale) / (stride * norm)
+    checks.choice("order", order, get_args(Order))
+    checks.choice("backend", backend, get_args(ScoreBackend))
+    checks.choice("precision", precision, get_args(PlanPrecision))
+    factor = scale_of(scale, q) / (stride * checks.number("norm", norm, above=0))
     refused = kernel_refuses(q, k, k, block=block) if order == "antidiagonal" else "has only the antidiagonal order"
     if backend == "kernel" and refused:
         raise ValueError(f"backend 'kernel' {refused}")
     if backend != "torch" and not refused:
         start = None if key_start is None else key_start.cpu().contiguous()
         options = (start, stride, block, causal, factor, in_bf16(q.dtype, precision))
-        return cast(Tensor, torch.ops.assay.antidiagonal_scores(unit_stride(q), unit_stride(k), *options))
+        reach = window if window is not None and grid.windowed else 0
+        kernels.ran("xattention scores", "kernel")
+        found = torch.ops.assay.antidiagonal_scores(unit_stride(q), unit_stride(k), *options, window=reach)
+        return cast(Tensor, found)
+    kernels.ran("xattention scores", "torch")
     if precision != "input":
         q, k = q.bfloat16(), k.bfloat16()
     return _block_scores(grid, q, k, stride, factor, order)
@@ -137,16 +155,23 @@ def _block_scores(grid: AttentionPlan, q: Tensor, k: Tensor, stride: int, factor
     for i in range(0, grid.query_blocks, step):
         blocks = min(step, grid.query_blocks - i)
         columns = (grid.first_block + i + blocks) * per_block if grid.causal else tiles
+        begin = 0  # tiles before it have left the window of every row here
+        if grid.window is not None:
+            begin = max(0, (grid.first_block + i) * block - grid.window + 1) // block * per_block
         rows = torch.arange(blocks * per_block, device=device) + (grid.first_block + i) * per_block
-        part = tile_scores(q[:, :, i * block : (i + blocks) * block], k[:, :, : columns * stride], stride, order=order)
-        seen = key_tile[:, None, None, :columns]
+        part = tile_scores(
+            q[:, :, i * block : (i + blocks) * block], k[:, :, begin * stride : columns * stride], stride, order=order
+        )
+        seen = key_tile[:, None, None, begin:columns]
         if grid.causal:
-            seen = seen & (tile[:columns] <= rows[:, None])
+            seen = seen & (tile[begin:columns] <= rows[:, None])
+        if grid.window is not None:
+            seen = seen & ((tile[begin:columns] + 1) * stride > (rows * stride - grid.window + 1)[:, None])
         there = query_tile[:, None, rows, None]
         share = (part.float() * factor).masked_fill(~(seen | ~there), -torch.inf).softmax(-1)
         share = share.masked_fill(~there, 0.0)
         mass = share.view(batch, heads, blocks, per_block, -1, per_block).sum((3, 5))
-        scores[:, :, i : i + blocks, : mass.shape[-1]] = mass
+        scores[:, :, i : i + blocks, begin // per_block : begin // per_block + mass.shape[-1]] = mass
     return scores
 
 
@@ -161,6 +186,7 @@ def select(
     keep_sink: bool = False,
     keep_recent: bool = False,
     sink: Tensor | None = None,
+    allowed: Tensor | None = None,
     variant: Variant = "paper",
 ) -> Tensor:
     """The fewest blocks of each row whose scores reach tau of the row's sum: bool, in the shape of `scores`.
@@ -168,21 +194,23 @@ def select(
     `scores` is (batch, heads, query blocks, key blocks) with the queries at the end of the keys. Causal: no block above the
     diagonal; the first block (`sink`, int64 (batch,), where padding moves it) and the diagonal one are always kept, and
     counted first. Not causal: `keep_sink` keeps block 0 of every row, `keep_recent` the diagonal. `tau` is in [0, 1], one
-    number or one a head (heads,). Raises ValueError for another shape, tau or variant.
+    number or one a head (heads,). `allowed`, bool that broadcasts to `scores`, is False where a window leaves a whole block out.
+    Raises TypeError for arguments of another kind, ValueError for another shape, tau or variant.
     """
+    checks.tensor("scores", scores, empty=True)
     if scores.ndim != 4 or scores.shape[2] > scores.shape[3]:
         raise ValueError(
             f"scores must be (batch, heads, query blocks, key blocks), at least as many keys, got {tuple(scores.shape)}"
         )
-    if variant not in get_args(Variant):
-        raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
+    checks.choice("variant", variant, get_args(Variant))
     level = _levels(tau, scores.shape[1]).to(scores.device).view(-1, 1, 1)
     blocks = scores.shape[3]
     column = torch.arange(blocks, device=scores.device)
     diagonal = column[blocks - scores.shape[2] :, None]
     first = torch.zeros(1, dtype=torch.int64) if sink is None else sink
     first = first.to(scores.device)[:, None, None, None]
-    allowed = (column >= first) & ((column <= diagonal) if causal else (column == column))
+    visible = (column >= first) & ((column <= diagonal) if causal else (column == column))
+    allowed = visible if allowed is None else visible & allowed.to(scores.device)
     forced = torch.zeros_like(allowed)
     if causal or keep_sink or variant == "as_released":
         forced = forced | (column == first)
@@ -199,7 +227,9 @@ def select(
 
 
 def _levels(tau: float | Tensor, heads: int) -> Tensor:
-    level = torch.as_tensor(tau, dtype=torch.float64)
+    if not isinstance(tau, Tensor):
+        return torch.tensor(checks.number("tau", tau, low=0, high=1), dtype=torch.float64)
+    level = checks.tensor("tau", tau).double()
     if level.ndim > 1 or (level.ndim == 1 and len(level) != heads):
         raise ValueError(f"tau must be one number or one for each of {heads} heads, got {tuple(level.shape)}")
     if not ((level >= 0) & (level <= 1)).all():
@@ -207,88 +237,108 @@ def _levels(tau: float | Tensor, heads: int) -> Tensor:
     return level
 
 
+# ------------------------------------------------------------------------------------------------------------- operator
+
+
+@dataclass(frozen=True)
+class XAttentionSettings:
+    """How blocks are chosen and computed; the defaults are the paper's. Raises TypeError and ValueError for what is no such value.
+
+    `tau` is one number in [0, 1] or a tensor with one a head; `stride` (8 or 16) divides `block`. `norm`, `keep_sink`, `keep_recent`
+    and `variant` as in `block_scores` and `select`; `backend` and `precision` as in `execute`.
+
+    >>> XAttentionSettings(tau=0.95, stride=16).block
+    128
+    """
+
+    tau: float | Tensor = 0.9
+    stride: int = 8
+    block: int = 128
+    norm: float = 1.0
+    keep_sink: bool = False
+    keep_recent: bool = False
+    backend: Backend = "auto"
+    precision: PlanPrecision = "input"
+    variant: Variant = "paper"
+
+    def __post_init__(self) -> None:
+        _check_stride(self.stride, self.block)
+        checks.number("norm", self.norm, above=0)
+        if not isinstance(self.tau, Tensor):
+            checks.number("tau", self.tau, low=0, high=1)
+        for name in ("keep_sink", "keep_recent"):
+            checks.flag(name, getattr(self, name))
+        checks.choice("backend", self.backend, get_args(Backend))
+        checks.choice("precision", self.precision, get_args(PlanPrecision))
+        checks.choice("variant", self.variant, get_args(Variant))
+
+
+PAPER = XAttentionSettings()
+
+
 def xattention_plan(
     q: Tensor,
     k: Tensor,
+    settings: XAttentionSettings = PAPER,
     *,
-    tau: float | Tensor = 0.9,
-    stride: int = 8,
-    block: int = 128,
     causal: bool = True,
     scale: float | None = None,
-    norm: float = 1.0,
-    keep_sink: bool = False,
-    keep_recent: bool = False,
     key_start: Tensor | None = None,
-    precision: PlanPrecision = "input",
-    variant: Variant = "paper",
+    window: int | None = None,
+    **changes: Any,
 ) -> AttentionPlan:
-    """The blocks that XAttention computes, as a plan to `execute`; arguments as in `block_scores` and `select`.
+    """The blocks that XAttention computes, as a plan to `execute`; `changes` replace single settings (tau=0.95).
 
-    A single query (decoding) and up to two key blocks (all of which would be kept) give the dense plan, unscored.
+    q, k, `key_start` and `window` as in `block_scores`. A single query (decoding) and up to two key blocks (all of which would be
+    kept) give the dense plan, unscored.
     """
-    dense = AttentionPlan(q.shape[2], k.shape[2], block, causal, key_start=key_start)
-    _check_stride(stride, block)
-    _levels(tau, q.shape[1])
+    chosen = replace(settings, **changes)
+    dense = AttentionPlan(q.shape[2], k.shape[2], chosen.block, causal, None, key_start, window)
+    _levels(chosen.tau, q.shape[1])
     if dense.queries == 1 or (causal and dense.key_blocks <= 2):
         return dense
-    scores = block_scores(
-        q,
-        k,
-        stride=stride,
-        block=block,
-        causal=causal,
-        scale=scale,
-        norm=norm,
-        key_start=key_start,
-        precision=precision,
-    )
-    sink = None if key_start is None else key_start // block
+    where: dict[str, Any] = {"block": chosen.block, "causal": causal, "key_start": key_start, "window": window}
+    how: dict[str, Any] = {"stride": chosen.stride, "norm": chosen.norm, "precision": chosen.precision}
+    scores = block_scores(q, k, scale=scale, **where, **how)
     kept = select(
-        scores, tau=tau, causal=causal, keep_sink=keep_sink, keep_recent=keep_recent, sink=sink, variant=variant
+        scores,
+        tau=chosen.tau,
+        causal=causal,
+        keep_sink=chosen.keep_sink,
+        keep_recent=chosen.keep_recent,
+        sink=None if key_start is None else key_start // chosen.block,
+        allowed=dense.allowed() if dense.windowed else None,
+        variant=chosen.variant,
     )
-    return AttentionPlan(dense.queries, dense.keys, block, causal, kept, key_start)
+    return replace(dense, mask=kept)
 
 
 def xattention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    settings: XAttentionSettings = PAPER,
     *,
-    tau: float | Tensor = 0.9,
-    stride: int = 8,
-    block: int = 128,
     causal: bool = True,
     scale: float | None = None,
-    norm: float = 1.0,
-    keep_sink: bool = False,
-    keep_recent: bool = False,
     key_start: Tensor | None = None,
-    backend: Backend = "auto",
-    precision: PlanPrecision = "input",
-    variant: Variant = "paper",
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    **changes: Any,
 ) -> Tensor:
     """XAttention of q (batch, heads, queries, dim) over k, v (batch, key heads, keys, dim): (batch, heads, queries, dim).
 
-    Inputs are real queries and keys after rotary embedding. `tau` (0.9; one number or one a head), `stride` (8 or 16) and
-    `block` (128) as in the paper; the other arguments as in `block_scores`, `select` and `execute`.
+    Inputs are real queries and keys after rotary embedding. `changes` replace single settings; the other arguments as in
+    `xattention_plan` and `execute`.
+
+    >>> q, k, v = torch.randn(3, 1, 2, 256, 16).unbind()
+    >>> exact = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    >>> bool(torch.allclose(xattention(q, k, v, tau=1.0, block=64), exact, atol=1e-5))
+    True
     """
-    plan = xattention_plan(
-        q,
-        k,
-        tau=tau,
-        stride=stride,
-        block=block,
-        causal=causal,
-        scale=scale,
-        norm=norm,
-        keep_sink=keep_sink,
-        keep_recent=keep_recent,
-        key_start=key_start,
-        precision=precision,
-        variant=variant,
-    )
-    return execute(plan, q, k, v, backend=backend, scale=scale, precision=precision)
+    chosen = replace(settings, **changes)
+    plan = xattention_plan(q, k, chosen, causal=causal, scale=scale, key_start=key_start, window=window)
+    return execute(plan, q, k, v, backend=chosen.backend, scale=scale, precision=chosen.precision, sinks=sinks)
 
 
 # ----------------------------------------------------------------------------------------------------------- thresholds
@@ -303,8 +353,7 @@ def calibrate_thresholds(
     of the true mass is taken; tau of the head is the estimated mass of all blocks that score at least as much as the lowest of
     such a set, pooled over rows. For several texts take the maximum over their tables, as released. Costs a dense QK^T.
     """
-    if not 0 < coverage <= 1:
-        raise ValueError(f"coverage must lie in (0, 1], got {coverage}")
+    checks.number("coverage", coverage, above=0, high=1)
     table = []
     for q, k, *_ in layers:
         true = block_scores(q, k, stride=1, block=block).double()
@@ -336,12 +385,10 @@ def search_thresholds(
     kept, which adds up over heads; the budget is the share of computed blocks over all layers and heads.
     `layers` as in `calibrate_thresholds`. Raises ValueError when even the lowest thresholds compute more than `density`.
     """
-    if not 0 < density <= 1:
-        raise ValueError(f"density must lie in (0, 1], got {density}")
-    if not (0 < start <= 1 and 0 < factor < 1 and steps >= 1):
-        raise ValueError(
-            f"start must lie in (0, 1], factor in (0, 1), steps be at least 1: got {start}, {factor}, {steps}"
-        )
+    checks.number("density", density, above=0, high=1)
+    checks.number("start", start, above=0, high=1)
+    checks.number("factor", factor, above=0, below=1)
+    checks.whole("steps", steps, low=1)
     levels = [start * factor**m for m in range(steps)]
     costs, gains, heads = [], [], 0
     for q, k, *_ in layers:
@@ -385,9 +432,10 @@ class XAttentionConfig:
     """Settings of `attn_implementation="assay_xattention"`, kept in the model's config as `xattention`, a plain dictionary.
 
     `tau` is one number, one for each layer, or a (layers, heads) table. Layers in `dense_layers` stay dense, and so do prompts
-    shorter than `min_tokens`. `precision` as in `execute`: "bf16" lets a float32 model multiply attention in bfloat16, as guesses
-    always are, and "int8" multiplies the kept blocks' scores in integers. The tuner is not offered that: at the densities of
-    real prompts it saves little of the time, since each block of queries is quantised for few keys.
+    shorter than `min_tokens` and layers whose sliding window is. `precision` as in `execute`: "bf16" lets a float32 model multiply
+    attention in bfloat16, as guesses always are, and "int8" multiplies the kept blocks' scores in integers. The tuner is not
+    offered that: at the densities of real prompts it saves little of the time, since each block of queries is quantised for few
+    keys.
     """
 
     tau: float | Sequence[float] | Sequence[Sequence[float]] = 0.9
@@ -400,25 +448,37 @@ class XAttentionConfig:
     variant: Variant = "paper"
 
     def __post_init__(self) -> None:
-        if self.block < 1 or self.stride < 1 or self.block % self.stride:
-            raise ValueError(f"stride must divide block, got {self.stride} and {self.block}")
-        for name, value, allowed in (
-            ("backend", self.backend, get_args(Backend)),
-            ("precision", self.precision, get_args(PlanPrecision)),
-            ("variant", self.variant, get_args(Variant)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-        tau = torch.as_tensor(self.tau, dtype=torch.float64)
-        if tau.ndim > 2 or not tau.numel() or not ((tau >= 0) & (tau <= 1)).all():
-            raise ValueError(f"tau must be numbers in [0, 1], one, one a layer, or (layers, heads), got {self.tau!r}")
+        checks.whole("min_tokens", self.min_tokens, low=0)
+        checks.choice("precision", self.precision, get_args(PlanPrecision))
+        for layer in self.dense_layers:
+            checks.whole("dense_layers", layer, low=0)
+        single = self.tau
+        if isinstance(single, Sequence) and not isinstance(single, str):
+            try:
+                tau = torch.tensor(single, dtype=torch.float64)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"tau must be a number, one a layer, or (layers, heads), got {single!r}") from error
+            if tau.ndim > 2 or not tau.numel() or not ((tau >= 0) & (tau <= 1)).all():
+                raise ValueError(f"tau must be numbers in [0, 1], one, one a layer, or (layers, heads), got {single!r}")
+            single = 0.9
+        self._settings(single)  # which checks them
 
-    def tau_of(self, layer: int) -> float | Tensor:
-        """The threshold of one layer: a number, or one for each head."""
+    def _settings(self, tau: float | Tensor) -> XAttentionSettings:
+        return XAttentionSettings(
+            tau, self.stride, self.block, backend=self.backend, precision="bf16", variant=self.variant
+        )
+
+    def of(self, module: nn.Module) -> XAttentionSettings | None:
+        """The settings of one attention module; None where it stays dense."""
+        if isinstance(self.tau, int | float) and not self.dense_layers:
+            return self._settings(self.tau)
+        layer = layer_of(module)
+        if layer in self.dense_layers:
+            return None
         if isinstance(self.tau, int | float):
-            return self.tau
+            return self._settings(self.tau)
         row = self.tau[layer]
-        return row if isinstance(row, int | float) else torch.tensor(row)
+        return self._settings(row if isinstance(row, int | float) else torch.tensor(row))
 
     def check(self, layers: int, heads: int) -> None:
         """Raise ValueError where the settings do not fit a model of so many layers and query heads."""
@@ -430,26 +490,22 @@ class XAttentionConfig:
 
 
 def _plan_of_module(
-    module: nn.Module, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, key_start: Tensor | None
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool,
+    scale: float | None,
+    key_start: Tensor | None,
+    window: int | None,
 ) -> tuple[AttentionPlan, Mapping[str, Any]]:
     config = settings_of(module, "xattention", XAttentionConfig)
     options = {"backend": config.backend, "precision": config.precision}
-    layer = cast(int, getattr(module, "layer_idx", 0))
-    if layer in config.dense_layers or k.shape[2] < config.min_tokens:
-        return AttentionPlan(q.shape[2], k.shape[2], config.block, causal, key_start=key_start), options
-    plan = xattention_plan(
-        q,
-        k,
-        tau=config.tau_of(layer),
-        stride=config.stride,
-        block=config.block,
-        causal=causal,
-        scale=scale,
-        key_start=key_start,
-        precision="bf16",
-        variant=config.variant,
-    )
-    return plan, options
+    where: dict[str, Any] = {"causal": causal, "key_start": key_start, "window": window}
+    settings = config.of(module)
+    if settings is None or min(k.shape[2], window or k.shape[2]) < config.min_tokens:
+        return AttentionPlan(q.shape[2], k.shape[2], config.block, **where), options
+    return xattention_plan(q, k, settings, scale=scale, **where), options
 
 
 def register() -> None:
@@ -478,9 +534,12 @@ class XAttention:
             return Fit(False, reason)
         if context.prompt_tokens < 1024:
             return Fit(False, f"prompts of {context.prompt_tokens} tokens leave nothing to skip (1024 needed)")
-        density = _expected_density(context.prompt_tokens)
+        share, reached, reason = share_reached(model, context.prompt_tokens, 1024, "stay dense")
+        if reason:
+            return Fit(False, reason, share=share)
+        density = _expected_density(context.prompt_tokens) * share + 1 - share
         gain = kernel_time() if _on_cpu(model) else 1.0  # see attention_backend
-        return Fit(True, effects=(Effect("attention", macs=gain * (density + 1 / 16), bytes=density),))
+        return Fit(True, "", (Effect("attention", macs=gain * (density + 1 / 16), bytes=density),), share, reached)
 
     def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
         return [
@@ -498,6 +557,7 @@ class XAttention:
         if values.get("tau") == "calibrated":
             if not context.calibration:
                 raise ValueError("tau 'calibrated' needs calibration texts, got none")
+            parse_settings(XAttentionConfig, {**values, "tau": 0.9})
             longest = max(context.calibration, key=lambda ids: ids.shape[-1])
             shape = {name: values[name] for name in ("stride", "block") if name in values}
             values["tau"] = calibrate_thresholds(capture_qk(model, longest), **shape).tolist()

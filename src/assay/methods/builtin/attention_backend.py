@@ -1,8 +1,8 @@
 """Dense attention by another implementation: the same numbers up to rounding, sooner.
 
 "kernel" is assay's own CPU kernel as `attn_implementation="assay_dense"`. It does not expand grouped keys and values, multiplies
-bfloat16 in bfloat16, and reads the cache once per key head when decoding; torch's SDPA does neither on the CPU. "sdpa" and
-"eager" are transformers' own.
+bfloat16 in bfloat16, reads the cache once per key head when decoding, and leaves out what a sliding window leaves out; torch's
+SDPA does none of it on the CPU. It knows sinks (gpt_oss), which SDPA does not. "sdpa" and "eager" are transformers' own.
 
 When NOT to use it: on a GPU, where SDPA is the better kernel; in training, which falls back to SDPA.
 """
@@ -14,7 +14,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from assay.methods.core.attention.integration import can_register, register_attention, set_attention
+from assay import checks
+from assay.methods.core.attention.integration import can_register, has_sinks, register_attention, set_attention
 from assay.methods.core.attention.plan import AttentionPlan, kernel_time, load_kernel
 from assay.methods.transform import Effect, Fit, TuneContext
 
@@ -28,9 +29,16 @@ def register() -> None:
 
 
 def _dense_plan(
-    module: nn.Module, q: Tensor, k: Tensor, *, causal: bool, scale: float | None, key_start: Tensor | None
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    *,
+    causal: bool,
+    scale: float | None,
+    key_start: Tensor | None,
+    window: int | None,
 ) -> tuple[AttentionPlan, Mapping[str, Any]]:
-    return AttentionPlan(q.shape[2], k.shape[2], causal=causal, key_start=key_start), {}
+    return AttentionPlan(q.shape[2], k.shape[2], causal=causal, key_start=key_start, window=window), {}
 
 
 class AttentionBackend:
@@ -51,17 +59,18 @@ class AttentionBackend:
         return Fit(True, effects=(Effect("attention", macs=gain, bytes=_cache_share(model)),))
 
     def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
-        choices = (["kernel"] if _kernel_fits(model) else []) + ["sdpa"]
+        choices = (["kernel"] if _kernel_fits(model) else []) + ([] if has_sinks(model) else ["sdpa"])
         return [{"backend": choice} for choice in choices if BACKENDS[choice] != _now(model)]
 
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
         if unknown := sorted(set(config) - {"backend"}):
             raise ValueError(f"unknown configuration {unknown}; allowed: backend")
         backend = config.get("backend", "kernel")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        checks.choice("backend", backend, BACKENDS)
         if reason := can_register(model):
             raise ValueError(f"attention_backend does not fit this model: {reason}")
+        if backend == "sdpa" and has_sinks(model):
+            raise ValueError("backend must be 'kernel' or 'eager' for this model: torch's SDPA has no sinks")
         register()
         return set_attention(model, BACKENDS[backend])
 

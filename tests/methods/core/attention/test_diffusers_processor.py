@@ -15,25 +15,25 @@ from assay.methods.core.attention.plan import AttentionPlan
 TOKENS = 48  # of video
 
 
-def dense_plan(module, q, k, *, causal, scale, key_start):
+def dense_plan(module, q, k, *, causal, scale, key_start, window):
     return AttentionPlan(q.shape[2], k.shape[2], causal=causal, key_start=key_start), {}
 
 
-def everything(module, q, k, *, causal, scale, key_start):
+def everything(module, q, k, *, causal, scale, key_start, window):
     """All blocks of a mask: the block-sparse path with nothing left out."""
     blocks = -(-k.shape[2] // 16)
     mask = torch.ones(*q.shape[:2], blocks, blocks, dtype=torch.bool)
     return AttentionPlan(q.shape[2], k.shape[2], 16, causal, mask, key_start), {}
 
 
-def near(module, q, k, *, causal, scale, key_start):
+def near(module, q, k, *, causal, scale, key_start, window):
     """The blocks beside the diagonal."""
     blocks = torch.arange(-(-k.shape[2] // 16))
     mask = ((blocks[:, None] - blocks).abs() <= 1).expand(*q.shape[:2], -1, -1)
     return AttentionPlan(q.shape[2], k.shape[2], 16, causal, mask, key_start), {"backend": "gather"}
 
 
-def of_xattention(module, q, k, *, causal, scale, key_start):
+def of_xattention(module, q, k, *, causal, scale, key_start, window):
     options = {"tau": 0.5, "stride": 4, "block": 16, "causal": causal, "scale": scale, "key_start": key_start}
     return xattention_plan(q, k, **options), {}
 

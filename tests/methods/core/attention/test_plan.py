@@ -357,16 +357,21 @@ def test_kernel_under_torch_compile():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"queries": 0}, "queries must be between 1 and keys"),
-        ({"queries": 65}, "queries must be between 1 and keys"),
-        ({"block": 0}, "block must be at least 1"),
-        ({"mask": torch.ones(1, 4, 4, 3, dtype=torch.bool)}, "mask must be bool"),
-        ({"mask": torch.ones(1, 4, 4, 4)}, "mask must be bool"),
-        ({"key_start": torch.tensor([1.0])}, "key_start must be int64"),
+        ({"queries": 0}, "queries must be a whole number at least 1 and at most 64"),
+        ({"queries": 65}, "queries must be a whole number at least 1 and at most 64"),
+        ({"block": 0}, "block must be a whole number at least 1"),
+        ({"mask": torch.ones(1, 4, 4, 3, dtype=torch.bool)}, "mask must have shape"),
+        ({"mask": torch.ones(1, 4, 4, 4)}, "mask must hold bools"),
+        ({"key_start": torch.tensor([1.0])}, "key_start must hold torch.int64"),
+        ({"key_start": torch.tensor([65])}, "key_start must lie in"),
+        ({"queries": 3.7}, "queries must be a whole number"),
+        ({"window": 0}, "window must be a whole number at least 1"),
+        ({"window": 8, "causal": False}, "window must be None unless causal"),
+        ({"causal": 1}, "causal must be True or False"),
     ],
 )
 def test_bad_plans(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         AttentionPlan(**{"queries": 64, "keys": 64, "block": 16, **change})
 
 
@@ -375,17 +380,17 @@ def test_bad_tensors():
     plan = AttentionPlan(64, 64, 16)
     bad = [
         ((q[:, :, :3], k, v), "the plan is for 64 queries"),
-        ((q[0], k, v), "q must be floating point"),
+        ((q[0], k, v), "q must have shape"),
         ((q, k, v[:, :1]), "do not fit together"),
         ((q[:, :3], k, v), "must be a multiple"),
-        ((q, k, v.double()), "one dtype"),
+        ((q, k, v.double()), "v must have the dtype of q"),
     ]
     for tensors, message in bad:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((TypeError, ValueError), match=message):
             execute(plan, *tensors)
     with pytest.raises(ValueError, match="backend must be one of"):
         execute(plan, q, k, v, backend="cuda")
-    with pytest.raises(ValueError, match="precision must be one of input, bf16, int8, got 'fp8'"):
+    with pytest.raises(ValueError, match="precision must be one of 'input', 'bf16', 'int8', got 'fp8'"):
         execute(plan, q, k, v, precision="fp8")
     with pytest.raises(ValueError, match="mask is for"):
         execute(masked(plan, torch.ones(1, 2, 4, 4, dtype=torch.bool)), q, k, v)
@@ -393,3 +398,54 @@ def test_bad_tensors():
         execute(masked(plan, torch.ones(1, 4, 4, 4, dtype=torch.bool)), q, k, v, backend="sdpa")
     with pytest.raises(ValueError, match="key_start is for a batch"):
         execute(AttentionPlan(64, 64, key_start=torch.tensor([0, 0])), q, k, v)
+
+
+@pytest.mark.parametrize("backend", ["kernel", "gather", "sdpa"])
+@pytest.mark.parametrize(
+    ("queries", "keys", "block", "window"), [(90, 90, 16, 37), (41, 90, 32, 33), (1, 90, 16, 20), (70, 70, 64, 1)]
+)
+def test_windows_and_sinks_equal_the_reference(queries, keys, block, window, backend):
+    """With and without padding and sinks, in blocks and dense; the pairs that are counted are those that are seen."""
+    if backend == "kernel" and not load_kernel():
+        pytest.skip("no compiler")
+    random = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, queries, 32, generator=random)
+    k, v = torch.randn(2, 2, 2, keys, 32, generator=random).unbind()
+    for start in (None, torch.tensor([0, 29])):
+        dense = AttentionPlan(queries, keys, block, key_start=start, window=window)
+        assert dense.pairs(2) == int(dense.visible(0, queries).expand(2, 1, -1, -1).sum())
+        kept = torch.rand(2, 4, dense.query_blocks, dense.key_blocks, generator=random) < 0.7
+        for plan in (dense, AttentionPlan(queries, keys, block, mask=kept, key_start=start, window=window)):
+            if backend == "sdpa" and plan.mask is not None:
+                continue
+            for sinks in (None, torch.randn(4, generator=random)):
+                expected = execute(plan, q, k, v, backend="reference", sinks=sinks)
+                found = execute(plan, q, k, v, backend=backend, sinks=sinks)
+                torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_a_sink_is_a_key_that_has_no_value():
+    q, k, v = qkv()
+    sink = torch.tensor([0.5, -2.0, 3.0, 60.0])
+    found = execute(AttentionPlan(64, 64, 16), q, k, v, sinks=sink)
+    weights = (q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * q.shape[3] ** -0.5).masked_fill(
+        torch.ones(64, 64, dtype=torch.bool).triu(1), -torch.inf
+    )
+    weights = torch.cat([weights, sink.view(1, 4, 1, 1).expand(len(q), -1, 64, 1)], -1).softmax(-1)[..., :-1]
+    torch.testing.assert_close(found, weights @ v.repeat_interleave(q.shape[1] // v.shape[1], 1), atol=2e-6, rtol=1e-5)
+    assert found[:, 3].abs().max() < 1e-20  # nearly all of the last head's weight is the sink's
+
+
+def test_what_ran_is_noted():
+    from assay.methods.core import kernels
+
+    q, k, v = qkv()
+    plan = AttentionPlan(64, 64, 16)
+    for backend in ("gather", "reference", "sdpa", "auto"):
+        before = kernels.paths()
+        execute(plan, q, k, v, backend=backend)
+        after = kernels.paths()
+        (new,) = [path for path in after if after[path] != before.get(path, 0)]
+        assert new == (
+            f"attention: {backend}" if backend != "auto" else f"attention: {'kernel' if load_kernel() else 'sdpa'}"
+        )

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 
 import pytest
@@ -64,7 +65,13 @@ def compile_here(capability, plan, dtype, dim, value_dim):
             signature[name] = strides[1:] if name.startswith("counts") else strides
             fixed[(i, len(signature[name]) - 1)] = 1
         else:
-            types = {"counts_ptr": "*i32", "lists_ptr": "*i32", "starts_ptr": "*i64", "scale": "fp32"}
+            types = {
+                "counts_ptr": "*i32",
+                "lists_ptr": "*i32",
+                "starts_ptr": "*i64",
+                "sinks_ptr": "*fp32",
+                "scale": "fp32",
+            }
             signature[name] = types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
     source = ASTSource(module._attend, signature, fixed)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -103,7 +110,7 @@ def some(plan, batch, heads, share=0.5, seed=0):
     """The plan with a random mask."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(batch, heads, plan.query_blocks, plan.key_blocks, generator=generator) < share
-    return AttentionPlan(plan.queries, plan.keys, plan.block, plan.causal, mask, plan.key_start)
+    return replace(plan, mask=mask)
 
 
 def exact(plan, q, k, v, scale=None):
@@ -240,6 +247,19 @@ def test_skipped_blocks_are_not_read(attend):
 
 
 @needs_triton
+@pytest.mark.parametrize(("queries", "keys", "block", "window"), [(70, 70, 16, 37), (33, 70, 32, 20), (40, 40, 64, 1)])
+def test_windows_and_sinks(attend, queries, keys, block, window):
+    q, k, v = qkv(2, 4, 2, queries, keys)
+    start, sinks = torch.tensor([0, 29]), torch.tensor([0.5, -2.0, 3.0, 20.0])
+    for plan in (
+        AttentionPlan(queries, keys, block, window=window),
+        some(AttentionPlan(queries, keys, block, key_start=start, window=window), 2, 4, 0.7),
+    ):
+        for given in ({}, {"sinks": sinks}):
+            expected = execute(plan, q, k, v, backend="reference", **given)
+            torch.testing.assert_close(attend(plan, q, k, v, **given), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_lists_are_the_mask_within_what_is_allowed(interpreter):
     for queries, keys, block, causal, starts in [
         (50, 50, 16, True, None),

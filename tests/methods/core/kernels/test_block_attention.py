@@ -229,19 +229,19 @@ def test_bad_input():
     q, k, v = rand(1, 4, 32, 16), rand(1, 2, 32, 16), rand(1, 2, 32, 16)
     bad = [
         (lambda: attend(q.double(), k.double(), v.double()), "float32 or bfloat16"),
-        (lambda: attend(q, k.bfloat16(), v), "one dtype"),
-        (lambda: attend(q, k, v.bfloat16()), "does not fit k"),
+        (lambda: attend(q, k.bfloat16(), v), "must have the dtype of q"),
+        (lambda: attend(q, k, v.bfloat16()), "v must be"),
         (lambda: attend(q[:, :3], k, v), "do not fit together"),
-        (lambda: attend(q, k[:, :, :9], v[:, :, :9]), "at least as many keys"),
-        (lambda: attend(q, k, v[:, :, :9]), "does not fit k"),
+        (lambda: attend(q, k[:, :, :9], v[:, :, :9]), "q must have at most as many tokens as k"),
+        (lambda: attend(q, k, v[:, :, :9]), "v must be"),
         (lambda: attend(rand(1, 4, 8, 24), rand(1, 2, 8, 24), rand(1, 2, 8, 24)), "multiple of 16"),
         (lambda: attend(q.transpose(2, 3), k, v), "dim last in memory"),
         (lambda: attend(q, k, v, block=24), "block must be a positive multiple of 16"),
         (lambda: attend(q, k, v, torch.ones(1, 4, 1, 2, dtype=torch.bool)), "mask must be"),
         (lambda: attend(q, k, v, torch.ones(1, 4, 1, 1)), "mask must be"),
-        (lambda: attend(q, k, v, start=torch.tensor([33])), r"key_start must lie in \[0, keys\]"),
+        (lambda: attend(q, k, v, start=torch.tensor([33])), r"key_start must lie in \[0, 32\], got 33"),
         (lambda: attend(q, k, v, start=torch.tensor([0.0])), "key_start must be"),
-        (lambda: ops.decode_attention(q, k, v, None, 1.0), "takes one query"),
+        (lambda: ops.decode_attention(q, k, v, None, 1.0), "q must hold one token"),
         (lambda: ops.antidiagonal_scores(q, k, None, 5, 16, True, 1.0, False), "stride must divide block"),
     ]
     for call, message in bad:

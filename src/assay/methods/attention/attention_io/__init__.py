@@ -32,7 +32,16 @@ from assay.methods.attention.attention_io.counts import (
     table,
     working_set,
 )
-from assay.methods.attention.attention_io.roofline import A100, DEVICES, H100, Advice, DeviceSheet, advise, this_machine
+from assay.methods.attention.attention_io.roofline import (
+    A100,
+    DEVICES,
+    H100,
+    Advice,
+    DeviceSheet,
+    advise,
+    advise_model,
+    this_machine,
+)
 from assay.methods.attention.attention_io.simulator import LRUCache, Scratchpad, simulate, tiled_attention
 
 __all__ = [
@@ -50,6 +59,7 @@ __all__ = [
     "Tile",
     "Traffic",
     "advise",
+    "advise_model",
     "attention_io_bound",
     "best_tile",
     "choose",

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from assay import checks
+
 Algorithm = Literal["flash_keys", "flash_queries", "small_cache", "materialised"]
 Regime = Literal["large cache", "small cache"]
 LEADING_CONSTANT = 4.0  # words / shape of both optimal algorithms here for N, M -> infinity, not causal
@@ -32,15 +34,18 @@ class Bound:
 
         The paper's constants are asymptotic and not given. `LEADING_CONSTANT` is that of the algorithms here, an upper bound.
         """
-        if not constant > 0:
-            raise ValueError(f"constant must be positive, got {constant}")
+        checks.number("constant", constant, above=0)
         return max(float(self.inputs), constant * self.shape)
 
 
 def attention_io_bound(n: int, d: int, capacity: int, *, causal: bool = False) -> Bound:
     """The bounds for N = n tokens, head dim d and a cache of `capacity` words; causal attention has half the scores.
 
-    Raises ValueError for sizes below 1.
+    Raises TypeError for sizes that are no whole numbers, ValueError for those below 1.
+
+    >>> bound = attention_io_bound(4096, 64, 16384)
+    >>> bound.regime, bound.words(1.0)
+    ('large cache', 4194304.0)
     """
     check_sizes(n=n, d=d, capacity=capacity)
     scores = n * (n + 1) / 2 if causal else float(n * n)
@@ -49,10 +54,9 @@ def attention_io_bound(n: int, d: int, capacity: int, *, causal: bool = False) -
 
 
 def check_sizes(**sizes: int) -> None:
-    """Raises ValueError for the first of the named sizes that is no integer of at least 1."""
+    """Raises TypeError for the first of the named sizes that is no whole number, ValueError for one below 1."""
     for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        checks.whole(name, value, low=1)
 
 
 @dataclass(frozen=True)
@@ -160,8 +164,7 @@ def _key_tiles_over_rows(n: int, rows: int, columns: int, causal: bool) -> int:
 
 
 def _check(algorithm: Algorithm, n: int, d: int, tile: Tile) -> None:
-    if algorithm not in get_args(Algorithm):
-        raise ValueError(f"algorithm must be one of {', '.join(get_args(Algorithm))}, got {algorithm!r}")
+    checks.choice("algorithm", algorithm, get_args(Algorithm))
     check_sizes(n=n, d=d, rows=tile.rows, columns=tile.columns, depth=tile.depth)
     if algorithm in ("small_cache", "materialised") and tile.rows != tile.columns:
         raise ValueError(f"tile of {algorithm!r} must be square, got {tile.rows} x {tile.columns}")
@@ -175,8 +178,7 @@ def best_tile(
     `divisors` takes only sizes that divide n. Raises ValueError where nothing fits (saying what would).
     """
     check_sizes(n=n, d=d, capacity=capacity)
-    if algorithm not in get_args(Algorithm):
-        raise ValueError(f"algorithm must be one of {', '.join(get_args(Algorithm))}, got {algorithm!r}")
+    checks.choice("algorithm", algorithm, get_args(Algorithm))
     square = algorithm in ("small_cache", "materialised")
     most = min(n, math.isqrt(capacity) if square else capacity // (2 * d + 2))
     sizes = [size for size in range(1, most + 1) if not divisors or n % size == 0]
@@ -228,8 +230,7 @@ def choose(n: int, d: int, capacity: int, *, causal: bool = False, rule: Literal
     bounds say. `rule="exact"` compares exact counts; constants move the crossing to about 0.6 d^2. What does not fit is passed over;
     raises ValueError where nothing fits, or for another rule.
     """
-    if rule not in ("d2", "exact"):
-        raise ValueError(f"rule must be 'd2' or 'exact', got {rule!r}")
+    checks.choice("rule", rule, ("d2", "exact"))
     bound = attention_io_bound(n, d, capacity, causal=causal)
     flash: list[Algorithm] = ["flash_queries", "flash_keys"]
     groups: list[list[Algorithm]] = [[*flash, "small_cache"]]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
+from torch import nn
+
+from assay import checks
 from assay.methods.attention.attention_io.counts import Algorithm, Regime, Tile, check_sizes, choose
+from assay.methods.core.attention.integration import can_register, is_causal, windows
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,10 @@ class DeviceSheet:
     element_bytes: int
 
     def __post_init__(self) -> None:
-        for name in ("fast_bytes", "bandwidth_bytes_per_s", "flops_per_s", "units", "element_bytes"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("fast_bytes", "units", "element_bytes"):
+            checks.whole(name, getattr(self, name), low=1)
+        for name in ("bandwidth_bytes_per_s", "flops_per_s"):
+            checks.number(name, getattr(self, name), above=0)
 
     @property
     def capacity(self) -> int:
@@ -105,3 +110,21 @@ def advise(n: int, d: int, device: DeviceSheet, *, heads: int = 1, causal: bool 
         memory_seconds=moved / device.bandwidth_bytes_per_s,
         compute_seconds=flops / device.flops_per_s,
     )
+
+
+def advise_model(model: nn.Module, tokens: int, device: DeviceSheet, *, batch: int = 1) -> list[Advice | None]:
+    """`advise` for each attention layer of a transformers model that reads prompts of `tokens` tokens, `batch` at a time.
+
+    Causal or not as the model is; keys and values count once a query head, as the paper's bounds have them. None for layers with a
+    sliding window shorter than the prompt, of which the bounds say nothing. Raises ValueError for a model without attention of the
+    common form.
+    """
+    checks.whole("tokens", tokens, low=1)
+    checks.whole("batch", batch, low=1)
+    if reason := can_register(model):
+        raise ValueError(f"model must have attention of the common form: {reason}")
+    config = cast(Any, model).config.get_text_config()
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    found = advise(tokens, dim, device, heads=batch * heads, causal=is_causal(model))
+    return [None if size is not None and size < tokens else found for size in windows(model)]

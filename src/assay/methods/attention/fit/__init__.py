@@ -13,13 +13,14 @@ the current group's keys, and the latents' keys of earlier groups. Chunk-causal 
 
 When NOT to use it: for sequences of up to about a thousand tokens, where full attention is as cheap; where single tokens far
 apart must see each other exactly (everything between groups passes through m vectors); with m growing as n, which is quadratic again.
+
+The denoiser of images, `fit.denoiser.FITDenoiser`, needs diffusers and is imported from there.
 """
 
 from __future__ import annotations
 
 from assay.methods.attention.fit.counts import FITSize
-from assay.methods.attention.fit.decoder import DecoderOutput, FITDecoder, State
-from assay.methods.attention.fit.denoiser import DenoiserOutput, FITDenoiser
+from assay.methods.attention.fit.decoder import FITConfig, FITDecoder, State
 from assay.methods.attention.fit.grouping import group_image, group_sequence, ungroup_image, ungroup_sequence
 from assay.methods.attention.fit.layers import EPS, Attention, Block, Cross, attend, mlp
 from assay.methods.attention.fit.model import (
@@ -40,11 +41,9 @@ __all__ = [
     "Block",
     "Causal",
     "Cross",
-    "DecoderOutput",
-    "DenoiserOutput",
     "FIT",
+    "FITConfig",
     "FITDecoder",
-    "FITDenoiser",
     "FITSize",
     "Interleaved",
     "Positions",

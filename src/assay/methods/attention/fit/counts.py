@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from assay import checks
 from assay.methods.attention.fit.model import Positions, parse_layers
 
 
@@ -26,8 +27,7 @@ class FITSize:
     def __post_init__(self) -> None:
         parse_layers(self.layers)
         for name in ("inputs", "groups", "group_size", "latents", "dim", "latent_dim", "ratio"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            checks.whole(name, getattr(self, name), low=1)
 
     def _counts(self) -> tuple[int, int, int, int]:
         """How many local layers, reads, global layers and writes there are."""

@@ -1,14 +1,16 @@
-"""FIT as a language model: all groups at once, or token by token behind a state."""
+"""FIT as a language model: all groups at once, or token by token behind a state. A transformers model, saved and loaded as such."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
+from assay import checks
 from assay.methods.attention.fit.grouping import group_sequence, ungroup_sequence
 from assay.methods.attention.fit.model import Interleaved
 
@@ -23,83 +25,152 @@ def _step(block: Any, name: str, x: Tensor, state: State, causal: bool) -> Tenso
     return y
 
 
-@dataclass
-class DecoderOutput:
-    """Logits (batch, tokens, vocabulary), and the mean loss (nats) where labels were given."""
+class FITConfig(PretrainedConfig):
+    """The sizes of a `FITDecoder`: groups of `group_size` tokens, at most `groups` of them; the others as in `FIT`."""
 
-    logits: Tensor
-    loss: Tensor | None = None
-
-
-class FITDecoder(nn.Module):
-    """FIT as a language model: groups of `group_size` tokens, at most `groups` of them; options as `FIT` takes them.
-
-    Training computes all groups in parallel. Generation costs a token its local layers over the group so far and reads of m latents;
-    the latents are computed once a group. Embeddings, positions and latents start with a standard deviation of 0.3 (`our choice`;
-    0.02, the official code's, drowns under what the first layer adds: a token is then hardly told from those before it, and not
-    even two pairs are recalled after a thousand steps). Raises ValueError beyond groups * group_size tokens.
-    """
+    model_type = "assay_fit"
 
     def __init__(
         self,
         layers: str = "(2)2(2)",
         *,
-        vocab_size: int,
-        groups: int,
-        group_size: int,
+        vocab_size: int = 256,
+        groups: int = 4,
+        group_size: int = 64,
         latents: int = 4,
         dim: int = 256,
         latent_dim: int = 256,
         heads: int = 4,
         latent_heads: int = 4,
-        **options: Any,
+        ratio: int = 4,
+        cross_ratio: int = 0,
+        **kwargs: Any,
     ):
-        super().__init__()
-        if min(vocab_size, groups, group_size, latents) < 1:
-            raise ValueError(
-                "vocab_size, groups, group_size and latents must be at least 1, "
-                f"got {vocab_size}, {groups}, {group_size} and {latents}"
-            )
-        self.groups, self.group_size, self.latents = groups, group_size, latents
-        self.embed, self.head = nn.Embedding(vocab_size, dim), nn.Linear(dim, vocab_size, bias=False)
-        nn.init.normal_(self.embed.weight, std=START)
-        self.positions = nn.Parameter(START * torch.randn(group_size, dim))
-        self.table = nn.Parameter(START * torch.randn(groups * latents, latent_dim))
+        self.layers, self.vocab_size, self.groups, self.group_size = layers, vocab_size, groups, group_size
+        self.latents, self.dim, self.latent_dim, self.heads, self.latent_heads = (
+            latents,
+            dim,
+            latent_dim,
+            heads,
+            latent_heads,
+        )
+        self.ratio, self.cross_ratio = ratio, cross_ratio
+        self.hidden_size = dim
+        super().__init__(**{"tie_word_embeddings": False, **kwargs})
+
+
+class FITDecoder(PreTrainedModel):
+    """FIT as a language model, for up to groups * group_size tokens.
+
+    Training computes all groups in parallel. Generation costs a token its local layers over the group so far and reads of m latents;
+    the latents are computed once a group. Embeddings, positions and latents start with a standard deviation of 0.3 (`our choice`;
+    0.02, the official code's, drowns under what the first layer adds: a token is then hardly told from those before it, and not
+    even two pairs are recalled after a thousand steps). `generate` is its own (greedy or sampled; no beams).
+    Raises TypeError and ValueError for sizes that are none, and ValueError beyond groups * group_size tokens.
+    """
+
+    config_class = FITConfig
+    base_model_prefix = "body"
+    main_input_name = "input_ids"
+    _no_split_modules = ["Stage"]
+
+    def __init__(self, config: FITConfig):
+        super().__init__(config)
+        for name in ("vocab_size", "groups", "group_size", "latents"):
+            checks.whole(name, getattr(config, name), low=1)
+        dim, latent_dim = config.dim, config.latent_dim
+        self.groups, self.group_size, self.latents = config.groups, config.group_size, config.latents
+        self.embed, self.head = nn.Embedding(config.vocab_size, dim), nn.Linear(dim, config.vocab_size, bias=False)
+        self.positions = nn.Parameter(torch.empty(config.group_size, dim))
+        self.table = nn.Parameter(torch.empty(config.groups * config.latents, latent_dim))
         self.body = Interleaved(
-            layers,
+            config.layers,
             dim=dim,
             latent_dim=latent_dim,
-            heads=heads,
-            latent_heads=latent_heads,
+            heads=config.heads,
+            latent_heads=config.latent_heads,
+            ratio=config.ratio,
+            cross_ratio=config.cross_ratio,
             causal="decoder",
-            **options,
         )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self:
+            nn.init.normal_(self.positions, std=START)
+            nn.init.normal_(self.table, std=START)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=START)
+        elif isinstance(module, nn.Linear | nn.LayerNorm):
+            module.reset_parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed = value  # type: ignore[assignment]
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
 
     def _check(self, input_ids: Tensor, before: int = 0) -> None:
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must be (batch, tokens), got {tuple(input_ids.shape)}")
+        checks.tensor("input_ids", input_ids, shape=("batch", "tokens"), dtype="integer", empty=True)
         tokens = before + input_ids.shape[1]
         if tokens > self.groups * self.group_size:
             raise ValueError(f"tokens must be at most {self.groups * self.group_size}, got {tokens}")
+
+    @staticmethod
+    def _there(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
+        """bool (batch, tokens), where tokens are; None: all. Each row's tokens must be one run."""
+        if attention_mask is None:
+            return None
+        checks.tensor("attention_mask", attention_mask, shape=tuple(input_ids.shape), dtype="any")
+        there = attention_mask.bool()
+        if (there[:, 1:] & ~there[:, :-1]).sum(1).add(there[:, 0]).gt(1).any():
+            raise ValueError("attention_mask must be 1 on one run of tokens in each row, padding on either side of it")
+        return None if bool(there.all()) else there
 
     def _rows(self, first: int, groups: int) -> Tensor:
         rows = self.table[first * self.latents : (first + groups) * self.latents]
         return rows.unflatten(0, (-1, self.latents))
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> DecoderOutput:
-        """`input_ids` (batch, tokens); logits at a token depend on it and those before it.
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """`input_ids` (batch, tokens); logits (batch, tokens, vocabulary) at a token depend on it and those before it.
 
-        Rows that end early may be padded on the right with anything. `labels` as `input_ids`, -100 where nothing is asked.
+        `attention_mask` as `input_ids`, 0 on padding: a row counts from its first token, so that it does not depend on its padding,
+        whose logits are zeros. Rows that end early may be padded on the right with anything. `labels` as `input_ids`, -100 where
+        nothing is asked; the loss (nats) is a mean. Raises ValueError for a mask with gaps.
         """
+        if unknown := sorted(
+            name for name, value in kwargs.items() if value is not None and name in ("cache", "inputs_embeds")
+        ):
+            raise TypeError(f"{unknown[0]} is no argument of a FITDecoder: its own state is that of `advance`")
         self._check(input_ids)
-        length = input_ids.shape[1]
-        x, _ = group_sequence(self.embed(input_ids), self.group_size)
+        length, there = input_ids.shape[1], self._there(attention_mask, input_ids)
+        ids = input_ids
+        if there is not None:  # each row from its first token on
+            places = torch.arange(length, device=ids.device) + there.int().argmax(1)[:, None]
+            ids = ids.gather(1, places.clamp(max=length - 1))
+        x, _ = group_sequence(self.embed(ids), self.group_size)
         z = self._rows(0, x.shape[1]).expand(len(x), -1, -1, -1)
         logits = self.head(ungroup_sequence(self.body(x + self.positions, z)[0], length))
+        if there is not None:
+            back = (2 * torch.arange(length, device=ids.device) - places).clamp(min=0)
+            logits = logits.gather(1, back[..., None].expand_as(logits)).masked_fill(~there[..., None], 0.0)
         if labels is None:
-            return DecoderOutput(logits)
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-        return DecoderOutput(logits, loss)
+            return CausalLMOutput(logits=logits)
+        targets = labels[:, 1:]
+        if there is not None:
+            targets = targets.masked_fill(~(there[:, 1:] & there[:, :-1]), -100)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        return CausalLMOutput(loss=loss, logits=logits)
 
     def init_state(self, batch: int) -> State:
         """Before the first token. Keys and values of the current group by local layer, of all latents by global layer; by stage that
@@ -182,6 +253,7 @@ class FITDecoder(nn.Module):
     def generate(
         self,
         input_ids: Tensor,
+        attention_mask: Tensor | None = None,
         *,
         max_new_tokens: int,
         temperature: float = 0.0,
@@ -190,15 +262,43 @@ class FITDecoder(nn.Module):
     ) -> Tensor:
         """`input_ids` (batch, tokens) and what follows: the likeliest tokens, or samples at a `temperature` above 0.
 
-        All prompts have the same length. A row that met `eos_token_id` repeats it; generation stops when all have.
+        Prompts of different lengths come padded on the left, with an `attention_mask` that is 0 there. A row that met `eos_token_id`
+        repeats it; generation stops when all have. Raises TypeError and ValueError for arguments out of their range.
         """
-        if max_new_tokens < 0 or temperature < 0 or input_ids.numel() == 0:
-            raise ValueError(
-                "max_new_tokens and temperature must not be negative and input_ids not empty, "
-                f"got {max_new_tokens}, {temperature} and {tuple(input_ids.shape)}"
-            )
-        self._check(input_ids, max_new_tokens)
-        state, ids, new = self.init_state(len(input_ids)), input_ids, input_ids
+        checks.whole("max_new_tokens", max_new_tokens, low=0)
+        checks.number("temperature", temperature, low=0)
+        if eos_token_id is not None:
+            checks.whole("eos_token_id", eos_token_id, low=0)
+        checks.tensor("input_ids", input_ids, shape=("batch", "tokens"), dtype="integer")
+        there = self._there(attention_mask, input_ids)
+        options: dict[str, Any] = {"temperature": temperature, "generator": generator, "eos_token_id": eos_token_id}
+        if there is None:
+            new = self._continue(input_ids, max_new_tokens, **options)
+        else:
+            lengths = there.sum(1)
+            if not (there[:, -1] & (lengths > 0)).all():
+                raise ValueError("attention_mask must be 1 on the last token of every row: pad on the left")
+            new = input_ids.new_full((len(input_ids), max_new_tokens), 0 if eos_token_id is None else eos_token_id)
+            longest = 0
+            for length in sorted(set(lengths.tolist())):  # prompts of one length go together: their groups begin alike
+                rows = (lengths == length).nonzero()[:, 0]
+                found = self._continue(input_ids[rows, -length:], max_new_tokens, **options)
+                new[rows, : found.shape[1]], longest = found, max(longest, found.shape[1])
+            new = new[:, :longest]
+        return torch.cat([input_ids, new], 1)
+
+    def _continue(
+        self,
+        ids: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float,
+        generator: torch.Generator | None,
+        eos_token_id: int | None,
+    ) -> Tensor:
+        """The new tokens behind prompts of one length."""
+        self._check(ids, max_new_tokens)
+        state, new, found = self.init_state(len(ids)), ids, ids[:, :0]
         ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
         for _ in range(max_new_tokens):
             logits, state = self.advance(new, state)
@@ -210,7 +310,11 @@ class FITDecoder(nn.Module):
             if eos_token_id is not None:
                 new = new.masked_fill(ended, eos_token_id)
                 ended = ended | (new == eos_token_id)
-            ids = torch.cat([ids, new], 1)
+            found = torch.cat([found, new], 1)
             if ended.all():
                 break
-        return ids
+        return found
+
+
+AutoConfig.register("assay_fit", FITConfig, exist_ok=True)
+AutoModelForCausalLM.register(FITConfig, FITDecoder, exist_ok=True)

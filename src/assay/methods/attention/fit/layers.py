@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay import checks
+
 EPS = 1e-6
 
 
@@ -26,7 +28,7 @@ class Attention(nn.Module):
         super().__init__()
         context_dim = dim if context_dim is None else context_dim
         inner = min(dim, context_dim)
-        if heads < 1 or inner % heads:
+        if inner % checks.whole("heads", heads, low=1):
             raise ValueError(f"heads must divide the attention's width ({inner}), got {heads}")
         self.heads = heads
         self.q_proj = nn.Linear(dim, inner)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from assay import checks
 from assay.methods.attention.fit.layers import EPS, Block, Cross
 
 Causal = Literal["none", "latents", "decoder"]
@@ -21,6 +22,8 @@ def parse_layers(layers: str) -> Stages:
 
     Raises ValueError for anything else than such stages, a stage of no layers, or one without global layers before the last.
     """
+    if not isinstance(layers, str):
+        raise TypeError(f"layers must be text like '(2)4(2)4(2)', got {layers!r}")
     if not re.fullmatch(r"(\(\d+\)\d+)*\(\d+\)\d*", layers):
         raise ValueError(f"layers must look like '(2)4(2)4(2)', got {layers!r}")
     stages = [(int(a), int(b or 0)) for a, b in re.findall(r"\((\d+)\)(\d*)", layers)]
@@ -77,8 +80,10 @@ class Interleaved(nn.Module):
         context: bool = False,
     ):
         super().__init__()
-        if causal not in get_args(Causal):
-            raise ValueError(f"causal must be one of {', '.join(get_args(Causal))}, got {causal!r}")
+        checks.choice("causal", causal, get_args(Causal))
+        for name, size in (("dim", dim), ("latent_dim", latent_dim), ("ratio", ratio)):
+            checks.whole(name, size, low=1)
+        checks.whole("cross_ratio", cross_ratio, low=0)
         self.layers, self.causal, self.context = parse_layers(layers), causal, context
         self.dim, self.latent_dim = dim, latent_dim
         dims, both, last = (dim, latent_dim), (heads, latent_heads), len(self.layers) - 1
@@ -167,13 +172,9 @@ class FIT(nn.Module):
         **options: Any,
     ):
         super().__init__()
-        if min(inputs, groups, group_size, latents) < 1:
-            raise ValueError(
-                "inputs, groups, group_size and latents must be at least 1, "
-                f"got {inputs}, {groups}, {group_size} and {latents}"
-            )
-        if positions not in get_args(Positions):
-            raise ValueError(f"positions must be one of {', '.join(get_args(Positions))}, got {positions!r}")
+        for name, size in (("inputs", inputs), ("groups", groups), ("group_size", group_size), ("latents", latents)):
+            checks.whole(name, size, low=1)
+        checks.choice("positions", positions, get_args(Positions))
         self.groups, self.group_size, self.latents = groups, group_size, latents
         self.stem, self.stem_norm = nn.Linear(inputs, dim), nn.LayerNorm(dim, eps=EPS)
         if positions == "learned":

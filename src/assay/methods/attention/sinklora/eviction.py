@@ -11,7 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from assay.methods.core.attention.integration import by_sdpa, can_register, causal_mask, key_start_of, set_attention
+from assay import checks
+from assay.methods.attention.sinklora.tuning import refuses
+from assay.methods.core import kernels
+from assay.methods.core.attention.integration import by_sdpa, causal_mask, limits_of, set_attention
 
 Policy = Literal["h2o", "sinks", "local"]
 NAME = "assay_eviction"  # as attn_implementation
@@ -35,9 +38,9 @@ class EvictionLayer(CacheLayerMixin):
         self.budget, self.policy, self.sinks = budget, policy, sinks
         self.seen = 0  # tokens that went by
         self.used = 0  # slots that are filled
-        self.limit = 0  # the budget in entries
+        self.limit = 0  # the budget in entries; a share is one of the prompt so far
         self.padded = False
-        self._observed = True
+        self._observed, self._decoding = True, False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads = key_states.shape[:2]
@@ -60,8 +63,11 @@ class EvictionLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         batch, heads, new, _ = key_states.shape
-        if not self.limit:
-            self.set_limit(new)
+        if new > 1 or not self.limit:
+            self.set_limit(self.seen + new, more=isinstance(self.budget, float))
+        elif not self._decoding:
+            self.set_limit(self.seen)
+        self._decoding = new == 1
         positions = torch.arange(self.seen, self.seen + new, device=key_states.device).expand(batch, heads, -1)
         self.seen += new
         if new == 1 and self.used >= self.limit:
@@ -78,11 +84,18 @@ class EvictionLayer(CacheLayerMixin):
         keys.evicting = self  # the attention function finds its way back by it
         return keys, self._values[:, :, : self.used]
 
-    def set_limit(self, tokens: int) -> None:
-        """Fix the budget in entries, a share being one of `tokens`. Raises ValueError where the sinks would fill it."""
+    def set_limit(self, tokens: int, *, more: bool = False) -> None:
+        """Fix the budget in entries, a share being one of `tokens` less the padding that all rows have.
+
+        Raises ValueError where the sinks would fill it, unless `more` of the prompt may come.
+        """
+        if self.padded:
+            tokens = max(1, tokens - int(self._first.min()))
         self.limit = max(2, math.ceil(self.budget * tokens)) if isinstance(self.budget, float) else self.budget
         if self.policy == "sinks" and self.limit <= self.sinks:
-            raise ValueError(f"budget must exceed the {self.sinks} sinks, got {self.limit} entries")
+            if not more:
+                raise ValueError(f"budget must exceed the {self.sinks} sinks, got {self.limit} entries")
+            self.limit = self.sinks + 1  # a larger share will be due when the rest of the prompt has come
 
     def _append(self, *new: Tensor) -> None:
         room = self._keys.shape[2]
@@ -136,10 +149,12 @@ class EvictionLayer(CacheLayerMixin):
                 setattr(self, name, old.gather(2, index))
             self._hold(self.limit)
 
-    def mark_padding(self, starts: Tensor) -> None:
-        """Tokens before starts (batch,) are padding."""
+    def mark_padding(self, starts: Tensor, new: int) -> None:
+        """Tokens before starts (batch,) are padding: they are evicted first, and a share of the prompt does not count them."""
         self._first, self.padded = starts, True
         self.positions.masked_fill_(self.positions < starts[:, None, None], -1)
+        if new > 1:
+            self.set_limit(self.seen, more=isinstance(self.budget, float))
 
     def smaller(self, budget: int | float, policy: Policy, sinks: int) -> EvictionLayer:
         """A copy that comes down to another budget now, by the scores gathered so far; a share is one of all tokens seen."""
@@ -161,6 +176,11 @@ class EvictionLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.used + query_length, self.seen - self.used
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError(
+            "an EvictionCache cannot go back, because what it has evicted is gone: start from an empty one"
+        )
 
     def reset(self) -> None:
         self.__init__(self.budget, self.policy, self.sinks)  # type: ignore[misc]
@@ -184,11 +204,16 @@ class EvictionLayer(CacheLayerMixin):
 class EvictionCache(Cache):
     """A transformers cache that never holds more than `budget` entries in each layer and key head.
 
-    `budget` counts entries, or, a float in (0, 1], is a share of the prompt. Policies: "h2o" keeps half recent tokens and half those
-    with the most attention so far; "sinks" the first `sinks` tokens and the recent ones; "local" the recent ones. The prompt is
-    attended in full; then, and at every token, what the budget does not hold is gone for good. A budget that holds everything is
-    exact. Give it to `generate(..., cache=EvictionCache(0.5))` of a model prepared by `use_eviction`. Left padding,
-    beams and several tokens a step work; going back (assisted decoding) and gradients do not. Raises ValueError for other arguments.
+    `budget` counts entries, or, a float in (0, 1], is a share of the prompt (the longest of a batch). Policies: "h2o" keeps half
+    recent tokens and half those with the most attention so far; "sinks" the first `sinks` tokens and the recent ones; "local" the
+    recent ones. The prompt is attended in full; then, and at every token, what the budget does not hold is gone for good. A prompt
+    that comes in chunks (all that come several tokens at a time) is cut down after each, to the share of what has come so far. A
+    budget that holds everything is exact. Give it to `generate(..., cache=EvictionCache(0.5))` of a model prepared by
+    `use_eviction`. Left padding, beams and several tokens a step work; going back (assisted decoding) and gradients do not.
+    Raises TypeError and ValueError for other arguments.
+
+    >>> EvictionCache(0.5, policy="sinks", sinks=2).entries
+    []
     """
 
     def __init__(self, budget: int | float, *, policy: Policy = "h2o", sinks: int = 4):
@@ -228,29 +253,58 @@ class EvictionCache(Cache):
 
 
 def _check_budget(budget: int | float, policy: str, sinks: int) -> None:
-    share = isinstance(budget, float) and 0 < budget <= 1
-    count = isinstance(budget, int) and not isinstance(budget, bool) and budget >= 2
-    if not share and not count:
-        raise ValueError(f"budget must be at least 2 entries or a share in (0, 1], got {budget!r}")
-    if policy not in get_args(Policy):
-        raise ValueError(f"policy must be one of {', '.join(get_args(Policy))}, got {policy!r}")
-    if sinks < 0:
-        raise ValueError(f"sinks must be at least 0, got {sinks}")
+    if isinstance(budget, float):
+        checks.number("budget", budget, above=0, high=1)
+    else:
+        checks.whole("budget", budget, low=2)
+    checks.choice("policy", policy, get_args(Policy))
+    checks.whole("sinks", sinks, low=0)
 
 
 def use_eviction(model: nn.Module) -> nn.Module:
     """Let a transformers model attend so that an `EvictionCache` learns the attention its entries get; in place.
 
-    Without such a cache it attends by SDPA. Raises ValueError for a model whose attention cannot be replaced.
+    Without such a cache it attends by SDPA. Raises ValueError for a model whose attention cannot be replaced, is not causal, or has
+    sinks or sliding windows of its own.
     """
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    if reason := can_register(model):
+    if reason := refuses(model):
         raise ValueError(f"the model's attention cannot be replaced: {reason}")
     AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, causal_mask)
+    AttentionMaskInterface.register(NAME, _mask)
     return set_attention(model, NAME)
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    *,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """`causal_mask`, in which the first tokens of the rows count from the text's beginning, whatever was evicted since."""
+    if allow_is_causal_skip and attention_mask is not None and not isinstance(q_offset, Tensor):
+        tokens = attention_mask[:, : q_offset + q_length].bool()
+        starts = tokens.shape[1] - tokens.sum(-1)
+        if (tokens == (torch.arange(tokens.shape[1], device=tokens.device) >= starts[:, None])).all():
+            return starts[:, None, None, None] if starts.any() else None
+        allow_is_causal_skip = False  # right padding, which a cache would take for tokens
+    return causal_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        **kwargs,
+    )
 
 
 def _attend(
@@ -264,20 +318,20 @@ def _attend(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    starts = key_start_of(attention_mask)
+    limits = limits_of(attention_mask)
     layer: EvictionLayer | None = getattr(key, "evicting", None)
     if layer is None:
-        return by_sdpa(module, query, key, value, attention_mask, starts, dropout, scaling, is_causal, kwargs)
+        return by_sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
     new = query.shape[2]
-    if layer.seen == new:  # the prompt; later the layer itself knows what is padding
-        if attention_mask is not None and starts is None:
-            raise ValueError("an EvictionCache takes plain or left-padded prompts, not other masks")
-        if starts is not None:
-            layer.mark_padding(starts)
+    if limits is None:
+        raise ValueError("an EvictionCache takes plain or left-padded prompts, not other masks")
+    if limits.start is not None and (new > 1 or layer.seen == new):  # later the layer itself knows what is padding
+        layer.mark_padding(limits.start, new)
     scored = layer.policy == "h2o"
     if layer.seen == new > 1 and not scored and not layer.padded:
         layer.observe(None)
-        return by_sdpa(module, query, key, value, None, None, 0.0, scaling, is_causal, kwargs)
+        return by_sdpa(module, query, key, value, None, 0.0, scaling, is_causal, kwargs)
+    kernels.ran("attention", "scored")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out, weights = scored_attention(query, key, value, scale, layer.positions if layer.padded else None)
     layer.observe(weights if scored else None)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from assay import checks
+
 Variant = Literal["paper", "as_released"]
 
 
@@ -18,10 +20,8 @@ def shifted_heads(heads: int, shift_fraction: float = 0.5) -> int:
 
     Raises ValueError for no heads, or a fraction outside [0, 1].
     """
-    if heads < 1:
-        raise ValueError(f"heads must be at least 1, got {heads}")
-    if not 0 <= shift_fraction <= 1:
-        raise ValueError(f"shift_fraction must lie in [0, 1], got {shift_fraction}")
+    checks.whole("heads", heads, low=1)
+    checks.number("shift_fraction", shift_fraction, low=0, high=1)
     return math.floor(shift_fraction * (heads - heads // 2) + 0.5)
 
 
@@ -32,10 +32,10 @@ def scores_computed(length: int, group: int, sinks: int = 4) -> int:
 
 
 def _check_group(length: int, group: int, sinks: int) -> None:
-    if not 0 < group <= length or length % group:
+    checks.whole("length", length, low=1)
+    if length % checks.whole("group", group, low=1, high=length):
         raise ValueError(f"group must divide the length ({length}), got {group}")
-    if not 0 <= sinks <= length:
-        raise ValueError(f"sinks must be from 0 to the length ({length}), got {sinks}")
+    checks.whole("sinks", sinks, low=0, high=length)
 
 
 def group_of(length: int, group: int, *, shifted: bool) -> Tensor:
@@ -106,8 +106,7 @@ def sf_attention(
     do not apply to `variant="as_released"`, see the module. Raises ValueError for a group that does not divide S, and other misfits.
     """
     _check_inputs(q, k, v, tokens)
-    if variant not in get_args(Variant):
-        raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
+    checks.choice("variant", variant, get_args(Variant))
     heads, length = q.shape[1:3]
     _check_group(length, group, sinks)
     released = variant == "as_released"
@@ -136,14 +135,16 @@ def s2_attention(q: Tensor, k: Tensor, v: Tensor, *, group: int, **options: Any)
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        checks.tensor(name, x)
+    checks.together(q=q, k=k, v=v)
     if q.ndim != 4 or k.ndim != 4 or q.shape[2] != k.shape[2] or k.shape != v.shape or q.shape[0] != k.shape[0]:
         shapes = [tuple(x.shape) for x in (q, k, v)]
         raise ValueError(f"q, k and v must be (batch, heads, S, d) of one length, got {shapes}")
     if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"heads of q ({q.shape[1]}) must be a multiple of the heads of k ({k.shape[1]})")
-    if tokens is not None and (tokens.dtype != torch.bool or tokens.shape != (q.shape[0], q.shape[2])):
-        given = f"{tokens.dtype} {tuple(tokens.shape)}"
-        raise ValueError(f"tokens must be bool {(q.shape[0], q.shape[2])}, got {given}")
+    if tokens is not None:
+        checks.tensor("tokens", tokens, shape=(q.shape[0], q.shape[2]), dtype="bool")
 
 
 def _causal(qkv: Sequence[Tensor], scale: float | None) -> Tensor:

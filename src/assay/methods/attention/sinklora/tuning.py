@@ -10,8 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay import checks
 from assay.methods.attention.sinklora.groups import Variant, sf_attention, shifted_heads
-from assay.methods.core.attention.integration import by_sdpa, can_register, causal_mask, key_start_of, set_attention
+from assay.methods.core.attention.integration import (
+    by_sdpa,
+    can_register,
+    causal_mask,
+    has_sinks,
+    is_causal,
+    limits_of,
+    set_attention,
+    windows,
+)
 
 NAME = "assay_sf_attn"  # as attn_implementation
 
@@ -31,19 +41,29 @@ def use_sf_attention(model: nn.Module, **settings: Any) -> nn.Module:
     if unknown := set(settings) - set(SETTINGS):
         raise ValueError(f"settings must be among {', '.join(SETTINGS)}, got {sorted(unknown)}")
     chosen = SETTINGS | settings
-    if not 0 < chosen["group_ratio"] <= 1:
-        raise ValueError(f"group_ratio must lie in (0, 1], got {chosen['group_ratio']}")
-    if chosen["sinks"] < 0:
-        raise ValueError(f"sinks must be at least 0, got {chosen['sinks']}")
-    if chosen["variant"] not in get_args(Variant):
-        raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {chosen['variant']!r}")
+    checks.number("group_ratio", chosen["group_ratio"], above=0, high=1)
+    checks.whole("sinks", chosen["sinks"], low=0)
+    checks.choice("variant", chosen["variant"], get_args(Variant))
     shifted_heads(2, chosen["shift_fraction"])
-    if reason := can_register(model):
+    if reason := refuses(model):
         raise ValueError(f"the model's attention cannot be replaced: {reason}")
     _register()
     config: Any = model.config
     config.get_text_config().sinklora = chosen
     return set_attention(model, NAME)
+
+
+def refuses(model: nn.Module) -> str:
+    """Why a model's attention can be none of this paper's; empty when it can."""
+    if reason := can_register(model):
+        return reason
+    if not is_causal(model):
+        return "it is not causal"
+    if has_sinks(model):
+        return "it has sinks of its own"
+    if short := [size for size in windows(model) if size is not None]:
+        return f"it sees {min(short)} tokens at most already, by a sliding window in {len(short)} layers"
+    return ""
 
 
 def _register() -> None:
@@ -65,12 +85,12 @@ def _train_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    starts = key_start_of(attention_mask)
     if not module.training:
-        return by_sdpa(module, query, key, value, attention_mask, starts, dropout, scaling, is_causal, kwargs)
+        return by_sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, kwargs)
+    limits = limits_of(attention_mask)
     if dropout > 0:
         raise ValueError(f"attention dropout must be 0 with {NAME}, got {dropout}")
-    if (attention_mask is not None and starts is None) or query.shape[2] != key.shape[2]:
+    if limits is None or query.shape[2] != key.shape[2]:
         raise ValueError(f"{NAME} trains on plain or left- or right-padded batches, not on other masks or with a cache")
     config: Any = module.config
     settings: Mapping[str, Any] = getattr(config.get_text_config(), "sinklora", SETTINGS)
@@ -80,7 +100,7 @@ def _train_attention(
         group += group % 2
     extra = -length % group
     tokens = None
-    if starts is not None:
+    if (starts := limits.start) is not None:
         tokens = torch.arange(length + extra, device=query.device) >= starts[:, None]
     if extra:  # behind the text, where no token looks; as released it would, so it is padding there
         query, key, value = (F.pad(x, (0, 0, 0, extra)) for x in (query, key, value))
@@ -137,8 +157,7 @@ def interpolate_positions(model: nn.Module, length: int) -> int:
     """
     found: Any = model
     config = found.config.get_text_config()
-    if length < 1:
-        raise ValueError(f"length must be at least 1, got {length}")
+    checks.whole("length", length, low=1)
     factor = -(-length // config.max_position_embeddings)
     if factor == 1:
         return 1

@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from assay import checks
+from assay.methods.core import kernels
 from assay.methods.core.attention import plan as blocks
-from assay.methods.core.attention.plan import CHUNK, Precision, in_bf16, kernel_refuses, unit_stride
+from assay.methods.core.attention.plan import CHUNK, Precision, in_bf16, kernel_refuses, scale_of, unit_stride
 
 ClusterBackend = Literal["auto", "kernel", "gather", "reference"]
 
@@ -200,20 +202,22 @@ def execute_clusters(
     - "auto": the kernel where it can, else gather.
 
     `precision="bf16"` lets the kernel multiply float32 inputs in bfloat16; others ignore it.
-    Raises ValueError when tensors and plan do not fit together or the backend cannot run them.
+    Raises TypeError for arguments of another kind, ValueError when tensors and plan do not fit together or the backend cannot run
+    them. `kernels.paths()` counts which backend ran.
     """
     _check(plan, q, k, v)
-    if backend not in get_args(ClusterBackend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(ClusterBackend))}, got {backend!r}")
-    if precision not in get_args(Precision):
-        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {precision!r}")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    checks.choice("backend", backend, get_args(ClusterBackend))
+    checks.choice("precision", precision, get_args(Precision))
+    scale = scale_of(scale, q)
     refused = _kernel_refuses(q, k, v) if backend in ("auto", "kernel") else ""
     if backend == "kernel" and refused:
         raise ValueError(f"backend 'kernel' {refused}; use 'gather' or 'auto'")
+    if backend == "auto":
+        backend = "gather" if refused else "kernel"
+    kernels.ran("cluster attention", backend)
     if backend == "reference":
         return _reference(plan, q, k, v, scale)
-    if backend == "gather" or refused:
+    if backend == "gather":
         return _gather(plan, q, k, v, scale)
     order = (plan.query_order.contiguous(), plan.key_order.contiguous())
     sizes = (plan.query_sizes.contiguous(), plan.key_sizes.contiguous())
@@ -224,15 +228,10 @@ def execute_clusters(
 
 def _check(plan: ClusterPlan, q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4 or not x.is_floating_point():
-            raise ValueError(
-                f"{name} must be floating point (batch, heads, tokens, dim), got {x.dtype} {tuple(x.shape)}"
-            )
-    if k.shape[3] != q.shape[3] or v.shape[:3] != k.shape[:3] or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"q {q.dtype} {tuple(q.shape)}, k {k.dtype} {tuple(k.shape)} and v {v.dtype} {tuple(v.shape)} "
-            "do not fit together"
-        )
+        checks.tensor(name, x, shape=("batch", "heads", "tokens", "dim"), empty=True)
+    checks.together(q=q, k=k, v=v)
+    if k.shape[3] != q.shape[3] or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
     for name, x, order in (("q", q, plan.query_order), ("k", k, plan.key_order)):
         if x.shape[:3] != order.shape:
             raise ValueError(

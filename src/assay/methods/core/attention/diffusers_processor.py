@@ -30,7 +30,7 @@ _SELF_ATTENTION = re.compile(r"(transformer_blocks|single_transformer_blocks|blo
 
 
 def use_plans(model: nn.Module, producer: Producer) -> None:
-    """Attend by the plans of `producer(module, q, k, causal=, scale=, key_start=None)` in every self-attention of a model.
+    """Attend by the plans of `producer(module, q, k, causal=, scale=, key_start=None, window=None)` in every self-attention of a model.
 
     q and k are what the model's own processors hand to attention, (batch, heads, tokens, dim) after norms and rotary embedding;
     text that takes part is among the tokens. The producer returns an `AttentionPlan` and keyword arguments for `execute`, as for
@@ -58,7 +58,7 @@ def use_plans(model: nn.Module, producer: Producer) -> None:
         if kept is not None:
             whole = q.new_zeros(*q.shape[:3], v.shape[3])
             q, k, v = (x[:, :, kept] for x in (q, k, v))
-        plan, options = producer(module, q, k, causal=causal, scale=scale, key_start=None)
+        plan, options = producer(module, q, k, causal=causal, scale=scale, key_start=None, window=None)
         out = execute(plan, q, k, v, scale=scale, **options)
         return out if kept is None else whole.index_copy_(2, kept, out)
 

@@ -5,10 +5,10 @@ positions: key block j is positions [j * block, (j + 1) * block). Queries are th
 or the newest chunk of a longer prompt), and query block i lies on the same grid, at key block `first_block + i`; the first one
 begins inside a block when the chunk does. So the plan of a chunk is the last rows of the plan of the whole prompt.
 
-Within a kept block attention is exact: causal token by token, padding left out, softmax over everything the query sees. A query
-that sees nothing gives zeros. Query heads share keys and values in groups (GQA), which are never expanded.
+Within a kept block attention is exact: causal token by token, a sliding window too, padding left out, softmax over everything the
+query sees. A query that sees nothing gives zeros. Query heads share keys and values in groups (GQA), which are never expanded.
 
-When NOT to use it: attention with position biases, soft capping, dropout or attention sinks as parameters. No backend has them.
+When NOT to use it: attention with position biases, soft capping or dropout. No backend has them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from assay import checks
 from assay.measure.cost import register_macs
 from assay.methods.core import kernels
 
@@ -40,7 +41,13 @@ class AttentionPlan:
 
     `mask` is bool (batch, heads, query_blocks, key_blocks), True where a block is computed, or None for all blocks (dense).
     Blocks above the causal diagonal are never computed, whatever the mask says. `key_start` is int64 (batch,): keys before it
-    are left padding, and so are the queries there. Raises ValueError for sizes that do not fit together.
+    are left padding, and so are the queries there. With a `window`, which is for causal attention, a query sees itself and the
+    window - 1 keys before it: a band of blocks, exact at its edges. Raises TypeError for arguments of another kind, ValueError
+    for sizes that do not fit together.
+
+    >>> plan = AttentionPlan(queries=256, keys=256, block=64, window=64)
+    >>> plan.query_blocks, plan.pairs(), round(plan.pairs() / AttentionPlan(256, 256).pairs(), 2)
+    (4, 14368, 0.44)
     """
 
     queries: int
@@ -49,20 +56,35 @@ class AttentionPlan:
     causal: bool = True
     mask: Tensor | None = None
     key_start: Tensor | None = None
+    window: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.queries <= self.keys:
-            raise ValueError(f"queries must be between 1 and keys ({self.keys}), got {self.queries}")
-        if self.block < 1:
-            raise ValueError(f"block must be at least 1, got {self.block}")
+        if torch.compiler.is_compiling():  # sizes may be symbols there, which a look at them would fix
+            return
+        checks.whole("keys", self.keys, low=1)
+        checks.whole("queries", self.queries, low=1, high=self.keys)
+        checks.whole("block", self.block, low=1)
+        checks.flag("causal", self.causal)
         if self.mask is not None:
-            grid = (self.query_blocks, self.key_blocks)
-            if self.mask.dtype != torch.bool or self.mask.ndim != 4 or self.mask.shape[2:] != grid:
-                given = f"{self.mask.dtype} {tuple(self.mask.shape)}"
-                raise ValueError(f"mask must be bool (batch, heads, {grid[0]}, {grid[1]}), got {given}")
-        if self.key_start is not None and (self.key_start.dtype != torch.int64 or self.key_start.ndim != 1):
-            given = f"{self.key_start.dtype} {tuple(self.key_start.shape)}"
-            raise ValueError(f"key_start must be int64 (batch,), got {given}")
+            grid = ("batch", "heads", self.query_blocks, self.key_blocks)
+            checks.tensor("mask", self.mask, shape=grid, dtype="bool", empty=True)
+        if self.key_start is not None:
+            checks.tensor("key_start", self.key_start, shape=("batch",), dtype=torch.int64, empty=True)
+            if self.key_start.is_cpu and not ((self.key_start >= 0) & (self.key_start <= self.keys)).all():
+                raise ValueError(f"key_start must lie in [0, {self.keys}], got {self.key_start.tolist()}")
+        if self.window is not None:
+            checks.whole("window", self.window, low=1)
+            if not self.causal:
+                raise ValueError(f"window must be None unless causal, got {self.window}")
+
+    def dense(self) -> AttentionPlan:
+        """The plan of the same attention without a block mask."""
+        return AttentionPlan(self.queries, self.keys, self.block, self.causal, None, self.key_start, self.window)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether the window leaves anything out."""
+        return self.window is not None and self.window < self.keys
 
     @property
     def offset(self) -> int:
@@ -87,25 +109,31 @@ class AttentionPlan:
         return torch.arange(self.query_blocks) + self.first_block
 
     def _pairs(self, device: torch.device | str = "cpu") -> Tensor:
-        """(batch or 1, 1, query_blocks, key_blocks) int64: query-key pairs of each block that causality and padding allow."""
+        """(batch or 1, 1, query_blocks, key_blocks) int64: pairs of each block that causality, window and padding allow."""
         start = torch.zeros(1, dtype=torch.int64) if self.key_start is None else self.key_start.cpu()
         edges = torch.arange(self.key_blocks + 1) * self.block
-        first = torch.maximum(edges[:-1], start[:, None])  # (batch, key_blocks)
-        width = (edges[1:].clamp(max=self.keys) - first).clamp(min=0)
-        query_first = torch.maximum(edges[self.first_block : -1].clamp(min=self.offset), start[:, None])
-        height = (edges[self.first_block + 1 :].clamp(max=self.keys) - query_first).clamp(min=0)
-        pairs = height[:, :, None] * width[:, None, :]
-        if self.causal:
-            below = torch.arange(self.key_blocks) < self.diagonal()[:, None]
-            at = torch.arange(self.key_blocks) == self.diagonal()[:, None]
-            # query r of the diagonal block sees the keys up to its own position: an arithmetic series
-            seen = query_first - first[:, self.first_block :] + 1
-            triangle = height * seen + height * (height - 1) // 2
-            pairs = torch.where(below, pairs, 0) + torch.where(at, triangle[:, :, None], 0)
+        first = torch.maximum(edges[:-1], start[:, None])  # (batch, key_blocks), keys [first, first + width)
+        width = (edges[1:].clamp(max=self.keys) - first).clamp(min=0)[:, None]
+        top = torch.maximum(
+            edges[self.first_block : -1].clamp(min=self.offset), start[:, None]
+        )  # queries [top, bottom)
+        bottom = torch.maximum(edges[self.first_block + 1 :].clamp(max=self.keys), top)
+        if not self.causal:
+            return ((bottom - top)[:, :, None] * width)[:, None].to(device)
+
+        def before(position: Tensor) -> Tensor:
+            """Pairs of each key block with the positions before `position`, each of which sees the keys up to its own."""
+            count = (position[:, :, None] - first[:, None]).clamp(min=0)
+            growing = torch.minimum(count, width)  # an arithmetic series, until the whole block is seen
+            return growing * (growing + 1) // 2 + width * (count - growing)
+
+        pairs = before(bottom) - before(top)
+        if self.window is not None:  # less the keys that have left the window
+            pairs = pairs - before(bottom - self.window) + before(top - self.window)
         return pairs[:, None].to(device)
 
     def allowed(self) -> Tensor:
-        """(batch or 1, 1, query_blocks, key_blocks) bool: blocks with at least one pair that causality and padding allow."""
+        """(batch or 1, 1, query_blocks, key_blocks) bool: blocks with a pair that causality, window and padding allow."""
         return self._pairs() > 0
 
     def density(self) -> float:
@@ -145,6 +173,8 @@ class AttentionPlan:
         seen = torch.ones(1, 1, len(rows), self.keys, dtype=torch.bool, device=device)
         if self.causal:
             seen = seen & (columns <= rows[:, None])
+        if self.window is not None:
+            seen = seen & (columns > rows[:, None] - self.window)
         if self.key_start is not None:
             first = self.key_start.to(device)[:, None, None, None]
             seen = seen & (columns >= first) & (rows[:, None] >= first)
@@ -160,7 +190,7 @@ class AttentionPlan:
         """
         _check(self, q, k, k)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        dense = AttentionPlan(self.queries, self.keys, self.block, self.causal, key_start=self.key_start)
+        dense = self.dense()
         total = torch.zeros(q.shape[:2], dtype=torch.float64, device=q.device)
         count = torch.zeros(q.shape[:2], dtype=torch.float64, device=q.device)
         for start, stop in _row_chunks(self, q):
@@ -182,11 +212,13 @@ def execute(
     backend: Backend = "auto",
     scale: float | None = None,
     precision: PlanPrecision = "input",
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attention by a plan: (batch, heads, queries, value dim), in the dtype of q.
 
     q is (batch, heads, queries, dim), k and v (batch, key heads, keys, dim), heads a multiple of key heads; any strides.
-    `scale` multiplies QK^T (default dim ** -0.5). Backends:
+    `scale` multiplies QK^T (default dim ** -0.5). `sinks` (heads,) are logits that take part in the softmax of every query of
+    their head and have no value (gpt_oss). Backends:
 
     - "kernel": C++ on the CPU, float32 or bfloat16, dims and blocks multiples of 16, no gradients. bfloat16 inputs are
       multiplied in bfloat16 where the processor can, with float32 sums and softmax. A single query takes a decoding kernel.
@@ -196,51 +228,71 @@ def execute(
     - "gather": torch; gathers the kept key blocks of each query block. Any device and dtype, with gradients.
     - "sdpa": torch's `scaled_dot_product_attention`; dense plans only.
     - "reference": every score, masked. For tests.
-    - "auto": the kernel where it can, else SDPA for dense plans, flex on a GPU, gather elsewhere.
+    - "auto": the kernel where it can, else SDPA for dense plans without a window, flex on a GPU, gather elsewhere.
 
     `precision` says how exactly the kernel has to multiply; the other backends, and a single query, ignore it. "input": in the
     dtype of q. "bf16": float32 inputs too may be multiplied in bfloat16 (about 8 significant bits). "int8": QK^T in 8-bit
     integers, PV in bfloat16, as `sageattention2` does: the mean key, and the mean query of each query block, are subtracted
     before rounding, scales are those of its "per_thread". Not for keys that are not finite: the mean spreads them.
-    Raises ValueError when tensors and plan do not fit together or the backend cannot run them.
+    Raises TypeError for arguments of another kind, ValueError when tensors and plan do not fit together or the backend cannot
+    run them. `kernels.paths()` counts which backend ran.
+
+    >>> q, k, v = torch.randn(3, 1, 2, 64, 16).unbind()
+    >>> execute(AttentionPlan(64, 64), q, k, v).shape
+    torch.Size([1, 2, 64, 16])
     """
-    _check(plan, q, k, v)
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {', '.join(get_args(Backend))}, got {backend!r}")
-    if precision not in get_args(PlanPrecision):
-        raise ValueError(f"precision must be one of {', '.join(get_args(PlanPrecision))}, got {precision!r}")
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    _check(plan, q, k, v, sinks)
+    checks.choice("backend", backend, get_args(Backend))
+    checks.choice("precision", precision, get_args(PlanPrecision))
+    scale = scale_of(scale, q)
     if backend == "auto":
-        backend = _choose(plan, q, k, v, precision)
+        backend = _choose(plan, q, k, v, precision, sinks)
     if backend == "kernel":
-        if reason := kernel_refuses(q, k, v, block=_kernel_block(plan), precision=precision):
+        if reason := kernel_refuses(q, k, v, block=_kernel_block(plan), precision=precision, sinks=sinks):
             raise ValueError(f"backend 'kernel' {reason}; use 'gather' or 'auto'")
-        return _kernel(plan, q, k, v, scale, precision)
-    if backend == "sdpa":
-        if plan.mask is not None:
-            raise ValueError("backend 'sdpa' takes dense plans only; use 'gather' or 'auto'")
-        return _sdpa(plan, q, k, v, scale)
+    elif backend == "sdpa" and plan.mask is not None:
+        raise ValueError("backend 'sdpa' takes dense plans only; use 'gather' or 'auto'")
+    elif backend == "triton" and not _has_triton():
+        raise ValueError("backend 'triton' needs the package triton (pip install triton); use 'gather' or 'auto'")
+    kernels.ran("attention", backend)
+    if backend == "kernel":
+        return _kernel(plan, q, k, v, scale, precision, sinks)
     if backend == "triton":
-        if not _has_triton():
-            raise ValueError("backend 'triton' needs the package triton (pip install triton); use 'gather' or 'auto'")
-        return cast(Tensor, _triton().triton_attention(plan, q, k, v, scale))
-    return {"flex": _flex, "gather": _gather, "reference": _reference}[backend](plan, q, k, v, scale)
+        return cast(Tensor, _triton().triton_attention(plan, q, k, v, scale, sinks))
+    run = {"sdpa": _sdpa, "flex": _flex, "gather": _gather, "reference": _reference}[backend]
+    return run(plan, q, k, v, scale, sinks)
 
 
-def _choose(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, precision: PlanPrecision = "input") -> Backend:
-    if not kernel_refuses(q, k, v, block=_kernel_block(plan), precision=precision):
+def scale_of(scale: float | None, q: Tensor) -> float:
+    """What multiplies QK^T: `scale`, or dim ** -0.5. Raises TypeError and ValueError for what is no finite number."""
+    if torch.compiler.is_compiling():
+        return q.shape[-1] ** -0.5 if scale is None else scale
+    return float(q.shape[-1] ** -0.5) if scale is None else checks.number("scale", scale)
+
+
+def _choose(
+    plan: AttentionPlan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    precision: PlanPrecision = "input",
+    sinks: Tensor | None = None,
+) -> Backend:
+    if not kernel_refuses(q, k, v, block=_kernel_block(plan), precision=precision, sinks=sinks):
         return "kernel"
-    if plan.mask is None:
+    if plan.mask is None and not plan.windowed:
         return "sdpa"
     return "flex" if q.is_cuda and not needs_grad(q, k, v) else "gather"
 
 
-def _check(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4 or not x.is_floating_point():
-            raise ValueError(
-                f"{name} must be floating point (batch, heads, tokens, dim), got {x.dtype} {tuple(x.shape)}"
-            )
+def _check(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> None:
+    if not torch.compiler.is_compiling():
+        if not isinstance(plan, AttentionPlan):
+            raise TypeError(f"plan must be an AttentionPlan, got {type(plan).__name__}")
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            checks.tensor(name, x, shape=("batch", "heads", "tokens", "dim"), empty=True)
+        if sinks is not None:
+            checks.tensor("sinks", sinks, shape=(q.shape[1],), device=q.device)
     if q.shape[2] != plan.queries or k.shape[2] != plan.keys:
         raise ValueError(
             f"the plan is for {plan.queries} queries and {plan.keys} keys, got {q.shape[2]} and {k.shape[2]}"
@@ -249,8 +301,7 @@ def _check(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
     if not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(f"heads of q ({q.shape[1]}) must be a multiple of the heads of k ({k.shape[1]})")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    checks.together(q=q, k=k, v=v)
     if plan.mask is not None and plan.mask.shape[:2] != q.shape[:2]:
         raise ValueError(f"the plan's mask is for {tuple(plan.mask.shape[:2])} (batch, heads), q has {q.shape[:2]}")
     if plan.key_start is not None and len(plan.key_start) != q.shape[0]:
@@ -277,14 +328,53 @@ def _row_chunks(plan: AttentionPlan, q: Tensor) -> list[tuple[int, int]]:
 # ------------------------------------------------------------------------------------------------------------ reference
 
 
-def _reference(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    scale: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """torch's attention under a bool mask (..., queries, keys) that broadcasts, with sinks if there are any.
+
+    q (batch, heads, queries, dim), k and v (batch, key heads, keys, dim); `sinks` broadcasts to (batch, heads, 1, 1). Queries that
+    see nothing give zeros.
+    """
+    seen_any = seen.any(-1, keepdim=True)
+    mask, grouped = seen | ~seen_any, q.shape[1] != k.shape[1]
+    if sinks is not None:  # a key that scores the sink's logit and has no value
+        shape = torch.broadcast_shapes(mask.shape[:-1], sinks.shape[:-1])
+        bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
+        mask = torch.cat([bias.expand(*shape, -1), sinks.to(q.dtype).expand(*shape, 1)], -1)
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale, enable_gqa=grouped)
+    return out.masked_fill(~seen_any, 0.0)
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """An output (batch, heads, queries, dim) and its log-sum-exp (batch, heads, queries), natural, once sinks (heads,) take part."""
+    sink = sinks.to(lse.dtype).view(-1, 1)
+    return (out * (lse - sink).sigmoid()[..., None]).to(out.dtype), torch.logaddexp(lse, sink)
+
+
+def _reference(
+    plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None = None
+) -> Tensor:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     outputs = []
     for start, stop in _row_chunks(plan, q):
         scores = grouped_scores(q[:, :, start:stop].to(wide), k.to(wide), scale)
         seen = plan.visible(start, stop, q.device)
         seen_any = seen.any(-1, keepdim=True)
-        shares = scores.masked_fill(~(seen | ~seen_any), -math.inf).softmax(-1).masked_fill(~seen_any, 0.0)
+        scores = scores.masked_fill(~(seen | ~seen_any), -math.inf)
+        if sinks is not None:
+            sink = sinks.to(wide).view(-1, 1, 1).expand(len(q), -1, stop - start, -1)
+            shares = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+        else:
+            shares = scores.softmax(-1)
+        shares = shares.masked_fill(~seen_any, 0.0)
         grouped = shares.reshape(shares.shape[0], k.shape[1], -1, plan.keys) @ v.to(wide)
         outputs.append(grouped.view(*shares.shape[:3], -1))
     return torch.cat(outputs, dim=2).to(q.dtype)
@@ -293,19 +383,19 @@ def _reference(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: floa
 # ----------------------------------------------------------------------------------------------------------------- SDPA
 
 
-def _sdpa(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _sdpa(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
-    if plan.key_start is None and (not plan.causal or plan.queries == 1):
+    if plan.key_start is None and sinks is None and not plan.windowed:
         if grouped and plan.queries == 1:  # the heads of a group as queries: torch would expand the cache
             packed = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
             return F.scaled_dot_product_attention(packed, k, v, scale=scale).reshape(*q.shape[:3], -1)
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-    if plan.key_start is None and plan.queries == plan.keys:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    seen = plan.visible(0, plan.queries, q.device)
-    seen_any = seen.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(q, k, v, seen | ~seen_any, scale=scale, enable_gqa=grouped)
-    return out.masked_fill(~seen_any, 0.0)
+        if not plan.causal or plan.queries == 1:
+            return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+        if plan.queries == plan.keys:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    if sinks is not None:
+        sinks = sinks.view(-1, 1, 1)
+    return masked_attention(q, k, v, plan.visible(0, plan.queries, q.device), scale, sinks)
 
 
 # --------------------------------------------------------------------------------------------------------------- gather
@@ -318,7 +408,7 @@ def _on_grid(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tens
     return F.pad(q, (0, 0, lead, tail)), F.pad(k, (0, 0, 0, tail)), F.pad(v, (0, 0, 0, tail)), lead
 
 
-def _gather(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _gather(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
     batch, heads, block = q.shape[0], q.shape[1], plan.block
     padded_q, padded_k, padded_v, lead = _on_grid(plan, q, k, v)
     query_rows = padded_q.view(batch, heads, plan.query_blocks, block, -1)
@@ -346,9 +436,12 @@ def _gather(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float) 
             seen = seen & (query_position >= first[b][:, None, None])
             if plan.causal:
                 seen = seen & (key_position <= query_position)
-            seen_any = seen.any(-1, keepdim=True)
-            found = F.scaled_dot_product_attention(query_rows[b, h, i], keys, values, seen | ~seen_any, scale=scale)
-            out = out.index_put((b, h, i), found.masked_fill(~seen_any, 0.0))
+            if plan.window is not None:
+                seen = seen & (key_position > query_position - plan.window)
+            sink = None if sinks is None else sinks[h].view(-1, 1, 1, 1)
+            rows_of_q, keys, values = query_rows[b, h, i][:, None], keys[:, None], values[:, None]
+            found = masked_attention(rows_of_q, keys, values, seen[:, None], scale, sink)
+            out = out.index_put((b, h, i), found[:, 0])
     return out.flatten(2, 3)[:, :, lead : lead + plan.queries]
 
 
@@ -372,13 +465,15 @@ def block_mask(plan: AttentionPlan, batch: int, heads: int, device: torch.device
         kept = kept & plan.mask.to(device)
     whole = kept & (pairs == plan.block**2)
     part = kept & ~whole
-    first_row, keys, causal = plan.first_block * plan.block, plan.keys, plan.causal
+    first_row, keys, causal, window = plan.first_block * plan.block, plan.keys, plan.causal, plan.window
     first = torch.zeros(batch, dtype=torch.int64) if plan.key_start is None else plan.key_start
     first = first.to(device)
 
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = (key < keys) & (key >= first[b])
-        return seen & (key <= query + first_row) if causal else seen
+        if causal:
+            seen = seen & (key <= query + first_row)
+        return seen if window is None else seen & (key > query + first_row - window)
 
     def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
         order = blocks.int().argsort(dim=-1, descending=True, stable=True)
@@ -393,13 +488,18 @@ def block_mask(plan: AttentionPlan, batch: int, heads: int, device: torch.device
     )
 
 
-def _flex(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _flex(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None = None) -> Tensor:
     if needs_grad(q, k, v):
         raise ValueError("backend 'flex' is for inference; use 'gather' where gradients are needed")
     padded_q, padded_k, padded_v, lead = _on_grid(plan, q, k, v)
     mask = block_mask(plan, q.shape[0], q.shape[1], q.device)
     grouped = q.shape[1] != k.shape[1]
-    out: Tensor = _compiled_flex()(padded_q, padded_k, padded_v, block_mask=mask, scale=scale, enable_gqa=grouped)
+    options: dict[str, Any] = {"block_mask": mask, "scale": scale, "enable_gqa": grouped}
+    if sinks is None:
+        out: Tensor = _compiled_flex()(padded_q, padded_k, padded_v, **options)
+    else:
+        out, lse = _compiled_flex()(padded_q, padded_k, padded_v, return_lse=True, **options)
+        out, _ = with_sinks(out, lse, sinks)
     out = out[:, :, lead : lead + plan.queries]
     if plan.mask is not None or plan.key_start is not None:  # rows that see nothing
         for start, stop in _row_chunks(plan, q):
@@ -423,7 +523,15 @@ def _triton() -> Any:
 # --------------------------------------------------------------------------------------------------------------- kernel
 
 
-def kernel_refuses(q: Tensor, k: Tensor, v: Tensor, *, block: int = 128, precision: PlanPrecision = "input") -> str:
+def kernel_refuses(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block: int = 128,
+    precision: PlanPrecision = "input",
+    sinks: Tensor | None = None,
+) -> str:
     """Why the C++ kernel (with "int8", the one for integers) cannot run these tensors; empty when it can."""
     if not q.device == k.device == v.device == torch.device("cpu"):
         return "runs on the CPU"
@@ -434,7 +542,7 @@ def kernel_refuses(q: Tensor, k: Tensor, v: Tensor, *, block: int = 128, precisi
             return f"takes a {name} that is a multiple of 16 up to 1024, got {dim}"
     if block % 16:
         return f"takes blocks that are multiples of 16, got {block}"
-    if needs_grad(q, k, v):
+    if needs_grad(q, k, v) or (sinks is not None and needs_grad(sinks)):
         return "has no gradient"
     if not (load_kernel() and (precision != "int8" or load_int8_kernel())):
         return "needs a C++ compiler (see `assay doctor`)"
@@ -502,12 +610,12 @@ for _fixed in (load_kernel, load_int8_kernel, has_bf16):
     _constant(_fixed)
 
 
-def like_queries(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+def like_queries(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
     """An empty output of the kernels: (batch, heads, queries, value dim), in memory (batch, queries, heads, value dim)."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
-def _like_int8(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _like_int8(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return like_queries(q, k, v), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -520,24 +628,29 @@ def _attention_macs(
     block: int,
     causal: bool,
     *_: Any,
+    window: int = 0,
     out: Any,
+    **__: Any,
 ) -> int:
     queries, keys = q.shape[2], k.shape[2]
     if queries > keys:
         return q.shape[0] * q.shape[1] * queries * keys * (q.shape[3] + v.shape[3])
-    plan = AttentionPlan(queries, keys, block, causal, mask, key_start)
+    plan = AttentionPlan(queries, keys, block, causal, mask, key_start, window or None)
     return plan.macs(head_dim=q.shape[3], value_dim=v.shape[3], batch=q.shape[0], heads=q.shape[1])
 
 
-def _decode_macs(q: Tensor, k: Tensor, v: Tensor, *_: Any, out: Any) -> int:
+def _decode_macs(q: Tensor, k: Tensor, v: Tensor, *_: Any, out: Any, **__: Any) -> int:
     return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
 
 
-def _score_macs(q: Tensor, k: Tensor, key_start: Any, stride: int, block: int, causal: bool, *_: Any, out: Any) -> int:
-    return int(q.numel() * k.shape[-2] // stride // (2 if causal else 1))
+def _score_macs(
+    q: Tensor, k: Tensor, key_start: Any, stride: int, block: int, causal: bool, *_: Any, window: int = 0, out: Any
+) -> int:
+    keys = k.shape[-2] if not causal else k.shape[-2] // 2
+    return int(q.numel() * (min(keys, window) if window else keys) // stride)
 
 
-def _like_blocks(q: Tensor, k: Tensor, key_start: Any, stride: int, block: int, *_: Any) -> Tensor:
+def _like_blocks(q: Tensor, k: Tensor, key_start: Any, stride: int, block: int, *_: Any, **__: Any) -> Tensor:
     blocks = -(-k.shape[2] // block)
     first = (k.shape[2] - q.shape[2]) // block
     return q.new_empty(*q.shape[:2], blocks - first, blocks, dtype=torch.float32)
@@ -565,14 +678,30 @@ def _kernel_block(plan: AttentionPlan) -> int:
     return 128 if plan.mask is None else plan.block
 
 
-def _kernel(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float, precision: PlanPrecision) -> Tensor:
+def _kernel(
+    plan: AttentionPlan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    precision: PlanPrecision,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    start = plan.key_start
+    if (
+        plan.queries == 1 and plan.mask is None and plan.windowed
+    ):  # what has left the window of the only query is not read
+        left = plan.keys - cast(int, plan.window)
+        k, v, start = k[:, :, left:], v[:, :, left:], None if start is None else (start - left).clamp(min=0)
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    start = None if plan.key_start is None else plan.key_start.cpu().contiguous()
+    start = None if start is None else start.cpu().contiguous()
+    sink = None if sinks is None else sinks.detach().float().contiguous()
     if plan.queries == 1 and plan.mask is None:
-        return cast(Tensor, torch.ops.assay.decode_attention(q, k, v, start, scale))
+        return cast(Tensor, torch.ops.assay.decode_attention(q, k, v, start, scale, sinks=sink))
     mask, half = None if plan.mask is None else plan.mask.contiguous(), in_bf16(q.dtype, precision)
     where = (mask, start, _kernel_block(plan), plan.causal, scale)
+    window = cast(int, plan.window) if plan.windowed else 0
     if precision == "int8" and plan.queries > 1:
-        out, _ = torch.ops.assay.int8_attention(q, k, v, *where, 127, INT8_GROUPS, True, True, half)
-        return cast(Tensor, out)
-    return cast(Tensor, torch.ops.assay.block_attention(q, k, v, *where, half))
+        out, lse = torch.ops.assay.int8_attention(q, k, v, *where, 127, INT8_GROUPS, True, True, half, window=window)
+        return cast(Tensor, out) if sinks is None else with_sinks(out, lse, sinks)[0]
+    return cast(Tensor, torch.ops.assay.block_attention(q, k, v, *where, half, window=window, sinks=sink))

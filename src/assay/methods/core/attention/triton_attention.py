@@ -44,6 +44,7 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations as its 
     counts_ptr,
     lists_ptr,
     starts_ptr,
+    sinks_ptr,
     q_strides,
     k_strides,
     v_strides,
@@ -56,6 +57,8 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations as its 
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     TILE_M: tl.constexpr,
@@ -67,6 +70,7 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations as its 
 ):
     """One tile of TILE_M queries: (tiles of all query blocks, heads, batch) programs. `scale` includes log2(e).
 
+    WINDOW is the number of keys a query sees, its own included, 0 for all; SINKS says whether there are sinks.
     PRODUCT is the type that is multiplied: that of q.
     """
     QUERY_TILES: tl.constexpr = (BLOCK + TILE_M - 1) // TILE_M  # of a query block
@@ -128,6 +132,8 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations as its 
         seen = there[None, :]
         if CAUSAL:
             seen = seen & (column[None, :] <= position[:, None])
+        if WINDOW > 0:
+            seen = seen & (column[None, :] > position[:, None] - WINDOW)
         scores = tl.where(seen, scores, float("-inf"))
         now = tl.maximum(top, tl.max(scores, 1))
         shift = tl.where(now == float("-inf"), 0.0, now)
@@ -143,6 +149,9 @@ def _attend(  # type: ignore[no-untyped-def]  # Triton reads annotations as its 
         top = now
 
     empty = (weight == 0.0) | (position < start)
+    if SINKS:
+        sink = tl.load(sinks_ptr + head).to(tl.float32) * 1.4426950408889634  # log2(e)
+        weight += tl.exp2(sink - tl.where(top == float("-inf"), 0.0, top))
     out = tl.where(empty[:, None], 0.0, sums / tl.where(weight == 0.0, 1.0, weight)[:, None])
     tl.store(
         out_ptr + row[:, None] * out_strides[2] + e[None, :] * out_strides[3],
@@ -157,7 +166,7 @@ if INTERPRETED:  # it multiplies the bits of bfloat16 as if they were integers; 
     PRODUCTS[torch.bfloat16] = tl.float32
 
 
-def triton_refuses(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> str:
+def triton_refuses(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> str:
     """Why the Triton kernel cannot run these tensors; empty when it can."""
     if not q.device == k.device == v.device or not (q.is_cuda or INTERPRETED):
         return (
@@ -170,7 +179,7 @@ def triton_refuses(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> str:
             return f"takes a {name} up to {MAX_DIM}, got {dim}"
     if plan.mask is not None and plan.block < SMALLEST:
         return f"takes blocks of at least {SMALLEST}, got {plan.block}"
-    if needs_grad(q, k, v):
+    if needs_grad(q, k, v) or (sinks is not None and needs_grad(sinks)):
         return "has no gradient"
     return ""
 
@@ -190,12 +199,16 @@ def kept_lists(plan: AttentionPlan, device: torch.device) -> tuple[Tensor, Tenso
         ends = torch.arange(1, plan.key_blocks + 1, device=device).mul(plan.block).clamp(max=plan.keys)
         there = (ends > plan.key_start.to(device)[:, None])[:, None]
         kept = kept & there[:, :, None, :] & there[:, :, plan.first_block :, None]
+    if plan.window is not None:  # blocks that the window of a query block's first query has left behind
+        ends = torch.arange(1, plan.key_blocks + 1, device=device).mul(plan.block)
+        first = plan.diagonal().to(device).mul(plan.block).clamp(min=plan.offset)
+        kept = kept & (ends > (first - plan.window + 1)[:, None])
     order = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
     return kept.sum(-1, dtype=torch.int32), order.int().contiguous()
 
 
 def constants(
-    plan: AttentionPlan, dim: int, value_dim: int, group: int, dtype: torch.dtype
+    plan: AttentionPlan, dim: int, value_dim: int, group: int, dtype: torch.dtype, sinks: bool = False
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """What the kernel is compiled for, and how it is launched; `group` query heads share a key head.
 
@@ -213,6 +226,8 @@ def constants(
         "GROUP": group,
         "BLOCK": plan.block,
         "CAUSAL": plan.causal,
+        "WINDOW": plan.window if plan.window is not None and plan.windowed else 0,
+        "SINKS": sinks,
         "DIM": dim,
         "VALUE_DIM": value_dim,
         "TILE_M": tile_m,
@@ -224,12 +239,14 @@ def constants(
     }, {"num_warps": warps if tile_m >= 64 else 4, "num_stages": 2}
 
 
-def triton_attention(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def triton_attention(
+    plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float, sinks: Tensor | None = None
+) -> Tensor:
     """Attention by a plan, (batch, heads, queries, value dim) in the dtype of q; `plan.execute` checks and documents it.
 
     Raises ValueError for what `triton_refuses`.
     """
-    if reason := triton_refuses(plan, q, k, v):
+    if reason := triton_refuses(plan, q, k, v, sinks):
         raise ValueError(f"backend 'triton' {reason}; use 'gather' or 'auto'")
     batch, heads, queries, dim = q.shape
     value_dim = v.shape[-1]
@@ -237,11 +254,12 @@ def triton_attention(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale
     if not out.numel():
         return out
     if plan.mask is None:
-        plan = AttentionPlan(plan.queries, plan.keys, DENSE_BLOCK, plan.causal, key_start=plan.key_start)
+        plan = AttentionPlan(plan.queries, plan.keys, DENSE_BLOCK, plan.causal, None, plan.key_start, plan.window)
     counts, lists = kept_lists(plan, q.device)
     counts, lists = counts.expand(batch, heads, -1), lists.expand(batch, heads, -1, -1)
     start = torch.zeros(batch, dtype=torch.int64) if plan.key_start is None else plan.key_start
-    constexpr, launch = constants(plan, dim, value_dim, heads // k.shape[1], q.dtype)
+    start = start.to(q.device).contiguous()
+    constexpr, launch = constants(plan, dim, value_dim, heads // k.shape[1], q.dtype, sinks is not None)
     grid = (-(-plan.block // constexpr["TILE_M"]) * plan.query_blocks, heads, batch)
     _attend[grid](
         q,
@@ -250,7 +268,8 @@ def triton_attention(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale
         out,
         counts,
         lists,
-        start.to(q.device).contiguous(),
+        start,
+        start if sinks is None else sinks.to(q.device).contiguous(),
         *(x.stride() for x in (q, k, v, out, counts, lists)),
         queries,
         plan.keys,

@@ -48,6 +48,7 @@ using OptTensor = std::optional<Tensor>;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr int64_t kMostDim = 1024;  // of queries, keys and values
 
 // ---- vectors of floats -----------------------------------------------------------------------------------------------------
 
@@ -338,8 +339,6 @@ __attribute__((always_inline)) inline void store_words(float* words, int64_t pla
   for (int n = 0; n < N; ++n) store(words + place + n * kLanes, v[n]);
 }
 
-constexpr int64_t kMostDim = 1024;
-
 // Packs kLanes rows into (word, lane); `row(lane)` is a pointer or null.
 template <bool Half, class F>
 void pack_columns(F&& row, bool half, int64_t dim, float* packed) {
@@ -387,12 +386,17 @@ struct Shape {
   int64_t batch, heads, key_heads, queries, keys, dim, block;
   bool causal;
   const int64_t* key_start;  // (batch,) keys before it are padding; or null
+  int64_t window = 0;        // keys a position sees, its own included; 0: all. For causal attention
 
   int64_t offset() const { return keys - queries; }
   int64_t first_block() const { return offset() / block; }
   int64_t key_blocks() const { return (keys + block - 1) / block; }
   int64_t query_blocks() const { return key_blocks() - first_block(); }
   int64_t start(int64_t b) const { return key_start ? key_start[b] : 0; }
+  // The first key that a position of row b sees.
+  int64_t first_of(int64_t b, int64_t position) const {
+    return window ? std::max(start(b), position - window + 1) : start(b);
+  }
   int64_t group_of(int64_t h) const { return h / (heads / key_heads); }
 };
 
@@ -404,6 +408,67 @@ struct Task {
 inline std::vector<Task> longest_first(std::vector<Task> tasks) {
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& x, const Task& y) { return x.cost > y.cost; });
   return tasks;
+}
+
+// ---- what the operators take ------------------------------------------------------------------------------------------------
+
+// Checks the tensors and the grid that every operator takes; `more_queries`: there may be more queries than keys.
+inline Shape checked(const Tensor& q, const Tensor& k, int64_t block, bool causal, const OptTensor& key_start, bool half,
+                     int64_t window = 0, bool more_queries = false) {
+  const auto check = [&](const char* name, const Tensor& x) {
+    TORCH_CHECK_VALUE(x.dim() == 4 && x.stride(3) == 1 && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16), name,
+                      " must be float32 or bfloat16 of (batch, heads, tokens, dim), dim last in memory, got ", x.scalar_type(), " ",
+                      x.sizes(), " with strides ", x.strides());
+    TORCH_CHECK_VALUE(x.scalar_type() == q.scalar_type(), name, " must have the dtype of q, ", q.scalar_type(), ", got ", x.scalar_type());
+  };
+  check("q", q);
+  check("k", k);
+  TORCH_CHECK_VALUE(k.size(0) == q.size(0) && k.size(3) == q.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
+                    "q ", q.sizes(), " and k ", k.sizes(), " do not fit together");
+  TORCH_CHECK_VALUE(more_queries || q.size(2) <= k.size(2), "q must have at most as many tokens as k (", k.size(2), "), got ", q.size(2));
+  TORCH_CHECK_VALUE(q.size(3) % 16 == 0 && q.size(3) > 0 && q.size(3) <= kMostDim,
+                    "the head dimension must be a multiple of 16 up to ", kMostDim, ", got ", q.size(3));
+  TORCH_CHECK_VALUE(block > 0 && block % 16 == 0, "block must be a positive multiple of 16, got ", block);
+  TORCH_CHECK_VALUE(window >= 0 && (window == 0 || causal), "window must be 0 (none) or, for causal attention, positive, got ", window);
+#ifndef ASSAY_BF16
+  TORCH_CHECK_VALUE(!half, "half must be false: this processor has no bfloat16 dot product");
+#endif
+  const int64_t* start = nullptr;
+  if (key_start.has_value()) {
+    TORCH_CHECK_VALUE(key_start->scalar_type() == at::kLong && key_start->is_contiguous() &&
+                          key_start->sizes() == at::IntArrayRef({q.size(0)}),
+                      "key_start must be a contiguous int64 tensor of (batch,), got ", key_start->scalar_type(), " ", key_start->sizes());
+    start = key_start->data_ptr<int64_t>();
+    for (int64_t b = 0; b < q.size(0); ++b)
+      TORCH_CHECK_VALUE(start[b] >= 0 && start[b] <= k.size(2), "key_start must lie in [0, ", k.size(2), "], got ", start[b]);
+  }
+  return {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), block, causal, start, window};
+}
+
+inline void check_values(const Tensor& k, const Tensor& v) {
+  TORCH_CHECK_VALUE(v.dim() == 4 && v.stride(3) == 1 && v.scalar_type() == k.scalar_type() && v.size(0) == k.size(0) &&
+                        v.size(1) == k.size(1) && v.size(2) == k.size(2) && v.size(3) % 16 == 0 && v.size(3) > 0 &&
+                        v.size(3) <= kMostDim,
+                    "v must be ", k.scalar_type(), " of (", k.size(0), ", ", k.size(1), ", ", k.size(2),
+                    ", a multiple of 16 up to ", kMostDim, "), dim last in memory, got ", v.scalar_type(), " ", v.sizes());
+}
+
+// The blocks that are kept, or null for all.
+inline const bool* checked_mask(const OptTensor& mask, const Shape& s) {
+  if (!mask.has_value()) return nullptr;
+  TORCH_CHECK_VALUE(mask->scalar_type() == at::kBool && mask->is_contiguous() &&
+                        mask->sizes() == at::IntArrayRef({s.batch, s.heads, s.query_blocks(), s.key_blocks()}),
+                    "mask must be a contiguous bool tensor of (", s.batch, ", ", s.heads, ", ", s.query_blocks(), ", ", s.key_blocks(),
+                    "), got ", mask->scalar_type(), " ", mask->sizes());
+  return mask->data_ptr<bool>();
+}
+
+// The sinks: one logit a query head that takes part in the softmax and has no value; or null.
+inline const float* checked_sinks(const OptTensor& sinks, const Shape& s) {
+  if (!sinks.has_value()) return nullptr;
+  TORCH_CHECK_VALUE(sinks->scalar_type() == at::kFloat && sinks->is_contiguous() && sinks->sizes() == at::IntArrayRef({s.heads}),
+                    "sinks must be a contiguous float32 tensor of (", s.heads, "), got ", sinks->scalar_type(), " ", sinks->sizes());
+  return sinks->data_ptr<float>();
 }
 
 inline int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
@@ -467,14 +532,14 @@ __attribute__((noinline)) void raise(float* exponents, int64_t width, float* sha
   }
 }
 
-// Turns M x N registers of scores, of the keys from `place` of a segment on, into shares: row m sees the keys [first, last[m]) of
-// the segment, the others are masked; `scale` makes scores exponents of two. Rows of `shares` are `width` numbers apart.
+// Turns M x N registers of scores, of the keys from `place` of a segment on, into shares: row m sees the keys [first[m], last[m])
+// of the segment, the others are masked (neither falls from row to row); `scale` makes scores exponents of two. Rows of `shares` are `width` numbers apart.
 template <bool Half, int M, int N>
-__attribute__((always_inline)) inline void weigh(Vec (&total)[M][N], int64_t place, float scale, int64_t first, const int64_t* last,
-                                                 int64_t dim, int64_t at, const State& state, float* exponents, float* shares,
+__attribute__((always_inline)) inline void weigh(Vec (&total)[M][N], int64_t place, float scale, const int64_t* first,
+                                                 const int64_t* last, int64_t dim, int64_t at, const State& state, float* exponents, float* shares,
                                                  int64_t width) {
   constexpr int64_t tile = N * kLanes;
-  const bool edge = first > place || last[0] < place + tile;
+  const bool edge = first[M - 1] > place || last[0] < place + tile;
   bool seldom = false;
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
@@ -483,7 +548,7 @@ __attribute__((always_inline)) inline void weigh(Vec (&total)[M][N], int64_t pla
     for (int n = 0; n < N; ++n) {
       total[m][n] = total[m][n] * scale - state.shift[at + m];
       if (__builtin_expect(edge, false))
-        total[m][n] = only(total[m][n], first - place - n * kLanes, last[m] - place - n * kLanes);
+        total[m][n] = only(total[m][n], first[m] - place - n * kLanes, last[m] - place - n * kLanes);
       most = larger(most, total[m][n]);
     }
     seldom |= any_above(most, state.limit[at + m]);
@@ -518,7 +583,7 @@ __attribute__((always_inline)) inline void weigh(Vec (&total)[M][N], int64_t pla
 // total[M][N] the products of the rows with the N * kLanes keys from `place` on. The rest is as in `weigh`.
 template <bool Half, int M, class Score>
 __attribute__((always_inline)) inline void attend_scores(Score&& score, const float* values, int64_t groups, int64_t dim, float scale,
-                                                         int64_t first, const int64_t* last, int64_t at, const State& state,
+                                                         const int64_t* first, const int64_t* last, int64_t at, const State& state,
                                                          const Scratch& scratch) {
   const int64_t width = groups * kLanes;
   float* shares = scratch.shares;
@@ -553,8 +618,8 @@ constexpr int kSoftRows = 8;  // rows of a tile whose softmax is computed togeth
 // before the softmax of the last, so that both units work. Keys and values are read by 32: a group past the end of the segment has
 // to be there, and its values must be finite, for they are multiplied by zeros.
 template <int R, class Score, class Finish>
-inline void attend_tiles(Score&& score, Finish&& finish, const float* values, int64_t groups, int64_t dim, float scale, int64_t first,
-                         const int64_t* last, int64_t at, const State& state, const Scratch& scratch) {
+inline void attend_tiles(Score&& score, Finish&& finish, const float* values, int64_t groups, int64_t dim, float scale,
+                         const int64_t* first, const int64_t* last, int64_t at, const State& state, const Scratch& scratch) {
   constexpr int64_t rows = R * kTile;
   const int64_t width = (groups + 1) / 2 * kPair;
   float *scores = scratch.scores, *shares = scratch.shares;
@@ -570,7 +635,7 @@ inline void attend_tiles(Score&& score, Finish&& finish, const float* values, in
         total[m][1] = load(here + (r + m) * kPair + kLanes);
       }
       finish(r, place, total);
-      weigh<true, kSoftRows, 2>(total, place, scale, first, last + r, dim, at + r, state, scratch.exponents,
+      weigh<true, kSoftRows, 2>(total, place, scale, first + r, last + r, dim, at + r, state, scratch.exponents,
                                 shares + r * width / 2, width);
     }
   }
@@ -587,8 +652,8 @@ inline void attend_tiles(Score&& score, Finish&& finish, const float* values, in
 // w * word_stride + i % kLanes]. M of 16 and 32 are for tiles.
 template <bool Half, int M>
 void attend(const char* q, int64_t q_bytes, const float* keys, int64_t word_stride, int64_t group_stride, const float* values,
-            int64_t groups, int64_t words, int64_t dim, float scale, int64_t first, const int64_t* last, int64_t at,
-            const State& state, const Scratch& scratch) {
+            int64_t groups, int64_t words, int64_t dim, float scale, const int64_t* first, const int64_t* last,
+            int64_t at, const State& state, const Scratch& scratch) {
 #ifdef ASSAY_AMX
   if constexpr (Half && M >= kTile) {
     const auto score = [&](int64_t place, float* to) {

@@ -8,9 +8,13 @@
 
 namespace {
 
-// Row r of the state, divided by its weights, as `dim` numbers at `to`; zeros when it saw no key.
-void write_row(const State& state, int64_t r, int64_t dim, bool half, char* to) {
-  const float share = state.limit[r] == kSlack ? 1.0f / sum(load(state.weights + r * kLanes)) : 0.0f;
+// What a sink adds to the weight of a row whose exponents of two had `shift` subtracted.
+inline float sink_weight(const float* sink, float shift) { return sink ? std::exp2(*sink * kLog2e - shift) : 0.0f; }
+
+// Row r of the state, divided by its weights and the sink's (if there is one), as `dim` numbers at `to`; zeros when it saw no key.
+void write_row(const State& state, int64_t r, int64_t dim, const float* sink, bool half, char* to) {
+  const float weight = sum(load(state.weights + r * kLanes)) + sink_weight(sink, state.shift[r]);
+  const float share = state.limit[r] == kSlack ? 1.0f / weight : 0.0f;
   const float* sums = state.sums + r * dim;
   if (half)
     for (int64_t c = 0; c < dim; ++c) reinterpret_cast<BFloat16*>(to)[c] = static_cast<BFloat16>(sums[c] * share);
@@ -22,7 +26,7 @@ void write_row(const State& state, int64_t r, int64_t dim, bool half, char* to) 
 
 template <bool Half>
 void block_attention(const Shape& s, const View& q, const View& k, const View& v, const View& out, int64_t value_dim,
-                     const bool* mask, float scale) {
+                     const bool* mask, const float* sinks, float scale) {
   const int64_t words = Half ? s.dim / 2 : s.dim, heads = s.batch * s.key_heads;
   const int64_t groups = (s.keys + kLanes - 1) / kLanes + 1;  // tiles read a group past the last key
   const int64_t key_floats = kLanes * words, value_floats = kLanes * value_dim / (Half ? 2 : 1);  // of a group
@@ -38,8 +42,9 @@ void block_attention(const Shape& s, const View& q, const View& k, const View& v
     for (int64_t h = 0; h < s.heads; ++h)
       for (int64_t i = 0; i < s.query_blocks(); ++i) {
         const int64_t seen = s.causal ? s.first_block() + i + 1 : s.key_blocks();
+        const int64_t unseen = std::min(seen, s.first_of(b, std::max((s.first_block() + i) * s.block, s.offset())) / s.block);
         const bool* kept = kept_by(b, h, i);
-        tasks.push_back({kept ? std::count(kept, kept + seen, true) : seen, b, h, i});
+        tasks.push_back({kept ? std::count(kept + unseen, kept + seen, true) : seen - unseen, b, h, i});
       }
   tasks = longest_first(std::move(tasks));
 
@@ -83,7 +88,8 @@ void block_attention(const Shape& s, const View& q, const View& k, const View& v
       std::fill_n(state.limit, rows, -kInfinity);
 
       const int64_t end = s.causal ? position + rows : s.keys;  // no row sees a key from here on
-      for (int64_t j = start / s.block; j * s.block < end; ++j) {
+      const int64_t begin = s.first_of(b, std::max(position, start));  // nor one before
+      for (int64_t j = begin / s.block; j * s.block < end; ++j) {
         if (kept && !kept[j]) continue;
         const int64_t from = j * s.block;
         while ((j + 1) * s.block < end && (!kept || kept[j + 1])) ++j;  // neighbouring blocks make one run
@@ -94,20 +100,21 @@ void block_attention(const Shape& s, const View& q, const View& k, const View& v
               rows,
               [&](auto m_, int64_t r) {
                 constexpr int M = decltype(m_)::value;
-                int64_t last[M];
+                int64_t first[M], last[M];
                 for (int m = 0; m < M; ++m) {
                   const int64_t own = position + r + m;
+                  first[m] = s.first_of(b, own) - key;
                   last[m] = own < start ? 0 : std::min(key_end, s.causal ? own + 1 : key_end) - key;
                 }
-                if (last[M - 1] <= 0) return;
+                if (last[M - 1] <= std::max<int64_t>(first[0], 0)) return;
                 attend<Half, M>(q_data + r * q_bytes, q_bytes, all_keys + group * key_floats, kLanes, key_floats,
                                 all_values + group * value_floats, (last[M - 1] + kLanes - 1) / kLanes, words, value_dim,
-                                scale * kLog2e, start - key, last, r, state, scratch);
+                                scale * kLog2e, first, last, r, state, scratch);
               },
               amx.on);
         }
       }
-      for (int64_t r = 0; r < rows; ++r) write_row(state, r, value_dim, out.half, out.row(b, h, query + r));
+      for (int64_t r = 0; r < rows; ++r) write_row(state, r, value_dim, sinks ? sinks + h : nullptr, out.half, out.row(b, h, query + r));
     }
   }
 }
@@ -244,10 +251,11 @@ void cluster_attention(const Shape& s, const View& q, const View& k, const View&
             task.count,
             [&](auto m_, int64_t r) {
               constexpr int M = decltype(m_)::value;
-              int64_t last[M];
+              int64_t first[M], last[M];
+              std::fill_n(first, M, 0);
               std::fill_n(last, M, count);
               attend<Half, M>(reinterpret_cast<const char*>(copied + r * words), words * 4, some_keys, word_stride, group_stride,
-                              values, (count + kLanes - 1) / kLanes, words, value_dim, scale * kLog2e, 0, last, r, state, scratch);
+                              values, (count + kLanes - 1) / kLanes, words, value_dim, scale * kLog2e, first, last, r, state, scratch);
             },
             amx.on);
       };
@@ -276,7 +284,7 @@ void cluster_attention(const Shape& s, const View& q, const View& k, const View&
         }
       }
       if (collected.count > 0) attend_collected();
-      for (int64_t r = 0; r < task.count; ++r) write_row(state, r, value_dim, out.half, out.row(b, h, rows[r]));
+      for (int64_t r = 0; r < task.count; ++r) write_row(state, r, value_dim, nullptr, out.half, out.row(b, h, rows[r]));
     }
   }
 }
@@ -346,7 +354,7 @@ void decode_chunk(const View& k, const View& v, int64_t b, int64_t h, int64_t fr
 }
 
 void decode_attention(const Shape& s, const View& q, const View& k, const View& v, const View& out, int64_t value_dim,
-                      float scale) {
+                      const float* sinks, float scale) {
   const int64_t per = s.heads / s.key_heads, passes = (per + kTogether - 1) / kTogether;
   const int64_t chunks = (s.keys + kChunk - 1) / kChunk, part = value_dim + 2;
   const Tensor parts = at::empty({s.batch * s.heads * chunks * part}, at::kFloat);
@@ -394,7 +402,8 @@ void decode_attention(const Shape& s, const View& q, const View& k, const View& 
         weight += from[value_dim + 1] * fade;
         for (int64_t c = 0; c < value_dim; ++c) sums[c] += from[c] * fade;
       }
-      const float share = weight == 0.0f ? 0.0f : 1.0f / weight;
+      const float total = weight + sink_weight(sinks ? sinks + h : nullptr, most);
+      const float share = weight == 0.0f ? 0.0f : 1.0f / total;
       for (int64_t c = 0; c < value_dim; ++c) {
         if (out.half)
           reinterpret_cast<BFloat16*>(out.row(b, h, 0))[c] = static_cast<BFloat16>(sums[c] * share);
@@ -411,7 +420,7 @@ constexpr int64_t kTileRows = 32;  // tile rows a thread takes at a time, at lea
 
 // Row A of tiles against column B: sum over i < stride of q[A * stride + stride - 1 - i] . k[B * stride + i]; softmax over B of
 // `scale` times that; out (batch, heads, query blocks, key blocks) is the sum over the tiles of a block. Tiles without any token
-// count nothing, tokens missing from a tile count as zeros.
+// that a row sees count nothing, tokens missing from a tile count as zeros; tiles at an edge are taken whole.
 template <bool Half>
 void antidiagonal_scores(const Shape& s, const View& q, const View& k, int64_t stride, float scale, float* out) {
   const int64_t words = Half ? s.dim / 2 : s.dim, tiles = (s.keys + stride - 1) / stride, groups = (tiles + kLanes - 1) / kLanes;
@@ -448,7 +457,8 @@ void antidiagonal_scores(const Shape& s, const View& q, const View& k, int64_t s
     for (size_t t = 0; t < tasks.size(); ++t) {
       const int64_t b = tasks[t].b, h = tasks[t].h, blocks = std::min(together, s.query_blocks() - tasks[t].i);
       const int64_t first_row = (s.first_block() + tasks[t].i) * per_block, rows = std::min(blocks * per_block, tiles - first_row);
-      const int64_t first_query = std::max(s.offset(), s.start(b)), first_tile = s.start(b) / stride;
+      const int64_t first_query = std::max(s.offset(), s.start(b));
+      const int64_t first_group = s.first_of(b, first_row * stride) / stride / kLanes;
       const int64_t columns = s.causal ? first_row + rows : tiles;
       for (int64_t r = 0; r < rows * stride; ++r) {
         const int64_t position = first_row * stride + r, reversed = r / stride * stride + stride - 1 - r % stride;
@@ -463,7 +473,7 @@ void antidiagonal_scores(const Shape& s, const View& q, const View& k, int64_t s
             constexpr int M = decltype(m_)::value;
             const auto* left = reinterpret_cast<const char*>(query + r * row_words);
             const int64_t count = (columns + kLanes - 1) / kLanes;
-            int64_t group = 0;
+            int64_t group = first_group;
 #ifdef ASSAY_AMX
             if constexpr (M >= kTile) {
               const auto products = [&](auto c_) {
@@ -477,8 +487,9 @@ void antidiagonal_scores(const Shape& s, const View& q, const View& k, int64_t s
             }
 #endif
             if constexpr (M < kTile)
-              for_tiles(count, [&](auto n_, int64_t group) {
+              for_tiles(count - first_group, [&](auto n_, int64_t at) {
                 constexpr int N = decltype(n_)::value;
+                const int64_t group = first_group + at;
                 Vec total[M][N] = {};
                 multiply<Half, M, N>(total, left, 4 * row_words, keys + group * group_floats, kLanes, group_floats, row_words);
                 for (int m = 0; m < M; ++m)
@@ -492,22 +503,23 @@ void antidiagonal_scores(const Shape& s, const View& q, const View& k, int64_t s
           const int64_t tile = first_row + r, last = s.causal ? tile + 1 : tiles;
           if ((tile + 1) * stride <= first_query) continue;  // no query in this row
           float* row = scores + r * width;
-          for (int64_t c = 0; c < first_tile; ++c) row[c] = -kInfinity;
+          const int64_t first_tile = s.first_of(b, tile * stride) / stride, from = first_tile / kLanes * kLanes;
+          for (int64_t c = from; c < first_tile; ++c) row[c] = -kInfinity;
           for (int64_t c = last; c % kLanes; ++c) row[c] = -kInfinity;
           Vec most = all(-kInfinity), weight = {};
-          for (int64_t c = 0; c < last; c += kLanes) {
+          for (int64_t c = from; c < last; c += kLanes) {
             const Vec score = load(row + c) * (scale * kLog2e);
             most = larger(most, score);
             store(row + c, score);
           }
           const float top = largest(most);
-          for (int64_t c = 0; c < last; c += kLanes) {
+          for (int64_t c = from; c < last; c += kLanes) {
             const Vec share = exp2<false>(load(row + c) - top);
             weight = weight + share;
             store(row + c, share);
           }
           const float share = 1.0f / sum(weight);
-          for (int64_t c = 0; c < last; c += kLanes) store(column + c, load(column + c) + load(row + c) * share);
+          for (int64_t c = from; c < last; c += kLanes) store(column + c, load(column + c) + load(row + c) * share);
         }
         float* to = out + ((b * s.heads + h) * s.query_blocks() + tasks[t].i + block) * s.key_blocks();
         for (int64_t j = 0; j < s.key_blocks(); ++j) {
@@ -521,59 +533,26 @@ void antidiagonal_scores(const Shape& s, const View& q, const View& k, int64_t s
 
 // ---- operators -------------------------------------------------------------------------------------------------------------
 
-Shape checked(const Tensor& q, const Tensor& k, int64_t block, bool causal, const OptTensor& key_start, bool half) {
-  for (const Tensor& x : {q, k})
-    TORCH_CHECK_VALUE(x.dim() == 4 && x.stride(3) == 1 && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16),
-                      "q, k, v must be float32 or bfloat16 of (batch, heads, tokens, dim), dim last in memory");
-  TORCH_CHECK_VALUE(k.scalar_type() == q.scalar_type(), "q, k, v must have one dtype");
-  TORCH_CHECK_VALUE(k.size(0) == q.size(0) && k.size(3) == q.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
-                    "q ", q.sizes(), " and k ", k.sizes(), " do not fit together");
-  TORCH_CHECK_VALUE(q.size(2) <= k.size(2), "at least as many keys as queries are needed, got ", k.size(2), " and ", q.size(2));
-  TORCH_CHECK_VALUE(q.size(3) % 16 == 0 && q.size(3) <= kMostDim, "head dimension must be a multiple of 16 up to 1024, got ", q.size(3));
-  TORCH_CHECK_VALUE(block > 0 && block % 16 == 0, "block must be a positive multiple of 16, got ", block);
-#ifndef ASSAY_BF16
-  TORCH_CHECK_VALUE(!half, "this processor has no bfloat16 dot product");
-#endif
-  const int64_t* start = nullptr;
-  if (key_start.has_value()) {
-    TORCH_CHECK_VALUE(key_start->scalar_type() == at::kLong && key_start->is_contiguous() &&
-                          key_start->sizes() == at::IntArrayRef({q.size(0)}),
-                      "key_start must be a contiguous int64 tensor of (batch,)");
-    start = key_start->data_ptr<int64_t>();
-    for (int64_t b = 0; b < q.size(0); ++b)
-      TORCH_CHECK_VALUE(start[b] >= 0 && start[b] <= k.size(2), "key_start must lie in [0, keys], got ", start[b]);
-  }
-  return {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), block, causal, start};
-}
-
-void check_values(const Tensor& k, const Tensor& v) {
-  TORCH_CHECK_VALUE(v.dim() == 4 && v.stride(3) == 1 && v.scalar_type() == k.scalar_type() && v.size(0) == k.size(0) &&
-                        v.size(1) == k.size(1) && v.size(2) == k.size(2) && v.size(3) % 16 == 0 && v.size(3) <= kMostDim,
-                    "v ", v.sizes(), " does not fit k ", k.sizes());
-}
-
 // (batch, heads, queries, dim), lying in memory as (batch, queries, heads, dim): what the next projection reads.
 Tensor empty_output(const Tensor& q, int64_t dim) {
   return at::empty({q.size(0), q.size(2), q.size(1), dim}, q.options()).transpose(1, 2);
 }
 
 Tensor block_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& mask, const OptTensor& key_start,
-                          int64_t block, bool causal, double scale, bool half) {
-  const Shape s = checked(q, k, block, causal, key_start, half);
+                          int64_t block, bool causal, double scale, bool half, int64_t window, const OptTensor& sinks) {
+  const Shape s = checked(q, k, block, causal, key_start, half, window);
   check_values(k, v);
-  TORCH_CHECK_VALUE(!mask.has_value() || (mask->scalar_type() == at::kBool && mask->is_contiguous() &&
-                                          mask->sizes() == at::IntArrayRef({s.batch, s.heads, s.query_blocks(), s.key_blocks()})),
-                    "mask must be a contiguous bool tensor of (batch, heads, query blocks, key blocks)");
+  const bool* kept = checked_mask(mask, s);
+  const float* sink = checked_sinks(sinks, s);
   Tensor out = empty_output(q, v.size(3));
   if (out.numel() == 0) return out;
-  const bool* kept = mask.has_value() ? mask->data_ptr<bool>() : nullptr;
 #ifdef ASSAY_BF16
   if (half) {
-    block_attention<true>(s, View(q), View(k), View(v), View(out), v.size(3), kept, scale);
+    block_attention<true>(s, View(q), View(k), View(v), View(out), v.size(3), kept, sink, scale);
     return out;
   }
 #endif
-  block_attention<false>(s, View(q), View(k), View(v), View(out), v.size(3), kept, scale);
+  block_attention<false>(s, View(q), View(k), View(v), View(out), v.size(3), kept, sink, scale);
   return out;
 }
 
@@ -622,18 +601,20 @@ Tensor cluster_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, c
   return out;
 }
 
-Tensor decode_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& key_start, double scale) {
+Tensor decode_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& key_start, double scale,
+                           const OptTensor& sinks) {
   const Shape s = checked(q, k, 16, false, key_start, false);
   check_values(k, v);
-  TORCH_CHECK_VALUE(q.size(2) == 1, "decode_attention takes one query, got ", q.size(2));
+  TORCH_CHECK_VALUE(q.size(2) == 1, "q must hold one token, got ", q.size(2));
+  const float* sink = checked_sinks(sinks, s);
   Tensor out = empty_output(q, v.size(3));
-  if (out.numel() > 0) decode_attention(s, View(q), View(k), View(v), View(out), v.size(3), scale);
+  if (out.numel() > 0) decode_attention(s, View(q), View(k), View(v), View(out), v.size(3), sink, scale);
   return out;
 }
 
 Tensor antidiagonal_scores_op(const Tensor& q, const Tensor& k, const OptTensor& key_start, int64_t stride, int64_t block,
-                              bool causal, double scale, bool half) {
-  const Shape s = checked(q, k, block, causal, key_start, half);
+                              bool causal, double scale, bool half, int64_t window) {
+  const Shape s = checked(q, k, block, causal, key_start, half, window);
   TORCH_CHECK_VALUE(stride > 0 && block % stride == 0, "stride must divide block, got ", stride, " and ", block);
   Tensor out = at::empty({s.batch, s.heads, s.query_blocks(), s.key_blocks()}, q.options().dtype(at::kFloat));
   if (out.numel() == 0) return out;
@@ -662,14 +643,14 @@ bool has_tiles() { return tiles_allowed(); }
 TORCH_LIBRARY_FRAGMENT(assay, m) {
   m.def(
       "block_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? key_start, int block, bool causal, float scale, "
-      "bool half) -> Tensor");
+      "bool half, *, int window=0, Tensor? sinks=None) -> Tensor");
   m.def(
       "cluster_attention(Tensor q, Tensor k, Tensor v, Tensor query_order, Tensor key_order, Tensor query_sizes, "
       "Tensor key_sizes, Tensor mask, float scale, bool half) -> Tensor");
-  m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor? key_start, float scale) -> Tensor");
+  m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor? key_start, float scale, *, Tensor? sinks=None) -> Tensor");
   m.def(
-      "antidiagonal_scores(Tensor q, Tensor k, Tensor? key_start, int stride, int block, bool causal, float scale, bool half) "
-      "-> Tensor");
+      "antidiagonal_scores(Tensor q, Tensor k, Tensor? key_start, int stride, int block, bool causal, float scale, bool half, "
+      "*, int window=0) -> Tensor");
   m.def("attention_has_bf16() -> bool", &has_bf16);
   m.def("attention_has_tiles() -> bool", &has_tiles);
 }

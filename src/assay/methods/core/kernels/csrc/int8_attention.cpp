@@ -195,7 +195,9 @@ void int8_attention(const Shape& s, const View& q, const View& k, const View& v,
         const int64_t seen = s.causal ? s.offset() - lead + (i + 1) * s.block : s.keys;
         const bool* kept = kept_by(b, h, i);
         const int64_t columns = std::min((seen + s.block - 1) / s.block, s.key_blocks());
-        tasks.push_back({kept ? std::count(kept, kept + columns, true) : seen, b, h, i});
+        const int64_t unseen = s.first_of(b, s.offset() + std::max<int64_t>(i * s.block - lead, 0));
+        const int64_t before = std::min(unseen / s.block, columns);
+        tasks.push_back({kept ? std::count(kept + before, kept + columns, true) : seen - unseen, b, h, i});
       }
   tasks = longest_first(std::move(tasks));
   const int64_t segment = segment_of(std::max(code_bytes, 4 * value_floats));
@@ -262,9 +264,10 @@ void int8_attention(const Shape& s, const View& q, const View& k, const View& v,
       std::fill_n(state.shift, rows, 0.0f);
       std::fill_n(state.limit, rows, -kInfinity);
 
-      for (int64_t j = start / key_block; j * key_block < end; ++j) {
+      const int64_t begin = s.first_of(b, std::max(position, start));  // nor one before
+      for (int64_t j = begin / key_block; j * key_block < end; ++j) {
         if (kept && !kept[j]) continue;
-        const int64_t block_start = std::max(j * key_block, start);
+        const int64_t block_start = std::max(j * key_block, begin);
         while (kept && (j + 1) * key_block < end && kept[j + 1]) ++j;  // neighbouring blocks make one run
         const int64_t block_end = std::min((j + 1) * key_block, end);
         if (o.smooth_q) dots_of(k, b, s.group_of(h), block_start, block_end, query_mean, s.dim, mean_dot, bias);
@@ -274,10 +277,12 @@ void int8_attention(const Shape& s, const View& q, const View& k, const View& v,
               rows,
               [&](auto m_, int64_t r) {
                 constexpr int M = decltype(m_)::value;
-                int64_t last[M];
-                for (int m = 0; m < M; ++m)
+                int64_t first[M], last[M];
+                for (int m = 0; m < M; ++m) {
+                  first[m] = s.first_of(b, position + r + m) - key;
                   last[m] = r + m < unseen ? 0 : std::min(key_end, s.causal ? position + r + m + 1 : key_end) - key;
-                if (last[M - 1] <= 0) return;
+                }
+                if (last[M - 1] <= std::max<int64_t>(first[0], 0)) return;
                 const uint8_t *codes_of_rows = query_codes + r * s.dim, *codes_of_keys = all_codes + group * code_bytes;
                 const int64_t first_key = head * padded + key;
                 const int64_t groups_seen = (last[M - 1] + kLanes - 1) / kLanes;
@@ -300,8 +305,8 @@ void int8_attention(const Shape& s, const View& q, const View& k, const View& v,
                       for (int m = 0; m < kSoftRows; ++m)
                         total[m][n] = to_score((Ints)total[m][n], r + first_row + m, place + n * kLanes);
                   };
-                  attend_tiles<M / kTile>(products, finish, some_values, groups_seen, value_dim, o.scale * kLog2e, start - key, last, r,
-                                          state, scratch);
+                  attend_tiles<M / kTile>(products, finish, some_values, groups_seen, value_dim, o.scale * kLog2e, first, last, r, state,
+                                          scratch);
                 }
 #endif
                 if constexpr (M < kTile) {
@@ -326,7 +331,7 @@ void int8_attention(const Shape& s, const View& q, const View& k, const View& v,
 #pragma GCC unroll 8
                       for (int m = 0; m < M; ++m) total[m][n] = to_score(products[m][n], r + m, place + n * kLanes);
                   };
-                  attend_scores<Half, M>(score, some_values, groups_seen, value_dim, o.scale * kLog2e, start - key, last, r, state, scratch);
+                  attend_scores<Half, M>(score, some_values, groups_seen, value_dim, o.scale * kLog2e, first, last, r, state, scratch);
                 }
               },
               amx.on);
@@ -355,44 +360,23 @@ void int8_attention(const Shape& s, const View& q, const View& k, const View& v,
 // (batch, heads, queries, value dim), lying in memory as (batch, queries, heads, value dim), and the natural log-sum-exp of the scaled scores (batch, heads, queries).
 std::tuple<Tensor, Tensor> int8_attention_op(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& mask,
                                              const OptTensor& key_start, int64_t block, bool causal, double scale, int64_t levels,
-                                             at::IntArrayRef groups, bool smooth_q, bool smooth_k, bool half) {
-  for (const Tensor& x : {q, k, v})
-    TORCH_CHECK_VALUE(x.dim() == 4 && x.stride(3) == 1 && x.scalar_type() == q.scalar_type() &&
-                          (x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16),
-                      "q, k, v must be all float32 or all bfloat16 of (batch, heads, tokens, dim), dim last in memory");
-  TORCH_CHECK_VALUE(k.size(0) == q.size(0) && k.size(3) == q.size(3) && k.size(1) > 0 && q.size(1) % k.size(1) == 0 &&
-                        v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == k.size(2) && k.size(2) > 0,
-                    "q ", q.sizes(), ", k ", k.sizes(), " and v ", v.sizes(), " do not fit together");
-  TORCH_CHECK_VALUE(!(causal || key_start.has_value() || mask.has_value()) || q.size(2) <= k.size(2),
-                    "at least as many keys as queries are needed, got ", k.size(2), " and ", q.size(2));
-  for (const int64_t dim : {q.size(3), v.size(3)})
-    TORCH_CHECK_VALUE(dim % 16 == 0 && dim > 0 && dim <= kMostDim, "dimensions must be multiples of 16 up to 1024, got ", dim);
+                                             at::IntArrayRef groups, bool smooth_q, bool smooth_k, bool half,
+                                             int64_t window) {
+  const bool last_of_keys = causal || key_start.has_value() || mask.has_value();
+  Shape s = checked(q, k, block, causal, key_start, half, window, !last_of_keys);
+  if (!mask.has_value()) s.block = kBlock;
+  check_values(k, v);
+  const bool* kept = checked_mask(mask, s);
+  TORCH_CHECK_VALUE(k.size(2) > 0, "k must hold at least one token");
   TORCH_CHECK_VALUE(levels > 0 && levels <= 127, "levels must be 1 to 127, got ", levels);
   TORCH_CHECK_VALUE(groups.size() == 4, "groups must be (query rows, classes, key rows, classes), got ", groups);
   for (const int i : {0, 2})
     TORCH_CHECK_VALUE(groups[i] > 0 && groups[i] % 16 == 0 && kBlock % groups[i] == 0 && groups[i + 1] > 0 && 8 % groups[i + 1] == 0,
                       "groups must be of 16, 32, 64 or 128 rows and 1, 2, 4 or 8 classes, got ", groups);
-#ifndef ASSAY_BF16
-  TORCH_CHECK_VALUE(!half, "this processor has no bfloat16 dot product");
-#endif
-  const int64_t* start = nullptr;
-  if (key_start.has_value()) {
-    TORCH_CHECK_VALUE(key_start->scalar_type() == at::kLong && key_start->is_contiguous() &&
-                          key_start->sizes() == at::IntArrayRef({q.size(0)}),
-                      "key_start must be a contiguous int64 tensor of (batch,)");
-    start = key_start->data_ptr<int64_t>();
-    for (int64_t b = 0; b < q.size(0); ++b)
-      TORCH_CHECK_VALUE(start[b] >= 0 && start[b] <= k.size(2), "key_start must lie in [0, keys], got ", start[b]);
-  }
-  TORCH_CHECK_VALUE(block > 0 && block % 16 == 0, "block must be a positive multiple of 16, got ", block);
-  const Shape s{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), mask.has_value() ? block : kBlock, causal, start};
-  TORCH_CHECK_VALUE(!mask.has_value() || (mask->scalar_type() == at::kBool && mask->is_contiguous() &&
-                                          mask->sizes() == at::IntArrayRef({s.batch, s.heads, s.query_blocks(), s.key_blocks()})),
-                    "mask must be a contiguous bool tensor of (batch, heads, query blocks, key blocks)");
   Tensor out = at::empty({s.batch, s.queries, s.heads, v.size(3)}, q.options()).transpose(1, 2);
   Tensor lse = at::empty({s.batch, s.heads, s.queries}, q.options().dtype(at::kFloat));
   if (lse.numel() == 0) return {out, lse};
-  const Options o{mask.has_value() ? mask->data_ptr<bool>() : nullptr, static_cast<float>(scale), static_cast<float>(levels),
+  const Options o{kept, static_cast<float>(scale), static_cast<float>(levels),
                   {groups[0], groups[1]}, {groups[2], groups[3]}, smooth_q, smooth_k};
 #ifdef ASSAY_BF16
   if (half) {
@@ -417,7 +401,7 @@ bool has_vnni() {
 TORCH_LIBRARY_FRAGMENT(assay, m) {
   m.def(
       "int8_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? key_start, int block, bool causal, float scale, "
-      "int levels, int[] groups, bool smooth_q, bool smooth_k, bool half) -> (Tensor, Tensor)");
+      "int levels, int[] groups, bool smooth_q, bool smooth_k, bool half, *, int window=0) -> (Tensor, Tensor)");
   m.def("int8_attention_has_vnni() -> bool", &has_vnni);
 }
 
