@@ -63,7 +63,6 @@ def ternary_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
-<<<<<<< ours
     """8 bits a token: integer codes -128..127 (..., k) and steps (..., 1), float32 at least: x ~ codes * step.
 
     Raises TypeError for whole or complex numbers.
@@ -72,12 +71,6 @@ def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.to(wide_dtype(x.dtype))  # 127 / peak overflows in float16
     peak = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
     return (x * (127.0 / peak)).round().clamp(-128, 127), peak / 127.0
-=======
-    """8 bits a token: integer codes -128..127 (..., k) in the dtype of x and steps (..., 1): x ~ codes * step."""
-    wide = x.to(_wide(x.dtype))  # 127 / 1e-5 is beyond float16
-    peak = wide.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
-    return (wide * (127.0 / peak)).round().clamp(-128, 127).to(x.dtype), (peak / 127.0).to(x.dtype)
->>>>>>> theirs
 
 
 def bit_linear_reference(x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
