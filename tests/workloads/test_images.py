@@ -43,6 +43,17 @@ def test_crops_come_from_the_picture_and_repeat():
     assert torch.equal(found, crops(picture, 32, 5, seed=3))
     with pytest.raises(ValueError, match="size"):
         crops(picture, 10_000, 1)
+    for value in (8.0, float("nan"), True):
+        with pytest.raises(TypeError, match="size must be a whole number"):
+            crops(picture, value, 1)
+        with pytest.raises(TypeError, match="n must be a whole number"):
+            crops(picture, 8, value)
+        with pytest.raises(TypeError, match="frames must be a whole number"):
+            clip(picture, value, 8)
+    with pytest.raises(ValueError, match="image must have shape"):
+        crops(picture[0], 8, 1)
+    with pytest.raises(TypeError, match="image must hold floating-point numbers"):
+        clip(picture.to(torch.uint8), 2, 8)
 
 
 def test_a_clip_moves_smoothly():

@@ -130,13 +130,16 @@ def test_no_chunk_is_larger_than_it_should_be(monkeypatch):
         torch.zeros(8, dtype=torch.int64),
         torch.zeros(0, 8, dtype=torch.int64),
         torch.zeros(2, 1, dtype=torch.int64),
+        torch.tensor([[5, -100]]),
+        torch.zeros(2, 8, dtype=torch.int32),
         [[1, 2]],
     ],
 )
 def test_windows_of_a_wrong_shape(tiny, bad):
-    with pytest.raises(ValueError, match="windows must"):
+    wrong = TypeError if not isinstance(bad, torch.Tensor) or bad.dtype != torch.int64 else ValueError
+    with pytest.raises(wrong, match="windows must"):
         window_nll(tiny.model, bad)
-    with pytest.raises(ValueError, match="windows must"):
+    with pytest.raises(wrong, match="windows must"):
         agreement(tiny.model, tiny.model, bad)
 
 
@@ -166,6 +169,13 @@ def test_the_statistic_fits_the_bootstrap():
 def test_relative_increase_of_what_does_not_pair_up(base, candidate):
     with pytest.raises(ValueError, match="alike"):
         relative_increase(base, candidate)
+
+
+@pytest.mark.parametrize("bad", [[1.0], torch.zeros(2, dtype=torch.int64), None])
+def test_relative_increase_of_no_likelihoods(bad):
+    with pytest.raises(TypeError, match="nll_candidate must"):
+        relative_increase(torch.zeros(2), bad)
+    assert math.isnan(relative_increase(torch.zeros(2), torch.tensor([1.0, math.nan])).relative)
 
 
 @pytest.mark.model

@@ -8,6 +8,7 @@ from assay.workloads.sequences import (
     batches_of,
     byte_batches,
     byte_windows,
+    pathfinder,
     repeated_ngrams,
     selective_copying,
     text_bytes,
@@ -81,5 +82,41 @@ def test_repeated_ngrams_marks_the_last_byte_of_a_repetition():
     ],
 )
 def test_what_does_not_fit_is_named(call):
-    with pytest.raises(ValueError, match="must be at"):
+    with pytest.raises(ValueError, match="must be a"):
         call()
+
+
+@pytest.mark.parametrize("value", [3.7, float("nan"), True, "8", None])
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda value: byte_windows(value, 1), "length"),
+        (lambda value: byte_windows(8, value), "n"),
+        (lambda value: byte_batches(value, 2), "length"),
+        (lambda value: byte_batches(8, value), "batch"),
+        (lambda value: byte_batches(8, 2, seed=value), "seed"),
+        (lambda value: associative_recall(value), "n"),
+        (lambda value: associative_recall(2, vocab=value), "vocab"),
+        (lambda value: associative_recall(2, pairs=value), "pairs"),
+        (lambda value: selective_copying(2, tokens=value), "tokens"),
+        (lambda value: selective_copying(2, seed=value), "seed"),
+        (lambda value: pathfinder(value, 16), "n"),
+        (lambda value: pathfinder(1, value), "side"),
+        (lambda value: pathfinder(1, 16, seed=value), "seed"),
+        (lambda value: repeated_ngrams(torch.zeros(1, 4).long(), torch.zeros(1, 4).long(), value), "n"),
+    ],
+)
+def test_counts_are_whole_numbers(call, name, value):
+    with pytest.raises(TypeError, match=f"^{name} must be a whole number"):
+        call(value)
+
+
+def test_batches_are_refused_when_they_are_asked_for_and_not_at_the_first():
+    with pytest.raises(ValueError, match="length must be a whole number at least 1 and at most"):
+        byte_batches(10**9, 2)
+    with pytest.raises(ValueError, match="part must be one of 'heldout', 'calibration', 'prompts', got 'train'"):
+        byte_batches(8, 2, part="train")
+    with pytest.raises(ValueError, match="kind must be one of 'code', 'english', got 'poem'"):
+        byte_windows(8, 2, kind="poem")
+    with pytest.raises(ValueError, match="targets must have shape"):
+        repeated_ngrams(torch.zeros(1, 4).long(), torch.zeros(1, 3).long())

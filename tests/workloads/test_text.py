@@ -119,12 +119,12 @@ def test_a_long_prompt_goes_round_at_the_end_but_not_further(tokenizer, monkeypa
 
 @pytest.mark.parametrize("tokens", [0, -3, 1.0, True, "8"])
 def test_a_long_prompt_of_a_wrong_length(tokenizer, tokens):
-    with pytest.raises(ValueError, match="tokens must be an integer of at least 1"):
+    with pytest.raises((TypeError, ValueError), match="tokens must be a whole number at least 1"):
         long_prompt(tokenizer, tokens)
 
 
 def test_a_long_prompt_of_an_unknown_kind(tokenizer):
-    with pytest.raises(ValueError, match="kind must be one of code, english, got 'poem'"):
+    with pytest.raises(ValueError, match="kind must be one of 'code', 'english', got 'poem'"):
         long_prompt(tokenizer, 8, kind="poem")
 
 
@@ -141,15 +141,23 @@ def test_mixed_prompts_span_the_lengths_in_arrival_order(tokenizer):
     assert all(tuple(prompt) in whole for prompt in prompts)
 
 
+def test_mixed_prompts_can_be_kept_short(tokenizer):
+    lengths = [len(prompt) for prompt in mixed_prompts(tokenizer, 16, longest=60)]
+    assert all(6 <= length <= 60 for length in lengths)
+    assert max(lengths) > 50
+    with pytest.raises(ValueError, match="longest must be a whole number at least 6, got 5"):
+        mixed_prompts(tokenizer, 16, longest=5)
+
+
 def test_mixed_prompts_are_repeatable(tokenizer):
     assert mixed_prompts(tokenizer, 8, seed=1) == mixed_prompts(tokenizer, 8, seed=1)
     assert mixed_prompts(tokenizer, 8, seed=1) != mixed_prompts(tokenizer, 8, seed=2)
     assert len(mixed_prompts(tokenizer, 1)) == 1
 
 
-@pytest.mark.parametrize("n", [0, -1, 2.0, 10**6])
+@pytest.mark.parametrize("n", [0, -1, 2.0, True, 10**6])
 def test_mixed_prompts_of_a_wrong_number(tokenizer, n):
-    with pytest.raises(ValueError, match="n must be"):
+    with pytest.raises((TypeError, ValueError), match="n must be"):
         mixed_prompts(tokenizer, n)
 
 
@@ -198,11 +206,12 @@ def test_nearly_all_of_a_text_can_be_used(tokenizer):
         (1, 4, "window must be"),
         (8, 0, "n must be"),
         (8.0, 4, "window must be"),
+        (float("nan"), 4, "window must be"),
         (10**6, 2, "more than the heldout code text"),
     ],
 )
 def test_windows_that_cannot_be(tokenizer, window, n, wrong):
-    with pytest.raises(ValueError, match=wrong):
+    with pytest.raises((TypeError, ValueError), match=wrong):
         heldout_windows(tokenizer, window=window, n=n)
 
 

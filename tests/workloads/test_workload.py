@@ -139,8 +139,10 @@ def test_a_file_that_is_not_there_or_no_file(tmp_path, tokenizer):
 @pytest.mark.parametrize("name", ["context", "new_tokens"])
 def test_counts_must_be_positive(file, tokenizer, name):
     write(file, {"prompt": "a"})
-    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number at least 1, got 0"):
         read_workload(file, tokenizer, **{"context": 256, name: 0})
+    with pytest.raises(TypeError, match=f"{name} must be a whole number at least 1, got nan"):
+        read_workload(file, tokenizer, **{"context": 256, name: float("nan")})
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

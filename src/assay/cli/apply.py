@@ -23,4 +23,4 @@ def apply(
     if json:
         print_json({"artefact": str(output), "recipe": [step.model_dump() for step in done.steps]})
     else:
-        typer.echo(f"{output}: {done.label()}")
+        typer.echo(f"{output}: {done.words()}\nrecipe   {done.label()}")

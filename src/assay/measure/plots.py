@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from assay import checks
 from assay.measure.profile import Phase, Profile, Row
 from assay.measure.roofline import GapPoint
 from assay.paths import atomic_file
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 INK, WATER, DRY, WET = "#1f2937", "#2563eb", "#047857", "#b45309"
 COLOURS = {"linear": "#1d4ed8", "attention": "#b45309", "other": "#6b7280"}
+NAMED = 8  # bars of a waterline that are named
 LOWEST = 1e-2  # operations per byte drawn for work without MACs, on the log axis
 
 
@@ -25,38 +27,58 @@ def waterline_figure(profile: Profile, phase: Phase) -> Figure:
     Raises ValueError for a phase that was not profiled.
     """
     _check(profile, phase)
-    figure, axes = _axes(9.0, 3.4)
-    left, top = 0.0, 1.0
-    for bar in profile.waterline(phase):
-        share, height = bar["share"], max(bar["intensity"], LOWEST)
-        ridge = profile.calibration.ridge(bar["dtype"])
-        axes.bar(
-            left, height, share, align="edge", color=DRY if height >= ridge else WET, edgecolor="white", linewidth=0.4
-        )
-        axes.plot([left, left + share], [ridge, ridge], color=WATER, linewidth=1.5)
-        if share > 0.04:
-            axes.text(
-                left + share / 2, height * 1.15, _short(bar["name"]), ha="center", va="bottom", fontsize=7, rotation=25
-            )
-        left += share
-    axes.set(
-        yscale="log", xlim=(0, max(left, 1e-9)), xlabel=f"share of the time, {phase}", ylabel="operations per byte"
+    figure = waterline_bars(
+        profile.waterline(phase), profile.calibration.ridge, label=f"share of the time, {phase}", size=(9.0, 3.8)
     )
+    figure.axes[0].set_title(f"Waterline, {phase}: under the blue line memory is the limit", fontsize=10, loc="left")
+    return figure
+
+
+def waterline_bars(
+    bars: Sequence[Mapping[str, Any]], ridge: Callable[[str], float], *, label: str, size: tuple[float, float]
+) -> Figure:
+    """The waterline of `bars`, as `Profile.waterline` gives them, with the ridge of each dtype; `size` in inches.
+
+    The widest bars are numbered, and the numbers named below, so that no name covers another.
+    """
+    figure, axes = bare_axes(*size)
+    named = [bar for bar in sorted(bars, key=lambda bar: -bar["share"])[:NAMED] if bar["share"] > 0.04]
+    named.sort(key=bars.index)
+    left, top = 0.0, 1.0
+    for bar in bars:
+        share, height, water = bar["share"], max(bar["intensity"], LOWEST), ridge(bar["dtype"])
+        colour = DRY if height >= water else WET
+        axes.bar(left, height, share, align="edge", color=colour, edgecolor="white", linewidth=0.4)
+        axes.plot([left, left + share], [water, water], color=WATER, linewidth=1.5)
+        if bar in named:
+            number = str(named.index(bar) + 1)
+            axes.text(left + share / 2, height * 1.1, number, ha="center", va="bottom", fontsize=8)
+        left, top = left + share, max(top, height, water)
+    axes.set(yscale="log", xlim=(0, max(left, 1e-9)), xlabel=label, ylabel="operations per byte")
     axes.set_ylim(LOWEST / 1.5, 6 * top)
-    axes.set_title(f"Waterline, {phase}: under the blue line memory is the limit", fontsize=10, loc="left")
+    if named:
+        figure.legend(
+            [axes.plot([], [], " ")[0]] * len(named),
+            [f"{i} {_short(bar['name'])} ({100 * bar['share']:.0f} %)" for i, bar in enumerate(named, 1)],
+            loc="outside lower center",
+            ncols=2,
+            fontsize=8,
+            frameon=False,
+            handlelength=0,
+            handletextpad=0,
+        )
     return figure
 
 
 def gap_figure(profile: Profile, phase: Phase, *, most: int = 14) -> Figure:
     """The groups that take longest: measured time, and in it the part this machine could do it in.
 
-    Raises ValueError for a phase that was not profiled or most < 1.
+    Raises ValueError for a phase that was not profiled or most < 1, TypeError for what is no whole number.
     """
     _check(profile, phase)
-    if most < 1:
-        raise ValueError(f"most must be at least 1, got {most}")
+    most = checks.whole("most", most, low=1)
     rows = sorted(profile.grouped(phase), key=lambda row: row.seconds, reverse=True)[:most][::-1]
-    figure, axes = _axes(9.0, 0.9 + 0.28 * len(rows))
+    figure, axes = bare_axes(9.0, 0.9 + 0.28 * len(rows))
     names = [_label(row) for row in rows]
     axes.barh(names, [1e3 * row.seconds for row in rows], color=[COLOURS[row.kind] for row in rows], alpha=0.45)
     axes.barh(
@@ -79,7 +101,7 @@ def gap_points_figure(points: Sequence[GapPoint]) -> Figure:
     """
     if not points:
         raise ValueError("points must hold at least one model, got none")
-    figure, axes = _axes(6.5, 4.2)
+    figure, axes = bare_axes(6.5, 4.2)
     for point in points:
         axes.plot([point.ideal_seconds, point.seconds], [point.accuracy] * 2, color=INK, linewidth=0.8)
         axes.plot(point.ideal_seconds, point.accuracy, "o", color="white", markeredgecolor=INK)
@@ -123,7 +145,8 @@ def save_png(figures: Sequence[Figure], path: Path | str) -> None:
         image.imsave(temporary, np.concatenate(padded), format="png")
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Any]:
+def bare_axes(width: float, height: float) -> tuple[Figure, Any]:
+    """An empty figure of that size in inches, without a frame."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -133,12 +156,13 @@ def _axes(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def _check(profile: Profile, phase: str) -> None:
-    if phase not in profile.seconds:
-        raise ValueError(f"phase must be one of {', '.join(profile.seconds)}, got {phase!r}")
+    checks.choice("phase", phase, list(profile.seconds))
 
 
 def _short(name: str) -> str:
-    return ".".join(name.split(".")[-2:]) if name.endswith("*") else name.split(".")[-1]
+    """The end of a module's path that tells it from others, without the numbers of layers."""
+    parts = [part for part in name.split(".") if part not in ("*", "model", "")]
+    return ".".join(parts[-2:]) or name or "(model)"
 
 
 def _label(row: Row) -> str:

@@ -10,8 +10,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,21 +25,26 @@ import torch
 from torch import nn
 
 from assay.errors import InputError
+from assay.methods.builtin.dtype import DTYPES, cast, dtype_of
+from assay.methods.core.generation.loop import plain_generation
 from assay.methods.transform import TuneContext
 from assay.paths import atomic_dir
 from assay.tuner.outcome import Outcome
 from assay.tuner.recipe import Recipe, apply_recipe
+from assay.tuner.work import calibration_for, check_vocabulary
 
 if TYPE_CHECKING:
     from assay.workloads.models import LoadedModel
 
 RECIPE, CALIBRATION, REPORT, EVIDENCE = "recipe.toml", "calibration.safetensors", "report.html", "evidence.jsonl"
+MOST_CALIBRATION = 1 << 24  # token ids read from an artefact; assay itself writes some thousands
 
 
 def load(folder: Path | str) -> nn.Module:
     """The tuned model of an artefact: a transformers model that generates. A plain model folder loads as it is.
 
-    Raises InputError when the folder holds no readable model or its recipe does not fit.
+    Raises InputError when the folder holds no readable model, its recipe does not fit, or the token ids it calibrates on are
+    damaged.
     """
     return load_tuned(folder).model
 
@@ -46,25 +56,49 @@ def load_tuned(source: Path | str, *, allow_download: bool = False) -> LoadedMod
     loaded = load_model(source, dtype="auto", allow_download=allow_download)
     if (loaded.folder / RECIPE).is_file():
         recipe = Recipe.read(loaded.folder / RECIPE)
-        loaded.model = apply_recipe(loaded.model, recipe, read_context(loaded.folder, recipe))
+        calibration = read_calibration(loaded.folder / CALIBRATION)
+        if calibration:
+            check_vocabulary(loaded, calibration)
+        loaded.model = apply_recipe(loaded.model, recipe, context_of(recipe, calibration))
     return loaded
 
 
-def read_context(folder: Path, recipe: Recipe) -> TuneContext:
-    """The context a recipe was made in, with its calibration tokens if they lie beside it."""
+def context_of(recipe: Recipe, calibration: list[torch.Tensor]) -> TuneContext:
+    """The context a recipe was made in."""
     goal: Any = recipe.goal or "ttft"
-    return TuneContext(goal, recipe.prompt_tokens, recipe.new_tokens, calibration=_calibration(folder / CALIBRATION))
+    return TuneContext(goal, recipe.prompt_tokens, recipe.new_tokens, calibration=calibration)
 
 
-def _calibration(path: Path) -> list[torch.Tensor]:
+def read_calibration(path: Path) -> list[torch.Tensor]:
+    """The token ids an artefact's transforms calibrate on, (1, n) int64 each; none where there is no such file.
+
+    Raises InputError for a file that is damaged or holds anything but one table of token ids.
+    """
     if not path.is_file():
         return []
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    from assay.workloads.files import check_safetensors
+    from assay.workloads.files import safetensors_shapes
 
-    check_safetensors(path)
-    return list(load_file(path)["input_ids"].long().split(1))
+    shapes = safetensors_shapes(path)
+    if set(shapes) != {"input_ids"}:
+        raise InputError(
+            f"{path}: must hold the tensor 'input_ids' and no other, got {', '.join(sorted(shapes)[:5])}"[:500]
+        )
+    shape = shapes["input_ids"]
+    if len(shape) != 2 or 0 in shape:
+        raise InputError(f"{path}: input_ids must have the shape (texts, tokens), neither 0, got {shape}")
+    if shape[0] * shape[1] > MOST_CALIBRATION:
+        raise InputError(
+            f"{path}: {shape[0] * shape[1]:,} token ids are more than {MOST_CALIBRATION:,}, the most that is read"
+        )
+    with safe_open(path, framework="pt") as file:
+        if (kind := file.get_slice("input_ids").get_dtype()) not in ("I32", "I64"):
+            raise InputError(f"{path}: input_ids must be whole numbers of 32 or 64 bits (I32, I64), got {kind}")
+        ids = file.get_tensor("input_ids").long()
+    if int(ids.min()) < 0:
+        raise InputError(f"{path}: input_ids must not be negative, got {int(ids.min())}")
+    return list(ids.split(1))
 
 
 def write(
@@ -75,13 +109,21 @@ def write(
     calibration: list[torch.Tensor],
     extra: dict[str, str],
 ) -> None:
-    """Write an artefact, whole or not at all. `model` is the one the recipe starts from; `extra` maps file names to text."""
+    """Write an artefact, whole or not at all. `model` is the one the recipe starts from; `extra` maps file names to text.
+
+    The model's `generation_config` is stored as it is, also where transformers finds something in it to object to. Raises
+    OSError when the disk is full or `folder` cannot be written.
+    """
     from safetensors.torch import save_file
 
     if recipe.steps and recipe.steps[0].transform == "dtype":
-        model = model.to(getattr(torch, recipe.steps[0].config["dtype"]))  # the same numbers in half the space
-    with atomic_dir(folder) as temporary:
-        model.save_pretrained(temporary, safe_serialization=True)  # type: ignore[operator]
+        model = cast(model, DTYPES[dtype_of(recipe.steps[0].config)])  # the same numbers in half the space
+    wishes: Any = getattr(model, "generation_config", None)
+    with _disk_errors(folder), atomic_dir(folder) as temporary:
+        with plain_generation(model):
+            model.save_pretrained(temporary, safe_serialization=True)  # type: ignore[operator]
+        if wishes is not None:
+            (temporary / "generation_config.json").write_text(wishes.to_json_string(), encoding="utf-8")
         tokenizer.save_pretrained(temporary)
         recipe.save(temporary / RECIPE)
         if calibration:
@@ -90,8 +132,23 @@ def write(
             (temporary / name).write_text(text, encoding="utf-8")
 
 
-def save(outcome: Outcome, after: dict[str, Any], limits: Any) -> None:
-    """Write what `tune` found, with its report and evidence."""
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """What goes wrong on the disk as an OSError that names `folder`: safetensors has an error of its own for it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(folder)) from error
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
+
+
+def save(outcome: Outcome, after: dict[str, Any], limits: Any, before: dict[str, Any] | None = None) -> None:
+    """Write what `tune` found, with its report and evidence; `before` and `after` as `report.render` takes them."""
     from assay.evidence.place import here
     from assay.tuner.report import render
     from assay.tuner.work import build_work, load_for
@@ -107,7 +164,7 @@ def save(outcome: Outcome, after: dict[str, Any], limits: Any) -> None:
     lines = [{"kind": "summary", **document, **origin}, {"kind": "final", **outcome.final}]
     lines += [{"kind": "trial", **row_document(row)} for row in outcome.rows]
     extra = {
-        REPORT: render(outcome, document, after, limits),
+        REPORT: render(outcome, document, after, limits, before),
         EVIDENCE: "".join(json.dumps(line, default=str) + "\n" for line in lines),
     }
     write(outcome.artefact, loaded.model, loaded.tokenizer, outcome.best.recipe, work.calibration, extra)
@@ -116,21 +173,31 @@ def save(outcome: Outcome, after: dict[str, Any], limits: Any) -> None:
 def apply_to(source: str, recipe_path: Path, folder: Path, *, allow_download: bool = False) -> Recipe:
     """Replay a recipe on another model and save the result as an artefact; the model is applied once, as the check.
 
-    Raises InputError when the recipe does not fit the model, or the folder holds something else.
+    Calibration text is made anew, with this model's tokenizer: ids stored beside the recipe are words of another's vocabulary.
+    Raises InputError when the recipe does not fit the model, or the folder holds something else; OSError as `write`.
     """
-    from assay.tuner.work import Settings, build_work, load_for
+    from assay.workloads.models import load_model
 
     check_output(folder)
     recipe = Recipe.read(recipe_path)
-    goal: Any = recipe.goal or "ttft"
-    settings = Settings(source, goal, recipe.prompt_tokens, recipe.new_tokens, allow_download=allow_download)
-    loaded = load_for(settings)
-    calibration = _calibration(recipe_path.parent / CALIBRATION) or build_work(loaded, settings).calibration
-    context = TuneContext(goal, recipe.prompt_tokens, recipe.new_tokens, calibration=calibration)
-    with torch.no_grad():
-        apply_recipe(load_for(settings).model, recipe, context)
-    write(folder, loaded.model, loaded.tokenizer, recipe, calibration, {})
+    loaded = load_model(source, dtype="auto", allow_download=allow_download)
+    calibration = calibration_for(loaded)
+    _check_runs(apply_recipe(loaded.model, recipe, context_of(recipe, calibration)), calibration[0][:, :16], recipe)
+    del loaded.model  # it is changed; what is stored is what the recipe starts from
+    fresh = load_model(source, dtype="auto", allow_download=allow_download)
+    write(folder, fresh.model, fresh.tokenizer, recipe, calibration, {})
     return recipe
+
+
+def _check_runs(model: nn.Module, ids: torch.Tensor, recipe: Recipe) -> None:
+    """Raise InputError unless a model that a recipe was applied to takes a few tokens; where it has no use for a part, it shows here."""
+    try:
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise InputError(
+            f"the recipe ({recipe.words()}) leaves a {type(model).__name__} that does not run: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def check_output(folder: Path) -> None:

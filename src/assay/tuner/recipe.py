@@ -2,52 +2,110 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import tomllib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
 
+from assay.checks import shown
 from assay.errors import InputError
-from assay.methods.transform import SLOTS, TuneContext
+from assay.methods.builtin.dtype import dtype_of
+from assay.methods.transform import GOALS, SLOTS, Transform, TuneContext
 from assay.paths import atomic_file
 from assay.tuner.transforms import get_transform
 
 FORMAT = 1
+LARGEST = 1 << 20  # bytes of a recipe file
+DEEPEST = 8  # tables and lists within each other in a configuration
+LONGEST = 10**9  # tokens
 
 
 class Step(BaseModel):
-    """One transform with its configuration."""
+    """One transform with its configuration: plain values of TOML, no date, no NaN or infinity, whole numbers of 64 bits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     transform: str
     config: dict[str, Any] = Field(default_factory=dict)
 
+    @field_validator("config")
+    @classmethod
+    def _plain(cls, config: dict[str, Any]) -> dict[str, Any]:
+        for name, value in config.items():
+            _check_plain(name, value)
+        return config
+
     def label(self) -> str:
         """`name(key=value, ...)`, for people; long values are cut."""
         settings = ", ".join(f"{k}={_short(v)}" for k, v in self.config.items())
         return f"{self.transform}({settings})" if settings else self.transform
 
+    def words(self) -> str:
+        """What the step does, in words: the transform's own (its `describe`), else its name and settings.
+
+        >>> Step(transform="dtype", config={"dtype": "bfloat16"}).words()
+        'bfloat16'
+        """
+        describe = getattr(get_transform(self.transform), "describe", None)
+        if describe is not None:
+            return str(describe(self.config))
+        settings = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in self.config.items())
+        name = self.transform.replace("_", " ")
+        return f"{name} with {settings}" if settings else name
+
 
 class Recipe(BaseModel):
-    """What was done to a model, in order. `architecture` is what the recipe was made for (transformers' `model_type`)."""
+    """What was done to a model, in order. `architecture` is what the recipe was made for (transformers' `model_type`).
+
+    >>> Recipe(steps=(Step(transform="dtype", config={"dtype": "bfloat16"}), Step(transform="compile"))).label()
+    'dtype(dtype=bfloat16) + compile'
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int = FORMAT
+    format: int = Field(default=FORMAT, strict=True, ge=1, le=FORMAT)
     architecture: str = ""
     goal: str = ""
-    prompt_tokens: int = 512
-    new_tokens: int = 32
+    prompt_tokens: int = Field(default=512, strict=True, ge=1, le=LONGEST)
+    new_tokens: int = Field(default=32, strict=True, ge=1, le=LONGEST)
     steps: tuple[Step, ...] = ()
+
+    @field_validator("goal")
+    @classmethod
+    def _known(cls, goal: str) -> str:
+        if goal and goal not in GOALS:
+            raise ValueError(f"must be one of {', '.join(GOALS)}, got {shown(goal)}")
+        return goal
 
     def label(self) -> str:
         return " + ".join(step.label() for step in self.steps) or "as loaded"
+
+    def words(self) -> str:
+        """The steps in words, as people would say them; "as loaded" when there is none."""
+        return ", ".join(step.words() for step in self.steps) or "as loaded"
+
+    def transforms(self) -> list[Transform]:
+        """The transform of each step.
+
+        Raises InputError for a name that no transform has, two steps of one slot, and steps out of order.
+        """
+        found = [get_transform(step.transform) for step in self.steps]
+        order = f"a recipe takes one step per slot in the order {', '.join(SLOTS)}"
+        for number, (before, after) in enumerate(zip(found, found[1:], strict=False), 1):
+            where = f"steps {number} ({before.name}) and {number + 1} ({after.name})"
+            if before.slot == after.slot:
+                raise InputError(f"{order}; {where} are both {after.slot}")
+            if SLOTS.index(before.slot) > SLOTS.index(after.slot):
+                raise InputError(f"{order}; {where} are {before.slot} and {after.slot}")
+        return found
 
     def key(self) -> str:
         """Stable identifier of the steps alone."""
@@ -65,22 +123,35 @@ class Recipe(BaseModel):
     def read(cls, path: Path) -> Recipe:
         """Read and check a recipe file. Raises InputError naming the file and what is wrong with it."""
         try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
+            with open(path, "rb") as file:
+                raw = file.read(LARGEST + 1)
         except FileNotFoundError:
             raise InputError(f"there is no recipe {str(path)!r}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        except (OSError, ValueError) as error:  # a folder, no permission, a name too long, a NUL in it
+            raise InputError(f"{path} cannot be read as a recipe: {error}") from None
+        if len(raw) > LARGEST:
+            raise InputError(f"{path} is not a recipe: it has more than {LARGEST >> 20} MiB")
+        try:
+            document = tomllib.loads(raw.decode("utf-8"))
+        except RecursionError:
+            raise InputError(f"{path} is not a recipe: nested too deeply") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not a recipe: {error}") from None
-        if isinstance(document.get("format"), int) and document["format"] > FORMAT:
+        except ValueError:
+            raise InputError(f"{path} is not a recipe: a number in it is too long") from None
+        if type(document.get("format")) is int and document["format"] > FORMAT:
             raise InputError(
                 f"{path} has recipe format {document['format']}, this assay reads up to {FORMAT}: upgrade assay"
             )
         try:
             recipe = cls.model_validate(document)
+            recipe.transforms()
         except ValidationError as error:
-            first = error.errors()[0]
-            raise InputError(f"{path} is not a recipe: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        for step in recipe.steps:
-            get_transform(step.transform)
+            first = error.errors(include_input=False, include_url=False)[0]
+            text = first["msg"].removeprefix("Value error, ")
+            raise InputError(f"{path} is not a recipe: {'.'.join(map(str, first['loc']))}: {text}") from None
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
         return recipe
 
 
@@ -95,34 +166,88 @@ class StepError(InputError):
 def apply_recipe(model: nn.Module, recipe: Recipe, context: TuneContext) -> nn.Module:
     """Apply the steps in order, in evaluation mode and without gradients; returns the model to use.
 
-    Raises InputError when the recipe is for another architecture, holds two steps of one slot or steps out of order, and its
-    subclass StepError when a transform does not fit this model.
+    Configurations are checked first, as far as that goes without changing anything: by each transform's own `check(config)`,
+    where it has one, and against the kinds of values that its `configs` offers.
+    Raises InputError when the recipe is for another architecture, names an unknown transform, or holds two steps of one slot
+    or steps out of order, and its subclass StepError, which names the step and what is wrong with it, when a transform does not
+    fit this model or its configuration.
     """
     architecture = getattr(getattr(model, "config", None), "model_type", "")
     if recipe.architecture and architecture != recipe.architecture:
         raise InputError(
             f"the recipe is for {recipe.architecture!r} models, this one is {architecture!r}: tune it instead"
         )
-    slots = [get_transform(step.transform).slot for step in recipe.steps]
-    if sorted(slots, key=SLOTS.index) != slots or len(set(slots)) != len(slots):
-        raise InputError(f"a recipe takes one step per slot in the order {', '.join(SLOTS)}; got {', '.join(slots)}")
+    steps = list(zip(recipe.steps, recipe.transforms(), strict=True))
+    for step, transform in steps:
+        with _named(step, model):
+            if (check := getattr(transform, "check", None)) is not None:
+                check(step.config)
+            if transform.applies_to(model, context).applies:  # what comes before a step may yet make it fit
+                _check_kinds(step.config, transform.configs(model, context))
     model.eval()
     with torch.no_grad():
-        for step in recipe.steps:
-            transform = get_transform(step.transform)
-            if step.transform == "dtype" and _is_in(model, step.config.get("dtype")):
+        for step, transform in steps:
+            if step.transform == "dtype" and _is_in(model, dtype_of(step.config)):
                 continue  # an artefact's weights are stored in the recipe's dtype already
-            fit = transform.applies_to(model, context)
-            if not fit.applies:
-                raise StepError(f"{step.transform} does not fit this model: {fit.reason}", step.transform)
-            try:
+            with _named(step, model):
+                fit = transform.applies_to(model, context)
+                if not fit.applies:
+                    raise StepError(f"{step.transform} does not fit this model: {fit.reason}", step.transform)
                 model = transform.apply(model, step.config, context)
-            except (ValueError, TypeError) as error:
-                raise StepError(f"{step.label()} cannot be applied: {error}", step.transform) from error
     return model.eval()
 
 
-def _is_in(model: nn.Module, dtype: Any) -> bool:
+@contextlib.contextmanager
+def _named(step: Step, model: nn.Module) -> Iterator[None]:
+    """What a transform says against its configuration or model, as the user's error that names the step."""
+    try:
+        yield
+    except StepError:
+        raise
+    except (ValueError, TypeError, OverflowError) as error:
+        raise StepError(f"{step.label()} cannot be applied: {error}", step.transform) from error
+    except (AttributeError, NotImplementedError) as error:  # it looked for a part that this kind of model has not
+        raise StepError(f"{step.transform} cannot serve a {type(model).__name__}: {error}", step.transform) from error
+
+
+def _check_kinds(config: Mapping[str, Any], offered: Sequence[Mapping[str, Any]]) -> None:
+    """Raise TypeError where a single value is of another kind than all those that are offered under its name.
+
+    Only true or false and the two kinds of numbers are told apart: a setting may take a number, a table or a word.
+    """
+    for name, value in config.items():
+        kinds = {_kind(other[name]) for other in offered if other.get(name) is not None}
+        if kinds == {"true or false"} and _kind(value) != "true or false":
+            raise TypeError(f"{name} must be true or false, got {shown(value)}")
+        if kinds and kinds <= {"a whole number", "a number"} and _kind(value) == "true or false":
+            raise TypeError(f"{name} must be a number, got {shown(value)}")
+        if kinds == {"a whole number"} and _kind(value) == "a number":
+            raise TypeError(f"{name} must be a whole number, got {shown(value)}")
+
+
+def _kind(value: Any) -> str:
+    kinds = {bool: "true or false", int: "a whole number", float: "a number"}
+    return kinds.get(type(value), "something else")
+
+
+def _check_plain(name: str, value: Any, depth: int = 1) -> None:
+    """Raise ValueError for a value that no configuration has."""
+    if depth > DEEPEST:
+        raise ValueError(f"{shown(name)} is nested more than {DEEPEST} deep")
+    if isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_plain(name, inner, depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be a number of 64 bits, got one of {value.bit_length()}")
+    elif not isinstance(value, bool | int | float | str | None):
+        raise ValueError(
+            f"{name} must be a number, true or false, text, or a list or table of them, got {shown(value)}"
+        )
+
+
+def _is_in(model: nn.Module, dtype: str) -> bool:
     return all(str(p.dtype) == f"torch.{dtype}" for p in model.parameters() if p.is_floating_point())
 
 

@@ -1,32 +1,48 @@
-"""The report of a tuning run: one HTML file with its plots inside, readable without a network."""
+"""The report of a tuning run: one HTML file with its plots inside, readable without a network and on a telephone."""
 
 from __future__ import annotations
 
-import io
 from importlib import resources
 from typing import Any
 
-from assay.tuner.outcome import Outcome, base_row, front
+import numpy as np
+
+from assay.measure.plots import bare_axes, svg, waterline_bars
+from assay.tuner.outcome import Outcome, Row, base_row, front
 from assay.tuner.work import UNITS
 
-INK, BAD, GOOD, FREE, WATER = "#1f2937", "#b45309", "#047857", "#6b7280", "#bfdbfe"
+INK, BAD, GOOD, FREE = "#1f2937", "#b45309", "#047857", "#6b7280"
+WIDE = 4.6  # inches of a plot: text of 9 points in it stays readable when the page is 390 pixels wide
 
 
-def render(outcome: Outcome, document: dict[str, Any], after: dict[str, Any], limits: Any) -> str:
-    """The whole page. `after` is the profile of the best recipe, `limits` the machine's calibration."""
+def render(
+    outcome: Outcome, document: dict[str, Any], after: dict[str, Any], limits: Any, before: dict[str, Any] | None = None
+) -> str:
+    """The whole page. `after` and `before` are profiles of the best recipe and of the model as loaded, `limits` the machine's rates.
+
+    Without `before` the survey's profile stands in for it, under the name of the recipe it was made with.
+    """
     from jinja2 import Environment
 
     template = (resources.files("assay.tuner") / "templates" / "report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     rates = {name: f"{value / 1e9:,.0f} GOP/s" for name, value in limits.peak_flops.items()}
+    first, name = (before, "as loaded") if before is not None else (outcome.survey, base_words(outcome))
     return environment.from_string(template).render(
         d=document,
         rows=[_row(outcome, row) for row in outcome.rows],
-        unfit=outcome.survey["unfit"],
-        kinds=_kinds(outcome.survey["kinds"], after["kinds"]),
+        words={
+            "baseline": outcome.baseline.recipe.words(),
+            "free": outcome.free.recipe.words(),
+            "best": outcome.best.recipe.words(),
+        },
+        quality=quality_words(document["quality"], outcome.max_drop),
+        unfit=unfit(outcome),
+        before_name=name,
+        kinds=kinds(outcome, first["kinds"], after["kinds"], loaded=before is not None),
         pareto=pareto_plot(outcome),
-        before=waterline_plot(outcome.survey["waterline"], "before", limits),
-        after=waterline_plot(after["waterline"], "after", limits),
+        before=waterline_plot(first["waterline"], name, limits),
+        after=waterline_plot(after["waterline"], "best", limits),
         predicted=predicted_plot(outcome),
         rates=rates,
         read=f"{limits.read_bandwidth / 1e9:.1f} GB/s",
@@ -34,96 +50,181 @@ def render(outcome: Outcome, document: dict[str, Any], after: dict[str, Any], li
     )
 
 
+def quality_words(quality: dict[str, Any], limit: float) -> str:
+    """The loss and its interval against the limit, as a sentence.
+
+    >>> quality_words({"drop": 0.004, "low": 0.002, "high": 0.006}, 0.01)
+    'Perplexity rises by 0.40 %; with 95 % certainty by 0.20 % to 0.60 %, all of it within the 1 % allowed.'
+    >>> quality_words({"drop": 0.008, "low": 0.002, "high": 0.012}, 0.01)
+    'Perplexity rises by 0.80 %; with 95 % certainty by 0.20 % to 1.20 %: it may be more than the 1 % allowed.'
+    """
+    drop, low, high = (100 * quality[name] for name in ("drop", "low", "high"))
+    allowed = f"the {100 * limit:g} % allowed"
+    if not all(abs(value) < float("inf") for value in (drop, low, high)):
+        return f"The loss cannot be told: the likelihoods are not finite. It counts as more than {allowed}."
+    if quality["drop"] == quality["low"] == quality["high"] == 0:
+        return f"Perplexity is the same on every block of the text; {100 * limit:g} % more would be allowed."
+    moves = "rises" if drop >= 0 else "falls"
+    spread = f"by {low:.2f} % to {high:.2f} %" if drop >= 0 else f"by {-high:.2f} % to {-low:.2f} %"
+    words = f"Perplexity {moves} by {abs(drop):.2f} %; with 95 % certainty {spread}"
+    if not quality["drop"] <= limit:
+        certain = "and certainly more than" if quality["low"] > limit else "which is more than"
+        return f"{words}, {certain} {allowed}."
+    return (
+        f"{words}, all of it within {allowed}."
+        if quality["high"] <= limit
+        else f"{words}: it may be more than {allowed}."
+    )
+
+
+def base_words(outcome: Outcome) -> str:
+    """What the survey was made with, in words: the model as loaded, or in the faster dtype that candidates are built on."""
+    base = base_row(outcome.rows)
+    return base.recipe.words() if base is not None else "as loaded"
+
+
+def unfit(outcome: Outcome) -> dict[str, str]:
+    """Why transforms do not fit, without those that ran all the same: the survey asks in the faster dtype, which takes no dtype."""
+    ran = {step.transform for row in outcome.rows if row.status in ("ok", "equivalent") for step in row.recipe.steps}
+    return {name: reason for name, reason in outcome.survey["unfit"].items() if name not in ran}
+
+
+def kinds(outcome: Outcome, before: dict[str, Any], after: dict[str, Any], *, loaded: bool) -> list[dict[str, Any]]:
+    """Time by kind of work, a total last: each kind's share of a profile, of the time the run itself took.
+
+    Profiling takes time of its own, so its shares count and its seconds do not; the totals are the figures above them on the
+    page. In milliseconds for goals that are times, else in percent.
+    """
+    base = base_row(outcome.rows)
+    whole_before, whole_after = 100.0, 100.0
+    if timed(outcome):
+        cost = outcome.final["samples"]["baseline"] if loaded else base.samples if base is not None else []
+        whole_before = 1e3 * float(np.median(cost)) if cost else 100.0
+        whole_after = 1e3 * float(np.median(outcome.final["samples"]["best"]))
+    sums = [sum(found[name]["seconds"] for name in found) or 1.0 for found in (before, after)]
+    rows = []
+    for name in dict.fromkeys([*before, *after]):
+        seconds = [found.get(name, {}).get("seconds", 0.0) for found in (before, after)]
+        if any(value > 0 for value in seconds):
+            rows.append(
+                {
+                    "name": name,
+                    "before": whole_before * seconds[0] / sums[0],
+                    "after": whole_after * seconds[1] / sums[1],
+                }
+            )
+    return [*rows, {"name": "total", "before": whole_before, "after": whole_after}]
+
+
+def timed(outcome: Outcome) -> bool:
+    """Whether the goal's cost is a time in seconds."""
+    return outcome.settings.goal in ("ttft", "decode", "throughput")
+
+
 def pareto_plot(outcome: Outcome) -> str:
-    """Every trial: the goal's figure against the loss of quality, the front drawn through."""
+    """Every trial: the goal's figure against the loss of quality, the front drawn through; empty with a single trial."""
     unit = UNITS[outcome.settings.goal]
-    figure, axes = _figure(7.5, 4.2)
-    done = [row for row in outcome.rows if row.cost is not None and row.drop is not None]
-    colours = {"baseline": INK, "free": FREE, "candidate": GOOD}
-    for kind, colour in colours.items():
+    done = [row for row in outcome.rows if row.cost is not None and row.drop is not None and np.isfinite(row.drop)]
+    if len(done) < 2:
+        return ""
+    figure, axes = bare_axes(WIDE, 3.6)
+    for kind, colour in {"baseline": INK, "free": FREE, "candidate": GOOD}.items():
         rows = [row for row in done if row.kind == kind]
+        if not rows:
+            continue
         values = [100 * (row.drop or 0) for row in rows]
         spread = [[100 * max((r.drop or 0) - (r.drop_low or 0), 0) for r in rows]]
         spread.append([100 * max((r.drop_high or 0) - (r.drop or 0), 0) for r in rows])
         costs = [unit.show(row.cost or 0) for row in rows]
         axes.errorbar(costs, values, yerr=spread, fmt="o", color=colour, label=kind, capsize=2)
-    line = front(outcome.rows)
+    line = front(done)
     axes.plot([unit.show(r.cost or 0) for r in line], [100 * (r.drop or 0) for r in line], color=INK, lw=0.8, ls=":")
     axes.axhline(100 * outcome.max_drop, color=BAD, lw=1, label=f"allowed loss {100 * outcome.max_drop:g} %")
-    if max((abs(row.drop or 0) for row in done), default=0) > 5 * max(outcome.max_drop, 0.002):
-        axes.set_yscale("symlog", linthresh=max(100 * outcome.max_drop, 0.2))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if max(abs(row.drop or 0) for row in done) > 5 * max(outcome.max_drop, 0.002):
+        from matplotlib.ticker import NullLocator, SymmetricalLogLocator
+
+        near = max(100 * outcome.max_drop, 0.2)
+        axes.set_yscale("symlog", linthresh=near)
+        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=near))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        highest = max(max(row.drop or 0, row.drop_high or 0) for row in done)
+        axes.set_ylim(axes.get_ylim()[0], 100 * max(highest, outcome.max_drop) * 2)
+    _few_ticks(axes.xaxis, "linear")
     axes.set_xlabel(unit.name + (" (more is better)" if unit.higher_is_better else " (less is better)"))
     axes.set_ylabel("perplexity increase, %")
-    axes.legend(frameon=False)
-    return _svg(figure)
+    figure.legend(frameon=False, loc="outside upper left", ncols=4, fontsize=8, columnspacing=1, handletextpad=0.3)
+    return svg(figure)
 
 
 def predicted_plot(outcome: Outcome) -> str:
-    """Predicted against measured time, both over the base's: on the diagonal the roofline told the truth."""
+    """Predicted against measured time, both over the base's: on the diagonal the roofline told the truth; empty with one trial."""
     base = base_row(outcome.rows)
-    figure, axes = _figure(4.2, 4.2)
     rows = [r for r in outcome.rows if r.predicted is not None and r.cost is not None]
-    if rows and base is not None and base.cost:
-        x, y = [r.predicted or 0 for r in rows], [(r.cost or 0) / base.cost for r in rows]
-        low, high = 0.8 * min([*x, *y]), 1.2 * max([*x, *y])
-        axes.plot([low, high], [low, high], color=FREE, lw=0.8)
-        axes.scatter(x, y, color=GOOD)
-        axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    if len(rows) < 2 or base is None or not base.cost:
+        return ""
+    figure, axes = bare_axes(3.8, 3.8)
+    x, y = [r.predicted or 0 for r in rows], [(r.cost or 0) / base.cost for r in rows]
+    low, high = 0.8 * min([*x, *y]), 1.2 * max([*x, *y])
+    axes.plot([low, high], [low, high], color=FREE, lw=0.8)
+    axes.scatter(x, y, color=GOOD)
+    axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
+    for axis in (axes.xaxis, axes.yaxis):
+        _few_ticks(axis, "log")
     axes.set_xlabel("predicted time / base (roofline)")
     axes.set_ylabel("measured time / base")
-    return _svg(figure)
+    return svg(figure)
 
 
 def waterline_plot(bars: list[dict[str, Any]], title: str, limits: Any) -> str:
-    """Bars of operational intensity, as wide as their share of time; those under the ridge (the water) wait for memory."""
-    figure, axes = _figure(7.5, 2.9)
-    left = 0.0
-    for bar in bars:
-        width, height = bar["share"], max(bar["intensity"], 1e-2)
-        ridge = limits.peak_flops.get(bar["dtype"], limits.peak_flops["float32"]) / limits.read_bandwidth
-        colour = GOOD if height >= ridge else BAD
-        axes.bar(left, height, width=width, align="edge", color=colour, edgecolor="white", lw=0.3)
-        axes.plot([left, left + width], [ridge, ridge], color="#2563eb", lw=1.5)
-        if width > 0.06:
-            label = bar["name"].split(".")[-1]
-            axes.text(left + width / 2, height, label, ha="center", va="bottom", fontsize=7, rotation=30)
-        left += width
-    axes.set_yscale("log")
-    axes.set(xlim=(0, max(left, 1e-9)), xlabel=f"share of time, {title}", ylabel="operations per byte")
-    return _svg(figure)
+    """The waterline of a profile; empty without bars."""
+    if not bars:
+        return ""
+
+    def ridge(dtype: str) -> float:
+        return float(limits.peak_flops.get(dtype, limits.peak_flops["float32"]) / limits.read_bandwidth)
+
+    return svg(waterline_bars(bars, ridge, label=f"share of time, {title[:50]}", size=(WIDE, 3.2)))
 
 
-def _row(outcome: Outcome, row: Any) -> dict[str, Any]:
+def _row(outcome: Outcome, row: Row) -> dict[str, Any]:
     unit = UNITS[outcome.settings.goal]
-    shown = {"kind": row.kind, "label": row.label(), "status": row.status, "error": row.error, "seconds": row.seconds}
+    shown: dict[str, Any] = {"kind": row.kind, "words": row.recipe.words(), "label": row.label(), "status": row.status}
+    shown |= {"error": row.error, "seconds": row.seconds, "best": row is outcome.best}
     shown["value"] = "" if row.cost is None else f"{unit.show(row.cost):,.1f}"
     shown["drop"] = "" if row.drop is None else f"{100 * row.drop:+.2f} %"
-    shown["interval"] = "" if row.drop is None else f"{100 * row.drop_low:+.2f} to {100 * row.drop_high:+.2f}"
-    shown["predicted"] = "" if row.predicted is None else f"{1 / row.predicted:.2f}x"
-    shown["best"] = row is outcome.best
+    known = row.drop_low is not None and row.drop_high is not None
+    shown["interval"] = f"{100 * (row.drop_low or 0):+.2f} to {100 * (row.drop_high or 0):+.2f}" if known else ""
+    shown["predicted"] = "" if not row.predicted else f"{1 / row.predicted:.2f}x"
+    shown["reached"] = told(getattr(row, "reached", None))
+    shown["paths"] = told(getattr(row, "paths", None))
     return shown
 
 
-def _kinds(before: dict[str, Any], after: dict[str, Any]) -> list[dict[str, Any]]:
-    names = [name for name in before if before[name]["seconds"] > 0 or after.get(name, {}).get("seconds", 0) > 0]
-    return [
-        {"name": n, "before": 1e3 * before[n]["seconds"], "after": 1e3 * after.get(n, {}).get("seconds", 0)}
-        for n in names
-    ]
+def told(found: Any) -> str:
+    """What a row has of a name and a value, or of lines, as one line; empty where it has nothing.
+
+    >>> told({"block attention: kernel": 30}), told(["the experts stay as they are"]), told(None)
+    ('block attention: kernel (30)', 'the experts stay as they are', '')
+    """
+    if not found:
+        return ""
+    if isinstance(found, dict):
+        return "; ".join(
+            f"{name} ({value})" if isinstance(value, int) else f"{name}: {value}"
+            for name, value in found.items()
+            if value
+        )
+    return found if isinstance(found, str) else "; ".join(map(str, found))
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
+def _few_ticks(axis: Any, scale: str) -> None:
+    """Ticks as plain numbers, few enough not to touch each other."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _svg(figure: Any) -> str:
-    out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
+    if scale == "log":
+        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5), numticks=6))
+        axis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_major_locator(MaxNLocator(6))
+    axis.set_major_formatter(lambda value, _: f"{value:,.4g}")

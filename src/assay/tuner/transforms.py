@@ -7,12 +7,14 @@ Other packages offer theirs through the entry-point group `assay.papers`: each e
 from __future__ import annotations
 
 import ast
+import difflib
 import importlib
 import pkgutil
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 
+from assay.checks import shown
 from assay.errors import InputError
 from assay.methods.transform import SLOTS, Transform
 
@@ -46,10 +48,12 @@ def transforms() -> dict[str, Transform]:
 
 
 def get_transform(name: str) -> Transform:
-    """The transform of that name. Raises InputError naming those there are."""
+    """The transform of that name. Raises InputError naming the one that was probably meant, and all there are."""
     known = transforms()
     if name not in known:
-        raise InputError(f"no transform is called {name!r}; there are: {', '.join(known)}")
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise InputError(f"no transform is called {shown(name)}; {hint}there are: {', '.join(known)}")
     return known[name]
 
 

@@ -1,7 +1,12 @@
-"""What is measured for each goal: the inputs, one run of the work, and the quality of a model on text it was not tuned on."""
+"""What is measured for each goal: the inputs, one run of the work, and the quality of a model on text it was not tuned on.
+
+All of it stays inside the model's context, and everything that generates does so greedily with nothing added: what the
+model's `generation_config` asks for beside (penalties, forced tokens) would be judged as if a method had done it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,12 +15,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from assay.checks import shown
 from assay.errors import InputError, MissingError
+from assay.methods.core.generation.loop import generate_batch, plain_generation
 from assay.methods.transform import GOALS, Goal, TuneContext
+from assay.workloads.context import context_length, stored_context
 
+PROMPT_TOKENS, NEW_TOKENS = 512, 32  # where the user does not say, or what the context leaves of them
 BLOCK = 64  # tokens whose mean likelihood is one sample of quality: long enough to be stable, short enough to be many
 PREFIX, FORCED = 64, 192  # decoding is judged on windows of so many tokens of context and so many forced ones
 QUALITY_TOKENS = 8192  # held-out tokens a candidate is judged on
+SHORTEST_WINDOW, LONGEST_WINDOW = 256, 8192  # of the held-out windows, where the context holds them
+CALIBRATION_WINDOW, CALIBRATION_WINDOWS = 512, 16
+LEAST_CONTEXT = 32  # a model of fewer positions has no room for anything to be judged
 
 
 @dataclass(frozen=True)
@@ -42,8 +54,8 @@ class Settings:
 
     model: str
     goal: Goal
-    prompt_tokens: int = 512
-    new_tokens: int = 32
+    prompt_tokens: int = PROMPT_TOKENS
+    new_tokens: int = NEW_TOKENS
     prompts: int = 16  # of the throughput goal without a workload: enough to sort, few enough to leave time to search
     workload: str | None = None
     allow_download: bool = False
@@ -52,8 +64,40 @@ class Settings:
         if self.goal not in GOALS:
             raise InputError(f"--goal must be one of {', '.join(GOALS)}; got {self.goal!r}")
         for name in ("prompt_tokens", "new_tokens", "prompts"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+            value, option = getattr(self, name), f"--{name.replace('_', '-')}"
+            if type(value) is not int:
+                raise InputError(f"{option} must be a whole number, got {shown(value)}")
+            if value < 1:
+                raise InputError(f"{option} must be at least 1, got {value}")
+
+
+def settings_for(
+    model: str,
+    goal: Goal,
+    prompt_tokens: int | None = None,
+    new_tokens: int | None = None,
+    *,
+    workload: str | None = None,
+    allow_download: bool = False,
+) -> Settings:
+    """The settings of a run whose lengths may be left to us (None): 512 and 32 tokens, or what the model's context has room for.
+
+    What the user asks for is kept as it is; `load_for` refuses it where the context is too short. Raises InputError for settings
+    that make no sense and, like MissingError, for a model that cannot be found.
+    """
+    prompt, new = (
+        (PROMPT_TOKENS if prompt_tokens is None else prompt_tokens),
+        (NEW_TOKENS if new_tokens is None else new_tokens),
+    )
+    asked = Settings(model, goal, prompt, new, workload=workload, allow_download=allow_download)
+    limit = stored_context(model, allow_download=allow_download)
+    if limit is None or prompt + new <= limit:
+        return asked
+    if new_tokens is None:
+        new = max(1, min(new, limit - prompt if prompt_tokens is not None else limit // 4))
+    if prompt_tokens is None:
+        prompt = max(1, min(prompt, limit - new))
+    return Settings(model, goal, prompt, new, workload=workload, allow_download=allow_download)
 
 
 @dataclass
@@ -64,8 +108,15 @@ class Work:
     prompt: torch.Tensor  # (1, prompt_tokens)
     prompts: list[list[int]]  # the mixed-length batch of the throughput goal
     windows: torch.Tensor  # (n, w) held-out text for the quality of the forward pass
-    forced: torch.Tensor  # (16, PREFIX + FORCED) held-out text for the quality of decoding
+    forced: (
+        torch.Tensor
+    )  # (16, PREFIX + FORCED) held-out text for the quality of decoding, less where the context is shorter
     calibration: list[torch.Tensor] = field(default_factory=list)  # each (1, n), disjoint from `windows`
+
+    @property
+    def prefix(self) -> int:
+        """Tokens at the beginning of each row of `forced` that are context; those behind them are forced."""
+        return max(1, self.forced.shape[1] * PREFIX // (PREFIX + FORCED))
 
     def context(self) -> TuneContext:
         s = self.settings
@@ -74,42 +125,98 @@ class Work:
 
 
 def load_for(settings: Settings) -> Any:
-    """The model as it is stored (its own dtype), with its tokenizer."""
+    """The model as it is stored (its own dtype), with its tokenizer.
+
+    Raises InputError where the model's context is too short for what was asked for, beside what `load_model` raises.
+    """
     from assay.workloads.models import load_model
 
     loaded = load_model(settings.model, dtype="auto", allow_download=settings.allow_download)
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
-    wanted = settings.prompt_tokens + settings.new_tokens
-    if limit is not None and wanted > limit:
+    limit, new = context_length(loaded.model), settings.new_tokens
+    if limit is None:
+        return loaded
+    if limit < LEAST_CONTEXT:
+        raise InputError(f"{settings.model}: the model has {limit} positions; {LEAST_CONTEXT} are needed to judge it")
+    if settings.workload is None and settings.prompt_tokens + new > limit:
+        fits = f"--prompt-tokens {limit - new} would fit" if new < limit else f"--new-tokens must be below {limit}"
         raise InputError(
-            f"--prompt-tokens {settings.prompt_tokens} and --new-tokens {settings.new_tokens} need {wanted} positions, "
-            f"the model has {limit}"
+            f"--prompt-tokens {settings.prompt_tokens} and --new-tokens {new} need {settings.prompt_tokens + new} positions, "
+            f"the model has {limit}: {fits}"
         )
     return loaded
 
 
 def build_work(loaded: Any, settings: Settings) -> Work:
-    """The same work in every process: the user's own workload if given, else the bundled text."""
+    """The same work in every process: the user's own workload if given, else the bundled text; all inside the model's context.
+
+    Raises InputError for a workload that cannot be read or does not fit, lengths the bundled text does not reach, and a
+    tokenizer whose tokens the model has no rows for.
+    """
     from assay.workloads import text
     from assay.workloads.workload import quality_windows, read_workload
 
-    tokenizer = loaded.tokenizer
-    limit = getattr(loaded.model.config, "max_position_embeddings", 2**31)
+    tokenizer, context = loaded.tokenizer, context_length(loaded.model)
+    limit = 2**31 if context is None else context
     # sparse attention and caches show their loss only at the lengths they are used at
-    width = max(256, min(settings.prompt_tokens + settings.new_tokens, limit, 8192))
-    windows = text.heldout_windows(tokenizer, window=width, n=max(2, QUALITY_TOKENS // width))
-    forced = text.heldout_windows(tokenizer, window=min(PREFIX + FORCED, limit), n=16)
-    calibration = list(text.calibration_windows(tokenizer, window=min(512, width), n=16).split(1))
-    if settings.workload is not None:
-        own = read_workload(settings.workload, tokenizer, context=limit, new_tokens=settings.new_tokens)
-        judged = quality_windows(own, tokenizer, window=width, n=len(windows)).windows
-        longest = max(own.prompts, key=len)
-        return Work(settings, torch.tensor([longest]), own.prompts, judged, forced, calibration)
-    prompt = text.long_prompt(tokenizer, settings.prompt_tokens)
-    prompts = (
-        [p[:limit] for p in text.mixed_prompts(tokenizer, n=settings.prompts)] if settings.goal == "throughput" else []
-    )
-    return Work(settings, prompt, prompts, windows, forced, calibration)
+    width = min(max(SHORTEST_WINDOW, settings.prompt_tokens + settings.new_tokens), limit, LONGEST_WINDOW)
+    try:
+        windows = text.heldout_windows(tokenizer, window=width, n=max(2, QUALITY_TOKENS // width))
+        forced = text.heldout_windows(tokenizer, window=min(PREFIX + FORCED, limit), n=16)
+        if settings.workload is not None:
+            own = read_workload(settings.workload, tokenizer, context=limit, new_tokens=settings.new_tokens)
+            windows = quality_windows(own, tokenizer, window=width, n=len(windows)).windows
+            prompt, prompts = torch.tensor([max(own.prompts, key=len)]), own.prompts
+        else:
+            prompt = text.long_prompt(tokenizer, settings.prompt_tokens)
+            prompts = _mixed_prompts(tokenizer, settings, limit) if settings.goal == "throughput" else []
+    except InputError:
+        raise
+    except ValueError as error:  # more than the bundled text has
+        raise InputError(f"{settings.model}: the text to measure with cannot be made: {error}") from None
+    work = Work(settings, prompt, prompts, windows, forced, calibration_for(loaded, width))
+    check_vocabulary(loaded, [work.prompt, work.windows, work.forced, *map(torch.tensor, work.prompts)])
+    return work
+
+
+def calibration_for(loaded: Any, longest: int = CALIBRATION_WINDOW) -> list[torch.Tensor]:
+    """Real text to calibrate on, inside the model's context and vocabulary: (1, n) token ids each, n at most `longest`."""
+    from assay.workloads.text import calibration_windows
+
+    limit = context_length(loaded.model) or CALIBRATION_WINDOW
+    window = min(CALIBRATION_WINDOW, longest, limit)
+    found = list(calibration_windows(loaded.tokenizer, window=window, n=CALIBRATION_WINDOWS).split(1))
+    check_vocabulary(loaded, found)
+    return found
+
+
+def check_vocabulary(loaded: Any, texts: list[torch.Tensor]) -> None:
+    """Raise InputError, naming both sizes, for token ids that the model's embedding has no row for."""
+    rows = _vocabulary(loaded.model)
+    largest = max(int(ids.max()) for ids in texts)
+    if rows is not None and largest >= rows:
+        raise InputError(
+            f"{loaded.source}: the tokenizer has {len(loaded.tokenizer):,} tokens and the model a vocabulary of {rows:,}: "
+            f"real text needs token {largest:,}; this is not the model's tokenizer"
+        )
+
+
+def _vocabulary(model: Any) -> int | None:
+    """Rows of the input embedding."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embedding, "weight", None)
+    return None if weight is None else int(weight.shape[0])
+
+
+def _mixed_prompts(tokenizer: Any, settings: Settings, limit: int) -> list[list[int]]:
+    """Docstrings that leave room for the new tokens; cut where too few of them are short enough."""
+    from assay.workloads import text
+
+    room = limit - settings.new_tokens
+    longest = min(text.LONGEST_PROMPT, room)
+    if longest >= 2 * text.SHORTEST_PROMPT:
+        with contextlib.suppress(ValueError):
+            return text.mixed_prompts(tokenizer, n=settings.prompts, longest=longest)
+    return [prompt[:room] for prompt in text.mixed_prompts(tokenizer, n=settings.prompts)]
 
 
 @torch.inference_mode()
@@ -132,8 +239,6 @@ def run_once(model: nn.Module, work: Work) -> float:
         # T(p, n + 1) - T(p, 1): what the tokens after the first cost; the difference may not go below the clock's noise
         return max(whole - (before + after) / 2, 1e-6) / s.new_tokens
     if s.goal == "throughput":
-        from assay.methods.core.generation.loop import generate_batch
-
         start = time.perf_counter()
         generate_batch(model, work.prompts, new_tokens=s.new_tokens)
         return (time.perf_counter() - start) / (len(work.prompts) * s.new_tokens)
@@ -155,15 +260,16 @@ def first_token(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 
 def generate(model: nn.Module, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Greedy generation of exactly `new_tokens` tokens."""
-    return model.generate(  # type: ignore[operator]
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-    )
+    """Greedy generation of exactly `new_tokens` tokens, whatever the model's `generation_config` asks for beside."""
+    with plain_generation(model):
+        return model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
 
 
 def quality(model: nn.Module, work: Work) -> dict[str, list[float]]:
@@ -178,7 +284,9 @@ def quality(model: nn.Module, work: Work) -> dict[str, list[float]]:
     paths = {"prefill": blocks(token_nll(model, work.windows), BLOCK)}
     if work.settings.goal != "ttft":
         own = decodes_in_its_own_way(model)
-        nll = decode_nll(model, work.forced, PREFIX) if own else token_nll(model, work.forced)[:, PREFIX - 1 :]
+        nll = (
+            decode_nll(model, work.forced, work.prefix) if own else token_nll(model, work.forced)[:, work.prefix - 1 :]
+        )
         paths["decode"] = blocks(nll, BLOCK)
     return paths
 
@@ -213,15 +321,15 @@ def decode_nll(model: nn.Module, windows: torch.Tensor, prefix: int) -> torch.Te
     steps = windows.shape[1] - prefix
     start = windows[:, :prefix]
     generator: Any = model
-    generator.generate(
-        input_ids=start,
-        attention_mask=torch.ones_like(start),
-        max_new_tokens=steps,
-        do_sample=False,
-        eos_token_id=-1,
-        pad_token_id=0,
-        logits_processor=LogitsProcessorList([forced]),
-    )
+    with plain_generation(model, ends=False):
+        generator.generate(
+            input_ids=start,
+            attention_mask=torch.ones_like(start),
+            max_new_tokens=steps,
+            do_sample=False,
+            pad_token_id=0,
+            logits_processor=LogitsProcessorList([forced]),
+        )
     return torch.stack(forced.nll, dim=1)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from assay import checks
+
 QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 _names = (f"assay_capture_{i}" for i in itertools.count())
@@ -25,19 +27,19 @@ def captured_qkv(model: Any, input_ids: torch.Tensor, *, layers: Sequence[int] |
     one asked for are not run. The model is a transformers model whose attention goes through `AttentionInterface`; while
     capturing it attends by SDPA, whatever it is set to, and is set back afterwards.
 
-    Raises ValueError for input ids of another shape or dtype, a layer the model does not have, or a model whose attention
-    cannot be captured. Not for models with several attentions a layer (encoder-decoders).
+    Raises ValueError for input ids of another shape, a layer the model does not have, or a model whose attention cannot be
+    captured; TypeError for input ids of another dtype and layers that are no whole numbers. Not for models with several attentions
+    a layer (encoder-decoders).
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     from transformers.modeling_utils import AttentionInterface
 
-    if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
-        raise ValueError(f"input_ids must be int64 (batch, tokens), got {input_ids.dtype} {tuple(input_ids.shape)}")
+    checks.tensor("input_ids", input_ids, shape=("batch", "tokens"), dtype=torch.int64)
     total = model.config.get_text_config().num_hidden_layers
-    wanted = list(range(total)) if layers is None else list(layers)
-    if unknown := [layer for layer in wanted if type(layer) is not int or not 0 <= layer < total]:
-        raise ValueError(f"layers must be integers from 0 to {total - 1}, got {unknown[0]!r}")
+    wanted = [
+        checks.whole("layers", layer, low=0, high=total - 1) for layer in (range(total) if layers is None else layers)
+    ]
     if not wanted:
         raise ValueError("layers must name at least one layer")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from assay import checks
 from assay.errors import MissingError
 
 PHOTOGRAPHS = ("china", "flower", "astronaut", "chelsea", "coffee", "rocket")
@@ -33,9 +34,11 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def digits_split(seed: int = 0, test: float = 0.25) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Train images, train labels, test images, test labels, in a random order that `seed` repeats."""
-    if not 0 < test < 1:
-        raise ValueError(f"test must lie in (0, 1), got {test}")
+    """Train images, train labels, test images, test labels, in a random order that `seed` repeats.
+
+    `test` is the share kept for testing. Raises ValueError unless it lies in (0, 1), TypeError for what is no number.
+    """
+    test, seed = checks.number("test", test, above=0, below=1), checks.whole("seed", seed)
     images, labels = digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     cut = int(len(images) * (1 - test))
@@ -45,8 +48,7 @@ def digits_split(seed: int = 0, test: float = 0.25) -> tuple[Tensor, Tensor, Ten
 @cache
 def photograph(name: str) -> Tensor:
     """One photograph (3, height, width); names in `PHOTOGRAPHS`. Raises ValueError for another name."""
-    if name not in PHOTOGRAPHS:
-        raise ValueError(f"name must be one of {', '.join(PHOTOGRAPHS)}, got {name!r}")
+    checks.choice("name", name, PHOTOGRAPHS)
     if name in ("china", "flower"):
         pixels = _package("sklearn.datasets", "scikit-learn").load_sample_image(f"{name}.jpg")
     else:
@@ -70,23 +72,36 @@ def stained_tissue() -> tuple[Tensor, Tensor]:
 
 
 def crops(image: Tensor, size: int, n: int, *, seed: int = 0) -> Tensor:
-    """`n` random square crops (n, channels, size, size). Raises ValueError when the image is smaller."""
+    """`n` random square crops (n, channels, size, size) of an image (channels, height, width).
+
+    Raises ValueError when the image is smaller or `n` below 1, TypeError for what is no image or whole number.
+
+    >>> crops(torch.zeros(3, 40, 60), 16, 2).shape
+    torch.Size([2, 3, 16, 16])
+    """
+    checks.tensor("image", image, shape=("channels", "height", "width"), dtype="any")
     height, width = image.shape[-2:]
-    if not 0 < size <= min(height, width):
-        raise ValueError(f"size must be from 1 to {min(height, width)}, got {size}")
-    generator = torch.Generator().manual_seed(seed)
+    size, n = checks.whole("size", size, low=1, high=min(height, width)), checks.whole("n", n, low=1)
+    generator = torch.Generator().manual_seed(checks.whole("seed", seed))
     tops = torch.randint(height - size + 1, (n,), generator=generator).tolist()
     lefts = torch.randint(width - size + 1, (n,), generator=generator).tolist()
     return torch.stack([image[..., t : t + size, x : x + size] for t, x in zip(tops, lefts, strict=True)])
 
 
 def clip(image: Tensor, frames: int, size: int, *, seed: int = 0) -> Tensor:
-    """A moving crop of a photograph: (frames, channels, size, size), panning and zooming smoothly. The stand-in for a video."""
+    """A moving crop of a photograph: (frames, channels, size, size), panning and zooming smoothly. The stand-in for a video.
+
+    `image` is floating-point (channels, height, width). Raises ValueError for counts below 1, TypeError for what is no image or
+    whole number.
+
+    >>> clip(torch.zeros(3, 40, 60), 4, 16).shape
+    torch.Size([4, 3, 16, 16])
+    """
     from torch.nn.functional import affine_grid, grid_sample
 
-    if frames < 1 or size < 1:
-        raise ValueError(f"frames and size must be at least 1, got {frames} and {size}")
-    generator = torch.Generator().manual_seed(seed)
+    checks.tensor("image", image, shape=("channels", "height", "width"))
+    frames, size = checks.whole("frames", frames, low=1), checks.whole("size", size, low=1)
+    generator = torch.Generator().manual_seed(checks.whole("seed", seed))
     start, stop = (torch.rand(2, 3, generator=generator) * torch.tensor([0.8, 0.8, 0.25])).unbind(0)
     share = torch.linspace(0, 1, frames)[:, None]
     x, y, zoom = (start * (1 - share) + stop * share).unbind(-1)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from assay import checks
+
 _POSITIONS = 128  # positions whose log-probabilities are held at a time: 25 MB for 49,152 tokens
 
 
@@ -42,7 +44,12 @@ class Increase:
 def token_nll(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood of every token behind the first of its window, in nats: float32, shape (n, length - 1).
 
-    `windows` is int64 (n, length >= 2); the first token of a window is only context. Raises ValueError for other shapes.
+    `windows` is int64 (n, length >= 2); the first token of a window is only context. Raises ValueError for other shapes and
+    negative ids, TypeError for another dtype.
+
+    >>> even = nn.Embedding.from_pretrained(torch.zeros(50, 4))  # a model that finds four tokens equally likely
+    >>> token_nll(even, torch.tensor([[0, 1, 2]]))
+    tensor([[1.3863, 1.3863]])
     """
     _check(windows)
     result = torch.empty(windows.shape[0], windows.shape[1] - 1)
@@ -64,7 +71,7 @@ def window_nll(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
 def agreement(reference: nn.Module, candidate: nn.Module, windows: torch.Tensor) -> Agreement:
     """How closely `candidate` follows `reference` on each window, over all its positions; both fields float64 (n,).
 
-    Raises ValueError for windows that are not int64 (n, length >= 2) and for models of different vocabularies.
+    Raises ValueError and TypeError for windows as `token_nll`, ValueError for models of different vocabularies.
     """
     _check(windows)
     kl, top1 = [], []
@@ -89,9 +96,14 @@ def agreement(reference: nn.Module, candidate: nn.Module, windows: torch.Tensor)
 def relative_increase(nll_base: torch.Tensor, nll_candidate: torch.Tensor) -> Increase:
     """Pair the windows of two `window_nll` results.
 
-    For an interval, bootstrap `differences` with `perplexity_increase` as the statistic. Raises ValueError when the two do not
-    pair up.
+    For an interval, bootstrap `differences` with `perplexity_increase` as the statistic. A NaN stays one: a broken model shows.
+    Raises ValueError when the two do not pair up, TypeError for what is no tensor of floating-point numbers.
+
+    >>> round(relative_increase(torch.tensor([2.0, 3.0]), torch.tensor([2.01, 3.01])).relative, 4)
+    0.0101
     """
+    for name, nll in (("nll_base", nll_base), ("nll_candidate", nll_candidate)):
+        checks.tensor(name, nll, empty=True)
     if nll_base.ndim != 1 or nll_base.shape != nll_candidate.shape or not len(nll_base):
         raise ValueError(
             f"nll_base and nll_candidate must be (n,) alike, got {tuple(nll_base.shape)} and {tuple(nll_candidate.shape)}"
@@ -118,10 +130,11 @@ def _logits(model: nn.Module, window: torch.Tensor) -> torch.Tensor:
 
 
 def _check(windows: torch.Tensor) -> None:
-    if not isinstance(windows, torch.Tensor) or windows.dtype != torch.int64:
-        raise ValueError(f"windows must be an int64 tensor, got {getattr(windows, 'dtype', type(windows).__name__)}")
-    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise ValueError(f"windows must have shape (n >= 1, length >= 2), got {tuple(windows.shape)}")
+    checks.tensor("windows", windows, ndim=2, dtype=torch.int64)
+    if windows.shape[1] < 2:
+        raise ValueError(f"windows must have shape (n, length >= 2), got {tuple(windows.shape)}")
+    if int(windows.min()) < 0:  # -100 would count as a token that costs nothing
+        raise ValueError(f"windows must hold token ids of at least 0, got {int(windows.min())}")
 
 
 @contextlib.contextmanager

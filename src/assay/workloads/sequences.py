@@ -13,41 +13,69 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from assay.workloads.text import Kind, Part, _joined
+from assay import checks
+from assay.workloads.text import KINDS, PARTS, Kind, Part, _joined
 
 ASKED_NOTHING = -100
 
 
 @cache
 def text_bytes(kind: Kind, part: Part) -> Tensor:
-    """The UTF-8 bytes of one part of the bundled text, int64."""
+    """The UTF-8 bytes of one part of the bundled text, int64. Raises ValueError for another kind or part."""
+    checks.choice("kind", kind, KINDS)
+    checks.choice("part", part, PARTS)
     return torch.frombuffer(bytearray(_joined(kind, part).encode()), dtype=torch.uint8).long()
 
 
 def byte_batches(
     length: int, batch: int, *, kind: Kind = "code", part: Part = "prompts", seed: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (inputs, targets) of random windows of `length` bytes; the targets are the next bytes. Vocabulary 256."""
+    """Endless (inputs, targets) of random windows of `length` bytes; the targets are the next bytes. Vocabulary 256.
+
+    Raises ValueError for counts below 1 and more bytes than the text has, TypeError for what is no whole number; both when it is
+    called, not at the first batch.
+    """
     data = text_bytes(kind, part)
-    generator = torch.Generator().manual_seed(seed)
-    _check(length=length, batch=batch)
-    while True:
-        starts = torch.randint(len(data) - length, (batch,), generator=generator)
-        windows = torch.stack([data[s : s + length + 1] for s in starts.tolist()])
-        yield windows[:, :-1], windows[:, 1:]
+    generator = torch.Generator().manual_seed(checks.whole("seed", seed))
+    length = checks.whole("length", length, low=1, high=len(data) - 1)
+    (batch,) = _counts(batch=batch)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            starts = torch.randint(len(data) - length, (batch,), generator=generator)
+            windows = torch.stack([data[s : s + length + 1] for s in starts.tolist()])
+            yield windows[:, :-1], windows[:, 1:]
+
+    return batches()
 
 
 def byte_windows(length: int, n: int, *, kind: Kind = "code", part: Part = "heldout") -> tuple[Tensor, Tensor]:
-    """`n` windows (inputs, targets) of `length` bytes, evenly spread over one part of the text."""
-    _check(length=length, n=n)
+    """`n` windows (inputs, targets) of `length` bytes, evenly spread over one part of the text. Raises as `byte_batches`.
+
+    >>> inputs, targets = byte_windows(16, 3)
+    >>> inputs.shape, bool((inputs[:, 1:] == targets[:, :-1]).all())
+    (torch.Size([3, 16]), True)
+    """
     data = text_bytes(kind, part)
+    (n,) = _counts(n=n)
+    length = checks.whole("length", length, low=1, high=len(data) - 1)
     starts = torch.linspace(0, len(data) - length - 1, n).long()
     windows = torch.stack([data[s : s + length + 1] for s in starts.tolist()])
     return windows[:, :-1], windows[:, 1:]
 
 
 def repeated_ngrams(inputs: Tensor, targets: Tensor, n: int = 8) -> Tensor:
-    """(n, length) bool: positions whose target ends an n-gram that stood in the window before: there recall can help."""
+    """(n, length) bool: positions whose target ends an n-gram that stood in the window before: there recall can help.
+
+    `inputs` and `targets` are whole numbers (n, length), as `byte_windows` gives them. Raises ValueError and TypeError for others.
+
+    >>> row = torch.tensor([[1, 2, 3, 1, 2]])
+    >>> repeated_ngrams(row[:, :-1], row[:, 1:], n=2)
+    tensor([[False, False, False,  True]])
+    """
+    checks.tensor("inputs", inputs, ndim=2, dtype="integer")
+    checks.tensor("targets", targets, shape=tuple(inputs.shape), dtype="integer")
+    (n,) = _counts(n=n)
     whole = torch.cat([inputs, targets[:, -1:]], 1).tolist()
     found = torch.zeros_like(targets, dtype=torch.bool)
     for row, values in enumerate(whole):
@@ -70,9 +98,14 @@ def associative_recall(
     stalls on guessing among the others (1/2 right with 4 pairs, 1/3 with 8). A model whose state cannot hold `pairs` pairs must fail,
     and one that knows only which values stood there is right 1 / `pairs` of the time. After "Zoology" (arXiv 2312.04927), whose
     questions come at distances of a power law; here they come uniformly, and the filler says nothing (`our choice`).
-    Raises ValueError when the pairs do not fit the length or the vocabulary.
+    Raises ValueError when the pairs do not fit the length or the vocabulary, TypeError for what is no whole number.
+
+    >>> inputs, targets = associative_recall(2, length=32, pairs=4)
+    >>> int((targets != ASKED_NOTHING).sum())
+    8
     """
-    _check(n=n, length=length, pairs=pairs)
+    n, length, pairs, vocab = _counts(n=n, length=length, pairs=pairs, vocab=vocab)
+    seed = checks.whole("seed", seed)
     half = vocab // 2
     most = min(length // 3, half - 1)
     if pairs > most:
@@ -94,9 +127,15 @@ def selective_copying(
 ) -> tuple[Tensor, Tensor]:
     """Copy the `tokens` data tokens, scattered over noise (token 0), in their order, at the marks (token 1) at the end.
 
-    The task of the Mamba paper (arXiv 2312.00752). Raises ValueError when the tokens do not fit.
+    The task of the Mamba paper (arXiv 2312.00752). Raises ValueError when the tokens do not fit, TypeError for what is no
+    whole number.
+
+    >>> inputs, targets = selective_copying(2, length=32, tokens=4)
+    >>> bool((inputs[0][inputs[0] > 1] == targets[0, -4:]).all())
+    True
     """
-    _check(n=n, length=length, tokens=tokens)
+    n, length, tokens, vocab = _counts(n=n, length=length, tokens=tokens, vocab=vocab)
+    seed = checks.whole("seed", seed)
     if 2 * tokens > length or vocab < 4:
         raise ValueError(
             f"tokens must be at most {length // 2} at length {length}, and vocab at least 4, got {tokens}, {vocab}"
@@ -128,17 +167,14 @@ def pathfinder(
     arXiv 1805.08315), which Path-X (side 128) and Path256 are sides of. The code is our own, and what is not in that description is
     `our choice`: how lengths and counts go with the side (`pathfinder_sizes`), how sharply a path turns, antialiasing, and that
     both choices of dots of a scene have nearly the same distance, so that how far the dots are apart tells nothing.
-    Raises ValueError for a side below 16, fewer than 2 dashes, or paths that find no place.
+    Raises ValueError for a side below 16, fewer than 2 dashes, or paths that find no place; TypeError for what is no whole number.
     """
-    _check(n=n)
-    if side < 16:
-        raise ValueError(f"side must be at least 16, got {side}")
+    (n,) = _counts(n=n)
+    side = checks.whole("side", side, low=16)
     sizes = pathfinder_sizes(side)
-    dashes = int(sizes["dashes"]) if dashes is None else dashes
-    distractors = int(sizes["distractors"]) if distractors is None else distractors
-    if dashes < 2 or distractors < 0:
-        raise ValueError(f"dashes must be at least 2 and distractors at least 0, got {dashes} and {distractors}")
-    generator = np.random.default_rng(seed)
+    dashes = int(sizes["dashes"]) if dashes is None else checks.whole("dashes", dashes, low=2)
+    distractors = int(sizes["distractors"]) if distractors is None else checks.whole("distractors", distractors, low=0)
+    generator = np.random.default_rng(checks.whole("seed", seed, low=0))
     images, labels = np.empty((n, side, side), np.float32), generator.integers(0, 2, n)
     for i in range(n):
         paths, dots = _scene(side, dashes, distractors, bool(labels[i]), generator)
@@ -253,7 +289,5 @@ def batches_of(
         seed += 1
 
 
-def _check(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+def _counts(**counts: int) -> tuple[int, ...]:
+    return tuple(checks.whole(name, value, low=1) for name, value in counts.items())

@@ -3,8 +3,8 @@
 The text is cut, document by document, into three parts that share nothing: held-out (quality), calibration, and prompts (speed
 and docstrings). Its words change a little with the Python version; `text_hash` tells which text a figure was measured on.
 
-Windows and prompts begin with the tokenizer's beginning-of-sequence token where the tokenizer itself would put one; otherwise
-no special tokens are added.
+Windows and prompts begin with what the tokenizer itself puts before a text (mostly its beginning-of-sequence token, or nothing),
+once; no other special token is added, an end of sequence neither.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from typing import Any, Literal
 
 import torch
 
+from assay import checks
 from assay.errors import MissingError
 
 Kind = Literal["code", "english"]
 Part = Literal["heldout", "calibration", "prompts"]
 KINDS: tuple[Kind, ...] = ("code", "english")
+PARTS: tuple[Part, ...] = ("heldout", "calibration", "prompts")
 
 SHORTEST_PROMPT, LONGEST_PROMPT = 6, 470  # tokens of a docstring among `mixed_prompts`
 
@@ -61,27 +63,34 @@ def long_prompt(tokenizer: Any, tokens: int, *, kind: Kind = "code", seed: int =
     """A prompt of exactly `tokens` tokens of real text: int64, shape (1, tokens).
 
     `seed` picks the line where it starts (the text goes round at its end); the same arguments give the same prompt.
-    Raises ValueError for `tokens` < 1, an unknown kind, or more tokens than the text has.
+    Raises ValueError for `tokens` < 1, an unknown kind, or more tokens than the text has; TypeError for a length or seed that is
+    no whole number.
+
+    >>> class Words:  # any tokenizer that is called as transformers' are
+    ...     def __call__(self, texts, **options):
+    ...         return {"input_ids": [[len(word) for word in text.split()] for text in texts] if isinstance(texts, list) else [1]}
+    >>> long_prompt(Words(), 100).shape
+    torch.Size([1, 100])
     """
-    if type(tokens) is not int or tokens < 1:
-        raise ValueError(f"tokens must be an integer of at least 1, got {tokens!r}")
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    tokens, seed = checks.whole("tokens", tokens, low=1), checks.whole("seed", seed)
+    checks.choice("kind", kind, KINDS)
     text = _joined(kind, "prompts")
     start = text.find("\n", random.Random(f"{kind} {seed}").randrange(len(text))) + 1
     return torch.tensor([_first_tokens(tokenizer, text[start:] + "\n\n" + text[:start], tokens, kind)])
 
 
-def mixed_prompts(tokenizer: Any, n: int = 32, *, seed: int = 0) -> list[list[int]]:
-    """`n` whole docstrings as token lists, of 6 to about 470 tokens, in a random (arrival) order.
+def mixed_prompts(tokenizer: Any, n: int = 32, *, longest: int = LONGEST_PROMPT, seed: int = 0) -> list[list[int]]:
+    """`n` whole docstrings as token lists, of 6 to `longest` tokens, in a random (arrival) order.
 
     Lengths are spread evenly over their logarithm, so that short and long ones meet in every batch; no docstring comes twice.
-    Raises ValueError for `n` < 1 or more prompts than there are docstrings of such lengths.
+    Raises ValueError for `n` < 1, `longest` < 6, or more prompts than there are docstrings of such lengths; TypeError for what is
+    no whole number.
     """
-    if type(n) is not int or n < 1:
-        raise ValueError(f"n must be an integer of at least 1, got {n!r}")
-    chosen = random.Random(f"mixed {seed}")
-    pool = [ids for ids in _ids_of(tokenizer, docstrings()) if SHORTEST_PROMPT <= len(ids) <= LONGEST_PROMPT]
+    n, seed = checks.whole("n", n, low=1), checks.whole("seed", seed)
+    longest = checks.whole("longest", longest, low=SHORTEST_PROMPT)
+    chosen, start = random.Random(f"mixed {seed}"), start_tokens(tokenizer)
+    whole = (start + ids for ids in _ids_of(tokenizer, docstrings()))
+    pool = [ids for ids in whole if SHORTEST_PROMPT <= len(ids) <= longest]
     if n > len(pool):
         raise ValueError(f"n must be at most {len(pool)}, the number of docstrings of fitting length, got {n}")
     chosen.shuffle(pool)
@@ -89,7 +98,7 @@ def mixed_prompts(tokenizer: Any, n: int = 32, *, seed: int = 0) -> list[list[in
     prompts = []
     for i in range(n):
         share = (i + chosen.random()) / n if 0 < i < n - 1 else float(i > 0)
-        target = SHORTEST_PROMPT * (LONGEST_PROMPT / SHORTEST_PROMPT) ** share
+        target = SHORTEST_PROMPT * (longest / SHORTEST_PROMPT) ** share
         nearest = min(range(len(pool)), key=lambda place: abs(len(pool[place]) - target))
         prompts.append(pool.pop(nearest))
     chosen.shuffle(prompts)
@@ -101,7 +110,7 @@ def heldout_windows(tokenizer: Any, *, window: int = 1024, n: int = 8) -> torch.
 
     Shares no document with `calibration_windows`, `long_prompt` or `docstrings`; rows do not overlap and are spread evenly
     over the text.
-    Raises ValueError for `window` < 2, `n` < 1, or more than the held-out text has.
+    Raises ValueError for `window` < 2, `n` < 1, or more than the held-out text has; TypeError for what is no whole number.
     """
     return _windows(tokenizer, "heldout", window, n)
 
@@ -199,9 +208,31 @@ def _ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
-    """The beginning-of-sequence token in a list, if this tokenizer puts one before every text; else an empty list."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
+    """What this tokenizer puts before every text: mostly its beginning-of-sequence token in a list, or nothing."""
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for place in range(len(whole) - len(bare) + 1) if bare else ():
+        if whole[place : place + len(bare)] == bare:
+            return list(whole[:place])
+    bos = getattr(tokenizer, "bos_token_id", None)  # a tokenizer that knows no "a"
+    return [bos] if bos is not None and whole[:1] == [bos] else []
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """The token ids a model reads `text` as: what the tokenizer puts before a text, once, and nothing behind it.
+
+    A text that brings its own start (a chat template wrote it) does not get a second one, and one that will be gone on with
+    does not get the end of sequence that some tokenizers add.
+    """
+    return with_start(start_tokens(tokenizer), _ids_of(tokenizer, [text])[0])
+
+
+def with_start(start: list[int], ids: list[int]) -> list[int]:
+    """`ids` behind `start`, which they may begin with already.
+
+    >>> with_start([1], [7, 8]), with_start([1], [1, 7, 8]), with_start([], [7, 8])
+    ([1, 7, 8], [1, 7, 8], [7, 8])
+    """
+    return ids if start and ids[: len(start)] == start else start + ids
 
 
 def _first_tokens(tokenizer: Any, text: str, count: int, kind: Kind) -> list[int]:
@@ -219,10 +250,7 @@ def _first_tokens(tokenizer: Any, text: str, count: int, kind: Kind) -> list[int
 
 
 def _windows(tokenizer: Any, part: Part, window: int, n: int) -> torch.Tensor:
-    if type(window) is not int or window < 2:
-        raise ValueError(f"window must be an integer of at least 2, got {window!r}")
-    if type(n) is not int or n < 1:
-        raise ValueError(f"n must be an integer of at least 1, got {n!r}")
+    window, n = checks.whole("window", window, low=2), checks.whole("n", n, low=1)
     counts: dict[Kind, int] = {"code": (n + 1) // 2, "english": n // 2}
     rows = {kind: _spread(tokenizer, kind, part, window, count) for kind, count in counts.items() if count}
     return torch.tensor([rows[KINDS[i % 2]][i // 2] for i in range(n)])
@@ -231,7 +259,7 @@ def _windows(tokenizer: Any, part: Part, window: int, n: int) -> torch.Tensor:
 def _spread(tokenizer: Any, kind: Kind, part: Part, window: int, count: int) -> list[list[int]]:
     """`count` windows from evenly spread lines of a text, none overlapping another."""
     start = start_tokens(tokenizer)
-    fresh = window - len(start)
+    fresh = checks.whole("window", window, low=len(start) + 1) - len(start)
     text = _joined(kind, part)
     begins = [text.find("\n", i * len(text) // count) + 1 for i in range(count)]
     pieces = [text[a : min(b, a + 16 * window)] for a, b in zip(begins, [*begins[1:], len(text)], strict=True)]

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from assay import checks
 from assay.errors import InputError
-from assay.workloads.text import heldout_windows, long_prompt, start_tokens
+from assay.workloads.text import heldout_windows, long_prompt, start_tokens, with_start
 
 NEW_TOKENS = 64  # generated per prompt where the user does not say; our choice
 _MAX_LINE = 16 << 20  # bytes
@@ -23,6 +24,7 @@ _FEWEST_WINDOWS = 4  # below this an interval says nothing; our choice
 class TextWorkload:
     """Prompts as token lists, each with its expected completion (token list, empty where there is none), in order of arrival.
 
+    A prompt begins with what its tokenizer puts before a text, a completion is bare: the two joined are what the model reads.
     `new_tokens` are generated per prompt; `bundled` tells assay's own text from the user's.
     """
 
@@ -44,8 +46,11 @@ class QualityText:
 def bundled_workload(
     tokenizer: Any, prompt_tokens: int, *, new_tokens: int = NEW_TOKENS, n: int = 8, seed: int = 0
 ) -> TextWorkload:
-    """`n` prompts of exactly `prompt_tokens` tokens of real text, code and English in turn. ValueError as `long_prompt`."""
-    _check_counts(new_tokens=new_tokens, n=n)
+    """`n` prompts of exactly `prompt_tokens` tokens of real text, code and English in turn.
+
+    Raises ValueError for counts below 1 and more tokens than the text has, TypeError for counts that are no whole numbers.
+    """
+    new_tokens, n, seed = _count("new_tokens", new_tokens), _count("n", n), checks.whole("seed", seed)
     prompts = [
         long_prompt(tokenizer, prompt_tokens, kind="english" if i % 2 else "code", seed=seed + i)[0].tolist()
         for i in range(n)
@@ -60,17 +65,18 @@ def read_workload(path: Path | str, tokenizer: Any, *, context: int, new_tokens:
 
     A prompt and what follows it (its completion or `new_tokens`, whichever is longer) must fit into the model's `context`
     tokens. Raises InputError that names every bad line (at most 20) by its number and what is wrong with it; also for a file
-    that is missing or has no prompts. The whole file is refused when one line is bad.
+    that is missing or has no prompts. The whole file is refused when one line is bad. ValueError and TypeError for bad counts.
     """
-    _check_counts(context=context, new_tokens=new_tokens)
+    context, new_tokens = _count("context", context), _count("new_tokens", new_tokens)
+    start = start_tokens(tokenizer)
     prompts, completions, bad = [], [], []
     for number, line in _lines(Path(path)):
         try:
             prompt, completion = _parse(line)
-            tokens = tokenizer(prompt, verbose=False)["input_ids"]
-            after = tokenizer(completion, add_special_tokens=False, verbose=False)["input_ids"] if completion else []
+            tokens, after = _tokens(tokenizer, prompt, completion)
             if not tokens:
                 raise _BadLine("prompt gives no tokens")
+            tokens = with_start(start, tokens)
             room = context - len(tokens)
             if room < max(len(after), new_tokens):
                 follows = f"a completion of {len(after)}" if len(after) > new_tokens else f"{new_tokens} new tokens"
@@ -92,24 +98,28 @@ def read_workload(path: Path | str, tokenizer: Any, *, context: int, new_tokens:
 def quality_windows(workload: TextWorkload, tokenizer: Any, *, window: int = 1024, n: int = 8) -> QualityText:
     """Windows of the user's own prompts and completions when these fill at least four; else bundled held-out text.
 
-    The prompts of a bundled workload are not used: held-out text is. Raises ValueError for `n` < 1 or `window` < 2.
+    Each window begins with what the tokenizer puts before a text; within, the documents follow each other with its end of
+    sequence between them. The prompts of a bundled workload are not used: held-out text is. Raises ValueError for `n` < 1 or
+    `window` < 2, TypeError for what is no whole number.
     """
-    _check_counts(n=n)
-    if type(window) is not int or window < 2:
-        raise ValueError(f"window must be an integer of at least 2, got {window!r}")
+    start, end = start_tokens(tokenizer), tokenizer.eos_token_id
+    n, window = _count("n", n), checks.whole("window", window, low=max(2, len(start) + 1))
     if workload.bundled:
         return QualityText(heldout_windows(tokenizer, window=window, n=n), "bundled held-out text")
-    start, end = start_tokens(tokenizer), tokenizer.eos_token_id
     fresh = window - len(start)
     stream: list[int] = []
     for prompt, completion in zip(workload.prompts, workload.completions, strict=True):
-        stream += [*prompt, *completion] if end is None else [*prompt, *completion, end]
+        document = [*(prompt[len(start) :] if prompt[: len(start)] == start else prompt), *completion]
+        stream += document if end is None or document[-1:] == [end] else [*document, end]
     count, fewest = min(n, len(stream) // fresh), min(n, _FEWEST_WINDOWS)
     if count < fewest:
         reason = f"{workload.name} has {len(stream)} tokens, {fewest} windows of {window} need {fewest * fresh}"
         return QualityText(heldout_windows(tokenizer, window=window, n=n), f"bundled held-out text: {reason}")
     step = len(stream) // count
-    rows = [start + stream[i * step : i * step + fresh] for i in range(count)]
+    places = [i * step for i in range(count)]
+    if start:  # where the user's own text has it a window begins one token sooner, so that it is not there twice
+        places = [place - (place > 0 and stream[place : place + len(start)] == start) for place in places]
+    rows = [start + stream[place : place + fresh] for place in places]
     return QualityText(torch.tensor(rows), f"{count} windows of {window} tokens of {workload.name}")
 
 
@@ -117,10 +127,22 @@ class _BadLine(Exception):
     pass
 
 
-def _check_counts(**counts: Any) -> None:
-    for name, value in counts.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+def _count(name: str, value: Any) -> int:
+    return checks.whole(name, value, low=1)
+
+
+def _tokens(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """Bare tokens of a prompt and of what follows it.
+
+    The completion is tokenised with its prompt, unless their border then falls within a token: alone it would begin with
+    the space that sentencepiece puts before every text.
+    """
+    texts = [prompt, prompt + completion, completion] if completion else [prompt]
+    before, *rest = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    if not rest:
+        return before, []
+    whole, alone = rest
+    return before, whole[len(before) :] if whole[: len(before)] == before else alone
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -85,9 +85,9 @@ def test_protocol(model):
 
 
 def test_says_what_is_wrong(model):
-    with pytest.raises(ValueError, match="mode must be one of default"):
+    with pytest.raises(ValueError, match="mode must be one of 'default'"):
         transform.apply(model, {"mode": "fastest"}, CONTEXT)
-    with pytest.raises(ValueError, match="region must be one of blocks, model, got 'layer'"):
+    with pytest.raises(ValueError, match="region must be one of 'blocks', 'model', got 'layer'"):
         transform.apply(model, {"region": "layer"}, CONTEXT)
     with pytest.raises(ValueError, match=r"unknown configuration \['backend'\]"):
         transform.apply(model, {"backend": "x"}, CONTEXT)

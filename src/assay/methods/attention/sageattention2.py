@@ -622,5 +622,11 @@ class SageAttention:
         register()
         return set_attention(model, NAME)
 
+    def describe(self, config: Mapping[str, Any]) -> str:
+        qk = config.get("qk", "int8")
+        how = {"int8": "INT8", "int4": "INT4", "exact": "exact", "calibrated": "INT8, where calibration allows it,"}
+        words = f"{how.get(qk, 'INT8 and exact') if isinstance(qk, str) else 'INT8 and exact'} attention of prompts"
+        return words if config.get("smooth_q", True) else f"{words} without smoothing of queries"
+
 
 transform = SageAttention()

@@ -567,6 +567,15 @@ class XAttention:
         register()
         return set_attention(model, NAME)
 
+    def describe(self, config: Mapping[str, Any]) -> str:
+        tau = config.get("tau", XAttentionConfig.tau)
+        return f"block-sparse attention at {'calibrated' if isinstance(tau, str) else 'tau'} {_told(tau)}"
+
+
+def _told(tau: Any) -> str:
+    """A threshold in words."""
+    return "thresholds" if isinstance(tau, str) else f"{tau:g}" if isinstance(tau, int | float) else "of each layer"
+
 
 def _on_cpu(model: nn.Module) -> bool:
     return all(parameter.device.type == "cpu" for parameter in model.parameters())

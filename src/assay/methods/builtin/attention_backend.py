@@ -74,6 +74,10 @@ class AttentionBackend:
         register()
         return set_attention(model, BACKENDS[backend])
 
+    def describe(self, config: Mapping[str, Any]) -> str:
+        names = {"kernel": "dense attention by assay's kernel", "sdpa": "SDPA attention", "eager": "eager attention"}
+        return names.get(config.get("backend", "kernel"), "dense attention")
+
 
 def _now(model: nn.Module) -> str:
     return str(cast(Any, model).config.get_text_config()._attn_implementation)

@@ -45,10 +45,20 @@ class Compile:
     def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
         return [{"mode": "default", "region": "blocks"}]
 
-    def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError or TypeError naming the setting that is wrong."""
         only(config, ("mode", "region"))
-        mode = checks.choice("mode", config.get("mode", "default"), MODES)
-        region = checks.choice("region", config.get("region", "blocks"), REGIONS)
+        checks.choice("mode", config.get("mode", "default"), MODES)
+        checks.choice("region", config.get("region", "blocks"), REGIONS)
+
+    def describe(self, config: Mapping[str, Any]) -> str:
+        mode, region = config.get("mode", "default"), config.get("region", "blocks")
+        what = "torch.compile" if region == "blocks" else "torch.compile of the whole model"
+        return what if mode == "default" else f"{what} ({mode})"
+
+    def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+        self.check(config)
+        mode, region = config.get("mode", "default"), config.get("region", "blocks")
         chosen = parts(model) if region == "blocks" else [model]
         if not chosen:
             raise ValueError(

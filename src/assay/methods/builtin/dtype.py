@@ -40,9 +40,23 @@ class DType:
     def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
         return [{"dtype": "bfloat16"}]
 
-    def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError or TypeError naming the setting that is wrong."""
         only(config, ("dtype",))
-        return cast(model, DTYPES[checks.choice("dtype", config.get("dtype", "bfloat16"), tuple(DTYPES))])
+        dtype_of(config)
+
+    def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+        self.check(config)
+        return cast(model, DTYPES[dtype_of(config)])
+
+    def describe(self, config: Mapping[str, Any]) -> str:
+        return dtype_of(config)
+
+
+def dtype_of(config: Mapping[str, Any]) -> str:
+    """The name of the dtype a configuration asks for, "bfloat16" where it names none. Raises ValueError or TypeError."""
+    name: str = checks.choice("dtype", config.get("dtype", "bfloat16"), list(DTYPES))
+    return name
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -12,13 +12,14 @@ from typing import Any, Literal
 
 from torch import nn
 
+from assay import checks
 from assay.methods.core.generation.loop import set_settings
 from assay.methods.transform import Effect, Fit, TuneContext
 
 
 @dataclass(frozen=True)
 class SortedBatches:
-    """Sets `model.assay_settings`, which `generate_batch` reads."""
+    """Sets `model.assay_settings`, which `generate_batch` reads. Configuration: `batch_size` (default: as it is set, 8)."""
 
     name: str = "sorted_batches"
     slot: Literal["batching"] = "batching"
@@ -34,7 +35,18 @@ class SortedBatches:
     def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
         return [{"batch_size": size} for size in dict.fromkeys([8, 16, 32, context.batch_size]) if size > 1]
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError or TypeError naming the setting that is wrong."""
+        if unknown := sorted(set(config) - {"batch_size"}):
+            raise ValueError(f"unknown configuration {unknown}; allowed: batch_size")
+        if "batch_size" in config:
+            checks.whole("batch_size", config["batch_size"], low=1)
+
+    def describe(self, config: Mapping[str, Any]) -> str:
+        return f"sorted batches of {config['batch_size']}" if "batch_size" in config else "sorted batches"
+
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+        self.check(config)
         set_settings(model, sort_by_length=True, prefill=None, **config)
         return model
 

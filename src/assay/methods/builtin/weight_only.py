@@ -214,6 +214,11 @@ class WeightOnly:
         untie(settle(model))
         return model
 
+    def describe(self, config: Mapping[str, Any]) -> str:
+        bits, head = config.get("bits", 4), config.get("head_bits", 8)
+        output = "the output layer as it is" if head is None else f"{head}-bit in the output layer"
+        return f"{bits}-bit weights" if head == bits else f"{bits}-bit weights, {output}"
+
 
 def _eligible(model: nn.Module) -> dict[str, nn.Linear]:
     return {name: linear for name, linear in linears(model).items() if linear.in_features % GROUP == 0}

@@ -582,5 +582,13 @@ class Int8Linears:
             calibration=list(context.calibration)[:CALIBRATION_WINDOWS],
         )
 
+    def describe(self, config: Mapping[str, Any]) -> str:
+        extras = [] if config.get("rotation", 16) == 1 else ["rotation"]
+        extras += ["smoothing"] if config.get("smooth") is not None else []
+        words = "INT8 linears" + (f" with {' and '.join(extras)}" if extras else "")
+        words += ", the output layer too" if config.get("head") is True else ""
+        skipped = [str(name).replace("_", " ") for name in config.get("skip") or ()]
+        return f"{words}, except {' and '.join(skipped)}" if skipped else words
+
 
 transform = Int8Linears()

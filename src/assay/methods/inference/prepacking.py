@@ -508,5 +508,10 @@ class Prepacking:
         set_settings(model, prefill=PrepackedPrefill, **config)
         return model
 
+    def describe(self, config: Mapping[str, Any]) -> str:
+        order = "sorted " if config.get("sort_by_length") else ""
+        size = f" of {config['batch_size']}" if "batch_size" in config else ""
+        return f"{order}batches{size} with packed prefill"
+
 
 transform = Prepacking()

@@ -111,6 +111,11 @@ class DecodeLoop:
         model.decode_loop = decoder  # type: ignore[assignment]
         return model
 
+    def describe(self, config: Mapping[str, Any]) -> str:
+        names = {"fp32": "float32", "bf16": "bfloat16", "int8": "8-bit", "int4": "4-bit"}
+        weights, cache = config.get("weights", "int4"), config.get("cache", "bfloat16")
+        return f"compiled decoding loop with {names.get(weights, weights)} weights and {cache} cache"
+
 
 def _share(model: Any, decoder: Decoder) -> None:
     """Let the model's linear layers use the decoder's packed weights."""

@@ -100,13 +100,16 @@ def checked_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def padding_token(model: nn.Module) -> int:
-    """A token id to pad with: the model's own, else its end of sequence, else 0 (padding is masked, so any will do)."""
+    """A token id to pad with: the model's own, else its end of sequence, else 0 (padding is masked, so any will do).
+
+    An id outside the vocabulary is passed over: configurations name tokens that were never given a row in the embedding.
+    """
     module: Any = model
     config = module.config.get_text_config()
     for token in (config.pad_token_id, config.eos_token_id):
         if isinstance(token, list):
-            token = token[0]
-        if token is not None and token >= 0:
+            token = token[0] if token else None
+        if token is not None and 0 <= token < config.vocab_size:
             return int(token)
     return 0
 
@@ -124,6 +127,7 @@ def generate_batch(
 ) -> list[list[int]]:
     """Continue every prompt greedily by `new_tokens` tokens; returns the new tokens, in the order of the prompts.
 
+    Greedy means greedy: whatever else the model's `generation_config` asks for (penalties, beams, forced tokens) is left out.
     Prompts run in batches of `batch_size`, in arrival order, or with `sort_by_length` longest first, which wastes little on
     padding and meets the largest batch at once. With `ignore_eos` (for measuring: equal work for every prompt) the end token
     is never chosen; without it a prompt's tokens end with it. What is None comes from the model's settings.
@@ -152,11 +156,12 @@ def _generate(model: Any, prompts: list[list[int]], new_tokens: int, pad: int, i
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     make: PrefillFactory | None = settings(model)["prefill"]
     if make is not None and not getattr(model.generate, "calls_prefill", False):
-        # The last token is left to `generate`: its own rules (end token, penalties) then choose every new token.
+        # The last token is left to `generate`: its own rule for the end token then holds for every new token.
         inputs = make(model, last_token=False, pad_token_id=pad)(prompts).generate_inputs()
     if ignore_eos:
         inputs["min_new_tokens"] = new_tokens
-    out: Tensor = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad)
+    with plain_generation(model):
+        out: Tensor = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad)
     new: list[list[int]] = out[:, ids.shape[1] :].tolist()
     return new
 
@@ -166,6 +171,31 @@ def _until_end(tokens: list[int], model: Any) -> list[int]:
     ends = {ends} if isinstance(ends, int) else set(ends or ())
     stop = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[:stop]
+
+
+@contextlib.contextmanager
+def plain_generation(model: nn.Module, *, ends: bool = True) -> Iterator[None]:
+    """Within it `generate` does what its caller asks for and nothing else; with `ends` False no token ends a sequence.
+
+    A model's `generation_config` holds what its makers like: penalties, temperatures, beams, forced and suppressed tokens,
+    limits of length and time, kinds of caches. `generate` takes each from there that the caller leaves out, so here only the special
+    tokens stay. The model's own configuration is put back as it was, the same object.
+    """
+    from transformers import GenerationConfig
+
+    module: Any = model
+    own = getattr(module, "generation_config", None)
+    if own is None:
+        yield
+        return
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    module.generation_config = GenerationConfig(**{name: getattr(own, name, None) for name in tokens})
+    if not ends:
+        module.generation_config.eos_token_id = None
+    try:
+        yield
+    finally:
+        module.generation_config = own
 
 
 @contextlib.contextmanager

@@ -102,5 +102,11 @@ class LowRank:
         apply_low_rank(model, solver="data_svd", calibration=context.calibration, **config)
         return model
 
+    def describe(self, config: Mapping[str, Any]) -> str:
+        for name, words in (("budget", "with a share of {} of the parameters"), ("energy", "keeping {} of the energy")):
+            if name in config:
+                return f"low-rank linears {words.format(config[name])}"
+        return f"low-rank linears of rank {config['rank']}" if "rank" in config else "low-rank linears"
+
 
 transform = LowRank()

@@ -207,5 +207,13 @@ class TunedSettings:
         set_settings(model, **config)
         return model
 
+    def describe(self, config: Mapping[str, Any]) -> str:
+        order = "sorted " if config.get("sort_by_length") else ""
+        size = f" of {config['batch_size']}" if "batch_size" in config else ""
+        threads = config.get("threads")
+        return f"{order}batches{size}" + (
+            f" on {threads} thread{'s' if threads != 1 else ''}" if threads is not None else ""
+        )
+
 
 transform = TunedSettings()
