@@ -102,7 +102,7 @@ def run_target(name: str, seconds: float) -> dict[str, Any]:
     }
     ram = machine().ram_bytes
     result = run_isolated(
-        "assay.tuner.trial:final", arguments, timeout_s=3 * seconds + 1200, memory_bytes=int(0.85 * ram)
+        "assay.tuner.child:prove", arguments, timeout_s=3 * seconds + 1200, memory_bytes=int(0.85 * ram)
     )
     if result.status != "ok":
         return {"target": name, "status": result.status, "error": result.error}

@@ -176,7 +176,7 @@ def test_two_steps_of_one_slot_are_refused():
         ("xattention", {"block": 64.0}, "block must be a whole number, got 64.0"),
         ("xattention", {"tau": True}, "tau must be a number, got True"),
         ("greenformers", {"energy": True}, "energy must be a number, got True"),
-        ("greenformers", {"budget": 2.0}, "budget must lie in"),
+        ("greenformers", {"budget": 2.0}, "budget must be a finite number above 0 and below 1"),
     ],
 )
 def test_a_bad_setting_is_named_before_anything_is_changed(transform, config, says):

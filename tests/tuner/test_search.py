@@ -8,7 +8,7 @@ import pytest
 
 from assay.methods.transform import Effect
 from assay.tuner.recipe import Step
-from assay.tuner.search import Kind, Option, Search, pareto
+from assay.tuner.search import Kind, Option, Search, option_from, pareto
 
 PEAK = {"float32": 1e11, "bfloat16": 4e11, "int8": 8e11}
 KINDS = {
@@ -161,3 +161,56 @@ def test_learning_corrects_the_prediction():
 def test_pareto_front():
     assert pareto([(1, 5), (2, 2), (3, 3), (4, 1), (1, 6)]) == [0, 1, 3]
     assert pareto([]) == []
+
+
+def test_effects_are_those_of_the_share_that_is_reached():
+    part = Option(Step(transform="int8", config={}), "linear", False, INT8.effects, share=0.25)
+    whole = make(options=[INT8]).roofline((INT8,))
+    assert make(options=[part]).roofline((part,)) == pytest.approx(1 - 0.25 * (1 - whole))
+    assert (
+        option_from(
+            {"transform": "x", "config": {}, "slot": "linear", "exact": True, "effects": [], "share": 0.6}
+        ).share
+        == 0.6
+    )
+
+
+def test_one_of_each_transform_is_screened_before_the_second_of_any_and_then_combinations():
+    search = make(max_drop=0.5)
+    singles = search.to_screen(20, combined=False)
+    assert [len(options) for options in singles] == [1] * 6
+    assert len({options[0].step.transform for options in singles[:4]}) == 4
+    for options in singles:
+        search.screened(options, truth(options)[0])
+    assert not search.to_screen(20, combined=False)
+    combined = search.to_screen(3, combined=True)
+    assert len(combined) == 3
+    assert all(len(options) > 1 for options in combined)
+    assert [search.predict(options) for options in singles] == [truth(options)[0] for options in singles]
+    search.screened(combined[0], 0.123)
+    assert search.predict(combined[0]) == 0.123
+    assert combined[0] not in search.to_screen(20, combined=True)
+
+
+def test_what_screening_saw_slower_than_the_base_is_not_judged():
+    search = make(max_drop=0.5, options=[INT8, FUSE])
+    search.screened((INT8,), 1.3)
+    search.screened((FUSE,), 0.9)
+    assert [search.next()] == [(FUSE,)]
+    search.learn((FUSE,), 0.9, 0.0)
+    assert search.next() is None
+
+
+def test_times_that_screening_cannot_tell_apart_are_the_same_and_less_change_goes_first():
+    search = make(max_drop=0.5, options=[HALF, FUSE])
+    search.screened((HALF,), 0.799)
+    search.screened((FUSE,), 0.801)
+    search.screened((HALF, FUSE), 0.8)
+    assert search.next() == (FUSE,)  # exact, and no slower than anybody could tell
+
+
+def test_an_unseen_setting_is_expected_to_surprise_as_its_siblings_did():
+    search = make(max_drop=0.5)
+    before = search.predict((TENTH,))
+    search.screened((HALF,), 1.5 * search.predict((HALF,)))
+    assert search.predict((TENTH,)) == pytest.approx(1.5 * before)

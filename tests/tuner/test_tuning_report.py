@@ -57,7 +57,7 @@ def outcome(goal="ttft", rows=None, best=-1):
         row("candidate", [DTYPE, INT8, SPARSE], 0.1, 0.006, 0.4),
     ]
     chosen, free = rows[best], next((r for r in rows[::-1] if r.kind == "free"), rows[0])
-    survey = profile(0.2) | {"unfit": {"dtype": "no float32 parameters", "prepacking": "does not serve the goal ttft"}}
+    survey = profile(0.4) | {"unfit": {"dtype": "no float32 parameters", "prepacking": "does not serve the goal ttft"}}
     samples = {"baseline": rows[0].samples, "free": free.samples, "best": chosen.samples}
     quality = {
         "baseline": {"prefill": [2.0] * 40},
@@ -78,11 +78,12 @@ def outcome(goal="ttft", rows=None, best=-1):
         Path("out"),
         99.0,
         {"threads": 2},
+        after=profile(0.1, 0.5),
     )
 
 
-def page(found, before=True):
-    return render(found, found.document(), profile(0.1, 0.5), LIMITS, profile(0.4) if before else None)
+def page(found):
+    return render(found, found.document(), found.after, LIMITS)
 
 
 def text_of(html):
@@ -104,7 +105,7 @@ def test_recipes_stand_in_words_before_they_stand_as_code():
 @pytest.mark.parametrize("goal", ["ttft", "decode", "throughput"])
 def test_before_is_the_model_as_loaded_and_adds_up_to_it(goal):
     found = outcome(goal)
-    table = kinds(found, profile(0.4)["kinds"], profile(0.1, 0.5)["kinds"], loaded=True)
+    table = kinds(found, found.after["kinds"])
     assert [line["name"] for line in table] == ["linear", "attention", "other", "total"]
     for column, cost in (("before", 0.4), ("after", 0.1)):
         assert table[-1][column] == pytest.approx(1e3 * cost)
@@ -115,11 +116,20 @@ def test_before_is_the_model_as_loaded_and_adds_up_to_it(goal):
     assert "kind of work as loaded, ms best, ms linear 280 50 attention 80 40 other 40 10 total 400 100" in shown
 
 
-def test_without_a_profile_of_it_the_base_stands_under_its_own_name():
-    shown = text_of(page(outcome(), before=False))
-    assert "kind of work bfloat16, ms best, ms linear 147 50" in shown
-    assert "total 210 100" in shown
-    assert "as loaded, ms" not in shown
+def test_without_a_profile_of_the_best_its_column_is_empty():
+    found = outcome()
+    found.after = {"kinds": {}, "waterline": []}
+    shown = text_of(page(found))
+    assert "linear 280 attention 80 other 40 total 400 The totals" in shown
+
+
+def test_what_could_not_be_run_in_turns_is_not_called_interleaved():
+    found = outcome()
+    assert "The three ran interleaved" in text_of(page(found))
+    found.final["apart"] = ["baseline"]
+    shown = text_of(page(found))
+    assert "interleaved" not in shown
+    assert "ratios of baseline are of medians" in shown
 
 
 @pytest.mark.parametrize("goal", ["memory", "energy"])
@@ -194,11 +204,12 @@ def test_a_trial_of_infinite_loss_is_a_row_and_no_point():
 def test_shares_reached_and_paths_run_are_shown_where_a_row_has_them():
     found = outcome()
     assert "reached:" not in text_of(page(found))
-    found.rows[3].reached = "the experts of 24 layers stay as they are"
+    found.rows[3].reached = {"fp8_vs_int8": {"share": 0.9, "reached": "the experts of 24 layers stay as they are"}}
     found.rows[3].paths = {"block attention: kernel": 30, "w8a8: torch": 2}
     shown = text_of(page(found))
     assert (
-        "reached: the experts of 24 layers stay as they are ran: block attention: kernel (30); w8a8: torch (2)" in shown
+        "reached: fp8_vs_int8: the experts of 24 layers stay as they are ran: block attention: kernel (30); w8a8: torch (2)"
+        in shown
     )
     assert told({"fp8_vs_int8": "17 % of the weights"}) == "fp8_vs_int8: 17 % of the weights"
 

@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import shlex
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+SOON = 1.0  # seconds after which something is said, if nothing was yet
+
 
 def tune(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id in the local cache, or smollm2-135m.")],
     goal: Annotated[str, typer.Option(help="ttft | decode | throughput | memory | energy")],
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt the goal is measured with.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(help="Length of the prompt; 512, or what the context has room for.")
+    ] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to generate; 32, or what the context has room for.")
+    ] = None,
     max_drop: Annotated[float, typer.Option(help="Relative perplexity increase allowed, in [0, 1).")] = 0.01,
     minutes: Annotated[float, typer.Option(help="Time for everything.")] = 10.0,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the artefact.")] = Path("assay-out"),
     workload: Annotated[Path | None, typer.Option(help='Your own prompts: JSON lines of {"prompt": ...}.')] = None,
-    resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = False,
-    memory_gib: Annotated[float | None, typer.Option(help="Memory limit of one trial.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run stopped; what failed is tried again.")
+    ] = False,
+    memory_gib: Annotated[float | None, typer.Option(help="Memory limit of one child process.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Judge candidates on a Ray cluster; `local` starts one.")
+    ] = None,
     allow_download: Annotated[bool, typer.Option(help="Allow a hub id to be downloaded.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -26,12 +39,19 @@ def tune(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from assay.cli.output import print_json
-    from assay.tuner.tune import tune as run
-    from assay.tuner.work import Settings
+    console = Console(stderr=True)
+    early = threading.Timer(SOON, _print, (console, f"tuning {model} for {goal} in {minutes:g} minutes"))
+    early.daemon = True
+    early.start()  # torch's import takes seconds; an error that comes sooner stands alone
 
+    from assay.cli.output import print_json
+    from assay.errors import InterruptedRun
+    from assay.tuner.tune import tune as run
+    from assay.tuner.work import settings_for
+
+    early.cancel()
     wanted: Any = goal  # checked by Settings
-    settings = Settings(
+    settings = settings_for(
         model,
         wanted,
         prompt_tokens,
@@ -39,19 +59,28 @@ def tune(
         workload=str(workload) if workload else None,
         allow_download=allow_download,
     )
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}"))
+    columns = (SpinnerColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("starting", total=minutes * 60)
+        bar = progress.add_task("starting", total=max(minutes, 0.0) * 60)
 
         def say(text: str) -> None:
             progress.update(bar, description=text, completed=progress.tasks[0].elapsed or 0.0)
             if not console.is_terminal:
-                console.print(text, highlight=False, markup=False, soft_wrap=True)
+                _print(console, text)
 
-        outcome = run(
-            settings, output, max_drop=max_drop, minutes=minutes, resume=resume, memory_gib=memory_gib, say=say
-        )
+        try:
+            outcome = run(
+                settings,
+                output,
+                max_drop=max_drop,
+                minutes=minutes,
+                resume=resume,
+                memory_gib=memory_gib,
+                ray=ray,
+                say=say,
+            )
+        except KeyboardInterrupt as stop:  # typer would make an exit code of it and lose what it says
+            raise InterruptedRun(str(stop)) from None
     document = outcome.document()
     if json:
         print_json(document)
@@ -73,24 +102,62 @@ def print_summary(document: dict[str, Any], folder: str) -> None:
         row = document[key]
         table.add_row(name, f"{row['value']:,.1f}", f"{row['low']:,.1f} to {row['high']:,.1f}")
     out.print(table)
-    out.print(f"free     {document['free_baseline']['label']}", highlight=False, markup=False, soft_wrap=True)
-    out.print(f"best     {document['best']['label']}\n", highlight=False, markup=False, soft_wrap=True)
+    _print(out, f"free     {document['free_baseline']['label']}")
+    _print(out, f"best     {document['best']['label']}")
+    for line in _reached(document):
+        _print(out, f"         {line}")
+    if document["kinds"]:
+        _print(out, f"time     {_kinds(document)}")
+    _print(
+        out,
+        f"tried    {document['screened']} candidates screened, {document['judged']} judged, {document['proven']} proven "
+        f"in {document['pairs']} pairs\n",
+    )
     speed, free, quality = document["speedup"], document["speedup_vs_free"], document["quality"]
-    out.print(
+    _print(
+        out,
         f"{speed['median']:.2f}x as loaded ({speed['low']:.2f} to {speed['high']:.2f}), "
         f"{free['median']:.2f}x the free baseline ({free['low']:.2f} to {free['high']:.2f}); "
         f"{quality['metric']} {quality['baseline']:.3f} -> {quality['candidate']:.3f} "
         f"({100 * quality['drop']:+.2f} %, {100 * quality['low']:+.2f} to {100 * quality['high']:+.2f})",
-        highlight=False,
     )
     if not document["helped"]:
-        why = "No method beat the free baseline within the allowed loss"
-        if not document["candidates"]:
-            why = "The time was spent on the baselines before any method was tried (see --minutes)"
-        out.print(f"{why}: the free baseline was saved.", highlight=False)
+        why = "No method beat the free baseline for certain within the allowed loss"
+        if not document["judged"]:
+            why = "No method was judged in the time there was (see --minutes)"
+        _print(out, f"{why}: the free baseline was saved.")
+    for note in document["notes"]:
+        _print(out, f"Note: {note}.")
     if document["noisy"]:
-        out.print("The machine was busy during the final run: treat these figures as noisy.", highlight=False)
-    out.print(f"\nreport   {document['report']}", highlight=False, soft_wrap=True)
-    out.print(f'load     python -c "import assay; model = assay.load({folder!r})"', highlight=False, soft_wrap=True)
-    out.print(f"serve    assay serve {folder}", highlight=False, soft_wrap=True)
-    out.print(f"replay   assay apply MODEL --recipe {folder}/recipe.toml -o DIR", highlight=False, soft_wrap=True)
+        _print(out, "The machine was busy during the final run: treat these figures as noisy.")
+    _print(out, f"\nreport   {document['report']}")
+    _print(out, f'load     python -c "import assay; model = assay.load({folder!r})"')
+    _print(out, f"serve    assay serve {shlex.quote(folder)}")
+    _print(out, f"replay   assay apply MODEL --recipe {shlex.quote(folder + '/recipe.toml')} -o DIR")
+
+
+def _kinds(document: dict[str, Any]) -> str:
+    """Where the time went, before and after: milliseconds by kind of work, which add up to the figures of the table."""
+    kinds = document["kinds"]
+    parts = []
+    for when, name in (("before", "as loaded"), ("after", "best")):
+        whole = sum(kind.get(when, 0.0) for kind in kinds.values())
+        shares = " + ".join(f"{1e3 * kind.get(when, 0.0):,.1f} {kind_name}" for kind_name, kind in kinds.items())
+        parts.append(f"{name} {1e3 * whole:,.1f} ms = {shares}")
+    return "; ".join(parts)
+
+
+def _reached(document: dict[str, Any]) -> list[str]:
+    """What the recipe's transforms leave alone, and which way their operators took."""
+    lines = [
+        f"{name} reaches {100 * fit['share']:.0f} %: {fit['reached']}"
+        for name, fit in document["reached"].items()
+        if fit["share"] < 1 or fit["reached"]
+    ]
+    if document["paths"]:
+        lines.append("ran " + ", ".join(document["paths"]))
+    return lines
+
+
+def _print(console: Any, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

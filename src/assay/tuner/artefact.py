@@ -147,8 +147,8 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
 
 
-def save(outcome: Outcome, after: dict[str, Any], limits: Any, before: dict[str, Any] | None = None) -> None:
-    """Write what `tune` found, with its report and evidence; `before` and `after` as `report.render` takes them."""
+def save(outcome: Outcome, after: dict[str, Any], limits: Any) -> None:
+    """Write what `tune` found, with its report and evidence; `after` and `limits` as `report.render` takes them."""
     from assay.evidence.place import here
     from assay.tuner.report import render
     from assay.tuner.work import build_work, load_for
@@ -162,9 +162,9 @@ def save(outcome: Outcome, after: dict[str, Any], limits: Any, before: dict[str,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     lines = [{"kind": "summary", **document, **origin}, {"kind": "final", **outcome.final}]
-    lines += [{"kind": "trial", **row_document(row)} for row in outcome.rows]
+    lines += [{"kind": "trial", **row.document()} for row in outcome.rows]
     extra = {
-        REPORT: render(outcome, document, after, limits, before),
+        REPORT: render(outcome, document, after, limits),
         EVIDENCE: "".join(json.dumps(line, default=str) + "\n" for line in lines),
     }
     write(outcome.artefact, loaded.model, loaded.tokenizer, outcome.best.recipe, work.calibration, extra)
@@ -206,21 +206,3 @@ def check_output(folder: Path) -> None:
         raise InputError(f"-o {folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECIPE).is_file():
         raise InputError(f"-o {folder} holds something that is not an artefact of assay; name another folder")
-
-
-def row_document(row: Any) -> dict[str, Any]:
-    """One trial as JSON, without the per-block likelihoods."""
-    return {
-        "trial": row.kind,
-        "label": row.label(),
-        "recipe": [step.model_dump() for step in row.recipe.steps],
-        "status": row.status,
-        "cost": row.cost,
-        "samples": row.samples,
-        "drop": {"median": row.drop, "low": row.drop_low, "high": row.drop_high},
-        "predicted": row.predicted,
-        "seconds": row.seconds,
-        "error": row.error,
-        "function": row.function,
-        "structure": row.structure,
-    }

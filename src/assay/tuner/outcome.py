@@ -17,7 +17,7 @@ from assay.tuner.work import UNITS, Settings
 
 @dataclass
 class Row:
-    """One line of the journal: a recipe and what came out of measuring it."""
+    """One line of the report: a recipe and what came out of judging it (or that it failed, in whatever step)."""
 
     kind: str  # "baseline" | "free" | "candidate"
     recipe: Recipe
@@ -26,19 +26,61 @@ class Row:
     drop: float | None = None  # relative perplexity increase over the baseline; the worst of the goal's paths
     drop_low: float | None = None
     drop_high: float | None = None
-    predicted: float | None = None  # predicted time over the base's, before the trial
-    seconds: float = 0.0  # the whole trial
+    predicted: float | None = None  # predicted time over the base's, from the roofline alone
+    screened: float | None = None  # time over the base's on few layers: what it was chosen by, not a result
+    seconds: float = 0.0  # the whole measurement
     run_seconds: float = 0.0  # one run of the work
     error: str = ""
-    misfit: str = ""  # the transform that could not be applied, where that is why the trial failed
+    misfit: str = ""  # the transform that could not be applied, where that is why it failed
     function: str = ""
     structure: str = ""
     samples: list[float] = field(default_factory=list)
     quality: dict[str, list[float]] = field(default_factory=dict)
     options: list[str] = field(default_factory=list)
+    text: float = 1.0  # share of the held-out text it was judged on
+    hopeless: bool = False  # judged on the first part of the text only, where it already lost too much
+    paths: dict[str, int] = field(
+        default_factory=dict
+    )  # which path each operator took: the kernel, or what it fell back to
+    reached: dict[str, dict[str, Any]] = field(default_factory=dict)  # by transform: {"share", "reached"} of its Fit
 
     def label(self) -> str:
         return self.recipe.label()
+
+    def document(self) -> dict[str, Any]:
+        """As JSON, without the likelihoods of the blocks."""
+        return {
+            "trial": self.kind,
+            "label": self.label(),
+            "recipe": [step.model_dump() for step in self.recipe.steps],
+            "status": self.status,
+            "cost": self.cost,
+            "samples": self.samples,
+            "drop": {"median": self.drop, "low": self.drop_low, "high": self.drop_high},
+            "hopeless": self.hopeless,
+            "predicted": self.predicted,
+            "screened": self.screened,
+            "seconds": self.seconds,
+            "error": self.error,
+            "misfit": self.misfit,
+            "paths": self.paths,
+            "reached": self.reached,
+            "function": self.function,
+            "structure": self.structure,
+        }
+
+
+@dataclass(frozen=True)
+class Screened:
+    """A candidate timed on `layers` of a model's `of` layers: `ratio` is its time over the base's there."""
+
+    recipe: Recipe
+    ratio: float
+    layers: int
+    of: int
+
+    def document(self) -> dict[str, Any]:
+        return {"label": self.recipe.label(), "ratio": self.ratio, "layers": self.layers, "of": self.of}
 
 
 @dataclass
@@ -57,11 +99,48 @@ class Outcome:
     artefact: Path
     seconds: float
     machine: dict[str, Any]
+    screened: list[Screened] = field(default_factory=list)
+    after: dict[str, Any] = field(
+        default_factory=dict
+    )  # kinds of work of the best, as `survey` has them of the model as loaded
+    notes: list[str] = field(default_factory=list)  # what was left out or made smaller for want of time
+    minutes: float | None = None
+    nodes: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # of a Ray cluster: who measured, who was left out and why
 
     def speedup(self, over: str) -> Interval:
-        """Paired ratio of the final run: `over` is "baseline" or "free"."""
-        samples = self.final["samples"]
-        return paired_ratio(samples[over], samples["best"])
+        """Paired ratio of the final run: `over` is "baseline" or "free".
+
+        Where the two did not run in turns (`final["apart"]`), the ratio of the medians with its least and its greatest value.
+        """
+        before, after = self.final["samples"][over], self.final["samples"]["best"]
+        if over in self.final.get("apart", []):
+            middle = float(np.median(before) / np.median(after))
+            return Interval(middle, min(before) / max(after), max(before) / min(after), min(len(before), len(after)))
+        return paired_ratio(before, after)
+
+    def proven(self) -> bool:
+        """Whether a candidate ran in the proof, in as many rounds as its interval needs."""
+        return bool(self.final.get("complete", True) and self.final.get("candidate", True))
+
+    def kinds(self) -> dict[str, dict[str, float]]:
+        """Cost of the model as loaded ("before") and of the best ("after") by kind of work, which add up to their figures.
+
+        The shares come from profiles, the sums from the final run. Empty for goals that are no time.
+        """
+        if self.settings.goal in ("memory", "energy") or not self.after:
+            return {}
+        found: dict[str, dict[str, float]] = {}
+        for when, kinds, label in (
+            ("before", self.survey["kinds"], "baseline"),
+            ("after", self.after["kinds"], "best"),
+        ):
+            whole = sum(kind["seconds"] for kind in kinds.values())
+            cost = bootstrap(self.final["samples"][label]).median
+            for name, kind in kinds.items():
+                found.setdefault(name, {})[when] = cost * kind["seconds"] / whole if whole > 0 else 0.0
+        return found
 
     def level(self, label: str) -> dict[str, Any]:
         """The goal's figure of "baseline", "free" or "best" in the final run, in its unit, with its interval."""
@@ -78,7 +157,7 @@ class Outcome:
         path = max(drops, key=lambda name: drops[name].median)
         return {
             "metric": f"perplexity ({path})",
-            "baseline": float(np.exp(np.mean(reference(before, path)))),
+            "baseline": float(np.exp(np.mean(reference(before, path)[: len(after[path])]))),
             "candidate": float(np.exp(np.mean(after[path]))),
             "drop": drops[path].median,
             "low": drops[path].low,
@@ -103,8 +182,19 @@ class Outcome:
             "quality": self.quality(),
             "helped": self.helped,
             "recipe": [step.model_dump() for step in self.best.recipe.steps],
+            "kinds": self.kinds(),
             "trials": len(self.rows),
             "candidates": sum(row.kind == "candidate" for row in self.rows),
+            "screened": len(self.screened),
+            "judged": sum(row.kind == "candidate" and row.drop is not None for row in self.rows),
+            "proven": int(self.proven()),
+            "pairs": len(self.final["samples"]["best"]),
+            "screening": [found.document() for found in self.screened],
+            "paths": self.best.paths,
+            "reached": self.best.reached,
+            "notes": self.notes,
+            "nodes": self.nodes,
+            "minutes": self.minutes,
             "failed_trials": sum(row.status not in ("ok", "equivalent") for row in self.rows),
             "seconds": self.seconds,
             "noisy": self.noisy(),
@@ -124,14 +214,18 @@ def reference(baseline: dict[str, list[float]], path: str) -> list[float]:
 
 
 def drop_of(baseline: dict[str, list[float]], candidate: dict[str, list[float]]) -> Interval:
-    """Relative perplexity increase, paired block by block, of the path that lost most."""
+    """Relative perplexity increase, paired block by block, of the path that lost most.
+
+    A candidate judged on the first part of the text only is held against that part of the baseline.
+    """
 
     def increase(differences: np.ndarray, axis: int) -> np.ndarray:
         return np.expm1(differences.mean(axis=axis))
 
     found = []
     for path, values in candidate.items():
-        difference = np.asarray(values) - np.asarray(reference(baseline, path))
+        before = reference(baseline, path)
+        difference = np.asarray(values) - np.asarray(before[: len(values)])
         if not np.isfinite(difference).all():
             return Interval(float("inf"), float("inf"), float("inf"), len(difference))
         found.append(bootstrap(difference, increase))
@@ -145,8 +239,8 @@ def front(rows: list[Row]) -> list[Row]:
 
 
 def base_row(rows: list[Row]) -> Row | None:
-    """The row candidates are built on: the faster dtype alone, or the model as loaded where there is none."""
-    for row in rows:
-        if row.status == "ok" and [step.transform for step in row.recipe.steps] == ["dtype"]:
-            return row
+    """The row candidates are built on: the fastest dtype alone, or the model as loaded where there is no other."""
+    casts = [row for row in rows if row.status == "ok" and [step.transform for step in row.recipe.steps] == ["dtype"]]
+    if casts:
+        return min(casts, key=lambda row: row.cost if row.cost is not None else float("inf"))
     return rows[0] if rows and rows[0].status == "ok" else None

@@ -15,19 +15,13 @@ INK, BAD, GOOD, FREE = "#1f2937", "#b45309", "#047857", "#6b7280"
 WIDE = 4.6  # inches of a plot: text of 9 points in it stays readable when the page is 390 pixels wide
 
 
-def render(
-    outcome: Outcome, document: dict[str, Any], after: dict[str, Any], limits: Any, before: dict[str, Any] | None = None
-) -> str:
-    """The whole page. `after` and `before` are profiles of the best recipe and of the model as loaded, `limits` the machine's rates.
-
-    Without `before` the survey's profile stands in for it, under the name of the recipe it was made with.
-    """
+def render(outcome: Outcome, document: dict[str, Any], after: dict[str, Any], limits: Any) -> str:
+    """The whole page. `after` is the profile of the best recipe, empty where there is none; `limits` are the machine's rates."""
     from jinja2 import Environment
 
     template = (resources.files("assay.tuner") / "templates" / "report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     rates = {name: f"{value / 1e9:,.0f} GOP/s" for name, value in limits.peak_flops.items()}
-    first, name = (before, "as loaded") if before is not None else (outcome.survey, base_words(outcome))
     return environment.from_string(template).render(
         d=document,
         rows=[_row(outcome, row) for row in outcome.rows],
@@ -38,10 +32,10 @@ def render(
         },
         quality=quality_words(document["quality"], outcome.max_drop),
         unfit=unfit(outcome),
-        before_name=name,
-        kinds=kinds(outcome, first["kinds"], after["kinds"], loaded=before is not None),
+        apart=outcome.final.get("apart", []),
+        kinds=kinds(outcome, after["kinds"]),
         pareto=pareto_plot(outcome),
-        before=waterline_plot(first["waterline"], name, limits),
+        before=waterline_plot(outcome.survey["waterline"], "as loaded", limits),
         after=waterline_plot(after["waterline"], "best", limits),
         predicted=predicted_plot(outcome),
         rates=rates,
@@ -77,48 +71,29 @@ def quality_words(quality: dict[str, Any], limit: float) -> str:
     )
 
 
-def base_words(outcome: Outcome) -> str:
-    """What the survey was made with, in words: the model as loaded, or in the faster dtype that candidates are built on."""
-    base = base_row(outcome.rows)
-    return base.recipe.words() if base is not None else "as loaded"
-
-
 def unfit(outcome: Outcome) -> dict[str, str]:
     """Why transforms do not fit, without those that ran all the same: the survey asks in the faster dtype, which takes no dtype."""
     ran = {step.transform for row in outcome.rows if row.status in ("ok", "equivalent") for step in row.recipe.steps}
     return {name: reason for name, reason in outcome.survey["unfit"].items() if name not in ran}
 
 
-def kinds(outcome: Outcome, before: dict[str, Any], after: dict[str, Any], *, loaded: bool) -> list[dict[str, Any]]:
-    """Time by kind of work, a total last: each kind's share of a profile, of the time the run itself took.
+def kinds(outcome: Outcome, after: dict[str, Any]) -> list[dict[str, Any]]:
+    """Cost by kind of work, as loaded and of the best, a total last: milliseconds that add up to the page's figures.
 
-    Profiling takes time of its own, so its shares count and its seconds do not; the totals are the figures above them on the
-    page. In milliseconds for goals that are times, else in percent.
+    Shares of the profiles in percent for goals that are no times. `after` is None where the best could not be profiled.
     """
-    base = base_row(outcome.rows)
-    whole_before, whole_after = 100.0, 100.0
-    if timed(outcome):
-        cost = outcome.final["samples"]["baseline"] if loaded else base.samples if base is not None else []
-        whole_before = 1e3 * float(np.median(cost)) if cost else 100.0
-        whole_after = 1e3 * float(np.median(outcome.final["samples"]["best"]))
-    sums = [sum(found[name]["seconds"] for name in found) or 1.0 for found in (before, after)]
-    rows = []
-    for name in dict.fromkeys([*before, *after]):
-        seconds = [found.get(name, {}).get("seconds", 0.0) for found in (before, after)]
-        if any(value > 0 for value in seconds):
-            rows.append(
-                {
-                    "name": name,
-                    "before": whole_before * seconds[0] / sums[0],
-                    "after": whole_after * seconds[1] / sums[1],
-                }
-            )
-    return [*rows, {"name": "total", "before": whole_before, "after": whole_after}]
-
-
-def timed(outcome: Outcome) -> bool:
-    """Whether the goal's cost is a time in seconds."""
-    return outcome.settings.goal in ("ttft", "decode", "throughput")
+    found = {name: {when: 1e3 * cost for when, cost in kind.items()} for name, kind in outcome.kinds().items()}
+    if not found:
+        for when, profile in (("before", outcome.survey["kinds"]), ("after", after)):
+            whole = sum(kind["seconds"] for kind in profile.values())
+            for name, kind in profile.items():
+                found.setdefault(name, {})[when] = 100 * kind["seconds"] / whole if whole > 0 else 0.0
+    shown = {name: kind for name, kind in found.items() if any(cost > 0 for cost in kind.values())}
+    shown["total"] = {when: sum(kind.get(when, 0.0) for kind in shown.values()) for when in ("before", "after")}
+    return [
+        {"name": name, "before": kind.get("before", 0.0), "after": kind.get("after", 0.0) if after else None}
+        for name, kind in shown.items()
+    ]
 
 
 def pareto_plot(outcome: Outcome) -> str:
@@ -196,8 +171,8 @@ def _row(outcome: Outcome, row: Row) -> dict[str, Any]:
     known = row.drop_low is not None and row.drop_high is not None
     shown["interval"] = f"{100 * (row.drop_low or 0):+.2f} to {100 * (row.drop_high or 0):+.2f}" if known else ""
     shown["predicted"] = "" if not row.predicted else f"{1 / row.predicted:.2f}x"
-    shown["reached"] = told(getattr(row, "reached", None))
-    shown["paths"] = told(getattr(row, "paths", None))
+    shown["reached"] = told({name: fit["reached"] for name, fit in row.reached.items()})
+    shown["paths"] = told(row.paths)
     return shown
 
 

@@ -1,9 +1,11 @@
-"""Which recipe to try next: predict from the roofline, measure, correct the prediction, repeat.
+"""Which candidate to try next: predict from the roofline, screen on few layers, judge on the whole model, correct, repeat.
 
-A candidate holds at most one option per slot. Its predicted time is the measured time of each kind of work (linear, attention,
-other) multiplied by what the roofline says the options change, and by what earlier trials taught about each option. Its
-expected loss of quality is the sum of what its options were seen to lose. A candidate that contains a whole recipe already
-seen to lose too much is not tried.
+An option is a transform with its configuration; a candidate holds at most one option per slot. Its predicted time is the measured
+time of each kind of work (linear, attention, other) multiplied by what the roofline says the options change, and by what
+screening and judging taught about each option. A candidate that was screened itself is expected to take what it took there.
+Times that lie closer together than screening can tell apart count as the same: then the candidate that changes less goes
+first. The expected loss of quality is the sum of what the options were seen to lose. A candidate that contains a whole
+recipe already seen to lose too much is not tried.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from assay.tuner.recipe import Step
 SIBLING = (
     0.25  # an unseen configuration is suspected of losing at least this share of what its mildest seen sibling lost
 )
+SAME = 0.03  # predicted times that differ by less count as the same: a screening of a run or two tells no more
+SLOWER = 1.05  # a candidate expected to take that many times the base's time is not worth judging
 LIMIT = 4000  # candidates kept at most; the configurations of a slot are cut from the end when there are more
 
 
@@ -31,6 +35,7 @@ class Option:
     slot: str
     exact: bool
     effects: tuple[Effect, ...] = ()
+    share: float = 1.0  # of its targets that it reaches in this model: the effects are on that share of the work only
 
     @property
     def key(self) -> str:
@@ -49,7 +54,7 @@ class Kind:
 
 @dataclass
 class Search:
-    """The state of the search; `next()` names the candidate to try, `learn()` takes in what came out."""
+    """The state of the search; `to_screen()` and `next()` name candidates, `screened()` and `learn()` take in what came out."""
 
     options: list[Option]
     kinds: dict[str, Kind]
@@ -62,6 +67,7 @@ class Search:
     failed: list[frozenset[str]] = field(default_factory=list)
     misfits: dict[frozenset[str], str] = field(default_factory=dict)  # of those failed, the option known to be to blame
     tried: set[frozenset[str]] = field(default_factory=set)
+    ratios: dict[frozenset[str], float] = field(default_factory=dict)  # keys -> time over the base's on few layers
 
     def candidates(self) -> list[tuple[Option, ...]]:
         """Every combination of at most one option per slot, without the empty one, in slot order."""
@@ -73,20 +79,27 @@ class Search:
         return [tuple(o for o in pick if o is not None) for pick in picks if any(o is not None for o in pick)]
 
     def roofline(self, options: tuple[Option, ...]) -> float:
-        """Predicted time (or peak, where costs are bytes) over the base's, from the roofline alone."""
+        """Predicted time (or peak, where costs are bytes) over the base's, from the roofline alone.
+
+        An option that reaches a share of its targets changes that share of the work and leaves the rest as it was.
+        """
         total = 0.0
         for name, kind in self.kinds.items():
-            macs, moved, dtype = kind.macs, kind.bytes, kind.dtype
-            for effect in (e for o in options for e in o.effects if e.kind == name):
+            macs, moved, dtype, cost = kind.macs, kind.bytes, kind.dtype, kind.cost
+            for option, effect in ((o, e) for o in options for e in o.effects if e.kind == name):
+                before = self._floor(macs, moved, dtype)
                 macs, moved, dtype = macs * effect.macs, moved * effect.bytes, effect.dtype or dtype
-            floor = self._floor(kind.macs, kind.bytes, kind.dtype)
-            total += kind.cost * (self._floor(macs, moved, dtype) / floor if floor > 0 else 1.0)
+                changed = self._floor(macs, moved, dtype) / before if before > 0 else 1.0
+                cost *= 1 - option.share + option.share * changed
+            total += cost
         base = sum(kind.cost for kind in self.kinds.values())
         return total / base if base > 0 else 1.0
 
     def predict(self, options: tuple[Option, ...]) -> float:
-        """Predicted time over the base's, with what was learnt."""
-        return self.roofline(options) * math.exp(sum(self.correction.get(o.key, 0.0) for o in options))
+        """Predicted time over the base's, with what was learnt; what the candidate took itself if it was screened."""
+        if (seen := self.ratios.get(frozenset(o.key for o in options))) is not None:
+            return seen
+        return self.roofline(options) * math.exp(sum(self._correction(o) for o in options))
 
     def known_drop(self, options: tuple[Option, ...]) -> float:
         """Sum of the losses seen of single options; one never judged alone counts as harmless."""
@@ -100,29 +113,62 @@ class Search:
         """The candidate predicted fastest among those that may keep the quality; None when nothing is left to try.
 
         When a recipe lost too much, its options are judged alone first, so that the blame falls on the right one.
-        Candidates suspected of losing too much or of failing, and changes of structure not yet judged, come last. Combinations predicted
-        slower than the base are left out, unless nothing is known of them yet but the roofline.
+        Candidates suspected of losing too much or of failing, and changes of structure not yet judged, come last. What is expected to be
+        slower than the base is left out, unless nothing is known of it yet but the roofline.
         """
         for option in self._suspects():
             return (option,)
         clashes = self._clashes()
-        best: tuple[bool, float, int] | None = None
-        chosen: tuple[Option, ...] | None = None
+        return min(self._open(), key=lambda options: self._rank(options, clashes), default=None)
+
+    def to_screen(self, most: int, *, combined: bool) -> list[tuple[Option, ...]]:
+        """Up to `most` candidates to time on few layers next; empty when there are no more worth it.
+
+        Single options first, one of each transform before the second of any: from their times those of all combinations
+        follow. `combined` asks for the combinations then predicted fastest.
+        """
+        clashes = self._clashes()
+        waiting = [options for options in self._open() if frozenset(o.key for o in options) not in self.ratios]
+        waiting = sorted((o for o in waiting if (len(o) > 1) == combined), key=lambda o: self._rank(o, clashes))
+        if not combined:
+            waiting.sort(key=lambda options: self._siblings_before(options[0]))
+        return waiting[:most]
+
+    def _open(self) -> list[tuple[Option, ...]]:
+        """The candidates that nothing speaks against."""
+        found = []
         for options in self.candidates():
             keys = frozenset(o.key for o in options)
             if keys in self.tried or any(dead <= keys for dead in self.failed) or self._contains_violator(keys):
                 continue
             if self.known_drop(options) > self.max_drop:
                 continue
-            time = self.predict(options)
-            if time > 1.05 and len(options) > 1 and all(o.key in self.correction for o in options):
+            known = keys in self.ratios or (len(options) > 1 and all(o.key in self.correction for o in options))
+            if known and self.predict(options) > SLOWER:
                 continue
-            doubtful = self.expected_drop(options) > self.max_drop or any(self._unproven(o) for o in options)
-            doubtful = doubtful or any(pair <= keys for pair in clashes)
-            rank = (doubtful, time, len(options))
-            if best is None or rank < best:
-                best, chosen = rank, options
-        return chosen
+            found.append(options)
+        return found
+
+    def _rank(self, options: tuple[Option, ...], clashes: set[frozenset[str]]) -> tuple[Any, ...]:
+        """What is tried first has the least of these: no doubts, a short time, little changed."""
+        keys = frozenset(o.key for o in options)
+        doubtful = self.expected_drop(options) > self.max_drop or any(self._unproven(o) for o in options)
+        doubtful = doubtful or any(pair <= keys for pair in clashes)
+        time = self.predict(options)
+        step = round(math.log(max(time, 1e-9)) / math.log1p(SAME))
+        return doubtful, step, sum(not o.exact for o in options), len(options), time
+
+    def _siblings_before(self, option: Option) -> int:
+        """How many configurations of the same transform are more promising."""
+        same = [o.key for o in self.options if o.step.transform == option.step.transform]
+        return same.index(option.key)
+
+    def screened(self, options: tuple[Option, ...], ratio: float) -> None:
+        """Take in a time over the base's, taken on few layers."""
+        surprise = math.log(max(ratio, 1e-9) / max(self.predict(options), 1e-9))
+        for option in options:
+            self.correction[option.key] = self.correction.get(option.key, 0.0) + surprise / len(options)
+        self.ratios[frozenset(o.key for o in options)] = ratio
 
     def learn(self, options: tuple[Option, ...], ratio: float, drop: float) -> None:
         """Take in a measured time (over the base's) and loss; the surprise is shared among the candidate's options."""
@@ -151,6 +197,13 @@ class Search:
     def skip(self, options: tuple[Option, ...]) -> None:
         """The candidate is equivalent to one already measured."""
         self.tried.add(frozenset(o.key for o in options))
+
+    def _correction(self, option: Option) -> float:
+        """What was learnt of the option, else of its siblings: a mechanism mostly surprises with all its settings."""
+        if option.key in self.correction:
+            return self.correction[option.key]
+        siblings = [self.correction[o.key] for o in self._siblings(option) if o.key in self.correction]
+        return sum(siblings) / len(siblings) if siblings else 0.0
 
     def _drop(self, option: Option) -> float:
         if option.key in self.single_drop:
@@ -203,7 +256,7 @@ def option_from(document: dict[str, Any]) -> Option:
     """An option as the survey of a model describes it."""
     effects = tuple(Effect(**effect) for effect in document["effects"])
     step = Step(transform=document["transform"], config=document["config"])
-    return Option(step, document["slot"], document["exact"], effects)
+    return Option(step, document["slot"], document["exact"], effects, document.get("share", 1.0))
 
 
 def pareto(points: list[tuple[float, float]]) -> list[int]:

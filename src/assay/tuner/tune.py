@@ -1,67 +1,47 @@
-"""`tune`: survey, baselines, search, proof, artefact. Every trial runs in a child process and is journalled as it ends."""
+"""`tune` finds, proves and saves a cheaper version of a model, in five steps.
+
+1. Survey: what the machine can do, where the model's time goes, what things cost here, which transforms fit.
+2. Baselines: the model as loaded, and what is free of loss: another dtype, sorted batches, compilation.
+3. Search: candidates are *screened* (timed against the base on few layers, many of them in one process) and the most promising ones
+   *judged* (cost and quality of the whole model, a process each). Screened times choose; they are never results.
+4. Proof: the best candidate and both baselines in one process, interleaved.
+5. Artefact: the model with its recipe and report, whole or not at all.
+
+The words: an *option* is a transform with its configuration, a *recipe* a list of them in order, a *candidate* a recipe that the
+search considers, and a `Row` the line about a recipe that was judged, or failed. Everything is measured in child processes and
+journalled as it ends. The time given is kept: the survey tells what things cost, and steps that cannot be left out are
+made smaller (`assay.tuner.budget`).
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
-import os
-import tempfile
-import time
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import filelock
-import numpy as np
 import torch
 
-from assay.errors import AssayError, InputError, MissingError
-from assay.measure.isolate import ChildResult, run_isolated
-from assay.measure.stats import paired_ratio
-from assay.tuner.outcome import Outcome, Row, base_row, drop_of
-from assay.tuner.recipe import Recipe, Step
+from assay import checks
+from assay.errors import InputError, MissingError
+from assay.tuner.budget import LEAST_PAIRS, SURVEY, Budget, Costs
+from assay.tuner.journal import Journal, identity
+from assay.tuner.judging import Asked, base_steps, dtypes, expected, judge, judge_one, reserve
+from assay.tuner.nodes import Here, Nodes, RayNodes
+from assay.tuner.outcome import Outcome, Row
+from assay.tuner.proof import prove
+from assay.tuner.recipe import Step
+from assay.tuner.run import Run, over
+from assay.tuner.screening import screen
 from assay.tuner.search import Kind, Option, Search, option_from
 from assay.tuner.work import Settings
 
 Say = Callable[[str], None]
 
-
-class Journal:
-    """One JSON line a finished trial, synced to disk before the next begins; `--resume` reads it back."""
-
-    def __init__(self, path: Path, settings: Settings, resume: bool):
-        self.path, self.old = path, {}  # type: Path, dict[str, dict[str, Any]]
-        head = {"settings": dataclasses.asdict(settings)}
-        if resume and path.exists():
-            lines = [line for line in (_line(text) for text in path.read_text(encoding="utf-8").splitlines()) if line]
-            if lines and lines[0] != head:
-                raise InputError(f"{path} was begun with other settings; leave out --resume to start anew")
-            self.old = {line["key"]: line["value"] for line in lines[1:] if "key" in line}
-            whole = "".join(json.dumps(line) + "\n" for line in ([head, *lines[1:]]))
-            path.write_text(whole, encoding="utf-8")  # a line cut short by a crash is dropped
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(head) + "\n", encoding="utf-8")
-
-    def get(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The journalled value of `key`, or `make()`, journalled."""
-        if key in self.old:
-            return self.old[key]
-        value = make()
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "value": value}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        return value
-
-
-def _line(text: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    return found if isinstance(found, dict) else None
+PAYS = 0.97  # compilation is measured on the whole model when screening sees it take less than that share of the time
+PROFILE = 0.5  # share of the survey's time that its profiles may take
 
 
 def tune(
@@ -72,29 +52,77 @@ def tune(
     minutes: float = 10.0,
     resume: bool = False,
     memory_gib: float | None = None,
+    ray: str | None = None,
     say: Say = lambda text: None,
 ) -> Outcome:
     """Find, prove and save a cheaper version of a model.
 
     `max_drop` is the relative perplexity increase allowed (0.01 = 1 %), `minutes` the time for everything, `memory_gib` the
-    limit of one trial (default: 80 % of the machine's memory). The artefact is written to `output`, whole or not at all; until
-    then the journal beside it holds every finished trial.
+    limit of one child process (None: 80 % of the machine's memory), `ray` the address of a Ray cluster whose machines judge
+    candidates side by side ("local" starts one). `say` is told what happens. The artefact is written to `output`, whole or not
+    at all; until then the journal beside it holds every finished measurement, from which `resume` goes on; it measures again
+    what failed.
 
-    Raises InputError for settings that make no sense, a model that cannot be read, or an output folder that holds something
-    else; MissingError when the goal needs a counter the machine lacks.
+    Raises InputError for settings that make no sense, a model that cannot be read, an output folder that holds something
+    else, or a time too short to measure the model at all; MissingError when the goal needs a counter the machine lacks;
+    KeyboardInterrupt on Ctrl-C, whose text says what is kept.
     """
     from assay.tuner.artefact import check_output
-    from assay.workloads.models import find_model
 
-    if not 0 <= max_drop < 1:
-        raise InputError(f"--max-drop must lie in [0, 1), got {max_drop}")
-    if not minutes > 0:
-        raise InputError(f"--minutes must be positive, got {minutes}")
+    _check(settings, max_drop, minutes, memory_gib)
     check_output(output)
-    find_model(settings.model, settings.allow_download)  # before the machine is calibrated
+    if settings.goal == "energy" and ray is None:
+        _check_energy()
+    say(f"looking at {settings.model}")
+    budget = Budget(minutes)
+    head = identity(settings)  # before the machine is calibrated: raises when there is no such model
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _only_writer(output):
-        return _tune(settings, output, max_drop, minutes, resume, memory_gib, say)
+    place: Nodes = RayNodes(ray, settings) if ray is not None else Here()
+    with _only_writer(output), place as nodes:
+        here = nodes.place
+        head["machine"] = f"{here.fingerprint} with {here.machine['threads']} threads"
+        journal = Journal(output.parent / f".{output.name}.journal.jsonl", head, resume, max_drop, say)
+        memory = memory_gib * 2**30 if memory_gib is not None else 0.8 * here.machine["ram_bytes"]
+        run = Run(settings, output, max_drop, budget, journal, nodes, int(memory), say)
+        if journal.taken:
+            run.tell(f"going on with {journal.taken} measurements from {journal.path}")
+        for other in nodes.left_out:
+            run.note(f"a machine of the cluster is left out: {other['reason']}")
+        try:
+            return _tune(run)
+        except KeyboardInterrupt:
+            journal.read_again()
+            raise KeyboardInterrupt(f"{journal.count()} measurements are kept in {journal.path}") from None
+
+
+def _tune(run: Run) -> Outcome:
+    _survey(run)
+    _baselines(run)
+    best = _search(run)
+    best, final, helped = prove(run, best)
+    return _save(run, best, final, helped)
+
+
+def _check(settings: Settings, max_drop: float, minutes: float, memory_gib: float | None) -> None:
+    """Raises InputError naming the option, what is allowed and what was given."""
+    try:
+        for name in ("prompt_tokens", "new_tokens", "prompts"):
+            checks.whole(f"--{name.replace('_', '-')}", getattr(settings, name), low=1, high=2**24)
+        if memory_gib is not None:
+            checks.number("--memory-gib", memory_gib, above=0, high=2**20)
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from None
+    if isinstance(max_drop, bool) or not 0 <= max_drop < 1:
+        raise InputError(f"--max-drop must lie in [0, 1), got {max_drop}")
+    if isinstance(minutes, bool) or not 0 < minutes <= 1e5:
+        raise InputError(f"--minutes must be positive and at most 100000, got {minutes}")
+
+
+def _check_energy() -> None:
+    from assay.measure.energy import why_not
+
+    if reason := why_not():
+        raise MissingError(f"{reason}; choose another --goal")
 
 
 @contextlib.contextmanager
@@ -112,199 +140,52 @@ def _only_writer(output: Path) -> Iterator[None]:
         lock.release()
 
 
-def _tune(
-    settings: Settings,
-    output: Path,
-    max_drop: float,
-    minutes: float,
-    resume: bool,
-    memory_gib: float | None,
-    say: Say,
-) -> Outcome:
-    from assay.measure.machine import calibrate, machine
-    from assay.tuner.artefact import save
+# Step 1: survey ------------------------------------------------------------------------------------------------------------
 
-    began = time.monotonic()
-    deadline = began + minutes * 60
-    here = machine()
-    limit = int((memory_gib * 2**30) if memory_gib else 0.8 * here.ram_bytes)
-    journal = Journal(output.parent / f".{output.name}.journal.jsonl", settings, resume)
-    plain = dataclasses.asdict(settings)
 
-    def child(function: str, timeout: float, **arguments: Any) -> ChildResult:
-        return run_isolated(
-            f"assay.tuner.trial:{function}",
-            {"settings": plain, **arguments},
-            timeout_s=max(timeout, 20.0),
-            memory_bytes=limit,
-        )
+def _survey(run: Run) -> None:
+    """What the machine can do and where the model's time goes; from then on the run knows what things cost."""
+    from assay.measure.machine import Calibration, calibrate, machine
 
-    def must(function: str, **arguments: Any) -> dict[str, Any]:
-        """A step nothing can go on without: the deadline does not cut it, its failure ends the run."""
-        result = child(function, max(600.0, minutes * 60), **arguments)
-        if result.status != "ok":
-            raise _failure(result, function, settings)
-        return dict(result.value)
-
-    say("calibrating the machine")
-    limits = calibrate()
-    products = limits.matmul_flops
+    with run.telling("looking at the machine"):
+        quick = run.budget.minutes < 5
+        if run.nodes.local:
+            run.limits, run.machine = calibrate(quick=quick, say=run.tell), machine().describe()
+        else:
+            found = run.must("calibration", "calibrating the machine", quick=quick)
+            sizes = {int(size): rate for size, rate in found["limits"].pop("cache_bandwidth").items()}
+            run.limits, run.machine = Calibration(**found["limits"], cache_bandwidth=sizes), found["machine"]
+    products = run.limits.matmul_flops
     fast = "bfloat16" if products.get("bfloat16", 0) > 1.1 * products["float32"] else None
-    say("looking where the time goes")
-    survey = journal.get("survey", lambda: must("survey", dtype=fast))
-
-    def peaks(recipe: Recipe, times: int, until: float) -> list[float]:
-        """Peak bytes of processes that load what the recipe's artefact would store, apply the rest and do the work."""
-        with contextlib.ExitStack() as stack:
-            own = plain
-            if recipe.steps and recipe.steps[0].transform == "dtype":
-                folder = stack.enter_context(tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}."))
-                own = plain | {"model": str(Path(folder) / "model")}
-                must("cast", dtype=recipe.steps[0].config["dtype"], folder=own["model"])
-            document = recipe.model_dump(mode="json")
-            found = [child("once", until - time.monotonic(), settings=own, recipe=document) for _ in range(times)]
-        for result in found:
-            if result.status != "ok":
-                reason = f"{result.status} {result.error}".strip()
-                raise AssayError(f"measuring the memory of {recipe.label()} did not work: {reason}")
-        return [float(result.peak_rss_bytes) for result in found]
-
-    rows: list[Row] = []
-    known: dict[str, dict[str, Any]] = {}
-
-    def trial(
-        kind: str, steps: tuple[Step, ...], options: list[str] | None = None, predicted: float | None = None
-    ) -> Row:
-        recipe = Recipe(
-            architecture=survey["architecture"],
-            goal=settings.goal,
-            prompt_tokens=settings.prompt_tokens,
-            new_tokens=settings.new_tokens,
-            steps=steps,
+    with run.telling("looking where the time goes"):
+        seconds = PROFILE * SURVEY * run.budget.total
+        what = "looking where the time goes"
+        run.survey = run.journal.get("survey", lambda: run.must("survey", what, dtype=fast, seconds=seconds))
+    run.budget.costs = costs = Costs(**run.survey["costs"])
+    run.tell(f"one run takes about {_seconds(costs.run)}, loading {_seconds(costs.start + costs.load)}")
+    if run.budget.sizes().text < 1:
+        run.note(
+            f"quality is judged on {100 * run.budget.sizes().text:.0f} % of the text, or the least, to keep the time"
         )
-        say(f"trial {len(rows) + 1}: {recipe.label()}")
 
-        def run() -> dict[str, Any]:
-            begin = time.monotonic()
-            left = max(deadline - begin, rows[0].seconds) if kind == "candidate" else 600.0
-            result = child(
-                "measure", left, recipe=recipe.model_dump(mode="json"), known=known, seconds=minutes * 60 * 0.03
-            )
-            found = dict(result.value) if result.status == "ok" else {}
-            status, error = result.status, result.error
-            if "misfit" in found:
-                status, error = "failed", found["error"]
-            if status == "ok" and settings.goal == "memory" and not found["equivalent"]:
-                try:
-                    found["samples"] = peaks(recipe, 2, begin + left)
-                    found["run_seconds"] = (time.monotonic() - begin - result.seconds) / 2
-                except AssayError as failure:  # a row like that of any other trial that dies, not the end
-                    status, error = "failed", str(failure)
-            found |= {"status": status, "error": error, "seconds": time.monotonic() - begin}
-            return found
 
-        found = journal.get(f"{kind}:{recipe.key()}", run)
-        row = Row(kind, recipe, found["status"], predicted=predicted, seconds=found["seconds"], error=found["error"])
-        row.options, row.misfit = options or [], found.get("misfit", "")
-        if row.status == "ok":
-            row.function, row.structure = found["function"], found["structure"]
-            if found["equivalent"]:
-                row.status = "equivalent"
-            else:
-                row.samples, row.quality, row.run_seconds = found["samples"], found["quality"], found["run_seconds"]
-                row.cost = float(np.median(row.samples))
-                entry = known.setdefault(row.function, {"quality": row.quality, "structures": []})
-                entry["structures"].append(row.structure)
-                first = rows[0] if rows else row
-                drop = drop_of(first.quality, row.quality)
-                row.drop, row.drop_low, row.drop_high = drop.median, drop.low, drop.high
-        rows.append(row)
-        return row
+# Step 2: baselines ---------------------------------------------------------------------------------------------------------
 
-    baseline = trial("baseline", ())
+
+def _baselines(run: Run) -> None:
+    """The model as loaded, which must work, and what is free and needs no screening."""
+    baseline = judge_one(run, Asked("baseline", ()))
     if baseline.status != "ok":
-        raise _failure(ChildResult(**_child_fields(baseline)), "measure", settings)
-    for steps in free_recipes(survey, settings, fast):
-        if time.monotonic() < deadline - 0.35 * minutes * 60 or len(rows) < 2:
-            trial("free", steps)
-    free = min((r for r in rows if r.status == "ok"), key=lambda r: r.cost or float("inf"))
-    base = base_row(rows) or baseline
-
-    search = make_search(survey, limits, max_drop, peak_bytes=base.cost if settings.goal == "memory" else None)
-    for row in rows:
-        if options := _options_over(base, row, search.options):
-            judge(search, row, options, base)
-    for row, options in _search(search, base, trial, deadline, lambda: _final_seconds(rows, free, settings.goal)):
-        judge(search, row, options, base)
-    good = [
-        r for r in rows if r.status == "ok" and r.drop is not None and (r.drop <= max_drop or r.kind != "candidate")
-    ]
-    best = min(good, key=lambda r: r.cost or float("inf"))
-
-    def prove(chosen: Row) -> dict[str, Any]:
-        recipes = {"baseline": baseline.recipe, "free": free.recipe, "best": chosen.recipe}
-        documents = {name: recipe.model_dump(mode="json") for name, recipe in recipes.items()}
-        if settings.goal == "memory":
-            load = os.getloadavg()[0]
-            samples = {name: peaks(recipe, 3, deadline + 600) for name, recipe in recipes.items()}
-            quality = {"baseline": baseline.quality, "free": free.quality, "best": chosen.quality}
-            return {"samples": samples, "quality": quality, "load_before": load, "load_after": os.getloadavg()[0]}
-        left = max(deadline - time.monotonic() - 30, 30.0)
-        found = must("final", recipes=documents, judge=["best"], pairs=11, seconds=left)
-        found["quality"] |= {
-            "baseline": baseline.quality,
-            "free": free.quality,
-        }  # the same text, judged in their own trials
-        return found
-
-    say(f"proving: {best.label()} against both baselines, interleaved in one process")
-    final = journal.get(f"final:{best.recipe.key()}", lambda: prove(best))
-    helped = best.kind == "candidate" and paired_ratio(final["samples"]["free"], final["samples"]["best"]).low > 1
-    if best.kind == "candidate" and drop_of(final["quality"]["baseline"], final["quality"]["best"]).median > max_drop:
-        helped = False
-    if not helped and best is not free:
-        say("nothing beats the free baseline for certain; it is what will be saved")
-        best = free
-        final = {**final, "samples": {**final["samples"], "best": final["samples"]["free"]}}
-        final["quality"] = {**final["quality"], "best": final["quality"]["free"]}
-    after = journal.get(
-        f"waterline:{best.recipe.key()}", lambda: must("waterline", recipe=best.recipe.model_dump(mode="json"))
-    )
-    outcome = Outcome(
-        settings,
-        max_drop,
-        rows,
-        survey,
-        best,
-        free,
-        baseline,
-        final,
-        helped,
-        output,
-        time.monotonic() - began,
-        here.describe(),
-    )
-    say("writing the artefact")
-    save(outcome, after, limits)
-    journal.path.unlink(missing_ok=True)
-    return outcome
+        raise run.failure(baseline.status, baseline.error, "measuring the model as loaded")
+    for steps in free_recipes(run.survey, run.settings):
+        _judge_free(run, steps)
 
 
-def free_recipes(survey: dict[str, Any], settings: Settings, fast: str | None) -> Iterator[tuple[Step, ...]]:
-    """What a user gets at no loss from torch and transformers alone: the faster dtype, compilation, sorted batches."""
-    there = {option["transform"] for option in survey["options"]} | {"dtype"}
-    dtype = dtype_steps(fast)
-    if dtype:
-        yield dtype
-    if settings.goal == "throughput" and "sorted_batches" in there:
-        yield (*dtype, *steps_of(survey, "sorted_batches"))
-    if "compile" in there and settings.goal != "memory":
-        yield (*dtype, *steps_of(survey, "compile"))
-
-
-def dtype_steps(fast: str | None) -> tuple[Step, ...]:
-    """The recipe of the faster dtype; empty when the machine has none."""
-    return (Step(transform="dtype", config={"dtype": fast}),) if fast else ()
+def free_recipes(survey: dict[str, Any], settings: Settings) -> Iterator[tuple[Step, ...]]:
+    """What a user gets at no loss from torch and transformers alone, beside compilation: another dtype, sorted batches."""
+    yield from (steps for steps in dtypes(survey) if steps)
+    if settings.goal == "throughput" and any(option["transform"] == "sorted_batches" for option in survey["options"]):
+        yield (*base_steps(survey), *steps_of(survey, "sorted_batches"))
 
 
 def steps_of(survey: dict[str, Any], name: str) -> tuple[Step, ...]:
@@ -313,47 +194,62 @@ def steps_of(survey: dict[str, Any], name: str) -> tuple[Step, ...]:
     return (Step(transform=name, config=found["config"]),)
 
 
+def _judge_free(run: Run, steps: tuple[Step, ...]) -> None:
+    """Measure a free baseline, if that leaves time to say anything with it."""
+    if run.budget.left() < expected(run) + reserve(run, 2):
+        run.note(f"no time to measure {run.recipe(steps).label()} as a free baseline")
+        return
+    judge_one(run, Asked("free", steps))
+
+
+# Step 3: search ------------------------------------------------------------------------------------------------------------
+
+
+def _search(run: Run) -> Row:
+    """Screen many candidates, judge the most promising while there is time for one more and the proof; returns the best row."""
+    search = make_search(run.survey, run.limits, run.max_drop, run.base.cost if run.settings.goal == "memory" else None)
+    if run.settings.goal != "memory":
+        screen(run, search)
+        _compiled(run, search)
+    for row in run.rows:
+        if options := _options_over(run.base, row, search.options):
+            teach(search, row, options, run.base)
+    while asked := _next(run, search):
+        if not _time_for_more(run):
+            break
+        for which, row in judge(run, asked):
+            teach(search, row, asked[which].options, run.base)
+    allowed = [
+        row for row in run.candidates if row.drop is not None and row.drop <= run.max_drop and row.cost is not None
+    ]
+    run.tell(
+        f"{len(run.screened)} candidates screened, {len(run.candidates)} judged, {len(allowed)} within the allowed loss"
+    )
+    return min([run.free, *allowed], key=lambda row: row.cost or math.inf)
+
+
 def make_search(survey: dict[str, Any], limits: Any, max_drop: float, peak_bytes: float | None = None) -> Search:
-    """The search over everything the survey found to fit, on top of the faster dtype.
+    """The search over everything the survey found to fit, on top of the dtype that candidates are built on.
 
     For the goal memory `peak_bytes` is the base's peak: what counts is then how small the weights get, the rest stays.
     """
     options = [option_from(document) for document in survey["options"] if document["transform"] != "dtype"]
-    dtype = survey["dtype"]
-    kinds = {name: Kind(kind["seconds"], kind["macs"], kind["bytes"], dtype) for name, kind in survey["kinds"].items()}
+    dtype, found = survey["dtype"], survey["base"]["kinds"]
+    kinds = {name: Kind(kind["seconds"], kind["macs"], kind["bytes"], dtype) for name, kind in found.items()}
     if peak_bytes is not None:
         weights = min(float(survey["parameters"] * getattr(torch, dtype).itemsize), peak_bytes)
         kinds = {"linear": Kind(weights, 0.0, weights, dtype), "rest": Kind(peak_bytes - weights, 0.0, 0.0, dtype)}
     return Search(options, kinds, dict(limits.matmul_flops), limits.read_bandwidth, max_drop)
 
 
-def judge(search: Search, row: Row, options: tuple[Option, ...], base: Row) -> None:
-    """Tell the search what came out of a trial."""
+def teach(search: Search, row: Row, options: tuple[Option, ...], base: Row) -> None:
+    """Tell the search what came out of judging a candidate."""
     if row.status == "equivalent":
         search.skip(options)
     elif row.status != "ok" or row.cost is None or base.cost is None:
         search.fail(options, row.misfit)
     else:
-        search.learn(options, row.cost / base.cost, row.drop if row.drop is not None else float("inf"))
-
-
-def _search(
-    search: Search,
-    base: Row,
-    trial: Callable[..., Row],
-    deadline: float,
-    reserve: Callable[[], float],
-) -> Iterator[tuple[Row, tuple[Option, ...]]]:
-    """Candidates while there is time for one more and the proof; one is tried in any case, for a run without says nothing."""
-    longest: float | None = None
-    while (options := search.next()) is not None:
-        if longest is not None and time.monotonic() + longest > deadline - reserve():
-            return
-        predicted = search.roofline(options)
-        steps = sorted([*base.recipe.steps, *(o.step for o in options)], key=_slot_order)
-        row = trial("candidate", tuple(steps), [o.key for o in options], predicted)
-        longest = max((longest or 0.0) * 0.7, row.seconds)
-        yield row, options
+        search.learn(options, row.cost / base.cost, row.drop if row.drop is not None else math.inf)
 
 
 def _options_over(base: Row, row: Row, options: list[Option]) -> tuple[Option, ...]:
@@ -365,38 +261,108 @@ def _options_over(base: Row, row: Row, options: list[Option]) -> tuple[Option, .
     return found if len(found) == len(added) else ()
 
 
-def _slot_order(step: Step) -> int:
-    from assay.methods.transform import SLOTS
-    from assay.tuner.transforms import get_transform
-
-    return SLOTS.index(get_transform(step.transform).slot)
-
-
-def _final_seconds(rows: list[Row], free: Row, goal: str) -> float:
-    """Time to keep for the proof: loading three models again, a warm-up and six rounds (memory: three) of each, the report."""
-    first = rows[0]
-    overhead = 0.5 * sum(row.seconds - row.run_seconds * len(row.samples) for row in (first, free))
-    return 20.0 + overhead + (3 if goal == "memory" else 7) * (first.run_seconds + 1.2 * free.run_seconds)
-
-
-def _failure(result: ChildResult, function: str, settings: Settings) -> AssayError:
-    """The error of a child that nothing can go on without, as the user's."""
-    error = result.error or result.status
-    if error.startswith("InputError: "):
-        return InputError(error.removeprefix("InputError: "))
-    if error.startswith("MissingError: "):
-        return MissingError(error.removeprefix("MissingError: "))
-    if result.status == "out of memory":
-        return InputError(f"{settings.model} does not fit into the memory of one trial: {error}; see --memory-gib")
-    return AssayError(f"{function} of {settings.model} ended with {result.status}: {error}")
+def _compiled(run: Run, search: Search) -> None:
+    """Compilation is free too: it is measured on the whole model where screening says that it pays."""
+    option = next((o for o in search.options if o.step.transform == "compile"), None)
+    if option is None:
+        return
+    steps = (*run.base.recipe.steps, option.step)
+    ratio = search.ratios.get(frozenset([option.key]))
+    if ratio is None or ratio <= PAYS:
+        _judge_free(run, steps)
+    else:
+        run.note(
+            f"{option.step.label()} takes {ratio:.2f} of the base's time on few layers: not measured as a free baseline"
+        )
 
 
-def _child_fields(row: Row) -> dict[str, Any]:
-    return {
-        "status": row.status,
-        "value": None,
-        "error": row.error,
-        "seconds": row.seconds,
-        "peak_rss_bytes": 0,
-        "cpu_seconds": 0.0,
-    }
+def _next(run: Run, search: Search) -> list[Asked]:
+    """The candidates to judge next, one for each machine."""
+    found: list[Asked] = []
+    pending: list[frozenset[str]] = []
+    while len(found) < run.nodes.count and (options := search.next()) is not None:
+        keys = frozenset(option.key for option in options)
+        pending.append(keys)
+        search.tried.add(keys)  # it is on its way
+        ratio = search.ratios.get(keys)
+        found.append(Asked("candidate", over(run.base, options), options, search.roofline(options), ratio))
+    search.tried -= set(pending)
+    return found
+
+
+def _time_for_more(run: Run) -> bool:
+    """Whether one more candidate can be judged and the best one proven; for the first one a shorter proof will do."""
+    left = run.budget.left() - expected(run)
+    if left >= reserve(run, LEAST_PAIRS):
+        return True
+    if not run.candidates and left >= reserve(run, 2):
+        run.note("the proof will be shorter than it should be: the time was spent on the baselines")
+        return True
+    if not run.candidates:
+        run.note("no time is left to judge a candidate")
+    return False
+
+
+# Step 5: artefact ----------------------------------------------------------------------------------------------------------
+
+
+def _save(run: Run, best: Row, final: dict[str, Any], helped: bool) -> Outcome:
+    """Profile what was found, for the report, and write the artefact; then the journal has done its work."""
+    from assay.tuner.artefact import save
+
+    tokens = run.survey["profiled_tokens"]
+
+    def profile() -> dict[str, Any]:
+        grace = max(run.budget.left(), run.budget.tail(), 20.0)
+        call = run.call("waterline", grace, recipe=best.recipe.model_dump(mode="json"), tokens=tokens)
+        result = next(iter(run.nodes.run([call])))[1]
+        if result.status != "ok":
+            run.note(f"what was found could not be profiled: {result.status}: {result.error}")
+            return {"kinds": {}, "waterline": [], "complete": False}
+        return dict(result.value)
+
+    with run.telling("profiling what was found"):
+        after = run.journal.get(f"waterline:{best.recipe.key()}", profile)
+    outcome = Outcome(
+        run.settings,
+        run.max_drop,
+        run.rows,
+        run.survey,
+        best,
+        run.free,
+        run.baseline,
+        final,
+        helped,
+        run.output,
+        run.budget.spent(),
+        run.machine,
+        screened=run.screened,
+        after=after,
+        notes=run.notes,
+        minutes=run.budget.minutes,
+        nodes=[dict(run.nodes.place.machine, count=run.nodes.count), *run.nodes.left_out]
+        if run.nodes.count > 1
+        else [],
+    )
+    with run.telling("writing the artefact"), _no_bars():
+        save(outcome, after, run.limits)
+    run.journal.path.unlink(missing_ok=True)
+    return outcome
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the progress bars that transformers draws while it saves."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s" if value >= 0.1 else f"{1e3 * value:.1f} ms"

@@ -32,8 +32,8 @@ class DType:
 
     def applies_to(self, model: nn.Module, context: TuneContext) -> Fit:
         dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-        if torch.float32 not in dtypes:
-            return Fit(False, f"no float32 parameters, only {', '.join(sorted(map(str, dtypes))) or 'none'}")
+        if not dtypes & {torch.float32, torch.float16}:
+            return Fit(False, f"no float32 or float16 parameters, only {', '.join(sorted(map(str, dtypes))) or 'none'}")
         half = [Effect("linear", bytes=0.5, dtype="bfloat16"), Effect("attention", bytes=0.5, dtype="bfloat16")]
         return Fit(True, effects=(*half, Effect("other", bytes=0.5)))
 

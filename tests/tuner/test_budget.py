@@ -1,0 +1,166 @@
+"""The time given is kept: steps shrink, children's limits follow the deadline, and a run without time says so. No real waiting."""
+
+from __future__ import annotations
+
+import pytest
+from tuner_world import COST, Children
+
+from assay.errors import InputError
+from assay.tuner import nodes
+from assay.tuner.budget import LEAST_TOKENS, Budget, Costs, rows_of
+from assay.tuner.tune import tune
+from assay.tuner.work import Settings
+
+
+class Slow(Children):
+    """A machine on which every step takes what the survey says things cost, times `busy` from then on."""
+
+    configs = {
+        "xattention": [{"tau": 0.95}, {"tau": 0.98}, {"tau": 0.9}],
+        "fp8_vs_int8": [{"skip": []}, {"skip": ["down_proj"]}],
+    }
+
+    def __init__(self, busy=1.0, **costs):
+        """Costs as the survey sees them; `busy` times as much from then on."""
+        super().__init__(cost=COST | {"dtype": costs["run"] / costs["loaded_run"]}, costs=costs)
+        self.busy, self.loading = busy, costs["start"] + costs["load"]
+        self.takes |= {
+            "survey": self.loading + 0.2 * costs["run"],
+            "screen": lambda kwargs: busy * (self.loading + self.begun(kwargs) * costs["run"]),
+            "judge": self.judging,
+            "prove": self.proving,
+            "waterline": busy * self.loading,
+        }
+
+    def run(self, recipe):
+        return self.busy * self.costs["loaded_run"] * self.outcome(recipe)[0]
+
+    def quality_seconds(self, recipe, text):
+        names = [step["transform"] for step in recipe["steps"]]
+        known = names == ["dtype", "compile"]  # it computes what the cast alone does
+        return 0.0 if known else self.busy * text * self.costs["quality"]
+
+    def judging(self, kwargs):
+        recipe, run = kwargs["recipe"], self.run(kwargs["recipe"])
+        quality = self.quality_seconds(recipe, kwargs["text"])
+        return self.busy * self.loading + (1 + self.samples(kwargs, run)) * run + quality
+
+    def samples(self, kwargs, run):
+        return max(kwargs["least"], min(5, int(kwargs["seconds"] / run)))
+
+    def proving(self, kwargs):
+        loading = self.busy * (self.costs["start"] + 3 * self.costs["load"])
+        one_round = sum(self.run(recipe) for recipe in kwargs["recipes"].values())
+        self.rounds = max(2, min(11, int((kwargs["end"] - loading - one_round) / one_round)))
+        while self.rounds > 6 and self.rounds * one_round > kwargs["seconds"]:
+            self.rounds -= 1
+        quality = sum(self.quality_seconds(kwargs["recipes"][name], kwargs["text"]) for name in kwargs["judge"])
+        return loading + (1 + self.rounds) * one_round + quality
+
+    def begun(self, kwargs):
+        """How many candidates are screened in the time they are given."""
+        some = int((kwargs["seconds"] / self.busy - self.loading) / self.costs["run"]) + 1
+        return min(len(kwargs["recipes"]), max(kwargs["least"], some))
+
+    def screen(self, settings, base, recipes, seconds, each, least, journal):
+        some = recipes[: self.begun({"recipes": recipes, "seconds": seconds, "least": least})]
+        return super().screen(settings, base, some, seconds, each, least, journal)
+
+    def judge(self, settings, recipe, known, seconds, text, least, **more):
+        found = super().judge(settings, recipe, known, seconds, text, least, **more)
+        found["samples"] = found["samples"][: self.samples({"seconds": seconds, "least": least}, self.run(recipe))]
+        return found | {"run_seconds": self.run(recipe), "quality_seconds": self.quality_seconds(recipe, text)}
+
+    def prove(self, settings, recipes, judge, pairs, seconds, text, end):
+        found = super().prove(settings, recipes, judge, pairs, seconds, text, end)
+        found["samples"] = {name: values[: self.rounds] for name, values in found["samples"].items()}
+        return found | {"complete": self.rounds >= 6}
+
+
+@pytest.mark.parametrize("run", [2.0, 5.0, 7.2])
+def test_in_eight_minutes_of_a_slow_machine_six_are_screened_two_judged_and_one_proven(world, model, tmp_path, run):
+    children = world(Slow(start=4.0, load=4.0, run=run, loaded_run=1.25 * run, quality=3 * run))
+    said = []
+    outcome = tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", minutes=8, say=said.append)
+    document = outcome.document()
+    assert document["screened"] >= 6
+    assert document["judged"] >= 2
+    assert document["proven"] == 1
+    assert document["helped"]
+    assert document["pairs"] >= 6
+    assert children.clock <= 8 * 60
+    assert any(f"{document['screened']} candidates screened, {document['judged']} judged" in line for line in said)
+    assert all(row.screened is None or row.cost != row.screened for row in outcome.rows)  # no screened time is a result
+
+
+@pytest.mark.parametrize("busy", [1.0, 1.5])
+def test_three_minutes_are_kept_where_full_sizes_would_take_twenty(world, model, tmp_path, busy):
+    children = world(Slow(busy=busy, start=3.0, load=3.0, run=3.0, loaded_run=4.0, quality=400.0))
+    outcome = tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", minutes=3)
+    assert children.clock <= 3 * 60
+    assert any("quality is judged on" in note for note in outcome.notes)
+    texts = {row.text for row in outcome.rows if row.status == "ok"}
+    assert len(texts) == 1  # all are judged on the same text
+    assert texts.pop() < 0.1
+    assert outcome.document()["minutes"] == 3
+    assert (tmp_path / "out" / "recipe.toml").is_file()
+
+
+def test_without_time_for_a_candidate_the_run_says_so_and_ends_with_what_is_there(world, model, tmp_path):
+    children = world(Slow(start=3.0, load=3.0, run=8.0, loaded_run=10.0, quality=20.0))
+    outcome = tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", minutes=1.6)
+    assert children.clock <= 1.6 * 60
+    assert not outcome.helped
+    assert outcome.document()["judged"] == outcome.document()["proven"] == 0
+    assert any("no time" in note for note in outcome.notes)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_time_in_which_not_even_the_model_as_loaded_can_be_measured_is_refused_and_the_survey_kept(
+    world, model, tmp_path
+):
+    settings = Settings(str(model), "ttft", 64, 4)
+    world(Slow(start=3.0, load=3.0, run=50.0, loaded_run=60.0, quality=20.0))
+    with pytest.raises(
+        InputError, match=r"--minutes 1 is too short .* measuring the model as loaded alone takes longer"
+    ):
+        tune(settings, tmp_path / "out", minutes=1)
+    again = world(Slow(start=3.0, load=3.0, run=1.0, loaded_run=2.0, quality=20.0))
+    tune(settings, tmp_path / "out", minutes=8, resume=True)
+    assert not again.labels("survey")
+
+
+def test_children_get_no_more_time_than_there_is(world, model, tmp_path, monkeypatch):
+    children = world(Slow(start=4.0, load=4.0, run=6.0, loaded_run=7.5, quality=18.0))
+    clock = []
+
+    def watched(target, kwargs, *, timeout_s, memory_bytes):
+        clock.append((target, children.clock + timeout_s))
+        return children(target, kwargs, timeout_s=timeout_s, memory_bytes=memory_bytes)
+
+    monkeypatch.setattr(nodes, "run_isolated", watched)
+    tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", minutes=8)
+    late = [target for target, end in clock if end > 8 * 60 + 1e-6]
+    assert {target.split(":")[1] for target in late} <= {
+        "waterline"
+    }  # which has a little grace, so that the report is whole
+
+
+def test_a_busier_machine_than_the_survey_saw_corrects_what_is_expected(world, model, tmp_path):
+    children = world(Slow(busy=3.0, start=2.0, load=2.0, run=2.0, loaded_run=2.5, quality=6.0))
+    tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", minutes=5)
+    assert children.clock <= 5 * 60
+
+
+def test_sizes_follow_from_costs_and_keep_their_least():
+    budget = Budget(8.0)
+    budget.costs = Costs(start=2.0, load=3.0, run=1.0, loaded_run=2.0, quality=12.0)
+    assert budget.sizes().text == 1.0
+    budget.costs = Costs(start=2.0, load=3.0, run=1.0, loaded_run=2.0, quality=960.0)
+    assert budget.sizes().text == pytest.approx(24 / 960)
+    assert rows_of(0.1, 30, 256) == LEAST_TOKENS // 256
+    assert rows_of(0.5, 30, 256) == 15
+    assert rows_of(0.1, 2, 4128) == 1
+    assert rows_of(1.0, 3, 256) == 3
+    assert Costs(1.0, 1.0, 1.0, 6.0, 1.0).slow
+    assert not Costs(1.0, 1.0, 1.0, 2.0, 1.0).slow
