@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 PLACES = sorted(
     set(re.findall(r"`([\w/.<>-]+\.(?:py|cpp|h)):([\w.]+)`", (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")))
 )
@@ -21,10 +22,10 @@ def names_of(file: Path) -> set[str]:
         return set(re.findall(r"\b(\w+)\s*[({]", text))
     found: set[str] = set()
     for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
             found.add(node.name)
         if isinstance(node, ast.ClassDef):
-            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, FUNCTIONS)}
         targets = (
             node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         )
