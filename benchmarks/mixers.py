@@ -57,13 +57,14 @@ from matplotlib.ticker import LogLocator
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutput
 
 from assay.evidence.place import here
 from assay.experiments.mixers.based import generate_from, prefilled
 from assay.experiments.mixers.training import evaluate, train
 from assay.measure.clock import compare_many
 from assay.measure.stats import bootstrap
-from assay.methods.attention.fit import DecoderOutput, FITDecoder
+from assay.methods.attention.fit import FITConfig, FITDecoder
 from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM, StateCache
 from assay.methods.mixers import based, long_convs, ssm_survey  # noqa: F401 (they register their mixers)
 from assay.paths import atomic_file
@@ -146,11 +147,13 @@ class FITLanguageModel(FITDecoder):
     def new_cache(self, batch: int) -> StateCache:
         return StateCache([self.init_state(batch)])
 
-    def forward(self, input_ids: Tensor, *, cache: StateCache | None = None, logits_to_keep: int = 0) -> DecoderOutput:
+    def forward(
+        self, input_ids: Tensor, *, cache: StateCache | None = None, logits_to_keep: int = 0, **kwargs: Any
+    ) -> CausalLMOutput:
         if cache is None:
-            return super().forward(input_ids)
+            return super().forward(input_ids, **kwargs)
         logits, cache.states[0] = self.advance(input_ids, cache.states[0])
-        return DecoderOutput(logits[:, -logits_to_keep:])
+        return CausalLMOutput(logits=logits[:, -logits_to_keep:])
 
     def state_bytes(self, tokens: int, batch: int = 1) -> int:
         """At the fullest moment of the last group: it is emptier at its end."""
@@ -171,7 +174,7 @@ def language_model(
         torch.manual_seed(0)
         sizes = {"vocab_size": vocab, "groups": -(-length // group), "group_size": group, "latents": setting}
         widths = {"dim": width, "latent_dim": width, "heads": HEADS, "latent_heads": HEADS, "ratio": 2}
-        return FITLanguageModel("(1)1(1)", **sizes, **widths)
+        return FITLanguageModel(FITConfig("(1)1(1)", **sizes, **widths))
     options: dict[str, Any] = {} if chosen.knob is None else {chosen.knob: setting}
     if chosen.mixer in ("attention", "based", "based_window"):
         options["heads"] = HEADS

@@ -77,6 +77,17 @@ def test_broken_bytes_are_given_and_cost_no_more_with_length(tokenizer):
     assert (given + len(text.rest()), longest < 40) == (500, True)
 
 
+@pytest.mark.parametrize("silent", [1, 12])
+def test_tokens_without_text_take_no_space_from_the_next(silent):
+    """As a model says that is asked to ignore its end token."""
+    fallback = byte_fallback_tokenizer()
+    word, space = fallback.convert_tokens_to_ids(["b", "▁b"])
+    text = Text(fallback, [word])
+    said = [text.add(token) for token in [space, *[fallback.eos_token_id] * silent, space, *[word] * 9, space]]
+    assert "".join(said) + text.rest() == " b bbbbbbbbbb b"
+    assert len(text.window) < 40
+
+
 # ---- stops
 
 
@@ -96,6 +107,9 @@ def cut(text, cuts, stops):
         (("x",), "abcabd", False),
         (("bdx",), "abcabd", False),
         (("abdx", "d"), "abcab", True),
+        (("abca", "bc"), "a", True),  # the one that is whole first, though the other begins before it
+        (("c", "bc"), "a", True),  # whole at once: the longer
+        (("abcab", "b"), "a", True),
     ],
 )
 def test_stops_are_found_however_the_text_is_cut(cuts, stops, expected, met):
@@ -240,6 +254,7 @@ def test_a_seed_gives_the_same_again_and_no_seed_does_not(flat, tokenizer):
     assert seeded[0] == seeded[2] != seeded[1]
     assert run(engine, seed=8, **options) != seeded[0]
     assert run(engine, seed=2**64 - 1, **options)
+    assert run(engine, seed=-(2**63), **options)  # the least that OpenAI allows
     assert len({run(engine, **options)[0] for _ in range(4)}) == 4
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -524,7 +524,7 @@ def test_threads_convert_once_and_a_crash_leaves_no_model(tiny_gguf, own_cache, 
         models._converted(tiny_gguf, "tiny")
     assert [entry.name for entry in (own_cache / "models").iterdir() if entry.is_dir()] == []
     stale = calls[0]
-    stale.mkdir()  # what kill -9 would have left
+    stale.mkdir(parents=True)  # what kill -9 would have left
     threads = [threading.Thread(target=models._converted, args=(tiny_gguf, "tiny")) for _ in range(4)]
     for thread in threads:
         thread.start()

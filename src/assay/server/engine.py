@@ -269,7 +269,10 @@ class _Listener:
 
 
 class Stops:
-    """Finds the first of some strings in a text that comes in pieces, holding back what may be the beginning of one."""
+    """Finds the string that is whole first in a text that comes in pieces, holding back what may be the beginning of one.
+
+    Of two that are whole at once, it is the longer; so the answer does not depend on how the text is cut into pieces.
+    """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self.stops, self.held, self.met = stops, "", False
@@ -279,9 +282,9 @@ class Stops:
         if self.met:
             return ""
         self.held += text
-        found = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
         if found:
-            self.met, keep = True, len(self.held) - min(found)
+            self.met, keep = True, len(self.held) - min(found)[1]
         else:
             beginnings = (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n]))
             keep = max(beginnings, default=0)
@@ -297,11 +300,13 @@ class Text:
     """Text of tokens that come one by one, after a prompt: what is given stays, and together it is the text of all of them.
 
     Some tokens before the new ones are decoded with them, since decoders treat the beginning of a text in their own ways (a
-    leading space), and bytes that do not make a character yet wait for the next token.
+    leading space), and bytes that do not make a character yet wait for the next token. Tokens without text, special ones, are
+    passed over, so that it is never they alone that are decoded before the next.
     """
 
     def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
         self.tokenizer = tokenizer
+        self.silent = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         self.window = prompt[-4:]
         self.clean = 0  # a place in the window where a character begins
         self.given = len(self.window)  # tokens whose text was given
@@ -309,6 +314,8 @@ class Text:
 
     def add(self, token: int) -> str:
         """The text that this token makes sure of."""
+        if token in self.silent:
+            return ""
         self.window.append(token)
         text = self._decode()
         # a character has four bytes, so what stays broken for long is no character and is given as it is

@@ -159,7 +159,7 @@ def _ask(document: dict[str, Any], chat: bool, served: str) -> Ask:
         ignore_eos=take("ignore_eos", checks.flag, False),
         temperature=0.0 if temperature < GREEDY_BELOW or top_p == 0 else temperature,
         top_p=top_p,
-        seed=take("seed", checks.whole, None, low=0, high=2**64 - 1),
+        seed=take("seed", checks.whole, None, low=-(2**63), high=2**64 - 1),
         stops=take("stop", _stops, ()),
         stream=stream,
         include_usage=_include_usage(given.pop("stream_options", None), stream),

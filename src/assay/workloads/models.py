@@ -341,8 +341,6 @@ def _converted(file: Path, name: str) -> Path:
     with FileLock(folder.with_name(folder.name + ".lock")):
         if not (folder / "config.json").is_file():
             header = check_gguf(file)
-            for stale in folder.parent.glob(f".{folder.name}.*"):
-                shutil.rmtree(stale, ignore_errors=True)
             _require_space(folder.parent, 4 * header.stored.elements)
             print(f"assay: converting {file.name} to safetensors, once, in {folder}", file=sys.stderr)
             with atomic_dir(folder) as target, _library_errors(f"{file}: cannot be converted"):

@@ -54,7 +54,7 @@ def test_protocol(model):
     assert fit.applies
     assert {e.dtype for e in fit.effects if e.kind == "linear"} == {"bfloat16"}
     fit = transform.applies_to(model.to(torch.bfloat16), CONTEXT)
-    assert (fit.applies, fit.reason) == (False, "no float32 parameters, only torch.bfloat16")
+    assert (fit.applies, fit.reason) == (False, "no float32 or float16 parameters, only torch.bfloat16")
     assert "only none" in transform.applies_to(torch.nn.ReLU(), CONTEXT).reason
 
 

@@ -929,3 +929,94 @@ def test_a_candidate_that_cannot_be_copied_is_refused():
         TypeError, match="candidate must be one that can be copied, got a Lonely: there can be only one"
     ):
         functional_hash(Lonely(), [1.0])
+
+
+# Results of any kind, and means of large ones
+
+
+@pytest.mark.parametrize("make", [np.ones, torch.ones, lambda n: [np.ones(n)], lambda n: {"x": torch.ones(n)}])
+def test_arrays_may_be_stored_again(make):
+    """As two threads do that miss the same key at once."""
+    cache = FunctionalCache()
+    cache.insert("k", make(2))
+    newest = make(3)
+    assert cache.insert("k", newest) is newest
+    assert cache.peek("k") is newest
+
+
+def test_means_of_large_numbers_and_infinities(store):
+    cache = FunctionalCache(store=store)
+    for key, results, mean in (
+        ("large", [1e308, -1e308, 1e308], 1e308 / 3),
+        ("infinite", [math.inf, math.inf, 3.0], math.inf),
+        ("minus", [-math.inf, 1.0, 2.0], -math.inf),
+        ("plain", [1, 2, 4, 8], 3.75),
+    ):
+        for result in results:
+            cache.insert(key, result)
+        assert cache.peek(key) == pytest.approx(mean)
+
+
+def test_named_tuples_are_averaged_as_such():
+    from typing import NamedTuple
+
+    class Score(NamedTuple):
+        loss: float
+        size: int
+
+    cache = FunctionalCache(reevaluate=1.0)
+    cache.insert("k", Score(1.0, 4))
+    assert cache.insert("k", Score(3.0, 4)) == Score(loss=2.0, size=4)
+    assert isinstance(cache.peek("k"), Score)
+
+
+def test_keys_are_text(store):
+    cache = FunctionalCache(store=store)
+    for key in (5, None, b"x", True):  # SQLite would make text of a number, and lose None
+        for use in (cache.peek, cache.lookup, lambda key: cache.insert(key, 1.0), lambda key: key in cache):
+            with pytest.raises(TypeError, match="key must be text"):
+                use(key)
+        with pytest.raises(TypeError, match="key must be text"):
+            cache.evaluate(key, lambda: pytest.fail("was evaluated"))
+    assert len(cache) == 0
+
+
+def test_a_database_of_something_else_is_refused(tmp_path):
+    import sqlite3
+
+    for name, columns in (("a", "a int"), ("b", "used int")):
+        database = sqlite3.connect(tmp_path / name)
+        database.execute(f"CREATE TABLE entries ({columns})")
+        database.commit()
+        database.close()
+        with pytest.raises(ValueError, match="holds something else"):
+            FunctionalCache(store=tmp_path / name)
+
+
+def test_values_that_differ_have_different_keys():
+    def key(value):
+        return functional_hash(lambda x: value, SCALARS[:1])
+
+    assert key(np.array([2**64 - 1], dtype=np.uint64)) != key(np.array([-1]))
+    assert key(np.array([3], dtype=np.uint64)) == key(np.array([3]))
+    assert key(np.array(["a\0b", "c"])) != key(np.array(["a", "b\0c"]))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: FunctionalCache(seed=None), TypeError, "seed must be a whole number"),
+        (lambda: FunctionalCache(store=5), TypeError, "store must be 'memory' or the path of a file, got 5"),
+        (lambda: Training([0.0], steps=-1), ValueError, "steps must be a whole number at least 0"),
+        (lambda: Training([0.0], steps=True), TypeError, "steps must be a whole number"),
+        (lambda: Training([0.0], learning_rate=math.nan), ValueError, "learning_rate must be a finite number"),
+        (lambda: functional_hash(abs, [1.0], seed=None), TypeError, "seed must be a whole number"),
+        (lambda: functional_hash(abs, [1.0], seed=1.5), TypeError, "seed must be a whole number"),
+        (lambda: functional_hash(abs, [1.0], dtype="float64"), TypeError, "dtype must be a floating-point torch.dtype"),
+        (lambda: functional_hash(abs, [1.0], dtype=torch.int64), TypeError, "dtype must be a floating-point"),
+        (lambda: functional_hash(abs, [1.0], training=5), TypeError, "training must be a Training or None, got 5"),
+    ],
+)
+def test_what_is_of_another_kind_is_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -373,6 +373,51 @@ def test_refuses_models_it_would_break():
         PrepackedPrefill(tiny(), packing="tight")
     with pytest.raises(ValueError, match="capacity must be a whole number at least 1, got 0"):
         PrepackedPrefill(tiny(), capacity=0)
+    for bad, error in ((-1, ValueError), (97, ValueError), (True, TypeError), (1.0, TypeError)):
+        with pytest.raises(error, match="pad_token_id must be a whole number at least 0 and at most 96"):
+            PrepackedPrefill(tiny(), pad_token_id=bad)
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "XLMRoberta"])
+def test_refuses_positions_that_begin_behind_the_padding_token(kind):
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, is_decoder=True
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with pytest.raises(ValueError, match="positions do not begin at 0"):
+        PrepackedPrefill(model)
+
+
+@pytest.mark.parametrize("backend", ["varlen", "mask"])
+def test_a_window_that_only_the_configuration_has(backend):
+    from transformers import MoshiConfig, MoshiForCausalLM
+
+    config = MoshiConfig(
+        vocab_size=97,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        sliding_window=8,
+    )
+    torch.manual_seed(0)
+    model = MoshiForCausalLM(config).eval()
+    done = PrepackedPrefill(model, backend=backend, pad_token_id=0)(PROMPTS)
+    for i, prompt in enumerate(PROMPTS):
+        torch.testing.assert_close(done.logits[i], alone(model, prompt)[1], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["varlen", "mask"])
+def test_a_row_may_be_longer_than_the_context(backend):
+    """Positions count within a prompt, and those of the padding are there in every model."""
+    model = tiny("gpt2")  # 128 learned positions
+    prompts = prompts_of(120, 128, 60, 100, 3)
+    done = PrepackedPrefill(model, backend=backend, capacity=400)(prompts)
+    for i, prompt in enumerate(prompts):
+        torch.testing.assert_close(done.logits[i], alone(model, prompt)[1], atol=2e-5, rtol=1e-4)
 
 
 def test_refuses_bad_prompts():
@@ -383,6 +428,8 @@ def test_refuses_bad_prompts():
         prefill([[1], []])
     with pytest.raises(TypeError, match="token ids, which are whole numbers: 'float'"):
         prefill([[1, 2.5]])
+    with pytest.raises(TypeError, match="True is a truth value"):
+        prefill([[1, True]])
     with pytest.raises(ValueError, match="rows must be a whole number at least 1, got 0"):
         next(prefill.dataset([[1]], rows=0))
 

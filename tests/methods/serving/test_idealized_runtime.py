@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from assay.methods.serving.idealized_runtime import (
     PAPER_OUTPUT_TOKENS,
     PAPER_PROMPT_TOKENS,
+    Errors,
     ProbeError,
     RuntimeModel,
     add_runtimes,
@@ -695,3 +696,63 @@ def test_the_experiments_run_at_smoke_scale():
     assert figures["idealized_runtime/linear-fit"].value > 0.8
     assert figures["idealized_runtime/profiling-saving"].value > 10
     assert 5 < figures["idealized_runtime/denoised-saving"].value < 10
+
+
+# Nothing is paid for what cannot be answered
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"method": "x"}, ValueError),
+        ({"slope": None}, ValueError),
+        ({"isotonic": 1}, TypeError),
+        ({"held_out": [(1.5, 2)]}, TypeError),
+        ({"held_out": [(4, True)]}, TypeError),
+        ({"output_tokens": (2, 4)}, ValueError),  # idealized needs one output token
+        ({"output_tokens": (1,)}, ValueError),
+        ({"prompt_tokens": (8,), "output_tokens": (1, 2), "slope": "context"}, ValueError),
+    ],
+)
+def test_what_cannot_be_profiled_is_refused_before_the_first_run(changes, error):
+    grid = {"prompt_tokens": (1, 8), "output_tokens": (1, 2, 4)}
+    with pytest.raises(error):
+        profile(lambda p, o: pytest.fail("was run"), **{**grid, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"), [({"slope": "x"}, ValueError), ({"chat": "no"}, TypeError), ({"isotonic": 1}, TypeError)]
+)
+def test_a_bad_probe_is_refused_before_the_first_request(changes, error):
+    with pytest.raises(error, match=next(iter(changes))):
+        probe_endpoint("http://127.0.0.1:1/v1", "m", **changes)  # where nobody answers
+
+
+def test_savings_need_requests_and_a_grid():
+    model = RuntimeModel((1, 101), (0.1, 0.2), 0.05, largest_output=64, fit=Errors(0.0, 0.0, 0), r2=1.0)
+    for saving in (denoised_saving, lambda requests, grid: idealized_saving(model, requests, grid)):
+        for requests, grid, name in (
+            ([], [(1, 1)], "requests"),
+            ([(1, 1)], [], "grid"),
+            ([(float("nan"), 1)], [(1, 1)], "requests"),
+        ):
+            with pytest.raises(ValueError, match=name):
+                saving(requests, grid)
+    with pytest.raises(ValueError, match="must not both be 0"):
+        denoised_saving([(1, 1)], [(1, 1)], api_dollars_in=0, api_dollars_out=0)
+
+
+def test_a_model_holds_what_it_says_and_numpys_numbers_are_written():
+    numbers = {"prompt_tokens": (np.int64(1), np.int64(9)), "prompt_seconds": (np.float64(0.1), np.float32(0.25))}
+    rest = {"seconds_per_token": np.float64(0.5), "largest_output": np.int64(5), "fit": Errors(0.0, 0.0, 0), "r2": 1.0}
+    model = RuntimeModel(**numbers, **rest)
+    assert RuntimeModel.from_json(model.to_json()) == model
+    for changes, error in (({"method": "x"}, ValueError), ({"fit": None}, TypeError), ({"held_out": 5}, TypeError)):
+        with pytest.raises(error, match=next(iter(changes))):
+            RuntimeModel(**{**numbers, **rest, **changes})
+    with pytest.raises(ValueError, match="values must be a finite number"):
+        non_decreasing([3.0, float("nan"), 1.0])
+    with pytest.raises(ValueError, match="seconds must be a finite number above 0"):
+        share_below(model, [(1, 1, float("nan"))])
+    with pytest.raises(TypeError, match="isotonic must be True or False"):
+        fit([(1, 1, 1.0), (1, 2, 2.0)], isotonic="no")

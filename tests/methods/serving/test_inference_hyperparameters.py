@@ -637,10 +637,10 @@ def test_no_static_cache_means_none_also_for_a_model_that_has_one_by_default(tin
     model, seen = load_for_generation(str(tiny), "float32", "sdpa"), []
     model.generation_config.cache_implementation = "static"
     generate = model.generate
-    model.generate = lambda **kw: seen.append(model.generation_config.cache_implementation) or generate(**kw)
+    model.generate = lambda **kw: seen.append(kw.get("cache_implementation")) or generate(**kw)
     for params in ({}, {"static_cache": False}, {"static_cache": True}):
         measure_settings(model, prompts(1), params, new_tokens=2, warmup=0)
-    assert seen == ["static", None, "static"]
+    assert seen == [None, None, "static"]  # what the model would like by itself takes no part
     assert model.generation_config.cache_implementation == "static"
 
 
@@ -809,3 +809,68 @@ def test_a_limit_nobody_reports_is_told_at_the_first_trial_and_costs_only_the_tr
     )  # fmt: skip
     assert quiet.best_params == {"batch_size": 3}
     assert [trial.error for trial in quiet.trials if trial.status == "rejected"] == ["p95_seconds was not reported"]
+
+
+# What is of another kind
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"trials": math.nan}, TypeError),  # would compare as neither too few nor enough
+        ({"trials": 2.5}, TypeError),
+        ({"confirm": True}, TypeError),
+        ({"seed": None}, TypeError),
+        ({"max_mismatch": math.nan}, ValueError),
+        ({"limits": {"p95_seconds": math.nan}}, ValueError),
+        ({"method": "x"}, ValueError),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_is_measured(changes, error):
+    name = "limit of p95_seconds" if "limits" in changes else next(iter(changes))
+    with pytest.raises(error, match=name):
+        search(space(), lambda params, **_: pytest.fail("was measured"), **changes)
+
+
+def test_numpys_numbers_are_numbers_of_a_space(tmp_path):
+    described = Space(
+        [
+            Int("a", np.int64(1), np.int64(3), np.int64(2), grid=(np.int64(1), np.int64(3))),
+            Float("b", 0, 1, np.float32(0.5)),
+        ]
+    )
+    assert key_of(described.default()) == '{"a": 2, "b": 0.5}'
+    assert [key_of(params) for params in described.grid(2)][:2] == ['{"a": 1, "b": 0.0}', '{"a": 1, "b": 1.0}']
+    assert mean_of(np.array([1.0, 2.0, 3.0])).mean == 2.0
+
+
+@pytest.mark.parametrize(
+    ("make", "error"),
+    [
+        (lambda: Float("x", 0.0, math.inf, 0.5), ValueError),
+        (lambda: Float("x", 0.0, 1.0, math.nan), ValueError),
+        (lambda: Float("x", True, 2.0, 1.5), TypeError),
+        (lambda: Int("x", 1, 5, 2, grid=(True,)), TypeError),
+        (lambda: Int("x", 1, 5, 2, log=1), TypeError),
+        (lambda: Space([Categorical("x", (1, True), 1)]), ValueError),
+        (lambda: Space([Categorical("x", ("a", "a"), "a")]), ValueError),
+        (lambda: hugging_face_space(threads=()), ValueError),
+    ],
+)
+def test_parameters_of_another_kind_are_refused(make, error):
+    with pytest.raises(error):
+        make()
+
+
+def test_a_memory_floor_is_of_something():
+    from types import SimpleNamespace
+
+    config = SimpleNamespace(num_attention_heads=4, hidden_size=64, num_hidden_layers=2, vocab_size=10)
+    sizes = {"parameters": 5, "batch_size": 1, "tokens": 1, "dtype_bytes": 2}
+    assert memory_floor(config=config, **sizes) == 2 * (5 + 2 * 2 * 64 + 10)
+    for name in sizes:
+        for bad, error in ((0, ValueError), (-1, ValueError), (math.nan, TypeError)):
+            with pytest.raises(error, match=name):
+                memory_floor(config=config, **{**sizes, name: bad})
+    with pytest.raises(TypeError, match="available_bytes"):
+        fits_memory(math.nan, parameters=5, config=config, tokens=5)

@@ -549,3 +549,80 @@ def test_fusion_trial_compares_equal_work_and_keeps_the_output(monkeypatch):
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- blocks that were changed, and two features at once
+
+
+def changed(block: nn.Module, how: str) -> nn.Module:
+    """`block` computing something else than its class does."""
+    if how == "activation":
+        block.act = nn.ReLU()
+    elif how == "approximate activation":
+        block.act = nn.GELU(approximate="tanh")
+    elif how == "norm":
+        setattr(block, "norm" if isinstance(block, ConvNeXt) else "norm1", nn.Identity())
+    elif how == "dilation":
+        block.conv.dilation = block.conv.padding = (2, 2)
+    elif how == "padding":
+        old = block.conv
+        block.conv = nn.Conv2d(8, old.out_channels, 3, padding=1, groups=old.groups, padding_mode="circular")
+    elif how == "hook":
+        block.register_forward_hook(lambda module, inputs, output: 2 * output)
+    else:
+        block.conv.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    return block
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "how", ["activation", "approximate activation", "norm", "dilation", "padding", "hook", "hook of a part"]
+)
+@pytest.mark.parametrize("block", [ConvFirst, FusedMBConv, ConvNeXt])
+def test_a_changed_block_stays_as_it_is(block, how):
+    model = nn.Sequential(changed(trained(block(8, 2, 3)), how), trained(block(8, 2, 3))).eval()
+    x = torch.randn(2, 8, 9, 9)
+    expected = model(x)
+    assert close(fuse_blocks(model, tile=4)(x), expected)
+    assert [type(part) for part in model] == [block, DepthFirst]
+
+
+@torch.no_grad()
+def test_a_block_in_two_places_is_fused_in_both():
+    block = trained(ConvFirst(8, 2))
+    model = nn.Sequential(block, nn.Sequential(nn.ReLU(), block)).eval()
+    x = torch.randn(2, 8, 9, 9)
+    expected = model(x)
+    assert close(fuse_blocks(model, tile=4)(x), expected)
+    assert isinstance(model[0], DepthFirst)
+    assert model[0] is model[1][1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_blocks_are_compiled_and_follow_their_weights(dtype):
+    torch.compiler.reset()
+    block = fuse_blocks(trained(ConvFirst(8, 2)).to(dtype), tile=4)
+    x = torch.randn(8, 8, 6, 6, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    compiled, tolerance = torch.compile(block), 2e-5 if dtype == torch.float32 else 0.03
+    for _ in range(2):
+        assert close(compiled(x), block(x), tolerance)
+        for parameter in block.parameters():
+            parameter.mul_(1.5)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: plan_tile(8, 2, CHIP, tiles=()), ValueError, "tiles must hold at least one size"),
+        (lambda: plan_tile(8, None, CHIP), TypeError, "expand must be a whole number"),
+        (lambda: plan_tile(8, 2, CHIP, slice_channels=True), TypeError, "slice_channels must be a whole number"),
+        (lambda: plan_tile(8, 2, CHIP, slice_channels=2.5), TypeError, "slice_channels must be a whole number"),
+        (lambda: ConvNeXt(8, layer_scale=float("nan")), ValueError, "layer_scale must be a finite number"),
+        (lambda: ConvNet(ConvFirst, (8,), (-1,)), ValueError, "depths must be a whole number at least 0, got -1"),
+        (lambda: ConvNet(ConvFirst, (8.0,), (1,)), TypeError, "channels must be a whole number at least 1, got 8.0"),
+    ],
+)
+def test_numbers_of_the_wrong_kind_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

@@ -214,7 +214,7 @@ def pack_rows(
             owners += [i] * len(prompts[i])
         padding = width - len(tokens)
         ids.append(tokens + [pad_token_id] * padding)
-        positions.append(places + list(range(padding)))
+        positions.append(places + [0] * padding)  # one that every model has
         segments.append(owners + [-1] * padding)
     tensors = [torch.tensor(rows, dtype=torch.int64, device=device) for rows in (ids, positions, segments)]
     return PackedRows(tensors[0], tensors[1], tensors[2], tuple(spans))
@@ -250,8 +250,8 @@ class PrepackedPrefill:
     "flex" set the model's attention function for the time of the call).
 
     Raises ValueError for a model that cannot be packed (encoder-decoder, state-space or chunked layers, an attention that does
-    not go through transformers' interface), an unknown backend or packing, or a capacity below 1; a call does for a prompt longer
-    than the capacity.
+    not go through transformers' interface, positions that begin behind the padding token's, as RoBERTa's), an unknown backend or
+    packing, a capacity below 1, or a padding token that the model does not know; a call does for a prompt longer than the capacity.
     """
 
     def __init__(
@@ -275,7 +275,7 @@ class PrepackedPrefill:
         self.packing: PackingMethod = packing
         self.capacity = capacity
         self.last_token = last_token
-        self.pad_token_id = padding_token(model) if pad_token_id is None else pad_token_id
+        self.pad_token_id = padding_token(model, pad_token_id)
 
     def __call__(self, prompts: Sequence[Sequence[int]]) -> Prefilled:
         """The cache of `prompts`, in their order. Raises ValueError for no prompts or an empty one."""
@@ -336,12 +336,10 @@ class PrepackedPrefill:
                 inputs.update(self._varlen_inputs(bounds))
                 stack.enter_context(_attention(self.model, _per_prompt))
             elif self.backend == "flex":
-                inputs["attention_mask"] = _per_layer_type(self.model.config, lambda w: _flex_mask(rows.segments, w))
+                inputs["attention_mask"] = _per_layer_type(self.model, lambda w: _flex_mask(rows.segments, w))
                 stack.enter_context(_attention(self.model, lambda base: "flex_attention"))
             else:
-                inputs["attention_mask"] = _per_layer_type(
-                    self.model.config, lambda w: self._dense_mask(rows.segments, w)
-                )
+                inputs["attention_mask"] = _per_layer_type(self.model, lambda w: self._dense_mask(rows.segments, w))
             out = self.model(**inputs, cache=cache, use_cache=True, logits_to_keep=columns if self.last_token else 1)
         if not self.last_token:
             return cache, None
@@ -379,6 +377,9 @@ def why_not(model: nn.Module) -> str:
         return f"its {', '.join(sorted(foreign))} layers carry state from one prompt to the next"
     if not getattr(model, "_supports_attention_backend", False):
         return f"the attention of {type(model).__name__} does not go through transformers' attention interface"
+    tables = (module for name, module in model.named_modules() if "position" in name.rpartition(".")[2])
+    if any(getattr(table, "padding_idx", None) is not None for table in tables):
+        return "its positions do not begin at 0 but behind the padding token's"
     return ""
 
 
@@ -453,11 +454,15 @@ def _layer_types(text_config: Any) -> list[str]:
     return list(getattr(text_config, "layer_types", None) or ["full_attention"])
 
 
-def _per_layer_type(config: Any, make: Callable[[int | None], Any]) -> Any:
+def _per_layer_type(model: Any, make: Callable[[int | None], Any]) -> Any:
     """A mask for the model's kind of layers, or a dict of them where it mixes two kinds (as transformers' models take it)."""
-    text = config.get_text_config()
+    text = model.config.get_text_config()
     types = sorted(set(_layer_types(text)))
     window = getattr(text, "sliding_window", None)
+    # a configuration may name a window that the model's own masks do not have (Moshi's)
+    sources = {type(module).__module__ for module in model.modules()}
+    if not any(hasattr(sys.modules[source], "create_sliding_window_causal_mask") for source in sources):
+        window = None
     if types == ["full_attention"] and getattr(text, "layer_types", None):
         return make(None)
     if len(types) == 1:

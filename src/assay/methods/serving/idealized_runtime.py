@@ -89,6 +89,10 @@ class RuntimeModel:
             checks.number("prompt_seconds", seconds)
         for name in ("seconds_per_token", "seconds_per_context_token", "overhead_seconds", "profiling_seconds", "r2"):
             checks.number(name, getattr(self, name))
+        _require(self.method, ("idealized", "denoised"), "method")
+        for name, errors in (("fit", self.fit), ("held_out", self.held_out)):
+            if not isinstance(errors, Errors) and (name, errors) != ("held_out", None):
+                raise TypeError(f"{name} must be Errors, got {checks.shown(errors)}")
 
     def predict(self, prompt_tokens: Any, output_tokens: Any, *, extrapolate: bool = False) -> Any:
         """Seconds of a request, or an array of them for arrays of lengths (broadcast against each other; means may be fractions).
@@ -135,7 +139,7 @@ class RuntimeModel:
 
     def to_json(self) -> str:
         """The model as a JSON document; `from_json` gives an equal one."""
-        return json.dumps({"format": "runtime model 1", **asdict(self)}, indent=1)
+        return json.dumps({"format": "runtime model 1", **asdict(self)}, indent=1, default=lambda number: number.item())
 
     @classmethod
     def from_json(cls, text: str) -> RuntimeModel:
@@ -229,6 +233,7 @@ def fit(
     _require(method, ("idealized", "denoised"), "method")
     _require(slope, ("constant", "context"), "slope")
     _require(variant, ("paper", "as_released"), "variant")
+    checks.flag("isotonic", isotonic)
     overhead_seconds = checks.number("overhead_seconds", overhead_seconds, low=0)
     cells = {lengths: seconds - overhead_seconds for lengths, seconds in fastest(runs).items()}
     if not cells:
@@ -273,10 +278,13 @@ def fit(
 
 
 def non_decreasing(values: Sequence[float]) -> list[float]:
-    """The closest non-decreasing sequence in the least-squares sense: neighbours that fall are pooled to their mean."""
+    """The closest non-decreasing sequence in the least-squares sense: neighbours that fall are pooled to their mean.
+
+    Raises ValueError for NaN and infinity, TypeError for what is no number.
+    """
     blocks: list[tuple[float, int]] = []  # mean, length
     for value in values:
-        mean, length = value, 1
+        mean, length = checks.number("values", value), 1
         while blocks and blocks[-1][0] > mean:
             before, count = blocks.pop()
             mean, length = (before * count + mean * length) / (count + length), count + length
@@ -331,12 +339,18 @@ def profile(
     `held_out` are pairs of lengths inside the grid that are measured too, but not fitted, for `RuntimeModel.held_out`; by default
     the middles of up to three fields of the grid (our choice), () for none.
 
-    Raises ValueError for lengths below 1, `repeats` below 1, or a held-out pair outside the grid.
+    Raises ValueError for lengths below 1, `repeats` below 1, a held-out pair outside the grid, an unknown method or slope, or a grid
+    that determines no model, and TypeError for what is no number or flag; all before the first run.
     """
+    _require(method, ("idealized", "denoised"), "method")
+    _require(slope, ("constant", "context"), "slope")
+    checks.flag("isotonic", isotonic)
     prompts, outputs = _lengths("prompt_tokens", prompt_tokens), _lengths("output_tokens", output_tokens)
     repeats, warmup = checks.whole("repeats", repeats, low=1), checks.whole("warmup", warmup, low=0)
     apart = middle_cells(prompts, outputs) if held_out is None else list(dict.fromkeys(held_out))
+    fit([(p, o, 1.0) for p in prompts for o in outputs], method=method, slope=slope)  # or there would be nothing to fit
     for p, o in apart:
+        checks.whole("held_out", p), checks.whole("held_out", o)
         if not (prompts[0] <= p <= prompts[-1] and 1 <= o <= outputs[-1]):
             raise ValueError(f"held_out must lie inside the grid, got {(p, o)}")
         if p in prompts and o in outputs:
@@ -500,13 +514,15 @@ def probe_endpoint(
     dropped, and so is a request that fails. Cells left without an answer are `missing` and the rest is fitted. Prompts are random
     common words; `make_prompt(p, rng)` makes others. Prompt lengths are those the server reports.
 
-    Raises ValueError for bad arguments, ConnectionError when the server cannot be reached or refuses every request, ProbeError,
-    which holds the answers, when they do not determine a model.
+    Raises ValueError or TypeError for bad arguments before the first request, ConnectionError when the server cannot
+    be reached or refuses every request, ProbeError, which holds the answers, when they do not determine a model.
     """
     import httpx
 
     repeats, concurrency = checks.whole("repeats", repeats, low=1), checks.whole("concurrency", concurrency, low=1)
     timeout = checks.number("timeout", timeout, above=0)
+    _require(slope, ("constant", "context"), "slope")
+    checks.flag("isotonic", isotonic), checks.flag("chat", chat)
     if overhead_seconds is not None:
         overhead_seconds = checks.number("overhead_seconds", overhead_seconds, low=0)
     prompts, outputs = _lengths("prompt_tokens", prompt_tokens), _lengths("output_tokens", output_tokens)
@@ -657,6 +673,7 @@ def share_below(model: RuntimeModel, runs: Iterable[Run]) -> float:
     runs = list(runs)
     if not runs:
         raise ValueError("runs must hold at least one measurement, got none")
+    runs = [(p, o, _positive(seconds, p, o)) for p, o, seconds in runs]
     return float(np.mean([seconds < model.predict(p, o) for p, o, seconds in runs]))
 
 
@@ -719,10 +736,12 @@ def idealized_saving(
     As in the released analysis: both sides run each cell or request `trials` times and, if API prices are given (dollars per
     1000 prompt and output tokens), ask the API once for every request. Without prices the ratio is one of seconds.
     The paper's 57.42x: $40.96 an hour, $0.0015 and $0.002 per 1000 tokens, 50 trials.
+    Raises ValueError for no requests, no grid, or lengths below 1.
     """
     trials = checks.whole("trials", trials, low=1)
     hourly = checks.number("dollars_per_hour", dollars_per_hour, low=0) or 3600.0
-    api = _api_dollars(requests, api_dollars_in, api_dollars_out)
+    api = _api_dollars("requests", requests, api_dollars_in, api_dollars_out)
+    _api_dollars("grid", grid, api_dollars_in, api_dollars_out)
     brute_force = trials * model.total(requests) * hourly / 3600 + api
     return brute_force / (trials * model.total(grid) * hourly / 3600 + api)
 
@@ -738,13 +757,20 @@ def denoised_saving(
     """How many times cheaper denoising is than asking an API every request `trials` times: the grid `trials` times, each request once.
 
     Prices are dollars per 1000 tokens; the defaults are those of the released analysis, which finds 9.93x. Never above `trials`.
+    Raises ValueError for no requests, no grid, lengths below 1, or prices that are all 0.
     """
     trials = checks.whole("trials", trials, low=1)
-    once = _api_dollars(requests, api_dollars_in, api_dollars_out)
-    return trials * once / (trials * _api_dollars(grid, api_dollars_in, api_dollars_out) + once)
+    once = _api_dollars("requests", requests, api_dollars_in, api_dollars_out)
+    profiling = trials * _api_dollars("grid", grid, api_dollars_in, api_dollars_out)
+    if not once:
+        raise ValueError("api_dollars_in and api_dollars_out must not both be 0: there would be nothing to save")
+    return trials * once / (profiling + once)
 
 
-def _api_dollars(requests: Sequence[tuple[int, int]], dollars_in: float, dollars_out: float) -> float:
+def _api_dollars(name: str, requests: Sequence[tuple[int, int]], dollars_in: float, dollars_out: float) -> float:
+    if not len(requests):
+        raise ValueError(f"{name} must hold at least one pair of lengths, got none")
+    requests = [(checks.number(name, p, low=1), checks.number(name, o, low=1)) for p, o in requests]  # type: ignore[misc]
     dollars_in = checks.number("api_dollars_in", dollars_in, low=0)
     dollars_out = checks.number("api_dollars_out", dollars_out, low=0)
     return sum(p * dollars_in + o * dollars_out for p, o in requests) / 1000

@@ -118,6 +118,8 @@ def plan_tile(
     tensor is not convolved, can be sliced. Raises ValueError for arguments below 1, slices of another block, or when even the
     smallest tile does not fit.
     """
+    if not len(tiles):
+        raise ValueError("tiles must hold at least one size, got none")
     plans = [
         tile_plan(tile, channels, expand, device, kernel, group_width, element_bytes, block, slice_channels)
         for tile in sorted(tiles)
@@ -143,11 +145,11 @@ def tile_plan(
     slice_channels: int | None = None,
 ) -> TilePlan:
     """Workspace, overheads and intensity of one tile size; arguments and errors as for `plan_tile`."""
-    hidden = expand * channels
-    width = hidden if slice_channels is None else slice_channels
     _at_least_one(
         tile=tile, channels=channels, expand=expand, kernel=kernel, group_width=group_width, element_bytes=element_bytes
     )
+    hidden = expand * channels
+    width = hidden if slice_channels is None else checks.whole("slice_channels", slice_channels)
     if block not in ("convfirst", "fused_mbconv", "mbconv", "convnext"):
         raise ValueError(f"block must be convfirst, fused_mbconv, mbconv or convnext, got {block!r}")
     if not 1 <= width <= hidden or (width != hidden and block not in ("convfirst", "convnext")):
@@ -269,7 +271,7 @@ class ConvNeXt(nn.Module):
         self.expand = nn.Linear(channels, expand * channels)
         self.act = nn.GELU()
         self.project = nn.Linear(expand * channels, channels)
-        self.scale = nn.Parameter(torch.full((channels,), layer_scale))
+        self.scale = nn.Parameter(torch.full((channels,), checks.number("layer_scale", layer_scale)))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm(self.conv(x).permute(0, 2, 3, 1))
@@ -282,6 +284,7 @@ class ConvNet(nn.Sequential):
     """A plain pyramid of one kind of block: 4 x 4 patch stem, stages joined by 2 x 2 strided convolutions, mean, linear head.
 
     `block(channels)` makes a block. The paper's own network is not published; this layout is ours, for comparing blocks.
+    Raises ValueError unless `channels`, of at least 1, and `depths`, of at least 0, pair up.
     """
 
     def __init__(
@@ -289,6 +292,8 @@ class ConvNet(nn.Sequential):
     ) -> None:
         if not channels or len(channels) != len(depths):
             raise ValueError(f"channels and depths must pair up, got {list(channels)} and {list(depths)}")
+        channels = [checks.whole("channels", width, low=1) for width in channels]
+        depths = [checks.whole("depths", depth, low=0) for depth in depths]
         layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 4, stride=4)]
         for stage, (width, depth) in enumerate(zip(channels, depths, strict=True)):
             if stage:
@@ -406,7 +411,8 @@ class PackedLinear(nn.Module):
     oneDNN takes the widest instructions the processor has; torch's own product of unpacked float32 weights does not everywhere
     (twice as slow on an AVX-512 AMD processor). `pack` gives the product of the weights as they are now: whoever runs many tiles
     packs once before the first, and a weight that has changed since is seen by the next. `act`: "none", "swish" or "gelu".
-    Elsewhere (GPU, other dtypes, no oneDNN) and on empty input the plain product serves. Rounding may differ from it.
+    Elsewhere (GPU, other dtypes, no oneDNN, within torch.compile, which packs by itself) and on empty input the plain product
+    serves. Rounding may differ from it.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, act: Literal["none", "swish", "gelu"] = "none") -> None:
@@ -421,7 +427,7 @@ class PackedLinear(nn.Module):
 
     def pack(self) -> Stage:
         """This layer with its weights as they are now, for many calls."""
-        if not self._packs():
+        if torch.compiler.is_compiling() or not self._packs():
             return self._plain
         with torch.no_grad():
             weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None)
@@ -527,6 +533,8 @@ _FUSERS: dict[str, Callable[[Any], DepthFirst]] = {
     "transformers.models.convnext.modeling_convnext.ConvNextLayer": _transformers_convnext,
 }
 
+_PARTS = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.LayerNorm, nn.SiLU, nn.GELU)
+
 
 def fuse_blocks(
     model: nn.Module, *, tile: int | Literal["auto"] = "auto", device: DeviceSpec | None = None
@@ -534,7 +542,8 @@ def fuse_blocks(
     """Replace every block of a known kind by its tiled execution, in place; a model that is such a block itself is returned new.
 
     Known: `ConvFirst`, `MBConv`, `FusedMBConv`, `ConvNeXt` of this module and `ConvNextLayer` of transformers. Other modules
-    stay. "auto" takes the planner's tile for `device` (None: `this_machine`). Outputs differ from layer by layer by rounding only.
+    stay, and so do blocks with hooks, another activation, a convolution of another kind, or other parts exchanged. "auto"
+    takes the planner's tile for `device` (None: `this_machine`). Outputs differ from layer by layer by rounding only.
     Pays where a block's hidden tensor exceeds the caches; feature maps of about a tile gain nothing from the tiling.
 
     Raises ValueError when the model is in training mode (folded norms need running statistics), holds no known block, or
@@ -544,11 +553,18 @@ def fuse_blocks(
         _at_least_one(tile=tile)
     if model.training:
         raise ValueError("model must be in eval mode: norms are folded into the convolutions")
-    found = {name: module for name, module in model.named_modules() if _type_name(module) in _FUSERS}
+    found = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if _type_name(module) in _FUSERS and _as_made(module)
+    }
     if not found:
         raise ValueError(f"model must hold at least one fusable block, got {type(model).__name__} with none")
+    made: dict[int, DepthFirst] = {}  # a block may stand in several places
     for name, block in found.items():
-        fused = _FUSERS[_type_name(block)](block).eval()
+        if id(block) not in made:
+            made[id(block)] = _FUSERS[_type_name(block)](block).eval()
+        fused = made[id(block)]
         if tile == "auto":
             device = device or this_machine(str(fused.conv.weight.dtype).removeprefix("torch."))
             fused.fit(device)
@@ -559,6 +575,22 @@ def fuse_blocks(
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, fused)
     return model
+
+
+def _as_made(block: Any) -> bool:
+    """Whether a block of a known type still computes what its class does: parts can be exchanged, and hooks hung on them."""
+    if any(module._forward_hooks or module._forward_pre_hooks for module in block.modules()):
+        return False
+    theirs = hasattr(block, "dwconv")  # transformers', whose activation is run as it is
+    conv = block.dwconv if theirs else block.conv
+    if not all(type(part) in _PARTS for part in ((conv, block.pwconv1, block.pwconv2) if theirs else block.children())):
+        return False
+    if not theirs:
+        wanted = nn.GELU if isinstance(block, ConvNeXt) else nn.SiLU
+        if type(block.act) is not wanted or getattr(block.act, "approximate", "none") != "none":
+            return False
+    same = (conv.kernel_size[0] // 2,) * 2
+    return bool(conv.stride == conv.dilation == (1, 1) and conv.padding == same and conv.padding_mode == "zeros")
 
 
 def _type_name(module: nn.Module) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 
+import numpy as np
 import pytest
 import torch
 from tests.properties.packing_models import PROMPTS, alone, tiny
@@ -134,25 +135,50 @@ def test_settings_travel_with_a_copy_and_threads_are_put_back():
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "error", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
-        ({"threads": True}, "threads must be a whole number"),
-        ({"prefill": 1}, "prefill must be a prefill's class or None, got 1"),
-        ({"speed": 1}, "settings must be among batch_size, sort_by_length, prefill, threads, got speed"),
+        ({"batch_size": 0}, ValueError, "batch_size must be a whole number at least 1, got 0"),
+        ({"batch_size": float("nan")}, TypeError, "batch_size must be a whole number"),
+        ({"batch_size": None}, TypeError, "batch_size must be a whole number"),
+        ({"threads": True}, TypeError, "threads must be a whole number"),
+        ({"sort_by_length": 1}, TypeError, "sort_by_length must be True or False, got 1"),
+        ({"prefill": 1}, TypeError, "prefill must be a prefill's class or None, got 1"),
+        ({"speed": 1}, ValueError, "settings must be among batch_size, sort_by_length, prefill, threads, got speed"),
     ],
 )
-def test_bad_settings_are_named(values, message):
+def test_bad_settings_are_named(values, error, message):
     model = tiny()
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(error, match=message):
         set_settings(model, **values)
     assert loop.settings(model) == loop.DEFAULTS
 
 
-def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="at least one prompt"):
-        generate_batch(tiny(), [], new_tokens=1)
-    with pytest.raises(ValueError, match="must be at least 1, got 0 and 8"):
-        generate_batch(tiny(), [[5]], new_tokens=0)
-    with pytest.raises(ValueError, match="must be at least 1, got 1 and 0"):
-        generate_batch(tiny(), [[5]], new_tokens=1, batch_size=0)
+def test_numpys_numbers_are_numbers():
+    model = tiny()
+    set_settings(model, batch_size=np.int64(2), threads=np.int32(1), sort_by_length=np.bool_(True))
+    assert repr(model.assay_settings) == "{'batch_size': 2, 'threads': 1, 'sort_by_length': True}"
+    prompts = [np.array([5, 6, 7]), torch.tensor([8, 9])]
+    made = generate_batch(model, prompts, new_tokens=np.int64(2), batch_size=np.int64(1))
+    assert made == generate_batch(tiny(), [[5, 6, 7], [8, 9]], new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        ({"new_tokens": 0}, ValueError, "new_tokens must be a whole number at least 1, got 0"),
+        ({"new_tokens": float("nan")}, TypeError, "new_tokens must be a whole number"),  # would go on for ever
+        ({"new_tokens": True}, TypeError, "new_tokens must be a whole number"),
+        ({"batch_size": 0}, ValueError, "batch_size must be a whole number at least 1, got 0"),
+        ({"batch_size": 1.5}, TypeError, "batch_size must be a whole number"),
+        ({"sort_by_length": "no"}, TypeError, "sort_by_length must be True or False"),
+        ({"ignore_eos": 0}, TypeError, "ignore_eos must be True or False"),
+        ({"pad_token_id": 97}, ValueError, "pad_token_id must be a whole number at least 0 and at most 96, got 97"),
+        ({"pad_token_id": -1}, ValueError, "pad_token_id must be a whole number"),
+        ({"prompts": []}, ValueError, "at least one prompt"),
+        ({"prompts": [[5], [True]]}, TypeError, "token ids, which are whole numbers: True is a truth value"),
+    ],
+)
+def test_bad_arguments_are_named(values, error, message):
+    given = {"prompts": [[5], [6, 7]], "new_tokens": 1} | values
+    with pytest.raises(error, match=message):
+        generate_batch(tiny(), given.pop("prompts"), **given)

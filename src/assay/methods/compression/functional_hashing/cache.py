@@ -85,15 +85,17 @@ def deduplicate(candidates: Iterable[T], key: Callable[[T], Hashable]) -> list[T
 class FunctionalCache:
     """Functional equivalence cache: key -> result, least recently used out first.
 
-    `store` is "memory" (any result, this process) or the path of an SQLite file (shared by processes, survives a crash), which
-    takes None, bools, numbers, text, and lists, tuples and dicts of these, and gives them back as they were (NumPy's numbers as
+    `store` is "memory" (any result, itself and not a copy, in this process) or the path of an SQLite file
+    (shared by processes, survives a crash), which takes None, bools, numbers, text, and lists, tuples and dicts of these, and gives
+    them back as they were (NumPy's numbers as
     Python's). `forget_every=k` drops an entry once it was used k times, its evaluation counting as the first use, so that a lucky
     noisy score cannot live for ever; 0 never forgets, 1 would store nothing and is refused. `reevaluate=eps` evaluates a
     stored candidate again with that probability and keeps the mean; results must then be numbers, or flat lists or mappings of
     numbers. Safe to share between threads; two threads that miss the same key at once both evaluate it.
 
     Store a measured time in the result only if one machine measures all candidates: equal functions differ in speed.
-    Raises ValueError for a bad size, `forget_every`, probability, or a file that is not a database.
+    Keys are text; methods raise TypeError for others. Raises ValueError for a bad size, `forget_every`, probability, or a file that
+    is not a database of this cache, TypeError for what is of another kind.
     """
 
     def __init__(
@@ -110,8 +112,10 @@ class FunctionalCache:
         if self.forget_every == 1:
             raise ValueError(f"forget_every must be 0 (never) or at least 2, got {forget_every}")
         self.reevaluate = checks.number("reevaluate", reevaluate, low=0, high=1)
+        if not isinstance(store, str | os.PathLike):
+            raise TypeError(f"store must be 'memory' or the path of a file, got {checks.shown(store)}")
+        self._random = random.Random(checks.whole("seed", seed))
         self._store: _Store = _MemoryStore() if store == "memory" else _SqliteStore(Path(store))
-        self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._hits = self._misses = 0
         self._hash_seconds = self._evaluation_seconds = 0.0
@@ -120,7 +124,7 @@ class FunctionalCache:
         return len(self._store)
 
     def __contains__(self, key: str) -> bool:
-        return self._store.peek(key) is not None
+        return self._store.peek(_text(key)) is not None
 
     def keys(self) -> list[str]:
         """The stored keys, least recently used first."""
@@ -128,12 +132,12 @@ class FunctionalCache:
 
     def peek(self, key: str, default: Any = None) -> Any:
         """The stored result, without counting a use or refreshing it."""
-        found = self._store.peek(key)
+        found = self._store.peek(_text(key))
         return default if found is None else found.result
 
     def lookup(self, key: str, default: Any = None) -> Any:
         """The stored result, counted as a hit and a use and moved to the end of the queue; else `default`, counted as a miss."""
-        found = self._store.use(key, self.forget_every)
+        found = self._store.use(_text(key), self.forget_every)
         with self._lock:
             self._hits += found is not None
             self._misses += found is None
@@ -145,11 +149,12 @@ class FunctionalCache:
         A key whose result is not made of numbers keeps the newest. Raises TypeError for what the SQLite store cannot keep,
         ValueError for fewer than one evaluation.
         """
-        checks.whole("evaluations", evaluations, low=1)
-        return self._store.record(key, result, evaluations, self.forget_every, self.maxsize)
+        evaluations = checks.whole("evaluations", evaluations, low=1)
+        return self._store.record(_text(key), result, evaluations, self.forget_every, self.maxsize)
 
     def evaluate(self, key: str, function: Callable[[], Any]) -> Any:
         """The result of `key`: stored, or from `function()`, which is then stored. An exception is passed on, nothing is stored."""
+        _text(key)  # before an evaluation is paid for
         with self._lock:
             again = self.reevaluate > 0 and self._random.random() < self.reevaluate
         if not again:
@@ -199,6 +204,12 @@ class FunctionalCache:
     def close(self) -> None:
         """Close the SQLite file; the memory store has nothing to close."""
         self._store.close()
+
+
+def _text(key: Any) -> str:
+    if not isinstance(key, str):
+        raise TypeError(f"key must be text, as functional_hash gives, got {checks.shown(key)}")
+    return key
 
 
 @dataclass
@@ -267,12 +278,17 @@ class _SqliteStore:
         self._connection: sqlite3.Connection | None = None
         self._owner = 0
         self._inherited: list[sqlite3.Connection] = []
-        with self._transaction() as database:
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, result TEXT NOT NULL, evaluations INTEGER NOT NULL,"
-                " uses INTEGER NOT NULL, used INTEGER NOT NULL)"
-            )
-            database.execute("CREATE INDEX IF NOT EXISTS by_use ON entries (used)")
+        try:
+            with self._transaction() as database:
+                database.execute(
+                    "CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, result TEXT NOT NULL,"
+                    " evaluations INTEGER NOT NULL, uses INTEGER NOT NULL, used INTEGER NOT NULL)"
+                )
+                database.execute("CREATE INDEX IF NOT EXISTS by_use ON entries (used)")
+                database.execute("SELECT key, result, evaluations, uses, used FROM entries LIMIT 1")
+        except sqlite3.OperationalError as error:
+            self.close()
+            raise ValueError(f"store {str(path)!r} holds something else than this cache: {error}") from error
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -398,15 +414,17 @@ def _merged(old: _Entry | None, result: Any, evaluations: int) -> _Entry:
 
 
 def _mean(old: Any, old_weight: int, new: Any, new_weight: int) -> Any:
-    if old == new:
-        return new  # exactly, whatever it is
     if _is_number(old) and _is_number(new):
-        return old + (new - old) * (new_weight / (old_weight + new_weight))
+        if old == new:
+            return new  # exactly
+        total = old_weight + new_weight
+        return old * (old_weight / total) + new * (new_weight / total)  # a difference of the two could overflow
     if _is_numeric(old) and _is_numeric(new):
         if isinstance(old, Mapping) and isinstance(new, Mapping) and old.keys() == new.keys():
             return {name: _mean(old[name], old_weight, new[name], new_weight) for name in new}
         if isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
-            return type(new)(_mean(a, old_weight, b, new_weight) for a, b in zip(old, new, strict=True))
+            means = [_mean(a, old_weight, b, new_weight) for a, b in zip(old, new, strict=True)]
+            return getattr(type(new), "_make", type(new))(means)  # named tuples have a maker of their own
     return new
 
 

@@ -27,6 +27,7 @@ class Training:
     `targets` holds one target per input. `validation` are the inputs predicted after training; empty: the inputs themselves.
     For a torch module `loss(output, target)` is needed, and `steps` steps of plain gradient descent (default: one per input)
     go over the inputs in turn. Objects with `fit`/`predict` or `learn`/`predict` bring their own training.
+    Raises ValueError for fewer than no steps or a negative learning rate, TypeError for steps that are not whole.
     """
 
     targets: Sequence[Any]
@@ -34,6 +35,11 @@ class Training:
     loss: Callable[[Any, Any], Tensor] | None = None
     steps: int | None = None
     learning_rate: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            checks.whole("steps", self.steps, low=0)
+        checks.number("learning_rate", self.learning_rate, low=0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,12 @@ def functional_hash(
     """
     if len(inputs) == 0:
         raise ValueError("inputs must hold at least one example, got none")
-    checks.whole("digits", digits, low=1, high=15)
+    digits = checks.whole("digits", digits, low=1, high=15)
+    seed = checks.whole("seed", seed, low=-(2**63), high=2**64 - 1)
+    if not (dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)):
+        raise TypeError(f"dtype must be a floating-point torch.dtype or None, got {checks.shown(dtype)}")
+    if not (training is None or isinstance(training, Training)):
+        raise TypeError(f"training must be a Training or None, got {checks.shown(training)}")
     if not modes or not set(modes) <= {"eval", "train"}:
         raise ValueError(f"modes must name 'eval', 'train' or both, got {tuple(modes)}")
     if training is not None and len(training.targets) != len(inputs):
@@ -381,7 +392,9 @@ def _rounded_text(number: float, digits: int) -> bytes:
 
 def _mix_array(hasher: Any, array: np.ndarray, digits: int) -> None:
     _put(hasher, b"array", ",".join(map(str, array.shape)).encode())
-    if array.dtype.kind in "bui":
+    if array.dtype.kind == "u" and array.size and int(array.max()) >= 2**63:  # as signed ones they would be negative
+        _put(hasher, b"large integers", np.ascontiguousarray(array, dtype="<u8").tobytes())
+    elif array.dtype.kind in "bui":
         _put(hasher, b"integers", np.ascontiguousarray(array, dtype="<i8").tobytes())
     elif array.dtype.kind == "f":
         for part in _significant(np.asarray(array, dtype=np.float64), digits):
@@ -391,7 +404,8 @@ def _mix_array(hasher: Any, array: np.ndarray, digits: int) -> None:
             for part in _significant(np.asarray(half, dtype=np.float64), digits):
                 _put(hasher, b"numbers", part.tobytes())
     else:
-        _put(hasher, b"texts", "\0".join(map(str, array.ravel().tolist())).encode("utf-8", "surrogatepass"))
+        for item in array.ravel().tolist():
+            _put(hasher, b"text", str(item).encode("utf-8", "surrogatepass"))
 
 
 def _significant(values: np.ndarray, digits: int) -> tuple[np.ndarray, np.ndarray]:

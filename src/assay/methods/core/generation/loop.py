@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from assay import checks
 from assay.methods.core.generation.cache import Prefilled, left_pad, position_ids
 
 DEFAULTS: dict[str, Any] = {"batch_size": 8, "sort_by_length": False, "prefill": None, "threads": None}
@@ -38,17 +39,17 @@ def settings(model: nn.Module) -> dict[str, Any]:
 
 
 def set_settings(model: nn.Module, **values: Any) -> None:
-    """Attach settings to `model`, keeping the others it has. Raises ValueError for an unknown name or a bad value."""
+    """Attach settings to `model`, keeping the others it has. Raises ValueError or TypeError for an unknown name or a bad value."""
     if unknown := set(values) - set(DEFAULTS):
         raise ValueError(f"settings must be among {', '.join(DEFAULTS)}, got {', '.join(sorted(unknown))}")
-    for name in ("batch_size", "threads"):
-        value = values.get(name)
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    if not isinstance(values.get("sort_by_length", False), bool):
-        raise ValueError(f"sort_by_length must be true or false, got {values['sort_by_length']!r}")
+    if "batch_size" in values:
+        values["batch_size"] = checks.whole("batch_size", values["batch_size"], low=1)
+    if values.get("threads") is not None:
+        values["threads"] = checks.whole("threads", values["threads"], low=1)
+    if "sort_by_length" in values:
+        values["sort_by_length"] = checks.flag("sort_by_length", values["sort_by_length"])
     if not (values.get("prefill") is None or callable(values["prefill"])):
-        raise ValueError(f"prefill must be a prefill's class or None, got {values['prefill']!r}")
+        raise TypeError(f"prefill must be a prefill's class or None, got {checks.shown(values['prefill'])}")
     object.__setattr__(model, "assay_settings", {**getattr(model, "assay_settings", {}), **values})
 
 
@@ -89,7 +90,7 @@ def padded_prefill(
 def checked_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Prompts as lists of ints. Raises ValueError for none, or an empty one; TypeError for a token that is no whole number."""
     try:
-        listed = [[operator.index(token) for token in prompt] for prompt in prompts]
+        listed = [[_token(token) for token in prompt] for prompt in prompts]
     except TypeError as error:
         raise TypeError(f"prompts must be lists of token ids, which are whole numbers: {error}") from None
     if not listed:
@@ -99,14 +100,23 @@ def checked_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     return listed
 
 
-def padding_token(model: nn.Module) -> int:
-    """A token id to pad with: the model's own, else its end of sequence, else 0 (padding is masked, so any will do).
+def _token(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError(f"{value} is a truth value")
+    return operator.index(value)
 
-    An id outside the vocabulary is passed over: configurations name tokens that were never given a row in the embedding.
+
+def padding_token(model: nn.Module, pad_token_id: int | None = None) -> int:
+    """A token id to pad with: the given one, else the model's own, its end of sequence, or 0 (it is masked: any will do).
+
+    An id of the configuration outside the vocabulary is passed over: some name tokens that never had a row in the embedding.
+    Raises ValueError for a given one that the model does not know, TypeError for one that is no whole number.
     """
     module: Any = model
+    if pad_token_id is not None:
+        return checks.whole("pad_token_id", pad_token_id, low=0, high=module.get_input_embeddings().num_embeddings - 1)
     config = module.config.get_text_config()
-    for token in (config.pad_token_id, config.eos_token_id):
+    for token in (getattr(config, "pad_token_id", None), getattr(config, "eos_token_id", None)):
         if isinstance(token, list):
             token = token[0] if token else None
         if token is not None and 0 <= token < config.vocab_size:
@@ -124,34 +134,39 @@ def generate_batch(
     sort_by_length: bool | None = None,
     pad_token_id: int | None = None,
     ignore_eos: bool = True,
+    cache_implementation: str | None = None,
 ) -> list[list[int]]:
     """Continue every prompt greedily by `new_tokens` tokens; returns the new tokens, in the order of the prompts.
 
     Greedy means greedy: whatever else the model's `generation_config` asks for (penalties, beams, forced tokens) is left out.
     Prompts run in batches of `batch_size`, in arrival order, or with `sort_by_length` longest first, which wastes little on
     padding and meets the largest batch at once. With `ignore_eos` (for measuring: equal work for every prompt) the end token
-    is never chosen; without it a prompt's tokens end with it. What is None comes from the model's settings.
-    Raises ValueError for no prompts, an empty one, new_tokens < 1 or batch_size < 1.
+    is never chosen; without it a prompt's tokens end with it. `cache_implementation` is that of `generate` ("static", say). What
+    is None comes from the model's settings.
+    Raises ValueError for no prompts, an empty one, new_tokens < 1, batch_size < 1 or a padding token that the model does not
+    know, TypeError for a number that is not whole and a flag that is none.
     """
     prompts = checked_prompts(prompts)
     chosen = settings(model)
-    size = chosen["batch_size"] if batch_size is None else batch_size
-    ordered = chosen["sort_by_length"] if sort_by_length is None else sort_by_length
-    if new_tokens < 1 or size < 1:
-        raise ValueError(f"new_tokens and batch_size must be at least 1, got {new_tokens} and {size}")
-    pad = padding_token(model) if pad_token_id is None else pad_token_id
+    new_tokens = checks.whole("new_tokens", new_tokens, low=1)
+    size = checks.whole("batch_size", chosen["batch_size"] if batch_size is None else batch_size, low=1)
+    ordered = checks.flag("sort_by_length", chosen["sort_by_length"] if sort_by_length is None else sort_by_length)
+    ignore_eos = checks.flag("ignore_eos", ignore_eos)
+    pad = padding_token(model, pad_token_id)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) if ordered else list(range(len(prompts)))
     results: list[list[int]] = [[] for _ in prompts]
     with _threads(chosen["threads"]):
         for first in range(0, len(order), size):
             members = order[first : first + size]
-            new = _generate(model, [prompts[i] for i in members], new_tokens, pad, ignore_eos)
+            new = _generate(model, [prompts[i] for i in members], new_tokens, pad, ignore_eos, cache_implementation)
             for i, tokens in zip(members, new, strict=True):
                 results[i] = tokens if ignore_eos else _until_end(tokens, model)
     return results
 
 
-def _generate(model: Any, prompts: list[list[int]], new_tokens: int, pad: int, ignore_eos: bool) -> list[list[int]]:
+def _generate(
+    model: Any, prompts: list[list[int]], new_tokens: int, pad: int, ignore_eos: bool, cache: str | None
+) -> list[list[int]]:
     ids, mask = left_pad(prompts, pad, model.device)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     make: PrefillFactory | None = settings(model)["prefill"]
@@ -160,6 +175,8 @@ def _generate(model: Any, prompts: list[list[int]], new_tokens: int, pad: int, i
         inputs = make(model, last_token=False, pad_token_id=pad)(prompts).generate_inputs()
     if ignore_eos:
         inputs["min_new_tokens"] = new_tokens
+    if cache is not None:
+        inputs["cache_implementation"] = cache
     with plain_generation(model):
         out: Tensor = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad)
     new: list[list[int]] = out[:, ids.shape[1] :].tolist()

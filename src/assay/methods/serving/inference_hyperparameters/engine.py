@@ -111,11 +111,16 @@ def measure_settings(
     batches = [order[i : i + size] for i in range(0, len(order), size)]
     results: list[list[int]] = [[] for _ in prompts]
     latencies = [0.0] * len(prompts)
-    threads, cache = torch.get_num_threads(), model.generation_config.cache_implementation  # type: ignore[union-attr]
+    threads = torch.get_num_threads()
 
     def run(members: list[int]) -> list[list[int]]:
         found = generate_batch(
-            model, [prompts[i] for i in members], new_tokens=new_tokens, batch_size=size, sort_by_length=False
+            model,
+            [prompts[i] for i in members],
+            new_tokens=new_tokens,
+            batch_size=size,
+            sort_by_length=False,
+            cache_implementation="static" if params.get("static_cache", False) else None,
         )
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -123,8 +128,6 @@ def measure_settings(
 
     try:
         torch.set_num_threads(params.get("threads", threads))
-        if "static_cache" in params:
-            model.generation_config.cache_implementation = "static" if params["static_cache"] else None  # type: ignore[union-attr]
         heaviest = max(batches, key=lambda members: len(members) * max(len(prompts[i]) for i in members))
         for _ in range(warmup):
             run(heaviest)
@@ -136,7 +139,6 @@ def measure_settings(
         seconds = time.perf_counter() - start
     finally:
         torch.set_num_threads(threads)
-        model.generation_config.cache_implementation = cache  # type: ignore[union-attr]
     made = sum(map(len, results))
     metrics = {
         "tokens": made,

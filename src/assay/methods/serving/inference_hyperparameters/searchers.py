@@ -158,16 +158,20 @@ def search(
     of every `more_memory` parameter.
     With a `journal` file every trial is kept; the same search with it goes on where it was killed.
 
-    Raises ValueError for bad arguments or a journal of another search, RuntimeError when no setting was accepted.
+    Raises ValueError or TypeError for bad arguments, before anything is measured, ValueError for a journal of another search,
+    RuntimeError when no setting was accepted.
     """
-    if trials < 1 or confirm < 1 or levels < 2:
-        raise ValueError(f"trials and confirm must be at least 1 and levels 2, got {trials}, {confirm} and {levels}")
-    run = _Run(space, objective, seed, dict(limits or {}), max_mismatch, _Journal(journal), progress)
+    checks.choice("method", method, ("tpe", "random", "grid", "halving"))
+    trials, confirm = checks.whole("trials", trials, low=1), checks.whole("confirm", confirm, low=1)
+    levels, seed = checks.whole("levels", levels, low=2), checks.whole("seed", seed)
+    max_mismatch = checks.number("max_mismatch", max_mismatch, low=0, high=1)
+    limits = {name: checks.number(f"limit of {name}", limit) for name, limit in (limits or {}).items()}
+    run = _Run(space, objective, seed, limits, max_mismatch, _Journal(journal), progress)
     default = space.default()
     first = run.evaluate(default)
     if method == "halving":
         _halve(space, run, trials, seed)
-    elif method in ("grid", "random", "tpe"):
+    else:
         searcher: Searcher
         if method == "grid":
             searcher = GridSearcher(space, seed=seed, levels=levels)
@@ -175,8 +179,6 @@ def search(
             searcher = (TpeSearcher if method == "tpe" else RandomSearcher)(space, seed=seed)
         searcher.tell(default, first.value if first.status == "ok" else None)
         _explore(run, searcher, None if method == "grid" else trials)
-    else:
-        raise ValueError(f"method must be one of tpe, random, grid, halving, got {method!r}")
     _confirm(run, default, confirm)
     accepted = run.accepted()
     if not accepted:

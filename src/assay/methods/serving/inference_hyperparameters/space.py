@@ -56,6 +56,9 @@ class Int:
     more_memory: bool = False
     when: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _plain_numbers(self, checks.whole)
+
     def values(self, levels: int) -> list[int]:
         if self.grid or self.high - self.low < levels:
             return list(self.grid or range(self.low, self.high + 1))
@@ -87,6 +90,9 @@ class Float:
     more_memory: bool = False
     when: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _plain_numbers(self, checks.number)
+
     def values(self, levels: int) -> list[float]:
         return list(self.grid) or _spread(self.low, self.high, levels, self.log)
 
@@ -103,6 +109,15 @@ class Float:
 
 
 Parameter = Categorical | Int | Float
+
+
+def _plain_numbers(parameter: Any, check: Callable[[str, Any], Any]) -> None:
+    """NumPy's numbers as Python's, which a journal can hold. Raises TypeError and ValueError for what is none, or not finite."""
+    for name in ("low", "high", "default"):
+        object.__setattr__(parameter, name, check(f"{name} of {parameter.name}", getattr(parameter, name)))
+    object.__setattr__(parameter, "grid", tuple(check(f"grid of {parameter.name}", v) for v in parameter.grid))
+    for name in ("log", "more_memory"):
+        checks.flag(f"{name} of {parameter.name}", getattr(parameter, name))
 
 
 def _spread(low: float, high: float, levels: int, log: bool) -> list[float]:
@@ -128,7 +143,10 @@ class Constraint:
 
 
 class Space:
-    """Parameters in order, and constraints. Raises ValueError for names given twice, unknown conditions or a default outside."""
+    """Parameters in order, and constraints.
+
+    Raises ValueError for names given twice, choices that are equal, unknown conditions, or a default outside.
+    """
 
     def __init__(self, parameters: Sequence[Parameter], constraints: Sequence[Constraint] = ()):
         self.parameters, self.constraints = tuple(parameters), tuple(constraints)
@@ -138,14 +156,15 @@ class Space:
                 raise ValueError(f"parameters must have different names, {parameter.name!r} comes twice")
             if unknown := set(parameter.when) - seen:
                 raise ValueError(f"{parameter.name!r} depends on {sorted(unknown)}, which do not come before it")
-            if isinstance(parameter, Int):
-                checks.whole(f"low of {parameter.name}", parameter.low)
-                checks.whole(f"high of {parameter.name}", parameter.high)
             if not isinstance(parameter, Categorical):
                 if not parameter.low <= parameter.high or (parameter.log and parameter.low <= 0):
                     raise ValueError(f"{parameter.name!r} needs low <= high, and low > 0 if log; got {parameter}")
             elif not parameter.choices:
                 raise ValueError(f"{parameter.name!r} needs at least one choice")
+            elif any(a != a or a in parameter.choices[:i] for i, a in enumerate(parameter.choices)):
+                raise ValueError(
+                    f"{parameter.name!r} needs choices that differ (1 equals True), got {parameter.choices}"
+                )
             for value in (parameter.default, *getattr(parameter, "grid", ())):
                 if not parameter.holds(value):
                     raise ValueError(f"{parameter.name!r} does not allow {value!r}, its default or a grid value")
@@ -252,6 +271,8 @@ def hugging_face_space(
     *, max_batch: int = 64, threads: Sequence[int] = (1,), dtypes: Sequence[str] = ("float32", "bfloat16")
 ) -> Space:
     """What a user of transformers can choose, with the defaults of its text-generation pipeline. Padding is always on the left."""
+    if not threads or not dtypes:
+        raise ValueError(f"threads and dtypes must hold at least one choice, got {threads} and {dtypes}")
     more = tuple(range(2, max_batch + 1))
     return Space(
         [
@@ -296,17 +317,22 @@ def memory_floor(
 
     A lower bound, activations and workspace left out, so that nothing that fits is ruled out. Dense attention in every layer is
     assumed: not for models with sliding windows, shared or compressed caches.
+    Raises ValueError for sizes below 1, TypeError for ones that are not whole.
     """
+    parameters = checks.whole("parameters", parameters, low=1)
+    batch_size, tokens = checks.whole("batch_size", batch_size, low=1), checks.whole("tokens", tokens, low=1)
+    dtype_bytes = checks.whole("dtype_bytes", dtype_bytes, low=1)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * batch_size * heads * tokens * head
     logits = batch_size * config.vocab_size if last_logits else 0
-    return int(dtype_bytes * (checks.whole("parameters", parameters, low=1) + cache + logits))
+    return int(dtype_bytes * (parameters + cache + logits))
 
 
 def fits_memory(available_bytes: int, *, parameters: int, config: Any, tokens: int) -> Constraint:
-    """Rules out settings (`batch_size`, `dtype`) whose `memory_floor` exceeds what there is."""
+    """Rules out settings (`batch_size`, `dtype`) whose `memory_floor` exceeds what there is. Raises as that does, for bytes too."""
+    available_bytes = checks.whole("available_bytes", available_bytes, low=0)
 
     def holds(params: Params) -> bool:
         size = getattr(torch, params.get("dtype", "float32")).itemsize

@@ -70,7 +70,7 @@ def mean_of(values: Sequence[float]) -> Mean:
     """
     for value in values:
         checks.number("values", value)
-    if not values:
+    if not len(values):
         raise ValueError("values must hold at least one measurement, got none")
     mean, n = float(np.mean(values)), len(values)
     if n == 1:
