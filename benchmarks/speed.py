@@ -96,7 +96,7 @@ def run_target(name: str, seconds: float) -> dict[str, Any]:
         "settings": dataclasses.asdict(settings),
         "recipes": recipes,
         "untimed": untimed,
-        "judge": [label for label in recipes if label.startswith((first, "tuned", "exact"))],
+        "assess": [label for label in recipes if label.startswith((first, "tuned", "exact"))],
         "pairs": 9,
         "seconds": seconds,
     }

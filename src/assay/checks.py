@@ -1,12 +1,11 @@
-"""The shared checker of arguments: every message names the argument, what is allowed and what was given.
+"""The shared argument checker: every message names the argument, what is allowed and what was given.
 
     stride = checks.whole("stride", stride, low=1)
     tau = checks.number("tau", tau, above=0, high=1)
     checks.tensor("q", q, shape=("batch", "heads", "queries", "dim"), dtype="floating")
 
-A wrong kind of thing is a TypeError, a wrong value a ValueError. Values come back as plain Python numbers, so that NumPy's and
-torch's scalars go in and nothing odd comes out. NaN and infinity are never in range; a bool is never a number; nothing is
-rounded, clipped or cast.
+A wrong type raises TypeError, a wrong value ValueError. NumPy and torch scalars are accepted; the checked values come back as
+plain Python numbers. NaN and infinity are never in range, a bool is never a number, and nothing is rounded, clipped or cast.
 """
 
 from __future__ import annotations

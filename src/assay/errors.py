@@ -1,7 +1,7 @@
 """The errors a user meets. Each carries the exit code of the command line; its text is one line that says what to do.
 
-Library code (`methods`) raises plain `ValueError`/`TypeError` for bad arguments; these classes are for what a user of the
-command line hands over: models, files, settings, missing parts.
+Library code (`methods`) raises plain `ValueError` or `TypeError` for bad arguments. The classes here are for what users of the
+command line provide: models, files, settings; and for parts that are missing.
 """
 
 from __future__ import annotations

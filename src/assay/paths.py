@@ -1,4 +1,4 @@
-"""Where assay keeps things, and how it writes them: whole or not at all."""
+"""Where assay keeps its files, and how it writes them: completely or not at all."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ except ImportError:  # no such locks on this system: what a killed process left 
 
 
 def cache_dir() -> Path:
-    """Things that can be made again: converted models, compiled kernels, calibrations. `ASSAY_CACHE_DIR` overrides."""
+    """Files that can be recreated: converted models, compiled kernels, calibrations. `ASSAY_CACHE_DIR` overrides."""
     return _made("ASSAY_CACHE_DIR", platformdirs.user_cache_dir("assay"))
 
 
 def data_dir() -> Path:
-    """Things that cannot be made again: the evidence store. `ASSAY_DATA_DIR` overrides."""
+    """Files that cannot be recreated: the evidence store. `ASSAY_DATA_DIR` overrides."""
     return _made("ASSAY_DATA_DIR", platformdirs.user_data_dir("assay"))
 
 
@@ -51,7 +51,7 @@ def expanded(path: Path | str, name: str) -> Path:
 def output_file(path: Path | str, name: str) -> Path:
     """`path`, `~` expanded, as a file that `atomic_file` can write.
 
-    Raises InputError, naming `name`, for anything else: said before hours of measuring, not after them.
+    Raises InputError, naming `name`, for anything else, before hours of measuring rather than after them.
     """
     given = expanded(path, name)
     target = _target(given, name)
@@ -82,7 +82,7 @@ def _target(path: Path | str, name: str) -> Path:
 def atomic_file(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path on the file system of `path`; on success it is fsynced and takes the place of `path`.
 
-    On any error `path` is as it was. A link stays a link, the file it leads to is replaced. Raises InputError for a folder, a
+    On any error `path` is unchanged. A link stays a link; the file it leads to is replaced. Raises InputError for a folder, a
     device or a pipe.
     """
     target = _target(path, "the output")
@@ -129,8 +129,8 @@ def scratch_dir(
 ) -> Iterator[Path]:
     """Yield a new folder in `parent`, named `prefix`, some letters and ".tmp", that is removed in the end.
 
-    What killed processes have left in `parent` under that prefix is removed first (`before_removal` is called with each such
-    folder). A folder is its living owner's as long as the owner holds the lock on it, which ends with the process however it
+    Folders that killed processes left in `parent` under that prefix are removed first (`before_removal` is called with each such
+    folder). A folder belongs to a living owner as long as the owner holds its lock, which ends with the process however it
     ends. Only folders of this user are touched, and links are not followed.
     """
     parent = Path(parent)
@@ -144,7 +144,7 @@ def scratch_dir(
 
 
 def _claimed(parent: Path, prefix: str) -> tuple[Path, int]:
-    """A new folder and the lock on it. One that is taken for a dead owner's before it is locked is given up for another."""
+    """A new folder and its lock. If another process takes the folder for a dead owner's before it is locked, another is made."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent))
         try:

@@ -1,7 +1,7 @@
-"""Which folders modules are imported from: never the current one, for a `random.py` beside somebody's model would be run.
+"""Which folders modules are imported from. The current folder is never one: a `random.py` beside somebody's model would be run.
 
-Python puts the current folder first on the path for `python -m` and `python -c`, and an empty entry in PYTHONPATH means it too.
-Everything assay starts gets a path without it, and the command line leaves it out of its own.
+Python puts the current folder first on the path for `python -m` and `python -c`, and an empty entry in PYTHONPATH means the
+current folder too. Every process assay starts gets a path without it, and the command line removes it from its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ HOME = os.path.realpath(os.path.join(os.path.dirname(__file__), os.pardir))
 def without_current_folder(entries: Iterable[str]) -> list[str]:
     """`entries` of a search path as absolute paths, in their order, less the current folder.
 
-    It stays only where assay itself was imported from it: its code is running already.
+    It is kept only if assay itself was imported from it, since its code is running already.
     """
     try:
         current = os.getcwd()
@@ -36,6 +36,6 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
 
 
 def leave_current_folder() -> None:
-    """Import nothing from the current folder from now on, neither in this process nor in what it starts."""
+    """Import nothing from the current folder from now on, neither in this process nor in those it starts."""
     sys.path[:] = without_current_folder(sys.path)
     os.environ.update(environment(os.environ))

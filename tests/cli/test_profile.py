@@ -79,6 +79,67 @@ def test_json_is_one_document_with_the_promised_parts(capsys, folder):
     }
 
 
+@pytest.fixture
+def cache(monkeypatch):
+    """A cache that holds all of a tiny model's queries, keys and values: each is moved once."""
+    from assay.methods.attention import attention_io
+
+    device = attention_io.DeviceSheet("tiny core", 1 << 20, 1e9, 1e12, 1, 4)
+    monkeypatch.setattr(attention_io, "this_machine", lambda: device)
+
+
+def test_words_moved_by_attention(capsys, folder, tmp_path, cache):
+    page = tmp_path / "p.html"
+    arguments = [folder, "--prompt-tokens", 32, "--new-tokens", 2]
+    code, out, _ = run(capsys, *arguments, "--json")
+    assert code == 0
+    words = 4 * 4 * 32 * 8  # queries, keys, values and output; heads; tokens; dimensions
+    layer = {"words": words, "bytes": 4 * words, "regime": "large cache", "limited_by": "memory"}
+    expected = {"prompt_tokens": 32, "device": "tiny core", "layers": [layer, layer], "reason": ""}
+    assert json.loads(out)["words_moved"] == expected
+    code, out, _ = run(capsys, *arguments, "--html", page)
+    assert code == 0
+    for text in (" ".join(out.split()), page.read_text()):
+        assert "Words exact attention moves at 32 prompt tokens, best tiling on tiny core (modelled):" in text
+        assert "layers 0 to 1: 4,096 words (0.02 MB) each, large cache, limited by memory" in text
+
+
+def test_words_moved_where_the_bounds_say_nothing(monkeypatch, cache):
+    from transformers import AutoModel, MambaConfig, MistralConfig
+
+    sizes = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1}
+    mamba = AutoModel.from_config(MambaConfig(**sizes, state_size=4))
+    moved = command.words_moved(mamba, 32)
+    assert moved["layers"] == []
+    assert command.words_lines(moved) == [f"no figures: {moved['reason']}"]
+    assert "attention" in moved["reason"]
+    mistral = AutoModel.from_config(
+        MistralConfig(**sizes, intermediate_size=32, num_attention_heads=2, num_key_value_heads=1, sliding_window=8)
+    )
+    assert command.words_lines(command.words_moved(mistral, 32)) == ["layer 0: sliding window, not covered"]
+
+    def unknown():
+        raise OSError("no such cache")
+
+    monkeypatch.setattr("assay.methods.attention.attention_io.this_machine", unknown)
+    assert command.words_moved(mistral, 32)["reason"] == "no such cache"
+
+
+def test_a_limit_known_under_another_name_is_kept(capsys, tmp_path, folder):
+    import shutil
+
+    from transformers import MptConfig, MptForCausalLM
+
+    for file in folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    MptForCausalLM(MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=256, max_seq_len=24)).save_pretrained(
+        tmp_path
+    )
+    code, _, err = run(capsys, tmp_path, "--prompt-tokens", 30, "--new-tokens", 2)
+    assert code == 2
+    assert "need 32 positions, the model has 24" in err
+
+
 def test_tables_page_and_plots(capsys, folder, tmp_path):
     page, picture = tmp_path / "new" / "p.html", tmp_path / "p.png"
     code, out, _ = run(capsys, folder, "--prompt-tokens", 16, "--new-tokens", 2, "--html", page, "--png", picture)

@@ -27,7 +27,7 @@ class Slow(Children):
         self.takes |= {
             "survey": self.loading + 0.2 * costs["run"],
             "screen": lambda kwargs: busy * (self.loading + self.begun(kwargs) * costs["run"]),
-            "judge": self.judging,
+            "assess": self.assessing,
             "prove": self.proving,
             "waterline": busy * self.loading,
         }
@@ -40,7 +40,7 @@ class Slow(Children):
         known = names == ["dtype", "compile"]  # it computes what the cast alone does
         return 0.0 if known else self.busy * text * self.costs["quality"]
 
-    def judging(self, kwargs):
+    def assessing(self, kwargs):
         recipe, run = kwargs["recipe"], self.run(kwargs["recipe"])
         quality = self.quality_seconds(recipe, kwargs["text"])
         return self.busy * self.loading + (1 + self.samples(kwargs, run)) * run + quality
@@ -54,7 +54,7 @@ class Slow(Children):
         self.rounds = max(2, min(11, int((kwargs["end"] - loading - one_round) / one_round)))
         while self.rounds > 6 and self.rounds * one_round > kwargs["seconds"]:
             self.rounds -= 1
-        quality = sum(self.quality_seconds(kwargs["recipes"][name], kwargs["text"]) for name in kwargs["judge"])
+        quality = sum(self.quality_seconds(kwargs["recipes"][name], kwargs["text"]) for name in kwargs["assess"])
         return loading + (1 + self.rounds) * one_round + quality
 
     def begun(self, kwargs):
@@ -66,13 +66,13 @@ class Slow(Children):
         some = recipes[: self.begun({"recipes": recipes, "seconds": seconds, "least": least})]
         return super().screen(settings, base, some, seconds, each, least, journal)
 
-    def judge(self, settings, recipe, known, seconds, text, least, **more):
-        found = super().judge(settings, recipe, known, seconds, text, least, **more)
+    def assess(self, settings, recipe, known, seconds, text, least, **more):
+        found = super().assess(settings, recipe, known, seconds, text, least, **more)
         found["samples"] = found["samples"][: self.samples({"seconds": seconds, "least": least}, self.run(recipe))]
         return found | {"run_seconds": self.run(recipe), "quality_seconds": self.quality_seconds(recipe, text)}
 
-    def prove(self, settings, recipes, judge, pairs, seconds, text, end):
-        found = super().prove(settings, recipes, judge, pairs, seconds, text, end)
+    def prove(self, settings, recipes, assess, pairs, seconds, text, end):
+        found = super().prove(settings, recipes, assess, pairs, seconds, text, end)
         found["samples"] = {name: values[: self.rounds] for name, values in found["samples"].items()}
         return found | {"complete": self.rounds >= 6}
 

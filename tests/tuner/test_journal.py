@@ -143,7 +143,7 @@ def test_resume_with_more_memory_finds_what_ran_out_of_it_before(world, model, t
     outcome = tune(settings, tmp_path / "out", minutes=5, memory_gib=4.0, resume=True)
     assert "xattention" in [step.transform for step in outcome.best.recipe.steps]
     assert not any(status != "ok" for status in (row.status for row in outcome.rows))
-    repeated = {call for call in set(first.calls) & set(second.calls) if call[0] == "judge"}
+    repeated = {call for call in set(first.calls) & set(second.calls) if call[0] == "assess"}
     assert not repeated
 
 

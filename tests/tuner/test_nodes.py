@@ -62,8 +62,8 @@ class OnNodes(Children):
 
         return {"limits": calibrate(quick=True).as_dict(), "machine": {"processor": "of the node"}}
 
-    def judge(self, settings, recipe, known, seconds, text, least, base=None, **more):
-        found = super().judge(settings, recipe, known, seconds, text, least, **more)
+    def assess(self, settings, recipe, known, seconds, text, least, base=None, **more):
+        found = super().assess(settings, recipe, known, seconds, text, least, **more)
         self.paired.append(base is not None)
         if base is not None:
             speed = 1 + len(self.calls) % 3
@@ -77,7 +77,7 @@ def test_candidates_are_judged_side_by_side_each_beside_the_base(world, model, t
     children = world(OnNodes(takes={"calibration": 1.0}))
     OnNodes.paired.clear()
     outcome = tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", minutes=8, ray="auto")
-    assert ["judge"] * 3 in Three.batches
+    assert ["assess"] * 3 in Three.batches
     assert ["prove"] in Three.batches  # on one machine
     assert OnNodes.paired[:1] == [False]
     assert all(OnNodes.paired[1:])

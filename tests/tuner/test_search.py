@@ -1,4 +1,4 @@
-"""The search must find the best allowed recipe of a world whose truth we know, and waste no trial on what it can rule out."""
+"""The search must find the best allowed recipe of a world whose truth we know, and try nothing that it can rule out."""
 
 from __future__ import annotations
 

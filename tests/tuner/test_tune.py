@@ -79,7 +79,7 @@ def test_finds_the_best_recipe_within_the_loss_and_leaves_a_whole_artefact(world
     assert sum(line["kind"] == "trial" for line in lines) == len(outcome.rows)
     assert {"command", "commit", "created", "machine"} <= set(lines[0])
     assert said[0]
-    assert len(set(children.labels("judge"))) == len(children.labels("judge"))
+    assert len(set(children.labels("assess"))) == len(children.labels("assess"))
 
 
 def test_when_nothing_helps_the_free_baseline_is_saved_and_it_says_so(world, model, tmp_path):
@@ -94,8 +94,8 @@ def test_when_nothing_helps_the_free_baseline_is_saved_and_it_says_so(world, mod
 
 def test_a_loss_that_only_shows_in_the_proof_is_not_accepted(world, model, tmp_path):
     class Worse(Children):
-        def prove(self, settings, recipes, judge, pairs, seconds, **more):
-            found = super().prove(settings, recipes, judge, pairs, seconds, **more)
+        def prove(self, settings, recipes, assess, pairs, seconds, **more):
+            found = super().prove(settings, recipes, assess, pairs, seconds, **more)
             found["quality"]["best"] = {"prefill": [3.0] * 40}
             return found
 
@@ -175,8 +175,8 @@ def test_memory_is_the_peak_of_what_the_artefact_would_load(world, model, tmp_pa
         def once(self, settings, recipe):
             return {}
 
-        def judge(self, settings, recipe, known, seconds, text, **more):
-            return super().judge(settings, recipe, known, seconds, text, **more) | {"samples": []}
+        def assess(self, settings, recipe, known, seconds, text, **more):
+            return super().assess(settings, recipe, known, seconds, text, **more) | {"samples": []}
 
     children = world(Remembering(cost={"dtype": 1.0, "fp8_vs_int8": 1.0}, loss={}))
     outcome = tune(Settings(str(model), "memory", 64, 4), tmp_path / "out", minutes=5)
@@ -223,18 +223,18 @@ def test_a_failed_trial_is_a_row_and_not_the_end(world, model, tmp_path):
 
     world(Crashing())
     outcome = tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", minutes=5)
-    assert outcome.document()["failed_trials"] >= 1
+    assert outcome.document()["failed_rows"] >= 1
     assert "out of memory" in (tmp_path / "out" / "report.html").read_text()
     assert [step.transform for step in outcome.best.recipe.steps] == ["dtype", "fp8_vs_int8", "compile"]
 
 
 def test_a_step_that_cannot_be_applied_is_a_failed_row_that_names_it(world, model, tmp_path):
     class Clashing(Children):
-        def judge(self, settings, recipe, known, seconds, text, **more):
+        def assess(self, settings, recipe, known, seconds, text, **more):
             names = [step["transform"] for step in recipe["steps"]]
             if {"xattention", "compile"} <= set(names):
                 return {"misfit": "compile", "error": "compile does not fit this model: nothing left to compile"}
-            return super().judge(settings, recipe, known, seconds, text, **more)
+            return super().assess(settings, recipe, known, seconds, text, **more)
 
     world(Clashing())
     outcome = tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", minutes=5)
@@ -249,7 +249,7 @@ def test_a_step_that_cannot_be_applied_is_a_failed_row_that_names_it(world, mode
 
 def test_a_trial_names_the_step_that_cannot_be_applied(model):
     recipe = Recipe(steps=(Step(transform="dtype", config={"dtype": "float3"}),)).model_dump(mode="json")
-    found = child.judge(dataclasses.asdict(Settings(str(model), "ttft", 64, 4)), recipe, {}, 1.0, 1.0)
+    found = child.assess(dataclasses.asdict(Settings(str(model), "ttft", 64, 4)), recipe, {}, 1.0, 1.0)
     assert found["misfit"] == "dtype"
     assert "float3" in found["error"]
 
@@ -270,7 +270,7 @@ def test_a_candidate_that_dies_while_its_memory_is_read_is_a_row_too(world, mode
 
     world(Dying(cost={"dtype": 1.0, "fp8_vs_int8": 1.0}, loss={}))
     outcome = tune(Settings(str(model), "memory", 64, 4), tmp_path / "out", minutes=5)
-    assert outcome.document()["failed_trials"] == 1
+    assert outcome.document()["failed_rows"] == 1
     assert "out of memory" in next(row.error for row in outcome.rows if row.status == "failed")
     assert not outcome.helped
     assert (tmp_path / "out" / "recipe.toml").is_file()
@@ -395,7 +395,7 @@ def test_real_run_survives_kill_and_leaves_a_model_that_generates(model, tmp_pat
     assert len(kept) >= 4
     done = subprocess.run([*command, "--resume"], capture_output=True, text=True, check=True)
     document = json.loads(done.stdout)
-    assert document["trials"] >= 3
+    assert document["rows"] >= 3
     tuned = assay.load(tmp_path / "out")
     ids = torch.arange(20)[None]
     out = tuned.generate(input_ids=ids, attention_mask=ids * 0 + 1, max_new_tokens=5, min_new_tokens=5, do_sample=False)
@@ -515,7 +515,7 @@ def test_a_candidate_in_which_screening_died_is_a_row_and_the_others_are_screene
     assert dead[0].error == "crashed: SIGSEGV"
     assert dead[0].cost is None
     assert outcome.document()["screened"] >= 3
-    assert not any("xattention" in label for label in children.labels("judge"))
+    assert not any("xattention" in label for label in children.labels("assess"))
 
 
 def test_candidates_are_screened_on_few_layers_and_judged_whole(tmp_path):
@@ -543,13 +543,13 @@ def test_candidates_are_screened_on_few_layers_and_judged_whole(tmp_path):
 def test_what_is_hopeless_on_the_first_part_of_the_text_is_not_judged_on_the_rest(model, monkeypatch):
     settings = dataclasses.asdict(Settings(str(model), "ttft", 256, 4))
     recipe = Recipe().model_dump(mode="json")
-    whole = child.judge(settings, recipe, {}, 0.0, 1.0)["quality"]["prefill"]
+    whole = child.assess(settings, recipe, {}, 0.0, 1.0)["quality"]["prefill"]
     better = {"prefill": [value - 1.0 for value in whole]}
-    found = child.judge(settings, recipe, {}, 0.0, 1.0, reference=better, max_drop=0.01)
+    found = child.assess(settings, recipe, {}, 0.0, 1.0, reference=better, max_drop=0.01)
     assert found["hopeless_at"] == 0.01
     assert 0 < len(found["quality"]["prefill"]) < len(whole)
     assert drop_of(better, found["quality"]).low > 0.01
-    same = child.judge(settings, recipe, {}, 0.0, 1.0, reference={"prefill": whole}, max_drop=0.01)
+    same = child.assess(settings, recipe, {}, 0.0, 1.0, reference={"prefill": whole}, max_drop=0.01)
     assert same["quality"]["prefill"] == pytest.approx(whole)
     assert "hopeless_at" not in same
 
@@ -557,7 +557,7 @@ def test_what_is_hopeless_on_the_first_part_of_the_text_is_not_judged_on_the_res
 def test_a_candidate_on_another_machine_is_measured_in_turns_with_the_base(model):
     settings = dataclasses.asdict(Settings(str(model), "ttft", 64, 4))
     recipe = Recipe().model_dump(mode="json")
-    found = child.judge(settings, recipe, {}, 60.0, 0.0, base=recipe, repeats=3)
+    found = child.assess(settings, recipe, {}, 60.0, 0.0, base=recipe, repeats=3)
     assert len(found["samples"]) == len(found["paired"]) == 3
 
 

@@ -189,7 +189,7 @@ def test_a_single_point_is_not_drawn():
     assert waterline_plot([], "best", LIMITS) == ""
     html = page(found)
     assert html.count("<svg") == 2  # the two waterlines
-    assert "Only one trial gave a figure" in html
+    assert "Only one recipe gave a figure" in html
     assert "Predicted against measured" not in html
     assert page(outcome()).count("<svg") == 4
 

@@ -16,7 +16,7 @@ LOSS = {"fp8_vs_int8": 0.002, "xattention": 0.004, "greenformers": 0.3}
 class Children:
     """Stands for the child processes: a world whose costs and losses we know, and whose clock goes by what each step takes."""
 
-    takes = {"survey": 10.0, "screen": 10.0, "judge": 20.0, "prove": 30.0, "waterline": 5.0, "once": 5.0, "cast": 5.0}
+    takes = {"survey": 10.0, "screen": 10.0, "assess": 20.0, "prove": 30.0, "waterline": 5.0, "once": 5.0, "cast": 5.0}
     stored_dtype = "float32"
     configs: dict[str, list[dict]] = {}
 
@@ -106,7 +106,7 @@ class Children:
                 append(journal, f"screen:{key}", found[key])
         return found
 
-    def judge(self, settings, recipe, known, seconds, text, least, reference=None, max_drop=None, base=None):
+    def assess(self, settings, recipe, known, seconds, text, least, reference=None, max_drop=None, base=None):
         cost, nll = self.outcome(recipe)
         labels = json.dumps(recipe["steps"])
         found = {
@@ -120,8 +120,8 @@ class Children:
         }
         return found | {"quality": {"prefill": nll}, "apply_seconds": 0.0}
 
-    def prove(self, settings, recipes, judge, pairs, seconds, text, end):
+    def prove(self, settings, recipes, assess, pairs, seconds, text, end):
         noise = [1 + 0.002 * math.sin(i) for i in range(9)]
         samples = {name: [self.outcome(recipe)[0] * x for x in noise] for name, recipe in recipes.items()}
-        quality = {name: {"prefill": self.outcome(recipe)[1]} for name, recipe in recipes.items() if name in judge}
+        quality = {name: {"prefill": self.outcome(recipe)[1]} for name, recipe in recipes.items() if name in assess}
         return {"samples": samples, "quality": quality, "complete": True, "load_before": 0.0, "load_after": 0.0}

@@ -1,4 +1,4 @@
-"""Meaning-based search: MiniLM embeddings of title, summary and claims, made once and cached; BM25 without the model."""
+"""Search by meaning: MiniLM embeddings of title, summary and claims, computed once and cached; BM25 where the model is missing."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def search(question: str, *, limit: int = 10, say: Callable[[str], None] | None 
 
 
 def document(paper: Paper) -> str:
-    """What is searched of a paper: title, summary, what it saves, and its claims."""
+    """The text of a paper that is searched: title, summary, what it saves, and its claims."""
     claims = " ".join(f"{claim.metric} {claim.conditions}." for claim in paper.claims)
     return f"{paper.title}. {paper.summary} Saves {', '.join(paper.saves)}. {claims}"
 
@@ -113,7 +113,12 @@ def embed(folder: Path, texts: Sequence[str]) -> np.ndarray:
 
 
 def bm25(question: str, texts: Sequence[str], *, k1: float = 1.5, b: float = 0.75) -> np.ndarray:
-    """Okapi BM25 scores of `texts` for `question`, (n,)."""
+    """Okapi BM25 scores of `texts` for `question`, (n,).
+
+    >>> scores = bm25("sparse attention", ["Sparse attention for prefill", "A hashed look-up table"])
+    >>> int(scores.argmax())
+    0
+    """
     documents = [Counter(words(text)) for text in texts]
     lengths = np.array([sum(d.values()) for d in documents], dtype=np.float64)
     scores = np.zeros(len(texts))
@@ -126,5 +131,5 @@ def bm25(question: str, texts: Sequence[str], *, k1: float = 1.5, b: float = 0.7
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words with a plural s cut off; enough of a stemmer for a list of titles."""
+    """Lower-case words without a plural s; enough of a stemmer for a list of titles."""
     return [w[:-1] if len(w) > 3 and w.endswith("s") else w for w in re.findall(r"[a-z0-9]+", text.lower())]

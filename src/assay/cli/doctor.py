@@ -1,4 +1,4 @@
-"""`assay doctor`: what is there, what is not, and how to get it."""
+"""`assay doctor`: what is installed, what is missing, and how to get it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def examine(again: bool, say: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _kernel(name: str) -> str:
-    """Whether a kernel can be used; one that does not compile is a finding, not the end of the examination."""
+    """Whether a kernel can be used; one that does not compile is reported and does not stop the examination."""
     from assay.methods.core import kernels
 
     try:

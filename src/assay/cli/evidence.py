@@ -1,4 +1,4 @@
-"""`assay evidence list|show|export|import`: the store of what was measured."""
+"""`assay evidence list|show|export|import`: the store of measurements."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def import_evidence(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines, as `export` writes them.")],
     json: Json = False,
 ) -> None:
-    """Take in records, all or none of them; those known already are left alone."""
+    """Import records, all or none of them; known ones are left alone."""
     from assay.cli.output import print_json
     from assay.evidence.store import Store
     from assay.paths import expanded

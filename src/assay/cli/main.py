@@ -1,4 +1,4 @@
-"""The command line: one file per command, registered here. Errors a user can act on are one line; `--debug` shows tracebacks."""
+"""The command line: one file per command, registered here. Errors that users can act on take one line; `--debug` shows tracebacks."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def build() -> Any:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 not met, 2 bad input, 3 something missing, 130 interrupted.
 
-    An error nobody foresaw gives 70. `--debug` may stand anywhere and shows tracebacks. As a program's entry (`arguments` None)
-    nothing is imported from the current folder from here on, and Python's own path is changed for that.
+    An unforeseen error gives 70. `--debug` may appear anywhere and shows tracebacks. As a program's entry (`arguments` None),
+    nothing is imported from the current folder from then on; Python's own path is changed for that.
     """
     if arguments is None:
         from assay.search_path import leave_current_folder
@@ -90,7 +90,7 @@ def _run(words: list[str]) -> int:
     except InterruptedRun as stop:
         raise InterruptedRun(_interrupted(words, str(stop))) from stop
     except Exception as error:
-        if type(error).__name__ == "NoArgsIsHelpError":  # `assay` and `assay evidence` alone: the help is the answer
+        if type(error).__name__ == "NoArgsIsHelpError":  # plain `assay` or `assay evidence`: show the help
             error.show()  # type: ignore[attr-defined]
             return 2
         raise
@@ -126,7 +126,7 @@ def _explained(error: Exception) -> tuple[str, int]:
 
 
 def _interrupted(words: list[str], kept: str) -> str:
-    """What is said after Ctrl-C: what is kept, and the command that goes on."""
+    """The message after Ctrl-C: what is kept, and the command that continues."""
     if not words or words[0] not in ("verify", "tune"):
         return "interrupted; nothing was left half written"
     again = words if "--resume" in words else [*words, "--resume"]
@@ -139,11 +139,11 @@ def _report(text: str, code: int, as_json: bool) -> int:
         if as_json:
             print(json.dumps({"error": text, "exit_code": code}))
         sys.stdout.flush()
-    except OSError:  # nobody reads it, or it is what is full
+    except OSError:  # nobody reads it, or its disk is the full one
         _give_stdout_up()
     return code
 
 
 def _give_stdout_up() -> None:
-    """What is still to be written goes nowhere, so that Python does not complain of it when it ends."""
+    """Discard pending output, so that Python does not complain about it on exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""How a command answers: one JSON document, lines that break between words, and signs of life on stderr."""
+"""How commands talk: one JSON document, or lines that break between words; signs of life on stderr."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def print_json(document: Any) -> None:
 
 
 def width() -> int | None:
-    """Columns of the terminal; None when stdout is none (a file, a pipe), where lines are not broken, so that grep finds them."""
+    """Columns of the terminal; None if stdout is not one (a file, a pipe): lines are not broken there, so that grep finds them."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def wrapped(text: str, hang: int = 0) -> str:
-    """`text` broken between words at the terminal's width, later lines indented by `hang`; a longer word keeps its line.
+    """`text` broken between words at the terminal's width, later lines indented by `hang`; overlong words are not broken.
 
-    What is no printable character becomes "?": a record may come from anywhere, and an escape sequence would steer the terminal.
+    Unprintable characters become "?": a record may come from anywhere, and an escape sequence would control the terminal.
     """
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
     columns = width()
@@ -42,7 +42,7 @@ def wrapped(text: str, hang: int = 0) -> str:
 
 
 def shortened(text: str, start: int) -> str:
-    """As much of `text` as a terminal's line holds behind `start` columns, cut between words."""
+    """As much of `text` as fits on a terminal line after `start` columns, cut between words."""
     columns = width()
     if columns is None or start + len(text) <= columns:
         return text

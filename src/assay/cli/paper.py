@@ -1,4 +1,4 @@
-"""`assay paper SLUG`: one card."""
+"""`assay paper SLUG`: everything the catalogue says about one paper."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def paper(
     slug: Annotated[str, typer.Argument(help="A slug of `assay papers`.")],
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show a paper: its claims, what was seen of them, and how to import it."""
+    """Show a paper: its claims, what was measured for them, and how to import it."""
     from assay.catalogue import get
     from assay.cli.output import print_json, wrapped
 

@@ -1,4 +1,4 @@
-"""`assay papers`: the catalogue, one line a paper."""
+"""`assay papers`: the catalogue, one line per paper."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ svg { max-width: 100%; height: auto; }
 <body>
 <h1>Profile of {{ model }}</h1>
 <p>{{ p.prompt_tokens }} prompt tokens, {{ p.new_tokens }} new ones. The machine's calibrated limits would allow
-{{ "%.0f"|format(100 * p.roofline_share) }} % of the measured time, each module by itself. Modelled figures: MACs (1 MAC = 2 FLOPs), bytes,
-attainable time. Measured: time.</p>
+{{ "%.0f"|format(100 * p.roofline_share) }} % of the measured time, each module by itself. Times are measured; MACs (1 MAC = 2 FLOPs), bytes
+and attainable times are modelled.</p>
 {% for note in notes %}<p class="note">{{ note }}</p>
 {% endfor %}
 {% for phase, kinds in p.phases.items() %}
@@ -55,6 +55,12 @@ attainable time. Measured: time.</p>
 <tr><th>prompt tokens p</th>{% for p in runtime.prompt_tokens %}<td>{{ p }}</td>{% endfor %}</tr>
 <tr><th>T_prompt(p), ms</th>{% for s in runtime.prompt_seconds %}<td>{{ "%.1f"|format(1e3 * s) }}</td>{% endfor %}</tr>
 </table>
+<h2>Words moved by attention</h2>
+<p>{{ words_heading }}</p>
+<ul>
+{% for line in words_lines %}<li>{{ line }}</li>
+{% endfor %}
+</ul>
 <h2>Machine</h2>
 <table>
 {% for name, value in machine.items() %}<tr><th>{{ name }}</th><td>{{ value }}</td></tr>
@@ -85,16 +91,16 @@ def profile(
     png = None if png is None else output_file(png, "--png")
 
     with saying("loading the model") as say:
-        measured, runtime = examine(model, prompt_tokens, new_tokens, say)
+        measured, runtime, moved = examine(model, prompt_tokens, new_tokens, say)
         if html is not None:
             say("drawing")
-            write_page(model, measured, runtime, html)
+            write_page(model, measured, runtime, moved, html)
         if png is not None:
             write_png(measured, png)
     if json:
-        print_json({"model": model, **measured.as_dict(), "runtime_model": runtime})
+        print_json({"model": model, **measured.as_dict(), "runtime_model": runtime, "words_moved": moved})
         return
-    print_tables(model, measured, runtime)
+    print_tables(model, measured, runtime, moved)
     for path in (html, png):
         if path is not None:
             typer.echo(f"wrote {path}")
@@ -102,8 +108,8 @@ def profile(
 
 def examine(
     source: str, prompt_tokens: int, new_tokens: int, say: Callable[[str], None]
-) -> tuple[Profile, dict[str, Any]]:
-    """Load, profile and fit: the profile, and the runtime model as JSON with the grid's corners predicted."""
+) -> tuple[Profile, dict[str, Any], dict[str, Any]]:
+    """Load, profile and fit: the profile, the runtime model with predictions for its grid, and `words_moved`, both as JSON."""
     import json
 
     from assay.errors import InputError
@@ -111,12 +117,13 @@ def examine(
     from assay.measure.profile import profile_model
     from assay.methods.serving import idealized_runtime
     from assay.tuner.artefact import load
+    from assay.workloads.context import context_length
     from assay.workloads.models import load_model
     from assay.workloads.text import long_prompt
 
     loaded = load_model(source, dtype="auto")
     model = load(loaded.folder) if (loaded.folder / "recipe.toml").is_file() else loaded.model
-    longest = getattr(loaded.model.config, "max_position_embeddings", None)
+    longest = context_length(model)
     if longest is not None and prompt_tokens + new_tokens > longest:
         raise InputError(
             f"--prompt-tokens {prompt_tokens} and --new-tokens {new_tokens} need {prompt_tokens + new_tokens} positions, "
@@ -142,11 +149,52 @@ def examine(
     runtime["predicted"] = [
         {"prompt_tokens": p, "output_tokens": o, "seconds": fitted.predict(p, o)} for p in prompts for o in outputs
     ]
-    return measured, runtime
+    return measured, runtime, words_moved(model, prompt_tokens)
+
+
+def words_moved(model: Any, prompt_tokens: int) -> dict[str, Any]:
+    """The words that exact attention over one prompt moves between slow memory and a core's cache, with the best tiling (modelled).
+
+    One entry per layer, None for layers that the paper's bounds do not cover (sliding windows). If they cover no layer of this model,
+    or the system does not say how large its caches are, `layers` is empty and `reason` says why.
+    """
+    from assay.methods.attention import attention_io
+
+    found: dict[str, Any] = {"prompt_tokens": prompt_tokens, "device": "", "layers": [], "reason": ""}
+    try:
+        device = attention_io.this_machine()
+        layers = attention_io.advise_model(model, prompt_tokens, device, batch=1)
+    except (ValueError, OSError) as error:
+        return found | {"reason": str(error)}
+    fields = ("words", "bytes", "regime", "limited_by")
+    rows = [None if layer is None else {name: getattr(layer, name) for name in fields} for layer in layers]
+    return found | {"device": device.name, "layers": rows}
+
+
+def words_heading(moved: dict[str, Any]) -> str:
+    """The heading over `words_lines`."""
+    where = f" on {moved['device']}" if moved["device"] else ""
+    return f"Words exact attention moves at {moved['prompt_tokens']} prompt tokens, best tiling{where} (modelled):"
+
+
+def words_lines(moved: dict[str, Any]) -> list[str]:
+    """`words_moved` as text, one line for each run of equal layers."""
+    if moved["reason"]:
+        return [f"no figures: {moved['reason']}"]
+    lines = []
+    for layer, group in itertools.groupby(enumerate(moved["layers"]), key=lambda pair: pair[1]):
+        numbers = [number for number, _ in group]
+        name = f"layer {numbers[0]}" if len(numbers) == 1 else f"layers {numbers[0]} to {numbers[-1]}"
+        if layer is None:
+            lines.append(f"{name}: sliding window, not covered")
+            continue
+        size = f"{layer['words']:,} words ({layer['bytes'] / 1e6:,.2f} MB)" + (" each" if len(numbers) > 1 else "")
+        lines.append(f"{name}: {size}, {layer['regime']}, limited by {layer['limited_by']}")
+    return lines
 
 
 def grid(prompt_tokens: int, new_tokens: int) -> tuple[list[int], list[int]]:
-    """Prompt and output lengths of the runtime model: few, for it runs in seconds; `profile` of the paper's room has the full grid."""
+    """Prompt and output lengths of the runtime model: few, so that it takes seconds; `idealized_runtime.profile` has the full grid."""
     most = max(new_tokens, 2)  # the time per token needs two output lengths
     return sorted({max(prompt_tokens // 4, 1), prompt_tokens}), sorted({1, (most + 1) // 2, most})
 
@@ -207,8 +255,8 @@ def phase_table(name: str, measured: Profile, phase: Any) -> Any:
     return table
 
 
-def print_tables(name: str, measured: Profile, runtime: dict[str, Any]) -> None:
-    """Modules by phase, kinds of work, the runtime model."""
+def print_tables(name: str, measured: Profile, runtime: dict[str, Any], moved: dict[str, Any]) -> None:
+    """Modules by phase, kinds of work, the runtime model, the words that attention moves."""
     from rich.console import Console
 
     out = Console(highlight=False)
@@ -223,11 +271,14 @@ def print_tables(name: str, measured: Profile, runtime: dict[str, Any]) -> None:
     out.print(f"Runtime model: T(p, o) = T_prompt(p) + (o - 1) x {per_token:.2f} ms, r2 = {runtime['r2']:.3f}")
     for p, seconds in zip(runtime["prompt_tokens"], runtime["prompt_seconds"], strict=True):
         out.print(f"  T_prompt({p}) = {1e3 * seconds:,.1f} ms")
+    out.print(words_heading(moved))
+    for line in words_lines(moved):
+        out.print(f"  {line}")
     for note in notes(measured):
         out.print(note)
 
 
-def write_page(name: str, measured: Profile, runtime: dict[str, Any], path: Path) -> None:
+def write_page(name: str, measured: Profile, runtime: dict[str, Any], moved: dict[str, Any], path: Path) -> None:
     """One HTML file with its plots inside, readable without a network; whole or not at all."""
     from jinja2 import Environment
 
@@ -248,6 +299,8 @@ def write_page(name: str, measured: Profile, runtime: dict[str, Any], path: Path
             model=name,
             p=measured.as_dict(),
             runtime=runtime,
+            words_heading=words_heading(moved),
+            words_lines=words_lines(moved),
             drawings=drawings,
             notes=notes(measured),
             machine=measured.machine.describe(),

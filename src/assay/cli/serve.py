@@ -52,7 +52,7 @@ def checked_key(api_key: str | None) -> str | None:
 
 
 def bound(host: str, port: int, api_key: str | None) -> socket.socket:
-    """A socket that listens there, so that nothing is loaded for a port that is taken; who connects already waits.
+    """A listening socket, opened before loading, so that nothing is loaded for a port that is taken; early clients wait.
 
     Raises InputError when the address is not one, is taken, must not be bound, or is open to others without a key.
     """
@@ -91,7 +91,7 @@ def saying(what: str) -> Iterator[None]:
 
 
 def served_name(model: str) -> str:
-    """What clients call the model: the name of its folder or file, wherever `.` or `..` lead; else the last part of its id."""
+    """The model's name for clients: the name of its folder or file, with `.` and `..` resolved, or the last part of its id."""
     path = os.path.abspath(os.path.expanduser(model))
     name = os.path.basename(path) if os.path.exists(path) else model.rstrip("/").rpartition("/")[2]
     return name.encode("utf-8", "replace").decode() or "model"

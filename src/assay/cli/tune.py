@@ -42,7 +42,7 @@ def tune(
     console = Console(stderr=True)
     early = threading.Timer(SOON, _print, (console, f"tuning {model} for {goal} in {minutes:g} minutes"))
     early.daemon = True
-    early.start()  # torch's import takes seconds; an error that comes sooner stands alone
+    early.start()  # torch's import takes seconds; an earlier error is shown on its own
 
     from assay.cli.output import print_json
     from assay.errors import InterruptedRun
@@ -89,7 +89,7 @@ def tune(
 
 
 def print_summary(document: dict[str, Any], folder: str) -> None:
-    """The answer in a few lines, ending with the commands to go on with."""
+    """The answer in a few lines, ending with the commands to continue with."""
     from rich.console import Console
     from rich.table import Table
 
@@ -148,7 +148,7 @@ def _kinds(document: dict[str, Any]) -> str:
 
 
 def _reached(document: dict[str, Any]) -> list[str]:
-    """What the recipe's transforms leave alone, and which way their operators took."""
+    """What the recipe's transforms leave alone, and which paths their operators took."""
     lines = [
         f"{name} reaches {100 * fit['share']:.0f} %: {fit['reached']}"
         for name, fit in document["reached"].items()

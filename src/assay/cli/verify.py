@@ -1,8 +1,11 @@
-"""`assay verify SLUG...`: measure what papers claim, on this machine.
+"""`assay verify SLUG...`: measure on this machine what papers claim.
 
-Exit codes: 0 measured, whatever the verdicts; 1 with `--check`, when a claim's verdict is `refuted here` or `does not pay here`
-or one of its points failed; 2 bad input, or evidence the store could not take; 3 when a paper named on the command line has
-nothing that could be measured (the others are measured all the same), or nothing at all could be.
+Exit codes:
+
+- 0: everything was measured, whatever the verdicts.
+- 1: with `--check`, a claim's verdict is `refuted here` or `does not pay here`, or one of its points failed.
+- 2: bad input, or evidence that the store could not take.
+- 3: a paper named on the command line has nothing that can be measured here (the others are still measured), or no paper has.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ def verify(
         raise InputError("name one or more papers, or give --family FAMILY, or --all: one of the three")
     html = None if html is None else output_file(html, "--html")
     if jsonl is not None and (jsonl := output_file(jsonl, "--jsonl")).exists():
-        read_jsonl(jsonl)  # what is no evidence cannot be added to: told now, not after the measuring
+        read_jsonl(jsonl)  # a file without evidence cannot be extended: say so now, not after measuring
     chosen = list(slugs or _slugs_of(family))
     with saying("loading the experiments"):
         todo = plan(chosen, scale)  # type: ignore[arg-type]
@@ -103,13 +106,13 @@ def _slugs_of(family: str | None) -> list[str]:
 
 
 def _reasons(todo: Plan, most: int) -> str:
-    """The first few of what cannot be measured, and how many more there are."""
+    """The first few things that cannot be measured, and how many more there are."""
     parts = [f"{name} ({reason})" for name, reason in todo.unavailable.items()]
     return ", ".join(parts[:most]) + (f" and {len(parts) - most} more" if len(parts) > most else "")
 
 
 def _run(slugs: list[str], scale: str, resume: bool, ray: str | None, records: list[Evidence]) -> None:
-    """Measure, filling `records` in the order of the plan, and say on stderr what came of each point and how long the rest takes.
+    """Measure, filling `records` in the order of the plan, and say on stderr each point's result and how long the rest will take.
 
     Raises InterruptedRun, saying how many points are recorded, when Ctrl-C ends it.
     """
@@ -147,7 +150,7 @@ def _run(slugs: list[str], scale: str, resume: bool, ray: str | None, records: l
 
 
 def _result(step: Step) -> str:
-    """What came of a point, in one line."""
+    """A point's result, in one line."""
     from assay.evidence.report import estimate_text, verdict_text
 
     record = step.record
@@ -158,7 +161,7 @@ def _result(step: Step) -> str:
 
 
 def _left(records: list[Evidence], points: int) -> str:
-    """How long the rest will take if its points are like those measured; nothing when there is no rest."""
+    """How long the rest will take if its points are like those measured; empty if nothing is left."""
     taken = [record.seconds for record in records if record.seconds > 0]
     if not points or not taken:
         return ""
@@ -200,6 +203,6 @@ def _say(text: str) -> None:
 
 
 def _leave(text: str, code: int) -> None:
-    """End with an exit code once the results are out: raising an error would print a second JSON document."""
+    """End with an exit code after the results are printed; raising an error would print a second JSON document."""
     _say(text)
     raise typer.Exit(code)

@@ -1,5 +1,5 @@
-"""What was seen: evidence records, the verdict on them, the store that keeps them and the report.
+"""What was measured: evidence records, the verdicts on them, the store that keeps them, and the report.
 
-`record` (Evidence), `verdict` (the written rule), `store` (SQLite or PostgreSQL), `runner` (measure the claims of some papers),
-`report` (table and HTML). Nothing is imported here, so that a reader of one part pays for no other.
+`record` (Evidence), `verdict` (the written rule), `store` (SQLite or PostgreSQL), `runner` (measures the claims of papers),
+`report` (table and HTML). This package imports nothing by itself, so that using one part does not load the others.
 """

@@ -1,4 +1,4 @@
-"""Measuring on a Ray cluster: one point at a time on each of its machines, which is reserved whole meanwhile."""
+"""Measuring on a Ray cluster: each machine measures one point at a time and is reserved as a whole while it does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from assay.search_path import environment
 class RayCluster:
     """The cluster at `address`: "local" starts one on this machine, "auto" finds the running one, else HOST:PORT or ray://...
 
-    Raises MissingError without Ray and InputError when nothing answers at the address or assay cannot be run there.
+    Raises MissingError without Ray, and InputError when nothing answers at the address or assay cannot run there.
     """
 
     def __init__(self, address: str) -> None:
@@ -60,7 +60,7 @@ class RayCluster:
         self._folder.close()
 
     def run(self, jobs: list[tuple[int, Job]], started: Callable[[Job], None]) -> Iterator[tuple[int, Job, Outcome]]:
-        """Yield each job's outcome as it comes; a machine that is lost makes its point "failed"."""
+        """Yield each job's outcome as it arrives; if a machine is lost, its point is "failed"."""
         alive = set(range(len(self._nodes)))
         free = list(alive)
         queue = list(jobs)
@@ -106,7 +106,7 @@ class RayCluster:
         )
 
     def _choose(self, queue: list[tuple[int, Job]], node: int, alive: set[int]) -> int | None:
-        """The place in the queue of the next job for a machine: what needs a GPU waits for one, if the cluster has any."""
+        """The queue position of the next job for a machine: jobs that need a GPU wait for one, if the cluster has any."""
         gpus = {other: self._nodes[other]["Resources"].get("GPU", 0) for other in alive}
         for place, (_, job) in enumerate(queue):
             if gpus[node] or "cuda" not in job.needs or not any(gpus.values()):
@@ -120,9 +120,9 @@ class RayCluster:
 
 @contextlib.contextmanager
 def _in_a_folder_of_ours(kept: contextlib.ExitStack) -> Iterator[None]:
-    """Ray starts its processes in the current folder and puts it on its workers' search path: let it be an empty one.
+    """Work in an empty folder: Ray starts its processes in the current folder and puts it on its workers' search path.
 
-    The folder lasts as long as `kept`; in the end this process is back where it was, with the environment it had.
+    The folder lasts as long as `kept`; afterwards this process has its old folder and environment back.
     """
     empty = kept.enter_context(scratch_dir(tempfile.gettempdir(), "assay-ray-"))
     before, given = os.getcwd(), dict(os.environ)
@@ -142,7 +142,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _knock(address: str) -> None:
-    """Raise OSError if nothing listens at HOST:PORT: Ray itself would wait for many minutes."""
+    """Raise OSError if nothing listens at HOST:PORT; Ray itself would wait for many minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
@@ -153,7 +153,7 @@ def _where() -> Place:
 
 
 def _measure(job: Job, threads: str | None) -> Outcome:
-    """`measure`, with this process's thread setting as the caller has it (Ray puts its own there)."""
+    """`measure` with the caller's thread setting (Ray sets its own)."""
     os.environ.pop("OMP_NUM_THREADS", None)
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = threads

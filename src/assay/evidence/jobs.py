@@ -1,4 +1,4 @@
-"""One point of an experiment as a job, and measuring it on this machine."""
+"""One point of an experiment as a job, and the function that measures it on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from assay.measure.isolate import run_isolated
 
 @dataclass(frozen=True)
 class Job:
-    """One point to be measured, by an experiment that can be imported anywhere."""
+    """One point to measure, of an experiment that can be imported anywhere."""
 
     claim: str
     module: str
@@ -30,7 +30,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What came of a job, wherever it was measured."""
+    """The result of a job, wherever it was measured."""
 
     place: Place
     status: Status
@@ -42,7 +42,7 @@ class Outcome:
 
 
 def measure(job: Job) -> Outcome:
-    """Measure one point on this machine, in a child process; never raises for what happens there."""
+    """Measure one point on this machine, in a child process; failures of the child are reported, not raised."""
     if lacks := lacking(job.needs):
         return Outcome(here(), "ok", needs=tuple(lacks))
     result = run_isolated(

@@ -1,4 +1,4 @@
-"""Where a measurement is taken: the machine, and the version of assay that takes it."""
+"""Where a measurement is taken: the machine and the version of assay."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Place:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What must be the same for a measurement to count as already taken."""
+        """What must match for a measurement to count as already taken."""
         return self.fingerprint, self.assay_version, self.commit
 
 
@@ -40,9 +40,9 @@ def here() -> Place:
 
 
 def commit(package: Path) -> str:
-    """The git commit of the checkout that `package` (the folder src/assay) lies in; "" when it lies in none of assay's own.
+    """The git commit of the assay checkout that `package` (the folder src/assay) is in; "" if it is in none.
 
-    With "-dirty-<hash>" after it when the package's files differ from that commit; the hash is over those files, so that two
+    Ends in "-dirty-<hash>" if the package's files differ from that commit; the hash covers those files, so that two
     different changes are told apart.
     """
 
@@ -69,7 +69,7 @@ def _hash_of(package: Path) -> str:
 
 
 def lacking(needs: Iterable[str]) -> list[str]:
-    """What of an experiment's `needs` this machine does not have: "cuda" is a GPU torch can use, anything else a CPU flag."""
+    """Those of an experiment's `needs` that this machine lacks: "cuda" is a GPU torch can use, anything else a CPU flag."""
     return [need for need in needs if not (_has_cuda() if need == "cuda" else need in here().machine["flags"])]
 
 

@@ -1,4 +1,4 @@
-"""One point of an experiment, run in a process of its own: build it, time it in pairs, return what was seen as JSON."""
+"""One point of an experiment, run in its own process: build it, time it in pairs, return what was seen as JSON."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from assay.measure.clock import OthersWatch, compare_many, load_average
 from assay.measure.stats import Interval, positive_median
 from assay.methods.core import kernels
 
-TIMING_SHARE = (
-    0.6  # of what is left of the time limit once the trial is built; the rest is for its quality and its details
-)
+TIMING_SHARE = 0.6  # share of the time left after the trial is built; the rest is for its quality and its details
 
 
 def run_point(module: str, claim: str, point: dict[str, Any], seed: int, seconds: float) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Evidence: what one trial showed, with everything needed to judge it again and to repeat it."""
+"""Evidence: what one point of an experiment showed, with everything needed to judge it again and to repeat it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCHEMA = 1
 
 
 class QualityRecord(Frozen):
-    """The candidate's quality beside its speed. `low`/`high` bound `candidate` (95 %), None where nothing was sampled."""
+    """The candidate's quality, apart from its speed. `low`/`high` bound `candidate` (95 %), None if nothing was sampled."""
 
     metric: str
     baseline: float | None

@@ -1,4 +1,4 @@
-"""Claim against measured: a table for the terminal and a page of HTML that needs nothing beside itself."""
+"""Claimed against measured: a table for the terminal, and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ STYLES = {
 
 
 def figure_text(value: float | None, unit: str) -> str:
-    """A number with its unit, four digits; "-" for None."""
+    """A number with its unit, four digits; "-" for None.
+
+    >>> figure_text(2.04567, "x"), figure_text(None, "x")
+    ('2.046x', '-')
+    """
     if value is None:
         return "-"
     name = unit_name(unit)
@@ -49,7 +53,7 @@ def point_text(point: dict[str, Any]) -> str:
 
 
 def quality_text(record: Evidence) -> str:
-    """The candidate's quality beside the baseline's."""
+    """The candidate's quality next to the baseline's."""
     quality = record.quality
     if quality is None:
         return "-"
@@ -76,7 +80,7 @@ def verdict_text(record: Evidence) -> str:
 
 
 def overview(records: Sequence[Evidence]) -> Group:
-    """Claim against measured, for rich to print: per claim its verdict and why, and a few words on each point.
+    """Claimed against measured, for rich to print: each claim's verdict with its reason, and a few words on each point.
 
     Text alone, no columns: it breaks between words however narrow the terminal is.
     """
@@ -104,7 +108,7 @@ def overview(records: Sequence[Evidence]) -> Group:
 
 
 def plot_svg(summary: Summary) -> str:
-    """The claim as an SVG picture: each point's measured interval, a line at the paper's number and one at "no gain"."""
+    """The claim as an SVG plot: each point's measured interval, with lines at the paper's number and at "no gain"."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -140,7 +144,7 @@ def plot_svg(summary: Summary) -> str:
 
 
 def _ratio_axis(axes: Any) -> None:
-    """Ratios on a logarithmic axis, so that 2x and 0.5x lie equally far from 1x; as it is when something is not above 0."""
+    """Put ratios on a logarithmic axis, so that 2x and 0.5x are equally far from 1x; unchanged if a value is not above 0."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     low, high = axes.dataLim.intervalx

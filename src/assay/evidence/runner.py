@@ -1,4 +1,4 @@
-"""Running the experiments of some papers, point by point, and keeping each point's evidence as soon as it is there."""
+"""Runs the experiments of papers point by point, and stores each point's evidence as soon as it is measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from assay.evidence.verdict import SCALES, judge, unit_name
 
 
 class ClaimFacts(Protocol):
-    """What is used of the catalogue's Claim."""
+    """The parts of the catalogue's Claim that are used."""
 
     @property
     def id(self) -> str: ...
@@ -35,7 +35,7 @@ class ClaimFacts(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be run, and why the rest is not: `unavailable` maps a slug or a claim id to the reason."""
+    """What would be run, and why the rest would not: `unavailable` maps a slug or a claim id to the reason."""
 
     jobs: tuple[Job, ...]
     claims: dict[str, ClaimFacts]
@@ -44,7 +44,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` points are there; `record` is the newest (None when its measurement begins now)."""
+    """`done` of `total` points are measured; `record` is the newest (None when a measurement is about to start)."""
 
     done: int
     total: int
@@ -176,7 +176,7 @@ def _verify(
             record = _evidence(job, todo.claims[job.claim], outcome)
             try:
                 store.append(record)
-            except StoreError as error:  # the record is safe beside the store; the sweep goes on
+            except StoreError as error:  # the record is safe in the fallback file; the sweep continues
                 unsaved = error
             records[number] = record
             progress(Progress(len(records), len(todo.jobs), job, record))
@@ -186,7 +186,7 @@ def _verify(
 
 
 def _recorded(todo: Plan, store: Store) -> dict[tuple[Any, ...], Evidence]:
-    """What the store has of the plan's claims and did not fail; of a point measured twice the newest."""
+    """The store's records of the plan's claims that did not fail; the newest if a point was measured twice."""
     return {
         (r.claim, point_key(r.point), r.scale, r.seed, r.fingerprint, r.assay_version, r.commit): r
         for claim in dict.fromkeys(job.claim for job in todo.jobs)
@@ -266,7 +266,7 @@ def _evidence(job: Job, claim: ClaimFacts, outcome: Outcome) -> Evidence:
 
 
 def _unit_problem(seen: dict[str, Any], claim: ClaimFacts) -> str:
-    """A figure in another unit than the claim's cannot be held against it; the experiment is at fault."""
+    """What is wrong with the unit: a figure in another unit than the claim's cannot be compared with it, a fault of the experiment."""
     if seen.get("kind") != "figure" or claim.value is None or unit_name(seen["unit"]) == unit_name(claim.unit):
         return ""
     return f"the experiment reports a figure in {seen['unit']!r}, but the claim is in {claim.unit!r}"

@@ -1,8 +1,8 @@
-"""Where evidence is kept: SQLite by default, PostgreSQL by `ASSAY_DATABASE_URL`; append-only, JSON lines in and out.
+"""Where evidence is kept: SQLite by default, PostgreSQL if `ASSAY_DATABASE_URL` is set; append-only, JSON lines in and out.
 
-The store has no way to change or remove a record, and triggers in the database refuse it too. When a record cannot be written
-(read-only, full disk, server gone) it goes to a file of JSON lines beside the database instead and the error names that file;
-`assay evidence import` takes it back in.
+The store offers no way to change or remove a record, and triggers in the database refuse both. If a record cannot be written
+(read-only database, full disk, lost server), it goes to a JSON-lines file beside the database, and the error names that file;
+`assay evidence import` reads it back in.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Store:
     # Writing
 
     def append(self, record: Evidence) -> bool:
-        """Keep a record for good; False if it was there already.
+        """Store a record permanently; False if it was there already.
 
         If the database does not take it, the record is appended to the fallback file and StoreError says where.
         """
@@ -115,7 +115,7 @@ class Store:
             raise StoreError(f"{error}; {hint}") from error
 
     def add(self, records: Iterable[Evidence]) -> Imported:
-        """Keep records, all or none of them; those that are there already are left alone."""
+        """Store records, all or none of them; existing ones are left alone."""
         insert = sqlite.insert if self._is_sqlite else postgresql.insert
         added = total = 0
         with self._errors("write to"), self._begin(write=True) as connection:
@@ -144,7 +144,7 @@ class Store:
                 connection.execute(sa.text("LOCK TABLE assay_evidence IN ROW EXCLUSIVE MODE"))
 
     def fallback_paths(self) -> list[Path]:
-        """Where a record goes that the database does not take, in the order tried."""
+        """Where a record goes if the database does not take it, in the order tried."""
         beside = self.path.parent if self.path else data_dir()
         return [beside / FALLBACK, Path(tempfile.gettempdir()) / f"assay-{os.environ.get('USER', 'user')}" / FALLBACK]
 
@@ -198,7 +198,7 @@ class Store:
         return len(records)
 
     def import_jsonl(self, path: Path | str) -> Imported:
-        """Take in the records of a file of JSON lines, all or none of them; those known already are left alone.
+        """Import the records of a JSON-lines file, all or none of them; known ones are left alone.
 
         Raises InputError naming the line for anything that is not a record.
         """
@@ -282,7 +282,7 @@ class Store:
 
     @contextlib.contextmanager
     def _errors(self, doing: str) -> Iterator[None]:
-        """Turn what the database says into one line."""
+        """Turn database errors into one line."""
         try:
             yield
         except DBAPIError as error:
@@ -356,7 +356,7 @@ def write_jsonl(records: Iterable[Evidence], path: Path | str) -> None:
 
 
 def merge_jsonl(records: Iterable[Evidence], path: Path | str) -> None:
-    """Write records into a file that may hold others: a point measured again replaces what was there of it, the rest stays."""
+    """Merge records into a file that may hold others: a point measured again replaces its old record, the rest stays."""
 
     def point(record: Evidence) -> tuple[str, ...]:
         return record.claim, point_key(record.point), record.scale, record.fingerprint

@@ -1,4 +1,4 @@
-"""The few types that every part of `evidence` passes on."""
+"""The few types that all parts of `evidence` exchange."""
 
 from __future__ import annotations
 
@@ -46,6 +46,9 @@ def plain(value: Any) -> Any:
 
     A NaN or an infinity, which JSON cannot hold, becomes the text "NaN", "Infinity" or "-Infinity". Raises TypeError for
     anything that has no such form.
+
+    >>> plain({"shape": (2, 3), 4: float("nan")})
+    {'shape': [2, 3], '4': 'NaN'}
     """
     if value is None or isinstance(value, bool | int):
         return value
@@ -63,5 +66,9 @@ def plain(value: Any) -> Any:
 
 
 def point_key(point: dict[str, Any]) -> str:
-    """A point as canonical JSON, to compare points by."""
+    """A point as canonical JSON, to compare points by.
+
+    >>> point_key({"tokens": 64, "tau": 0.9}) == point_key({"tau": 0.9, "tokens": 64})
+    True
+    """
     return json.dumps(plain(point), sort_keys=True, separators=(",", ":"))

@@ -1,34 +1,34 @@
-"""The written rule by which a measurement is held against a paper's claim.
+"""The written rule that compares a measurement with a paper's claim.
 
-One point (`judge`), first rule that fits:
+For one point (`judge`), the first rule that fits decides:
 
 1. The machine lacks what the experiment needs: `needs other hardware`.
 2. The whole 95 % interval lies on the wrong side of "no gain" against the paper's baseline: `refuted here`.
 3. The interval touches "no gain": `does not pay here`.
-4. The interval against the strongest free baseline is not wholly on the right side: `does not pay here`.
+4. The interval against the strongest free baseline is not entirely on the right side: `does not pay here`.
 5. The quality guard is broken: `does not pay here`.
 6. The paper gives a number, and the median reaches 80 % of it: `reproduced`.
-7. Otherwise `direction holds`: a gain, but short of the paper's number, or the paper gives none.
+7. Otherwise: `direction holds`. There is a gain, but it falls short of the paper's number, or the paper gives none.
 
-*No gain* is a ratio of 1 for a trial and for a figure in "x"; for another figure the measured baseline; without one, 0 for
-per cent or points of which more is better (something saved or gained), and 1 % for a loss in per cent to which the paper puts
-no number. A figure with none of these (decibels, seconds on their own) has no direction: rule 6 alone decides, and short of it
-the verdict is `does not pay here`; there the whole interval must reach the 80 %, as nothing else bounds its other end, and where
-only a part of it does the verdict is `direction holds`.
+*No gain* is a ratio of 1 for a trial and for a figure in "x". For any other figure it is the measured baseline. Without a
+baseline it is 0 for per cent or points where more is better (something saved or gained), and 1 % for a loss in per cent for
+which the paper gives no number. A figure with none of these (decibels, or seconds on their own) has no direction, and rule 6
+alone decides: short of it, the verdict is `does not pay here`. For such a figure the whole interval must reach the 80 %, because
+nothing else bounds its other end; if only part of it does, the verdict is `direction holds`.
 
-*80 %*: ratios in log terms (a claimed 13.5x is reached at 13.5 ** 0.8 = 8.0x, a claimed 1.1x at 1.08x); other figures as they
-stand (at least 0.8 of the number, or at most 1.25 of it where less is better). A trial held against a percentage: "60 % less
-time" is a ratio of 2.5, "60 % more throughput" one of 1.6, told apart by the claim's metric.
+*80 %* is taken in log terms for ratios (a claimed 13.5x is reached at 13.5 ** 0.8 = 8.0x, a claimed 1.1x at 1.08x) and directly
+for other figures (at least 0.8 of the number, or at most 1.25 of it where less is better). A trial compared with a percentage:
+"60 % less time" is a ratio of 2.5, "60 % more throughput" one of 1.6; the claim's metric tells which.
 
-*A claim that promises no gain* (a cost kept within a bound: a ratio at or below 1) is `reproduced` when the whole interval lies
-within value ** 1.25, `direction holds` when a part of it does, else `refuted here`; rules 2 to 4 do not apply to it.
+*A claim that promises no gain* (a cost kept within a bound: a ratio of 1 or below) is `reproduced` if the whole interval lies
+within value ** 1.25, `direction holds` if part of it does, else `refuted here`. Rules 2 to 4 do not apply to it.
 
-*The quality guard* is broken when the candidate's quality is worse than the baseline's by more than 1 % of it (by more than
-0.01 where the baseline's is 0) and, where the candidate's quality has an interval, the baseline's lies outside it. Without a
-baseline quality is shown, not judged. The 80 %, the 1 % and "a tie with something free does not pay" are our choice.
+*The quality guard* is broken if the candidate's quality is worse than the baseline's by more than 1 % (by more than 0.01 if the
+baseline's is 0) and, where the candidate's quality has an interval, the baseline's lies outside it. Without a baseline, quality
+is shown but not judged. The 80 %, the 1 % and "a tie with something free does not pay" are our choice.
 
-A claim (`summaries`): it takes the verdict of its largest measured point (the last of the grid, the nearest to the paper's
-conditions) at the largest scale that was measured; every point is shown beside it. A failed point has no verdict.
+A claim (`summaries`) takes the verdict of its largest measured point (the last of the grid, closest to the paper's conditions)
+at the largest scale that was measured; every point is listed with it. A failed point has no verdict.
 """
 
 from __future__ import annotations
@@ -55,14 +55,28 @@ _MORE = ("throughput", "speed", "faster", "increase", "more", "higher", "gain", 
 
 
 def unit_name(unit: str) -> str:
-    """One spelling a unit: "×" and "times" are "x", "percent" and "% of tokens" are "%", "seconds" is "s"."""
+    """One spelling a unit: "×" and "times" are "x", "percent" and "% of tokens" are "%", "seconds" is "s".
+
+    >>> unit_name("times"), unit_name("percent"), unit_name("seconds")
+    ('x', '%', 's')
+    """
     first = (unit.split() or [""])[0]
     name = _UNITS.get(first.lower(), first.lower())
     return name if name in ("x", "%") or unit.strip() == first and first.lower() in _UNITS else unit.strip()
 
 
 def judge(record: Evidence) -> Judgement:
-    """The verdict on one record by the rule above. Raises ValueError for a record that failed: it has none."""
+    """The verdict on one record by the rule above. Raises ValueError for a record that failed: it has none.
+
+    >>> from datetime import UTC, datetime
+    >>> from assay.evidence.types import Estimate
+    >>> record = Evidence(
+    ...     claim="toy/speed-up", slug="toy", point={"n": 1}, scale="small", status="ok", paper_value=2.0, paper_unit="x", unit="x",
+    ...     measured=Estimate(median=2.0, low=1.9, high=2.1), fingerprint="", machine={}, assay_version="", seed=0, command="",
+    ...     seconds=1.0, created=datetime(2026, 1, 1, tzinfo=UTC))
+    >>> print(judge(record).verdict)
+    reproduced
+    """
     if record.status != "ok":
         raise ValueError(f"a record with status {record.status!r} has no verdict")
     if record.needs:
@@ -121,7 +135,7 @@ def claimed_ratio(record: Evidence) -> float | None:
 
 
 def no_gain(record: Evidence) -> float | None:
-    """The value of `measured` that means "no gain"; None when nothing tells."""
+    """The value of `measured` that means "no gain"; None if it is unknown."""
     if record.kind == "trial" or unit_name(record.unit) == "x":
         return 1.0
     if record.baseline is not None:

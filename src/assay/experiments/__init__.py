@@ -1,8 +1,8 @@
-"""Claim by claim: a method, a real workload and the baselines, as trials that are run and judged elsewhere.
+"""Experiments, claim by claim: a method, a real workload and the baselines. `assay.evidence` runs and judges them.
 
-An experiment is a function decorated with `@experiment`; it lives in `experiments/<family>/<slug>.py`. It gets one point of
-its grid as keyword arguments and returns a `Trial` (two or three callables to be timed in pairs) or a `Figure` (something it
-measured itself, not a time). Each point runs in a process of its own.
+An experiment is a function decorated with `@experiment`, in `experiments/<family>/<slug>.py`. It gets one point of its grid as
+keyword arguments and returns a `Trial` (two or three callables to be timed in pairs) or a `Figure` (something it measured
+itself, other than a time). Each point runs in its own process.
 """
 
 from assay.experiments.core import Experiment, Figure, Quality, Trial, experiment, experiments_of

@@ -15,7 +15,7 @@ SCALES: tuple[Scale, ...] = ("smoke", "small", "full")
 
 @dataclass(frozen=True)
 class Quality:
-    """What a candidate is worth beside its speed. `low`/`high` bound `candidate` (95 %), None where nothing was sampled."""
+    """A candidate's quality, apart from its speed. `low`/`high` bound `candidate` (95 %), None if nothing was sampled."""
 
     metric: str
     candidate: float
@@ -27,11 +27,15 @@ class Quality:
 
 @dataclass
 class Trial:
-    """One paired measurement. The callables take no arguments and do one whole run of the work each.
+    """One paired measurement. Each callable takes no arguments and does one whole run of the work.
 
-    `baseline` is the paper's own baseline, `free` the strongest thing the user would get at no loss (None if that is the
+    `baseline` is the paper's own baseline, `free` the strongest thing a user gets without losing quality (None if that is the
     baseline itself). `quality` is called once, after the timing. `details` are further figures worth keeping (density, bytes,
     estimation time ...), JSON-able; it may be a callable, then it is called once after the timing.
+
+    >>> trial = Trial(baseline=lambda: sorted(range(100)), candidate=lambda: list(range(100)))
+    >>> trial.candidate() == trial.baseline()
+    True
     """
 
     baseline: Callable[[], Any]

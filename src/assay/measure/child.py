@@ -1,6 +1,6 @@
-"""The child process of `assay.measure.isolate`: reads call.json in the folder it is given, writes reply.json there.
+"""The child process of `assay.measure.isolate`: reads call.json from the folder it is given and writes reply.json there.
 
-Run as a file: until it has its search path it imports the standard library alone.
+It is run as a file. Until it has its search path, it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 
 def main(folder: Path) -> None:
-    """Do the call; the reply appears whole or not at all."""
+    """Make the call; the reply is written completely or not at all."""
     faulthandler.enable()
     call = json.loads((folder / "call.json").read_text())
     die_with(call["parent"])
@@ -50,7 +50,7 @@ def main(folder: Path) -> None:
 
 
 def die_with(parent: int) -> None:
-    """Ask the kernel to kill us when the parent dies; leave at once if it already has. Linux only, elsewhere nothing happens."""
+    """Ask the kernel to kill this process when the parent dies; exit at once if it already has. Linux only, a no-op elsewhere."""
     if not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):
@@ -60,7 +60,7 @@ def die_with(parent: int) -> None:
 
 
 def is_memory_error(error: BaseException) -> bool:
-    """Python's own, CUDA's (a RuntimeError of that name) and the message of torch's CPU allocator."""
+    """Whether it is Python's own error, CUDA's (a RuntimeError of that name), or the message of torch's CPU allocator."""
     text = str(error)
     return (
         isinstance(error, MemoryError)
@@ -81,7 +81,7 @@ def resident() -> int:
 
 
 def peak_resident() -> int:
-    """The most resident bytes this process had. Not from getrusage on Linux: that one remembers the parent's size."""
+    """The peak resident bytes of this process. Not from getrusage on Linux, which remembers the parent's size."""
     found = _status("VmHWM")
     if found is not None:
         return found

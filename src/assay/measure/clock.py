@@ -1,9 +1,9 @@
 """Comparing how long things take: paired, interleaved, in one process.
 
-Runs are taken in rounds; each round runs every callable once, and the order changes from round to round (A B, B A, B A, A B,
-...), so that drift, cache state and what happens to come first fall on all alike. What is reported is the median over rounds of
-the ratio within a round, with an interval that calls a difference between two equal things at most 5 % of the time
-(`assay.measure.stats.paired_ratio`; `self_test` tries it on the machine itself).
+Runs are taken in rounds. Each round runs every callable once, and the order changes from round to round (A B, B A, B A, A B,
+...), so that drift, the state of the caches and the advantage of going first affect all alike. The result is the median over
+rounds of the ratio within a round. Its interval takes two equal things for different in at most 5 % of cases
+(`assay.measure.stats.paired_ratio`; `self_test` checks this on the machine itself).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NOISY_SHARE = 0.10
 
 @dataclass
 class Paired:
-    """Two callables timed side by side. Times in seconds; `speedup` is baseline time / candidate time, above 1 is faster."""
+    """Two callables timed side by side. Times are in seconds; `speedup` is baseline time / candidate time, so above 1 is faster."""
 
     baseline: list[float]
     candidate: list[float]
@@ -43,13 +43,13 @@ class Paired:
 
     @property
     def differs(self) -> bool:
-        """True if the interval of the speed-up leaves out 1."""
+        """True if the interval of the speed-up excludes 1."""
         return not self.speedup.contains(1.0)
 
 
 @dataclass
 class Timings:
-    """Several callables timed side by side: the seconds of every run, by label, one a round."""
+    """Several callables timed side by side: the seconds of every run by label, one per round."""
 
     seconds: dict[str, list[float]]
     cpu: dict[str, list[float]]
@@ -60,11 +60,11 @@ class Timings:
     orders: list[tuple[str, ...]] = field(default_factory=list)  # the order of each round
 
     def speedup(self, baseline: str, candidate: str) -> Interval:
-        """Median of baseline time / candidate time, round by round."""
+        """Median over the rounds of baseline time / candidate time."""
         return paired_ratio(self.seconds[baseline], self.seconds[candidate])
 
     def paired(self, baseline: str, candidate: str) -> Paired:
-        """The two-callable view of two of the labels."""
+        """Two of the labels as a `Paired`."""
         a, b = self.seconds[baseline], self.seconds[candidate]
         return Paired(
             baseline=a,
@@ -91,9 +91,13 @@ def compare(
 ) -> Paired:
     """Time two callables in `pairs` rounds (A B, B A, B A, A B, ...) after `warmup` runs of each.
 
-    With `max_seconds` no new round starts after that many seconds (warm-up included), but at least two are run. Fewer than six
+    With `max_seconds`, no new round starts after that many seconds (warm-up included), but at least two are run. Fewer than six
     rounds give a wide interval, see `assay.measure.stats.median_interval`. Raises ValueError for pairs < 2, warmup < 0 or
-    max_seconds <= 0; whatever a callable raises passes through.
+    max_seconds <= 0; exceptions of the callables pass through.
+
+    >>> result = compare(lambda: sum(range(2000)), lambda: sum(range(200)), pairs=6)
+    >>> result.speedup.n, result.speedup.low <= result.speedup.median <= result.speedup.high
+    (6, True)
     """
     functions = {"baseline": baseline, "candidate": candidate}
     return compare_many(functions, rounds=pairs, warmup=warmup, max_seconds=max_seconds).paired("baseline", "candidate")
@@ -102,11 +106,11 @@ def compare(
 def compare_many(
     functions: Mapping[str, Callable[[], Any]], *, rounds: int = 10, warmup: int = 1, max_seconds: float | None = None
 ) -> Timings:
-    """Time any number of callables in rounds; over 2k rounds each of k callables comes equally often at each place.
+    """Time any number of callables in rounds; over 2k rounds, each of k callables takes each place equally often.
 
-    Wall time is `time.perf_counter_ns`, processor time that of this process with all its threads. Once CUDA is in use in this
-    process the device is synchronised before and after each run. The garbage collector is held off during a run. A result is
-    dropped outside the timed part. Arguments and errors as for `compare`.
+    Wall time is `time.perf_counter_ns`; processor time is that of this process with all its threads. If this process uses CUDA,
+    the device is synchronised before and after each run. The garbage collector is suspended during a run, and results are
+    dropped outside the timed part. Arguments and errors are those of `compare`.
     """
     if not functions:
         raise ValueError("functions must hold at least one callable, got none")
@@ -137,14 +141,14 @@ def compare_many(
 
 
 def round_order(labels: list[str], round_number: int) -> tuple[str, ...]:
-    """Rotations of the labels, each followed by its mirror image: balanced places, and no period a disturbance could hit."""
+    """Rotations of the labels, each followed by its mirror image: places are balanced, and no period is left for a disturbance to hit."""
     turn = (round_number // 2) % len(labels)
     order = tuple(labels[turn:] + labels[:turn])
     return order[::-1] if round_number % 2 else order
 
 
 def time_once(function: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and processor seconds of one run, at least a nanosecond each."""
+    """Wall and processor seconds of one run, each at least a nanosecond."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -170,7 +174,7 @@ def synchronize() -> None:
 
 
 def load_average() -> float:
-    """One-minute load average, NaN where the system keeps none."""
+    """One-minute load average; NaN if the system keeps none."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
@@ -178,11 +182,11 @@ def load_average() -> float:
 
 
 class OthersWatch:
-    """How much processor time other processes use while something is measured.
+    """How much processor time other processes use during a measurement.
 
-    Rule (our choice): the machine's busy time (all but idle and waiting for disks; stolen time of a virtual machine counts as
-    busy) less what this process and its finished children used, as a share of all cores over the elapsed time. Above
-    `NOISY_SHARE` the measurement is noisy. The kernel counts in ticks of 10 ms, so two ticks a core are forgiven.
+    Rule (our choice): the machine's busy time (everything but idle and waiting for disks; stolen time of a virtual machine counts
+    as busy), minus what this process and its finished children used, as a share of all cores over the elapsed time. Above
+    `NOISY_SHARE` the measurement is noisy. The kernel counts in ticks of 10 ms, so two ticks per core are allowed for.
     """
 
     def __init__(self) -> None:
@@ -198,7 +202,7 @@ class OthersWatch:
         return time.perf_counter(), busy, own.user + own.system + own.children_user + own.children_system
 
     def stop(self) -> tuple[float, bool]:
-        """(share of the machine others used since the start, whether that is too much)."""
+        """(share of the machine that others used since the start, whether that is too much)."""
         (t0, busy0, own0), (t1, busy1, own1) = self._start, self._now()
         cores = psutil.cpu_count() or 1
         others = max((busy1 - busy0) - (own1 - own0), 0.0)
@@ -207,10 +211,10 @@ class OthersWatch:
 
 
 def self_test(*, sets: int = 40, pairs: int = 10, work: Callable[[], Any] | None = None) -> dict[str, Any]:
-    """Compare a callable with itself, `sets` times over: does this machine's clock see differences where there are none?
+    """Compare a callable with itself, `sets` times: does this machine's clock see differences where there are none?
 
     `work` defaults to about a millisecond of arithmetic; the whole test then takes about a second. Returns `sets`,
-    `differences` (comparisons that called one), `allowed` (the most that 5 % errors explain, 99 % of the time), `passed`,
+    `differences` (comparisons that claimed one), `allowed` (the most that 5 % errors explain, 99 % of the time), `passed`,
     and `noisy`.
     """
     if sets < 1:

@@ -1,8 +1,8 @@
 """What a computation costs on paper: parameters, multiply-accumulates (MACs) and bytes, module by module.
 
-Counted by running it once and looking at every operator torch dispatches, so any model and any function can be counted. All
+The computation is run once and every operator torch dispatches is counted, so this works for any model and any function. All
 figures here are modelled, not measured. 1 MAC = 2 FLOPs. Bytes: each operator reads every input tensor and writes every output
-tensor once; views cost nothing, lookups (embedding, indexing) read only what they fetch. So it is the traffic without caches
+tensor once; views cost nothing, and look-ups (embedding, indexing) read only what they fetch. This is the traffic without caches
 and without fusion: a compiled or tiled execution moves less.
 """
 
@@ -29,12 +29,12 @@ FUNCTION = "(function)"  # the name of work done outside any module
 
 @dataclass
 class ModuleCost:
-    """What a module did itself, without the modules inside it, over all its calls.
+    """What a module did itself, excluding the modules inside it, over all its calls.
 
-    `kind`: "attention" for attention kernels and for the own work of a module named so, "linear" for matrix products and
-    convolutions, "other" for the rest. `params` counts a shared tensor once, at its first module; `weight_bytes` are its own
-    parameters and buffers, likewise once. `dtype` is what most of its MACs are done in (without MACs: what it writes), "" if
-    it did nothing.
+    `kind`: "attention" for attention kernels and for a module's own work if its name says attention, "linear" for matrix products
+    and convolutions, "other" for the rest. `params` counts a shared tensor once, at its first module; `weight_bytes` are its own
+    parameters and buffers, likewise counted once. `dtype` is what most of its MACs are done in (without MACs: what it writes), or
+    "" if it did nothing.
     """
 
     name: str
@@ -60,7 +60,7 @@ class ModuleCost:
 
 @dataclass
 class Cost:
-    """The cost of one run. `uncounted` names operators outside torch whose MACs nobody has registered (see `register_macs`)."""
+    """The cost of one run. `uncounted` names operators outside torch whose MACs nobody registered (see `register_macs`)."""
 
     modules: list[ModuleCost]
     uncounted: list[str] = field(default_factory=list)
@@ -76,7 +76,7 @@ class Cost:
 
     @property
     def params(self) -> int:
-        """Parameters of the model, each once."""
+        """Parameters of the model, each counted once."""
         return self.total().params
 
     @property
@@ -107,8 +107,8 @@ _MACS: dict[str, tuple[Macs, Kind, str]] = {}
 def register_macs(op_name: str, function: Macs, kind: Kind = "linear", dtype: str = "") -> None:
     """Tell the counter what a custom operator ("namespace::name") does.
 
-    `function` gets the operator's own arguments and `out=` its result, and returns MACs. `dtype` names the arithmetic it does
-    ("int8"), "" for that of its first tensor. Registering again replaces.
+    `function` gets the operator's own arguments and its result as `out=`, and returns MACs. `dtype` names the arithmetic it does
+    ("int8"); "" means that of its first tensor. Registering again replaces the entry.
     Raises ValueError for a name without "::" or an unknown kind.
     """
     if op_name.count("::") != 1:
@@ -122,11 +122,16 @@ def count_cost(model_or_callable: nn.Module | Callable[..., Any], *args: Any, **
     """Run a model (without gradients) or a function once and count its parameters, MACs and bytes by module.
 
     A module that runs twice counts twice in MACs and bytes and once in parameters; one that does not run is listed with
-    calls = 0 if it has parameters. Modules are named by their path in the model; those a plain function calls by their class.
-    Attention with `is_causal` counts half of the full score matrix; with a mask tensor all of it, as the kernels do. Compiled
-    functions run uncompiled here. What happens inside a custom operator is its registered MACs, inputs and outputs.
+    calls = 0 if it has parameters. Modules are named by their path in the model; those that a plain function calls, by their class.
+    Attention with `is_causal` counts half of the full score matrix; with a mask tensor it counts all of it, as the kernels do.
+    Compiled functions run uncompiled here. Of a custom operator, only its registered MACs, its inputs and its outputs count.
 
-    Returns a `Cost`. Errors of the model pass through. Does not count time or peak memory.
+    Returns a `Cost`. Errors of the model pass through. Does not measure time or peak memory.
+
+    >>> import torch
+    >>> found = count_cost(torch.nn.Linear(64, 32), torch.zeros(10, 64))
+    >>> found.macs, found.params  # 10 tokens, 64 x 32 weights and 32 biases
+    (20480, 2080)
     """
     run = getattr(model_or_callable, "_orig_mod", model_or_callable)  # what torch.compile wrapped
     root = run if isinstance(run, nn.Module) else None
@@ -137,7 +142,7 @@ def count_cost(model_or_callable: nn.Module | Callable[..., Any], *args: Any, **
 
 @contextlib.contextmanager
 def counting(root: nn.Module | None = None) -> Iterator[Counter]:
-    """Count what runs inside the `with` block; `counter.cost()` afterwards. Modules are named by their path in `root`."""
+    """Count what runs inside the `with` block; `counter.cost()` gives the result. Modules are named by their path in `root`."""
     counter = Counter(root)
     with contextlib.ExitStack() as stack:
         stack.enter_context(uncompiled())
@@ -148,7 +153,7 @@ def counting(root: nn.Module | None = None) -> Iterator[Counter]:
 
 
 def uncompiled() -> contextlib.AbstractContextManager[Any]:
-    """Compiled functions run as they were written, so that their modules and operators are seen."""
+    """Run compiled functions as they were written, so that their modules and operators are visible."""
     if "torch._dynamo" in sys.modules:  # else nothing can be compiled, and importing it takes seconds
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()
@@ -156,7 +161,7 @@ def uncompiled() -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _plain_attention_modules() -> Iterator[None]:
-    """nn.MultiheadAttention and nn.TransformerEncoderLayer as ordinary operators instead of one fused one."""
+    """Run nn.MultiheadAttention and nn.TransformerEncoderLayer as ordinary operators instead of one fused operator."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -166,7 +171,7 @@ def _plain_attention_modules() -> Iterator[None]:
 
 
 class Counter(TorchDispatchMode):
-    """Sees every operator and books it on the innermost module at work; made by `counting`."""
+    """Sees every operator and books it on the innermost running module; made by `counting`."""
 
     def __init__(self, root: nn.Module | None) -> None:
         super().__init__()
@@ -179,7 +184,7 @@ class Counter(TorchDispatchMode):
         self._most: dict[int, int] = {}  # of each row: the MACs of its largest operator
 
     def enter(self, module: nn.Module) -> None:
-        """A module's forward begins."""
+        """A module's forward starts."""
         row = self._row(module)
         row.calls += 1
         self._stack.append(row)
@@ -261,7 +266,7 @@ def _dtype_name(values: Any) -> str:
 
 
 def _linear(x: torch.Tensor, *args: Any, out: torch.Tensor, **kwargs: Any) -> int:
-    """x (..., k) times a matrix to out (..., n): every element of x meets n columns, however the matrix is packed."""
+    """x (..., k) times a matrix to out (..., n): every element of x is multiplied with n columns, however the matrix is packed."""
     return x.numel() * out.shape[-1]
 
 
@@ -346,7 +351,7 @@ def _traffic(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    """Bytes of the elements; an expanded tensor only has those of its storage."""
+    """Bytes of the elements; an expanded tensor counts only those of its storage."""
     size = tensor.numel() * tensor.element_size()
     try:
         return min(size, tensor.untyped_storage().nbytes())

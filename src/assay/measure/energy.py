@@ -1,10 +1,10 @@
-"""Energy, where the hardware counts it: RAPL (processor packages and DRAM) and NVML (GPUs). Never estimated from power ratings.
+"""Energy, where the hardware measures it: RAPL (processor packages and DRAM) and NVML (GPUs). Never estimated from power ratings.
 
     with EnergyMeter() as meter:
         work()
     meter.joules        # None: not available on this machine
 
-The counters cover the whole package or board, so other work on the machine is in the figure, and idle power too.
+The counters cover the whole package or board, so the figure includes idle power and any other work on the machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ POWERCAP = Path("/sys/class/powercap")
 
 @dataclass(frozen=True)
 class Counter:
-    """One counter: `read` gives microjoules since some moment, wrapping to 0 after `range_uj` (0: it never wraps)."""
+    """One counter: `read` returns microjoules since some moment, wrapping to 0 after `range_uj` (0: it never wraps)."""
 
     name: str
     read: Callable[[], int]
@@ -29,10 +29,10 @@ class Counter:
 
 
 class EnergyMeter:
-    """Joules by counter between entering and leaving, summed in `joules`; None if there is no counter to read.
+    """Joules by counter between entering and leaving, summed in `joules`; None if no counter can be read.
 
     `by_counter` names them: "package-0", "dram", "gpu 0: ...". `seconds` is the wall time. A RAPL counter wraps after about
-    an hour at full power: longer work must be metered in parts.
+    an hour at full power, so longer work must be metered in parts.
     """
 
     def __init__(self, counters: list[Counter] | None = None) -> None:
@@ -55,17 +55,17 @@ class EnergyMeter:
 
     @property
     def joules(self) -> float | None:
-        """The sum over all counters, None without any."""
+        """The sum over all counters; None if there are none."""
         return sum(self.by_counter.values()) if self.by_counter else None
 
 
 def available_counters(powercap: Path = POWERCAP) -> list[Counter]:
-    """The counters this process may read; empty in most virtual machines and, for RAPL, without the right to read them."""
+    """The counters this process may read; empty in most virtual machines and, for RAPL, without permission to read them."""
     return [*_rapl(powercap), *_nvml()]
 
 
 def why_not(powercap: Path = POWERCAP) -> str:
-    """Why energy cannot be measured here, in one line that says what to do; "" where it can. Takes milliseconds."""
+    """Why energy cannot be measured here, in one line that says what to do; "" if it can. Takes milliseconds."""
     if available_counters(powercap):
         return ""
     zones = list(powercap.glob("intel-rapl:*/energy_uj"))
@@ -75,7 +75,7 @@ def why_not(powercap: Path = POWERCAP) -> str:
 
 
 def _rapl(powercap: Path) -> list[Counter]:
-    """Packages and their DRAM. A package already includes its cores and graphics, so those are left out."""
+    """Packages and their DRAM. A package already includes its cores and graphics, so those are not listed."""
     found = []
     for zone in sorted(powercap.glob("intel-rapl:*")):
         try:
@@ -92,7 +92,7 @@ def _rapl(powercap: Path) -> list[Counter]:
 
 
 def _nvml() -> list[Counter]:
-    """Every NVIDIA GPU whose driver keeps an energy counter (Volta and later)."""
+    """Every NVIDIA GPU whose driver has an energy counter (Volta and later)."""
     try:
         import pynvml
     except ImportError:

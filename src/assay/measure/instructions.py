@@ -1,7 +1,7 @@
-"""Instructions a command executes: a cost that does not depend on how busy the machine is.
+"""The number of instructions a command executes: a cost that does not depend on how busy the machine is.
 
-Two tools: `perf stat` reads the processor's own counter (fast, repeats to about 0.1 %; most virtual machines have none) and
-valgrind's callgrind counts every instruction in a simulated processor (some fifty times slower, repeats almost exactly).
+Two tools count: `perf stat` reads the processor's own counter (fast, repeats to about 0.1 %; most virtual machines have none),
+and valgrind's callgrind simulates the processor (about fifty times slower, repeats almost exactly).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Tool = Literal["perf", "callgrind"]
 
 @dataclass(frozen=True)
 class Instructions:
-    """Instructions executed in user mode, by which tool, and what the command itself gave back."""
+    """Instructions executed in user mode, the tool that counted them, and what the command itself returned."""
 
     count: int
     tool: Tool
@@ -33,7 +33,7 @@ class Instructions:
 
 
 def available_tools() -> list[Tool]:
-    """Of perf and callgrind those that count on this machine; tried, not only looked for."""
+    """Which of perf and callgrind count on this machine; each is tried, not just looked for."""
     found: list[Tool] = []
     for tool in ("perf", "callgrind"):
         try:
@@ -53,12 +53,12 @@ def count_instructions(
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
 ) -> Instructions:
-    """Run `command` under a counter. `tool` None takes perf where the processor counts, callgrind otherwise.
+    """Run `command` under a counter. `tool` None takes perf if the processor has a counter, callgrind otherwise.
 
-    With callgrind only the command's own process is counted, with perf its children too. For a count that repeats, fix the hash
-    seed of Python programs (PYTHONHASHSEED=0). `environment` replaces the whole environment; `folder` is the working directory.
+    Callgrind counts only the command's own process, perf its children too. For a count that repeats, fix the hash seed of Python
+    programs (PYTHONHASHSEED=0). `environment` replaces the whole environment; `folder` is the working directory.
 
-    Raises ValueError for an empty command or unknown tool, MissingError when no tool can count here (says which to install) or
+    Raises ValueError for an empty command or unknown tool, MissingError when no tool can count here (it says which to install) or
     the command is not found, subprocess.TimeoutExpired after `timeout_s` (the command is killed).
     """
     if not command:
@@ -81,7 +81,7 @@ def count_instructions(
 
 
 def _perf(command: Sequence[str], run: Mapping[str, Any]) -> Instructions | None:
-    """None if perf is missing or this processor shows no counter."""
+    """None if perf is missing or this processor has no counter."""
     if shutil.which("perf") is None:
         return None
     with tempfile.NamedTemporaryFile("r", prefix="assay-perf-") as report:
@@ -109,7 +109,7 @@ def _callgrind(command: Sequence[str], run: Mapping[str, Any]) -> Instructions |
 
 
 def _run(command: list[str], run: Mapping[str, Any]) -> subprocess.CompletedProcess[str]:
-    """As subprocess.run, but whatever ends the wait ends the tool and the command under it."""
+    """Like subprocess.run, but anything that ends the wait also ends the tool and the command it runs."""
     options: dict[str, Any] = {
         "stdout": subprocess.PIPE,
         "stderr": subprocess.DEVNULL,

@@ -1,8 +1,8 @@
-"""Running a function in a child process with a time and a memory limit: whatever it does, the caller goes on.
+"""Runs a function in a child process with a time limit and a memory limit, so that no failure takes the caller down.
 
     result = run_isolated("package.module:function", {"n": 3}, timeout_s=60, memory_bytes=2 * 2**30)
 
-Arguments and result are JSON and travel through files; what the function prints is kept apart and shown only if it fails.
+Arguments and result are JSON and travel in files. What the function prints is captured and shown only if it fails.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ Status = Literal["ok", "failed", "timeout", "out of memory"]
 
 @dataclass(frozen=True)
 class ChildResult:
-    """How a child ended. `value` is the function's result (status "ok"), `error` one line that says why there is none.
+    """How a child ended. `value` is the function's result (status "ok"); `error` is one line that says why there is none.
 
-    `peak_rss_bytes` is the resident memory of the child and its own children at their highest; `start_rss_bytes` what the child
-    held when the function was called (interpreter and imports of its module). `seconds` is wall time with start-up,
-    `work_seconds` that of the function alone (0 unless it returned).
+    `peak_rss_bytes` is the peak resident memory of the child and its own children; `start_rss_bytes` is what the child held when
+    the function was called (interpreter and imports of its module). `seconds` is wall time including start-up, `work_seconds`
+    that of the function alone (0 unless it returned).
     """
 
     status: Status
@@ -69,14 +69,17 @@ def run_isolated(
 ) -> ChildResult:
     """Call `target` ("module:function", keyword arguments `kwargs`) in a fresh interpreter and wait for it.
 
-    The child sees this process's module search path less the current folder (nothing that lies beside the user's files is ever
-    imported; see `assay.search_path`), its working directory, and `environment` on top of this process's. It is
-    killed with everything it started when `timeout_s` has passed, when the resident memory of the whole family exceeds
-    `memory_bytes` (looked at every 50 ms; pages shared within the family count more than once), when this process is
-    interrupted, and (on Linux) when this process dies. A crash, an exception, a result that is not JSON and an early exit are
-    "failed"; MemoryError, a failed allocation of torch and a kill by the kernel for want of memory are "out of memory".
+    The child sees this process's module search path without the current folder (nothing next to the user's files is ever
+    imported; see `assay.search_path`), its working directory, and its environment extended by `environment`. The child and
+    everything it started are killed when `timeout_s` has passed, when the resident memory of the whole family exceeds
+    `memory_bytes` (polled every 50 ms; pages shared within the family count more than once), when this process is interrupted,
+    and (on Linux) when this process dies. A crash, an exception, a result that is not JSON and an early exit are "failed";
+    MemoryError, a failed allocation of torch and a kill by the kernel for lack of memory are "out of memory".
 
     Raises ValueError for a target without a colon or a limit that is not positive, TypeError for kwargs that are not JSON.
+
+    >>> run_isolated("json:dumps", {"obj": [1, 2]}).value
+    '[1, 2]'
     """
     if target.count(":") != 1 or not all(target.split(":")):
         raise ValueError(f"target must look like 'module:function', got {target!r}")
@@ -115,7 +118,7 @@ def _current_folder() -> str | None:
 
 
 def _start(folder: Path, output: IO[bytes], extra: Mapping[str, str] | None) -> subprocess.Popen[bytes]:
-    """Started as a file, in a folder of ours and with -P, so that not even its first imports can come from the user's folder."""
+    """Start the child as a file, in a folder of ours and with -P, so that not even its first imports can come from the user's folder."""
     return subprocess.Popen(
         [sys.executable, "-P", CHILD, str(folder)],
         stdin=subprocess.DEVNULL,
@@ -123,13 +126,13 @@ def _start(folder: Path, output: IO[bytes], extra: Mapping[str, str] | None) -> 
         stderr=subprocess.STDOUT,
         cwd=folder,
         env=safe_environment({**os.environ, **(extra or {})}),
-        start_new_session=True,  # a process group of its own: it can be killed whole, and Ctrl-C reaches only us
+        start_new_session=True,  # its own process group: it can be killed as a whole, and Ctrl-C reaches only us
     )
 
 
 @contextlib.contextmanager
 def _killed_on_error(child: subprocess.Popen[bytes], family: _Family) -> Iterator[None]:
-    """Whatever interrupts us (Ctrl-C too) takes the child with it."""
+    """Kill the child if this process is interrupted in any way (Ctrl-C included)."""
     try:
         yield
     except BaseException:
@@ -140,7 +143,7 @@ def _killed_on_error(child: subprocess.Popen[bytes], family: _Family) -> Iterato
 def _watch(
     child: subprocess.Popen[bytes], family: _Family, start: float, timeout_s: float | None, memory_bytes: int | None
 ) -> Status | None:
-    """Wait for the end; returns the status if it was we who ended it, None if it ended by itself."""
+    """Wait for the end; returns the status if we ended the child, None if it ended by itself."""
     while True:
         try:
             child.wait(POLL_SECONDS)
@@ -158,7 +161,7 @@ def _watch(
 
 
 class _Family:
-    """The child and all that descends from it: memory and processor time at the last look."""
+    """The child and all its descendants: their memory and processor time at the last poll."""
 
     def __init__(self, pid: int) -> None:
         self.peak = 0
@@ -187,7 +190,7 @@ class _Family:
         return rss
 
     def gather(self) -> None:
-        """Look for new members; those once seen stay, also when their own parent is gone."""
+        """Look for new members; those once seen are kept, even after their own parent is gone."""
         self._counted = time.monotonic()
         for member in list(self._members.values()):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -195,7 +198,7 @@ class _Family:
                     self._members.setdefault(found.pid, found)
 
     def end(self) -> None:
-        """Kill what the child left behind: its process group, and whoever left that group but was seen."""
+        """Kill what the child left behind: its process group, and members that left the group but were seen."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._root, signal.SIGKILL)
         for pid, member in self._members.items():
@@ -254,7 +257,7 @@ def _signal_name(number: int) -> str:
 
 
 def _kernel_kills() -> int:
-    """How often the kernel has killed for want of memory: in the whole machine, and in our control group."""
+    """How often the kernel has killed a process for lack of memory, in the whole machine and in our control group."""
     count = 0
     for file in ("/proc/vmstat", "/sys/fs/cgroup/memory.events"):
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""What machine this is, and what it can reach: peak rates and bandwidths, measured once and kept in the cache.
+"""What machine this is and what it can reach: peak rates and bandwidths, measured once and cached.
 
-Every speed is judged against these figures, so they are attainable ones (the best of many runs of the best library call over
-several shapes), never a data sheet's.
+Every speed is compared with these figures. They must therefore be attainable: each is the best of many runs of the best library
+call over several shapes, never a number from a data sheet.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CACHE_SIZES = (32 << 10, 512 << 10, 4 << 20, 16 << 20, 64 << 20)
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine and the software on it. `fingerprint` depends on the hardware alone: processor, cores, SIMD, RAM, GPU."""
+    """The machine and the software on it. `fingerprint` depends only on the hardware: processor, cores, SIMD, RAM, GPU."""
 
     cpu: str
     cores: int  # logical processors this process may use
@@ -60,7 +60,7 @@ class Machine:
     fingerprint: str
 
     def describe(self) -> dict[str, Any]:
-        """The same for people: a short line each."""
+        """The same for people, as short lines."""
         found = {
             "processor": f"{self.cpu}, {self.cores} logical cores ({self.physical_cores} physical)",
             "threads": self.threads,
@@ -74,7 +74,7 @@ class Machine:
         return found | self.versions | {"load": round(self.load, 2), "fingerprint": self.fingerprint}
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; a load that is not known is None."""
+        """JSON-able; an unknown load is None."""
         return dataclasses.asdict(self) | {"load": None if math.isnan(self.load) else self.load}
 
 
@@ -82,11 +82,11 @@ class Machine:
 class Calibration:
     """Attainable rates of one machine with one torch and one thread count, on "cpu" or "cuda".
 
-    `peak_flops`: floating point (int8: integer) operations a second by dtype name, of the fastest kernel found (matrix product or
-    3 x 3 convolution); a multiply-add counts as two. `matmul_flops`: the same of torch's plain matrix product alone, which on some
-    processors takes a narrower instruction set than the convolutions.
-    `read_bandwidth` and `copy_bandwidth`: bytes a second from and to main memory; a copy counts what it reads and what it
-    writes. `cache_bandwidth`: bytes a second of reading again and again a block of so many bytes (keys in bytes), on the CPU.
+    `peak_flops`: floating point (int8: integer) operations per second by dtype name, of the fastest kernel found (matrix product or
+    3 x 3 convolution); a multiply-add counts as two. `matmul_flops`: the same for torch's plain matrix product alone, which on some
+    processors uses a narrower instruction set than the convolutions.
+    `read_bandwidth` and `copy_bandwidth`: bytes per second from and to main memory; a copy counts what it reads and what it
+    writes. `cache_bandwidth`: bytes per second of repeatedly reading a block of that many bytes (keys in bytes), on the CPU.
     """
 
     peak_flops: dict[str, float]
@@ -102,27 +102,27 @@ class Calibration:
     matmul_flops: dict[str, float] = field(default_factory=dict)
 
     def peak(self, dtype: str) -> float:
-        """Operations a second of a dtype name such as "float32". Raises ValueError for one that was not calibrated."""
+        """Operations per second of a dtype name such as "float32". Raises ValueError for one that was not calibrated."""
         if dtype not in self.peak_flops:
             raise ValueError(f"dtype must be one of {', '.join(self.peak_flops)}, got {dtype!r}")
         return self.peak_flops[dtype]
 
     @property
     def memory_bandwidth(self) -> float:
-        """Bytes a second main memory gives at best, reading or copying."""
+        """The best bytes per second of main memory, reading or copying."""
         return max(self.read_bandwidth, self.copy_bandwidth)
 
     def bandwidth(self, working_set: float) -> float:
-        """The most bytes a second at which `working_set` bytes can be gone over again and again, from whatever cache holds them.
+        """The most bytes per second at which `working_set` bytes can be traversed repeatedly, from whichever cache holds them.
 
-        The rate of the largest block measured that is no larger: a larger set cannot be faster. DRAM's from about four times the
-        last cache on.
+        This is the rate of the largest measured block that is no larger, since a larger set cannot be faster. From about four times
+        the last cache on, it is DRAM's.
         """
         start = max([size for size in self.cache_bandwidth if size <= working_set], default=0)
         return max([rate for size, rate in self.cache_bandwidth.items() if size >= start] + [self.memory_bandwidth])
 
     def ridge(self, dtype: str) -> float:
-        """Operations per byte of main memory above which a kernel of this dtype is bound by arithmetic."""
+        """Operations per byte of main memory above which arithmetic limits a kernel of this dtype."""
         return self.peak(dtype) / self.memory_bandwidth
 
     def as_dict(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Calibration:
 
 
 def machine() -> Machine:
-    """Look at the machine. Takes milliseconds; needs nothing measured."""
+    """Look at the machine. Takes milliseconds and measures nothing."""
     import torch
 
     cpu, flags = _cpu()
@@ -160,15 +160,15 @@ def machine() -> Machine:
 def calibrate(
     force: bool = False, quick: bool = False, device: str | None = None, say: Callable[[str], None] | None = None
 ) -> Calibration:
-    """Peak operations a second per dtype and memory bandwidth, from the cache if this machine was measured before.
+    """Peak operations per second by dtype and memory bandwidth, from the cache if this machine was measured before.
 
     A cache entry is for one machine, torch version, device and thread count. `force` measures again and keeps the better of the
-    old and the new figures: a rate once reached is attainable. Full takes about ten seconds, `quick` about three. On a busy
-    machine the figures are marked `noisy` and are those of one thread, by its own processor time (arithmetic and caches times
-    the threads), where that is more than all threads reached; such an entry is measured again, and replaced, once the machine
-    is idle.
-    `device` is "cpu" or "cuda"; None takes CUDA where there is one. `say` is told what goes on, if anything is to be measured.
-    Two processes do not measure at once, which would spoil both: the second waits, and takes what the first has found.
+    old and the new figures: a rate reached once is attainable. A full calibration takes about ten seconds, a `quick` one about
+    three. On a busy machine the figures are marked `noisy`. Each is then the larger of what all threads reached and what one
+    thread reached by its own processor time (for arithmetic and caches, times the number of threads). A noisy entry is measured
+    again, and replaced, once the machine is idle.
+    `device` is "cpu" or "cuda"; None takes CUDA if there is a GPU. `say` is told what happens, if anything is to be measured.
+    Two processes never measure at the same time, which would spoil both: the second waits and uses what the first found.
 
     Raises ValueError for an unknown device.
     """
@@ -220,7 +220,7 @@ def _alone(file: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _measure(here: Machine, device: str, rounds: int, say: Callable[[str], None] = _quiet) -> Calibration:
-    """All rates; on a busy machine with a second look that does not depend on getting all cores at once."""
+    """All rates; on a busy machine with a second look that does not need all cores at once."""
     import torch
 
     watch = OthersWatch()
@@ -237,7 +237,7 @@ def _measure(here: Machine, device: str, rounds: int, say: Callable[[str], None]
 
 
 def _of_all_threads(one: Calibration, threads: int) -> Calibration:
-    """What `threads` threads could do if each did as well as one alone; main memory gives what it gave the one (our choice)."""
+    """What `threads` threads could do if each did as well as one alone; main memory keeps the single thread's rate (our choice)."""
     return dataclasses.replace(
         one,
         peak_flops={name: threads * rate for name, rate in one.peak_flops.items()},
@@ -251,7 +251,7 @@ def _of_all_threads(one: Calibration, threads: int) -> Calibration:
 def _rates(
     here: Machine, device: str, rounds: int, clock: Callable[[], float], say: Callable[[str], None] = _quiet
 ) -> Calibration:
-    """The best of several rounds over all cases, so that a short disturbance spoils none of them for good."""
+    """The best of several rounds over all cases, so that a short disturbance does not spoil any of them for good."""
     import torch
 
     products: dict[str, float] = {}
@@ -299,7 +299,7 @@ Case = tuple[str, int, Callable[[], Any]]
 
 
 def _convolutions(device: str) -> list[Case]:
-    """3 x 3 convolutions, 128 channels, channels last: where the library convolves with wider instructions than it multiplies."""
+    """3 x 3 convolutions, 128 channels, channels last: the library may use wider instructions here than in matrix products."""
     import torch
 
     found: list[Case] = []
@@ -313,7 +313,7 @@ def _convolutions(device: str) -> list[Case]:
 
 
 def _products(device: str) -> list[Case]:
-    """Every matrix product tried; one this torch does not have is left out."""
+    """Every matrix product that is tried; one that this torch lacks is left out."""
     import torch
 
     found: list[Case] = []
@@ -333,7 +333,7 @@ def _products(device: str) -> list[Case]:
 
 
 def _seconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
-    """The shortest of two runs, and of as many as fit into 20 ms: short ones are easily disturbed."""
+    """The shortest of two runs, or of as many as fit into 20 ms: short ones are easily disturbed."""
     best, begin, runs = float("inf"), time.perf_counter(), 0
     while runs < 2 or time.perf_counter() - begin < 0.02:
         synchronize()
@@ -351,13 +351,13 @@ def _stream_bytes(device: str) -> int:
 
 
 def last_cache_bytes() -> int:
-    """Size of the third-level cache; 32 MiB where the system does not say."""
+    """Size of the third-level cache; 32 MiB if the system does not say."""
     size = _read("/sys/devices/system/cpu/cpu0/cache/index3/size")
     return int(size[:-1]) << 10 if size.endswith("K") and size[:-1].isdigit() else 32 << 20
 
 
 def _better(a: Calibration, b: Calibration) -> Calibration:
-    """Of each rate the higher one, otherwise `b`."""
+    """The higher one of each rate, and otherwise `b`."""
 
     def higher(one: dict[Any, float], other: dict[Any, float]) -> dict[Any, float]:
         return {key: max(one.get(key, 0.0), rate) for key, rate in other.items()}
@@ -373,7 +373,7 @@ def _better(a: Calibration, b: Calibration) -> Calibration:
 
 
 def _load(file: Path) -> Calibration | None:
-    """The stored calibration; None if there is none or it cannot be read (then it is measured again)."""
+    """The stored calibration; None if there is none or it cannot be read (it is then measured again)."""
     try:
         values = json.loads(file.read_text())
         for name in ("peak_flops", "matmul_flops", "cache_bandwidth"):

@@ -1,4 +1,4 @@
-"""Peak memory: of a child process (the honest figure), or of a function in this one."""
+"""Peak memory: of a child process (the honest figure), or of a function in this process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PeakMemory:
 
     @property
     def extra_bytes(self) -> int:
-        """Peak less start."""
+        """Peak minus start."""
         return max(self.peak_bytes - self.start_bytes, 0)
 
 
@@ -34,9 +34,9 @@ def peak_memory_of_child(
     timeout_s: float | None = None,
     memory_bytes: int | None = None,
 ) -> PeakMemory:
-    """Peak resident memory of `target` ("module:function") in a fresh process; start is after the imports of its module.
+    """Peak resident memory of `target` ("module:function") in a fresh process; the start is taken after its module's imports.
 
-    Nothing this process holds or has freed disturbs it, so it compares across methods. Limits as in
+    Memory that this process holds or has freed has no influence, so figures are comparable across methods. Limits as in
     `assay.measure.isolate.run_isolated`. Raises AssayError with the child's one-line error when it does not return.
     """
     found = run_isolated(target, kwargs, timeout_s=timeout_s, memory_bytes=memory_bytes)
@@ -48,8 +48,8 @@ def peak_memory_of_child(
 def peak_memory(function: Callable[[], Any]) -> PeakMemory | None:
     """Peak resident memory of this process while `function` runs, and of CUDA's allocator if it is in use.
 
-    The kernel's high-water mark is reset first. Memory the allocator already held and used again does not show, so
-    differences of a few MiB say nothing; use a child process for those. None where the mark cannot be reset (not Linux).
+    The kernel's high-water mark is reset first. Memory that the allocator already held and reused does not show, so differences
+    of a few MiB mean nothing; use a child process for those. None if the mark cannot be reset (not Linux).
     """
     cuda = _cuda()
     if cuda is not None:

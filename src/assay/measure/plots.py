@@ -1,4 +1,4 @@
-"""Drawings of a profile: the waterline and the efficiency gap, as matplotlib figures, SVG text and PNG files."""
+"""Plots of a profile: the waterline and the efficiency gap, as matplotlib figures, SVG text and PNG files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOWEST = 1e-2  # operations per byte drawn for work without MACs, on the log axi
 
 
 def waterline_figure(profile: Profile, phase: Phase) -> Figure:
-    """Bars of operational intensity, as wide as their share of the phase's time; those that end under water wait for memory.
+    """Bars of operational intensity, as wide as their share of the phase's time; bars that end under water wait for memory.
 
     Raises ValueError for a phase that was not profiled.
     """
@@ -37,9 +37,9 @@ def waterline_figure(profile: Profile, phase: Phase) -> Figure:
 def waterline_bars(
     bars: Sequence[Mapping[str, Any]], ridge: Callable[[str], float], *, label: str, size: tuple[float, float]
 ) -> Figure:
-    """The waterline of `bars`, as `Profile.waterline` gives them, with the ridge of each dtype; `size` in inches.
+    """The waterline of `bars`, as `Profile.waterline` returns them, with the ridge of each dtype; `size` in inches.
 
-    The widest bars are numbered, and the numbers named below, so that no name covers another.
+    The widest bars are numbered and listed by number below the plot, so that no name covers another.
     """
     figure, axes = bare_axes(*size)
     named = [bar for bar in sorted(bars, key=lambda bar: -bar["share"])[:NAMED] if bar["share"] > 0.04]
@@ -71,9 +71,9 @@ def waterline_bars(
 
 
 def gap_figure(profile: Profile, phase: Phase, *, most: int = 14) -> Figure:
-    """The groups that take longest: measured time, and in it the part this machine could do it in.
+    """The groups that take longest: measured time, and the part of it that this machine would need at best.
 
-    Raises ValueError for a phase that was not profiled or most < 1, TypeError for what is no whole number.
+    Raises ValueError for a phase that was not profiled or most < 1, TypeError if `most` is not a whole number.
     """
     _check(profile, phase)
     most = checks.whole("most", most, low=1)
@@ -118,7 +118,7 @@ def gap_points_figure(points: Sequence[GapPoint]) -> Figure:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as one <svg> element, to stand in an HTML page."""
+    """The figure as one <svg> element, to be embedded in an HTML page."""
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     text = out.getvalue()
@@ -126,7 +126,7 @@ def svg(figure: Figure) -> str:
 
 
 def save_png(figures: Sequence[Figure], path: Path | str) -> None:
-    """All figures below one another in one PNG file, written whole or not at all. Raises ValueError for no figures."""
+    """All figures below one another in one PNG file, written completely or not at all. Raises ValueError for no figures."""
     import numpy as np
     from matplotlib import image
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -160,7 +160,7 @@ def _check(profile: Profile, phase: str) -> None:
 
 
 def _short(name: str) -> str:
-    """The end of a module's path that tells it from others, without the numbers of layers."""
+    """The end of a module's path that tells it from others, without layer numbers."""
     parts = [part for part in name.split(".") if part not in ("*", "model", "")]
     return ".".join(parts[-2:]) or name or "(model)"
 

@@ -1,7 +1,7 @@
-"""Where a model's time and bytes go: every module's measured time beside its cost and the least time the machine allows.
+"""Where a model's time and bytes go: for every module its measured time, its cost, and the least time the machine allows for it.
 
-Cost and time come from separate runs, so that counting does not slow the clock. A module's time is its own, without that of
-the modules inside it: the time of an attention module is that of its scores, weights and cache, not of its projections.
+Cost and time come from separate runs, so that counting does not slow the clock. A module's time excludes the modules inside it:
+the time of an attention module is that of its scores, weights and cache, not of its projections.
 """
 
 from __future__ import annotations
@@ -82,10 +82,10 @@ class Row:
 
 @dataclass
 class Profile:
-    """The profile of one model on one input. `rows` by phase and module, in the order modules first ran.
+    """The profile of one model on one input. `rows` are by phase and module, in the order in which modules first ran.
 
-    `seconds` is the time of each phase without hooks (median over the repeats), `hooked_seconds` that with them, which the rows
-    add up to. `uncounted` names custom operators whose MACs nobody registered: their modules' MACs are too low.
+    `seconds` is the time of each phase without hooks (median over the repeats), `hooked_seconds` the time with them, to which the
+    rows add up. `uncounted` names custom operators whose MACs nobody registered: the MACs of their modules are too low.
     """
 
     rows: list[Row]
@@ -99,7 +99,7 @@ class Profile:
     noisy: bool
 
     def grouped(self, phase: Phase | None = None) -> list[Row]:
-        """Rows with the numbers in module paths as "*": the layers of a model added up, both phases kept apart."""
+        """Rows with the numbers in module paths as "*": the layers of a model are added up, the two phases kept apart."""
         groups: dict[tuple[str, Phase], Row] = {}
         for row in self.rows:
             if phase not in (None, row.phase):
@@ -126,10 +126,10 @@ class Profile:
         return found
 
     def waterline(self, phase: Phase | None = None) -> list[dict[str, Any]]:
-        """One bar a group of modules: its share of the time, its intensity (operations a byte) and its dtype.
+        """One bar for each group of modules: its share of the time, its intensity (operations per byte) and its dtype.
 
-        Against the machine's ridge of that dtype: a bar that ends below it waits for memory. Groups that moved nothing are left
-        out, so the shares add up to at most 1.
+        A bar that ends below the machine's ridge for its dtype waits for memory. Groups that moved nothing are left out, so the shares
+        add up to at most 1.
         """
         rows = self.grouped(phase)
         whole = sum(row.seconds for row in rows)
@@ -141,7 +141,7 @@ class Profile:
 
     @property
     def roofline_share(self) -> float:
-        """Attainable over measured time of the whole run, with each module by itself: what fusion saves is not in it."""
+        """Attainable over measured time of the whole run, each module taken by itself: savings by fusion are not included."""
         whole = sum(self.seconds.values())
         return sum(row.attainable_seconds for row in self.rows) / whole if whole > 0 else 0.0
 
@@ -175,8 +175,8 @@ def profile_model(
 ) -> Profile:
     """Profile a forward pass over `inputs` (phase "prefill") and the `new_tokens` - 1 greedy steps that follow it ("decode").
 
-    A causal language model of transformers takes token ids (batch, tokens) and is run as in generation: with a cache, logits of
-    the last position only. Any other module is called with `inputs` as it is and only `new_tokens` = 1. The model is run
+    A causal language model of transformers takes token ids (batch, tokens) and runs as in generation: with a cache, and logits of
+    the last position only. Any other module is called with `inputs` as they are, and `new_tokens` must be 1. The model is run
     1 + 2 * `repeats` times, after one warm-up. `calibration` None takes the machine's stored one (measured if there is none).
     On a GPU every module waits for the device, so small modules look slower than they are.
 
@@ -231,7 +231,7 @@ def _nothing(phase: Phase) -> contextlib.AbstractContextManager[Any]:
 
 
 def _run(model: nn.Module, inputs: torch.Tensor, new_tokens: int, around: Around) -> None:
-    """Prefill and decode steps, each phase's model calls inside `around(phase)`."""
+    """Prefill and decode steps, with each phase's model calls inside `around(phase)`."""
     accepted = inspect.signature(model.forward).parameters
     if "input_ids" not in accepted:
         if new_tokens > 1:
@@ -259,7 +259,7 @@ def _run(model: nn.Module, inputs: torch.Tensor, new_tokens: int, around: Around
 def _costs(
     model: nn.Module, inputs: torch.Tensor, new_tokens: int, calibration: Calibration
 ) -> tuple[dict[tuple[Phase, str], Row], list[str]]:
-    """A row for every module that ran, without times yet; and the operators nobody could count."""
+    """A row for every module that ran, still without times, and the operators that could not be counted."""
     costs: dict[Phase, Cost] = {}
 
     @contextlib.contextmanager
@@ -338,7 +338,7 @@ def _module_times(model: nn.Module, inputs: torch.Tensor, new_tokens: int) -> di
 
 
 class _Timer:
-    """Each moment belongs to the innermost module at work; what happens outside all modules to none."""
+    """Each moment belongs to the innermost running module; time outside all modules belongs to none."""
 
     def __init__(self, names: dict[int, str], wait: bool) -> None:
         self.own: dict[str, int] = {}

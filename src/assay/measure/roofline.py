@@ -1,9 +1,9 @@
-"""How fast could it be, and how far off is it: efficiency, the roofline of each layer, and the waterline of a network.
+"""How fast a network could be and how far off it is: efficiency, each layer's roofline, and the network's waterline.
 
 The measuring part of "On the Efficiency of Convolutional Neural Networks" (Lavin, 2024): a layer's latency is its operations
 divided by peak rate and computational efficiency, e = t* / t, and e is bounded by operational intensity over the device's
 ridge. 1 MAC = 2 operations, everywhere. Bytes are counted once per tensor and operator, so the bound is that of main memory (a
-"DRAM roofline"): what stays in a cache can beat it. `lower_bound` takes the caches into account and cannot be beaten.
+"DRAM roofline"), and data that stays in a cache can beat it. `lower_bound` takes the caches into account and cannot be beaten.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ def _positive(name: str, value: float) -> float:
 class DeviceSpec:
     """What a device offers to one kind of kernel.
 
-    `peak`: operations a second, the dense rate of the dtype and accumulation used. `bandwidth`: bytes a second of main memory.
-    `sram_bytes`: on-chip memory one worker (core, SM) can hold a tile in.
+    `peak`: operations per second, the dense rate of the dtype and accumulation used. `bandwidth`: bytes per second of main memory.
+    `sram_bytes`: on-chip memory in which one worker (core, SM) can hold a tile.
+
+    >>> device = DeviceSpec("accelerator", peak=1e12, bandwidth=1e11)
+    >>> device.ridge, attainable_efficiency(2.5, device.ridge)  # 2.5 operations per byte are a quarter of the ridge
+    (10.0, 0.25)
     """
 
     name: str
@@ -41,7 +45,7 @@ class DeviceSpec:
 
     @property
     def ridge(self) -> float:
-        """Operations per byte from which on arithmetic is the limit."""
+        """Operations per byte above which arithmetic is the limit."""
         return self.peak / self.bandwidth
 
 
@@ -98,7 +102,7 @@ def attainable_seconds(operations: float, bytes_moved: float, device: DeviceSpec
 def attainable_network_efficiency(
     operations: Sequence[float], bytes_moved: Sequence[float], device: DeviceSpec
 ) -> float:
-    """What a network's efficiency can be when each layer runs by itself: sum ops / sum (ops / min(1, I / r)).
+    """The network efficiency that is possible if each layer runs by itself: sum ops / sum (ops / min(1, I / r)).
 
     Raises ValueError if the two do not pair up.
     """
@@ -111,10 +115,10 @@ def attainable_network_efficiency(
 def lower_bound(
     macs: float, bytes_moved: float, dtype: str, calibration: Calibration, *, cold_bytes: float | None = None
 ) -> float:
-    """Seconds no execution of this work on this machine can beat: our own tightening of the DRAM roofline.
+    """Seconds that no execution of this work on this machine can beat: our own tightening of the DRAM roofline.
 
     The longest of: the MACs at peak rate (two operations each); `cold_bytes` from main memory; all bytes from the fastest cache
-    that holds that many. `cold_bytes` are those that cannot be in a cache when the work starts (weights of a model larger
+    that holds that many. `cold_bytes` are those that cannot be in a cache when the work starts (the weights of a model larger
     than the last cache); None means all of them, which is the paper's roofline.
     """
     memory = bytes_moved / calibration.bandwidth(bytes_moved)
@@ -139,7 +143,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of a waterline: `width` a share of all operations, `height` the intensity, `depth` what is lost under water.
+    """One bar of a waterline: `width` is a share of all operations, `height` the intensity, `depth` what is lost under water.
 
     `depth` is 1 - min(1, intensity / ridge): 0 for a layer bound by arithmetic.
     """
@@ -169,7 +173,7 @@ def waterline(layers: Iterable[Layer], ridge: float) -> list[Bar]:
 
 @dataclass(frozen=True)
 class GapPoint:
-    """One model of an efficiency-gap plot: accuracy against ideal and measured latency; the two are drawn joined."""
+    """One model of an efficiency-gap plot: accuracy against ideal and measured latency, which are joined by a line."""
 
     name: str
     accuracy: float

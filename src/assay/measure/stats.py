@@ -1,8 +1,8 @@
 """Medians and ratios with their intervals.
 
-Two kinds of interval, for two uses. `median_interval` (and `paired_ratio`, which times are judged by) is exact: it covers the
-median at least as often as it says for any number of samples, where a bootstrapped median of ten samples does not.
-`bootstrap` takes any statistic, needs tens of samples to be right, and serves for quality figures.
+There are two kinds of interval for two uses. `median_interval` (and `paired_ratio`, which compares times) is exact: for any
+number of samples it covers the median at least as often as it says, which a bootstrapped median of ten samples does not.
+`bootstrap` takes any statistic but needs tens of samples to be right; it is used for quality figures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its 95 % interval (unless another level was asked for) and the number of samples behind it."""
+    """An estimate with its 95 % interval (or another level, if asked for) and the number of samples behind it."""
 
     median: float
     low: float
@@ -38,8 +38,8 @@ def bootstrap(
 ) -> Interval:
     """Percentile bootstrap of `statistic` over the first axis of `samples`; `statistic` must take `axis=1`.
 
-    With a 2-D `samples` (n, k) whole rows are resampled, so that paired columns stay paired, and `statistic` gets
-    (resamples, n, k). Not for medians of fewer than about thirty samples: there it covers too seldom, use `median_interval`.
+    With a 2-D `samples` (n, k), whole rows are resampled, so that paired columns stay paired, and `statistic` gets
+    (resamples, n, k). Not for medians of fewer than about thirty samples, where it covers too seldom: use `median_interval`.
     Raises ValueError for no samples, a non-finite sample, or a level outside (0, 1).
     """
     values = _finite(samples, level)
@@ -53,10 +53,10 @@ def bootstrap(
 def median_interval(samples: Sequence[float] | np.ndarray, *, level: float = 0.95) -> Interval:
     """Median with the sign-test interval: the tightest pair of order statistics that covers with probability >= `level`.
 
-    No assumption but independent samples, so it holds for heavy tails. With n samples sorted as x1..xn the interval is
+    It assumes nothing but independent samples, so it holds for heavy tails. With n samples sorted as x1..xn the interval is
     [x(k), x(n+1-k)] with the largest k for which 2 P(Binomial(n, 1/2) < k) <= 1 - level; at 95 % this needs n >= 6 (n = 10:
-    x2..x9, covers 97.9 %). Fewer samples carry no distribution-free interval: then Student's t around the mean stands in
-    (our choice), which is wide (12.7 standard errors for two samples) and leans on symmetric noise. One sample is unbounded:
+    x2..x9, covers 97.9 %). Fewer samples allow no distribution-free interval; Student's t around the mean then takes its place
+    (our choice), which is wide (12.7 standard errors for two samples) and relies on symmetric noise. A single sample is unbounded:
     low and high are minus and plus infinity.
 
     Raises ValueError for no samples, a non-finite sample, or a level outside (0, 1).
@@ -80,11 +80,15 @@ def median_interval(samples: Sequence[float] | np.ndarray, *, level: float = 0.9
 def paired_ratio(baseline: Sequence[float], candidate: Sequence[float], *, level: float = 0.95) -> Interval:
     """Median of baseline[i] / candidate[i] with its interval: above 1 the candidate is faster (for times).
 
-    Taken over log ratios by `median_interval`, so that swapping the two gives exactly the reciprocal. If nothing differs
-    between the two, each log ratio is as likely positive as negative, and the interval misses 1 at most `1 - level` of the
-    time whatever the noise looks like. One pair alone has the interval (0, infinity).
+    Computed over log ratios by `median_interval`, so that swapping the two gives exactly the reciprocal. If the two do not differ,
+    each log ratio is as likely positive as negative, and the interval misses 1 at most `1 - level` of the time, whatever the noise
+    looks like. A single pair has the interval (0, infinity).
 
     Raises ValueError when the two differ in length, are empty, or hold a value that is not positive and finite.
+
+    >>> found = paired_ratio([2.0, 2.2, 1.9, 2.1, 2.0, 2.3], [1.0, 1.1, 1.0, 1.0, 0.9, 1.1])
+    >>> round(found.median, 2), found.contains(1.0)
+    (2.04, False)
     """
     a, b = np.asarray(baseline, dtype=np.float64), np.asarray(candidate, dtype=np.float64)
     if a.shape != b.shape:
@@ -93,7 +97,7 @@ def paired_ratio(baseline: Sequence[float], candidate: Sequence[float], *, level
 
 
 def positive_median(samples: Sequence[float] | np.ndarray, *, level: float = 0.95) -> Interval:
-    """`median_interval` of positive values (times, bytes), taken over their logarithms, so that `low` stays positive.
+    """`median_interval` of positive values (times, bytes), computed over their logarithms, so that `low` stays positive.
 
     Raises ValueError for no samples or a value that is not positive and finite.
     """

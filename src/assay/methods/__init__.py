@@ -1,4 +1,5 @@
-"""What the papers do: pure library code, one module per paper, by family.
+"""What the papers do, as plain library code: one module per paper, by family.
 
-A method module may define `transform`, an object of the protocol in `assay.methods.transform`; the tuner finds it by that name.
+A method's module may define `transform`, an object that follows the protocol in `assay.methods.transform`; the tuner finds it by
+that name.
 """

@@ -3,6 +3,13 @@
 A transform is any object with the attributes of `Transform`. It lives in its method's module under the name `transform`, so
 that the tuner finds it by convention and imports it only when it tunes. A recipe holds at most one step per slot, applied in
 the order of `SLOTS`; that order is what makes combinations well defined.
+
+A transform may have two more methods:
+
+- `check(config)` raises TypeError or ValueError for a configuration that no model could take. Recipes call it for every step
+  before the first one changes the model.
+- `describe(config)` returns the step in words for reports ("INT8 linear layers with rotation"). Without it, reports show the
+  transform's name and its settings.
 """
 
 from __future__ import annotations
@@ -27,10 +34,10 @@ OpKind = Literal["linear", "attention", "other"]
 
 @dataclass(frozen=True)
 class Effect:
-    """What a transform does to one kind of work, as factors of what was there: the input of the roofline prediction.
+    """What a transform does to one kind of work, as factors; the roofline prediction starts from these.
 
-    `macs` and `bytes` multiply operations and bytes moved; `dtype` names the arithmetic it then runs in
-    ("float32" | "bfloat16" | "int8", a key of the machine's calibration) or None for unchanged.
+    `macs` and `bytes` multiply the operations and the bytes moved. `dtype` names the arithmetic the work then runs in
+    ("float32" | "bfloat16" | "int8", a key of the machine's calibration), or is None if that does not change.
     """
 
     kind: OpKind
@@ -41,11 +48,11 @@ class Effect:
 
 @dataclass(frozen=True)
 class Fit:
-    """Whether a transform can be applied to this model, why not, and what it should change if so.
+    """Whether a transform can be applied to this model; if not, why; if so, what it is expected to change.
 
-    `share` is how much of what the method is meant for it reaches in this model: of the weights, for a method of linear layers; of
-    the attention calls, for one of attention. A transform that reaches less than `LEAST_SHARE` does not apply, and says so;
-    one that reaches less than all says in `reached` what it leaves alone ("the experts of 24 layers stay as they are").
+    `share` is how much of its targets the method reaches in this model: a share of the weights for methods on linear layers, of
+    the attention calls for methods on attention. A transform that reaches less than `LEAST_SHARE` does not apply, and says why;
+    one that reaches less than everything says in `reached` what it leaves alone ("the experts of 24 layers stay as they are").
     """
 
     applies: bool
@@ -79,9 +86,9 @@ def only(config: Mapping[str, Any], allowed: Sequence[str]) -> Mapping[str, Any]
 class Transform(Protocol):
     """Protocol; see the module docstring.
 
-    `exact` says that the transform is not suspected of costing quality: the search expects no loss from it, blames the loss of a
-    recipe on its other steps, and does not judge it alone. The quality of a recipe is measured all the same. It says
-    nothing about the free baseline, which is a list of its own in the tuner.
+    `exact` says that the transform is not suspected of costing quality: the search expects no loss from it, blames a recipe's
+    loss on the other steps, and does not assess it alone. The quality of every recipe is measured all the same. `exact` says
+    nothing about the free baseline; the tuner has a separate list for that.
     """
 
     name: str
@@ -90,11 +97,15 @@ class Transform(Protocol):
     exact: bool
 
     def applies_to(self, model: nn.Module, context: TuneContext) -> Fit:
-        """Cheap: looks, changes nothing, runs no forward pass."""
+        """Whether it fits. Cheap: inspects the model, changes nothing, runs no forward pass."""
         ...
 
     def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
-        """The configurations worth trying, JSON-able, most promising first (one to about five)."""
+        """The configurations worth trying, JSON-able, most promising first (one to about five).
+
+        Their values also say what kind each setting has: a recipe that gives a setting a value of another kind than all values
+        offered under its name (text for a number, say) is refused before anything changes.
+        """
         ...
 
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:

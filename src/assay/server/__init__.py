@@ -1,1 +1,1 @@
-"""Running the result: an OpenAI-compatible server over a tuned (or any) model."""
+"""Serving the result: an OpenAI-compatible server for a tuned model, or any other."""

@@ -1,8 +1,8 @@
-"""The web side: /health, /v1/models, /v1/completions and /v1/chat/completions, streamed or whole, with OpenAI's errors.
+"""The HTTP side: /health, /v1/models, /v1/completions and /v1/chat/completions, streamed or whole, with OpenAI's error format.
 
-Departures from OpenAI's API, on purpose: greedy unless a temperature is asked for, 256 new tokens unless a number is, and
-`ignore_eos` and `min_tokens` as other servers have them for measuring. Everything here runs on the event loop and waits for
-nothing but clients, so that /health answers whatever the engine does. Prompts and answers are never logged.
+Deliberate departures from OpenAI's API: decoding is greedy unless a temperature is given, the default is 256 new tokens, and
+`ignore_eos` and `min_tokens` exist, as on other servers, for measuring. Everything here runs on the event loop and waits only
+for clients, so /health answers whatever the engine is doing. Prompts and answers are never logged.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _json(document: Any, status: int = 200, headers: dict[str, str] | None = Non
 
 
 class _Answer(Response):
-    """Reads a request, and answers it for as long as its client is there."""
+    """Reads a request, and answers it as long as its client stays connected."""
 
     def __init__(self, engine: Engine, *, chat: bool) -> None:
         super().__init__()
@@ -155,12 +155,12 @@ class _Answer(Response):
             if job.ask.include_usage:
                 yield event(head | {"choices": [], "usage": usage(job.prompt_tokens(), made)})
             yield b"data: [DONE]\n\n"
-        except Exception as error:  # the status is sent: what is left to say it in is an event
+        except Exception as error:  # the status has been sent already: only an event can still report the error
             yield event(_told(error).body())
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """The body of a request of type application/json. Raises ApiError 400, 408, 413 for another type, too late, too long."""
+    """The body of a request of type application/json. Raises ApiError 400, 408 or 413 if it has another type, is too late, or too long."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(400, "send the request as JSON, with Content-Type: application/json")
@@ -208,7 +208,7 @@ async def _send_events(send: Send, events: AsyncIterator[bytes]) -> None:
 
 
 def _told(error: Exception) -> ApiError:
-    """What a client is told of an error. Where an unforeseen one arose is logged, its text is not: that may hold the prompt."""
+    """What a client is told about an error. For an unforeseen one, its place is logged but not its text, which may hold the prompt."""
     if isinstance(error, ApiError):
         return error
     place = "".join(traceback.format_tb(error.__traceback__))

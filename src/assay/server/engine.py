@@ -1,12 +1,13 @@
-"""The engine: a model, its tokenizer and one thread that generates, first come, first served.
+"""The engine: a model, its tokenizer, and one thread that generates, first come, first served.
 
-Whoever asks gets pieces of text as they are made and may leave at any time: `Job.left` is heard between two layers of a prompt's
-forward pass and after every token, whatever loop generates (transformers' own or `methods.builtin.decode_loop`), since it is the
-streamer and the layers that look at it. Stop strings are looked for in the generated text only, here and not in transformers.
+A client gets text piece by piece as it is made, and may leave at any time. `Job.left` is checked between two layers of the
+prompt's forward pass and after every token, whichever loop generates (transformers' own or `methods.builtin.decode_loop`),
+because the streamer and the layers do the checking. Stop strings are searched for in the generated text only, and here rather
+than in transformers.
 
-What is sampled is what was asked for: the model's `generation_config` gives the end tokens and nothing else. A request draws
-from a generator of its own, seeded with its `seed` or else with a fresh one: the same request with the same seed gives the same
-answer, whatever ran before it, on the same machine and versions.
+Sampling does exactly what was asked for: of the model's `generation_config` only the end tokens are used. Every request draws
+from its own generator, seeded with the request's `seed` or a fresh one. The same request with the same seed therefore gets the
+same answer, whatever ran before it, on the same machine with the same versions.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ import torch
 from torch import nn
 
 from assay.server.protocol import ApiError, Ask, read
+from assay.workloads.context import context_length
 
 MOST_ASKING = 64  # requests that are read, wait or run at a time; further ones are sent away
 DEFAULT_NEW_TOKENS = 256
 UNKNOWN_CONTEXT = 2048  # for models that name no context, our choice
-CONTEXTS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "context_length", "n_ctx")
 UNFINISHED = "\ufffd"  # what a decoder puts for bytes that are no character (yet)
 
 
@@ -57,19 +58,19 @@ class Piece:
 
 
 class Cancelled(Exception):
-    """Nobody waits for this answer any more."""
+    """Nobody is waiting for this answer any more."""
 
 
 class _Met(Exception):
-    """A stop string stands in the answer."""
+    """The answer contains a stop string."""
 
 
 class Engine:
-    """A model and its tokenizer under a name. One request runs at a time; those behind it wait in the order they came."""
+    """A model and its tokenizer under a name. One request runs at a time; the others wait in order of arrival."""
 
     def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.context = context_of(model.config, tokenizer)
+        self.context = context_of(model, tokenizer)
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self.ends = _ends(model, tokenizer)
         self.asking = 0
@@ -80,12 +81,12 @@ class Engine:
         self._worker = ThreadPoolExecutor(1, "assay-generator")
 
     def stop(self) -> None:
-        """Let nothing start and end what runs; its clients are told. May be called from a signal handler."""
+        """Start nothing more and end what is running; its clients are told. May be called from a signal handler."""
         self.stopping = True
 
     @contextlib.contextmanager
     def place(self) -> Iterator[None]:
-        """A place among those who ask. Raises ApiError 503, saying when to come again, when all are taken."""
+        """A place in the queue. Raises ApiError 503, saying when to retry, when all are taken."""
         if self.stopping:
             raise _going_down()
         if self.asking >= MOST_ASKING:
@@ -98,7 +99,7 @@ class Engine:
             self.asking -= 1
 
     async def read(self, body: bytes, *, chat: bool) -> Job:
-        """Check and tokenise a request, in a thread, so that a long one keeps nobody waiting who does not ask as well."""
+        """Check and tokenise a request, in a thread, so that a long one delays only other requests that are being read."""
         return await asyncio.get_running_loop().run_in_executor(self._reader, self.prepare, body, chat)
 
     def prepare(self, body: bytes, chat: bool) -> Job:
@@ -159,7 +160,7 @@ class Engine:
 
         def over(done: asyncio.Future[None]) -> None:
             if not done.cancelled():
-                done.exception()  # looked at, or it would be logged when nobody waits for it any more
+                done.exception()  # retrieved, since asyncio would log it if nobody did
             made.put_nowait(None)
 
         work = loop.run_in_executor(self._worker, self._run, job, emit)
@@ -194,7 +195,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _interruptible(self, job: Job) -> Iterator[None]:
-        """Ask before every layer whether the client is still there: a long prompt is one long call."""
+        """Check before every layer whether the client is still there, because a long prompt is one long call."""
         handles = [layer.register_forward_pre_hook(lambda *_: self._check(job)) for layer in _layers(self.model)]
         try:
             yield
@@ -225,7 +226,7 @@ class Engine:
 
 
 class _Listener:
-    """The streamer of a `generate`: counts tokens, makes text of them, looks for stops, and ends what nobody waits for."""
+    """The streamer passed to `generate`: counts tokens, turns them into text, looks for stop strings, and ends abandoned answers."""
 
     def __init__(self, engine: Engine, job: Job, ids: list[int], emit: Callable[[str], Any]) -> None:
         self.engine, self.job, self.emit = engine, job, emit
@@ -252,13 +253,13 @@ class _Listener:
         """Called by generate when it is done."""
 
     def finish(self) -> None:
-        """Say what was held back."""
+        """Send what was held back."""
         self._say(self.text.rest())
         if rest := self.stops.rest():
             self.emit(rest)
 
     def ended(self) -> bool:
-        """Whether the answer is over: by a stop string or an end token, on the last token allowed too."""
+        """Whether the answer is over by a stop string or an end token, even on the last token allowed."""
         return self.stops.met or bool(self.tokens and self.tokens[-1] in self.ends)
 
     def _say(self, text: str) -> None:
@@ -278,7 +279,7 @@ class Stops:
         self.stops, self.held, self.met = stops, "", False
 
     def add(self, text: str) -> str:
-        """What is sure to be part of the answer; after `met`, nothing is."""
+        """What is certain to be part of the answer; after `met`, nothing."""
         if self.met:
             return ""
         self.held += text
@@ -297,7 +298,7 @@ class Stops:
 
 
 class Text:
-    """Text of tokens that come one by one, after a prompt: what is given stays, and together it is the text of all of them.
+    """Text of tokens that arrive one by one after a prompt. Pieces already returned never change; joined, they are the whole text.
 
     Some tokens before the new ones are decoded with them, since decoders treat the beginning of a text in their own ways (a
     leading space), and bytes that do not make a character yet wait for the next token. Tokens without text, special ones, are
@@ -313,7 +314,7 @@ class Text:
         self.shown = len(self._decode())  # characters of the window's text that were given
 
     def add(self, token: int) -> str:
-        """The text that this token makes sure of."""
+        """The text that this token makes certain."""
         if token in self.silent:
             return ""
         self.window.append(token)
@@ -337,12 +338,11 @@ class Text:
         return str(self.tokenizer.decode(self.window, **options))
 
 
-def context_of(config: Any, tokenizer: Any) -> int:
-    """Tokens that prompt and answer may have together: what the configuration says, or the tokenizer, or 2,048."""
-    text = config.get_text_config(decoder=True)
-    named = [size for name in CONTEXTS if type(size := getattr(text, name, None)) is int and size > 0]
+def context_of(model: Any, tokenizer: Any) -> int:
+    """The most tokens a prompt and its answer may have together: the model's limit, else the tokenizer's, else 2,048."""
+    limit = context_length(model)
     usual = getattr(tokenizer, "model_max_length", 0)
-    return min(named) if named else int(usual) if 0 < usual < 10**7 else UNKNOWN_CONTEXT
+    return limit if limit is not None else int(usual) if 0 < usual < 10**7 else UNKNOWN_CONTEXT
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:
@@ -355,7 +355,7 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The members of the outermost lists of modules, but for those within what torch.compile has made one piece."""
+    """The members of the outermost lists of modules, except those inside what torch.compile has compiled as one piece."""
     for child in module.children() if module._compiled_call_impl is None else ():
         if not isinstance(child, nn.ModuleList):
             yield from _layers(child)

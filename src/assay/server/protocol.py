@@ -1,6 +1,6 @@
-"""What goes over the wire: a request's JSON checked into an `Ask`, and the shapes of answers, chunks and errors.
+"""The wire format: a request's JSON checked into an `Ask`, and the shapes of answers, chunks and errors.
 
-A field that would change the answer and is not done here is refused, never ignored; null means that a field is not given.
+A field that would change the answer but is not supported is refused, never ignored; null means that the field was not given.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ ROLES = ("system", "developer", "user", "assistant")
 
 
 class ApiError(Exception):
-    """An error as OpenAI's API tells it: a status, a message, the field it is about, and a code for programs."""
+    """An error in the form of OpenAI's API: a status, a message, the field it is about, and a code for programs."""
 
     def __init__(
         self,
@@ -78,9 +78,9 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Ask:
-    """A checked request: what to go on from, how tokens are chosen, when to stop, and how to answer.
+    """A checked request: what to continue, how tokens are chosen, when to stop, and how to answer.
 
-    `prompts` holds text or token ids, one answer each; `messages` stands in a chat instead. `new_tokens` is None where the
+    `prompts` holds text or token ids, one answer each; in a chat there are `messages` instead. `new_tokens` is None if the
     request leaves it open. Greedy when `temperature` is 0.
     """
 
@@ -255,7 +255,7 @@ def _message(where: str, value: Any) -> dict[str, Any]:
 
 
 def _content(where: str, value: Any) -> str:
-    """Text, or a list of text parts, which stand on lines of their own."""
+    """Text, or a list of text parts, each on its own line."""
     if not isinstance(value, list):
         return checked(where, _text, value)
     if not value:
@@ -286,7 +286,7 @@ def _include_usage(value: Any, stream: bool) -> bool:
 
 
 def dumps(document: Any) -> bytes:
-    """JSON in plain ASCII, so that whatever a client sent can be said back to it."""
+    """JSON in plain ASCII, so that anything a client sent can be returned to it."""
     return json.dumps(document, allow_nan=False).encode()
 
 
@@ -296,7 +296,7 @@ def event(document: Any) -> bytes:
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Tokens read and made, the end token among them."""
+    """Tokens read and generated, including the end token."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -307,7 +307,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 def choice(
     chat: bool, index: int, text: str, finish: str | None, *, delta: Literal["first", "next", "last", ""] = ""
 ) -> dict[str, Any]:
-    """One answer, or with `delta` a piece of it: the role comes with the first, the reason of the end with the last."""
+    """One answer, or with `delta` a piece of it: the first carries the role, the last the reason why the answer ended."""
     made: dict[str, Any] = {"index": index, "finish_reason": finish, "logprobs": None}
     if not chat:
         return made | {"text": text}

@@ -1,11 +1,11 @@
-"""The artefact: a folder transformers can read as it is, with the recipe that makes its model cheaper.
+"""The artefact: a folder that transformers can read as it is, with the recipe that makes its model cheaper.
 
     model.safetensors, config.json, tokenizer ...   the weights the recipe starts from
     recipe.toml                                      what was done, replayable
     calibration.safetensors                          the token ids the recipe's transforms calibrate on
     report.html, evidence.jsonl                      the proof
 
-`load` replays the recipe, which is deterministic, so the folder needs no format of its own for packed weights.
+`load` replays the recipe. A replay is deterministic, so packed weights need no file format of their own.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ MOST_CALIBRATION = 1 << 24  # token ids read from an artefact; assay itself writ
 
 
 def load(folder: Path | str) -> nn.Module:
-    """The tuned model of an artefact: a transformers model that generates. A plain model folder loads as it is.
+    """The tuned model of an artefact: a transformers model that generates. A plain model folder is loaded as it is.
 
-    Raises InputError when the folder holds no readable model, its recipe does not fit, or the token ids it calibrates on are
-    damaged.
+    Raises InputError when the folder holds no readable model, when its recipe does not fit, or when the token ids it calibrates on
+    are damaged.
     """
     return load_tuned(folder).model
 
 
 def load_tuned(source: Path | str, *, allow_download: bool = False) -> LoadedModel:
-    """`load` with the tokenizer beside the model; `source` may be any model, as `load_model` takes it."""
+    """`load`, with the tokenizer; `source` may be any model that `load_model` accepts."""
     from assay.workloads.models import load_model
 
     loaded = load_model(source, dtype="auto", allow_download=allow_download)
@@ -70,7 +70,7 @@ def context_of(recipe: Recipe, calibration: list[torch.Tensor]) -> TuneContext:
 
 
 def read_calibration(path: Path) -> list[torch.Tensor]:
-    """The token ids an artefact's transforms calibrate on, (1, n) int64 each; none where there is no such file.
+    """The token ids an artefact's transforms calibrate on, (1, n) int64 each; an empty list if there is no such file.
 
     Raises InputError for a file that is damaged or holds anything but one table of token ids.
     """
@@ -109,10 +109,10 @@ def write(
     calibration: list[torch.Tensor],
     extra: dict[str, str],
 ) -> None:
-    """Write an artefact, whole or not at all. `model` is the one the recipe starts from; `extra` maps file names to text.
+    """Write an artefact, completely or not at all. `model` is the one the recipe starts from; `extra` maps file names to text.
 
-    The model's `generation_config` is stored as it is, also where transformers finds something in it to object to. Raises
-    OSError when the disk is full or `folder` cannot be written.
+    The model's `generation_config` is stored unchanged, even if transformers objects to something in it. Raises OSError when
+    the disk is full or `folder` cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -134,7 +134,7 @@ def write(
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """What goes wrong on the disk as an OSError that names `folder`: safetensors has an error of its own for it."""
+    """Turn disk errors, including safetensors' own kind, into an OSError that names `folder`."""
     from safetensors import SafetensorError
 
     try:
@@ -171,10 +171,10 @@ def save(outcome: Outcome, after: dict[str, Any], limits: Any) -> None:
 
 
 def apply_to(source: str, recipe_path: Path, folder: Path, *, allow_download: bool = False) -> Recipe:
-    """Replay a recipe on another model and save the result as an artefact; the model is applied once, as the check.
+    """Replay a recipe on another model and save the result as an artefact; the recipe is applied once as a check.
 
-    Calibration text is made anew, with this model's tokenizer: ids stored beside the recipe are words of another's vocabulary.
-    Raises InputError when the recipe does not fit the model, or the folder holds something else; OSError as `write`.
+    Calibration text is tokenised again with this model's tokenizer: the ids stored with the recipe belong to another vocabulary.
+    Raises InputError when the recipe does not fit the model or the folder holds something else; OSError as `write`.
     """
     from assay.workloads.models import load_model
 
@@ -183,14 +183,14 @@ def apply_to(source: str, recipe_path: Path, folder: Path, *, allow_download: bo
     loaded = load_model(source, dtype="auto", allow_download=allow_download)
     calibration = calibration_for(loaded)
     _check_runs(apply_recipe(loaded.model, recipe, context_of(recipe, calibration)), calibration[0][:, :16], recipe)
-    del loaded.model  # it is changed; what is stored is what the recipe starts from
+    del loaded.model  # it has been changed, and the artefact stores what the recipe starts from
     fresh = load_model(source, dtype="auto", allow_download=allow_download)
     write(folder, fresh.model, fresh.tokenizer, recipe, calibration, {})
     return recipe
 
 
 def _check_runs(model: nn.Module, ids: torch.Tensor, recipe: Recipe) -> None:
-    """Raise InputError unless a model that a recipe was applied to takes a few tokens; where it has no use for a part, it shows here."""
+    """Raise InputError unless the model still accepts a few tokens after the recipe: a part it cannot use shows here."""
     try:
         with torch.inference_mode():
             model(input_ids=ids, use_cache=False)
@@ -201,7 +201,7 @@ def _check_runs(model: nn.Module, ids: torch.Tensor, recipe: Recipe) -> None:
 
 
 def check_output(folder: Path) -> None:
-    """Raises InputError unless `folder` is free to be written: absent, empty, or an artefact to be replaced."""
+    """Raise InputError unless `folder` may be written: absent, empty, or an artefact to replace."""
     if folder.is_file():
         raise InputError(f"-o {folder} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / RECIPE).is_file():

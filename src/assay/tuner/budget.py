@@ -1,8 +1,8 @@
-"""The time of a tuning run: what is left of it, and how large a step may be so that all steps fit.
+"""The time of a tuning run: how much is left, and how large each step may be so that all of them fit.
 
-The first step measures what things cost on this machine, as it is now. From that follow the sizes of the steps that cannot be left
-out: on how much text quality is judged, how often a cost is sampled, how many pairs the proof has. Each has a least
-size; a run that has no time for the least says so and ends with what is there.
+The first step measures what things currently cost on this machine. From that follow the sizes of the steps that cannot be left
+out: how much text quality is measured on, how often a cost is sampled, how many pairs the proof takes. Each has a minimum; a run
+without time for the minimum says so and ends with what it has.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 
 now = time.monotonic
 
-SURVEY, SCREENING, JUDGING = 0.1, 0.15, 0.05  # shares of the whole time: looking, screening, one judgement of quality
+SURVEY, SCREENING, ASSESSING = 0.1, 0.15, 0.05  # shares of the whole time: looking, screening, one judgement of quality
 SAMPLING = 0.02  # and one candidate's samples of its cost
 LEAST_PAIRS = 6  # of the proof: fewer carry no exact interval
 LEAST_TOKENS = 1024  # of held-out text: 16 blocks, below which the interval of the quality says little
-WRITING = 10.0  # seconds to write the report, beside loading the model
+WRITING = 10.0  # seconds to write the report, apart from loading the model
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a run of the work costs here, in seconds, as the survey saw it: estimates to plan with, never results."""
+    """What a run of the work costs here, in seconds, as the survey saw it: estimates for planning, never results."""
 
     start: float  # a child process until it has imported what it needs
     load: float  # loading the model and its work
@@ -32,20 +32,20 @@ class Costs:
 
     @property
     def slow(self) -> bool:
-        """Whether the model as loaded is so much slower (float16 on a CPU) that its runs would take up the whole proof."""
+        """Whether the model as loaded is so slow (float16 on a CPU) that its runs would use up the whole proof."""
         return self.loaded_run > 5 * self.run
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the steps are that cannot be left out."""
+    """The sizes of the steps that cannot be left out."""
 
     text: float  # share of the held-out text that quality is judged on
     sampling: float  # seconds of one candidate's samples
 
 
 class Budget:
-    """The clock of one run: `minutes` from now on."""
+    """The clock of one run: `minutes`, starting now."""
 
     def __init__(self, minutes: float) -> None:
         self.minutes = minutes
@@ -55,7 +55,7 @@ class Budget:
         self.costs = Costs(0.0, 0.0, 0.0, 0.0, 0.0)  # until the survey knows
 
     def left(self) -> float:
-        """Seconds left; negative when the time is over."""
+        """Seconds left; negative once the time is up."""
         return self.end - now()
 
     def spent(self) -> float:
@@ -67,26 +67,30 @@ class Budget:
         return f"{seconds // 60}:{seconds % 60:02d} left"
 
     def sizes(self) -> Sizes:
-        """From what the survey saw: full sizes where there is time, smaller ones where there is not."""
+        """Sizes planned from the survey's costs: full ones if there is time, smaller ones if not."""
         whole = self.costs.quality
-        return Sizes(min(JUDGING * self.total / whole, 1.0) if whole > 0 else 1.0, SAMPLING * self.total)
+        return Sizes(min(ASSESSING * self.total / whole, 1.0) if whole > 0 else 1.0, SAMPLING * self.total)
 
     def tail(self) -> float:
-        """Time to keep for writing what was found, with its profile."""
+        """Seconds reserved for profiling and writing the result."""
         return min(WRITING + self.costs.start + 2 * self.costs.load, 0.25 * self.total)
 
-    def judging(self) -> float:
-        """Expected seconds of one candidate's judgement: its process, a warm-up, samples, and its quality."""
+    def assessing(self) -> float:
+        """Expected seconds to assess one candidate: its process, a warm-up, the samples, and its quality."""
         sizes = self.sizes()
         samples = min(max(sizes.sampling, 2 * self.costs.run), 5 * self.costs.run)
         return self.costs.start + self.costs.load + self.costs.run + samples + sizes.text * self.costs.quality
 
     def proof(self, pairs: int, one_round: float) -> float:
-        """Expected seconds of a proof of `pairs` rounds and a warm-up, of `one_round` seconds each, with the loading of its models."""
+        """Expected seconds of a proof with a warm-up and `pairs` rounds of `one_round` seconds each, including loading its models."""
         return self.costs.start + 3 * self.costs.load + (1 + pairs) * one_round
 
 
 def rows_of(share: float, rows: int, width: int) -> int:
-    """How many of `rows` windows of `width` tokens: that share of them, but at least `LEAST_TOKENS` tokens and one window."""
+    """How many of `rows` windows of `width` tokens to use: the given share, but at least `LEAST_TOKENS` tokens and one window.
+
+    >>> rows_of(0.5, 40, 1024)
+    20
+    """
     least = math.ceil(LEAST_TOKENS / width)
     return max(min(rows, max(round(share * rows), least)), 1)

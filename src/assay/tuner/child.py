@@ -1,7 +1,7 @@
 """What runs in the child processes of a tuning run. Each function takes and returns JSON, see `assay.measure.isolate`.
 
-`survey` looks at the model, `screen` times candidates on few layers, `judge` measures one candidate's cost and quality, `prove` runs the
-finalists interleaved, `once` is a process whose peak memory is read, and `waterline` profiles what was found.
+`survey` looks at the model, `screen` times candidates on few layers, `assess` measures one candidate's cost and quality, `prove`
+runs the finalists interleaved, `once` is a process whose peak memory is read, and `waterline` profiles the result.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LEAST_PROFILED = 64  # tokens of the prompt that a profile is cut down to at mos
 
 
 def calibration(settings: dict[str, Any], quick: bool) -> dict[str, Any]:
-    """What the machine can do, and which it is."""
+    """What this machine can do, and which machine it is."""
     from assay.measure.machine import calibrate, machine
 
     return {"limits": calibrate(quick=quick).as_dict(), "machine": machine().describe()}
@@ -51,10 +51,10 @@ def calibration(settings: dict[str, Any], quick: bool) -> dict[str, Any]:
 def survey(settings: dict[str, Any], dtype: str | None, seconds: float) -> dict[str, Any]:
     """Where the time goes, what things cost, and which transforms fit.
 
-    `kinds` and `waterline` are those of the model as it is stored; `base` holds the same in `dtype`, which candidates are built on
-    (None: as stored). Both are taken on few layers and counted up to all of them, on a prompt cut so that the profiles take
-    about `seconds`. `costs` are estimates to plan with (`assay.tuner.budget.Costs`). `options` lists step, slot,
-    exactness, effects and the share each reaches; `unfit` the reasons of those that do not fit.
+    `kinds` and `waterline` describe the model as it is stored; `base` holds the same in `dtype`, which candidates build on
+    (None: as stored). Both are profiled on few layers, extrapolated to all of them, on a prompt shortened so that the profiles
+    take about `seconds`. `costs` are estimates for planning (`assay.tuner.budget.Costs`). `options` lists each option's step, slot,
+    exactness, effects and the share it reaches; `unfit` gives the reason for each transform that does not fit.
     """
 
     own, known = Settings(**settings), transforms()
@@ -99,7 +99,7 @@ def survey(settings: dict[str, Any], dtype: str | None, seconds: float) -> dict[
 
 
 def _options(model: nn.Module, work: Work, known: dict[str, Transform]) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The configurations worth trying of every transform that fits, and why the others do not."""
+    """The configurations worth trying of every transform that fits, and the reasons why the others do not."""
     options, unfit = [], {}
     goal, context = work.settings.goal, work.context()
     for name, transform in known.items():
@@ -118,7 +118,7 @@ def _options(model: nn.Module, work: Work, known: dict[str, Transform]) -> tuple
 
 
 def _few(model: nn.Module, work: Work) -> Shallow:
-    """The model with few layers, or whole where it cannot be cut or does not run when it is."""
+    """The model with few layers, or the whole model if it cannot be cut or does not run when cut."""
     few = shallow(model)
     with contextlib.suppress(Exception), torch.inference_mode():
         few.model(input_ids=work.prompt[:, :8], use_cache=True)
@@ -127,7 +127,7 @@ def _few(model: nn.Module, work: Work) -> Shallow:
 
 
 def run_once_shallow(model: nn.Module, work: Work, few: Shallow) -> float:
-    """Wall seconds of one run of the goal's work on few layers, counted up to all of them."""
+    """Wall seconds of one run of the goal's work, measured on few layers and extrapolated to all."""
     begin = time.perf_counter()
     run_once(model, work)
     return (time.perf_counter() - begin) * few.factor
@@ -139,7 +139,7 @@ def _cast_copy(model: nn.Module, dtype: str) -> nn.Module:
 
 @torch.inference_mode()
 def _seconds_a_token(few: Shallow, ids: torch.Tensor) -> float:
-    """Of a forward pass over a short text, on few layers."""
+    """Seconds per token of a forward pass over a short text, on few layers."""
     few.model(input_ids=ids[:, :8])
     begin = time.perf_counter()
     few.model(input_ids=ids)
@@ -147,13 +147,13 @@ def _seconds_a_token(few: Shallow, ids: torch.Tensor) -> float:
 
 
 def _quality_seconds(few: Shallow, work: Work) -> float:
-    """Expected seconds of judging the whole model on all of the held-out text."""
+    """Expected seconds to measure the whole model's quality on all of the held-out text."""
     tokens = work.windows.numel() + (work.forced.numel() if work.settings.goal != "ttft" else 0)
     return _seconds_a_token(few, work.windows[:1, :512]) * tokens * few.factor
 
 
 def _affordable(few: Shallow, work: Work, seconds: float) -> tuple[torch.Tensor, int]:
-    """The prompt, and the repeats, with which two profiles take about `seconds`; the prompt is halved until they do."""
+    """A prompt and a number of repeats for which two profiles take about `seconds`; the prompt is halved until they do."""
     prompt = work.prompt if work.settings.goal != "decode" else work.prompt[:, -1:]
     if prompt.shape[1] <= LEAST_PROFILED:
         return prompt, 3
@@ -168,7 +168,7 @@ def _affordable(few: Shallow, work: Work, seconds: float) -> tuple[torch.Tensor,
 
 
 def _profile(few: Shallow, prompt: torch.Tensor, own: Settings, repeats: int) -> tuple[dict[str, Any], float]:
-    """Kinds of work and waterline of the whole model, from few layers of it; and its seconds."""
+    """Kinds of work and waterline of the whole model, extrapolated from few layers, and its seconds."""
     from assay.measure.profile import profile_model
 
     new = 1 if own.goal == "ttft" else min(own.new_tokens, 8)
@@ -194,12 +194,12 @@ def screen(
     least: int = 1,
     journal: str | None = None,
 ) -> dict[str, Any]:
-    """Time candidates against the base, one after the other, on few layers: to choose by, not to report.
+    """Time candidates against the base, one after the other, on few layers. The times rank candidates; they are not reported.
 
-    Returns for every recipe's key {"status", "ratio": its time over the base's} (or "error", "misfit"), `least` of them and as
-    many more as can be begun within `seconds`. One that takes longer than `each` seconds ends the process. Every result is
-    appended to the file `journal` as it comes (None: it is not), after a line that says what is being tried, so that a crash
-    loses no other.
+    Returns {"status", "ratio": its time over the base's} (or "error", "misfit") by recipe key, for at least `least` recipes and as
+    many more as can be started within `seconds`. A candidate that takes longer than `each` seconds ends the process. Each result is
+    appended to the file `journal` as soon as it is known (None: no file), after a line that says what is being tried, so that a
+    crash loses nothing else.
     """
     begin = time.perf_counter()
     own = Settings(**settings)
@@ -243,7 +243,7 @@ def _applied(model: nn.Module, document: dict[str, Any], work: Work) -> nn.Modul
 
 
 def _ratio(base: nn.Module, model: nn.Module, work: Work, long: float) -> float:
-    """The candidate's cost over the base's: candidate, base, base, candidate; one pair alone where a run takes `long` seconds."""
+    """The candidate's cost over the base's: candidate, base, base, candidate; a single pair if a run takes `long` seconds."""
     start = time.perf_counter()
     mine, theirs = [run_once(model, work)], [run_once(base, work)]
     if time.perf_counter() - start < long:
@@ -252,7 +252,7 @@ def _ratio(base: nn.Module, model: nn.Module, work: Work, long: float) -> float:
     return sum(mine) / max(sum(theirs), 1e-9)
 
 
-def judge(
+def assess(
     settings: dict[str, Any],
     recipe: dict[str, Any],
     known: dict[str, Any],
@@ -265,14 +265,14 @@ def judge(
     least: int = 2,
     repeats: int = 5,
 ) -> dict[str, Any]:
-    """Apply a recipe, measure the goal and judge the quality, unless something equivalent was already measured.
+    """Apply a recipe and measure its cost for the goal and its quality, unless something equivalent was already measured.
 
-    `known` maps function hashes to {"quality": ..., "structures": [...]}. Costs are sampled until `repeats`, or as often as
-    `seconds` hold, but `least` times.
-    The quality is judged on the share `text` of the held-out text; first on a part of it, and where that part is already
-    certain to lose more than `max_drop` against `reference` (the quality of the model as loaded), on no more: "hopeless_at".
-    With `base`, a recipe, "paired" holds the costs of the base, sampled in turns with those of the candidate.
-    A step that does not fit is an answer too: {"misfit": its transform, "error": why}.
+    `known` maps function hashes to {"quality": ..., "structures": [...]}. Costs are sampled until there are `repeats` or `seconds`
+    have passed, but at least `least` times.
+    The quality is measured on the share `text` of the held-out text. It is measured on a first part of it, and if the recipe is
+    already certain to lose more than `max_drop` there, against `reference` (the quality of the model as loaded), it stops at that
+    part: "hopeless_at". If `base`, a recipe, is given, "paired" holds the costs of the base, sampled alternately with the candidate's.
+    A step that does not fit is a result too: {"misfit": its transform, "error": why}.
     """
     own = Settings(**settings)
     begin = time.perf_counter()
@@ -303,7 +303,7 @@ def judge(
             model = (
                 model.float()
             )  # float16 is a matter of speed: its numbers mean the same in float32, and are judged in no time
-        found = _judged(model, work, text, reference, max_drop)
+        found = _assessed(model, work, text, reference, max_drop)
     return {
         "equivalent": False,
         **same,
@@ -321,7 +321,7 @@ def judge(
 def _sampled(
     model: nn.Module, work: Work, base: dict[str, Any] | None, seconds: float, least: int, repeats: int
 ) -> tuple[list[float], list[float], float]:
-    """Costs of the model, of the base beside it if there is one, and wall seconds of one run of the model."""
+    """Costs of the model, of the base next to it if there is one, and the wall seconds of one run of the model."""
     other = None
     if base is not None:
         other = _applied(load_for(work.settings).model, base, work)
@@ -344,10 +344,10 @@ def _sampled(
     return samples, paired, spent / len(samples)
 
 
-def _judged(
+def _assessed(
     model: nn.Module, work: Work, text: float, reference: dict[str, list[float]] | None, max_drop: float
 ) -> dict[str, Any]:
-    """The quality on the share `text` of the held-out text, broken off after a part of it where there is no hope."""
+    """The quality on the share `text` of the held-out text; stops after a first part if that is already hopeless."""
     width, forced = work.windows.shape[1], work.forced.shape[1]
     whole = (rows_of(text, len(work.windows), width), rows_of(text, len(work.forced), forced))
     first = (rows_of(FIRST * text, whole[0], width), min(rows_of(FIRST * text, whole[1], forced), whole[1] - 1))
@@ -361,12 +361,12 @@ def _judged(
 
 
 def _part(work: Work, begin: tuple[int, int], end: tuple[int, int]) -> Work:
-    """The same work with some of its held-out text only."""
+    """The same work with only part of its held-out text."""
     return dataclasses.replace(work, windows=work.windows[begin[0] : end[0]], forced=work.forced[begin[1] : end[1]])
 
 
 def once(settings: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    """Load, apply, run once: the parent reads the peak memory of this process."""
+    """Load, apply, run once; the parent reads this process's peak memory."""
     own = Settings(**settings)
     loaded = load_for(own)
     work = build_work(loaded, own)
@@ -376,7 +376,7 @@ def once(settings: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def cast(settings: dict[str, Any], dtype: str, folder: str) -> dict[str, Any]:
-    """Write the model in `dtype` to `folder`, as the artefact of a recipe that begins with that cast stores it."""
+    """Write the model in `dtype` to `folder`, exactly as the artefact of a recipe that starts with that cast stores it."""
     loaded = load_for(Settings(**settings))
     step = Step(transform="dtype", config={"dtype": dtype})
     write(Path(folder), loaded.model, loaded.tokenizer, Recipe(steps=(step,)), [], {})
@@ -386,7 +386,7 @@ def cast(settings: dict[str, Any], dtype: str, folder: str) -> dict[str, Any]:
 def prove(
     settings: dict[str, Any],
     recipes: dict[str, dict[str, Any]],
-    judge: list[str],
+    assess: list[str],
     pairs: int,
     seconds: float,
     *,
@@ -396,10 +396,10 @@ def prove(
 ) -> dict[str, Any]:
     """The paired run that counts: every recipe in one process, interleaved in balanced order.
 
-    Returns the samples of each label, round by round, and the quality of the labels in `judge` and of the recipes in `untimed`,
-    which are judged and not timed, on the share `text` of the held-out text. At least six rounds, which an exact interval needs; then
-    until `pairs` or `seconds`. `end` seconds after its beginning no third round begins; "complete" says
-    whether there were six. "paths" says which kernels ran.
+    Returns the samples of each label, round by round, and the quality of the labels in `assess` and of the recipes in `untimed`
+    (whose quality is measured but not their time) on the share `text` of the held-out text. It runs at least six rounds, which an
+    exact interval needs, and then continues until `pairs` rounds or `seconds`. No third round starts later than `end` seconds after
+    the beginning; "complete" says whether there were six. "paths" says which kernels ran.
     """
     begin = time.perf_counter()
     own = Settings(**settings)
@@ -409,7 +409,7 @@ def prove(
         work = build_work(loaded, own)
         return apply_recipe(loaded.model, Recipe.model_validate(recipe), work.context()), work
 
-    judged = {label: _judged(*build(recipe), text, None, 0.0)["quality"] for label, recipe in (untimed or {}).items()}
+    judged = {label: _assessed(*build(recipe), text, None, 0.0)["quality"] for label, recipe in (untimed or {}).items()}
     models: dict[str, nn.Module] = {}
     for label, recipe in recipes.items():
         models[label], work = build(recipe)
@@ -433,7 +433,7 @@ def prove(
     return {
         "samples": samples,
         "complete": rounds >= min(LEAST_PAIRS, pairs),
-        "quality": judged | {label: _judged(models[label], work, text, None, 0.0)["quality"] for label in judge},
+        "quality": judged | {label: _assessed(models[label], work, text, None, 0.0)["quality"] for label in assess},
         "load_before": load,
         "load_after": os.getloadavg()[0],
         "paths": kernels.paths(),
@@ -441,7 +441,7 @@ def prove(
 
 
 def waterline(settings: dict[str, Any], recipe: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """The profile of a finished recipe, for the report: on few layers and on as long a prompt as the survey's."""
+    """The profile of a finished recipe, for the report, on few layers and with the survey's prompt length."""
     own = Settings(**settings)
     loaded = load_for(own)
     work = build_work(loaded, own)
@@ -453,7 +453,7 @@ def waterline(settings: dict[str, Any], recipe: dict[str, Any], tokens: int) -> 
 
 @torch.inference_mode()
 def function_hash(model: nn.Module, work: Any) -> str:
-    """What the model computes, on fixed text: see `assay.methods.compression.functional_hashing`."""
+    """A hash of what the model computes on fixed text: see `assay.methods.compression.functional_hashing`."""
     from assay.methods.compression.functional_hashing import functional_hash
 
     probe = work.windows[:1, : min(work.windows.shape[1], PROBE, max(64, work.settings.prompt_tokens))]
@@ -468,7 +468,7 @@ def function_hash(model: nn.Module, work: Any) -> str:
 
 
 def structure_hash(model: nn.Module) -> str:
-    """What the model is made of: modules, tensors, attention and settings. Equal function and structure: the same candidate."""
+    """A hash of what the model is made of: modules, tensors, attention and settings. Equal function and structure mean equal candidates."""
     parts = []
     for name, module in model.named_modules():
         replaced = sorted({"forward", "generate"} & set(vars(module)))

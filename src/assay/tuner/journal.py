@@ -1,8 +1,7 @@
-"""The journal of a tuning run: what was measured, line by line, so that `--resume` goes on where a run stopped.
+"""The journal of a tuning run: one line per finished measurement, so that `--resume` continues where a run stopped.
 
-Its first line says what the measurements belong to: the settings, the contents of the model's and the workload's files, the
-machine, and the version of assay. Every other line is one finished measurement. Those that failed are there for people to
-read; they are measured again.
+The first line says what the measurements belong to: the settings, the contents of the model's and the workload's files, the
+machine, and the version of assay. Failed measurements are recorded for people to read, and measured again on resume.
 """
 
 from __future__ import annotations
@@ -25,11 +24,11 @@ Say = Callable[[str], None]
 
 
 class Journal:
-    """One JSON line a finished measurement, synced to disk before the next begins.
+    """One JSON line per finished measurement, synced to disk before the next one starts.
 
-    With `resume` the lines of an earlier run are taken over if they belong to the same thing; when the model, the workload,
-    the machine or assay has changed since, the journal begins anew and `say` is told why. Raises InputError when it was begun
-    with other settings, which only the user can put right.
+    With `resume`, lines of an earlier run are reused if they belong to the same thing. If the model, the workload, the machine or
+    assay has changed since, the journal starts anew, and `say` is told why. Raises InputError when the journal was started with
+    other settings, which only the user can put right.
     """
 
     def __init__(self, path: Path, head: dict[str, Any], resume: bool, max_drop: float, say: Say) -> None:
@@ -47,18 +46,18 @@ class Journal:
         self.taken = len(self.old)
 
     def get(self, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The journalled value of `key`, or `make()`, journalled."""
+        """The recorded value of `key`; if there is none, `make()`, which is then recorded."""
         if key not in self.old:
             self.add(key, make())
         return self.old[key]
 
     def add(self, key: str, value: dict[str, Any]) -> None:
-        """Keep a measurement."""
+        """Record a measurement."""
         append(self.path, key, value)
         self.old[key] = value
 
     def read_again(self) -> None:
-        """Take in what a child wrote into the file (`append`)."""
+        """Take over what a child appended to the file (`append`)."""
         self.old |= self.seen()
 
     def seen(self) -> dict[str, dict[str, Any]]:
@@ -66,7 +65,7 @@ class Journal:
         return {line["key"]: line["value"] for line in _read(self.path)[1:] if "key" in line}
 
     def count(self) -> int:
-        """How many finished measurements would be taken over by `--resume`."""
+        """How many finished measurements `--resume` would reuse."""
         return sum(_holds(value, -1.0) for value in self.old.values())
 
 
@@ -79,7 +78,7 @@ def append(path: Path | str, key: str, value: dict[str, Any]) -> None:
 
 
 def identity(settings: Settings) -> dict[str, Any]:
-    """What a run's measurements belong to: the head of its journal. Raises as `find_model` and `read_workload` do."""
+    """What a run's measurements belong to: the journal's first line. Raises as `find_model` and `read_workload` do."""
     from assay.evidence.place import here
     from assay.workloads.models import find_model
 
@@ -97,7 +96,7 @@ def identity(settings: Settings) -> dict[str, Any]:
 
 
 def model_hash(source: Path) -> str:
-    """SHA-256 over the names and contents of the files that make a model, a folder or one file."""
+    """SHA-256 over the names and contents of the files that make up a model, be it a folder or one file."""
     files = sorted(f for f in source.iterdir() if f.suffix in CONTENT and f.is_file()) if source.is_dir() else [source]
     digest = hashlib.sha256()
     for file in files:
@@ -108,9 +107,9 @@ def model_hash(source: Path) -> str:
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's content.
 
-    Reading costs about a second a GB the first time; then the hash is kept in the cache under the file's inode, size, and times
-    of change. The inode's own time of change (ctime) is among them: no tool that rewrites a file and sets its date back can
-    set that one back.
+    The first reading costs about a second per GB; after that the hash is cached under the file's inode, size and change times.
+    The inode's own change time (ctime) is among them, because a tool that rewrites a file and restores its date cannot restore
+    that one.
     """
     found = path.stat()
     if found.st_size < 1 << 20:
@@ -127,7 +126,7 @@ def file_hash(path: Path) -> str:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; one cut short by a crash is left out."""
+    """The complete lines of a journal; a line cut short by a crash is skipped."""
     if not path.exists():
         return []
     found = []
@@ -142,7 +141,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _changed(path: Path, old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Why the lines of a journal are worth nothing now, or ""."""
+    """Why the lines of a journal are no longer valid, or ""."""
     if old.get("settings") != new["settings"]:
         raise InputError(f"{path} was begun with other settings; leave out --resume to start anew")
     names = {"model": "the model's files have", "workload": "the workload's file has", "machine": "the machine has"}
@@ -152,7 +151,7 @@ def _changed(path: Path, old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def _holds(value: dict[str, Any], max_drop: float) -> bool:
-    """Whether a measurement need not be taken again: it succeeded, and was not broken off for a smaller allowed loss."""
+    """Whether a measurement can be reused: it succeeded, and did not stop early because a smaller loss was allowed then."""
     return (
         value.get("status", "ok") == "ok"  # not "failed", nor "begun"
         and value.get("complete", True)

@@ -1,7 +1,7 @@
-"""Where the measurements of a tuning run are taken: in child processes on this machine, or on machines of a Ray cluster.
+"""Where a tuning run measures: in child processes on this machine, or on the machines of a Ray cluster.
 
-A machine measures one thing at a time. On a cluster only machines take part that are alike: the same hardware fingerprint,
-version of assay, and model. What is compared is always measured on one of them.
+A machine measures one thing at a time. Only machines of a cluster that are alike take part: same hardware fingerprint, same
+version of assay, same model. Things that are compared with each other are always measured on the same machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from assay.tuner.work import Settings
 
 @dataclass(frozen=True)
 class Call:
-    """A function of `assay.tuner.child` with its arguments and limits."""
+    """A function of `assay.tuner.child`, with its arguments and limits."""
 
     function: str
     arguments: dict[str, Any]
@@ -39,7 +39,7 @@ class Call:
 
 
 class Nodes(Protocol):
-    """The machines: how many measure at a time, and what was left out and why. `run` yields results as they come, by number."""
+    """The machines: how many measure at a time, and which were left out and why. `run` yields (number, result) as results arrive."""
 
     local: bool  # they are this machine, and see its files
     place: Place
@@ -73,9 +73,9 @@ class Here:
 
 
 class RayNodes(RayCluster):
-    """The largest group of machines of a Ray cluster that are alike; of equal groups, the one like this machine.
+    """The largest group of identical machines in a Ray cluster; among groups of equal size, the one like this machine.
 
-    Raises InputError and MissingError as `RayCluster`, and InputError when no machine can take part.
+    Raises InputError and MissingError as `RayCluster` does, and InputError when no machine can take part.
     """
 
     local = False
@@ -94,7 +94,7 @@ class RayNodes(RayCluster):
         return len(self.group)
 
     def run(self, calls: list[Call]) -> Iterator[tuple[int, ChildResult]]:  # type: ignore[override]
-        """The results as they come; a machine that is lost makes its call "failed" and measures no more."""
+        """The results as they arrive; if a machine is lost, its call "failed" and it measures no more."""
         waiting, free = list(enumerate(calls)), list(self.group)
         running: dict[Any, tuple[int, int]] = {}
         threads = os.environ.get("OMP_NUM_THREADS")
@@ -119,17 +119,17 @@ class RayNodes(RayCluster):
             yield number, result
 
     def _alike(self, settings: Settings) -> tuple[list[int], list[dict[str, Any]]]:
-        """The machines that take part, and the others with the reason."""
+        """The machines that take part, and the others with the reason why not."""
         tasks = [self._task(node, _identity).remote(settings) for node in self._nodes]
         found: list[dict[str, Any]] = self._ray.get(tasks)
         return alike(self.places, found, here())
 
 
 def alike(places: list[Place], found: list[dict[str, Any]], mine: Place) -> tuple[list[int], list[dict[str, Any]]]:
-    """The numbers of the machines that may be compared, and the others with the reason.
+    """The numbers of the machines that may be compared, and the others with the reason why not.
 
     `found` is each machine's identity of the run (`journal.identity`), or {"error": why it has none}. The largest group of
-    equal ones is chosen; of equal groups the one like `mine`. Raises InputError when no machine is left.
+    equal ones is chosen; among groups of equal size, the one like `mine`. Raises InputError when no machine is left.
     """
     groups: dict[tuple[str, ...], list[int]] = {}
     for number, (place, own) in enumerate(zip(places, found, strict=True)):
@@ -166,7 +166,7 @@ def _identity(settings: Settings) -> dict[str, Any]:
 
 
 def _call(call: Call, threads: str | None) -> ChildResult:
-    """`call.run()`, with this process's thread setting as the caller has it (Ray puts its own there)."""
+    """`call.run()` with the caller's thread setting (Ray sets its own)."""
     os.environ.pop("OMP_NUM_THREADS", None)
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = threads

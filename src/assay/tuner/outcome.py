@@ -1,4 +1,4 @@
-"""What a tuning run saw, row by row, and what it found."""
+"""The result of a tuning run: what was seen, row by row, and what was found."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from assay.tuner.work import UNITS, Settings
 
 @dataclass
 class Row:
-    """One line of the report: a recipe and what came out of judging it (or that it failed, in whatever step)."""
+    """One line of the report: a recipe and what assessing it found (or that it failed, in whichever step)."""
 
     kind: str  # "baseline" | "free" | "candidate"
     recipe: Recipe
@@ -48,9 +48,9 @@ class Row:
         return self.recipe.label()
 
     def document(self) -> dict[str, Any]:
-        """As JSON, without the likelihoods of the blocks."""
+        """As JSON, without the per-block likelihoods."""
         return {
-            "trial": self.kind,
+            "row": self.kind,
             "label": self.label(),
             "recipe": [step.model_dump() for step in self.recipe.steps],
             "status": self.status,
@@ -72,7 +72,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Screened:
-    """A candidate timed on `layers` of a model's `of` layers: `ratio` is its time over the base's there."""
+    """A candidate timed on `layers` of the model's `of` layers: `ratio` is its time over the base's on those layers."""
 
     recipe: Recipe
     ratio: float
@@ -103,16 +103,16 @@ class Outcome:
     after: dict[str, Any] = field(
         default_factory=dict
     )  # kinds of work of the best, as `survey` has them of the model as loaded
-    notes: list[str] = field(default_factory=list)  # what was left out or made smaller for want of time
+    notes: list[str] = field(default_factory=list)  # what was left out or made smaller for lack of time
     minutes: float | None = None
     nodes: list[dict[str, Any]] = field(
         default_factory=list
-    )  # of a Ray cluster: who measured, who was left out and why
+    )  # of a Ray cluster: which machines measured, which were left out and why
 
     def speedup(self, over: str) -> Interval:
-        """Paired ratio of the final run: `over` is "baseline" or "free".
+        """Paired ratio of the final run; `over` is "baseline" or "free".
 
-        Where the two did not run in turns (`final["apart"]`), the ratio of the medians with its least and its greatest value.
+        If the two did not run alternately (`final["apart"]`), the ratio of the medians with its smallest and largest value.
         """
         before, after = self.final["samples"][over], self.final["samples"]["best"]
         if over in self.final.get("apart", []):
@@ -121,13 +121,13 @@ class Outcome:
         return paired_ratio(before, after)
 
     def proven(self) -> bool:
-        """Whether a candidate ran in the proof, in as many rounds as its interval needs."""
+        """Whether a candidate took part in the proof, in as many rounds as its interval needs."""
         return bool(self.final.get("complete", True) and self.final.get("candidate", True))
 
     def kinds(self) -> dict[str, dict[str, float]]:
-        """Cost of the model as loaded ("before") and of the best ("after") by kind of work, which add up to their figures.
+        """Cost by kind of work of the model as loaded ("before") and of the best ("after"); each adds up to its total figure.
 
-        The shares come from profiles, the sums from the final run. Empty for goals that are no time.
+        The shares come from profiles, the totals from the final run. Empty for goals that are not times.
         """
         if self.settings.goal in ("memory", "energy") or not self.after:
             return {}
@@ -143,7 +143,7 @@ class Outcome:
         return found
 
     def level(self, label: str) -> dict[str, Any]:
-        """The goal's figure of "baseline", "free" or "best" in the final run, in its unit, with its interval."""
+        """The goal's figure for "baseline", "free" or "best" in the final run, in its unit, with its interval."""
         unit = UNITS[self.settings.goal]
         cost = bootstrap(self.final["samples"][label])
         low, high = sorted((unit.show(cost.low), unit.show(cost.high)))
@@ -183,7 +183,7 @@ class Outcome:
             "helped": self.helped,
             "recipe": [step.model_dump() for step in self.best.recipe.steps],
             "kinds": self.kinds(),
-            "trials": len(self.rows),
+            "rows": len(self.rows),
             "candidates": sum(row.kind == "candidate" for row in self.rows),
             "screened": len(self.screened),
             "judged": sum(row.kind == "candidate" and row.drop is not None for row in self.rows),
@@ -195,7 +195,7 @@ class Outcome:
             "notes": self.notes,
             "nodes": self.nodes,
             "minutes": self.minutes,
-            "failed_trials": sum(row.status not in ("ok", "equivalent") for row in self.rows),
+            "failed_rows": sum(row.status not in ("ok", "equivalent") for row in self.rows),
             "seconds": self.seconds,
             "noisy": self.noisy(),
             "artefact": str(self.artefact),
@@ -204,19 +204,19 @@ class Outcome:
         }
 
     def noisy(self) -> bool:
-        """True when others kept the machine busy: more load before the final run than half a core."""
+        """True if other processes kept the machine busy: a load of more than half a core before the final run."""
         return bool(self.final["load_before"] > float(os.cpu_count() or 1) + 0.5)
 
 
 def reference(baseline: dict[str, list[float]], path: str) -> list[float]:
-    """The untouched model has one path: its prefill is the reference of a decoding path too."""
+    """The baseline's quality for `path`. The untouched model has only one path, so its prefill is the reference for decoding too."""
     return baseline.get(path) or baseline["prefill"]
 
 
 def drop_of(baseline: dict[str, list[float]], candidate: dict[str, list[float]]) -> Interval:
-    """Relative perplexity increase, paired block by block, of the path that lost most.
+    """Relative perplexity increase of the path that lost most, paired block by block.
 
-    A candidate judged on the first part of the text only is held against that part of the baseline.
+    A candidate assessed only on the first part of the text is compared with that part of the baseline.
     """
 
     def increase(differences: np.ndarray, axis: int) -> np.ndarray:
@@ -233,13 +233,13 @@ def drop_of(baseline: dict[str, list[float]], candidate: dict[str, list[float]])
 
 
 def front(rows: list[Row]) -> list[Row]:
-    """The rows no other beats in both cost and loss of quality."""
+    """The rows that no other row beats in both cost and quality loss."""
     done = [row for row in rows if row.cost is not None and row.drop is not None]
     return [done[i] for i in pareto([(row.cost or 0.0, row.drop or 0.0) for row in done])]
 
 
 def base_row(rows: list[Row]) -> Row | None:
-    """The row candidates are built on: the fastest dtype alone, or the model as loaded where there is no other."""
+    """The row that candidates build on: the fastest dtype alone, or the model as loaded if there is no other."""
     casts = [row for row in rows if row.status == "ok" and [step.transform for step in row.recipe.steps] == ["dtype"]]
     if casts:
         return min(casts, key=lambda row: row.cost if row.cost is not None else float("inf"))

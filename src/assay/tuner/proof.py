@@ -8,19 +8,19 @@ from typing import Any
 
 from assay.errors import AssayError
 from assay.measure.stats import paired_ratio
+from assay.tuner.assessing import peaks, reserve
 from assay.tuner.budget import LEAST_PAIRS
-from assay.tuner.judging import peaks, reserve
 from assay.tuner.outcome import Row, drop_of
 from assay.tuner.run import Run
 
-PAIRS = 11  # rounds, where there is time for more than the least
+PAIRS = 11  # rounds, if there is time for more than the minimum
 GRACE = 0.5  # share of the time for writing the artefact that a late proof may take, rather than be lost
 
 
 def prove(run: Run, best: Row) -> tuple[Row, dict[str, Any], bool]:
-    """Best and baselines in one process, interleaved. Returns what is to be saved, the proof, and whether a candidate holds.
+    """Run the best recipe and both baselines in one process, interleaved. Returns what to save, the proof, and whether a candidate holds.
 
-    If the best does not beat the free baseline for certain, or loses too much, the free baseline is what is saved.
+    If the best does not beat the free baseline for certain, or loses too much, the free baseline is saved instead.
     """
     baseline, free = run.baseline, run.free
     rows = {"baseline": baseline, "free": free, "best": best}
@@ -44,7 +44,7 @@ def prove(run: Run, best: Row) -> tuple[Row, dict[str, Any], bool]:
 
 
 def _interleaved(run: Run, rows: dict[str, Row]) -> dict[str, Any]:
-    """The samples of each label, round by round; where no time is left for it, those of the rows' own judgements."""
+    """The samples of each label, round by round; without time for that, the samples from when each row was assessed."""
     known = {name: row.quality for name, row in rows.items()}
     load = os.getloadavg()[0]
     if run.settings.goal == "memory":
@@ -60,8 +60,8 @@ def _interleaved(run: Run, rows: dict[str, Row]) -> dict[str, Any]:
     quality_seconds = run.baseline.text * run.budget.costs.quality
     spare = (
         left > reserve(run, LEAST_PAIRS) - run.budget.tail() + quality_seconds
-    )  # else the best one's quality is that of its own judgement, as the others' is
-    judged = ["best"] if rows["best"].kind == "candidate" and spare else []
+    )  # else the best one keeps the quality from when it was assessed, like the others
+    assessed = ["best"] if rows["best"].kind == "candidate" and spare else []
     loaded = (1 + LEAST_PAIRS) * run.budget.costs.loaded_run
     alone = (
         run.budget.costs.slow and len(distinct) > 1 and left < reserve(run, LEAST_PAIRS) - run.budget.tail() + loaded
@@ -74,11 +74,11 @@ def _interleaved(run: Run, rows: dict[str, Row]) -> dict[str, Any]:
             "prove",
             left + GRACE * run.budget.tail(),
             recipes={name: row.recipe.model_dump(mode="json") for name, row in distinct.items()},
-            judge=judged,
+            assess=assessed,
             pairs=PAIRS,
             seconds=0.6 * left,
             text=run.baseline.text,
-            end=max(left - (quality_seconds if judged else 0.0), 0.0),
+            end=max(left - (quality_seconds if assessed else 0.0), 0.0),
         )
         found = dict(result.value) if result.status == "ok" else {}
         if not found:
@@ -100,7 +100,7 @@ def _interleaved(run: Run, rows: dict[str, Row]) -> dict[str, Any]:
 
 
 def _apart(run: Run, rows: dict[str, Row]) -> dict[str, Any]:
-    """In place of a proof there was no time for: what each recipe took in its own process. It proves nothing."""
+    """The substitute when there was no time for a proof: what each recipe took in its own process. It proves nothing."""
     run.note("no time was left for a proof: the figures are those of each recipe's own process")
     load = os.getloadavg()[0]
     return {

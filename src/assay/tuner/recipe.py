@@ -29,7 +29,7 @@ LONGEST = 10**9  # tokens
 
 
 class Step(BaseModel):
-    """One transform with its configuration: plain values of TOML, no date, no NaN or infinity, whole numbers of 64 bits."""
+    """One transform with its configuration: plain TOML values, without dates, NaN or infinity; whole numbers fit in 64 bits."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -89,13 +89,13 @@ class Recipe(BaseModel):
         return " + ".join(step.label() for step in self.steps) or "as loaded"
 
     def words(self) -> str:
-        """The steps in words, as people would say them; "as loaded" when there is none."""
+        """The steps in plain words; "as loaded" when there are none."""
         return ", ".join(step.words() for step in self.steps) or "as loaded"
 
     def transforms(self) -> list[Transform]:
         """The transform of each step.
 
-        Raises InputError for a name that no transform has, two steps of one slot, and steps out of order.
+        Raises InputError for an unknown transform, for two steps of one slot, and for steps out of order.
         """
         found = [get_transform(step.transform) for step in self.steps]
         order = f"a recipe takes one step per slot in the order {', '.join(SLOTS)}"
@@ -113,7 +113,7 @@ class Recipe(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        """Write as TOML, whole or not at all."""
+        """Write as TOML, completely or not at all."""
         import tomli_w
 
         with atomic_file(path) as temporary:
@@ -166,11 +166,11 @@ class StepError(InputError):
 def apply_recipe(model: nn.Module, recipe: Recipe, context: TuneContext) -> nn.Module:
     """Apply the steps in order, in evaluation mode and without gradients; returns the model to use.
 
-    Configurations are checked first, as far as that goes without changing anything: by each transform's own `check(config)`,
-    where it has one, and against the kinds of values that its `configs` offers.
-    Raises InputError when the recipe is for another architecture, names an unknown transform, or holds two steps of one slot
-    or steps out of order, and its subclass StepError, which names the step and what is wrong with it, when a transform does not
-    fit this model or its configuration.
+    Before anything is changed, configurations are checked as far as possible: by each transform's own `check(config)`, if it has
+    one, and against the kinds of values that its `configs` offers.
+    Raises InputError when the recipe is for another architecture, names an unknown transform, holds two steps of one slot or
+    has steps out of order. Raises its subclass StepError, which names the step and what is wrong with it, when a transform does
+    not fit this model or its configuration.
     """
     architecture = getattr(getattr(model, "config", None), "model_type", "")
     if recipe.architecture and architecture != recipe.architecture:
@@ -182,7 +182,7 @@ def apply_recipe(model: nn.Module, recipe: Recipe, context: TuneContext) -> nn.M
         with _named(step, model):
             if (check := getattr(transform, "check", None)) is not None:
                 check(step.config)
-            if transform.applies_to(model, context).applies:  # what comes before a step may yet make it fit
+            if transform.applies_to(model, context).applies:  # an earlier step may still make it fit
                 _check_kinds(step.config, transform.configs(model, context))
     model.eval()
     with torch.no_grad():
@@ -199,7 +199,7 @@ def apply_recipe(model: nn.Module, recipe: Recipe, context: TuneContext) -> nn.M
 
 @contextlib.contextmanager
 def _named(step: Step, model: nn.Module) -> Iterator[None]:
-    """What a transform says against its configuration or model, as the user's error that names the step."""
+    """Turn a transform's complaint about its configuration or the model into a user error that names the step."""
     try:
         yield
     except StepError:
@@ -211,9 +211,9 @@ def _named(step: Step, model: nn.Module) -> Iterator[None]:
 
 
 def _check_kinds(config: Mapping[str, Any], offered: Sequence[Mapping[str, Any]]) -> None:
-    """Raise TypeError where a single value is of another kind than all those that are offered under its name.
+    """Raise TypeError where a value is of another kind than all values offered under its name.
 
-    Only true or false and the two kinds of numbers are told apart: a setting may take a number, a table or a word.
+    Only booleans and the two kinds of numbers are told apart: a setting may accept a number, a table or a word.
     """
     for name, value in config.items():
         kinds = {_kind(other[name]) for other in offered if other.get(name) is not None}
@@ -231,7 +231,7 @@ def _kind(value: Any) -> str:
 
 
 def _check_plain(name: str, value: Any, depth: int = 1) -> None:
-    """Raise ValueError for a value that no configuration has."""
+    """Raise ValueError for a value that no configuration can have."""
     if depth > DEEPEST:
         raise ValueError(f"{shown(name)} is nested more than {DEEPEST} deep")
     if isinstance(value, dict | list | tuple):
@@ -257,7 +257,7 @@ def _short(value: Any) -> str:
 
 
 def _without_none(value: Any) -> Any:
-    """TOML has no null: a setting that is None is left out, which means the transform's default."""
+    """The configuration without settings that are None: TOML has no null, and a missing setting means the transform's default."""
     if isinstance(value, dict):
         return {k: _without_none(v) for k, v in value.items() if v is not None}
     return [_without_none(v) for v in value] if isinstance(value, list) else value

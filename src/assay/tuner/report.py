@@ -1,4 +1,4 @@
-"""The report of a tuning run: one HTML file with its plots inside, readable without a network and on a telephone."""
+"""The report of a tuning run: one HTML file, plots included, that is readable offline and on a phone."""
 
 from __future__ import annotations
 
@@ -72,15 +72,15 @@ def quality_words(quality: dict[str, Any], limit: float) -> str:
 
 
 def unfit(outcome: Outcome) -> dict[str, str]:
-    """Why transforms do not fit, without those that ran all the same: the survey asks in the faster dtype, which takes no dtype."""
+    """Why transforms do not fit, except those that ran anyway: the survey asks in the faster dtype, in which `dtype` has nothing to do."""
     ran = {step.transform for row in outcome.rows if row.status in ("ok", "equivalent") for step in row.recipe.steps}
     return {name: reason for name, reason in outcome.survey["unfit"].items() if name not in ran}
 
 
 def kinds(outcome: Outcome, after: dict[str, Any]) -> list[dict[str, Any]]:
-    """Cost by kind of work, as loaded and of the best, a total last: milliseconds that add up to the page's figures.
+    """Cost by kind of work, as loaded and for the best recipe, with a total: milliseconds that add up to the page's figures.
 
-    Shares of the profiles in percent for goals that are no times. `after` is None where the best could not be profiled.
+    For goals that are not times, the profiles' shares in per cent. `after` is None if the best recipe could not be profiled.
     """
     found = {name: {when: 1e3 * cost for when, cost in kind.items()} for name, kind in outcome.kinds().items()}
     if not found:
@@ -97,7 +97,7 @@ def kinds(outcome: Outcome, after: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def pareto_plot(outcome: Outcome) -> str:
-    """Every trial: the goal's figure against the loss of quality, the front drawn through; empty with a single trial."""
+    """Every candidate: the goal's figure against the loss of quality, with the Pareto front; empty for a single point."""
     unit = UNITS[outcome.settings.goal]
     done = [row for row in outcome.rows if row.cost is not None and row.drop is not None and np.isfinite(row.drop)]
     if len(done) < 2:
@@ -133,7 +133,7 @@ def pareto_plot(outcome: Outcome) -> str:
 
 
 def predicted_plot(outcome: Outcome) -> str:
-    """Predicted against measured time, both over the base's: on the diagonal the roofline told the truth; empty with one trial."""
+    """Predicted against measured time, both over the base's: on the diagonal, the roofline was right; empty for a single point."""
     base = base_row(outcome.rows)
     rows = [r for r in outcome.rows if r.predicted is not None and r.cost is not None]
     if len(rows) < 2 or base is None or not base.cost:
@@ -194,7 +194,7 @@ def told(found: Any) -> str:
 
 
 def _few_ticks(axis: Any, scale: str) -> None:
-    """Ticks as plain numbers, few enough not to touch each other."""
+    """Ticks as plain numbers, few enough that they do not touch."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     if scale == "log":

@@ -1,4 +1,4 @@
-"""What the steps of a tuning run share: its state, what it says, and how it calls its children."""
+"""What the steps of a tuning run share: the run's state, its messages, and the calls of its children."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ QUIET = 15.0  # seconds after which a step that still runs says so
 
 @dataclass
 class Run:
-    """What the steps of one run share."""
+    """What the steps of a run share."""
 
     settings: Settings
     output: Path
@@ -56,18 +56,18 @@ class Run:
 
     @property
     def base(self) -> Row:
-        """What candidates are built on."""
+        """The row that candidates build on."""
         return base_row(self.rows) or self.baseline
 
     @property
     def free(self) -> Row:
-        """The cheapest of what is free."""
+        """The cheapest of the free baselines."""
         done = [row for row in self.rows if row.status == "ok" and row.kind != "candidate"]
         return min(done, key=lambda row: row.cost or math.inf)
 
     @property
     def candidates(self) -> list[Row]:
-        """Those that were judged."""
+        """The candidates that were assessed."""
         return [row for row in self.rows if row.kind == "candidate" and row.drop is not None]
 
     def recipe(self, steps: tuple[Step, ...]) -> Recipe:
@@ -84,29 +84,29 @@ class Run:
         self.say(f"[{self.budget.text()}] {text}")
 
     def note(self, text: str) -> None:
-        """Something was left out or made smaller: said now, and in the outcome."""
+        """Say that something was left out or made smaller, now and in the outcome."""
         if text not in self.notes:
             self.notes.append(text)
             self.tell(text)
 
     def call(self, function: str, limit: float, /, **arguments: Any) -> Call:
-        """A function of `assay.tuner.child` for this run, with its time limit in seconds."""
+        """A call of a function of `assay.tuner.child` for this run, with its time limit in seconds."""
         settings = dataclasses.asdict(self.settings)
         return Call(function, {"settings": settings, **arguments}, limit, self.memory_bytes)
 
     def child(self, function: str, limit: float, /, **arguments: Any) -> ChildResult:
-        """Call such a function on one machine and wait for it."""
+        """Make such a call on one machine and wait for it."""
         return next(iter(self.nodes.run([self.call(function, limit, **arguments)])))[1]
 
     def must(self, function: str, what: str, /, **arguments: Any) -> dict[str, Any]:
-        """A step nothing can go on without: it gets all the time there is, and its failure ends the run."""
+        """Run a step that nothing can continue without: it gets all the remaining time, and its failure ends the run."""
         result = self.child(function, self.budget.left(), **arguments)
         if result.status != "ok":
             raise self.failure(result.status, result.error, what)
         return dict(result.value)
 
     def failure(self, status: str, error: str, what: str) -> AssayError:
-        """The failure of a step that nothing can go on without, as the user's error."""
+        """The failure of an indispensable step, as a user error."""
         error = error or status
         for kind in (InputError, MissingError):
             if error.startswith(f"{kind.__name__}: "):
@@ -126,7 +126,7 @@ class Run:
 
     @contextlib.contextmanager
     def telling(self, text: str, news: Callable[[], list[str]] = list) -> Iterator[None]:
-        """Say what begins, every now and then that it still runs, and the `news` as they come (looked for twice a second)."""
+        """Announce what starts, repeat now and then that it is still running, and pass on `news` (polled twice a second)."""
         ended = threading.Event()
 
         def watch() -> None:
@@ -150,7 +150,7 @@ class Run:
 
 
 def over(base: Row, options: tuple[Option, ...]) -> tuple[Step, ...]:
-    """The steps of a candidate: the base's and its own, in the order of their slots."""
+    """The steps of a candidate: the base's and its own, in slot order."""
     return tuple(sorted([*base.recipe.steps, *(option.step for option in options)], key=slot_order))
 
 

@@ -1,4 +1,4 @@
-"""Screening: candidates timed against the base on few layers, many of them in one process. To choose by; nothing here is a result."""
+"""Screening: many candidates timed against the base on few layers, in one process. The times rank candidates; they are not results."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from assay.measure.isolate import ChildResult
+from assay.tuner.assessing import reaching, reserve
 from assay.tuner.budget import SCREENING
-from assay.tuner.judging import reaching, reserve
 from assay.tuner.outcome import Row, Screened
 from assay.tuner.recipe import Recipe
 from assay.tuner.run import Run, over
@@ -43,7 +43,7 @@ def screen(run: Run, search: Search) -> None:
 
 
 def _screen_once(run: Run, recipes: list[Recipe], seconds: float) -> str:
-    """One process a machine; what each candidate took is journalled as it comes, and in which one a process died. Returns why."""
+    """Run one process per machine; results, and the candidate in which a process died, go to the journal. Returns why one died."""
     died = ""
     alone = run.nodes.local
     parts = [recipes[i :: run.nodes.count] for i in range(min(run.nodes.count, len(recipes)))]
@@ -79,14 +79,14 @@ def _screen_once(run: Run, recipes: list[Recipe], seconds: float) -> str:
 
 
 def _death(result: ChildResult, each: float) -> dict[str, Any]:
-    """What is journalled of the candidate in which a process died; one that took too long ended it itself, with code 1."""
+    """The journal entry of the candidate in which a process died; a candidate that took too long ended the process itself, with code 1."""
     if "exited with code 1" in result.error:
         return {"status": "timeout", "error": f"took longer than {each:.0f} s to be screened"}
     return {"status": result.status, "error": result.error or result.status}
 
 
 def _screened(run: Run, search: Search, options: tuple[Option, ...], found: dict[str, Any]) -> None:
-    """Tell the search what came out of a screening; one that failed is a row."""
+    """Tell the search the result of a screening; a failure becomes a row."""
     recipe = run.recipe(over(run.base, options))
     if found["status"] == "ok":
         search.screened(options, found["ratio"])
@@ -101,7 +101,7 @@ def _screened(run: Run, search: Search, options: tuple[Option, ...], found: dict
 
 
 def _news(run: Run, wanted: dict[str, tuple[Option, ...]]) -> Callable[[], list[str]]:
-    """What has been screened since the last look, a line each."""
+    """What has been screened since the last call, one line each."""
     told: set[str] = set(run.journal.old)
 
     def look() -> list[str]:

@@ -1,11 +1,11 @@
-"""Which candidate to try next: predict from the roofline, screen on few layers, judge on the whole model, correct, repeat.
+"""Which candidate to try next: predict from the roofline, screen on few layers, assess on the whole model, correct, repeat.
 
 An option is a transform with its configuration; a candidate holds at most one option per slot. Its predicted time is the measured
-time of each kind of work (linear, attention, other) multiplied by what the roofline says the options change, and by what
-screening and judging taught about each option. A candidate that was screened itself is expected to take what it took there.
-Times that lie closer together than screening can tell apart count as the same: then the candidate that changes less goes
-first. The expected loss of quality is the sum of what the options were seen to lose. A candidate that contains a whole
-recipe already seen to lose too much is not tried.
+time of each kind of work (linear, attention, other) multiplied by what the roofline says the options change, and corrected by what
+screening and assessing taught about each option. For a candidate that was itself screened, the prediction is its screened time.
+If two times lie closer together than screening can resolve, they count as equal, and the candidate that changes less goes first.
+The expected loss of quality is the sum of the losses seen for its options. A candidate that contains a whole recipe already known
+to lose too much is not tried.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of work in the profile of the base model, and what it costs: only the ratio of costs counts."""
+    """One kind of work in the profile of the base model and what it costs; only ratios of costs matter."""
 
     cost: float  # seconds; bytes of the peak where the goal is memory
     macs: float
@@ -54,7 +54,7 @@ class Kind:
 
 @dataclass
 class Search:
-    """The state of the search; `to_screen()` and `next()` name candidates, `screened()` and `learn()` take in what came out."""
+    """The state of the search: `to_screen()` and `next()` name candidates, `screened()` and `learn()` take in the results."""
 
     options: list[Option]
     kinds: dict[str, Kind]
@@ -70,7 +70,7 @@ class Search:
     ratios: dict[frozenset[str], float] = field(default_factory=dict)  # keys -> time over the base's on few layers
 
     def candidates(self) -> list[tuple[Option, ...]]:
-        """Every combination of at most one option per slot, without the empty one, in slot order."""
+        """Every non-empty combination of at most one option per slot, in slot order."""
         slots = [[o for o in self.options if o.slot == slot] for slot in SLOTS]
         slots = [found for found in slots if found]
         while math.prod(len(found) + 1 for found in slots) > LIMIT:
@@ -79,7 +79,7 @@ class Search:
         return [tuple(o for o in pick if o is not None) for pick in picks if any(o is not None for o in pick)]
 
     def roofline(self, options: tuple[Option, ...]) -> float:
-        """Predicted time (or peak, where costs are bytes) over the base's, from the roofline alone.
+        """Predicted time (or peak, if costs are bytes) over the base's, from the roofline alone.
 
         An option that reaches a share of its targets changes that share of the work and leaves the rest as it was.
         """
@@ -96,25 +96,25 @@ class Search:
         return total / base if base > 0 else 1.0
 
     def predict(self, options: tuple[Option, ...]) -> float:
-        """Predicted time over the base's, with what was learnt; what the candidate took itself if it was screened."""
+        """Predicted time over the base's, including what was learnt; for a screened candidate, its screened ratio."""
         if (seen := self.ratios.get(frozenset(o.key for o in options))) is not None:
             return seen
         return self.roofline(options) * math.exp(sum(self._correction(o) for o in options))
 
     def known_drop(self, options: tuple[Option, ...]) -> float:
-        """Sum of the losses seen of single options; one never judged alone counts as harmless."""
+        """Sum of the losses seen for single options; an option never assessed alone counts as harmless."""
         return sum(self.single_drop.get(o.key, 0.0) for o in options)
 
     def expected_drop(self, options: tuple[Option, ...]) -> float:
-        """The same, but one never judged alone is suspected of a share of what its mildest sibling lost."""
+        """The same, but an option never assessed alone is charged a share of what its mildest sibling lost."""
         return sum(self._drop(o) for o in options if not o.exact)
 
     def next(self) -> tuple[Option, ...] | None:
         """The candidate predicted fastest among those that may keep the quality; None when nothing is left to try.
 
-        When a recipe lost too much, its options are judged alone first, so that the blame falls on the right one.
-        Candidates suspected of losing too much or of failing, and changes of structure not yet judged, come last. What is expected to be
-        slower than the base is left out, unless nothing is known of it yet but the roofline.
+        When a recipe lost too much, its options are assessed alone first, so that the blame falls on the right one.
+        Candidates suspected of losing too much or of failing come last, as do changes of structure not yet assessed. A candidate
+        expected to be slower than the base is left out, unless the roofline is all that is known about it.
         """
         for option in self._suspects():
             return (option,)
@@ -122,10 +122,10 @@ class Search:
         return min(self._open(), key=lambda options: self._rank(options, clashes), default=None)
 
     def to_screen(self, most: int, *, combined: bool) -> list[tuple[Option, ...]]:
-        """Up to `most` candidates to time on few layers next; empty when there are no more worth it.
+        """Up to `most` candidates to time on few layers next; empty when none is worth it any more.
 
-        Single options first, one of each transform before the second of any: from their times those of all combinations
-        follow. `combined` asks for the combinations then predicted fastest.
+        Single options come first, one of each transform before the second of any, because the times of all combinations follow from
+        theirs. With `combined`, the combinations then predicted fastest.
         """
         clashes = self._clashes()
         waiting = [options for options in self._open() if frozenset(o.key for o in options) not in self.ratios]
@@ -135,7 +135,7 @@ class Search:
         return waiting[:most]
 
     def _open(self) -> list[tuple[Option, ...]]:
-        """The candidates that nothing speaks against."""
+        """The candidates that nothing rules out."""
         found = []
         for options in self.candidates():
             keys = frozenset(o.key for o in options)
@@ -150,7 +150,7 @@ class Search:
         return found
 
     def _rank(self, options: tuple[Option, ...], clashes: set[frozenset[str]]) -> tuple[Any, ...]:
-        """What is tried first has the least of these: no doubts, a short time, little changed."""
+        """The sort key of what to try first: no doubts, then short time, then few changes."""
         keys = frozenset(o.key for o in options)
         doubtful = self.expected_drop(options) > self.max_drop or any(self._unproven(o) for o in options)
         doubtful = doubtful or any(pair <= keys for pair in clashes)
@@ -164,14 +164,14 @@ class Search:
         return same.index(option.key)
 
     def screened(self, options: tuple[Option, ...], ratio: float) -> None:
-        """Take in a time over the base's, taken on few layers."""
+        """Take in a time over the base's, measured on few layers."""
         surprise = math.log(max(ratio, 1e-9) / max(self.predict(options), 1e-9))
         for option in options:
             self.correction[option.key] = self.correction.get(option.key, 0.0) + surprise / len(options)
         self.ratios[frozenset(o.key for o in options)] = ratio
 
     def learn(self, options: tuple[Option, ...], ratio: float, drop: float) -> None:
-        """Take in a measured time (over the base's) and loss; the surprise is shared among the candidate's options."""
+        """Take in a measured time (over the base's) and loss; the error of the prediction is shared among the candidate's options."""
         keys = frozenset(o.key for o in options)
         self.tried.add(keys)
         self.measured[keys] = (ratio, drop)
@@ -183,9 +183,9 @@ class Search:
             self.single_drop[lossy[0].key] = drop
 
     def fail(self, options: tuple[Option, ...], misfit: str = "") -> None:
-        """A trial died: nothing that contains these options together is tried again.
+        """Take in a failure: no candidate that contains all these options is tried again.
 
-        `misfit` names the transform that could not be applied, if that is why: what comes after it bears no blame then.
+        `misfit` names the transform that could not be applied, if that was the reason; then the steps after it are not to blame.
         """
         self.tried.add(frozenset(o.key for o in options))
         names = [o.step.transform for o in options]
@@ -195,11 +195,11 @@ class Search:
         self.failed.append(frozenset(o.key for o in options))
 
     def skip(self, options: tuple[Option, ...]) -> None:
-        """The candidate is equivalent to one already measured."""
+        """Take in that the candidate is equivalent to one already measured."""
         self.tried.add(frozenset(o.key for o in options))
 
     def _correction(self, option: Option) -> float:
-        """What was learnt of the option, else of its siblings: a mechanism mostly surprises with all its settings."""
+        """What was learnt about the option, or else about its siblings: a surprise mostly concerns a mechanism with all its settings."""
         if option.key in self.correction:
             return self.correction[option.key]
         siblings = [self.correction[o.key] for o in self._siblings(option) if o.key in self.correction]
@@ -212,13 +212,13 @@ class Search:
         return SIBLING * min(siblings) if siblings else 0.0
 
     def _unproven(self, option: Option) -> bool:
-        """A change of structure not yet judged: it loses most of all, and costs most to apply, so the others go first."""
+        """Whether a change of structure is not yet assessed. Such changes lose most and cost most to apply, so others go first."""
         return option.slot == "structure" and option.key not in self.single_drop
 
     def _clashes(self) -> set[frozenset[str]]:
-        """Pairs of transforms' options that were part of a failed recipe and of none that worked: one of them is to blame.
+        """Pairs of transforms whose options were together in a failed recipe and in none that worked: one of the pairs is to blame.
 
-        A configuration shares the suspicion with its siblings: a clash is mostly one of mechanisms, not of their settings.
+        A configuration shares the suspicion with its siblings, because it is mostly mechanisms that clash, not settings.
         """
         family = {o.key: frozenset(s.key for s in [o, *self._siblings(o)]) for o in self.options}
         worked = {pair for keys in self.measured for pair in itertools.combinations(sorted(keys), 2)}
@@ -237,7 +237,7 @@ class Search:
         return [o for o in self.options if o.step.transform == option.step.transform and o.key != option.key]
 
     def _suspects(self) -> list[Option]:
-        """Options of recipes that lost too much which have not been judged alone: one of them is to blame."""
+        """Options of recipes that lost too much and have not been assessed alone: one of them is to blame."""
         found = []
         for keys, (_, drop) in self.measured.items():
             if drop > self.max_drop:
@@ -253,14 +253,18 @@ class Search:
 
 
 def option_from(document: dict[str, Any]) -> Option:
-    """An option as the survey of a model describes it."""
+    """An option, from the survey's description of it."""
     effects = tuple(Effect(**effect) for effect in document["effects"])
     step = Step(transform=document["transform"], config=document["config"])
     return Option(step, document["slot"], document["exact"], effects, document.get("share", 1.0))
 
 
 def pareto(points: list[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other beats in both coordinates (lower is better in both), by the first coordinate."""
+    """Indices of the points that no other point beats in both coordinates (lower is better), ordered by the first coordinate.
+
+    >>> pareto([(1.0, 3.0), (2.0, 2.0), (3.0, 2.5)])
+    [0, 1]
+    """
     order = sorted(range(len(points)), key=lambda i: points[i])
     front: list[int] = []
     for i in order:

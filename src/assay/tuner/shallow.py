@@ -1,7 +1,7 @@
-"""A model of few layers made from a deep one: the same work in a fraction of the time, to compare speeds by, not to measure them.
+"""A model of few layers made from a deep one, to compare speeds in a fraction of the time. It is no measurement of the deep model.
 
-The layers of most models are alike, so what a transform saves on the first few it saves, in proportion, on all. The quality of such
-a model says nothing.
+In most models all layers are alike, so a transform saves the same proportion on the first few as on all of them. The quality of
+such a model means nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LAYERS = 4  # kept at least, so that what surrounds the layers does not weigh to
 
 @dataclass(frozen=True)
 class Shallow:
-    """`model` has the first `kept` of `layers` layers, which lie under the name `stack`; all of them where it cannot be cut."""
+    """`model` has the first `kept` of `layers` layers, which are under the name `stack`; all of them if it cannot be cut."""
 
     model: nn.Module
     stack: str
@@ -26,16 +26,16 @@ class Shallow:
 
     @property
     def factor(self) -> float:
-        """How many times more layers the whole model has."""
+        """How many times as many layers the whole model has."""
         return self.layers / self.kept
 
 
 def shallow(model: nn.Module, keep: int = LAYERS) -> Shallow:
-    """A copy of a transformers model with its first layers only; `model` stays as it was.
+    """A copy of a transformers model with only its first layers; `model` is not changed.
 
-    Where layers of different kinds take turns (windowed and full attention, dense and experts) whole periods are kept, so that the
-    mixture stays. A model without a list of as many layers as its configuration says, or whose layers show no such order, is
-    not cut: then `kept` equals `layers` and `model` is the given one.
+    If layers of different kinds alternate (windowed and full attention, dense and experts), whole periods are kept, so that the
+    mixture stays the same. A model is not cut if it has no list of as many layers as its configuration says, or if its layers show
+    no such pattern: then `kept` equals `layers` and `model` is the one given.
     """
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if config is not None else None
@@ -65,7 +65,7 @@ def shallow(model: nn.Module, keep: int = LAYERS) -> Shallow:
 
 
 def _period(kinds: list[Any]) -> int:
-    """The least p for which the list repeats itself every p; its length when it never does."""
+    """The smallest p for which the list repeats every p entries; its length if it never does."""
     return next(p for p in range(1, len(kinds) + 1) if all(kinds[i] == kinds[i % p] for i in range(len(kinds))))
 
 

@@ -1,7 +1,7 @@
-"""Finding the transforms: every module under `assay.methods` that defines `transform`, and those of other packages.
+"""Finding transforms: every module under `assay.methods` that defines `transform`, and those that other packages provide.
 
-A module is imported only if its text defines the name, so that looking through the methods costs no imports.
-Other packages offer theirs through the entry-point group `assay.papers`: each entry point names a module with a `transform`.
+A module is imported only if its text defines the name, so looking through the methods costs no imports. Other packages use the
+entry-point group `assay.papers`: each entry point names a module with a `transform`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from assay.methods.transform import SLOTS, Transform
 
 @cache
 def transforms() -> dict[str, Transform]:
-    """Every transform by its name, in slot order. Raises InputError when two claim one name."""
+    """Every transform by name, in slot order. Raises InputError when two claim the same name."""
     import assay.methods
 
     found: dict[str, Transform] = {}
@@ -48,7 +48,7 @@ def transforms() -> dict[str, Transform]:
 
 
 def get_transform(name: str) -> Transform:
-    """The transform of that name. Raises InputError naming the one that was probably meant, and all there are."""
+    """The transform of that name. Raises InputError that names the closest match and lists all of them."""
     known = transforms()
     if name not in known:
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)

@@ -1,16 +1,16 @@
 """`tune` finds, proves and saves a cheaper version of a model, in five steps.
 
 1. Survey: what the machine can do, where the model's time goes, what things cost here, which transforms fit.
-2. Baselines: the model as loaded, and what is free of loss: another dtype, sorted batches, compilation.
-3. Search: candidates are *screened* (timed against the base on few layers, many of them in one process) and the most promising ones
-   *judged* (cost and quality of the whole model, a process each). Screened times choose; they are never results.
+2. Baselines: the model as loaded, and what costs no quality: another dtype, sorted batches, compilation.
+3. Search: candidates are *screened* (timed against the base on few layers, many of them in one process); the most promising are
+   *assessed* (cost and quality of the whole model, one process each). Screened times only rank candidates; they are not results.
 4. Proof: the best candidate and both baselines in one process, interleaved.
-5. Artefact: the model with its recipe and report, whole or not at all.
+5. Artefact: the model with its recipe and report, completely or not at all.
 
-The words: an *option* is a transform with its configuration, a *recipe* a list of them in order, a *candidate* a recipe that the
-search considers, and a `Row` the line about a recipe that was judged, or failed. Everything is measured in child processes and
-journalled as it ends. The time given is kept: the survey tells what things cost, and steps that cannot be left out are
-made smaller (`assay.tuner.budget`).
+The terms: an *option* is a transform with its configuration, a *recipe* an ordered list of them, a *candidate* a recipe that the
+search considers, and a `Row` the line about a recipe that was assessed or failed. Everything is measured in child processes and
+recorded in the journal as soon as it ends. The time limit is kept: the survey tells what things cost, and steps that cannot be
+left out are made smaller (`assay.tuner.budget`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 
 from assay import checks
 from assay.errors import InputError, MissingError
+from assay.tuner.assessing import Asked, assess, assess_one, base_steps, dtypes, expected, reserve
 from assay.tuner.budget import LEAST_PAIRS, SURVEY, Budget, Costs
 from assay.tuner.journal import Journal, identity
-from assay.tuner.judging import Asked, base_steps, dtypes, expected, judge, judge_one, reserve
 from assay.tuner.nodes import Here, Nodes, RayNodes
 from assay.tuner.outcome import Outcome, Row
 from assay.tuner.proof import prove
@@ -58,10 +58,10 @@ def tune(
     """Find, prove and save a cheaper version of a model.
 
     `max_drop` is the relative perplexity increase allowed (0.01 = 1 %), `minutes` the time for everything, `memory_gib` the
-    limit of one child process (None: 80 % of the machine's memory), `ray` the address of a Ray cluster whose machines judge
-    candidates side by side ("local" starts one). `say` is told what happens. The artefact is written to `output`, whole or not
-    at all; until then the journal beside it holds every finished measurement, from which `resume` goes on; it measures again
-    what failed.
+    limit of one child process (None: 80 % of the machine's memory), `ray` the address of a Ray cluster whose machines assess
+    candidates side by side ("local" starts one). `say` is told what happens. The artefact is written to `output`, completely or not
+    at all. Until then, the journal next to it holds every finished measurement; `resume` continues from it and measures again what
+    failed.
 
     Raises InputError for settings that make no sense, a model that cannot be read, an output folder that holds something
     else, or a time too short to measure the model at all; MissingError when the goal needs a counter the machine lacks;
@@ -104,7 +104,7 @@ def _tune(run: Run) -> Outcome:
 
 
 def _check(settings: Settings, max_drop: float, minutes: float, memory_gib: float | None) -> None:
-    """Raises InputError naming the option, what is allowed and what was given."""
+    """Raise InputError naming the option, what is allowed and what was given."""
     try:
         for name in ("prompt_tokens", "new_tokens", "prompts"):
             checks.whole(f"--{name.replace('_', '-')}", getattr(settings, name), low=1, high=2**24)
@@ -144,7 +144,7 @@ def _only_writer(output: Path) -> Iterator[None]:
 
 
 def _survey(run: Run) -> None:
-    """What the machine can do and where the model's time goes; from then on the run knows what things cost."""
+    """What the machine can do and where the model's time goes; after this the run knows what things cost."""
     from assay.measure.machine import Calibration, calibrate, machine
 
     with run.telling("looking at the machine"):
@@ -173,40 +173,40 @@ def _survey(run: Run) -> None:
 
 
 def _baselines(run: Run) -> None:
-    """The model as loaded, which must work, and what is free and needs no screening."""
-    baseline = judge_one(run, Asked("baseline", ()))
+    """The model as loaded, which must work, and the free baselines that need no screening."""
+    baseline = assess_one(run, Asked("baseline", ()))
     if baseline.status != "ok":
         raise run.failure(baseline.status, baseline.error, "measuring the model as loaded")
     for steps in free_recipes(run.survey, run.settings):
-        _judge_free(run, steps)
+        _assess_free(run, steps)
 
 
 def free_recipes(survey: dict[str, Any], settings: Settings) -> Iterator[tuple[Step, ...]]:
-    """What a user gets at no loss from torch and transformers alone, beside compilation: another dtype, sorted batches."""
+    """What a user gets from torch and transformers alone without losing quality, apart from compilation: another dtype, sorted batches."""
     yield from (steps for steps in dtypes(survey) if steps)
     if settings.goal == "throughput" and any(option["transform"] == "sorted_batches" for option in survey["options"]):
         yield (*base_steps(survey), *steps_of(survey, "sorted_batches"))
 
 
 def steps_of(survey: dict[str, Any], name: str) -> tuple[Step, ...]:
-    """The first configuration of a transform in the survey, as a recipe of one step."""
+    """A transform's first configuration in the survey, as a recipe of one step."""
     found = next(option for option in survey["options"] if option["transform"] == name)
     return (Step(transform=name, config=found["config"]),)
 
 
-def _judge_free(run: Run, steps: tuple[Step, ...]) -> None:
-    """Measure a free baseline, if that leaves time to say anything with it."""
+def _assess_free(run: Run, steps: tuple[Step, ...]) -> None:
+    """Assess a free baseline, if enough time remains to make use of it."""
     if run.budget.left() < expected(run) + reserve(run, 2):
         run.note(f"no time to measure {run.recipe(steps).label()} as a free baseline")
         return
-    judge_one(run, Asked("free", steps))
+    assess_one(run, Asked("free", steps))
 
 
 # Step 3: search ------------------------------------------------------------------------------------------------------------
 
 
 def _search(run: Run) -> Row:
-    """Screen many candidates, judge the most promising while there is time for one more and the proof; returns the best row."""
+    """Screen many candidates, then assess the most promising while time remains for one more and the proof; returns the best row."""
     search = make_search(run.survey, run.limits, run.max_drop, run.base.cost if run.settings.goal == "memory" else None)
     if run.settings.goal != "memory":
         screen(run, search)
@@ -217,7 +217,7 @@ def _search(run: Run) -> Row:
     while asked := _next(run, search):
         if not _time_for_more(run):
             break
-        for which, row in judge(run, asked):
+        for which, row in assess(run, asked):
             teach(search, row, asked[which].options, run.base)
     allowed = [
         row for row in run.candidates if row.drop is not None and row.drop <= run.max_drop and row.cost is not None
@@ -229,9 +229,9 @@ def _search(run: Run) -> Row:
 
 
 def make_search(survey: dict[str, Any], limits: Any, max_drop: float, peak_bytes: float | None = None) -> Search:
-    """The search over everything the survey found to fit, on top of the dtype that candidates are built on.
+    """The search over everything the survey found to fit, on top of the dtype that candidates build on.
 
-    For the goal memory `peak_bytes` is the base's peak: what counts is then how small the weights get, the rest stays.
+    For the goal memory, `peak_bytes` is the base's peak: what counts is how much smaller the weights get; the rest stays.
     """
     options = [option_from(document) for document in survey["options"] if document["transform"] != "dtype"]
     dtype, found = survey["dtype"], survey["base"]["kinds"]
@@ -243,7 +243,7 @@ def make_search(survey: dict[str, Any], limits: Any, max_drop: float, peak_bytes
 
 
 def teach(search: Search, row: Row, options: tuple[Option, ...], base: Row) -> None:
-    """Tell the search what came out of judging a candidate."""
+    """Tell the search what assessing a candidate found."""
     if row.status == "equivalent":
         search.skip(options)
     elif row.status != "ok" or row.cost is None or base.cost is None:
@@ -253,7 +253,7 @@ def teach(search: Search, row: Row, options: tuple[Option, ...], base: Row) -> N
 
 
 def _options_over(base: Row, row: Row, options: list[Option]) -> tuple[Option, ...]:
-    """What a row added to the base's recipe; empty when it is not the base and options on top of it."""
+    """What a row added to the base's recipe; empty when it is not the base plus options."""
     if any(step not in row.recipe.steps for step in base.recipe.steps):
         return ()
     added = [step for step in row.recipe.steps if step not in base.recipe.steps]
@@ -262,14 +262,14 @@ def _options_over(base: Row, row: Row, options: list[Option]) -> tuple[Option, .
 
 
 def _compiled(run: Run, search: Search) -> None:
-    """Compilation is free too: it is measured on the whole model where screening says that it pays."""
+    """Assess compilation, which is free too, on the whole model if screening says that it pays."""
     option = next((o for o in search.options if o.step.transform == "compile"), None)
     if option is None:
         return
     steps = (*run.base.recipe.steps, option.step)
     ratio = search.ratios.get(frozenset([option.key]))
     if ratio is None or ratio <= PAYS:
-        _judge_free(run, steps)
+        _assess_free(run, steps)
     else:
         run.note(
             f"{option.step.label()} takes {ratio:.2f} of the base's time on few layers: not measured as a free baseline"
@@ -277,7 +277,7 @@ def _compiled(run: Run, search: Search) -> None:
 
 
 def _next(run: Run, search: Search) -> list[Asked]:
-    """The candidates to judge next, one for each machine."""
+    """The candidates to assess next, one per machine."""
     found: list[Asked] = []
     pending: list[frozenset[str]] = []
     while len(found) < run.nodes.count and (options := search.next()) is not None:
@@ -291,7 +291,7 @@ def _next(run: Run, search: Search) -> list[Asked]:
 
 
 def _time_for_more(run: Run) -> bool:
-    """Whether one more candidate can be judged and the best one proven; for the first one a shorter proof will do."""
+    """Whether there is time to assess one more candidate and prove the best; the first one may be followed by a shorter proof."""
     left = run.budget.left() - expected(run)
     if left >= reserve(run, LEAST_PAIRS):
         return True
@@ -307,7 +307,7 @@ def _time_for_more(run: Run) -> bool:
 
 
 def _save(run: Run, best: Row, final: dict[str, Any], helped: bool) -> Outcome:
-    """Profile what was found, for the report, and write the artefact; then the journal has done its work."""
+    """Profile the result for the report and write the artefact; after that the journal is no longer needed."""
     from assay.tuner.artefact import save
 
     tokens = run.survey["profiled_tokens"]
@@ -352,7 +352,7 @@ def _save(run: Run, best: Row, final: dict[str, Any], helped: bool) -> Outcome:
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """Without the progress bars that transformers draws while it saves."""
+    """Without the progress bars that transformers shows while saving."""
     from transformers.utils import logging
 
     before = logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
-"""What is measured for each goal: the inputs, one run of the work, and the quality of a model on text it was not tuned on.
+"""What is measured for each goal: the inputs, one run of the work, and the model's quality on text it was not tuned on.
 
-All of it stays inside the model's context, and everything that generates does so greedily with nothing added: what the
-model's `generation_config` asks for beside (penalties, forced tokens) would be judged as if a method had done it.
+Everything stays inside the model's context, and all generation is greedy with nothing added. Anything else the model's
+`generation_config` asks for (penalties, forced tokens) would be measured as if a method had caused it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LEAST_CONTEXT = 32  # a model of fewer positions has no room for anything to be 
 
 @dataclass(frozen=True)
 class Unit:
-    """How a goal's cost (always: lower is better) is shown to people."""
+    """How a goal's cost (lower is always better) is shown to people."""
 
     name: str
     higher_is_better: bool
@@ -50,7 +50,7 @@ UNITS: dict[str, Unit] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that defines a tuning run besides the recipe; JSON-able, so that child processes rebuild the same work."""
+    """Everything that defines a tuning run apart from the recipe; JSON-able, so that child processes rebuild the same work."""
 
     model: str
     goal: Goal
@@ -80,9 +80,9 @@ def settings_for(
     workload: str | None = None,
     allow_download: bool = False,
 ) -> Settings:
-    """The settings of a run whose lengths may be left to us (None): 512 and 32 tokens, or what the model's context has room for.
+    """The settings of a run. Lengths left open (None) become 512 and 32 tokens, or what the model's context has room for.
 
-    What the user asks for is kept as it is; `load_for` refuses it where the context is too short. Raises InputError for settings
+    Lengths the user asks for are kept; `load_for` refuses them if the context is too short. Raises InputError for settings
     that make no sense and, like MissingError, for a model that cannot be found.
     """
     prompt, new = (
@@ -115,7 +115,7 @@ class Work:
 
     @property
     def prefix(self) -> int:
-        """Tokens at the beginning of each row of `forced` that are context; those behind them are forced."""
+        """How many tokens at the start of each row of `forced` are context; the tokens after them are forced."""
         return max(1, self.forced.shape[1] * PREFIX // (PREFIX + FORCED))
 
     def context(self) -> TuneContext:
@@ -125,9 +125,9 @@ class Work:
 
 
 def load_for(settings: Settings) -> Any:
-    """The model as it is stored (its own dtype), with its tokenizer.
+    """The model in its stored dtype, with its tokenizer.
 
-    Raises InputError where the model's context is too short for what was asked for, beside what `load_model` raises.
+    Raises InputError if the model's context is too short for what was asked for, and whatever `load_model` raises.
     """
     from assay.workloads.models import load_model
 
@@ -147,10 +147,10 @@ def load_for(settings: Settings) -> Any:
 
 
 def build_work(loaded: Any, settings: Settings) -> Work:
-    """The same work in every process: the user's own workload if given, else the bundled text; all inside the model's context.
+    """The same work in every process: the user's own workload if there is one, else the bundled text; all within the model's context.
 
-    Raises InputError for a workload that cannot be read or does not fit, lengths the bundled text does not reach, and a
-    tokenizer whose tokens the model has no rows for.
+    Raises InputError for a workload that cannot be read or does not fit, for lengths the bundled text does not reach, and for a
+    tokenizer with tokens that the model has no rows for.
     """
     from assay.workloads import text
     from assay.workloads.workload import quality_windows, read_workload
@@ -179,7 +179,7 @@ def build_work(loaded: Any, settings: Settings) -> Work:
 
 
 def calibration_for(loaded: Any, longest: int = CALIBRATION_WINDOW) -> list[torch.Tensor]:
-    """Real text to calibrate on, inside the model's context and vocabulary: (1, n) token ids each, n at most `longest`."""
+    """Real text to calibrate on, within the model's context and vocabulary: (1, n) token ids each, n at most `longest`."""
     from assay.workloads.text import calibration_windows
 
     limit = context_length(loaded.model) or CALIBRATION_WINDOW
@@ -208,7 +208,7 @@ def _vocabulary(model: Any) -> int | None:
 
 
 def _mixed_prompts(tokenizer: Any, settings: Settings, limit: int) -> list[list[int]]:
-    """Docstrings that leave room for the new tokens; cut where too few of them are short enough."""
+    """Docstrings that leave room for the new tokens; longer ones are cut if too few are short enough."""
     from assay.workloads import text
 
     room = limit - settings.new_tokens
@@ -255,12 +255,12 @@ def run_once(model: nn.Module, work: Work) -> float:
 
 
 def first_token(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Prefill with a cache and the greedy first token, the work of time to first token."""
+    """Prefill with a cache and the first greedy token: the work of time to first token."""
     return model(input_ids=ids, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
 
 
 def generate(model: nn.Module, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Greedy generation of exactly `new_tokens` tokens, whatever the model's `generation_config` asks for beside."""
+    """Greedy generation of exactly `new_tokens` tokens, whatever else the model's `generation_config` asks for."""
     with plain_generation(model):
         return model.generate(  # type: ignore[operator]
             input_ids=ids,
@@ -273,11 +273,11 @@ def generate(model: nn.Module, ids: torch.Tensor, new_tokens: int) -> torch.Tens
 
 
 def quality(model: nn.Module, work: Work) -> dict[str, list[float]]:
-    """Mean negative log-likelihood (nats a token) of blocks of held-out text, for each path the goal takes.
+    """Mean negative log-likelihood (nats per token) of blocks of held-out text, for each path the goal takes.
 
-    `prefill` is the model's own forward pass over whole windows. `decode` (every goal but time to first token) judges whatever
-    loop, cache and packed weights the model decodes with: where `generate` was replaced the text is fed token by token through
-    it; where it is transformers' own, which runs the same forward pass, one pass over the same text tells the same.
+    `prefill` is the model's own forward pass over whole windows. `decode` (every goal but time to first token) measures whatever
+    loop, cache and packed weights the model decodes with. If `generate` was replaced, the text is fed through it token by token;
+    if it is transformers' own, which runs the same forward pass, one pass over the same text gives the same result.
     """
     from assay.workloads.quality import token_nll
 
@@ -292,7 +292,7 @@ def quality(model: nn.Module, work: Work) -> dict[str, list[float]]:
 
 
 def decodes_in_its_own_way(model: nn.Module) -> bool:
-    """Whether the model's `generate`, or the loop inside it, is not transformers' own."""
+    """Whether the model's `generate`, or the loop inside it, is other than transformers' own."""
     from transformers import GenerationMixin
 
     return any(
@@ -303,7 +303,7 @@ def decodes_in_its_own_way(model: nn.Module) -> bool:
 
 @torch.inference_mode()
 def decode_nll(model: nn.Module, windows: torch.Tensor, prefix: int) -> torch.Tensor:
-    """Negative log-likelihood (n, w - prefix) of (n, w) windows behind their first `prefix` tokens, by forced decoding."""
+    """Negative log-likelihood, (n, w - prefix), of the tokens after the first `prefix` ones of (n, w) windows, by forced decoding."""
     from transformers import LogitsProcessor, LogitsProcessorList
 
     class Forced(LogitsProcessor):

@@ -1,4 +1,4 @@
-"""Real queries, keys and values, as a model's attention layers see them on real text."""
+"""Real queries, keys and values: what a model's attention layers see on real text."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class _AllCaptured(Exception):
 
 
 def captured_qkv(model: Any, input_ids: torch.Tensor, *, layers: Sequence[int] | None = None) -> list[QKV]:
-    """Run `model` on `input_ids` and return what its attention layers got: (q, k, v) of each layer of `layers`, in that order.
+    """Run `model` on `input_ids` and return the inputs of its attention layers: (q, k, v) of each layer in `layers`, in that order.
 
     q is (B, Hq, N, d), k and v (B, Hkv, N, d): after rotary embedding, key and value heads not expanded, not yet scaled, in
-    the model's dtype, copies. `input_ids` is int64 (B, N); `layers` are indices from 0 (default: all); layers after the last
-    one asked for are not run. The model is a transformers model whose attention goes through `AttentionInterface`; while
-    capturing it attends by SDPA, whatever it is set to, and is set back afterwards.
+    the model's dtype, as copies. `input_ids` is int64 (B, N); `layers` are indices from 0 (default: all); layers after the last
+    one requested are not run. The model is a transformers model whose attention goes through `AttentionInterface`; while
+    capturing it uses SDPA, whatever it is set to, and is restored afterwards.
 
     Raises ValueError for input ids of another shape, a layer the model does not have, or a model whose attention cannot be
-    captured; TypeError for input ids of another dtype and layers that are no whole numbers. Not for models with several attentions
-    a layer (encoder-decoders).
+    captured; TypeError for input ids of another dtype and layers that are not whole numbers. Not for models with several attentions
+    per layer (encoder-decoders).
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -82,7 +82,7 @@ def _copy(x: torch.Tensor) -> torch.Tensor:
 
 
 def _attention_of(config: Any) -> str | dict[str, str]:
-    """The attention set in a configuration, by part where it has parts, in the form `set_attn_implementation` takes."""
+    """The attention set in a configuration (for each part, if it has parts), in the form that `set_attn_implementation` takes."""
     parts = {
         name: getattr(config, name)._attn_implementation for name in config.sub_configs if getattr(config, name, None)
     }

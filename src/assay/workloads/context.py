@@ -1,6 +1,6 @@
 """How many tokens a model has room for.
 
-Learned positions end in an IndexError behind the last one; rotary and sinusoidal ones go on in silence, at positions the model
+Learned positions raise an IndexError after the last one; rotary and sinusoidal ones silently continue, at positions the model
 was never trained on. Both are limits.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 
 from assay.workloads.models import find_model
 
-# in this order: the first is what transformers calls it, the others are older and single families' names
+# in this order: first transformers' own name, then older names and names of single families
 _NAMES = (
     "max_position_embeddings",
     "n_positions",
@@ -31,11 +31,11 @@ _LARGEST_CONFIG = 1 << 24  # bytes
 
 
 def context_length(model: Any) -> int | None:
-    """The most tokens, prompt and new ones together, that a model has positions for; None where nothing bounds them.
+    """The most tokens, prompt and new ones together, that a model has positions for; None if there is no bound.
 
-    `model` is a transformers model or its configuration. The configuration says it under one of several names, in its part for
-    text where it has parts; a model's own table of positions, less the rows it keeps free (OPT's offset, RoBERTa's padding),
-    bounds it too. State-space models have no bound.
+    `model` is a transformers model or its configuration. The configuration states the limit under one of several names, in its part for
+    text if it has parts; a model's own table of positions, minus the rows it keeps free (OPT's offset, RoBERTa's padding),
+    is a limit too. State-space models have none.
 
     >>> from transformers import GPT2Config, MambaConfig
     >>> context_length(GPT2Config(n_positions=256)), context_length(MambaConfig())
@@ -51,8 +51,8 @@ def context_length(model: Any) -> int | None:
 def stored_context(source: str | Path, *, allow_download: bool = False) -> int | None:
     """`context_length` of a model that is not loaded yet, from its config.json alone.
 
-    None also where there is no such file (GGUF) or nothing can be read from it: loading then says what is wrong. Raises
-    InputError and MissingError as `find_model`.
+    None also if there is no such file (GGUF) or it cannot be read: loading will then say what is wrong. Raises
+    InputError and MissingError as `find_model` does.
     """
     file = find_model(source, allow_download) / "config.json"
     try:
@@ -80,6 +80,6 @@ def _is_table(name: str, module: nn.Module) -> bool:
 
 
 def _rows(table: Any) -> int:
-    """Rows of a table of positions that a text can use."""
+    """The rows of a table of positions that text can use."""
     free = table.padding_idx + 1 if table.padding_idx is not None else 0
     return int(table.num_embeddings - getattr(table, "offset", free))

@@ -1,8 +1,8 @@
-"""Checking model files that somebody else wrote, before any library reads them.
+"""Checks model files from untrusted sources before any library reads them.
 
-Safetensors and GGUF hold data, not code, but a header may still lie: about its own length, about where tensors lie, about
-how many there are. The checks here read headers only, never allocate by a number found in a file, and raise `InputError`
-naming the file and what is wrong. Pickled weights and configurations that ask for remote code are refused.
+Safetensors and GGUF files hold data, not code, but a header may still lie: about its own length, about where tensors are, about
+how many there are. The checks here read only headers, never allocate by a number found in a file, and raise `InputError`
+naming the file and what is wrong with it. Pickled weights and configurations that ask for remote code are refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _BITS = {
 
 @dataclass(frozen=True)
 class Stored:
-    """What the weights of a model file hold: how many tensors, numbers, bytes, and the numbers by safetensors type."""
+    """What the weights of a model file contain: how many tensors, numbers and bytes, and the numbers by safetensors type."""
 
     tensors: int
     elements: int
@@ -79,7 +79,7 @@ _TOKEN_IDS = {
     "eos_token_id",
     "pad_token_id",
     "decoder_start_token_id",
-}  # -1 stands for none in old files
+}  # -1 means none in old files
 
 
 def _check_setting(key: str, value: Any) -> None:
@@ -88,7 +88,7 @@ def _check_setting(key: str, value: Any) -> None:
     for item in value if listed else [value]:
         if item is None:
             continue
-        if key in _SIZES or key == "sliding_window":  # of which 0 stands for none
+        if key in _SIZES or key == "sliding_window":  # where 0 means none
             checks.whole(key, item, low=0 if listed or key == "sliding_window" else 1, high=(1 << 31) - 1)
         elif key in _TOKEN_IDS:
             checks.whole(key, item, low=-1, high=(1 << 31) - 1)
@@ -101,7 +101,7 @@ def _check_setting(key: str, value: Any) -> None:
 
 
 def check_config(folder: Path) -> None:
-    """Refuse settings of a model folder that would run code, read weights from somewhere else, exhaust a library, or that have
+    """Refuse settings of a model folder that would run code, read weights from elsewhere, overload a library, or have
     values no model can have.
     """
     for path in sorted(folder.iterdir()):
@@ -130,7 +130,7 @@ def check_config(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a small JSON object; InputError when it is not one."""
+    """Read a small JSON object. Raises InputError when it is not one."""
     if path.stat().st_size > _MAX_JSON:
         raise InputError(f"{path}: {path.stat().st_size} bytes are too many for a settings file (limit {_MAX_JSON})")
     try:
@@ -243,7 +243,7 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _safetensors(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
-    """Shapes by tensor name, and how many numbers there are of each type."""
+    """Shapes by tensor name, and how many numbers of each type there are."""
     header, size = _safetensors_header(path)
     types: Counter[str] = Counter()
     spans: list[tuple[int, int, str]] = []
@@ -339,7 +339,7 @@ _MAX_TEXT = 1 << 20  # bytes of one metadata string that we keep; token lists an
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies in its file: bytes `begin` to `end`, its shape in torch's order, its type as ggml numbers it."""
+    """Where a tensor is in its file: bytes `begin` to `end`, its shape in torch's order, and ggml's number of its type."""
 
     shape: tuple[int, ...]
     kind: int
@@ -349,7 +349,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a checked GGUF file says about itself: metadata (long arrays and lists of strings are None), tensors, what it stores."""
+    """The contents of a checked GGUF header: metadata (long arrays and lists of strings are None), tensors, what is stored."""
 
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
@@ -359,7 +359,7 @@ class GgufHeader:
 def check_gguf(path: Path) -> GgufHeader:
     """Check a GGUF file: magic, version, counts, lengths, tensor types, and that every tensor lies in the file.
 
-    Reads through a memory map and allocates nothing by a number found in the file. Raises InputError naming the file and
+    Reads through a memory map and never allocates by a number found in the file. Raises InputError naming the file and
     what is wrong.
     """
     size = path.stat().st_size

@@ -1,7 +1,7 @@
-"""What GGUF files of each architecture state, in transformers' words.
+"""What the GGUF files of each architecture state, translated into transformers' terms.
 
-An architecture is a function that takes metadata from a file, field by field, and says what configuration and what tensor names
-they amount to. Fields and tensors that nothing takes are refused by name: they may change what the model computes.
+An architecture is a function that takes metadata from a file, field by field, and says which configuration and which tensor names
+they stand for. Fields and tensors that no function takes are refused by name: they may change what the model computes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ EXPERTS = {
 
 @dataclass
 class Plan:
-    """What a file says its model is: a configuration for transformers, and where each tensor goes."""
+    """The model that a file describes: a configuration for transformers, and where each tensor goes."""
 
     config: dict[str, Any]
     layer: Mapping[str, str]  # "blk.<n>.<this>" is "<layers>.<n>.<that>"
@@ -53,7 +53,7 @@ class Plan:
 
 
 class GgufFile:
-    """A checked GGUF file; each field and tensor is taken by what understands it, and `finish` refuses what nothing took."""
+    """A checked GGUF file. Code that understands a field or tensor takes it; `finish` refuses whatever was not taken."""
 
     def __init__(self, path: Path, header: GgufHeader) -> None:
         self.path = path
@@ -68,7 +68,7 @@ class GgufFile:
         )
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a field of the architecture, taken."""
+        """Take a field of the architecture and return its value."""
         name = f"{self.architecture}.{key}"
         self.taken.add(name)
         return self.metadata.get(name, default)
@@ -102,7 +102,7 @@ class GgufFile:
         return tensor in self.tensors
 
     def values(self, tensor: str) -> Tensor:
-        """A tensor in float32, in torch's order of dimensions, taken."""
+        """Take a tensor and return it in float32, in torch's order of dimensions."""
         import gguf
         import numpy
 
@@ -117,7 +117,7 @@ class GgufFile:
         return torch.from_numpy(numpy.array(gguf.dequantize(stored, kind), dtype=numpy.float32))
 
     def finish(self) -> None:
-        """Refuse metadata of the architecture that nothing took; other namespaces are notes, which llama.cpp does not read."""
+        """Refuse metadata of the architecture that was not taken; other namespaces are notes that llama.cpp does not read."""
         left = {key for key in self.metadata if key.startswith(f"{self.architecture}.")} - self.taken
         if left:
             raise self.refuse(f"nothing here understands {', '.join(sorted(left)[:3])}")
@@ -127,7 +127,7 @@ class GgufFile:
 
 
 def _decoder(f: GgufFile, model_type: str, norm: str = "layer_norm_rms_epsilon") -> dict[str, Any]:
-    """Sizes, norm, token ids: what every architecture states in the same words."""
+    """Sizes, norm, token ids: what every architecture states in the same way."""
     heads = f.whole("attention.head_count")
     f.must("attention.causal", True)
     f.must("pooling_type", 0)
@@ -183,7 +183,7 @@ def _head_dim(f: GgufFile, config: Mapping[str, Any], free: bool = True) -> int:
 
 
 def _rope(f: GgufFile, dim: int, context: int, *, partial: bool = False) -> dict[str, Any]:
-    """Rotary positions as transformers states them: the kind, its factors, the share of the head that turns."""
+    """Rotary positions as transformers states them: the kind, its factors, the share of the head that is rotated."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": f.number("rope.freq_base", 10000.0)}
     turned = f.whole("rope.dimension_count", dim)
     if turned != dim and not (partial and turned < dim):
@@ -238,7 +238,7 @@ def _rope(f: GgufFile, dim: int, context: int, *, partial: bool = False) -> dict
 
 
 def _own_frequencies(factors: Tensor, theta: float, dim: int, context: int) -> dict[str, Any]:
-    """Rotary frequencies divided each by a factor of its own: Llama 3's rule where it gives these, else the bare list."""
+    """Rotary frequencies, each divided by its own factor: Llama 3's rule if it yields these factors, else the plain list."""
     if bool((factors == 1).all()):
         return {}
     if factors.shape == (dim // 2,) and float(factors.max()) > 1:
@@ -264,7 +264,7 @@ def _own_frequencies(factors: Tensor, theta: float, dim: int, context: int) -> d
 
 
 def _experts(f: GgufFile, *, normalised: bool) -> None:
-    """Refuse routers other than softmax, then the best k, their weights normalised or not as the architecture has it."""
+    """Refuse routers other than softmax followed by the best k, their weights normalised if the architecture does so."""
     f.must("expert_gating_func", 1)
     f.must("expert_weights_norm", normalised)
     f.must("expert_weights_scale", 1.0, 0.0)
@@ -288,7 +288,7 @@ def _window_layers(f: GgufFile, layers: int, period: int) -> list[str]:
 
 
 def _llama(f: GgufFile) -> Plan:
-    """Llama, Mistral, SmolLM, Mixtral: llama.cpp has one name for them."""
+    """Llama, Mistral, SmolLM, Mixtral, which share one name in llama.cpp."""
     window = f.get("attention.sliding_window")
     experts = f.whole("expert_count", 0, low=0)
     f.must("tensor_data_layout", "Meta AI original pth")
@@ -323,7 +323,7 @@ def _biases(f: GgufFile) -> dict[str, Any]:
 
 
 def _unpermuted(config: Mapping[str, Any]) -> Callable[[str, Tensor], Tensor]:
-    """llama.cpp rotates neighbours, transformers rotates halves: rows of queries and keys back in order."""
+    """Put rows of queries and keys back in order: llama.cpp rotates neighbours, transformers rotates halves."""
 
     def change(name: str, values: Tensor) -> Tensor:
         for kind, heads in (("q", config["num_attention_heads"]), ("k", config["num_key_value_heads"])):
@@ -483,7 +483,7 @@ def _starcoder2(f: GgufFile) -> Plan:
 
 
 def _gpt_oss(f: GgufFile) -> Plan:
-    """Of YaRN the file does not say that its ramp is not rounded to whole dimensions; llama.cpp rounds it, the model did not."""
+    """The file does not say that YaRN's ramp is not rounded to whole dimensions; llama.cpp rounds it, the original model does not."""
     config = _llama_like(f, "gpt_oss")
     layers = config["num_hidden_layers"]
     config |= {

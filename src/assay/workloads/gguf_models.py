@@ -1,6 +1,6 @@
-"""Turning a GGUF file into a transformers model: everything the file states goes into the model, or the file is refused.
+"""Turns a GGUF file into a transformers model. Everything the file states goes into the model, or the file is refused.
 
-The architectures (`assay.workloads.gguf_architectures`) are checked against the logits of llama.cpp. Weights are dequantised to
+The architectures (`assay.workloads.gguf_architectures`) are tested against the logits of llama.cpp. Weights are dequantised to
 float32.
 """
 
@@ -32,9 +32,9 @@ _AS_GPT2 = {"gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-doclin
 
 
 def read_plan(path: Path, header: GgufHeader) -> tuple[GgufFile, Plan]:
-    """What model a checked file holds, before its weights are read.
+    """The model that a checked file holds, before its weights are read.
 
-    Raises InputError for another architecture than `ARCHITECTURES`, for a part of a file in several, and naming the first
+    Raises InputError for an architecture that is not in `ARCHITECTURES`, for one part of a split file, and naming the first
     field that is not understood.
     """
     metadata = header.metadata
@@ -78,7 +78,7 @@ def _check_types(path: Path, header: GgufHeader) -> None:
 
 
 def read_weights(file: GgufFile, plan: Plan, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every tensor of the file under transformers' name, float32; `wanted` are the model's own tensors, on any device.
+    """Every tensor of the file under transformers' name, in float32; `wanted` are the model's own tensors, on any device.
 
     Raises InputError naming a tensor that has no place in the model, one that is absent, and one of another shape.
     """
@@ -119,7 +119,7 @@ def read_weights(file: GgufFile, plan: Plan, wanted: Mapping[str, Tensor]) -> di
 
 
 def _half(whole: Tensor, half: int, interleaved: bool) -> Tensor:
-    """Where the gates (0) or ups (1) of all experts lie in what holds both."""
+    """The part of the joint tensor that holds the gates (0) or ups (1) of all experts."""
     return whole[..., half::2] if interleaved else whole.chunk(2, dim=1)[half]
 
 
@@ -142,7 +142,7 @@ def _target(name: str, plan: Plan) -> tuple[str, int | None]:
 
 
 def read_tokenizer(path: Path, header: GgufHeader) -> Any:
-    """The tokenizer a file describes. Raises InputError for a kind, or a way of cutting text, that would be guessed."""
+    """The tokenizer a file describes. Raises InputError for a kind, or a way of splitting text, that would have to be guessed."""
     from tokenizers import decoders, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
@@ -175,7 +175,7 @@ def read_tokenizer(path: Path, header: GgufHeader) -> Any:
         if "tokenizer.ggml.add_bos_token" not in metadata and tokenizer.bos_token_id is not None:
             tokenizer.add_bos_token = True
     if kind == "llama" and not metadata["general.architecture"].startswith("gemma"):
-        # a space comes before the text, whatever the text begins with, unless the file says otherwise
+        # a space precedes the text, whatever it starts with, unless the file says otherwise
         spaced = metadata.get("tokenizer.ggml.add_space_prefix", True)
         backend.normalizer = normalizers.Sequence([*[normalizers.Prepend("▁")] * spaced, normalizers.Replace(" ", "▁")])
         backend.pre_tokenizer = None

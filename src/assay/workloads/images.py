@@ -1,6 +1,6 @@
 """Real images that come with packages: handwritten digits, photographs, a stained tissue. Needs the extra `assay[vision]`.
 
-All are float32 in [0, 1]. Nothing is downloaded: only what the installed packages bring is used.
+All are float32 in [0, 1]. Nothing is downloaded: only data from the installed packages is used.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def _package(name: str, install: str) -> Any:
 
 @cache
 def digits() -> tuple[Tensor, Tensor]:
-    """1,797 handwritten digits: images (1797, 1, 8, 8), labels int64 (1797,), in the order they come in."""
+    """1,797 handwritten digits: images (1797, 1, 8, 8), labels int64 (1797,), in their original order."""
     found = _package("sklearn.datasets", "scikit-learn").load_digits()
     return torch.from_numpy(found.images).float()[:, None] / 16, torch.from_numpy(found.target).long()
 
 
 def digits_split(seed: int = 0, test: float = 0.25) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Train images, train labels, test images, test labels, in a random order that `seed` repeats.
+    """Train images, train labels, test images, test labels, in a random order fixed by `seed`.
 
-    `test` is the share kept for testing. Raises ValueError unless it lies in (0, 1), TypeError for what is no number.
+    `test` is the share kept for testing. Raises ValueError unless it is in (0, 1), TypeError unless it is a number.
     """
     test, seed = checks.number("test", test, above=0, below=1), checks.whole("seed", seed)
     images, labels = digits()
@@ -58,7 +58,7 @@ def photograph(name: str) -> Tensor:
 
 @cache
 def stained_tissue() -> tuple[Tensor, Tensor]:
-    """An immunohistochemistry image as grey (1, 512, 512), and where the brown stain is, bool (512, 512), by colour separation.
+    """An immunohistochemistry image in grey (1, 512, 512), and a mask of its brown stain, bool (512, 512), by colour separation.
 
     The threshold is Otsu's on the DAB channel; the model sees only the grey image.
     """
@@ -74,7 +74,7 @@ def stained_tissue() -> tuple[Tensor, Tensor]:
 def crops(image: Tensor, size: int, n: int, *, seed: int = 0) -> Tensor:
     """`n` random square crops (n, channels, size, size) of an image (channels, height, width).
 
-    Raises ValueError when the image is smaller or `n` below 1, TypeError for what is no image or whole number.
+    Raises ValueError when the image is smaller or `n` below 1, TypeError for anything but an image or a whole number.
 
     >>> crops(torch.zeros(3, 40, 60), 16, 2).shape
     torch.Size([2, 3, 16, 16])
@@ -91,8 +91,8 @@ def crops(image: Tensor, size: int, n: int, *, seed: int = 0) -> Tensor:
 def clip(image: Tensor, frames: int, size: int, *, seed: int = 0) -> Tensor:
     """A moving crop of a photograph: (frames, channels, size, size), panning and zooming smoothly. The stand-in for a video.
 
-    `image` is floating-point (channels, height, width). Raises ValueError for counts below 1, TypeError for what is no image or
-    whole number.
+    `image` is floating-point (channels, height, width). Raises ValueError for counts below 1, TypeError for anything but an image or
+    a whole number.
 
     >>> clip(torch.zeros(3, 40, 60), 4, 16).shape
     torch.Size([4, 3, 16, 16])

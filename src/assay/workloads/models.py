@@ -1,8 +1,8 @@
-"""Loading a causal language model with its tokenizer, from wherever the user keeps it.
+"""Loads a causal language model and its tokenizer from wherever the user keeps them.
 
-A source is a folder (config.json + *.safetensors), a `.gguf` file, a hub id that lies in the local Hugging Face cache, or the
+A source is a folder (config.json and *.safetensors), a `.gguf` file, a hub id that is in the local Hugging Face cache, or the
 name of a bundled model. GGUF files are converted to safetensors once and loaded from assay's cache afterwards. Files are
-untrusted: they are checked first (`assay.workloads.files`), pickles and remote code are refused.
+untrusted: they are checked first (`assay.workloads.files`), and pickles and remote code are refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from assay.workloads.gguf_models import read_plan, read_tokenizer, read_weights
 
 @dataclass(frozen=True)
 class _Bundle:
-    """A model that comes as a data package: its import name, the file in it, and how to get it."""
+    """A model that comes in a data package: the package's import name, the file in it, and how to get it."""
 
     package: str
     file: str
@@ -51,7 +51,7 @@ class LoadedModel:
     """A causal language model in eval mode, its tokenizer, what the user asked for, and the folder it was loaded from.
 
     `stored_dtype` is the floating-point type that most of the stored weights have, whatever they were loaded as; None where
-    they are integers or 8-bit floats. float16 there is slow on CPUs: float32 and bfloat16 of the same weights are worth a try.
+    they are integers or 8-bit floats. float16 is slow on CPUs: the same weights in float32 and bfloat16 are worth a try.
     """
 
     model: nn.Module
@@ -135,7 +135,7 @@ def load_model(
 
 
 def _attention(kind: Any, asked: str | None) -> str:
-    """The attention to load a model of class `kind` with; InputError for one that the class would ignore or lacks."""
+    """The attention to load a model of class `kind` with. Raises InputError for one that the class would ignore or lacks."""
     if asked is None:
         return "sdpa" if kind._supports_sdpa else "eager"
     if asked == "sdpa" and not kind._supports_sdpa:
@@ -152,9 +152,9 @@ def _stored_dtype(stored: Stored) -> torch.dtype | None:
 
 
 def vocabulary_gap(model: nn.Module, tokenizer: Any) -> dict[str, int]:
-    """The tokens (and their ids) that the tokenizer may give and the model has no embedding for; empty where all is well.
+    """The tokens (and their ids) that the tokenizer may produce but the model has no embedding for; empty if all is well.
 
-    Feeding such an id to the model is an IndexError. Added tokens for pictures and sounds are often beyond a text model's rows.
+    Feeding such an id to the model raises an IndexError. Added tokens for images and audio are often beyond a text model's rows.
     """
     try:
         rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
@@ -164,7 +164,7 @@ def vocabulary_gap(model: nn.Module, tokenizer: Any) -> dict[str, int]:
 
 
 def _require_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Raise InputError where plain text, or a token that frames it, has no embedding; tokens that were added may have none."""
+    """Raise InputError if plain text, or a token that frames it, has no embedding; added tokens need none."""
     gap = vocabulary_gap(model, tokenizer)
     framing = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
     added = set(tokenizer.get_added_vocab())
@@ -178,7 +178,7 @@ def _require_vocabulary(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 def require_causal(config: Any, source: str = "the model") -> None:
     """Raise InputError unless `config` describes a causal (decoder) language model that transformers knows.
 
-    Encoders (BERT) and encoder-decoders (T5) are refused, also where transformers could put a language-model head on them.
+    Encoders (BERT) and encoder-decoders (T5) are refused, even if transformers could put a language-model head on them.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
@@ -195,7 +195,7 @@ def require_causal(config: Any, source: str = "the model") -> None:
 
 
 def _require_quantizer(config: Any, source: str) -> None:
-    """Raise InputError for a way of quantising that transformers does not know: it would take the weights as they lie there."""
+    """Raise InputError for a quantisation that transformers does not know: it would use the stored codes as weights."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return
@@ -212,7 +212,7 @@ def _require_quantizer(config: Any, source: str) -> None:
 def _empty_model(config: Any, stored: Stored, source: str) -> Any:
     """The model `config` asks for, without memory for its weights.
 
-    Raises InputError when it is far larger than the weights that are there: what is absent, a library would allocate.
+    Raises InputError when it is far larger than the stored weights, since a library would allocate whatever is missing.
     """
     from transformers import AutoModelForCausalLM
 
@@ -278,7 +278,7 @@ def find_model(source: str | Path, allow_download: bool = False) -> Path:
 
 
 def _as_folder(found: Path, source: str | Path) -> Path:
-    """`found` itself, or where its conversion lies, made now if need be."""
+    """`found` itself, or the folder of its conversion, which is made now if necessary."""
     if found.is_dir():
         return found
     return _converted(found, str(source) if source in _BUNDLES else re.sub(r"[^\w.-]", "_", found.stem)[:80])
@@ -310,7 +310,7 @@ def _from_hub(hub_id: str, allow_download: bool) -> Path | None:
 
 
 def _bundle_file(name: str) -> Path:
-    """The model file in its package, found without importing it: its code needs packages that assay does not."""
+    """The model file in its package, found without importing the package, whose code needs packages that assay does not."""
     bundle = _BUNDLES[name]
     spec = importlib.util.find_spec(bundle.package)
     for place in (spec.submodule_search_locations or []) if spec else []:
@@ -399,7 +399,7 @@ def _quiet_transformers(bars: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _library_errors(what: str) -> Iterator[None]:
-    """Whatever a library raises on a user's file becomes one line: InputError, or MissingError for a missing package."""
+    """Turn whatever a library raises on a user's file into one line: InputError, or MissingError for a missing package."""
     try:
         yield
     except AssayError:

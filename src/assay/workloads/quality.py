@@ -42,7 +42,7 @@ class Increase:
 
 
 def token_nll(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of every token behind the first of its window, in nats: float32, shape (n, length - 1).
+    """Negative log-likelihood of every token after the first of its window, in nats: float32, shape (n, length - 1).
 
     `windows` is int64 (n, length >= 2); the first token of a window is only context. Raises ValueError for other shapes and
     negative ids, TypeError for another dtype.
@@ -96,8 +96,8 @@ def agreement(reference: nn.Module, candidate: nn.Module, windows: torch.Tensor)
 def relative_increase(nll_base: torch.Tensor, nll_candidate: torch.Tensor) -> Increase:
     """Pair the windows of two `window_nll` results.
 
-    For an interval, bootstrap `differences` with `perplexity_increase` as the statistic. A NaN stays one: a broken model shows.
-    Raises ValueError when the two do not pair up, TypeError for what is no tensor of floating-point numbers.
+    For an interval, bootstrap `differences` with `perplexity_increase` as the statistic. A NaN stays NaN, so a broken model shows.
+    Raises ValueError when the two do not pair up, TypeError for anything but a floating-point tensor.
 
     >>> round(relative_increase(torch.tensor([2.0, 3.0]), torch.tensor([2.01, 3.01])).relative, 4)
     0.0101

@@ -32,7 +32,7 @@ def byte_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless (inputs, targets) of random windows of `length` bytes; the targets are the next bytes. Vocabulary 256.
 
-    Raises ValueError for counts below 1 and more bytes than the text has, TypeError for what is no whole number; both when it is
+    Raises ValueError for counts below 1 and more bytes than the text has, TypeError for anything but a whole number; both when it is
     called, not at the first batch.
     """
     data = text_bytes(kind, part)
@@ -98,7 +98,7 @@ def associative_recall(
     stalls on guessing among the others (1/2 right with 4 pairs, 1/3 with 8). A model whose state cannot hold `pairs` pairs must fail,
     and one that knows only which values stood there is right 1 / `pairs` of the time. After "Zoology" (arXiv 2312.04927), whose
     questions come at distances of a power law; here they come uniformly, and the filler says nothing (`our choice`).
-    Raises ValueError when the pairs do not fit the length or the vocabulary, TypeError for what is no whole number.
+    Raises ValueError when the pairs do not fit the length or the vocabulary, TypeError for anything but a whole number.
 
     >>> inputs, targets = associative_recall(2, length=32, pairs=4)
     >>> int((targets != ASKED_NOTHING).sum())
@@ -127,8 +127,8 @@ def selective_copying(
 ) -> tuple[Tensor, Tensor]:
     """Copy the `tokens` data tokens, scattered over noise (token 0), in their order, at the marks (token 1) at the end.
 
-    The task of the Mamba paper (arXiv 2312.00752). Raises ValueError when the tokens do not fit, TypeError for what is no
-    whole number.
+    The task of the Mamba paper (arXiv 2312.00752). Raises ValueError when the tokens do not fit, TypeError for anything but
+    a whole number.
 
     >>> inputs, targets = selective_copying(2, length=32, tokens=4)
     >>> bool((inputs[0][inputs[0] > 1] == targets[0, -4:]).all())
@@ -167,7 +167,7 @@ def pathfinder(
     arXiv 1805.08315), which Path-X (side 128) and Path256 are sides of. The code is our own, and what is not in that description is
     `our choice`: how lengths and counts go with the side (`pathfinder_sizes`), how sharply a path turns, antialiasing, and that
     both choices of dots of a scene have nearly the same distance, so that how far the dots are apart tells nothing.
-    Raises ValueError for a side below 16, fewer than 2 dashes, or paths that find no place; TypeError for what is no whole number.
+    Raises ValueError for a side below 16, fewer than 2 dashes, or paths that find no place; TypeError for anything but a whole number.
     """
     (n,) = _counts(n=n)
     side = checks.whole("side", side, low=16)
@@ -183,7 +183,7 @@ def pathfinder(
 
 
 def pathfinder_sizes(side: int) -> dict[str, float]:
-    """Pixels and counts for one side: a dash, the gap behind it, half a line's width, a dot's radius, space between paths.
+    """Pixels and counts for one side: a dash, the gap after it, half a line's width, a dot's radius, space between paths.
 
     At 256 a dash of 8, gaps of 4, lines of 2 and dots of 4 pixels, and a path of 16 dashes, three quarters of the side, among 16
     distractors; smaller sides have the same in proportion until a dash has two pixels, then fewer dashes.

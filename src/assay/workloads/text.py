@@ -3,8 +3,8 @@
 The text is cut, document by document, into three parts that share nothing: held-out (quality), calibration, and prompts (speed
 and docstrings). Its words change a little with the Python version; `text_hash` tells which text a figure was measured on.
 
-Windows and prompts begin with what the tokenizer itself puts before a text (mostly its beginning-of-sequence token, or nothing),
-once; no other special token is added, an end of sequence neither.
+Windows and prompts begin with what the tokenizer itself puts before a text (usually its beginning-of-sequence token, or nothing),
+once; no other special token is added, not even an end of sequence.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def text_hash() -> str:
 def long_prompt(tokenizer: Any, tokens: int, *, kind: Kind = "code", seed: int = 0) -> torch.Tensor:
     """A prompt of exactly `tokens` tokens of real text: int64, shape (1, tokens).
 
-    `seed` picks the line where it starts (the text goes round at its end); the same arguments give the same prompt.
+    `seed` picks the line where it starts (the text wraps around at its end); the same arguments give the same prompt.
     Raises ValueError for `tokens` < 1, an unknown kind, or more tokens than the text has; TypeError for a length or seed that is
-    no whole number.
+    not a whole number.
 
     >>> class Words:  # any tokenizer that is called as transformers' are
     ...     def __call__(self, texts, **options):
@@ -82,9 +82,9 @@ def long_prompt(tokenizer: Any, tokens: int, *, kind: Kind = "code", seed: int =
 def mixed_prompts(tokenizer: Any, n: int = 32, *, longest: int = LONGEST_PROMPT, seed: int = 0) -> list[list[int]]:
     """`n` whole docstrings as token lists, of 6 to `longest` tokens, in a random (arrival) order.
 
-    Lengths are spread evenly over their logarithm, so that short and long ones meet in every batch; no docstring comes twice.
-    Raises ValueError for `n` < 1, `longest` < 6, or more prompts than there are docstrings of such lengths; TypeError for what is
-    no whole number.
+    Lengths are spread evenly over their logarithm, so that every batch mixes short and long ones; no docstring occurs twice.
+    Raises ValueError for `n` < 1, `longest` < 6, or more prompts than there are docstrings of such lengths; TypeError for anything
+    but a whole number.
     """
     n, seed = checks.whole("n", n, low=1), checks.whole("seed", seed)
     longest = checks.whole("longest", longest, low=SHORTEST_PROMPT)
@@ -106,11 +106,11 @@ def mixed_prompts(tokenizer: Any, n: int = 32, *, longest: int = LONGEST_PROMPT,
 
 
 def heldout_windows(tokenizer: Any, *, window: int = 1024, n: int = 8) -> torch.Tensor:
-    """Text to judge quality on: int64, shape (n, window); even rows are code, odd rows English.
+    """Text to measure quality on: int64, shape (n, window); even rows are code, odd rows English.
 
     Shares no document with `calibration_windows`, `long_prompt` or `docstrings`; rows do not overlap and are spread evenly
     over the text.
-    Raises ValueError for `window` < 2, `n` < 1, or more than the held-out text has; TypeError for what is no whole number.
+    Raises ValueError for `window` < 2, `n` < 1, or more than the held-out text has; TypeError for anything but a whole number.
     """
     return _windows(tokenizer, "heldout", window, n)
 
@@ -143,7 +143,7 @@ def _is_public_module(name: str) -> bool:
 
 
 def _english_documents() -> Iterator[tuple[str, str]]:
-    """Topics quote each other at length: every paragraph stays only in the longest topic that has it."""
+    """Topics quote each other at length, so every paragraph is kept only in the longest topic that has it."""
     from pydoc_data.topics import topics
 
     seen: set[str] = set()
@@ -162,7 +162,7 @@ def _english_documents() -> Iterator[tuple[str, str]]:
 
 @cache
 def _parts(kind: Kind) -> dict[Part, tuple[str, ...]]:
-    """Every document in exactly one part: the longest first, each to the part that is furthest behind its share."""
+    """Put every document into exactly one part: the longest first, each into the part that is furthest below its share."""
     filled: dict[Part, float] = dict.fromkeys(_SHARES, 0.0)
     part_of: dict[str, Part] = {}
     for name, text in sorted(_documents(kind), key=lambda document: (-len(document[1]), document[0])):
@@ -208,7 +208,7 @@ def _ids_of(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def start_tokens(tokenizer: Any) -> list[int]:
-    """What this tokenizer puts before every text: mostly its beginning-of-sequence token in a list, or nothing."""
+    """The tokens this tokenizer puts before every text: usually a list of its beginning-of-sequence token, or an empty one."""
     whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     for place in range(len(whole) - len(bare) + 1) if bare else ():
         if whole[place : place + len(bare)] == bare:
@@ -218,16 +218,16 @@ def start_tokens(tokenizer: Any) -> list[int]:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """The token ids a model reads `text` as: what the tokenizer puts before a text, once, and nothing behind it.
+    """The token ids a model reads for `text`: the tokens the tokenizer puts before a text, once, then the text, and nothing after it.
 
-    A text that brings its own start (a chat template wrote it) does not get a second one, and one that will be gone on with
-    does not get the end of sequence that some tokenizers add.
+    A text that already has a start (from a chat template) does not get a second one, and a text that will be continued
+    does not get the end-of-sequence token that some tokenizers add.
     """
     return with_start(start_tokens(tokenizer), _ids_of(tokenizer, [text])[0])
 
 
 def with_start(start: list[int], ids: list[int]) -> list[int]:
-    """`ids` behind `start`, which they may begin with already.
+    """`start` followed by `ids`, which may already begin with it.
 
     >>> with_start([1], [7, 8]), with_start([1], [1, 7, 8]), with_start([], [7, 8])
     ([1, 7, 8], [1, 7, 8], [7, 8])

@@ -24,7 +24,7 @@ _FEWEST_WINDOWS = 4  # below this an interval says nothing; our choice
 class TextWorkload:
     """Prompts as token lists, each with its expected completion (token list, empty where there is none), in order of arrival.
 
-    A prompt begins with what its tokenizer puts before a text, a completion is bare: the two joined are what the model reads.
+    A prompt starts with the tokens its tokenizer puts before a text; a completion has none. Joined, they are what the model reads.
     `new_tokens` are generated per prompt; `bundled` tells assay's own text from the user's.
     """
 
@@ -37,7 +37,7 @@ class TextWorkload:
 
 @dataclass(frozen=True)
 class QualityText:
-    """Windows to judge quality on, int64 (n, window), and one line that says where they come from."""
+    """Windows to measure quality on, int64 (n, window), and one line that says where they come from."""
 
     windows: torch.Tensor
     source: str
@@ -48,7 +48,7 @@ def bundled_workload(
 ) -> TextWorkload:
     """`n` prompts of exactly `prompt_tokens` tokens of real text, code and English in turn.
 
-    Raises ValueError for counts below 1 and more tokens than the text has, TypeError for counts that are no whole numbers.
+    Raises ValueError for counts below 1 and more tokens than the text has, TypeError for counts that are not whole numbers.
     """
     new_tokens, n, seed = _count("new_tokens", new_tokens), _count("n", n), checks.whole("seed", seed)
     prompts = [
@@ -100,7 +100,7 @@ def quality_windows(workload: TextWorkload, tokenizer: Any, *, window: int = 102
 
     Each window begins with what the tokenizer puts before a text; within, the documents follow each other with its end of
     sequence between them. The prompts of a bundled workload are not used: held-out text is. Raises ValueError for `n` < 1 or
-    `window` < 2, TypeError for what is no whole number.
+    `window` < 2, TypeError for anything but a whole number.
     """
     start, end = start_tokens(tokenizer), tokenizer.eos_token_id
     n, window = _count("n", n), checks.whole("window", window, low=max(2, len(start) + 1))
@@ -134,7 +134,7 @@ def _count(name: str, value: Any) -> int:
 def _tokens(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
     """Bare tokens of a prompt and of what follows it.
 
-    The completion is tokenised with its prompt, unless their border then falls within a token: alone it would begin with
+    The completion is tokenised together with its prompt, unless a token then crosses their border; on its own it would start with
     the space that sentencepiece puts before every text.
     """
     texts = [prompt, prompt + completion, completion] if completion else [prompt]
@@ -146,7 +146,7 @@ def _tokens(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], li
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines that are not blank; a line over the limit comes cut, so that no file fills the memory."""
+    """Numbered lines that are not blank; lines over the limit are cut, so that no file can fill the memory."""
     try:
         with open(path, "rb") as file:
             number = 0

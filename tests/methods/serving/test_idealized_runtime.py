@@ -679,8 +679,10 @@ def test_real_requests_are_halves_of_docstrings():
         "denoised-saving",
     }
 
-    def tokenizer(texts, add_special_tokens):
-        return {"input_ids": [list(text.encode()) for text in texts]}
+    def tokenizer(texts, **options):
+        return {
+            "input_ids": list(texts.encode()) if isinstance(texts, str) else [list(text.encode()) for text in texts]
+        }
 
     requests = docstring_requests(tokenizer, (4, 200), 64)
     assert len(requests) > 100

@@ -1,1 +1,1 @@
-"""Schema of the evidence store, step by step; run by `assay.evidence.store`, never by hand."""
+"""The schema of the evidence store, step by step. `assay.evidence.store` runs the steps; never run them by hand."""

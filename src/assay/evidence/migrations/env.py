@@ -1,4 +1,4 @@
-"""Alembic's entry: runs the steps on the connection that the store hands over, inside the store's transaction."""
+"""Alembic's entry point: runs the steps on the connection the store passes in, inside the store's transaction."""
 
 from alembic import context
 

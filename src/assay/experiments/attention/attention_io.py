@@ -1,7 +1,7 @@
-"""The I/O complexity of attention: how the words moved fall with the cache, counted while real attention is computed.
+"""The I/O complexity of attention: how the words moved fall as the cache grows, counted while real attention is computed.
 
-Queries, keys and values are those of a head of SmolLM2-135M (d = 64) on real text. Every word between the simulated fast memory and the
-slow one is counted; the values do not change the counts, they show that what is counted is attention.
+Queries, keys and values are those of a head of SmolLM2-135M (d = 64) on real text. Every word that moves between the simulated
+fast and slow memory is counted. The values do not affect the counts; they show that attention is what is being counted.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A small CogVideoX of the form of version 1.5, made of diffusers' classes, trained here and sampled with diffusers' scheduler.
+"""A small CogVideoX in the form of version 1.5, built from diffusers' classes, trained here and sampled with diffusers' scheduler.
 
-As there: prompt and video attend to each other in one sequence, the prompt first and its padding not masked; patches span two
-frames; rotary embedding; heads of 64 channels; velocities are predicted, on a schedule that ends without any signal. Unlike
-there: pixels in the place of a VAE's latents, learned words in the place of T5's, DDIM in the place of the DPM solver (so that
-equal noise gives equal samples), and no classifier-free guidance, which would double the batch of every arm alike.
+As in the original, prompt and video attend to each other in one sequence, the prompt first and its padding not masked; patches
+span two frames; embeddings are rotary; heads have 64 channels; velocities are predicted, on a schedule that ends without any
+signal. Unlike the original, it uses pixels instead of a VAE's latents, learned words instead of T5's, DDIM instead of the DPM
+solver (so that equal noise gives equal samples), and no classifier-free guidance, which would double the batch of every arm.
 """
 
 from __future__ import annotations

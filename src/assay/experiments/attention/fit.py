@@ -1,11 +1,11 @@
-"""FIT: how global attention grows with the tokens, how many tokens fit into memory, and what that does to time and the picture.
+"""FIT: how global attention grows with the tokens, how many tokens fit into memory, and what that does to time and image quality.
 
-All on real photographs. Pairs are counted in runs of the model, not taken from the formula. Beside them: a training step of FIT, of
-a plain transformer over all patches and of one whose attention stays inside tiles, of about the same parameters, on crops of
-growing size; and how well each fills in hidden patches of photographs it has not seen after the same short training.
+Everything runs on real photographs. Pairs are counted in runs of the model, not taken from the formula. Also measured: a training
+step of FIT, of a plain transformer over all patches and of one whose attention stays inside tiles, with about the same number of
+parameters, on crops of growing size; and how well each fills in hidden patches of unseen photographs after the same short training.
 
-Tokens in memory are those of images on which training steps really ran: each size in a process of its own, which is ended where its
-resident memory (interpreter, image, weights, optimizer: everything) passes the limit.
+Tokens in memory are those of images on which training steps really ran. Each size runs in its own process, which is ended when its
+resident memory (interpreter, image, weights, optimizer: everything) exceeds the limit.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def steps_on_an_image(
 def upwards(
     arm: str, sides: list[int], *, gigabytes: float, seconds: float, **sizes: int | str
 ) -> list[dict[str, Any]]:
-    """Training steps on growing images until one does not end within the memory or the time: a row each, with what became of it.
+    """Training steps on growing images until one does not finish within the memory or the time: one row each, with its outcome.
 
     Where memory ended it, images between the last that ran and the first that did not are tried, until one has at most 1.25 times
     the other's patches. Raises AssayError when a process ends for another reason.
@@ -306,7 +306,7 @@ def upwards(
 
 
 def one_size(arm: str, side: int, gigabytes: float, seconds: float, sizes: dict[str, int | str]) -> dict[str, Any]:
-    """Has `tokens` only where the steps ran to their end and the whole process never held more than `gigabytes` (10^9 bytes)."""
+    """Has `tokens` only if the steps finished and the whole process never held more than `gigabytes` (10^9 bytes)."""
     limit = int(gigabytes * 1e9)
     found = run_isolated(
         "assay.experiments.attention.fit:steps_on_an_image",

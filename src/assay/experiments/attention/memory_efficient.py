@@ -1,8 +1,8 @@
-"""Memory-efficient attention as it was before FlashAttention: that of xformers, and a stand-in where xformers cannot run.
+"""Memory-efficient attention as it was before FlashAttention: that of xformers, with a stand-in where xformers cannot run.
 
-xformers' kernel computes exact attention by chunks of keys with an online softmax (Rabe and Staats, arXiv 2112.05682). It runs on
-NVIDIA GPUs alone, so `chunked_attention` stands in for it elsewhere (our choice): the same algorithm, built of torch operators.
-What it cannot show is a fused kernel's locality: each operator writes its chunk of scores, to the cache if the chunks are small.
+xformers' kernel computes exact attention by chunks of keys with an online softmax (Rabe and Staats, arXiv 2112.05682). It runs only
+on NVIDIA GPUs, so `chunked_attention` stands in for it elsewhere (our choice): the same algorithm, built from torch operators.
+The stand-in lacks a fused kernel's locality: each operator writes out its chunk of scores, which stays in the cache if it is small.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def chunked_attention(
     q is (batch, heads, queries, dim), k and v (batch, key heads, keys, dim), heads a multiple of key heads; causal queries are
     the last of the keys. Queries are scaled (default dim ** -0.5) beforehand. Both products are rounded to the dtype of q, as
     torch's are; softmax and sums are float32 (float64 for float64). Chunks above the diagonal are not computed. No gradients.
-    Raises ValueError for chunks below 1, heads that are no multiple, and more causal queries than keys.
+    Raises ValueError for chunks below 1, heads that are not a multiple, and more causal queries than keys.
     """
     batch, heads, queries, dim = q.shape
     key_heads, keys, offset = k.shape[1], k.shape[2], k.shape[2] - queries

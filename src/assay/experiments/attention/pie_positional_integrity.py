@@ -1,14 +1,14 @@
-"""PIE: how much of the time of repairing a cache after an edit is saved, and what the next tokens notice of it.
+"""PIE: how much time repairing a cache after an edit saves, and how the repair affects the next tokens.
 
-Contexts are real sources of the standard library. The text before the edit lacks a run of tokens (insertion), has one more
-(deletion), or another one in its place (edit); the text after it is the real one. At places taken as they come the edit hardly
-matters: a cache that ignores it predicts what follows as well, so only the conflict encoding is told apart there. Two more kinds
-of scene are chosen so that it does matter: the edit brings in a definition (define) or gives it another name (rename), and that
-name is used right behind the cursor and stands nowhere else.
+Contexts are real sources of the standard library. The text before the edit lacks a run of tokens (insertion), has an extra one
+(deletion), or has a different one in its place (edit); the text after it is the real one. At arbitrary places the edit hardly
+matters: a cache that ignores it predicts what follows just as well, so only the conflict encoding can be told apart there. Two more
+kinds of scene are chosen so that the edit does matter: it brings in a definition (define) or renames it (rename), and the name is
+used right after the cursor and appears nowhere else.
 
-There the new tokens hold the name in fresh keys, from which PIE, unlike a stale cache, can copy it. It is still not full
-recomputation, least so where a definition was inserted. A rename moves the suffix little, so the conflict encoding does better
-there than elsewhere. Not covered: edits whose meaning reaches the cursor only through the suffix.
+In those scenes the new tokens hold the name in fresh keys, from which PIE, unlike a stale cache, can copy it. PIE still falls
+short of full recomputation, most where a definition was inserted. A rename moves the suffix little, so the conflict encoding does
+better there than elsewhere. Not covered: edits whose meaning reaches the cursor only through the suffix.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from assay.workloads.models import load_model
 from assay.workloads.text import long_prompt
 
 MODEL = "smollm2-135m"
-AHEAD = 64  # tokens behind the cursor that the repaired cache is judged on
+AHEAD = 64  # tokens after the cursor that the repaired cache is judged on
 TEXT = 400_000  # tokens of the sources that are searched for sites
 DEFINITION = re.compile(r"^ *(?:(?:def|class) +(?=\w+\(|\w+:)|(?:self\.)?(?=\w+ *=(?!=)))(\w{4,})", re.MULTILINE)
 Kind = Literal["insert", "delete", "edit", "define", "rename"]
@@ -40,7 +40,7 @@ def scene(tokenizer: Any, tokens: int, size: int, behind: int, kind: Kind, seed:
     """A context of `tokens` real tokens, and what it was before an edit of `size` tokens that ends `behind` tokens before its end.
 
     "insert", "delete" and "edit" take the place that comes. "define" is an insertion and "rename" an edit where it matters: they
-    bring in a name that stands nowhere else in the context and that is used right behind the cursor.
+    bring in a name that appears nowhere else in the context and is used right after the cursor.
     """
     if kind in ("define", "rename"):
         return _named_scene(tokenizer, tokens, size, behind, kind, seed)
@@ -117,14 +117,14 @@ def _named_scene(tokenizer: Any, tokens: int, size: int, behind: int, kind: Kind
 
 @torch.no_grad()
 def _ahead(context: EditableContext, ahead: Tensor) -> Tensor:
-    """Log-probabilities (AHEAD, vocabulary) of the tokens behind the cursor, the real ones fed."""
+    """Log-probabilities (AHEAD, vocabulary) of the tokens after the cursor, with the real ones as input."""
     rest = torch.cat([context.ids[-1:], ahead])[None, :-1]
     logits: Tensor = context.model(input_ids=rest, cache=context.cache(), use_cache=True).logits[0]
     return logits.float().log_softmax(-1)
 
 
 def _from_the_edit_on(stale: EditableContext, start: int, stop: int, run: Tensor) -> EditableContext:
-    """The exact way that is free: keep what stands before the edit and run everything behind it again."""
+    """The free exact alternative: keep everything before the edit and run everything after it again."""
     fresh = stale.fork()
     fresh.edit(start, stop, run, recompute=len(stale) - stop)
     return fresh

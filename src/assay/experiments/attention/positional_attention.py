@@ -1,6 +1,6 @@
 """Positional attention: error on values beyond the training range, against the same network with content-based attention.
 
-A third network routes by content at about as many parameters (content-based attention of the same width has nearly twice as many).
+A third network routes by content with about as many parameters (content-based attention of the same width has nearly twice as many).
 """
 
 from __future__ import annotations

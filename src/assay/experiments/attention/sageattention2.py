@@ -1,12 +1,13 @@
 """SageAttention2: how much faster is prefill attention with INT8 scores on real queries and keys, and what does it lose?
 
-Queries, keys and values are those of layers of SmolLM2-135M on real text. The candidate pays for its smoothing and quantising.
-The paper's factor of 3 is that of a GPU whose INT4 and FP8 tensor cores do 4 and 2 times the work of its 16-bit ones; here INT8
-does twice the work of bfloat16 in one of the two products. What FP8 and INT4 cost in accuracy is emulated and stands in the
-details, beside the perplexity of the model with INT4 scores (the same kernel with codes in [-7, 7]) and with the adaptive table.
+Queries, keys and values are those of layers of SmolLM2-135M on real text. Smoothing and quantising count in the candidate's time.
+The paper's factor of 3 is that of a GPU whose INT4 and FP8 tensor cores do 4 and 2 times the work of its 16-bit ones. Here, INT8
+does twice the work of bfloat16, and in only one of the two products. The loss of accuracy by FP8 and INT4 is emulated and reported
+in the details, along with the perplexity of the model with INT4 scores (the same kernel with codes in [-7, 7]) and with the
+adaptive table.
 
 Against xformers the paper claims a factor of 5; where xformers cannot run, an operator-level form of its algorithm stands in. End
-to end it claims 0.474 of the time of CogVideoX1.5-5B: a small model of its form is trained and sampled here (`cogvideox.py`).
+to end it claims 0.474 of the time of CogVideoX1.5-5B: a small model of that form is trained and sampled here (`cogvideox.py`).
 """
 
 from __future__ import annotations
@@ -239,7 +240,7 @@ class Clocked:
 def attend_sdpa(
     module: Any, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, causal: bool, scale: float | None, text: int
 ) -> Tensor:
-    """What diffusers' processor does by itself."""
+    """What diffusers' own processor does."""
     out: Tensor = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
     return out
 

@@ -1,9 +1,9 @@
-"""SinkLoRA: what fine-tuning in groups recovers of full attention's perplexity, and what decoding with half a cache gains and loses.
+"""SinkLoRA: how much of full attention's perplexity group-wise fine-tuning recovers, and what decoding with half a cache gains and loses.
 
 Tuning: byte models of the Llama family, trained here at a short length, are extended to eight times that length by interpolated
-positions and LoRA, in arms that differ in the attention of training mode alone; all are judged with full attention. The short
-length is one that training uses to the full: only then does a model fail beyond it and have something to gain. Decoding:
-SmolLM2-135M in bfloat16 behind a long prompt of real text.
+positions and LoRA. The arms differ only in the attention of training mode, and all are judged with full attention. The short
+length is one that training exhausts: only then does a model fail beyond it and have something to gain. Decoding:
+SmolLM2-135M in bfloat16 after a long prompt of real text.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def _prefilled(ids: Tensor) -> EvictionCache:
 
 
 def _dynamic(cache: EvictionCache) -> DynamicCache:
-    """The same entries in transformers' own cache."""
+    """The same entries as a plain transformers cache."""
     plain = DynamicCache()
     layers: Any = cache.layers
     for index, layer in enumerate(layers):
@@ -308,7 +308,7 @@ def eviction_table(text: EvictionCache, following: Tensor, tokens: int, shares: 
     minutes=30,
 )
 def inference_speedup(tokens: int, new: int, judged: int, shares: list[float]) -> Trial:
-    """Decoding `new` tokens behind a prompt with transformers' cache, with H2O at half of it, and (free) with a cache kept in place.
+    """Decoding `new` tokens after a prompt with transformers' cache, with H2O at half of it, and (free) with a cache kept in place.
 
     The free one holds everything and is exact; it only does not copy itself at every token. Runs go on where the last one ended.
     """

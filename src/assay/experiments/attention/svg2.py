@@ -1,10 +1,10 @@
 """SVG2: how much faster does a video diffusion model sample, and how far are its samples from those of dense attention?
 
-No trained video model comes with a package, so a small one is trained here for half a minute, made by diffusers' own classes for
-HunyuanVideo and Wan, on clips (moving crops of photographs, the prompt says of which one). It trains on short clips of small
-frames and samples longer ones of larger frames, its attention replaced by diffusers' attention processors; samples are judged only
-against the same model's dense samples from the same noise, as in the paper. Queries and keys are therefore those of a trained
-model, but of a small one: S is 2k to 16k tokens where the paper has 75k to 119k.
+No package contains a trained video model, so a small one is trained here for half a minute. It is built from diffusers' own classes
+for HunyuanVideo and Wan and trained on clips (moving crops of photographs; the prompt says which photograph). It trains on short
+clips of small frames and samples longer clips of larger frames, with its attention replaced by diffusers' attention processors. As
+in the paper, samples are judged only against the same model's dense samples from the same noise. Queries and keys are therefore
+those of a trained model, but of a small one: S is 2k to 16k tokens, where the paper has 75k to 119k.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Denoiser(nn.Module):
 
 @dataclass
 class Measured(SVG2Sampling):
-    """SVG2 that takes notes, which costs time: seconds of planning and attending, density of each sparse call, recall of some."""
+    """SVG2 with logging, which costs time: seconds of planning and attending, density of each sparse call, recall of some."""
 
     planning: float = 0.0
     attending: float = 0.0
@@ -131,7 +131,7 @@ def dense_plan(module: Any, q: Tensor, k: Tensor, **options: Any) -> tuple[Atten
 
 
 def noised(x0: Tensor) -> Noised:
-    """Clips noised to times drawn from [0, 1], by a cosine schedule, the times, and the velocities that the model shall predict."""
+    """Clips noised to times drawn from [0, 1] by a cosine schedule, the times, and the velocities that the model is to predict."""
     times, noise = torch.rand(len(x0)), torch.randn_like(x0)
     a, s = (f(times * math.pi / 2).view(-1, 1, 1, 1, 1) for f in (torch.cos, torch.sin))
     return a * x0 + s * noise, times, a * noise - s * x0

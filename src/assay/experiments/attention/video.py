@@ -1,7 +1,7 @@
-"""What the experiments on video diffusion share: clips of real pixels, training a small denoiser on them, comparing samples.
+"""What the video diffusion experiments share: clips of real pixels, training a small denoiser on them, and comparing samples.
 
-No trained video model comes with a package, so each experiment makes a small one of a class of diffusers and trains it here on
-moving crops of photographs. Clips and samples are (batch, 3, frames, height, width), pixels in [-1, 1].
+No package contains a trained video model, so each experiment builds a small one from a diffusers class and trains it here on
+moving crops of photographs. Clips and samples are (batch, 3, frames, height, width), with pixels in [-1, 1].
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Noised = tuple[Tensor, Tensor, Tensor]  # noised clips, their times, and what th
 
 @functools.cache
 def small_photograph(label: int) -> Tensor:
-    """A photograph made small enough that a crop of a few dozen pixels shows something."""
+    """A photograph reduced in size, so that a crop of a few dozen pixels shows something."""
     image = photograph(PHOTOGRAPHS[label])[None]
     return F.interpolate(image, size=(160, 200), mode="bilinear", antialias=True)[0]
 

@@ -1,7 +1,7 @@
 """XAttention: how much faster is prefill attention on real queries and keys, and what does the model lose?
 
-Queries, keys and values are those of layers of SmolLM2-135M on real text (random ones have no structure to find). The candidate
-pays for its scores and its selection. SmolLM2 was trained on 8192 tokens; the paper's 256k are out of its reach.
+Queries, keys and values are those of layers of SmolLM2-135M on real text (random ones have no structure to find). Scoring and
+selecting blocks count in the candidate's time. SmolLM2 was trained on 8192 tokens; the paper's 256k are out of its reach.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def pooled_scores(q: Tensor, k: Tensor, block: int) -> Tensor:
 
 
 def best_of_each_row(scores: Tensor, like: Tensor) -> Tensor:
-    """As many blocks in each row as `like` keeps, the sink and the diagonal first, then those that score highest."""
+    """As many blocks in each row as `like` keeps: first the sink and the diagonal, then those that score highest."""
     blocks = scores.shape[-1]
     forced = torch.eye(blocks, dtype=torch.bool, device=scores.device)
     forced[:, 0] = True

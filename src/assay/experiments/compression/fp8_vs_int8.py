@@ -1,4 +1,4 @@
-"""FP8 versus INT8: whether INT8 is at least as good after training, and what an INT8 linear layer gains in time here.
+"""FP8 versus INT8: is INT8 at least as good after training, and how much time does an INT8 linear layer save here?
 
 The paper's third claim, 50 to 180 % more silicon for FP8 units, can only be measured on synthesised hardware;
 `methods.compression.fp8_vs_int8.hardware_table` models it.

@@ -1,4 +1,4 @@
-"""Functional hashing: how many evaluations of a search the cache saves, against no cache and against a cache by text."""
+"""Functional hashing: how many evaluations of a search the cache saves, compared with no cache and with a cache keyed by text."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Prepacking: is a packed prefill faster and smaller than a padded one, and than one in order of length?
+"""Prepacking: is a packed prefill faster and smaller than a padded one, and than one sorted by length?
 
-The prompts are docstrings of the standard library, 6 to about 470 tokens, in arrival order, in batches. Every arm leaves what
-generation needs: a left-padded cache and the logits of each prompt's last token; none computes logits elsewhere. The strongest
-thing that is free is the simplest: a forward pass for each prompt by itself, which has no padding either.
+The prompts are docstrings of the standard library, 6 to about 470 tokens, in arrival order, in batches. Every arm produces what
+generation needs: a left-padded cache and the logits of each prompt's last token. None computes logits elsewhere. The strongest
+free alternative is the simplest: a separate forward pass for each prompt, which has no padding either.
 """
 
 from __future__ import annotations

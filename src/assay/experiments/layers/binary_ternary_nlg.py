@@ -1,9 +1,9 @@
 """Binary and ternary sequence-to-sequence models: bytes of the packed student, and what it lost against its fp32 teacher.
 
-Small BARTs work byte by byte. For the sizes the task is writing numbers out in words ("342007" to "three hundred forty-two thousand
-seven"); for ROUGE it is real English whose vowels were struck out and are to be restored, as summaries of news are out of reach of
-models trained for minutes. A teacher is trained in fp32; students begin as the teacher and train at low bits, with distillation and
-without, beside TWN and BWN and beside plain rounding without any training.
+Small BARTs work byte by byte. For the sizes, the task is to write numbers out in words ("342007" to "three hundred forty-two
+thousand seven"). For ROUGE, it is to restore real English whose vowels were removed, because summarising news is out of reach for
+models trained for minutes. A teacher is trained in fp32. Students start as copies of the teacher and train at low bits, with and
+without distillation. They are compared with TWN and BWN, and with plain rounding without any training.
 """
 
 from __future__ import annotations
@@ -44,7 +44,12 @@ LARGEST = 10**6
 LOG_2 = 0.6931471805599453
 SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-RATES = {(2, 8): 1e-3, (2, 2): 2e-3, (1, 8): 1e-3, (1, 1): 2e-3}  # of (weights, activations); a small model bears more
+RATES = {
+    (2, 8): 1e-3,
+    (2, 2): 2e-3,
+    (1, 8): 1e-3,
+    (1, 1): 2e-3,
+}  # of (weights, activations); a small model tolerates more
 
 
 Task = Callable[[int, int, bool], tuple[Tensor, Tensor]]
@@ -238,7 +243,7 @@ def bart_base_bytes(weights: int) -> dict[str, float]:
 
 
 def size_figure(bits: tuple[int, int], width: int, layers: int, teacher_steps: int, steps: int, others: bool) -> Figure:
-    """Bytes of the fp32 teacher over those of the packed student, written to disk and read back; bits per byte beside it."""
+    """Bytes of the fp32 teacher over those of the packed student, written to disk and read back; also its bits per byte."""
     teacher = trained_teacher(width, layers, teacher_steps)
     source, labels = numbers(128, 0, True)
     weights, activations = bits

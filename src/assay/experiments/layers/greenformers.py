@@ -176,7 +176,7 @@ def step_costs(report: LowRankReport) -> dict[str, Any]:
 
 
 def from_scratch_quality(fraction: float, long: bool) -> Quality:
-    """Masked-byte loss (nats) on held-out code of an LRT after training, beside a dense encoder of the same width."""
+    """Masked-byte loss (nats) on held-out code of an LRT after training, compared with a dense encoder of the same width."""
     width, layers, steps, batch = (128, 3, 300, 16) if long else (32, 1, 20, 8)
     text = np.frombuffer(code_text().encode()[:4_000_000], dtype=np.uint8).astype(np.int64)
     held_out = torch.from_numpy(text[-64 * 128 :].reshape(64, 128))
@@ -292,7 +292,7 @@ def retrieval(dense: Any, low_rank: Any) -> dict[str, float]:
 
 
 def inference(dense: Any, low_rank: Any, report: LowRankReport, long: bool) -> dict[str, Any]:
-    """Speed of the encoder alone at several lengths, beside what the MACs of its linear layers promise."""
+    """Speed of the encoder alone at several lengths, compared with what the MACs of its linear layers promise."""
     rows: dict[str, Any] = {"macs_ratio_of_linear_layers": report.before.macs / report.after.macs}
     for tokens in (16, 64, 256) if long else (16,):
         ids = torch.randint(1000, 30000, (32 if long else 4, tokens))

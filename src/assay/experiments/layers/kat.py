@@ -1,6 +1,6 @@
-"""KAT: what group-rational activations cost in training time, on real handwritten digits, and what they gain in accuracy.
+"""KAT: what group-rational activations cost in training time on real handwritten digits, and what they gain in accuracy.
 
-The accuracy is that of small networks trained from scratch on tiles of real photographs: which picture does a tile come from?
+The accuracy is that of small networks trained from scratch to tell which photograph a tile comes from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from assay.workloads.images import PHOTOGRAPHS, digits_split, photograph
 Mlp = Literal["kat", "gelu"]
 RATIONAL_OPERATIONS = 20  # of one number, forward: two Horner schemes, an absolute value, a sum and a division
 
-# those of scikit-image that come with the package and have some 300 pixels, beside the colour pictures of workloads.images
+# scikit-image's bundled images of some 300 pixels, in addition to the colour pictures of workloads.images
 GREY = ("brick", "camera", "cell", "clock", "coins", "grass", "gravel", "moon")
 COLOUR = ("hubble_deep_field", "immunohistochemistry", "retina")
 CELL, TILE = 64, 32  # pixels a side: of the grid that train and test tiles share out, and of a tile

@@ -1,4 +1,4 @@
-"""MemoryFormer: a small language model of look-ups against the same model of linear layers: bits per byte, operations, bytes, time."""
+"""MemoryFormer: a small language model of look-ups against the same model of linear layers, in bits per byte, operations, bytes, time."""
 
 from __future__ import annotations
 

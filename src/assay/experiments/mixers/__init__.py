@@ -1,1 +1,1 @@
-"""Experiments of the sequence mixers."""
+"""Experiments on the sequence mixers."""

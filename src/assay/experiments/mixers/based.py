@@ -1,7 +1,7 @@
-"""BASED: what a state of fixed size recalls, and what generation costs with it, against attention and its cache.
+"""BASED: what a state of fixed size can recall, and what generation costs with it, against attention and its cache.
 
-Models are trained here: associative recall (fresh sequences at every step) and bytes of real Python sources. Widths, channel mixers,
-steps and tokens are the same in all arms; only the mixers differ.
+Models are trained here on associative recall (fresh sequences at every step) and on bytes of real Python sources. Widths, channel
+mixers, steps and tokens are the same in all arms; only the mixers differ.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from assay.measure.stats import bootstrap
 from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM, StateCache
 from assay.workloads.sequences import associative_recall, batches_of, byte_batches, byte_windows, repeated_ngrams
 
-# Two mixing layers each behind one short convolution, as the paper's layouts begin. Rivals hold as many bytes as BASED, "window only"
+# Two mixing layers, each after one short convolution, as the paper's layouts start. Rivals hold as many bytes as BASED, "window only"
 # fewer: more of a window would be attention on these lengths.
 ARMS: dict[str, list[list[Any]]] = {
     "attention": [["attention", {"heads": 2}]] * 2,
@@ -168,7 +168,7 @@ def language_model(arm: str, width: int, layers: int) -> MixerForCausalLM:
 
 @torch.no_grad()
 def generate_from(model: MixerForCausalLM, cache: StateCache, token: Tensor, tokens: int) -> None:
-    """Greedy generation of `tokens` tokens behind `cache`."""
+    """Greedy generation of `tokens` tokens from `cache`."""
     for _ in range(tokens):
         out = model(token, cache=cache)
         token = out.logits[:, -1:].argmax(-1)
@@ -200,7 +200,7 @@ def prefilled(model: MixerForCausalLM, ids: Tensor, chunk: int = 1024) -> StateC
     minutes=30,
 )
 def generation_throughput(context: int, batch: int, tokens: int, width: int, layers: int, steps: int) -> Trial:
-    """Generating behind a context of real text: attention with its cache against BASED with its states, same width and depth.
+    """Generating after a context of real text: attention with its cache against BASED with its states, same width and depth.
 
     The free baseline is the same attention in bfloat16, weights and cache.
     With `steps` both are trained on the same bytes, and the quality is bits per byte on held-out text; the details split it into
@@ -219,7 +219,7 @@ def generation_throughput(context: int, batch: int, tokens: int, width: int, lay
     token = ids[:, -1:]
 
     def run(arm: str) -> None:
-        # every run writes behind the same context; sums go on from run to run, which does not matter for the time
+        # every run writes after the same context; sums carry over from run to run, which does not affect the time
         generate_from(models[arm], StateCache([dict(state) for state in caches[arm].states]), token, tokens)
 
     details: dict[str, Any] = {

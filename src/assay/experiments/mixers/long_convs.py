@@ -1,8 +1,9 @@
-"""Long convolutions: what the fused transform gains on FFT convolutions of the time, what squashing gains in accuracy, and Path256.
+"""Long convolutions: how much time the fused transform saves on FFT convolutions, what squashing gains in accuracy, and Path256.
 
-The convolutions are those of the paper's layers (two kernels a channel, all of the sequence). FlashButterfly is a design for matrix
-units and their fast memory; on a processor the same idea, no trip to slow memory between the steps, is blocks of channels in the
-cache. The accuracies are of small classifiers trained here on handwritten digits, read pixel by pixel as 64 tokens.
+The convolutions are those of the paper's layers (two kernels per channel, over the whole sequence). FlashButterfly is a design for
+matrix units and their fast memory. On a processor, the same idea (no trip to slow memory between the steps) means blocks of
+channels in the cache. The accuracies are those of small classifiers trained here on handwritten digits, read pixel by pixel as 64
+tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ COUNTED: tuple[Form, ...] = ("direct", "rfft", "unfused", "fused", "three_pass")
 
 
 class DiagonalKernel(nn.Module):
-    """The kernel of a diagonal state space (S4D-Lin, `states` complex states an input), in the place of `LongKernel`."""
+    """The kernel of a diagonal state space (S4D-Lin, `states` complex states per input), in place of `LongKernel`."""
 
     def __init__(self, channels: int, dim: int, length: int, *, skips: int, states: int = 32):
         super().__init__()
@@ -287,7 +288,7 @@ def path256_training(side: int, batch: int, dim: int, depth: int, lesson: str | 
 
 
 def _seconds(path: Callable[[], Any]) -> float:
-    """The shortest of three runs."""
+    """Seconds of the shortest of three runs."""
     times = []
     for _ in range(3):
         begin = time.perf_counter()

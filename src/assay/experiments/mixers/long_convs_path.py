@@ -1,9 +1,9 @@
-"""Long convolutions on Path256: does a network of them train faster than a transformer on pictures read pixel by pixel?
+"""Long convolutions on Path256: do they train faster than a transformer on pictures read pixel by pixel?
 
 The paper's prior art is the transformer of FlashAttention (arXiv 2205.14135) with block-sparse attention, the first above chance on
-Path-256 (63.1 %); 92.2 % for long convolutions are the 29.1 points. The pictures are made by `workloads.sequences.pathfinder`, the
-pattern of blocks is the butterfly that FlashAttention names. The convolutions are torch's FFTs, with gradients: the fused way of
-`methods.mixers.long_convs` is for inference.
+Path-256 (63.1 %); long convolutions reach 92.2 %, hence the claimed 29.1 points. `workloads.sequences.pathfinder` makes the
+pictures, and the block pattern is the butterfly that FlashAttention names. The convolutions are torch's FFTs, with gradients: the
+fused form in `methods.mixers.long_convs` is for inference.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RATES = {
     "long convolution": 5e-3,
     "block-sparse": 1e-3,
     "dense": 1e-3,
-}  # of what is not a kernel; kernels learn at 1e-2
+}  # of everything but kernels, which learn at 1e-2
 
 _SHORT: dict[str, Any] = {"side": 16, "seeds": 1, "scenes": 2000, "held_out": 1000, "batch": 32}
 LESSONS: dict[str, dict[str, Any]] = {  # what a network is taught: pictures, steps, and its own width and depth
@@ -85,7 +85,7 @@ class Attention(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pixels (batch, tokens, 1) to two logits: learned places, `depth` pre-norm blocks of attention and GELU MLP, mean, Linear."""
+    """Pixels (batch, tokens, 1) to two logits: learned positions, `depth` pre-norm blocks of attention and GELU MLP, mean, Linear."""
 
     def __init__(self, tokens: int, dim: int, depth: int, block: int | None = None):
         super().__init__()
@@ -150,14 +150,14 @@ def turned(images: Tensor, turn: int) -> Tensor:
 
 @cache
 def pictures(n: int, side: int, seed: int) -> tuple[Tensor, Tensor]:
-    """`pathfinder`, made once: every arm learns from the same."""
+    """`pathfinder`, generated once, so that every arm learns from the same pictures."""
     return pathfinder(n, side, seed=seed)
 
 
 def learned(
     arm: str, side: int, *, scenes: int, held_out: int, steps: int, batch: int, dim: int, depth: int, seed: int
 ) -> dict[str, Any]:
-    """A network trained on `scenes` pictures in their eight turns: is it right on each of `held_out` others, and in what time?"""
+    """Train a network on `scenes` pictures in their eight symmetries: is it right on each of `held_out` others, and how fast?"""
     images, labels = pictures(scenes, side, seed=1)
     questions, answers = pictures(held_out, side, seed=0)
     torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""MatMul-free language models: bytes a packed model takes beside the same model in bf16, and what training remembers.
+"""MatMul-free language models: the bytes of a packed model compared with the same model in bf16, and what training must keep in memory.
 
-Models are trained here on bytes of real Python sources: ternary, the same model of floats, and a transformer of the same width,
-for the same steps and tokens. The packed one is written to disk, read back, judged and made to generate.
+Models are trained here on bytes of real Python sources: a ternary one, the same model with float weights, and a transformer of the
+same width, for the same steps and tokens. The packed model is written to disk, read back, judged and used for generation.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def inference_memory(
 
 
 def judged(packed: Any, arms: list[str], width: int, layers: int, steps: int, details: dict[str, Any]) -> Quality:
-    """Bits per byte of the packed model on held-out sources, beside models of floats trained as long."""
+    """Bits per byte of the packed model on held-out sources, compared with float models trained for as long."""
     inputs, targets = byte_windows(256, 64)
     bits = {"packed": evaluate(packed, inputs, targets)["nll"] / LOG_2}
     for arm in arms:

@@ -1,8 +1,8 @@
-"""State space models: does the cost of a selective scan grow linearly where attention's grows with the square, and is it as good?
+"""State space models: does the cost of a selective scan grow linearly where attention's grows quadratically, and is it as good?
 
-Times are of causal sequence mixers of one width on random tokens (neither's speed depends on the values). Quality is segmentation
-of a stained tissue by U-shaped models that differ in their mixers alone, of about as many parameters, trained on the left half of
-the image and judged on the right half.
+Times are of causal sequence mixers of one width on random tokens (the speed of neither depends on the values). Quality is
+segmentation of a stained tissue by U-shaped models that differ only in their mixers and have about as many parameters, trained on
+the left half of the image and judged on the right half.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def halves() -> tuple[Tensor, Tensor]:
 
 
 def batches(half: Tensor, size: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random crops, in any of the eight positions a square has."""
+    """Random crops, each in a random one of the square's eight symmetries."""
     step = 0
     while True:
         found = crops(half, size, batch, seed=step).rot90(step % 4, (2, 3))

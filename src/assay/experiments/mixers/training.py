@@ -1,7 +1,8 @@
-"""A small trainer for sequence models: AdamW, warm-up and cosine, clipping, and the learning rates layers ask for.
+"""A small trainer for sequence models: AdamW, warm-up and cosine schedule, clipping, and the learning rates that layers ask for.
 
-A module may say `optimizer_options() -> {parameter name: {"lr": ..., "weight_decay": ...}}` for parameters of its own; norms,
-biases and embeddings get no weight decay. For more than an experiment take `transformers.Trainer`: the models are transformers'.
+A module may define `optimizer_options() -> {parameter name: {"lr": ..., "weight_decay": ...}}` for its own parameters; norms,
+biases and embeddings get no weight decay. For anything beyond an experiment use `transformers.Trainer`: the models are
+transformers models.
 """
 
 from __future__ import annotations

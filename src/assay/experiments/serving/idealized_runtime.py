@@ -23,7 +23,7 @@ from assay.methods.serving.idealized_runtime import (
     transformers_runner,
 )
 from assay.workloads.models import load_model
-from assay.workloads.text import docstrings
+from assay.workloads.text import docstrings, encode
 
 MODEL = "smollm2-135m"
 GRIDS: dict[str, dict[str, Any]] = {
@@ -132,7 +132,7 @@ def _saving(method: MethodName, sample: int, prompts: list[int], outputs: list[i
 
 def docstring_requests(tokenizer: Any, prompt_range: tuple[int, int], longest: int) -> list[tuple[list[int], int]]:
     """(first half of a docstring as ids, number of tokens of the rest, at most `longest`) for all whose half fits the range."""
-    ids = tokenizer(docstrings(), add_special_tokens=False)["input_ids"]
+    ids = [encode(tokenizer, text) for text in docstrings()]
     halves = [(tokens[: len(tokens) // 2], min(len(tokens) - len(tokens) // 2, longest)) for tokens in ids]
     return [(start, rest) for start, rest in halves if prompt_range[0] <= len(start) <= prompt_range[1]]
 

@@ -1,8 +1,8 @@
-"""What retuning gains after the hardware changed; the change here is from one processor thread to two, and back.
+"""What retuning gains after a change of hardware; here the change is from one processor thread to two, and back.
 
-In each environment a grid of settings of transformers' generation is measured on single-line infilling problems cut from the
+In each environment, a grid of settings of transformers' generation is measured on single-line infilling problems cut from the
 standard library. Then, in the new environment, the setting tuned for the old one (baseline) is timed against the one tuned for
-the new (candidate). Where both are the same setting, retuning gains nothing, and the two run the same work.
+the new (candidate). If both are the same setting, retuning gains nothing, and the two run the same work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from assay.methods.serving.inference_hyperparameters import (
     transfer_matrix,
 )
 from assay.workloads.models import load_model
-from assay.workloads.text import code_text
+from assay.workloads.text import code_text, encode
 
 MODEL = "smollm2-135m"
 SCALES: dict[str, dict[str, Any]] = {
@@ -72,13 +72,13 @@ def _moved(
 ) -> Trial:
     loaded = load_model(MODEL)
     texts = [problem.prompt for problem in infilling_problems(code_text(), problems, longest=longest)]
-    prompts = loaded.tokenizer(texts)["input_ids"]
+    prompts = [encode(loaded.tokenizer, text) for text in texts]
     engine = HuggingFaceEngine(loaded.folder, prompts, new_tokens=new_tokens)
     tuned: dict[int, SearchResult] = {}
     for threads in (old, new):
         with _Threads(
             threads
-        ):  # rounding differs between batch shapes: outputs are compared below, not held to be equal
+        ):  # rounding differs between batch shapes, so outputs are compared below instead of required to be equal
             tuned[threads] = search(space(batches), engine, method="grid", confirm=repeats, max_mismatch=1.0)
 
     def run(params: dict[str, Any]) -> list[list[int]]:

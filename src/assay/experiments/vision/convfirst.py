@@ -22,7 +22,7 @@ def photograph(height: int, width: int) -> Tensor:
 
 
 def features(channels: int, size: int) -> Tensor:
-    """What a block sees: the photograph behind a random 3 x 3 convolution, normalised, (1, channels, size, size)."""
+    """A block's input: the photograph after a random 3 x 3 convolution, normalised, (1, channels, size, size)."""
     torch.manual_seed(0)
     out = nn.functional.conv2d(photograph(size, size), torch.randn(channels, 3, 3, 3), padding=1)
     out = (out - out.mean()) / out.std()
@@ -42,7 +42,7 @@ def block_fusion_speedup(channels: int, size: int) -> Trial:
     """A fused ConvFirst block against a ConvNeXt block compiled with Inductor, at (nearly) equal MACs: expand 4 for both.
 
     The paper's four times are whole networks at equal ImageNet accuracy on a GPU; here one stage's block, on this machine's
-    processor. What a user gets at no loss beside it: the same ConvFirst block compiled, layer by layer.
+    processor. The free alternative for a user: the same ConvFirst block compiled, layer by layer.
     """
     from assay.methods.vision.convfirst import ConvFirst, ConvNeXt, fuse_blocks
 

@@ -1,18 +1,18 @@
 """PIE: after an edit in the middle of a context, repair the key-value cache instead of computing it again (arXiv 2407.03157).
 
-Keys are cached after the rotary embedding. When an edit moves what stands behind it by delta tokens, the cached keys there need
-one constant rotation more, R(delta), because R(p + delta) = R(delta) R(p); values need nothing. Only the new tokens are run
-through the model, with what stands before them as their past. Positions are then exact. Content is not: the suffix was computed
-with the old text in view, which only the first layer does not notice.
+Keys are cached after the rotary embedding. When an edit moves the text after it by delta tokens, the cached keys there need one
+more constant rotation, R(delta), because R(p + delta) = R(delta) R(p); values need nothing. Only the new tokens are run through the
+model, with everything before them as their past. Positions are then exact. Content is not: the suffix was computed with the old
+text in view, and only the first layer is unaffected by that.
 
-The paper has no released code; the update rule follows its equations. `our choice`: how the keys of each layer turn is not assumed
-but checked on the model itself; models below float32 keep the keys as they were first computed and rotate from those, so that many
-edits do not add up rounding errors; `recompute` runs the first tokens behind the edit again; `staleness` says how much of the
-context was computed with an older text in view. Layers with a sliding window keep all their tokens here, since an edit can bring
-old ones back into the window.
+The paper has no released code; the update rule follows its equations. `our choice`: how the keys of each layer rotate is not assumed
+but checked on the model itself; models below float32 keep the keys as first computed and rotate from those, so that many edits do
+not accumulate rounding errors; `recompute` runs the first tokens after the edit again; `staleness` says how much of the context was
+computed with an older text in view. Layers with a sliding window keep all their tokens here, since an edit can bring old ones back
+into the window.
 
-When NOT to use it: edits whose meaning reaches far (a renamed variable: the suffix still speaks of the old name), edits near
-the end of the context (running the model from the edit on is exact and costs little more), and models whose rotary frequencies
+When NOT to use it: edits whose meaning reaches far (a renamed variable: the suffix still refers to the old name), edits near the
+end of the context (running the model from the edit on is exact and costs little more), and models whose rotary frequencies
 change with the length.
 """
 
@@ -39,6 +39,11 @@ def rotate_keys(keys: Tensor, delta: Tensor | int, inv_freq: Tensor, *, interlea
     `delta` is one number or one for each token (tokens,); `inv_freq` (r,) are the model's angles per position. The first 2 r
     dimensions rotate, the others stay. `interleaved` pairs neighbouring dimensions (GPT-J), else dimension i with i + r.
     Computed in float32 at least; same dtype back. A delta of zero returns the keys themselves.
+
+    >>> keys, inv_freq = torch.randn(1, 2, 5, 8), 1e4 ** -(torch.arange(4) / 4)
+    >>> there_and_back = rotate_keys(rotate_keys(keys, 3, inv_freq), -3, inv_freq)
+    >>> bool((there_and_back - keys).abs().max() < 1e-5)
+    True
     """
     if not isinstance(delta, Tensor):
         if checks.whole("delta", delta) == 0:
@@ -73,13 +78,13 @@ def edit_cache(
     *,
     interleaved: bool = False,
 ) -> DynamicCache:
-    """Replace the tokens [start, start + old_len) of `cache` by `new_kv`, and turn the keys behind them; in place, and returned.
+    """Replace the tokens [start, start + old_len) of `cache` by `new_kv` and rotate the keys after them; changes and returns `cache`.
 
-    `new_kv` are the keys (already rotated for positions from `start` on) and values of the new tokens, one pair a layer, tokens
+    `new_kv` are the keys (already rotated for positions from `start` on) and values of the new tokens, one pair per layer, tokens
     possibly none; all rows of a batch are edited in the same place. `inv_freq` is one for all layers or one for each, as
-    `rotation_of` finds them; None turns nothing: for keys that carry no positions (ALiBi, layers without rotary embedding).
+    `rotation_of` finds them; None rotates nothing: for keys that carry no positions (ALiBi, layers without rotary embedding).
     Raises ValueError for a span outside the cache or new keys and values that do not fit it, TypeError as `keys_and_values`
-    and for layers that do not keep all tokens as they came (sliding, quantised, static). The cache is then as it was.
+    and for layers that do not keep all tokens as they came (sliding, quantised, static). The cache is then unchanged.
     """
     layers = _whole_layers(cache)
     tokens = layers[0][0].shape[2]
@@ -115,7 +120,7 @@ def _turned(keys: Tensor, delta: Tensor | int, inv_freq: Tensor | None, interlea
 
 
 def _whole_layers(cache: Cache) -> Layers:
-    """The cache's keys and values, provided that each layer holds all tokens as they were computed."""
+    """The cache's keys and values, after checking that each layer holds all tokens as they were computed."""
     for index, layer in enumerate(cache.layers):
         if type(layer) is not DynamicLayer:
             raise TypeError(
@@ -142,12 +147,12 @@ def cache_of(layers: Layers) -> DynamicCache:
 
 
 def rotation_of(model: nn.Module) -> tuple[list[Tensor | None], bool]:
-    """(inv_freq of each layer, interleaved): how a model's keys turn with their position, seen on the model itself.
+    """(inv_freq of each layer, interleaved): how a model's keys rotate with their position, measured on the model itself.
 
     A single token attends to nothing but itself, so its keys differ between positions by R(delta) alone, in every layer: layers
     with frequencies of their own and layers that do not turn (None) are told apart. Models without rotary embedding pass when
     their keys carry no position at all (ALiBi). Raises ValueError for frequencies that change with the length, for learned
-    positions, and for keys that turn in no way known here.
+    positions, and for keys that rotate in an unknown way.
     """
     root: Any = model
     config = root.config.get_text_config()
@@ -204,7 +209,7 @@ def _frequencies(model: nn.Module, config: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def _keys(model: Any, tokens: list[int], position: int | None = None) -> list[Tensor]:
-    """The keys of each layer for tokens, the first of which stands at `position` (None: where the model puts it)."""
+    """The keys of each layer for tokens, the first of them at `position` (None: where the model puts it)."""
     cache = DynamicCache()
     ids = torch.tensor([tokens], device=model.device)
     options = {} if position is None else {"position_ids": torch.full_like(ids, position)}
@@ -237,7 +242,7 @@ class EditableContext:
         self._begin(past)
 
     def refresh(self) -> None:
-        """Compute the whole cache anew: exact, and as slow as a prefill."""
+        """Recompute the whole cache: exact, and as slow as a prefill."""
         self._begin([])
 
     def _begin(self, past: Layers) -> None:
@@ -249,7 +254,7 @@ class EditableContext:
         self._stale = torch.zeros(len(self.ids), dtype=torch.bool)
 
     def _behind(self, past: Layers, ids: Tensor) -> Layers:
-        """Keys and values of `past` and, computed, of the `ids` behind it."""
+        """Keys and values of `past` and of the `ids` after it, which are computed."""
         if not len(ids):
             return past
         cache = cache_of(past) if past else DynamicCache()
@@ -283,9 +288,9 @@ class EditableContext:
     def edit(
         self, start: int, stop: int, new_ids: Tensor | Sequence[int], *, recompute: int = 0, rotate: bool = True
     ) -> None:
-        """Replace the tokens [start, stop) by `new_ids` (any number, also none) and repair the cache.
+        """Replace the tokens [start, stop) by `new_ids` (any number, even none) and repair the cache.
 
-        `recompute` tokens behind the edit are run again too. `rotate=False` leaves the suffix at its old positions: the
+        `recompute` tokens after the edit are run again too. `rotate=False` leaves the suffix at its old positions: the
         "conflict" encoding that the paper compares with, wrong on purpose.
         Raises ValueError for a span outside the context, ids outside the vocabulary, or an edit that leaves nothing.
         """
@@ -298,7 +303,7 @@ class EditableContext:
         recompute: int = 0,
         rotate: bool = True,
     ) -> None:
-        """Several disjoint edits (start, stop, new ids) in positions of the context as it is now; options as those of `edit`.
+        """Make several disjoint edits (start, stop, new ids), in positions of the current context; options as for `edit`.
 
         Raises ValueError as `edit`, and when they overlap; nothing is edited then.
         """
@@ -324,7 +329,7 @@ class EditableContext:
 
     def _replace(self, start: int, stop: int, new: Tensor, recompute: int, rotate: bool) -> None:
         delta = len(new) - (stop - start) if rotate else 0
-        rest = min(stop + recompute, len(self.ids))  # what is kept begins here
+        rest = min(stop + recompute, len(self.ids))  # the part that is kept starts here
         run = torch.cat([new, self.ids[stop:rest]])
         front = self._behind([(k[:, :, :start], v[:, :, :start]) for k, v in self.layers], run)
         shift = self._moved[rest:] + delta
@@ -348,9 +353,9 @@ class EditableContext:
         self._origin = origin if self._origin is not None else None
 
     def update(self, input_ids: Tensor | Sequence[int], **options: Any) -> int:
-        """Make the context `input_ids`, by the edits that lead there; returns how many tokens were new.
+        """Turn the context into `input_ids` by the necessary edits; returns how many tokens were new.
 
-        Give the tokens of the whole new text: a tokenizer cuts differently around an edit, which the difference then contains.
+        Pass the tokens of the whole new text: a tokenizer splits text differently around an edit, and the difference then includes that.
         """
         new = self._row(input_ids, "input_ids")
         changes = token_changes(self.ids.tolist(), new.tolist())
@@ -358,7 +363,7 @@ class EditableContext:
         return sum(len(tokens) for _, _, tokens in changes)
 
     def cache(self) -> DynamicCache:
-        """The cache of all tokens but the last, which is to be run next: what `generate` and the model go on from."""
+        """The cache of all tokens but the last, which is run next: the state from which `generate` and the model continue."""
         return cache_of([(k[:, :, :-1], v[:, :, :-1]) for k, v in self.layers])
 
     def complete(self, max_new_tokens: int, **options: Any) -> Tensor:
@@ -376,7 +381,11 @@ class EditableContext:
 
 
 def token_changes(old: Sequence[int], new: Sequence[int]) -> list[tuple[int, int, list[int]]]:
-    """The edits (start, stop, new tokens) that turn `old` into `new`: common ends aside, by difflib's matching blocks."""
+    """The edits (start, stop, new tokens) that turn `old` into `new`: common ends aside, by difflib's matching blocks.
+
+    >>> token_changes([1, 2, 3, 4], [1, 9, 9, 3, 4])
+    [(1, 2, [9, 9])]
+    """
     first = 0
     while first < min(len(old), len(new)) and old[first] == new[first]:
         first += 1

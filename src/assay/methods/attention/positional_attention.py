@@ -1,16 +1,16 @@
-"""Positional attention: weights from positions alone, so that routing does not change with the values (earlier title: "Positional
+"""Positional attention: weights depend on positions alone, so that routing does not change with the values (earlier title: "Positional
 Attention: Out-of-Distribution Generalization and Expressivity for Neural Algorithmic Reasoning").
 
 A = softmax((P W_Q)(P W_K)^T / sqrt(d_p)) with the same positional encodings P in every layer, whatever the input. An algorithm that
 moves data by position (prefix sums, sorting networks) is then learnt with fixed routes, and scales to values it never saw. After
 training, the weights are constants: `fold` turns a network into mixing matrices, with no QK^T and no softmax left.
 
-After the official code: one-hot encodings with one scratch position more, queries and keys of width d_p a head with bias, layers
-y = MLP([x ; attention(x)]) without residual or norm, depth log2(n) + 1. `routing="content"` is its baseline: queries and keys from
-the values (width of the model a head), encodings appended to the input.
+After the official code: one-hot encodings with one extra scratch position, queries and keys of width d_p per head with bias, layers
+y = MLP([x ; attention(x)]) without residual or norm, depth log2(n) + 1. `routing="content"` is its baseline: queries and keys come
+from the values (each head as wide as the model), with encodings appended to the input.
 
-When NOT to use it: when what to read depends on the values (look-ups, recall): at fixed depth it cannot; and for lengths beyond
-those it was trained with, to which one-hot encodings do not extend.
+When NOT to use it: when what to read depends on the values (look-ups, recall), which it cannot do at fixed depth; and for lengths
+beyond those it was trained with, to which one-hot encodings do not extend.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class ContentAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k = (p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj))
         v = self.v_proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
-        # the fused kernels want values as wide as the keys; what is padded is cut off again
+        # the fused kernels need values as wide as the keys; the padding is cut off again
         found = F.scaled_dot_product_attention(q, k, F.pad(v, (0, q.shape[-1] - v.shape[-1])))[..., : v.shape[-1]]
         y: Tensor = self.o_proj(found.transpose(1, 2).flatten(2))
         return y
@@ -103,10 +103,14 @@ class Layer(nn.Module):
 
 
 class AlgorithmicTransformer(nn.Module):
-    """Values (batch, n) to values (batch, n), one scratch position with value 0 behind them.
+    """Values (batch, length) to values (batch, length), computed with one scratch position of value 0 after them.
 
     `n` is the largest length, `routing` "position" or "content", `depth` log2(n) + 1 unless given. Raises ValueError for an unknown
-    routing, sizes below 1 and values that are more or none.
+    routing, for sizes below 1, and for no values or more than `n`.
+
+    >>> model = AlgorithmicTransformer(8)
+    >>> model(torch.randn(2, 8)).shape
+    torch.Size([2, 8])
     """
 
     def __init__(
@@ -163,7 +167,7 @@ class _Folded(nn.Module):
 def fold(model: nn.Module, n: int) -> nn.Module:
     """Replace every `PositionalAttention` by its constant weights for inputs of n positions (scratch included), in place.
 
-    n^2 dim MACs a layer and sample remain for the mixing (1 MAC = 2 FLOPs). Raises ValueError when there is none to fold.
+    n^2 dim MACs per layer and sample remain for the mixing (1 MAC = 2 FLOPs). Raises ValueError when there is nothing to fold.
     """
     folded = 0
     for parent in list(model.modules()):
@@ -183,10 +187,10 @@ def fold(model: nn.Module, n: int) -> nn.Module:
 class PositionalMixer(Mixer):
     """Causal positional attention for sequence models up to `positions` tokens; the state keeps the values.
 
-    Where no gradient is asked for, the weights of all positions so far are computed once and kept: heads * n^2 numbers, shared by all
+    If no gradient is needed, the weights of all positions so far are computed once and kept: heads * n^2 numbers, shared by all
     rows, whatever their padding. Each sequence (a forward pass, or an empty state) begins by comparing the parameters with those the
-    weights were made of, so that they follow every change; within a sequence they are as old as its values. Raises TypeError and
-    ValueError for sizes that are none, and ValueError for longer sequences.
+    weights were made from, so that they follow every change; within a sequence they are as old as its values. Raises TypeError and
+    ValueError for invalid sizes, and ValueError for longer sequences.
     """
 
     def __init__(self, dim: int, *, heads: int = 2, positions: int = 512, layer: int = 0, layers: int = 1):
@@ -205,7 +209,7 @@ class PositionalMixer(Mixer):
         return (q @ k.transpose(-1, -2) / math.sqrt(self.positions)).masked_fill(later, -torch.inf).softmax(-1)
 
     def _rows(self, low: int, high: int, begins: bool) -> Tensor:
-        """`_weights`, kept from one call to the next where that is right."""
+        """`_weights`, reused from one call to the next while they are valid."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._weights(low, high)
         parameters = [x for part in (self.attention.q_proj, self.attention.k_proj) for x in (part.weight, part.bias)]
@@ -259,7 +263,7 @@ class PositionalMixer(Mixer):
 
     def advance(self, x: Tensor, state: State, mask: Tensor | None = None) -> tuple[Tensor, State]:
         before = int(state["seen"].max()) if len(x) else 0
-        old = state["v"][:, state["v"].shape[1] - before :]  # what is padding in all rows is left behind
+        old = state["v"][:, state["v"].shape[1] - before :]  # tokens that are padding in all rows are dropped
         seen = state["seen"] + (x.shape[1] if mask is None else mask.sum(1))
         v = torch.cat([old, self.attention.v_proj(x)], 1)
         return self._run(v, v.shape[1] - seen, x.shape[1], before == 0), {"v": v, "seen": seen}
@@ -278,7 +282,7 @@ def _prefix_median(x: Tensor) -> Tensor:
 
 
 def _prefix_maxsub(x: Tensor) -> Tensor:
-    """Largest sum of a run of neighbours within each prefix."""
+    """Largest sum of any run of neighbours within each prefix."""
     ending, best, found = x[:, 0], x[:, 0], [x[:, 0]]
     for i in range(1, x.shape[1]):
         ending = x[:, i] + ending.clamp(min=0)
@@ -297,7 +301,7 @@ TASKS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def task_data(task: str, samples: int, n: int = 8, *, scale: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Values and targets (samples, n) of an algorithmic task.
+    """Values and targets, (samples, n) each, of an algorithmic task.
 
     Each sample's values are uniform in a random sub-interval of [-2, 2]; with scale c above 1, of [-2 c, 2 c], and intervals
     that lie inside [-2, 2] are drawn again: out of the training distribution. Raises ValueError for an unknown task.

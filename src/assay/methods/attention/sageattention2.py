@@ -1,22 +1,22 @@
 """SageAttention2: attention with integer scores and FP8 values (arXiv 2411.10958).
 
-Q K^T is multiplied in INT4 or INT8. What keeps it accurate is smoothing: the mean key is subtracted from all keys (every logit of
-a row shifts alike, softmax stays), the mean query of each 128 rows from those rows, and the logits of what was taken away,
-dS = qm k'^T, are added back in float. Scales are shared by a block, a warp, or the rows that one GPU thread holds. P V is
-multiplied in FP8 E4M3: P in [0, 1] with the fixed scale 448, V with a scale a channel, each key block's partial sums flushed into
+Q K^T is multiplied in INT4 or INT8. Smoothing keeps it accurate: the mean key is subtracted from all keys (every logit of a row
+shifts alike, so softmax does not change), the mean query of each 128 rows is subtracted from those rows, and the logits of what was
+removed, dS = qm k'^T, are added back in float. Scales are shared by a block, a warp, or the rows that one GPU thread holds. P V is
+multiplied in FP8 E4M3: P in [0, 1] with the fixed scale 448, V with a scale per channel, each key block's partial sums flushed into
 float32 because FP8 tensor cores sum in about 22 bits.
 
-`sage_attention` emulates all of that in torch, rounding as the kernels round (half away from zero). What a CPU can do fast it does
-in C++: INT8 or INT4 codes multiplied by VNNI, and, as no CPU multiplies FP8, P V in bfloat16 with float32 sums. There the finest
-granularity is free too, and INT4 costs what INT8 costs: it has no instruction of its own.
+`sage_attention` emulates all of that in torch, rounding as the kernels round (half away from zero). What a CPU does fast runs in
+C++: INT8 or INT4 codes multiplied by VNNI, and, as no CPU multiplies FP8, P V in bfloat16 with float32 sums. There the finest
+granularity costs nothing extra, and INT4 costs as much as INT8, because it has no instruction of its own.
 
 `variant="as_released"` is what the released package runs on FP8 GPUs: INT8, queries not smoothed, FP8 summed in fp16 with V scaled
-to 2.25 ("fp8++"). `our choice`: 22-bit sums are cut to 13 bits of mantissa after every 32 keys; means, maxima and values know
-nothing of padding; the mixture of precisions is a table by layer with thresholds on cosine and relative L1; head dimensions are
+to 2.25 ("fp8++"). `our choice`: 22-bit sums are cut to 13 bits of mantissa after every 32 keys; means, maxima and values exclude
+padding; the mixture of precisions is a table by layer with thresholds on cosine and relative L1; head dimensions are
 not padded; a query that sees nothing gives zeros and a log-sum-exp of -inf.
 
 When NOT to use it: decoding (one query: memory bound, kept exact here), prompts of a few hundred tokens, training (no gradient),
-processors without AVX512-VNNI (the exact kernel is as fast) or with AMX (there it is faster: what takes time is softmax, not
+processors without AVX512-VNNI (the exact kernel is as fast) or with AMX (the exact kernel is faster: softmax takes the time, not the
 products), INT4 in layers that calibration has not seen, position biases, soft caps.
 """
 
@@ -184,7 +184,7 @@ def _matmul(x: Tensor, y: Tensor) -> Tensor:
 def _present(
     q: Tensor, k: Tensor, key_start: Tensor | None, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Which queries see anything and which keys are seen at all, by any head: bool (batch, 1, tokens, 1) each."""
+    """Which queries see anything, and which keys are seen by any head: bool (batch, 1, tokens, 1) each."""
     batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
     positions = torch.arange(keys, device=q.device)
     there_k = torch.ones(batch, keys, dtype=torch.bool, device=q.device)
@@ -439,11 +439,11 @@ def calibrate(
     is_causal: bool = True,
     scale: float | None = None,
 ) -> list[QK]:
-    """Which integers each layer bears: the first of `candidates` whose output keeps both thresholds, else "exact".
+    """Which integers each layer tolerates: the first of `candidates` whose output keeps both thresholds, else "exact".
 
     `layers` holds (q, k, v) of each layer on one calibration batch, (batch, heads, tokens, dim); `settings` says the rest. The
     paper mixes 4 and 8 bit by the cosine to full precision, measured once; the thresholds are our choice.
-    Raises ValueError for thresholds that make no sense or candidates not known.
+    Raises ValueError for thresholds that make no sense or unknown candidates.
     """
     checks.number("min_cosine", min_cosine, low=-1, high=1)
     checks.number("max_l1", max_l1, low=0)
@@ -555,9 +555,9 @@ def _execute(
 
 
 def register() -> None:
-    """Make `attn_implementation="assay_sageattention2"` known to transformers (which this imports); again does no harm.
+    """Register `attn_implementation="assay_sageattention2"` with transformers (which this imports); may be called repeatedly.
 
-    Prompts are quantised. Attended exactly, in the way of `register_attention`, are single tokens, short prompts, layers set to
+    Prompts are quantised. Computed exactly, as `register_attention` does, are single tokens, short prompts, layers set to
     "exact", windows shorter than `min_tokens`, masks that are neither causal nor windows, and whatever needs a
     gradient. Settings: `model.config.sageattention2`.
     """

@@ -1,13 +1,13 @@
-"""Sparse VideoGen2: sparse attention of video diffusion transformers over clusters of alike tokens (arXiv 2505.18875).
+"""Sparse VideoGen2: sparse attention for video diffusion transformers over clusters of similar tokens (arXiv 2505.18875).
 
-Queries and keys of a layer are grouped by k-means, head by head; a softmax over the products of the centroids, weighted by the
-sizes of the key clusters, estimates the attention mass between clusters; the fewest key clusters that hold a share `top_p` of a
-query cluster's mass are attended to exactly, after a permutation that makes each cluster contiguous. Centroids of one denoising
-step start the next step's k-means, which then needs 2 iterations instead of 50. The first layers and denoising steps stay dense.
+Queries and keys of a layer are grouped by k-means, head by head. A softmax over the products of the centroids, weighted by the
+sizes of the key clusters, estimates the attention mass between clusters. The fewest key clusters that hold a share `top_p` of a
+query cluster's mass are attended to exactly, after a permutation that makes each cluster contiguous. The centroids of one denoising
+step initialise the next step's k-means, which then needs 2 iterations instead of 50. The first layers and denoising steps stay dense.
 
 Sources: the paper and the official code (k-means, selection, processors). `our choice`: first centres are drawn without
-replacement, the same tokens for every batch row (so rows, the branches of classifier-free guidance among them, do not depend on
-each other); keys are clustered once per key head (GQA); a head whose centres have stopped is left alone; batches of any size.
+replacement, the same tokens for every batch row (so that rows, including the branches of classifier-free guidance, do not depend on
+each other); keys are clustered once per key head (GQA); a head whose centres have stopped moving is left alone; any batch size.
 
 When NOT to use it: causal attention, sequences of a few thousand tokens (k-means costs what it saves), one-step generators
 (nothing to warm-start), small models (the authors report visible losses at 1.3B), or cross-attention.
@@ -64,7 +64,7 @@ def kmeans(
     Starts from `centres` (batch, heads, clusters, dim), or else from random tokens. Each iteration assigns every token to its
     nearest centre (the first of equals) and moves the centres to the means; a head stops after `iterations`, or when none of
     its centres moves by `tolerance`. tokens * clusters * dim MACs an iteration and head (1 MAC = 2 FLOPs).
-    Distances are those of what is left when each head's mean token is taken away, so that an offset of all tokens costs no digits.
+    Distances are computed after subtracting each head's mean token, so that an offset shared by all tokens costs no precision.
     Raises TypeError for arguments of another kind, ValueError for another shape, NaN or infinity, more clusters than tokens, or no
     iterations.
 
@@ -231,7 +231,7 @@ class ClusterState:
     """What one attention layer remembers between denoising steps: its centroids, (batch, heads, clusters, dim).
 
     One for each layer, and one for each branch of classifier-free guidance that is called separately; branches that come as
-    rows of a batch are separate anyway. `reset` it before another prompt, resolution or number of clusters. `seed` draws the
+    rows of a batch are separate anyway. `reset` it before another prompt, resolution or number of clusters. `seed` determines the
     first centres; the inertias (iterations, batch, heads) are those of the last clustering.
     """
 
@@ -420,7 +420,7 @@ class SVG2Sampling:
     """The attention of a model over one generation: counts denoising steps, keeps the state of each layer and branch.
 
     Call `end_step` after each denoising step, or give `on_step_end` to a diffusers pipeline as its `callback_on_step_end`; the
-    last step resets the states. Call `reset` after a generation that was broken off. `branches` is how often the model is called
+    last step resets the states. Call `reset` after a generation that was interrupted. `branches` is how often the model is called
     in a step: 2 where classifier-free guidance calls it once for each branch, 1 where branches are rows of a batch.
     """
 
@@ -514,7 +514,7 @@ def install(
 
 
 def attach(model: nn.Module, sampling: SVG2Sampling, *, text_first: bool = False) -> None:
-    """`install` with an `SVG2Sampling` that is there already; raises ValueError when it is for another number of layers."""
+    """`install` with an existing `SVG2Sampling`; raises ValueError when it is for another number of layers."""
     set_attention(model, [functools.partial(_attend, sampling, layer, text_first) for layer in range(sampling.layers)])
 
 

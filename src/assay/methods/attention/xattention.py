@@ -1,18 +1,18 @@
 """XAttention: block-sparse prefill by antidiagonal scores (arXiv 2503.16428).
 
-Which key blocks matter to a block of queries is guessed from 1/stride of QK^T: attention is cut into stride x stride tiles, and
-each tile is judged by the sum along its antidiagonal, which crosses every row and column once, and so every vertical or slanted
-stripe. Softmax over those sums, added up over a block, is the block's score; the fewest blocks that hold a share `tau` of a row's
-score are computed exactly, the others not at all. Decoding steps stay dense.
+Which key blocks matter to a block of queries is estimated from 1/stride of QK^T. Attention is divided into stride x stride tiles, and
+each tile is scored by the sum along its antidiagonal, which crosses every row and column once, and therefore every vertical or
+slanted stripe. Softmax over those sums, added up over a block, is the block's score. The fewest blocks that hold a share `tau` of a
+row's score are computed exactly, the others not at all. Decoding steps stay dense.
 
-Scores and selection follow the paper and the official code by default. `our choice`, where those say nothing: blocks lie on
-absolute positions, so that the chunks of a chunked prefill choose as the whole prompt would; `tau = 1` keeps every block even
-where its score rounds to nothing; batches, padding, any block size. `variant="as_released"` also keeps key block 0 in non-causal
+Scores and selection follow the paper and the official code by default. `our choice`, where those are silent: blocks lie on
+absolute positions, so that the chunks of a chunked prefill choose as the whole prompt would; `tau = 1` keeps every block, even
+one whose score rounds to nothing; batches, padding, any block size. `variant="as_released"` also keeps key block 0 in non-causal
 selection, a side effect of the official indexing.
 
 When NOT to use it: prompts of a few blocks (nothing to leave out), decoding, random data (no structure to find), retrieval tasks
 that have not been checked at the chosen tau, models whose attention has soft caps or position biases, and layers whose sliding
-window is a few blocks long.
+window is only a few blocks long.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ def _levels(tau: float | Tensor, heads: int) -> Tensor:
 
 @dataclass(frozen=True)
 class XAttentionSettings:
-    """How blocks are chosen and computed; the defaults are the paper's. Raises TypeError and ValueError for what is no such value.
+    """How blocks are chosen and computed; the defaults are the paper's. Raises TypeError and ValueError for invalid values.
 
     `tau` is one number in [0, 1] or a tensor with one a head; `stride` (8 or 16) divides `block`. `norm`, `keep_sink`, `keep_recent`
     and `variant` as in `block_scores` and `select`; `backend` and `precision` as in `execute`.
@@ -433,7 +433,7 @@ class XAttentionConfig:
 
     `tau` is one number, one for each layer, or a (layers, heads) table. Layers in `dense_layers` stay dense, and so do prompts
     shorter than `min_tokens` and layers whose sliding window is. `precision` as in `execute`: "bf16" lets a float32 model multiply
-    attention in bfloat16, as guesses always are, and "int8" multiplies the kept blocks' scores in integers. The tuner is not
+    attention in bfloat16, as estimates always are, and "int8" multiplies the kept blocks' scores in integers. The tuner is not
     offered that: at the densities of real prompts it saves little of the time, since each block of queries is quantised for few
     keys.
     """
@@ -509,7 +509,7 @@ def _plan_of_module(
 
 
 def register() -> None:
-    """Make `attn_implementation="assay_xattention"` known to transformers (which this imports); again does no harm.
+    """Register `attn_implementation="assay_xattention"` with transformers (which this imports); may be called repeatedly.
 
     Then `AutoModelForCausalLM.from_pretrained(folder, attn_implementation="assay_xattention")` or
     `model.set_attn_implementation("assay_xattention")`, with settings in `model.config.xattention` if not the defaults.

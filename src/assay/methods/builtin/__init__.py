@@ -1,1 +1,1 @@
-"""Methods the tuner applies that are nobody's paper: dtype, attention back end, compilation, weight-only quantisation, the decode loop."""
+"""Transforms that are not from any paper: dtype, attention back end, compilation, weight-only quantisation, the decode loop."""

@@ -1,8 +1,8 @@
 """Dense attention by another implementation: the same numbers up to rounding, sooner.
 
 "kernel" is assay's own CPU kernel as `attn_implementation="assay_dense"`. It does not expand grouped keys and values, multiplies
-bfloat16 in bfloat16, reads the cache once per key head when decoding, and leaves out what a sliding window leaves out; torch's
-SDPA does none of it on the CPU. It knows sinks (gpt_oss), which SDPA does not. "sdpa" and "eager" are transformers' own.
+bfloat16 in bfloat16, reads the cache once per key head when decoding, and skips what a sliding window excludes; torch's
+SDPA does none of this on the CPU. It supports sinks (gpt_oss), which SDPA does not. "sdpa" and "eager" are transformers' own.
 
 When NOT to use it: on a GPU, where SDPA is the better kernel; in training, which falls back to SDPA.
 """
@@ -24,7 +24,7 @@ BACKENDS = {"kernel": NAME, "sdpa": "sdpa", "eager": "eager"}
 
 
 def register() -> None:
-    """Make `attn_implementation="assay_dense"` known to transformers (which this imports); again does no harm."""
+    """Register `attn_implementation="assay_dense"` with transformers (which this imports); may be called repeatedly."""
     register_attention(NAME, _dense_plan)
 
 
@@ -91,7 +91,7 @@ def _kernel_fits(model: nn.Module) -> bool:
 
 
 def _cache_share(model: nn.Module) -> float:
-    """Key heads per query head: what is read of the cache when its heads are not expanded."""
+    """Key heads per query head: the share of the cache that is read if its heads are not expanded."""
     config = cast(Any, model).config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     return float(heads / config.num_attention_heads)

@@ -1,15 +1,16 @@
-"""torch.compile as a transform: the small operators of a model are fused into loops of the machine's own.
+"""torch.compile as a transform: a model's small operators are fused into loops compiled for this machine.
 
-`region="blocks"` (default, our choice) compiles the parts of each repeated block that are not attention (norms, feed-forward) on
-their own. All blocks share these graphs, so a model of 30 layers compiles in seconds, whatever back end its attention uses and
-however its cache grows. `region="model"` compiles the whole forward pass: more to fuse, but a deep language model takes minutes,
-and the growing cache of a generation loop leads to further compilation. Compilation happens at the first calls, apart for one
-and for several tokens, and for one and for several sequences; their numbers are dynamic, so other lengths do not compile again.
+`region="blocks"` (default, our choice) compiles the parts of each repeated block that are not attention (norms, feed-forward)
+separately. All blocks share these graphs, so a model of 30 layers compiles in seconds, whatever back end its attention uses and
+however its cache grows. `region="model"` compiles the whole forward pass. That fuses more, but a deep language model takes minutes,
+and the growing cache of a generation loop causes further compilations. Compilation happens in the first calls, separately for one
+and for several tokens, and for one and for several sequences; the numbers themselves are dynamic, so other lengths do not compile
+again.
 
 Only `forward` is compiled: `generate`, saving and copying work as before, and a copy runs uncompiled until it is compiled too.
-Modules of assay's own that carry compiled kernels already are left as they are.
+assay's own modules that already carry compiled kernels are left as they are.
 
-When NOT to use it: short runs (the compilation has to pay), models that change their structure from call to call.
+When NOT to use it: short runs (compilation has to pay off), models that change their structure from call to call.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Compile:
 
 
 def parts(model: nn.Module) -> list[nn.Module]:
-    """The parts that `region="blocks"` compiles: what is not attention in the blocks of the model's longest list of layers."""
+    """The parts that `region="blocks"` compiles: everything but attention in the blocks of the model's longest list of layers."""
     lists = [
         module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 1
     ]

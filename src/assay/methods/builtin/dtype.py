@@ -1,8 +1,8 @@
-"""bfloat16: half the bytes of float32, and on processors with bfloat16 dot products four times its speed.
+"""bfloat16: half the bytes of float32, and four times its speed on processors with bfloat16 dot products.
 
-It counts as `exact`: models are published in it and everybody can have it by one argument. Tables that a model computes for
+It counts as `exact`: models are published in it, and anyone can have it with one argument. Tables that a model computes for
 itself get the dtype they have when transformers loads the model in bfloat16: the rotary frequencies stay in float32. A plain
-`model.to(torch.bfloat16)` rounds them, and with them every position.
+`model.to(torch.bfloat16)` rounds them, and every position with them.
 
 When NOT to use it: processors without bfloat16 arithmetic (before AVX-512 BF16, AMX, ARM v8.6), where it is slower than float32.
 """
@@ -54,7 +54,11 @@ class DType:
 
 
 def dtype_of(config: Mapping[str, Any]) -> str:
-    """The name of the dtype a configuration asks for, "bfloat16" where it names none. Raises ValueError or TypeError."""
+    """The name of the dtype a configuration asks for, "bfloat16" where it names none. Raises ValueError or TypeError.
+
+    >>> dtype_of({}), dtype_of({"dtype": "float32"})
+    ('bfloat16', 'float32')
+    """
     name: str = checks.choice("dtype", config.get("dtype", "bfloat16"), list(DTYPES))
     return name
 
@@ -80,7 +84,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _computed(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The dtypes of the buffers of a model of this class that is made in `dtype`, as loading makes it: no memory, no numbers."""
+    """The dtypes of the buffers of a model of this class created in `dtype`, as loading would; takes no memory."""
     config = getattr(model, "config", None)
     if config is None:
         return {}

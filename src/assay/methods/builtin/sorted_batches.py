@@ -1,7 +1,7 @@
-"""Sorted batches: group prompts of like length, so that little of a batch is padding. Free: nothing is lost.
+"""Sorted batches: group prompts of similar length, so that little of a batch is padding. Nothing is lost.
 
-The strongest baseline for anything that packs or schedules prompts (the "length-ordered" baseline of arXiv 2404.09529).
-When NOT to use it: prompts that must be answered in the order they arrive; all must be there before the first batch runs.
+It is the strongest baseline for anything that packs or schedules prompts (the "length-ordered" baseline of arXiv 2404.09529).
+When NOT to use it: prompts that must be answered in the order they arrive. All must be there before the first batch runs.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class WeightOnlyLinear(Casting, nn.Module):
     kernel the same arithmetic runs in torch on expanded weights: right, but slower than an ordinary layer.
 
     `gain` holds a power of two for each output where the weights of some are too small or too large for float16 scales, else it
-    is None. `weight` shows shape and dtype of the dense weight, and makes it for who wants its numbers.
+    is None. `weight` has the shape and dtype of the dense weight, and builds it when its numbers are needed.
     """
 
     packed: Tensor

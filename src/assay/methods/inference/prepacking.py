@@ -192,7 +192,7 @@ class PackedRows:
 def pack_rows(
     prompts: Sequence[Sequence[int]], bins: Sequence[Sequence[int]], pad_token_id: int = 0, device: Any = None
 ) -> PackedRows:
-    """Lay `prompts` out in the rows of `bins`, one behind the other, positions starting at 0 for each.
+    """Lay `prompts` out in the rows of `bins`, one after the other, positions starting at 0 for each.
 
     Raises ValueError unless every prompt stands in exactly one bin.
     """

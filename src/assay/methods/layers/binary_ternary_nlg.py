@@ -1,19 +1,19 @@
 """Sequence-to-sequence transformers with weights of one or two bits that still generate (TBT, arXiv 2306.01841).
 
-Weights take levels found from statistics alone, one scale a row: -a, 0, a with a = 4/3 mean|w|, or -a, a with a = mean|w|. For
-weights uniform on an interval the three levels then hold a third each. Activations of one or two bits have a learnt scale a
-tensor ("elastic"), with the gradient of learned step sizes; those of 8 bits follow the tensor's range, cut at 2.5. Low-bit are all
-products of encoder and decoder: the projections, the scores q k and the sums p v; positions, norms, biases and softmax stay as
-they are. The student begins as its finetuned teacher and learns from its logits, hidden states and attention maps. W-E-A counts
+Weights take levels found from statistics alone, with one scale per row: -a, 0, a with a = 4/3 mean|w|, or -a, a with a = mean|w|.
+For weights uniform on an interval, each of the three levels then holds a third. Activations of one or two bits have a learnt scale
+per tensor ("elastic"), with the gradient of learned step sizes; those of 8 bits follow the tensor's range, cut at 2.5. All products
+of encoder and decoder are low-bit: the projections, the scores q k and the sums p v. Positions, norms, biases and softmax stay as
+they are. The student starts as its finetuned teacher and learns from its logits, hidden states and attention maps. W-E-A counts
 the bits of weights, embeddings and activations: 2-2-8, 1-1-1.
 
 `quantize_` does this to BART-like models of transformers, `calibrate_` sets the elastic scales (the official code does so within
-the first forward pass, which breaks loading), `freeze_` fixes what is taken from each batch, `pack_` goes to packed weights.
-`our choice`: sign(0) is 1, lest binary weights have three levels; the input of the head has 8 bits; scaled queries are quantised.
-Packed models compute projections with integers; the products within attention stay fake-quantised.
+the first forward pass, which breaks loading), `freeze_` fixes what is otherwise taken from each batch, `pack_` converts to packed
+weights. `our choice`: sign(0) is 1, since binary weights would otherwise have three levels; the input of the head has 8 bits; scaled
+queries are quantised. Packed models compute projections with integers; the products within attention stay fake-quantised.
 
-When NOT to use it: without training (rounding alone breaks a model), or for speed: the operations counted in bits assume
-processors nobody has. Without `freeze_` a token's result depends on what else is in its batch.
+When NOT to use it: without training (rounding alone breaks a model), or for speed: operations counted in bits assume processors
+that do not exist. Without `freeze_`, a token's result depends on what else is in its batch.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class ElasticQuantizer(ActivationQuantizer):
     """1 or 2 bits with a learnt scale; any shape. Signed: -1, 0, 1 or -1, 1 times the scale; else 0, 1, 2 (above the smallest
     value of the tensor) or 0, 1.
 
-    The scale is learnt with the gradient factor 1 / sqrt(numel * highest level). Raises ValueError before calibration.
+    The scale is learned with the gradient factor 1 / sqrt(numel * highest level). Raises ValueError before calibration.
     """
 
     calibrated: Tensor
@@ -487,7 +487,7 @@ def pack_(model: nn.Module) -> nn.Module:
 
 def _packed_linear(layer: LowBitLinear) -> PackedLowBitLinear:
     kind = KIND[layer.bits]
-    if layer.weight.is_meta:  # the shape alone, to load into
+    if layer.weight.is_meta:  # only the shape, to load into
         linear = PackedLinear(layer.in_features, layer.out_features, kind, bias=layer.bias is not None)
     else:
         codes, scale = weight_codes(layer.weight.detach().float(), layer.bits, layer.method)
@@ -514,7 +514,7 @@ def packed_size(model: nn.Module, *, weights: int, embeddings: int) -> int:
 
 
 def relative_operations(weights: int, activations: int) -> float:
-    """Operations in bits, relative to 8 x 8: how the paper counts FLOPs (2-2-8: 0.25). No processor of today runs at this rate."""
+    """Operations in bits, relative to 8 x 8: how the paper counts FLOPs (2-2-8: 0.25). No current processor runs at this rate."""
     return weights * activations / 64
 
 
@@ -579,7 +579,7 @@ def load_packed(path: Path | str) -> Any:
 
 
 def _computed(model: nn.Module) -> dict[str, Tensor]:
-    """Buffers that are no part of the state dict, tables of positions say: nothing makes them for a model built without memory."""
+    """Buffers outside the state dict, such as tables of positions, which nothing fills in for a model built without memory."""
     return {
         f"{COMPUTED}{path}.{name}": getattr(module, name)
         for path, module in model.named_modules()
@@ -592,7 +592,7 @@ def _computed(model: nn.Module) -> dict[str, Tensor]:
 
 
 class DistillationLoss(nn.Module):
-    """What the student learns from: (its outputs, the teacher's) of transformers seq2seq models to one number.
+    """The student's loss: from its outputs and the teacher's (transformers seq2seq models) to one number.
 
     Task loss (the student's own, from labels) + soft cross-entropy of the logits + mean squared errors of all hidden states and
     of all attention maps (encoder, decoder, cross), summed over the layers; the four weights are 1 in the paper. Positions

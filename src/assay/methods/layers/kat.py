@@ -1,19 +1,19 @@
 """KAT: Kolmogorov-Arnold layers that scale, as group-rational activations in front of ordinary linear layers (arXiv 2409.10594).
 
-A KAN has a learnable function on every edge. GR-KAN shares: the channels of x are cut into `num_groups` contiguous groups, all
+A KAN has a learnable function on every edge. GR-KAN shares: the channels of x are divided into `num_groups` contiguous groups, all
 channels of a group pass through one rational function phi(x) = P(x) / Q(x) of degrees 5 and 4, and a linear layer follows. In a
-transformer the MLP becomes x -> phi_1 -> Linear(d, 4 d) -> phi_2 -> Linear(4 d, d), phi_1 starting as the identity and phi_2 as
+transformer the MLP becomes x -> phi_1 -> Linear(d, 4 d) -> phi_2 -> Linear(4 d, d). phi_1 starts as the identity and phi_2 as
 GELU or Swish, so that a trained ViT can be converted and fine-tuned.
 
-Two denominators without poles are in use, and coefficients fitted for one mean another function under the other:
+Two denominators without poles are in use, and coefficients fitted for one mean a different function under the other:
 "sum_of_abs", Q = 1 + sum |b_i| |x|^i, is what the released kernels compute (default); "abs_of_sum", Q = 1 + |sum b_i x^i|, is
-that of the paper's fits. Coefficients are fitted here, for the form they are used with. Numerators are shared by all groups and
-denominators are one a group, as in the released code; `shared="denominator"` is the paper's text. `our choice`: everything is
+that of the paper's fits. Here, coefficients are fitted for the form they are used with. Numerators are shared by all groups and
+denominators are per group, as in the released code; `shared="denominator"` is the paper's text. `our choice`: everything is
 computed in float32 at least, by a compiled kernel that keeps only x for the backward pass. The variance-preserving weights of the
 paper are used as written; the released code overwrites them (`KATMlp(variant="as_released")`).
 
-When NOT to use it: for speed. An activation of 20 operations a number costs more than GELU and saves nothing; the claim is
-accuracy at equal size. Outside [-3, 3] a fitted function grows apart from its target.
+When NOT to use it: for speed. An activation of 20 operations per number costs more than GELU and saves nothing; the claim is
+accuracy at equal size. Outside [-3, 3] a fitted function diverges from its target.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ FIT_TOLERANCE = {"identity": 0.0, "gelu": 0.02, "swish": 0.02}  # largest error 
 def rational_reference(x: Tensor, a: Tensor, b: Tensor, denominator: Denominator = "sum_of_abs") -> Tensor:
     """P(x) / Q(x) by Horner's rule, as the kernel computes it; arguments as for `rational`, whose oracle it is.
 
-    The fifth power leaves float32 where |x| is some 10^7 or more, sooner for large coefficients: the result is then infinite or
+    The fifth power exceeds float32 if |x| is about 10^7 or more, sooner for large coefficients; the result is then infinite or
     NaN, in both. The identity has no such limit.
     """
     groups = max(len(a), len(b))
@@ -107,7 +107,7 @@ def _gradients(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, abs_of_sum: bool) 
     rise = _horner(v, a[:, 1:] * torch.arange(1, 6, device=a.device, dtype=a.dtype))
     dx = (g * over * (rise - y * turn * slope)).view_as(x)
     da, db = [], []
-    w = g * over  # times a power more in each step, so that no power stands alone
+    w = g * over  # one more power in each step, so that no high power is ever computed by itself
     z = -w * y * (turn if abs_of_sum else 1.0)
     for _ in range(6):
         da.append(w.sum((0, 2)))
@@ -243,7 +243,7 @@ class GroupRational(nn.Module):
 
 
 def variance_preserving_(linear: nn.Linear, phi: GroupRational) -> None:
-    """W ~ N(0, gain / d_in), bias 0: the layer behind phi keeps unit variance when its input has it."""
+    """W ~ N(0, gain / d_in), bias 0: the layer after phi keeps unit variance when its input has it."""
     nn.init.normal_(linear.weight, std=(phi.gain() / linear.in_features) ** 0.5)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
@@ -445,7 +445,7 @@ BESIDE = (
 
 
 class Activated(nn.Module):
-    """A linear layer behind an activation of its own: linear(phi(x)). `weight`, `bias` and sizes are those of the layer."""
+    """A linear layer after its own activation: linear(phi(x)). `weight`, `bias` and sizes are those of the layer."""
 
     def __init__(self, phi: GroupRational, linear: nn.Module):
         super().__init__()
@@ -475,10 +475,10 @@ def _activation(module: nn.Module) -> str | None:
 def convert(model: nn.Module, *, include: Sequence[str] = ("*",), **options: Any) -> list[str]:
     """Turn the activations of a trained model's MLPs into group-rational ones, in place; returns the names of those replaced.
 
-    Each GELU or Swish module becomes a `GroupRational` that starts as its fit, and the linear layer in front of it gets an
-    identity `GroupRational` before itself where it can be found beside it (`BESIDE`), as `Activated`. The function is the old one
-    up to the error of the fit within [-3, 3]. Gated MLPs (SwiGLU) keep their structure. Coefficients take the device and dtype of
-    the weights beside them. Activations that a model keeps as plain functions are not found.
+    Each GELU or Swish module becomes a `GroupRational` that starts as its fit. The linear layer in front of it gets an identity
+    `GroupRational` before it, as `Activated`, if that layer can be found next to the activation (`BESIDE`). The function is the old
+    one up to the error of the fit within [-3, 3]. Gated MLPs (SwiGLU) keep their structure. Coefficients take the device and dtype
+    of the neighbouring weights. Activations that a model keeps as plain functions are not found.
     `options` are those of `GroupRational`. Raises TypeError or ValueError, before anything is changed, for unknown options, when
     nothing can be replaced, or when `num_groups` does not divide the inputs of such a layer or of what follows.
 

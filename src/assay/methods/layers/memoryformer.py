@@ -1,16 +1,16 @@
 """MemoryFormer: linear layers replaced by hashed look-ups in learned tables (arXiv 2411.12992).
 
-A Memory Layer cuts its input into K sub-vectors of `bits` numbers. The signs of a sub-vector name one of 2^bits learned rows of its
-table, and the output is the sum of the K rows, each weighted by how safely its sub-vector lies in that bucket. That is 2 K h
-operations a token in place of 2 d h, `bits` times fewer, for 2^bits / bits times the parameters (32 times at 8 bits).
+A Memory Layer cuts its input into K sub-vectors of `bits` numbers. The signs of a sub-vector select one of the 2^bits learned rows of
+its table, and the output is the sum of the K rows, each weighted by how safely its sub-vector lies in that bucket. That is 2 K h
+operations per token instead of 2 d h, `bits` times fewer, for 2^bits / bits times the parameters (32 times at 8 bits).
 
 The weight of a bucket is the softmax over all sign vectors s of <z, s>, which has the closed form 1 / prod (1 + exp(-2 |z_i|)):
-`weight="softmax"` (default; `our choice` among the forms), "cosine" is the paper's tempered one, "magnitude" the released code's, with a
-factor sum |z_i| that is not bounded. Tables get gradients where they were read, the input through the weights only: codes are
-piecewise constant. A number is "set" when it is >= 0, zero included, as in the official torch path.
+`weight="softmax"` (default; `our choice` among the forms). "cosine" is the paper's tempered form, "magnitude" the released code's,
+with an unbounded factor sum |z_i|. Tables get gradients where they were read; the input gets them only through the weights, since
+codes are piecewise constant. A number is "set" when it is >= 0, zero included, as in the official torch path.
 
-When NOT to use it: to save time on a processor with a fast matrix product. Rows are read at random, K * h numbers a token and
-layer, with no reuse between tokens; and the tables with their optimizer state are huge.
+When NOT to use it: to save time on a processor with a fast matrix product. Rows are read at random, K * h numbers per token and
+layer, with no reuse between tokens, and the tables with their optimizer state are huge.
 """
 
 from __future__ import annotations

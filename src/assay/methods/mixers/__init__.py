@@ -1,1 +1,1 @@
-"""Sequence mixers: what stands where attention stands in a language model, with a state for generation."""
+"""Sequence mixers: layers that take attention's place in a language model, with a state for generation."""

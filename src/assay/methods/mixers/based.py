@@ -1,10 +1,10 @@
-"""BASED: linear attention with a Taylor feature map beside small sliding windows (arXiv 2402.18668).
+"""BASED: linear attention with a Taylor feature map next to small sliding windows (arXiv 2402.18668).
 
-What a fixed-state model can recall is bounded by its state. BASED dials that with two parts: linear attention whose kernel is
-1 + s + s^2 / 2, the second-order Taylor polynomial of exp(s), which is global and coarse; and exact softmax attention over the
+What a fixed-state model can recall is bounded by its state. BASED makes that adjustable with two parts: linear attention whose kernel
+is 1 + s + s^2 / 2, the second-order Taylor polynomial of exp(s), which is global and coarse; and exact softmax attention over the
 last few dozen tokens, which is local and sharp. Gated short convolutions (BaseConv) make up the other layers.
 
-After the paper and the official code: feature dimension 16 a head, normalised, no positions in the linear layers, rotary in the
+After the paper and the official code: feature dimension 16 per head, normalised, no positions in the linear layers, rotary in the
 windows, a `window` of W tokens reaching W // 2 tokens back; BaseConv's projections have biases, its convolution has none, and the
 attention layers have none at all. `based_config` gives the released models. `our choice`: equal products x_i x_j are kept once with
 weight sqrt(2) (153 features instead of 273: the same kernel, a smaller state), and the state's sums stay in float32 whatever the
@@ -115,7 +115,7 @@ def quadratic(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, featu
 def advance_state(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor, z: Tensor, mask: Tensor | None = None, feature: Feature = "taylor"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The next tokens behind the sums s = sum phi(k) v^T (batch, heads, F, d_v) and z = sum phi(k) (batch, heads, F).
+    """The next tokens after the sums s = sum phi(k) v^T (batch, heads, F, d_v) and z = sum phi(k) (batch, heads, F).
 
     Returns outputs (batch, heads, tokens, d_v) and the new sums. Without gradients s and z are updated in place. No tokens leave
     the sums as they are. Raises ValueError for shapes that do not fit, TypeError for whole or complex numbers.
@@ -257,7 +257,7 @@ class BaseConv(Mixer):
 
     def _run(self, x: Tensor, before: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         u, gate = self.in_proj(x).chunk(2, -1)
-        if mask is not None:  # behind the bias, so that the convolution sees zeros in front of a sequence
+        if mask is not None:  # after the bias, so that the convolution sees zeros before a sequence
             u = u * mask[..., None]
         if before is None:
             before = u.new_zeros(len(x), self.width - 1, u.shape[2])
@@ -274,7 +274,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 def based_layers(size: str, *, heads: int = 16, feature_dim: int = 16, window: int = 256) -> list[list[Any]]:
-    """The layers of the released models ("360m", "1.4b") for `MixerConfig.layers`: BaseConv but for the listed ones.
+    """The layers of the released models ("360m", "1.4b") for `MixerConfig.layers`: BaseConv except for the listed ones.
 
     Raises ValueError for another size.
 
@@ -295,7 +295,7 @@ def based_config(size: str, **changes: Any) -> MixerConfig:
 
     SwiGLU of twice the width, RMS norms with epsilon 1e-5, embedding and head shared, GPT-2's vocabulary padded to 50264.
     """
-    from assay.methods.core.mixers.model import MixerConfig  # transformers, which the layers alone do not need
+    from assay.methods.core.mixers.model import MixerConfig  # imports transformers, which the layers do not need
 
     layers, width = based_layers(size), SIZES[size]["dim"]
     settings = {"vocab_size": 50264, "hidden_size": width, "layers": layers, "intermediate_size": 2 * width}

@@ -1,17 +1,17 @@
 """A language model without matrix products of weights: ternary linear layers and an element-wise recurrence (arXiv 2406.02528).
 
-BitLinear normalises its input (RMSNorm of its own), rounds it to 8 bits per token, and multiplies by weights of -g, 0 and g; the
+BitLinear normalises its input (with its own RMSNorm), rounds it to 8 bits per token, and multiplies by weights of -g, 0 and g; the
 float weights it is trained with get the gradient as if nothing had been rounded. The MLGRU mixes tokens with a gated recurrence of
-one number a channel, a GLU mixes channels. Trained, the weights take 2 bits (or 1.6) and products become additions: `pack_`.
+one number per channel, a GLU mixes channels. After training, the weights take 2 bits (or 1.6), and products become additions: `pack_`.
 
     f = beta + (1 - beta) sigmoid(W_f x),  c = SiLU(W_i x),  h_t = f_t h_{t-1} + (1 - f_t) c_t,  y = W_o (sigmoid(W_g x) h)
 
-`variant="as_released"` closes as the official code does: RMSNorm(W_g x) * SiLU(h), where the norm sits on the gate. There are no
+`variant="as_released"` ends as the official code does: RMSNorm(W_g x) * SiLU(h), where the norm is on the gate. There are no
 biases, as released. The lower bounds beta come from one matrix (layers, d) of the model, `MatmulFreeForCausalLM`; a mixer outside
 that model has its own row, beta = sigmoid(bound), starting at layer / layers as the matrix does (`our choice`). The released
-short convolution, off in its models, is left out. `our choice`: products are taken of the integer codes and scaled afterwards, so
-that trained and packed model agree to the last bit of the product; norm, codes, products, gates and state are in float32 at least,
-in half precision too, where sums of codes overflow (float16) and gates round to 1 (bfloat16).
+short convolution, which its models do not use, is left out. `our choice`: products are taken of the integer codes and scaled
+afterwards, so that trained and packed model agree to the last bit of the product; norm, codes, products, gates and state are in
+float32 at least, even for half-precision models, where sums of codes would overflow (float16) and gates round to 1 (bfloat16).
 torch rounds half to even and so do the kernels: a weight of exactly g / 2 becomes 0.
 
 When NOT to use it: to make training cheaper (it uses ordinary matrix products), in half precision without `pack_` (no smaller and
@@ -74,7 +74,7 @@ def token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bit_linear_reference(x: Tensor, norm: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """BitLinear as a chain of ordinary operators on fake-quantised floats: what the fused one saves memory against.
+    """BitLinear as a chain of ordinary operators on fake-quantised floats: the baseline for the fused form's memory.
 
     x (..., in), norm (in), weight (out, in). Rounding is x + (rounded x - x) with the bracket detached.
     """
@@ -180,7 +180,7 @@ class BitLinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
     def share_of_zeros(self) -> float:
-        """The share of weights that round to 0; one that grows towards 1 tells of a layer that dies."""
+        """The share of weights that round to 0; if it grows towards 1, the layer is dying."""
         return float((ternary_codes(self.weight.detach())[0] == 0).double().mean())
 
     def packed(self, kind: Kind = "ternary") -> PackedLinear:
@@ -323,7 +323,7 @@ class MLGRU(Mixer):
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """f and (1 - f) * SiLU(W_i x), each (batch, tokens, dim), float32 at least.
 
-        1 - f is computed as such: a gate so near 1 that it rounds to it still lets something in.
+        1 - f is computed directly, so that a gate so close to 1 that it rounds to 1 still lets something in.
         """
         raw = self.f_proj(x)
         raw = raw.to(wide_dtype(raw.dtype))
@@ -427,7 +427,7 @@ class MatmulFreeConfig(MixerConfig):
 
 
 class MatmulFreeForCausalLM(MixerForCausalLM):
-    """The whole model: it owns the matrix of lower bounds, and its head is a BitLinear. Arguments and errors as its base class."""
+    """The whole model. It owns the matrix of lower bounds, and its head is a BitLinear. Arguments and errors are its base class's."""
 
     config_class: Any = MatmulFreeConfig
     _tied_weights_keys = {}

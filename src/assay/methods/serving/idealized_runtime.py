@@ -3,15 +3,15 @@
 After "Cheaply Evaluating Inference Efficiency Metrics for Autoregressive Transformer APIs" (NeurIPS 2023). A request with p prompt
 tokens and o output tokens takes T(p, o) = overhead + T_prompt(p) + (o - 1) beta. `profile` measures a grid and fits it:
 
-- idealized, on a system of one's own: T_prompt(p) is the measured T(p, 1);
-- denoised, for an API behind a network and other users: the fastest of several trials stands for a cell, and
+- idealized, on your own system: T_prompt(p) is the measured T(p, 1);
+- denoised, for an API reached through a network and shared with others: the fastest of several runs represents a cell, and
   T_prompt(p) is the value at o = 1 of a line through the cells of p. `probe_endpoint` does this for an OpenAI-compatible server.
 
 The profile costs the same however many requests it then prices: total runtime, dollars and energy of a workload are sums of
 T(p_i, o_i) (`RuntimeModel.predict`, `dollars`, `joules`, `idealized_saving`, `denoised_saving`).
 
-Not for engines whose time per token is no function of the length (speculative decoding, chunked batching with other users'
-requests, prompt caches); the reported errors tell. Long contexts want `slope="context"`.
+Not for engines whose time per token is not a function of the length (speculative decoding, chunked batching with other users'
+requests, prompt caches); the reported errors show that. Long contexts need `slope="context"`.
 Our choices, where the paper is silent, are marked as such below.
 """
 
@@ -128,7 +128,7 @@ class RuntimeModel:
         return Errors(float(np.mean(relative)), float(max(relative)), len(cells))
 
     def scaled(self, factor: float) -> RuntimeModel:
-        """All times but the overhead times `factor`: the paper profiles a third of the layers of a model too large, and takes 3."""
+        """The model with all times but the overhead multiplied by `factor`: the paper takes 3 after profiling a third of the layers."""
         factor = checks.number("factor", factor, above=0)
         return replace(
             self,
@@ -335,9 +335,9 @@ def profile(
 
     `run(p, o)` makes one request. If it returns a float, that is the time in seconds; otherwise its wall time is taken (a run on
     an accelerator must wait for the device). `warmup` runs of each prompt length are thrown away first. The weights may be
-    random, the architecture alone counts; the prompt should differ from run to run, lest a prompt cache makes it free.
+    random, since only the architecture counts; the prompt should differ from run to run, or a prompt cache would make it free.
     `held_out` are pairs of lengths inside the grid that are measured too, but not fitted, for `RuntimeModel.held_out`; by default
-    the middles of up to three fields of the grid (our choice), () for none.
+    up to three pairs halfway between grid points (our choice), () for none.
 
     Raises ValueError for lengths below 1, `repeats` below 1, a held-out pair outside the grid, an unknown method or slope, or a grid
     that determines no model, and TypeError for what is no number or flag; all before the first run.
@@ -451,7 +451,7 @@ def _synchronise(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Streamed:
-    """One streamed request: when the answer's pieces came, in seconds after the request went out."""
+    """One streamed request: when the pieces of the answer arrived, in seconds after the request was sent."""
 
     asked_prompt_tokens: int
     prompt_tokens: int  # as the server counts them, else as asked
@@ -467,7 +467,7 @@ class Streamed:
 
 @dataclass(frozen=True)
 class EndpointProfile:
-    """What probing an endpoint gave. `raw_mean_seconds` per (p, o) is the naive figure that the model denoises."""
+    """The result of probing an endpoint. `raw_mean_seconds` per (p, o) is the naive figure that the model denoises."""
 
     model: RuntimeModel
     requests: tuple[Streamed, ...]
@@ -598,7 +598,7 @@ def _unreachable(base_url: str, error: Exception) -> ConnectionError:
 
 
 def _answer(client: Any, model: str, order: tuple[int, int, str], chat: bool) -> Streamed | Exception:
-    """The answer, or why there is none: one request that fails does not cost the others."""
+    """The answer, or why there is none, so that a failed request does not cost the others."""
     import httpx
 
     try:

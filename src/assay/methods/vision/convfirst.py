@@ -1,8 +1,8 @@
 """ConvFirst blocks, their operational intensity, and block fusion: computing a residual block one tile at a time.
 
 Lavin, "On the Efficiency of Convolutional Neural Networks" (2024). Degenerate convolutions (depthwise, grouped, bottleneck)
-move many bytes for few operations, so layer by layer they wait for memory. ConvFirst puts the spatial convolution (group width
-8) first, like ConvNeXt, so that a whole block can be computed tile by tile without redoing work: the wide hidden tensor then
+move many bytes for few operations, so when run layer by layer they wait for memory. ConvFirst puts the spatial convolution (group
+width 8) first, like ConvNeXt, so that a whole block can be computed tile by tile without redoing work: the wide hidden tensor then
 lives in a cache and never reaches memory.
 
     model = fuse_blocks(model.eval())          # ConvFirst, FusedMBConv, MBConv, ConvNeXt blocks (also transformers' ConvNext)
@@ -74,7 +74,12 @@ def block_traffic_per_pixel(channels: int, expand: int, *, fused: bool, element_
 def block_intensity(
     channels: int, expand: int, kernel: int = 3, group_width: int = 8, *, fused: bool, element_bytes: int = 2
 ) -> float:
-    """Operational intensity of a ConvFirst block; fused and in fp16 it is k^2 g / 2 + e C, halos aside."""
+    """Operational intensity of a ConvFirst block; fused and in fp16 it is k^2 g / 2 + e C, halos aside.
+
+    >>> layerwise, fused = (block_intensity(64, 6, fused=f) for f in (False, True))
+    >>> fused > 3 * layerwise
+    True
+    """
     macs = block_macs_per_pixel(channels, expand, kernel, group_width)
     return 2 * macs / block_traffic_per_pixel(channels, expand, fused=fused, element_bytes=element_bytes)
 
@@ -162,7 +167,7 @@ def tile_plan(
     before = channels * hidden if block == "mbconv" else 0  # done on the halo too
     needed = 2 * (spatial + pointwise + before)
     done = 2 * (spatial + pointwise + before * halo)
-    # input tile and output tile, and what lies between them: the hidden tensor, before and after its convolution for MBConv
+    # input tile, output tile and the hidden tensor between them (for MBConv before and after its convolution)
     between = {"mbconv": (padded + inner) * hidden, "fused_mbconv": inner * hidden}.get(
         block, inner * (channels + width)
     )
@@ -366,7 +371,7 @@ class DepthFirst(nn.Module):
         return min(max(self.sram_bytes // workspace, 1), x.shape[0])
 
     def fit(self, device: DeviceSpec) -> None:
-        """Take the planner's tile for the chip's memory, the smallest one if none fits (it spills least)."""
+        """Use the planner's tile for the chip's memory, or the smallest one if none fits (it spills least)."""
         self.sram_bytes = device.sram_bytes
         try:
             self.tile = plan_tile(**self._shape(), device=device).tile
@@ -390,7 +395,7 @@ class DepthFirst(nn.Module):
 
 
 def _spans(size: int, tile: int, reach: int) -> Iterator[tuple[slice, slice, tuple[int, int]]]:
-    """Output span, input span inside the image, and the missing halo before and behind it; as few spans as `tile` allows, alike."""
+    """Output span, input span inside the image, and the missing halo on both sides; as few spans as `tile` allows, of similar size."""
     tile = -(-size // -(-size // tile))
     for start in range(0, size, tile):
         end = min(start + tile, size)
@@ -408,11 +413,11 @@ def _by_pixel(stage: Stage, part: Tensor) -> Tensor:
 class PackedLinear(nn.Module):
     """`act(x W^T + b)` on (rows, in) for inference, with the weight packed for oneDNN on the CPU and the activation fused.
 
-    oneDNN takes the widest instructions the processor has; torch's own product of unpacked float32 weights does not everywhere
-    (twice as slow on an AVX-512 AMD processor). `pack` gives the product of the weights as they are now: whoever runs many tiles
-    packs once before the first, and a weight that has changed since is seen by the next. `act`: "none", "swish" or "gelu".
-    Elsewhere (GPU, other dtypes, no oneDNN, within torch.compile, which packs by itself) and on empty input the plain product
-    serves. Rounding may differ from it.
+    oneDNN uses the widest instructions of the processor; torch's own product of unpacked float32 weights does not always
+    (twice as slow on an AVX-512 AMD processor). `pack` returns a layer with the current weights packed: code that runs many tiles
+    packs once before the first one, and the next run sees weights that have changed since. `act`: "none", "swish" or "gelu".
+    Elsewhere (GPU, other dtypes, no oneDNN, inside torch.compile, which packs by itself) and on empty input the plain product
+    runs. Rounding may differ from it.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, act: Literal["none", "swish", "gelu"] = "none") -> None:
@@ -464,14 +469,14 @@ def _packed(stage: nn.Module) -> Stage:
 
 
 class _SiLU(nn.Module):
-    """SiLU into the tensor it is given, which nobody else holds."""
+    """SiLU in place, on a tensor that nothing else holds."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(x, inplace=True)
 
 
 def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """A convolution that does what `conv` and then `norm` in eval mode do. Raises ValueError while `norm` is training."""
+    """A convolution that computes `conv` followed by `norm` in eval mode. Raises ValueError while `norm` is training."""
     if norm.training or norm.running_mean is None:
         raise ValueError("norm must be in eval mode with running statistics: batch statistics need the whole tensor")
     return nn.utils.fuse_conv_bn_eval(conv, norm)
@@ -548,6 +553,14 @@ def fuse_blocks(
 
     Raises ValueError when the model is in training mode (folded norms need running statistics), holds no known block, or
     `tile` is below 1.
+
+    >>> block = ConvFirst(16).eval()
+    >>> image = torch.randn(1, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    >>> with torch.no_grad():
+    ...     before = block(image)
+    ...     after = fuse_blocks(block)(image)
+    >>> bool((before - after).abs().max() < 1e-4)
+    True
     """
     if tile != "auto":
         _at_least_one(tile=tile)
@@ -674,7 +687,7 @@ class EfficiencyReport:
 def efficiency_report(
     model: nn.Module, inputs: Tensor, device: DeviceSpec, *, measure: bool = False
 ) -> EfficiencyReport:
-    """Layers of `model(inputs)` with their modelled operations and bytes; `measure` adds seconds (this machine's, of course).
+    """Layers of `model(inputs)` with their modelled operations and bytes; `measure` adds seconds, measured on this machine.
 
     Layers that neither compute nor move anything are left out. Do not set `measure` with the specification of another device.
     """

@@ -1,4 +1,4 @@
-"""The table of evidence, and the triggers that keep it append-only."""
+"""The evidence table, and the triggers that keep it append-only."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -16,7 +16,7 @@ LEADING_CONSTANT = 4.0  # words / shape of both optimal algorithms here for N, M
 
 @dataclass(frozen=True)
 class Bound:
-    """What the paper says about (N, d, M), in words.
+    """The paper's bounds for (N, d, M), in words moved.
 
     `shape` is min(N^2 d^2 / M, N^2 d / sqrt(M)) without a constant: traffic is at least some constant times it. `inputs` is 4 N d,
     Q, K and V read once and O written once, exactly. `regime` is "large cache" where M >= d^2.
@@ -41,7 +41,7 @@ class Bound:
 def attention_io_bound(n: int, d: int, capacity: int, *, causal: bool = False) -> Bound:
     """The bounds for N = n tokens, head dim d and a cache of `capacity` words; causal attention has half the scores.
 
-    Raises TypeError for sizes that are no whole numbers, ValueError for those below 1.
+    Raises TypeError for sizes that are not whole numbers, ValueError for those below 1.
 
     >>> bound = attention_io_bound(4096, 64, 16384)
     >>> bound.regime, bound.words(1.0)
@@ -54,7 +54,7 @@ def attention_io_bound(n: int, d: int, capacity: int, *, causal: bool = False) -
 
 
 def check_sizes(**sizes: int) -> None:
-    """Raises TypeError for the first of the named sizes that is no whole number, ValueError for one below 1."""
+    """Raises TypeError for the first of the named sizes that is not a whole number, ValueError for one below 1."""
     for name, value in sizes.items():
         checks.whole(name, value, low=1)
 
@@ -173,7 +173,7 @@ def _check(algorithm: Algorithm, n: int, d: int, tile: Tile) -> None:
 def best_tile(
     algorithm: Algorithm, n: int, d: int, capacity: int, *, causal: bool = False, divisors: bool = False
 ) -> Tile:
-    """The tile that fits into `capacity` words and moves fewest, by exhaustive search; of equals the largest.
+    """The tile that fits into `capacity` words and moves the fewest, by exhaustive search; among equals, the largest.
 
     `divisors` takes only sizes that divide n. Raises ValueError where nothing fits (saying what would).
     """
@@ -199,7 +199,7 @@ def _square_tiles(sizes: list[int], d: int) -> Iterator[Tile]:
 
 
 def _tiles(n: int, d: int, capacity: int, sizes: list[int], divisors: bool) -> Iterator[Tile]:
-    """Each number of rows with the most columns that fit: what is moved never grows with them."""
+    """Each number of rows with the most columns that fit: more columns never move more words."""
     for rows in sizes:
         columns = min(n, (capacity - rows * (2 * d + 2)) // (2 * d + rows))
         while divisors and columns > 1 and n % columns:
@@ -210,7 +210,7 @@ def _tiles(n: int, d: int, capacity: int, sizes: list[int], divisors: bool) -> I
 
 @dataclass(frozen=True)
 class Choice:
-    """An algorithm with its best tile, what it moves, and the bound beside it."""
+    """An algorithm with its best tile, the words it moves, and the bound."""
 
     algorithm: Algorithm
     tile: Tile

@@ -14,7 +14,7 @@ from assay.methods.core.attention.integration import can_register, is_causal, wi
 
 @dataclass(frozen=True)
 class DeviceSheet:
-    """What a device offers one of its `units` (a multiprocessor, a core), and all of them together.
+    """What a device offers to one of its `units` (a multiprocessor, a core), and to all of them together.
 
     `fast_bytes` is the fast memory of a unit that tiles may fill; `bandwidth_bytes_per_s` that of the slow memory and `flops_per_s`
     the matrix products' rate, both of the whole device; `element_bytes` of the type the rate is for.
@@ -40,7 +40,7 @@ class DeviceSheet:
 
     @property
     def ridge(self) -> float:
-        """FLOPs per byte (1 MAC = 2 FLOPs) from which arithmetic, not memory, limits."""
+        """FLOPs per byte (1 MAC = 2 FLOPs) above which arithmetic, not memory, is the limit."""
         return self.flops_per_s / self.bandwidth_bytes_per_s
 
 
@@ -90,7 +90,11 @@ class Advice:
 def advise(n: int, d: int, device: DeviceSheet, *, heads: int = 1, causal: bool = False) -> Advice:
     """Regime, algorithm, best tile and roofline of `heads` heads of attention over n tokens; each head on one unit's memory.
 
-    Heads of a batch count too. Seconds are lower bounds from the sheet, no predictions.
+    Count the heads of all batch rows. Seconds are lower bounds from the sheet, not predictions.
+
+    >>> advice = advise(4096, 128, H100, heads=32)
+    >>> advice.regime, advice.limited_by
+    ('large cache', 'compute')
     """
     check_sizes(heads=heads)
     choice = choose(n, d, device.capacity, causal=causal)
@@ -115,8 +119,8 @@ def advise(n: int, d: int, device: DeviceSheet, *, heads: int = 1, causal: bool 
 def advise_model(model: nn.Module, tokens: int, device: DeviceSheet, *, batch: int = 1) -> list[Advice | None]:
     """`advise` for each attention layer of a transformers model that reads prompts of `tokens` tokens, `batch` at a time.
 
-    Causal or not as the model is; keys and values count once a query head, as the paper's bounds have them. None for layers with a
-    sliding window shorter than the prompt, of which the bounds say nothing. Raises ValueError for a model without attention of the
+    Causal if the model is; keys and values count once per query head, as in the paper's bounds. None for layers with a
+    sliding window shorter than the prompt, which the bounds do not cover. Raises ValueError for a model without attention of the
     common form.
     """
     checks.whole("tokens", tokens, low=1)

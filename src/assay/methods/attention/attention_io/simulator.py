@@ -24,7 +24,7 @@ Span = tuple[int, int]  # [start, stop)
 class Scratchpad:
     """A fast memory of `capacity` words that the program manages: one tile a name, every word in and out counted.
 
-    Values live where they should: a tile is a copy, and slow memory changes only by `store`. Raises MemoryError when tiles would
+    A tile is a copy, and slow memory changes only through `store`, as in a real program. Raises MemoryError when tiles would
     need more than the capacity.
     """
 
@@ -53,7 +53,7 @@ class Scratchpad:
         return self._held[name][0]
 
     def use(self, *names: str, changed: Iterable[str] = ()) -> None:
-        """What a step of arithmetic reads, and which of them it changes."""
+        """Note which tiles a step of arithmetic reads, and which of them it changes."""
         for name in names:
             if name not in self._held:
                 raise KeyError(f"{name!r} is not in the fast memory")
@@ -100,7 +100,7 @@ class Scratchpad:
 class LRUCache(Scratchpad):
     """A fully associative write-back cache of `capacity` words in lines of `line` words, least recently used out first.
 
-    The same programs run on it, but nobody places anything: an access that misses reads a line, and a changed line is written
+    The same programs run on it, but placement is automatic: an access that misses reads a line, and a changed line is written
     when it leaves. Temporaries have addresses too, and their lines are written like others. A tile is one access, in row order.
     """
 
@@ -113,7 +113,7 @@ class LRUCache(Scratchpad):
         self._lines: OrderedDict[tuple[str, int], bool] = OrderedDict()  # (array, line) -> changed
 
     def use(self, *names: str, changed: Iterable[str] = ()) -> None:
-        """Access tiles held, whose missing lines are read; those of `changed` are then written when they leave."""
+        """Access tiles: missing lines are read, and the lines of `changed` are written when they are evicted."""
         super().use(*names)
         written = set(changed)
         for name in names:
@@ -142,7 +142,7 @@ class LRUCache(Scratchpad):
     def _touch(self, name: str, rows: Span, columns: Span, change: bool = False, fetch: bool = True) -> None:
         if name in self.slow:
             width = self.slow[name].shape[1]
-        else:  # a temporary lies at the start of its own region
+        else:  # a temporary is at the start of its own region
             rows, columns = (0, rows[1] - rows[0]), (0, columns[1] - columns[0])
             width = columns[1]
         for row in range(*rows):
@@ -288,7 +288,7 @@ def _flash_keys(memory: Scratchpad, n: int, d: int, size_r: int, size_c: int, ca
 
 
 def _store_rest(memory: Scratchpad, rows: Span, done: int) -> None:
-    """Write the statistics of the rows behind the first `done`."""
+    """Write the statistics of the rows after the first `done`."""
     if rows[0] + done < rows[1]:
         memory._held["stats"] = (memory["stats"][done:], (rows[0] + done, rows[1]), (0, 2))
         memory.store("stats")
@@ -365,6 +365,13 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, tile: Tile, *, causal: bool
     """The queries-outer algorithm in plain torch on (..., N, d), for timing tiles on a real machine; any leading dimensions.
 
     Raises ValueError for shapes that differ and tiles below 1.
+
+    >>> from assay.methods.attention.attention_io.counts import best_tile
+    >>> q, k, v = torch.randn(3, 32, 8)
+    >>> exact = torch.softmax(q @ k.T / 8**0.5, -1) @ v
+    >>> tile = best_tile("flash_queries", 32, 8, 512)
+    >>> bool((tiled_attention(q, k, v, tile) - exact).abs().max() < 1e-5)
+    True
     """
     if q.ndim < 2 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(f"q, k and v must be (..., N, d) alike, got {[tuple(x.shape) for x in (q, k, v)]}")

@@ -1,4 +1,4 @@
-"""Query-key pairs, multiply-accumulates and parameters of a FIT by its sizes."""
+"""Query-key pairs, multiply-accumulates and parameters of a FIT, computed from its sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from assay.methods.attention.fit.model import Positions, parse_layers
 class FITSize:
     """The sizes of a `FIT` without context and cross MLPs, and what follows from them. All counts are of one sequence.
 
-    Raises ValueError for sizes below 1 and layer strings that are none.
+    Raises ValueError for sizes below 1 and malformed layer strings.
+
+    >>> size = FITSize("(1)1(1)", inputs=12, groups=16, group_size=64, latents=4, dim=64, latent_dim=64)
+    >>> full = (16 * 64) ** 2 * 3  # three layers of full attention
+    >>> sum(size.pairs().values()) < full / 10
+    True
     """
 
     layers: str
@@ -57,7 +62,7 @@ class FITSize:
         }
 
     def parameters(self, positions: Positions = "learned") -> int:
-        """Follows from the widths but for the tables of positions (n rows) and latents (t m rows)."""
+        """Parameters, from the widths and the tables of positions (n rows) and latents (t m rows)."""
         local, reads, glob, writes = self._counts()
         x, z, r = self.dim, self.latent_dim, self.ratio
         inner = min(x, z)

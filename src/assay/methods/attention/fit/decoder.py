@@ -1,4 +1,4 @@
-"""FIT as a language model: all groups at once, or token by token behind a state. A transformers model, saved and loaded as such."""
+"""FIT as a language model: all groups at once, or token by token from a state. A transformers model, saved and loaded as such."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ START = 0.3  # about what a layer adds at the start, which is 0.2 whatever its w
 
 
 def _step(block: Any, name: str, x: Tensor, state: State, causal: bool) -> Tensor:
-    """A layer on x behind the keys and values that `state` holds under `name`, which grow by those of x."""
+    """Apply a layer to x after the keys and values that `state` holds under `name`; those of x are appended."""
     y: Tensor
     y, state[f"{name}.k"], state[f"{name}.v"] = block.behind(x, state[f"{name}.k"], state[f"{name}.v"], causal)
     return y
@@ -62,11 +62,11 @@ class FITConfig(PretrainedConfig):
 class FITDecoder(PreTrainedModel):
     """FIT as a language model, for up to groups * group_size tokens.
 
-    Training computes all groups in parallel. Generation costs a token its local layers over the group so far and reads of m latents;
+    Training computes all groups in parallel. In generation, a token costs its local layers over the group so far and reads of m latents;
     the latents are computed once a group. Embeddings, positions and latents start with a standard deviation of 0.3 (`our choice`;
-    0.02, the official code's, drowns under what the first layer adds: a token is then hardly told from those before it, and not
+    with the official code's 0.02 they drown in what the first layer adds: a token can then hardly be told from those before it, and not
     even two pairs are recalled after a thousand steps). `generate` is its own (greedy or sampled; no beams).
-    Raises TypeError and ValueError for sizes that are none, and ValueError beyond groups * group_size tokens.
+    Raises TypeError and ValueError for invalid sizes, and ValueError beyond groups * group_size tokens.
     """
 
     config_class = FITConfig
@@ -208,7 +208,7 @@ class FITDecoder(PreTrainedModel):
         return batch * (entries * self.table.element_size() + torch.int64.itemsize)
 
     def advance(self, input_ids: Tensor, state: State) -> tuple[Tensor, State]:
-        """The next tokens (batch, tokens) behind `state`: their logits, and the state after them. `state` itself stays as it is."""
+        """The next tokens (batch, tokens) after `state`: their logits, and the new state. `state` itself is not changed."""
         seen = int(state["seen"][0])
         self._check(input_ids, seen)
         state, logits = dict(state), []
@@ -223,7 +223,7 @@ class FITDecoder(PreTrainedModel):
         return torch.cat(logits, 1), state
 
     def _in_group(self, ids: Tensor, before: int, state: State) -> Tensor:
-        """Tokens of one group, of which `before` have been; changes the dictionary `state`."""
+        """Tokens of one group, after `before` earlier ones; changes the dictionary `state`."""
         x = self.embed(ids) + self.positions[before : before + ids.shape[1]]
         for i, stage in enumerate(self.body.stages):
             for j, block in enumerate(stage.local_layers):  # type: ignore[arg-type]
@@ -260,9 +260,9 @@ class FITDecoder(PreTrainedModel):
         generator: torch.Generator | None = None,
         eos_token_id: int | None = None,
     ) -> Tensor:
-        """`input_ids` (batch, tokens) and what follows: the likeliest tokens, or samples at a `temperature` above 0.
+        """`input_ids` (batch, tokens) and their continuation: the likeliest tokens, or samples if `temperature` is above 0.
 
-        Prompts of different lengths come padded on the left, with an `attention_mask` that is 0 there. A row that met `eos_token_id`
+        Prompts of different lengths are padded on the left, with an `attention_mask` that is 0 there. A row that has reached `eos_token_id`
         repeats it; generation stops when all have. Raises TypeError and ValueError for arguments out of their range.
         """
         checks.whole("max_new_tokens", max_new_tokens, low=0)
@@ -280,7 +280,7 @@ class FITDecoder(PreTrainedModel):
                 raise ValueError("attention_mask must be 1 on the last token of every row: pad on the left")
             new = input_ids.new_full((len(input_ids), max_new_tokens), 0 if eos_token_id is None else eos_token_id)
             longest = 0
-            for length in sorted(set(lengths.tolist())):  # prompts of one length go together: their groups begin alike
+            for length in sorted(set(lengths.tolist())):  # prompts of one length run together: their groups align
                 rows = (lengths == length).nonzero()[:, 0]
                 found = self._continue(input_ids[rows, -length:], max_new_tokens, **options)
                 new[rows, : found.shape[1]], longest = found, max(longest, found.shape[1])
@@ -296,7 +296,7 @@ class FITDecoder(PreTrainedModel):
         generator: torch.Generator | None,
         eos_token_id: int | None,
     ) -> Tensor:
-        """The new tokens behind prompts of one length."""
+        """The new tokens after prompts of one length."""
         self._check(ids, max_new_tokens)
         state, new, found = self.init_state(len(ids)), ids, ids[:, :0]
         ended = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)

@@ -1,4 +1,4 @@
-"""FIT as a denoiser of images: a diffusers model, which its pipelines call, save and load."""
+"""FIT as an image denoiser: a diffusers model that diffusers' pipelines call, save and load."""
 
 from __future__ import annotations
 

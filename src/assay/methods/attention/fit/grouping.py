@@ -1,4 +1,4 @@
-"""Sequences and images to groups of tokens, and back."""
+"""From sequences and images to groups of tokens, and back."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from torch import Tensor
 
 
 def group_sequence(x: Tensor, size: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """(batch, L, dim) to groups (batch, t, size, dim), zeros behind the end, and where tokens are: (batch, t, size) bool, None: all.
+    """(batch, L, dim) to groups (batch, t, size, dim), zeros after the end, and where tokens are: (batch, t, size) bool, None: all.
 
     `mask` (batch, L) bool, False where x itself is padding. Raises ValueError for other shapes.
+
+    >>> groups, mask = group_sequence(torch.randn(2, 10, 4), 4)  # the last group is padded
+    >>> groups.shape
+    torch.Size([2, 3, 4, 4])
     """
     if x.ndim != 3 or size < 1:
         raise ValueError(f"x must be (batch, tokens, dim) and size at least 1, got {tuple(x.shape)} and {size}")

@@ -1,4 +1,4 @@
-"""Attention, and the layers made of it: a transformer layer, and one that reads a context."""
+"""Attention, and the layers built from it: a transformer layer, and one that reads a context."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ EPS = 1e-6
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """SDPA of (batch, heads, tokens, dim); `mask` bool over keys, (batch, 1, 1 or queries, keys). A query without keys gets zeros."""
+    """SDPA of (batch, heads, tokens, dim); `mask` bool over keys, (batch, 1, 1 or queries, keys). A query without keys gets zeros.
+
+    >>> q, k, v = torch.randn(3, 1, 2, 5, 8)
+    >>> attend(q, k, v, torch.zeros(1, 1, 1, 5, dtype=torch.bool)).abs().max().item()  # no keys
+    0.0
+    """
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     if causal:
@@ -72,7 +77,7 @@ class Block(nn.Module):
         return out
 
     def behind(self, x: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """x behind tokens whose keys and values are k and v: the outputs for x, and all keys and values."""
+        """x after tokens whose keys and values are k and v: the outputs for x, and all keys and values."""
         y = self.norm(x)
         new_k, new_v = self.attention.keys(y)
         before, tokens = k.shape[2], x.shape[1]

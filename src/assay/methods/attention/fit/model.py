@@ -1,4 +1,4 @@
-"""Layer strings, the stages that they stand for, and the encoder made of these."""
+"""Layer strings, the stages they stand for, and the encoder built from these."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ def parse_layers(layers: str) -> Stages:
     """ "(2)4(2)" to [(2, 4), (2, 0)]: the local and global layers of each stage.
 
     Raises ValueError for anything else than such stages, a stage of no layers, or one without global layers before the last.
+
+    >>> parse_layers("(2)4(2)")
+    [(2, 4), (2, 0)]
     """
     if not isinstance(layers, str):
         raise TypeError(f"layers must be text like '(2)4(2)4(2)', got {layers!r}")
@@ -111,7 +114,7 @@ class Interleaved(nn.Module):
         groups, m = z.shape[1:3]
         keys = None if mask is None else mask.flatten(0, 1)[:, None, None]
         global_keys = None
-        if mask is not None:  # groups of padding alone
+        if mask is not None:  # groups that hold only padding
             global_keys = mask.any(2).repeat_interleave(m, 1)[:, None, None]
         if self.causal != "none":
             group = torch.arange(groups, device=z.device).repeat_interleave(m)
@@ -154,6 +157,11 @@ class FIT(nn.Module):
 
     At most `groups` groups and `group_size` tokens in each (see `group_image`, `group_sequence`), `latents` latents a group. Other
     options as `Interleaved` takes them. `positions` "sincos" has no parameters. Raises ValueError for larger inputs.
+
+    >>> model = FIT("(1)1(1)", inputs=12, groups=4, group_size=9, dim=32, latent_dim=32, heads=2, latent_heads=2)
+    >>> tokens, latents = model(torch.randn(2, 4, 9, 12))
+    >>> tokens.shape
+    torch.Size([2, 4, 9, 32])
     """
 
     def __init__(

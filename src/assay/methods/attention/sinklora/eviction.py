@@ -53,11 +53,11 @@ class EvictionLayer(CacheLayerMixin):
 
     @property
     def recent(self) -> int:
-        """Entries of the budget that are for the newest tokens."""
+        """How many entries of the budget are reserved for the newest tokens."""
         return self.limit - {"h2o": self.limit // 2, "sinks": self.sinks, "local": 0}[self.policy]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Take new tokens in; what the attention function gets is everything held, the new tokens last while the budget lasts."""
+        """Take in new tokens; returns everything held for the attention function, new tokens last as long as the budget is not used up."""
         if not self._observed:
             raise RuntimeError(f"an EvictionCache needs attn_implementation={NAME!r}: call use_eviction(model) first")
         if not self.is_initialized:
@@ -127,7 +127,7 @@ class EvictionLayer(CacheLayerMixin):
         return self._scores[:, :, : self.used]
 
     def _priority(self) -> Tensor:
-        """(batch, key heads, n) float32: the least goes first. Padding always does, protected entries never."""
+        """(batch, key heads, n) float32: the lowest is evicted first. Padding always goes, protected entries never."""
         position = self.positions.float()
         priority = self.scores if self.policy == "h2o" else position
         keep = self.positions > self.seen - 1 - self.recent
@@ -137,7 +137,7 @@ class EvictionLayer(CacheLayerMixin):
         return priority.masked_fill(keep, math.inf).masked_fill(self.positions < 0, -math.inf)
 
     def observe(self, weights: Tensor | None) -> None:
-        """Add the attention (batch, key heads, n) that the entries got, if anybody wants it, and come down to the budget."""
+        """Add the attention (batch, key heads, n) that the entries got, if the policy uses it, then evict down to the budget."""
         if weights is not None:
             self.scores.add_(weights)
         self._observed = True
@@ -157,7 +157,7 @@ class EvictionLayer(CacheLayerMixin):
             self.set_limit(self.seen, more=isinstance(self.budget, float))
 
     def smaller(self, budget: int | float, policy: Policy, sinks: int) -> EvictionLayer:
-        """A copy that comes down to another budget now, by the scores gathered so far; a share is one of all tokens seen."""
+        """A copy cut down to another budget now, by the scores gathered so far; a share refers to all tokens seen."""
         other = EvictionLayer(budget, policy, sinks)
         other.lazy_initialization(self._keys, self._values)
         for name in self.STATE:
@@ -223,9 +223,9 @@ class EvictionCache(Cache):
         super().__init__(layer_class_to_replicate=make)
 
     def smaller(self, budget: int | float, *, policy: Policy = "h2o", sinks: int = 4) -> EvictionCache:
-        """A copy at another budget (a float: of all tokens seen) and policy, as if the prompt had been run with it.
+        """A copy with another budget (a float: a share of all tokens seen) and policy, as if the prompt had been run with it.
 
-        True to that as long as this cache has evicted nothing; "h2o" needs the scores of a cache that is "h2o" itself.
+        This holds as long as this cache has evicted nothing; "h2o" needs the scores of a cache that is "h2o" itself.
         Raises ValueError otherwise.
         """
         if policy == "h2o" and self.policy != "h2o":
@@ -262,7 +262,7 @@ def _check_budget(budget: int | float, policy: str, sinks: int) -> None:
 
 
 def use_eviction(model: nn.Module) -> nn.Module:
-    """Let a transformers model attend so that an `EvictionCache` learns the attention its entries get; in place.
+    """Change a transformers model, in place, so that an `EvictionCache` learns how much attention its entries get.
 
     Without such a cache it attends by SDPA. Raises ValueError for a model whose attention cannot be replaced, is not causal, or has
     sinks or sliding windows of its own.
@@ -325,7 +325,7 @@ def _attend(
     new = query.shape[2]
     if limits is None:
         raise ValueError("an EvictionCache takes plain or left-padded prompts, not other masks")
-    if limits.start is not None and (new > 1 or layer.seen == new):  # later the layer itself knows what is padding
+    if limits.start is not None and (new > 1 or layer.seen == new):  # later on, the layer itself knows the padding
         layer.mark_padding(limits.start, new)
     scored = layer.policy == "h2o"
     if layer.seen == new > 1 and not scored and not layer.padded:

@@ -1,4 +1,4 @@
-"""S2-Attn and SF-Attn: causal attention in groups, shifted for some heads, with sinks; laid out in original positions."""
+"""S2-Attn and SF-Attn: causal attention in groups, shifted for some heads, with sinks; masks use original positions."""
 
 from __future__ import annotations
 
@@ -104,6 +104,10 @@ def sf_attention(
     most half a group of sinks there is no mask at all: every piece is plain causal attention. `tokens` bool (batch, S) is False on
     padding, whose rows give zeros; sinks are the first `sinks` positions from each row's first token. `shift_fraction` and `sinks`
     do not apply to `variant="as_released"`, see the module. Raises ValueError for a group that does not divide S, and other misfits.
+
+    >>> q, k, v = torch.randn(3, 1, 4, 32, 8)
+    >>> sf_attention(q, k, v, group=8).shape
+    torch.Size([1, 4, 32, 8])
     """
     _check_inputs(q, k, v, tokens)
     checks.choice("variant", variant, get_args(Variant))
@@ -156,8 +160,8 @@ def _pieces(q: Tensor, k: Tensor, v: Tensor, group: int, shift: int, sinks: int,
     """No padding, sinks within `shift` (unshifted: the group): plain causal attention, group by group.
 
     The group that wraps around is causal in the order of positions: its beginning of the text comes first. It, or the first group
-    of unshifted heads, holds the sinks already; all other groups come behind them, so sinks before the group's own keys are causal
-    too, once queries of no consequence stand beside them.
+    of unshifted heads, holds the sinks already; all other groups come after them, so sinks before the group's own keys are causal
+    too, once queries whose results are discarded are added for them.
     """
     length = q.shape[2]
     stop = length - group + shift if shift else length

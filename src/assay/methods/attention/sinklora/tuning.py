@@ -36,7 +36,7 @@ def use_sf_attention(model: nn.Module, **settings: Any) -> nn.Module:
     `shift_fraction`, `sinks` and `variant` of `sf_attention`. They live in `model.config.sinklora`; weights and their format do not
     change, and `set_attn_implementation("sdpa")` takes everything back. Training needs plain or padded batches: raises ValueError
     for packed sequences, other masks or attention dropout when they come, and for models or settings that do not fit here.
-    Left padding is left out of everything; right padding, which no causal token sees, is not known about, so "as_released" leaks it.
+    Left padding is excluded everywhere; right padding, which no causal token sees, is not detected, so "as_released" leaks it.
     """
     if unknown := set(settings) - set(SETTINGS):
         raise ValueError(f"settings must be among {', '.join(SETTINGS)}, got {sorted(unknown)}")
@@ -54,7 +54,7 @@ def use_sf_attention(model: nn.Module, **settings: Any) -> nn.Module:
 
 
 def refuses(model: nn.Module) -> str:
-    """Why a model's attention can be none of this paper's; empty when it can."""
+    """Why this paper's attention cannot be used in a model; empty if it can."""
     if reason := can_register(model):
         return reason
     if not is_causal(model):
@@ -102,7 +102,7 @@ def _train_attention(
     tokens = None
     if (starts := limits.start) is not None:
         tokens = torch.arange(length + extra, device=query.device) >= starts[:, None]
-    if extra:  # behind the text, where no token looks; as released it would, so it is padding there
+    if extra:  # after the text, where no token looks; as released, tokens do look there, so it is padding then
         query, key, value = (F.pad(x, (0, 0, 0, extra)) for x in (query, key, value))
         if settings["variant"] == "as_released":
             inside = torch.arange(length + extra, device=query.device) < length
@@ -149,9 +149,9 @@ def lora_config(model: nn.Module, *, rank: int = 8, alpha: int = 16, **options: 
 
 
 def interpolate_positions(model: nn.Module, length: int) -> int:
-    """Squeeze rotary positions so that `length` tokens fit into the trained range; the factor, ceil(length / trained), in place.
+    """Squeeze rotary positions, in place, so that `length` tokens fit into the trained range; returns the factor, ceil(length / trained).
 
-    The configuration says so too, so a saved model loads the same. 1 where `length` fits already (nothing changes). It costs
+    The configuration records it, so a saved model loads the same way. The factor is 1 if `length` fits already (nothing changes). It costs
     quality at short lengths until the model is tuned. Raises ValueError for a model whose positions are scaled already or that has
     no rotary embedding of the common form.
     """

@@ -1,27 +1,27 @@
 """The decode loop of llama-family models as one compiled call: many tokens at a time, on packed weights and a static cache.
 
-What a token costs in an ordinary generation loop on a CPU is, beside reading the weights, hundreds of small operators, each with
-its own dispatch and its own meeting of threads. Here the loop itself is compiled: one call runs many steps for a batch of
-sequences of different lengths, on weights packed in the order in which they are read (`weight_only.pack`) and on a cache that is
-written in place.
+In an ordinary generation loop on a CPU, a token costs more than reading the weights: it also runs hundreds of small operators,
+each with its own dispatch and its own thread synchronisation. Here the loop itself is compiled. One call runs many steps for a
+batch of sequences of different lengths, on weights packed in the order in which they are read (`weight_only.pack`) and on a cache
+that is written in place.
 
-`apply` leaves a transformers model: `model.generate(...)` prefills through the model's own forward pass (whatever transforms that
-carries), copies keys and values once into the static cache and runs the loop. The compiled loop covers greedy search and sampling
+`apply` returns a transformers model. `model.generate(...)` prefills through the model's own forward pass (with whatever transforms
+it carries), copies keys and values once into the static cache, and runs the loop. The compiled loop covers greedy search and sampling
 with temperature, top-k and top-p, end-of-sequence tokens, streamers, left padding, and a `DynamicCache` passed in. With other
-logits processors or stopping criteria the steps are compiled and the choice of the token is transformers' own. Handed to the
+logits processors or stopping criteria, the steps are compiled and transformers itself chooses each token. Passed to the
 original loop: beam search and assisted decoding, `return_dict_in_generate`, `use_cache=False`, other cache classes, embeddings as
-input, several devices, position ids or masks that are not left padding. `assay.methods.builtin.decode_loop.generate` logs the reason
-at level INFO.
+input, several devices, position ids, and masks that are not left padding. `assay.methods.builtin.decode_loop.generate` logs the
+reason at level INFO.
 
 Weights: "fp32" and "bf16" compute with unrounded inputs, so their tokens are those of greedy search in float32 with these weights,
-up to ties; "int8" and "int4" also round inputs to int8, 32 values to a scale. Whatever the weights, the residual stream, the norms
-and the attention are float32, and the head (the projection onto the vocabulary) is int8 for "int4". Sampling draws from torch's
-generator, so `torch.manual_seed` repeats it, but it takes other random numbers than transformers' own loop.
+up to ties; "int8" and "int4" also round inputs to int8, with one scale per 32 values. For all weights, the residual stream, the norms
+and the attention are float32. With "int4", the head (the projection onto the vocabulary) is int8. Sampling draws from torch's
+generator, so `torch.manual_seed` makes it repeatable, but the random numbers differ from those of transformers' own loop.
 
-Memory: the packed weights come on top of the model's, which the prefill uses. With `keep_prefill_weights=False` (int8, int4) the
-linear layers are replaced by `WeightOnlyLinear` layers on the same storage, so that the prefill uses the packed weights as well;
-layers that are `WeightOnlyLinear` already are shared in any case. The packed weights are a copy: `generate` raises ValueError when the
-model has other weights by then (it looks at some numbers of each tensor); apply the transform again after changing them.
+Memory: the packed weights come on top of the model's own, which the prefill uses. With `keep_prefill_weights=False` (int8, int4) the
+linear layers are replaced by `WeightOnlyLinear` layers on the same storage, so that the prefill uses the packed weights too;
+layers that are already `WeightOnlyLinear` are shared in any case. The packed weights are a copy: `generate` raises ValueError if the
+model's weights have changed since (it compares a few numbers of each tensor); apply the transform again after changing them.
 
 When NOT to use it: models on a GPU, processors without AVX-512 VNNI (the portable loops are right but slow), training.
 """

@@ -1,4 +1,4 @@
-"""The packed weights of a llama-family model, the cache, and the loop over them; with torch beside the kernel."""
+"""The packed weights of a llama-family model, the cache, and the loop over them, with a torch version of the kernel."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Sampling:
 
 @dataclass
 class KVCache:
-    """Keys and values of `slots` sequences, each with a length of its own; as the kernel reads them.
+    """Keys and values of `slots` sequences, each with its own length, in the kernel's layout.
 
     `keys` (layers, slots, kv heads, blocks, head, 16), `values` (layers, slots, kv heads, blocks * 16, head), `lengths` (slots,).
     """
@@ -65,7 +65,7 @@ class KVCache:
 
 
 class Decoder:
-    """The packed weights of a llama-family model and the loop over them. The library behind the transform.
+    """The packed weights of a llama-family model and the loop over them: the library behind the transform.
 
     `weights` is fp32, bf16, int8 or int4; `cache` the element type of the caches it makes, "bfloat16" or "float32".
     Raises ValueError when the model does not fit (see `why_not`) or an argument is not one of these.
@@ -130,9 +130,9 @@ class Decoder:
         sampling: Sampling | None = None,
         want_logits: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Feed `tokens[i]` to the sequence in slot `rows[i]`, and go on with what it answers, `steps` times.
+        """Feed `tokens[i]` to the sequence in slot `rows[i]` and continue with its answer, `steps` times.
 
-        A row that answers with a token of `eos` stops there; in the first `no_end` steps these tokens are not chosen. Returns the
+        A row that answers with a token in `eos` stops there; in the first `no_end` steps these tokens are never chosen. Returns the
         answers (rows, steps) int64, -1 after a row's end, and with `want_logits` the logits (rows, vocabulary) float32 of the last
         step each row took part in, else an empty tensor. Greedy without `sampling`. Lengths in the cache grow by the steps a row
         took part in.
@@ -298,7 +298,7 @@ def draw_in_torch(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tenso
 
 
 def sample(model: nn.Module) -> Tensor:
-    """Some numbers of every parameter and buffer, float64: what a step of training, a merge or a cast would change."""
+    """A few numbers of every parameter and buffer, float64: a training step, a merge or a cast would change them."""
     taken = []
     for tensor in [*model.parameters(), *model.buffers()]:
         flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach()[0].reshape(-1)

@@ -1,4 +1,4 @@
-"""Which models the compiled loop computes, and getting its weights out of them."""
+"""Which models the compiled loop can run, and how their weights are taken out."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def why_not(model: nn.Module, weights: str = "int4") -> str:
 
 @dataclass
 class Matrix:
-    """A weight matrix wherever it comes from: how to get it dense, and the layer that holds it packed, if one does."""
+    """A weight matrix: how to get it dense, and the layer that holds it packed, if any."""
 
     out_features: int
     in_features: int
@@ -92,7 +92,7 @@ class Matrix:
 
 @dataclass
 class Block:
-    """What the loop needs of a decoder layer: the gains of its two norms, its seven matrices, the bias of q, k and v."""
+    """What the loop needs from a decoder layer: the gains of its two norms, its seven matrices, the bias of q, k and v."""
 
     gains: tuple[Tensor, Tensor]
     matrices: list[Matrix]
@@ -164,7 +164,7 @@ def _rows(module: Int8Linear, first: int, count: int, scale_inputs: bool) -> Ten
 
 
 def packed_together(matrices: list[tuple[Matrix, str]]) -> list[Tensor]:
-    """The packed matrices in one piece of memory; those of layers that hold them in that form already are moved there."""
+    """The packed matrices in one block of memory; layers that already hold them in that form are moved onto it."""
     sizes = [FORMATS[kind].bytes(matrix.out_features, matrix.in_features) for matrix, kind in matrices]
     if kernels.load("llama_decode"):
         whole = torch.ops.assay.weight_memory(sum(sizes))

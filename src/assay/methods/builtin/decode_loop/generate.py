@@ -17,11 +17,11 @@ from assay.methods.builtin.decode_loop.decoder import Decoder, KVCache, Sampling
 logger = logging.getLogger(__name__)
 
 CALL = 32  # steps to a compiled call: between two calls Ctrl-C is heard
-PREFILL_TOKENS = 64  # what a forward pass costs beside its tokens, in tokens; our choice
+PREFILL_TOKENS = 64  # the fixed cost of a forward pass, expressed in tokens; our choice
 
 
 class DecodeLoopMixin:
-    """Put before a transformers model class: its sampling and greedy loop becomes the compiled one (see the module docstring)."""
+    """A mixin in front of a transformers model class: its sampling and greedy loop becomes the compiled one (see the module docstring)."""
 
     decode_loop: Decoder
 
@@ -130,7 +130,7 @@ def _why_original(
 
 @dataclass(frozen=True)
 class _Choice:
-    """What the compiled loop can do by itself: greedy (no sampling) or sampling, without an end in the first tokens."""
+    """What the compiled loop can choose itself: greedy (no sampling) or sampled tokens, without an end in the first tokens."""
 
     sampling: Sampling | None
     min_new_tokens: int = 0
@@ -138,7 +138,7 @@ class _Choice:
 
 @dataclass(frozen=True)
 class _Ends:
-    """Tokens that end a sequence, what follows them, and who listens."""
+    """The tokens that end a sequence, the token that follows them, and the streamer."""
 
     eos: list[int]
     pad: int
@@ -224,7 +224,7 @@ def _prefill(
 
 
 def length_groups(lengths: Sequence[int], overhead: int = PREFILL_TOKENS) -> list[list[int]]:
-    """Rows in groups of similar length, such that padded tokens plus `overhead` tokens a group are the fewest possible."""
+    """Rows in groups of similar length that minimise padded tokens plus `overhead` tokens per group."""
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     best = [0.0] + [float("inf")] * len(order)  # of the first n rows
     cut = [0] * (len(order) + 1)
@@ -249,7 +249,7 @@ def _fill(cache: KVCache, past: Any, rows: list[int], lengths: list[int]) -> Non
 
 
 def _give_back(cache: KVCache, past: Any, lengths: list[int], columns: int) -> None:
-    """Append to a cache the caller passed in what was decoded, up to `columns`; a row that ended early is filled with zeros."""
+    """Append what was decoded, up to `columns`, to the cache that the caller passed in; a row that ended early is filled with zeros."""
     missing = columns - past.get_seq_length()
     if missing < 1:
         return

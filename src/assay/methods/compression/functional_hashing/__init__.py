@@ -1,14 +1,14 @@
-"""Unified functional hashing: know a candidate by what it computes, and evaluate each function once.
+"""Unified functional hashing: identify a candidate by what it computes, and evaluate each function once.
 
-After "Unified Functional Hashing in Automatic Machine Learning" (arXiv 2302.05433), whose ancestor is the functional
+After "Unified Functional Hashing in Automatic Machine Learning" (arXiv 2302.05433), which builds on the functional
 equivalence cache of AutoML-Zero. A search meets the same function in many guises: dead code, renamed nodes, commuted sums.
-`functional_hash` runs a candidate on a few fixed, cheap inputs with fixed seeds and hashes what comes out; `FunctionalCache`
-keeps the fitness under that key, so that a function already evaluated costs one hash.
+`functional_hash` runs a candidate on a few fixed, cheap inputs with fixed seeds and hashes the outputs; `FunctionalCache`
+keeps the fitness under that key, so that a function that was already evaluated costs one hash.
 
-Cost per candidate: h + (1 - p) E against E, for hash cost h, hit rate p and evaluation cost E (`speedup`). It does not pay when
-an evaluation is about as cheap as the probe, or when the search hardly ever meets a function twice.
+The cost per candidate is h + (1 - p) E instead of E, for hash cost h, hit rate p and evaluation cost E (`speedup`). It does not pay
+if an evaluation is about as cheap as the probe, or if the search hardly ever meets a function twice.
 
-Keys are evidence, not proof: two functions that agree on all probes share a key. Never rest correctness on equal keys alone.
+Keys are evidence, not proof: two functions that agree on all probes share a key. Never base correctness on equal keys alone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The functional hash: run a candidate on fixed inputs, round what comes out, mix it into one key."""
+"""The functional hash: run a candidate on fixed inputs, round the outputs, and mix them into one key."""
 
 from __future__ import annotations
 
@@ -85,6 +85,10 @@ def functional_hash(
 
     Raises TypeError for a candidate that cannot be run, or an output of a type that has no defined value; ValueError for bad
     arguments. Running out of memory is the machine's failure, not the candidate's, and is raised.
+
+    >>> inputs = canonical_inputs(4, (3,))
+    >>> functional_hash(lambda x: x + x, inputs) == functional_hash(lambda x: 2 * x, inputs)
+    True
     """
     if len(inputs) == 0:
         raise ValueError("inputs must hold at least one example, got none")
@@ -415,7 +419,7 @@ def _significant(values: np.ndarray, digits: int) -> tuple[np.ndarray, np.ndarra
     exponent = np.zeros(flat.shape, dtype=np.int64)
     exponent[plain] = np.floor(np.log10(np.abs(flat[plain])))
     shift = digits - 1 - exponent[plain]
-    half = shift // 2  # two factors: one alone would overflow for the smallest numbers
+    half = shift // 2  # two factors, because a single one would overflow for the smallest numbers
     mantissa = np.zeros(flat.shape, dtype=np.int64)
     mantissa[plain] = np.rint(flat[plain] * 10.0**half * 10.0 ** (shift - half))
     carried = np.abs(mantissa) >= 10**digits

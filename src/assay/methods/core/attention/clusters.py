@@ -1,11 +1,11 @@
-"""Attention over clusters of tokens: `ClusterPlan`, a block mask over permuted blocks of any size, and who executes it.
+"""Attention over clusters of tokens: `ClusterPlan`, a block mask over permuted blocks of any size, and what executes it.
 
-Queries and keys are cut into clusters, head by head, and the plan says which key clusters each query cluster sees; within a kept
-pair of clusters attention is exact and not causal. `query_order` lists the tokens cluster by cluster, so that a block is
-contiguous once the tokens are permuted. Clusters may be empty: empty blocks are skipped. A query that sees nothing gives zeros.
-Query heads share keys, values and the clusters of keys in groups (GQA), which are never expanded.
+Queries and keys are divided into clusters, separately for each head, and the plan says which key clusters each query cluster
+sees. Within a kept pair of clusters, attention is exact and not causal. `query_order` lists the tokens cluster by cluster, so
+that a block is contiguous once the tokens are permuted. Clusters may be empty: empty blocks are skipped. A query that sees
+nothing gives zeros. Groups of query heads share keys, values and key clusters (GQA), which are never expanded.
 
-When NOT to use it: causal attention, or blocks that are regular anyway (`plan.AttentionPlan` pads and permutes nothing).
+When NOT to use it: causal attention, or blocks that are regular anyway (`plan.AttentionPlan` neither pads nor permutes).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class ClusterPlan:
     def from_labels(cls, query_labels: Tensor, key_labels: Tensor, mask: Tensor) -> ClusterPlan:
         """The plan of tokens labelled with their clusters: int64 (batch, heads, queries) and (batch, key heads, keys).
 
-        Labels count from 0 and stay below the mask's sizes; tokens of a cluster keep their order (the sort is stable).
+        Labels count from 0 and stay below the mask's sizes; the tokens of a cluster keep their order (the sort is stable).
         """
         found = []
         for name, labels, count in (("query", query_labels, mask.shape[-2]), ("key", key_labels, mask.shape[-1])):
@@ -129,8 +129,8 @@ class ClusterPlan:
     def recall(self, q: Tensor, k: Tensor, *, scale: float | None = None, allowed: Tensor | None = None) -> Tensor:
         """(batch, heads) float32: share of the exact softmax mass that lies in the computed blocks, averaged over queries.
 
-        q (batch, heads, queries, dim), k (batch, key heads, keys, dim). With `allowed` (bool, like `mask`) the exact softmax
-        is that over the keys in those blocks. Costs as much as dense QK^T, in float32.
+        q (batch, heads, queries, dim), k (batch, key heads, keys, dim). With `allowed` (bool, like `mask`), the exact softmax is
+        over the keys in those blocks only. Costs as much as dense QK^T, in float32.
         """
         _check(self, q, k, k)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -189,21 +189,26 @@ def execute_clusters(
     scale: float | None = None,
     precision: Precision = "input",
 ) -> Tensor:
-    """Attention by a plan: (batch, heads, queries, value dim), in the dtype of q and in the original order of the queries.
+    """Attention by a plan: (batch, heads, queries, value dim), in the dtype of q and the original order of the queries.
 
-    q is (batch, heads, queries, dim), k and v (batch, key heads, keys, dim), in the original order, any strides. `scale`
+    q is (batch, heads, queries, dim), k and v (batch, key heads, keys, dim), in the original order, with any strides. `scale`
     multiplies QK^T (default dim ** -0.5). Backends:
 
-    - "kernel": C++ on the CPU, float32 or bfloat16, dims multiples of 16, no gradients, no more queries than keys. bfloat16
-      inputs are multiplied in bfloat16 where the processor can. Permutes while it packs, so no tensor is permuted in memory.
-    - "gather": torch; permutes, attends cluster by cluster to the gathered keys, permutes back. Any device and dtype, with
-      gradients; one call of torch's attention for each query cluster, so on a GPU right but not fast.
+    - "kernel": C++ on the CPU, float32 or bfloat16, dims multiples of 16, no gradients, no more queries than keys. Multiplies
+      bfloat16 inputs in bfloat16 if the processor can. Permutes while it packs, so no tensor is permuted in memory.
+    - "gather": torch; permutes, lets each cluster of queries attend to its gathered keys, permutes back. Any device and dtype,
+      with gradients. It calls torch's attention once per query cluster, so on a GPU it is right but not fast.
     - "reference": every score, masked. For tests.
-    - "auto": the kernel where it can, else gather.
+    - "auto": the kernel if it can run, else gather.
 
-    `precision="bf16"` lets the kernel multiply float32 inputs in bfloat16; others ignore it.
-    Raises TypeError for arguments of another kind, ValueError when tensors and plan do not fit together or the backend cannot run
-    them. `kernels.paths()` counts which backend ran.
+    `precision="bf16"` lets the kernel multiply float32 inputs in bfloat16; the other backends ignore it.
+    Raises TypeError for arguments of the wrong kind, ValueError when tensors and plan do not fit together or the backend cannot
+    run them. `kernels.paths()` counts which backend ran.
+
+    >>> labels = torch.tensor([[[0, 1, 0, 1]]])  # two clusters, each of which sees itself
+    >>> plan = ClusterPlan.from_labels(labels, labels, torch.eye(2, dtype=torch.bool)[None, None])
+    >>> execute_clusters(plan, *torch.randn(3, 1, 1, 4, 16).unbind()).shape, plan.density()
+    (torch.Size([1, 1, 4, 16]), 0.5)
     """
     _check(plan, q, k, v)
     checks.choice("backend", backend, get_args(ClusterBackend))

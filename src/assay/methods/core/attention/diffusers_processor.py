@@ -1,9 +1,9 @@
 """Attention plans inside diffusers' transformers, by attention processors.
 
-`use_plans(model, producer)` makes any producer of plans the self-attention of a diffusers transformer; `set_attention` does it for
-any function. A `Processor` runs the processor that the module had, with its projections, norms and rotary embeddings, and replaces
-only the call of torch's `scaled_dot_product_attention` in it. So it fits every model whose processors call that function, also
-those that come after this was written, and it needs nothing private of diffusers; nor does it import it.
+`use_plans(model, producer)` lets any producer of plans serve as the self-attention of a diffusers transformer; `set_attention`
+does the same for any function. A `Processor` runs the module's previous processor, with its projections, norms and rotary
+embeddings, and replaces only the call of torch's `scaled_dot_product_attention` in it. It therefore fits every model whose
+processors call that function, including future ones, and it neither imports diffusers nor needs anything private of it.
 
 When NOT to use it: with another attention backend of diffusers than "native" (refused when the model is called), with context
 parallelism, or under `torch.compile` (the replacement is a Python mode around the processor).
@@ -32,11 +32,11 @@ _SELF_ATTENTION = re.compile(r"(transformer_blocks|single_transformer_blocks|blo
 def use_plans(model: nn.Module, producer: Producer) -> None:
     """Attend by the plans of `producer(module, q, k, causal=, scale=, key_start=None, window=None)` in every self-attention of a model.
 
-    q and k are what the model's own processors hand to attention, (batch, heads, tokens, dim) after norms and rotary embedding;
+    q and k are what the model's own processors pass to attention, (batch, heads, tokens, dim) after norms and rotary embedding;
     text that takes part is among the tokens. The producer returns an `AttentionPlan` and keyword arguments for `execute`, as for
-    `integration.register_attention`. Tokens that a mask hides from all (padding of the prompt) are left out before planning where
-    all batch rows hide the same ones, and their own outputs, which nobody reads, are zeros. Other masks, and dropout, get torch's
-    own dense attention. Undo with diffusers' API: `before = model.attn_processors`, then `model.set_attn_processor(before)`.
+    `integration.register_attention`. Tokens that a mask hides from every query (padding of the prompt) are left out before planning
+    if all batch rows hide the same ones; their own outputs, which nobody reads, are zeros. With other masks, or dropout, torch's
+    own dense attention runs. Undo with diffusers' API: `before = model.attn_processors`, then `model.set_attn_processor(before)`.
     Raises ValueError for a model without such self-attentions.
     """
 
@@ -83,9 +83,9 @@ def self_attentions(model: nn.Module) -> list[str]:
 def set_attention(model: nn.Module, attends: Sequence[Attend]) -> None:
     """Compute the model's self-attentions by `attends`, one for each of `self_attentions(model)`; replaces what was set before.
 
-    attend(module, q, k, v, mask=, causal=, scale=, text=) gets what the module's processor hands to torch's
+    attend(module, q, k, v, mask=, causal=, scale=, text=) gets what the module's processor passes to torch's
     `scaled_dot_product_attention`, and `text`, the number of tokens that are not in the processor's `hidden_states`: those of a
-    prompt that is attended to jointly. Raises ValueError for another number of functions.
+    prompt that is attended to jointly. Raises ValueError for the wrong number of functions.
     """
     names = self_attentions(model)
     if len(attends) != len(names):
@@ -99,9 +99,9 @@ def set_attention(model: nn.Module, attends: Sequence[Attend]) -> None:
 
 
 class Processor:
-    """An attention processor: `inner`, another one, in which attention is computed by `attend` (see `set_attention`).
+    """An attention processor that runs `inner`, another one, with attention computed by `attend` (see `set_attention`).
 
-    Raises ValueError when `inner` computes no self-attention by torch's `scaled_dot_product_attention`.
+    Raises ValueError when `inner` does not compute self-attention by torch's `scaled_dot_product_attention`.
     """
 
     def __init__(self, inner: Any, attend: Attend) -> None:
@@ -123,7 +123,7 @@ class Processor:
 
 
 class _Replace(TorchFunctionMode):
-    """While it is on, `scaled_dot_product_attention` of at least `tokens` tokens with themselves is `attend`'s."""
+    """While active, replaces `scaled_dot_product_attention` of at least `tokens` tokens with themselves by `attend`."""
 
     def __init__(self, module: Any, tokens: int, attend: Attend) -> None:
         super().__init__()
@@ -155,9 +155,9 @@ class _Replace(TorchFunctionMode):
 
 
 def real_tokens(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """bool (batch, tokens): the keys that an attention mask leaves to every query; all without a mask, None for other masks.
+    """bool (batch, tokens): the keys that an attention mask leaves visible to every query; all without a mask, None for other masks.
 
-    q is (batch, heads, tokens, dim). Masks that it can tell are bool (batch or 1, 1, 1, tokens).
+    q is (batch, heads, tokens, dim). Masks it can read are bool (batch or 1, 1, 1, tokens).
     """
     batch, tokens = q.shape[0], q.shape[2]
     if mask is None:

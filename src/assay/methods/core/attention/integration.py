@@ -1,12 +1,12 @@
 """Attention plans inside transformers models, through its `AttentionInterface`.
 
-`register_attention(name, producer)` makes `attn_implementation=name`: prompts are attended by the plan the producer makes for
-each layer, single tokens densely over the cache. A plain causal prompt costs no mask; left padding and sliding windows are
-passed on as two numbers a row, and sinks as they are. Whatever has another mask (packed sequences, chunked attention, prefix masks,
-static caches, masks the caller made) is attended densely under that mask, and so is training with dropout.
+`register_attention(name, producer)` makes `attn_implementation=name`: prompts are attended to by the plan that the producer makes
+for each layer, single tokens densely over the cache. A plain causal prompt needs no mask. Left padding and sliding windows are
+passed on as two numbers per row, and sinks as they are. Any other mask (packed sequences, chunked attention, prefix masks,
+static caches, masks the caller made) is applied by dense attention, and so is dropout in training.
 
-What no plan can compute is refused: `can_register` says so before anything is changed, and a model that is called all the same gets an
-error instead of a wrong answer.
+What no plan can compute is refused: `can_register` says so before anything is changed, and a model that is called anyway raises
+an error instead of giving a wrong answer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Settings = TypeVar("Settings")  # a dataclass of settings
 
 
 class Limits(NamedTuple):
-    """What a plain causal pass leaves out: keys before `start` int64 (batch,), and those a `window` has left behind."""
+    """What a plain causal pass leaves out: keys before `start`, int64 (batch,), and keys that have left the `window`."""
 
     start: Tensor | None = None
     window: int | None = None
@@ -39,8 +39,8 @@ def register_attention(name: str, producer: Producer, executor: Executor = execu
     """Make `attn_implementation=name`, whose plans come from `producer(module, q, k, causal=, scale=, key_start=, window=)`.
 
     The producer is called for each layer of each prompt (more than one query) and returns a plan and keyword arguments for
-    `executor`, which computes it; a single token goes to `execute`. Raises ValueError for a name that transformers would take
-    for a repository or has itself.
+    `executor`, which computes it; a single token goes to `execute`. Raises ValueError for a name that transformers would mistake
+    for a repository or uses itself.
     """
 
     def attend(
@@ -67,7 +67,7 @@ def register_attention(name: str, producer: Producer, executor: Executor = execu
 def register_function(name: str, attend: Callable[..., Tensor]) -> None:
     """Make `attn_implementation=name`, whose plain passes are `attend(module, q, k, v, causal=, scale=, limits=, sinks=)`.
 
-    The masks and everything else that `register_attention` says are handled here; `attend` returns (batch, heads, queries, dim).
+    Masks, and everything else that `register_attention` describes, are handled here; `attend` returns (batch, heads, queries, dim).
     """
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
@@ -110,11 +110,11 @@ def causal_mask(
     allow_is_causal_skip: bool = True,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of a forward pass, in the signature of transformers' mask functions.
+    """The mask of a forward pass, with the signature of transformers' mask functions.
 
-    None for plain causal attention whose queries are the last keys; int64 (batch, 1, 1, 1 + window), the first key of each row,
-    where rows begin with padding or a window leaves keys out (0 when it does not); SDPA's bool (batch, 1, queries, keys) for
-    anything else. `limits_of` reads it.
+    None for plain causal attention whose queries are the last keys. int64 (batch, 1, 1, 1 + window), the first key of each row, if
+    rows begin with padding or a window leaves keys out (the last dimension encodes the window, 0 without one). For anything else,
+    SDPA's bool (batch, 1, queries, keys). `limits_of` reads the result.
     """
     from transformers.masking_utils import sdpa_mask
     from transformers.utils.import_utils import is_tracing
@@ -162,7 +162,7 @@ def _numbers(starts: Tensor, window: int) -> Tensor:
 def _slides(
     mask_function: Any, window: int, q_length: int, kv_length: int, q_offset: int, kv_offset: int, device: Any
 ) -> bool:
-    """Whether a mask function is a causal sliding window (and not chunks of that size): its last rows tell."""
+    """Whether a mask function is a causal sliding window rather than chunks of that size; its last rows show which."""
     if mask_function is None:
         return False
     rows = torch.arange(max(0, q_length - 2), q_length, device=device)[:, None] + q_offset
@@ -173,7 +173,7 @@ def _slides(
 
 
 def limits_of(mask: Tensor | None) -> Limits | None:
-    """The limits that `causal_mask` hands over; None for a real mask."""
+    """The limits that `causal_mask` passes on; None for a real mask."""
     if mask is None:
         return Limits()
     if mask.dtype != torch.int64 or mask.ndim != 4 or mask.shape[1:3] != (1, 1):
@@ -192,9 +192,9 @@ def by_sdpa(
     is_causal: bool | None,
     kwargs: Mapping[str, Any],
 ) -> tuple[Tensor, None]:
-    """Dense attention by torch's SDPA, for what a plan cannot say; `mask` as `causal_mask` gives it, `kwargs` as models do.
+    """Dense attention by torch's SDPA, for what no plan can express; `mask` as `causal_mask` returns it, `kwargs` as models pass them.
 
-    Raises ValueError for soft caps, which SDPA has not.
+    Raises ValueError for soft caps, which SDPA does not have.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -223,7 +223,7 @@ def by_sdpa(
 
 
 def can_register(model: nn.Module) -> str:
-    """Why a model's attention cannot be replaced by name; empty when it can. Nothing is changed, nothing run."""
+    """Why a model's attention cannot be replaced by name; empty if it can. Changes nothing and runs nothing."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
@@ -243,7 +243,7 @@ def can_register(model: nn.Module) -> str:
 
 
 def _attentions(model: nn.Module) -> list[nn.Module]:
-    """The innermost modules named attention: those that call an attention function."""
+    """The innermost modules named attention, which are those that call an attention function."""
     named = [m for m in model.modules() if "Attention" in type(m).__name__]
     return [m for m in named if not any("Attention" in type(c).__name__ for c in m.modules() if c is not m)]
 
@@ -259,7 +259,7 @@ def is_causal(model: nn.Module) -> bool:
 
 
 def windows(model: nn.Module) -> list[int | None]:
-    """How many tokens each attention layer sees, in order; None: all before it. Chunked attention counts as its chunks."""
+    """How many tokens each attention layer sees, in order; None means all before it. Chunked attention counts as its chunk size."""
     config = cast(Any, model).config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:
@@ -272,9 +272,10 @@ def windows(model: nn.Module) -> list[int | None]:
 
 
 def share_reached(model: nn.Module, tokens: int, least: int, what: str) -> tuple[float, str, str]:
-    """How many of the attention layers of a prompt of so many tokens see at least `least` of them.
+    """The share of the attention layers that see at least `least` tokens of a prompt of this length.
 
-    (share, a sentence on what is left alone, why that is too little); `what` says what happens in layers that see less.
+    Returns (share, a sentence on what is left alone, the reason if that is too little); `what` says what happens in layers that see
+    less.
     """
     layers = windows(model)
     short = [size for size in layers if size is not None and min(size, tokens) < least]
@@ -286,7 +287,7 @@ def share_reached(model: nn.Module, tokens: int, least: int, what: str) -> tuple
 
 
 def layer_of(module: nn.Module) -> int:
-    """Which layer an attention module is. Raises ValueError for modules that do not say (encoders of images)."""
+    """The index of an attention module's layer. Raises ValueError for modules that do not say it (encoders of images)."""
     found = getattr(module, "layer_idx", None)
     if not isinstance(found, int):
         raise ValueError(f"settings must be one for all layers: {type(module).__name__} does not say which layer it is")
@@ -294,7 +295,7 @@ def layer_of(module: nn.Module) -> int:
 
 
 def set_attention(model: nn.Module, name: str) -> nn.Module:
-    """Set `attn_implementation`; raises ValueError where transformers refuses it, and leaves the model as it was then."""
+    """Set `attn_implementation`. Raises ValueError if transformers refuses it, and leaves the model unchanged then."""
     found: Any = model
     before = found.config.get_text_config()._attn_implementation
     found.set_attn_implementation(name)
@@ -313,12 +314,12 @@ def parse_settings(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
 
 
 def store_settings(model: nn.Module, name: str, settings: Any) -> None:
-    """Keep a dataclass of settings in a transformers model's config as the dictionary `name`, saved with the model."""
+    """Keep a dataclass of settings in a transformers model's config as the dictionary `name`, which is saved with the model."""
     setattr(cast(Any, model).config.get_text_config(), name, asdict(settings))
 
 
 def settings_of(module: nn.Module, name: str, kind: type[Settings]) -> Settings:
-    """The settings under `name` in the config of an attention module (`kind()` if none), parsed anew only when replaced."""
+    """The settings under `name` in the config of an attention module (`kind()` if there are none); parsed again only when replaced."""
     values: Any = getattr(module.config, name, None)
     known: Any = getattr(module, f"_{name}", None)
     if known is None or known[0] is not values:
@@ -330,7 +331,7 @@ def settings_of(module: nn.Module, name: str, kind: type[Settings]) -> Settings:
 def each_layer(model: nn.Module, input_ids: Tensor, use: Callable[..., None]) -> None:
     """Run a model on `input_ids`, int64 (1, tokens), exactly, and call use(module, q, k, v, scale) in each attention layer.
 
-    q, k, v (1, heads, tokens, dim) come after rotary embedding. The model is left as it was, also when `use` raises.
+    q, k, v are (1, heads, tokens, dim), after rotary embedding. The model is restored afterwards, even if `use` raises.
     """
     found: Any = model
 
@@ -360,7 +361,7 @@ def each_layer(model: nn.Module, input_ids: Tensor, use: Callable[..., None]) ->
 
 
 def capture_qk(model: nn.Module, input_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(q, k) of every layer on `input_ids`, int64 (1, tokens), after rotary embedding; the model is left as it was."""
+    """(q, k) of every layer on `input_ids`, int64 (1, tokens), after rotary embedding. The model is restored afterwards."""
     captured: list[tuple[Tensor, Tensor]] = []
 
     def keep(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:

@@ -1,12 +1,12 @@
-"""What of attention is computed, apart from who computes it: `AttentionPlan`, and `execute`, which runs one.
+"""Which parts of attention are computed, separate from what computes them: `AttentionPlan`, and `execute`, which runs one.
 
 A plan says which blocks of keys each block of queries sees, head by head, or that all are seen (dense). Blocks lie on a grid of
 positions: key block j is positions [j * block, (j + 1) * block). Queries are the last `queries` of `keys` positions (all of them,
-or the newest chunk of a longer prompt), and query block i lies on the same grid, at key block `first_block + i`; the first one
-begins inside a block when the chunk does. So the plan of a chunk is the last rows of the plan of the whole prompt.
+or the newest chunk of a longer prompt). Query block i lies on the same grid, at key block `first_block + i`; the first one starts
+inside a block if the chunk does. The plan of a chunk is therefore the last rows of the plan of the whole prompt.
 
-Within a kept block attention is exact: causal token by token, a sliding window too, padding left out, softmax over everything the
-query sees. A query that sees nothing gives zeros. Query heads share keys and values in groups (GQA), which are never expanded.
+Within a kept block attention is exact: causal token by token, with sliding window and padding applied, and softmax over everything
+the query sees. A query that sees nothing gives zeros. Groups of query heads share keys and values (GQA), which are never expanded.
 
 When NOT to use it: attention with position biases, soft capping or dropout. No backend has them.
 """
@@ -83,7 +83,7 @@ class AttentionPlan:
 
     @property
     def windowed(self) -> bool:
-        """Whether the window leaves anything out."""
+        """Whether the window excludes any key."""
         return self.window is not None and self.window < self.keys
 
     @property
@@ -93,7 +93,7 @@ class AttentionPlan:
 
     @property
     def first_block(self) -> int:
-        """Key block that query block 0 lies at."""
+        """The key block at which query block 0 lies."""
         return self.offset // self.block
 
     @property
@@ -105,7 +105,7 @@ class AttentionPlan:
         return self.key_blocks - self.first_block
 
     def diagonal(self) -> Tensor:
-        """(query_blocks,): the key block that each query block lies at."""
+        """(query_blocks,): the key block at which each query block lies."""
         return torch.arange(self.query_blocks) + self.first_block
 
     def _pairs(self, device: torch.device | str = "cpu") -> Tensor:
@@ -137,14 +137,14 @@ class AttentionPlan:
         return self._pairs() > 0
 
     def density(self) -> float:
-        """Share of the allowed blocks that is computed, 0 to 1, over all batch rows and heads."""
+        """Share of the allowed blocks that are computed, 0 to 1, over all batch rows and heads."""
         if self.mask is None:
             return 1.0
         allowed = self.allowed().expand(self.mask.shape)
         return (self.mask.cpu() & allowed).sum().item() / max(allowed.sum().item(), 1)
 
     def pairs(self, batch: int = 1, heads: int = 1) -> int:
-        """Query-key pairs that are computed, over all batch rows and heads (those of the mask, where there is one)."""
+        """Query-key pairs that are computed, over all batch rows and heads (of the mask, if there is one)."""
         counts = self._pairs()
         if self.mask is not None:
             return int((counts * self.mask.cpu()).sum())
@@ -155,7 +155,7 @@ class AttentionPlan:
         return self.pairs(batch, heads) * (head_dim + (head_dim if value_dim is None else value_dim))
 
     def bytes_moved(self, *, head_dim: int, itemsize: int, batch: int = 1, heads: int = 1) -> int:
-        """Bytes read and written when each query block reads its kept keys and values once: Q, O, and those."""
+        """Bytes moved when each query block reads its kept keys and values once: Q, O, and those keys and values."""
         if self.mask is not None:
             batch, heads = self.mask.shape[:2]
         kept = self.allowed().expand(batch, heads, -1, -1)
@@ -264,7 +264,7 @@ def execute(
 
 
 def scale_of(scale: float | None, q: Tensor) -> float:
-    """What multiplies QK^T: `scale`, or dim ** -0.5. Raises TypeError and ValueError for what is no finite number."""
+    """The factor that multiplies QK^T: `scale`, or dim ** -0.5. Raises TypeError or ValueError unless it is a finite number."""
     if torch.compiler.is_compiling():
         return q.shape[-1] ** -0.5 if scale is None else scale
     return float(q.shape[-1] ** -0.5) if scale is None else checks.number("scale", scale)
@@ -309,7 +309,7 @@ def _check(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor |
 
 
 def needs_grad(*tensors: Tensor) -> bool:
-    """Whether a gradient through one of them is asked for."""
+    """Whether a gradient through any of the tensors is needed."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
@@ -354,7 +354,7 @@ def masked_attention(
 
 
 def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """An output (batch, heads, queries, dim) and its log-sum-exp (batch, heads, queries), natural, once sinks (heads,) take part."""
+    """An output (batch, heads, queries, dim) and its natural log-sum-exp (batch, heads, queries) after adding sinks (heads,)."""
     sink = sinks.to(lse.dtype).view(-1, 1)
     return (out * (lse - sink).sigmoid()[..., None]).to(out.dtype), torch.logaddexp(lse, sink)
 
@@ -402,7 +402,7 @@ def _sdpa(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, scale: float, si
 
 
 def _on_grid(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:
-    """q, k, v padded with zeros to whole blocks, and how many rows stand before query 0."""
+    """q, k, v padded with zeros to whole blocks, and the number of rows before query 0."""
     lead = plan.offset - plan.first_block * plan.block
     tail = plan.key_blocks * plan.block - plan.keys
     return F.pad(q, (0, 0, lead, tail)), F.pad(k, (0, 0, 0, tail)), F.pad(v, (0, 0, 0, tail)), lead
@@ -574,7 +574,7 @@ def _load_int8_kernel() -> bool:
 
 
 def load_kernel() -> bool:
-    """Whether the kernel is there; compiles it on first use and tells torch.compile the shapes of its operators."""
+    """Whether the kernel is available; compiles it on first use and tells torch.compile the shapes of its operators."""
     return _load_kernel()
 
 
@@ -594,14 +594,14 @@ def has_tiles() -> bool:
 
 
 def kernel_time() -> float:
-    """Of SDPA's time for dense prefill in bfloat16: measured on Zen 5 and, with tiles, which SDPA uses too, on a Xeon; 1 without."""
+    """The kernel's share of SDPA's time for dense prefill in bfloat16, as measured on Zen 5 and on a Xeon with AMX; else 1."""
     if not (load_kernel() and has_bf16()):
         return 1.0
     return 0.5 if has_tiles() else 0.3
 
 
 def has_vnni() -> bool:
-    """Whether this processor multiplies integers by fours, without which "int8" is not fast, and the kernel for it is there."""
+    """Whether this processor multiplies integers four at a time, without which "int8" is not fast, and the kernel for it exists."""
     return load_int8_kernel() and bool(torch.ops.assay.int8_attention_has_vnni())
 
 
@@ -611,7 +611,7 @@ for _fixed in (load_kernel, load_int8_kernel, has_bf16):
 
 
 def like_queries(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Tensor:
-    """An empty output of the kernels: (batch, heads, queries, value dim), in memory (batch, queries, heads, value dim)."""
+    """An empty output tensor for the kernels: (batch, heads, queries, value dim), laid out as (batch, queries, heads, value dim)."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
@@ -662,7 +662,7 @@ def in_bf16(dtype: torch.dtype, precision: PlanPrecision) -> bool:
 
 
 def unit_stride(x: Tensor) -> Tensor:
-    """`x` itself if its last dimension lies together in memory, as the kernels need it, else a copy that does."""
+    """`x` itself if its last dimension is contiguous, as the kernels need it, else a contiguous copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -3,16 +3,16 @@
 Every program takes one tile of queries of one head and one batch row, and runs the online softmax (FlashAttention, arXiv
 2205.14135 and 2307.08691) over a *list*: how many key blocks its query block keeps, and which, in order. Blocks that are not
 listed are neither read nor multiplied. Query heads of a group read the same keys and values. Blocks larger than a tile are
-walked in several steps; head dimensions that are not powers of two are filled with zeros on the chip only.
+walked in several steps. Head dimensions that are not powers of two are padded with zeros, on the chip only.
 
-Sums and softmax are float32. bfloat16 and float16 are multiplied as they are, the softmax weights rounded to the same type;
+Sums and softmax are float32. bfloat16 and float16 are multiplied as they are, with softmax weights rounded to the same type;
 float32 is multiplied as torch's `float32_matmul_precision` says: exactly at "highest", else in TF32.
 
-`our choice`: tile sizes, warps and stages (`constants`); every tile is masked, also those wholly below the diagonal; long rows start
-first; queries are not packed by group, so that a single query fills a sixteenth of its tile.
+`our choice`: tile sizes, warps and stages (`constants`); every tile is masked, even those entirely below the diagonal; long rows
+start first; queries are not packed by group, so a single query fills only a sixteenth of its tile.
 
-State: compiled for compute capabilities 8.0 and 9.0, and run by Triton's interpreter only (TRITON_INTERPRET=1, CPU tensors),
-which says that the numbers are right and nothing about speed.
+State: compiled for compute capabilities 8.0 and 9.0, but run only by Triton's interpreter (TRITON_INTERPRET=1, CPU tensors).
+That shows that the numbers are right and says nothing about speed.
 
 When NOT to use it: dense plans (SDPA has hand-tuned kernels), training (no gradient), decoding.
 """
@@ -185,9 +185,9 @@ def triton_refuses(plan: AttentionPlan, q: Tensor, k: Tensor, v: Tensor, sinks: 
 
 
 def kept_lists(plan: AttentionPlan, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the kernel walks: how many key blocks each query block keeps, and which, in order.
+    """The lists the kernel walks: how many key blocks each query block keeps, and which, in order.
 
-    int32 (batch or 1, heads or 1, query_blocks) and (..., key_blocks); entries past the count mean nothing. Keeps the blocks of
+    int32 (batch or 1, heads or 1, query_blocks) and (..., key_blocks); entries beyond the count mean nothing. Keeps the blocks of
     `plan.mask & plan.allowed()`, computed on `device` without waiting for it.
     """
     kept = torch.ones(1, 1, plan.query_blocks, plan.key_blocks, dtype=torch.bool, device=device)
@@ -199,7 +199,7 @@ def kept_lists(plan: AttentionPlan, device: torch.device) -> tuple[Tensor, Tenso
         ends = torch.arange(1, plan.key_blocks + 1, device=device).mul(plan.block).clamp(max=plan.keys)
         there = (ends > plan.key_start.to(device)[:, None])[:, None]
         kept = kept & there[:, :, None, :] & there[:, :, plan.first_block :, None]
-    if plan.window is not None:  # blocks that the window of a query block's first query has left behind
+    if plan.window is not None:  # blocks that even the first query's window no longer reaches
         ends = torch.arange(1, plan.key_blocks + 1, device=device).mul(plan.block)
         first = plan.diagonal().to(device).mul(plan.block).clamp(min=plan.offset)
         kept = kept & (ends > (first - plan.window + 1)[:, None])
@@ -210,9 +210,9 @@ def kept_lists(plan: AttentionPlan, device: torch.device) -> tuple[Tensor, Tenso
 def constants(
     plan: AttentionPlan, dim: int, value_dim: int, group: int, dtype: torch.dtype, sinks: bool = False
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """What the kernel is compiled for, and how it is launched; `group` query heads share a key head.
+    """The constants the kernel is compiled for, and its launch parameters; `group` query heads share a key head.
 
-    Tiles are what registers and 99 KiB of shared memory hold; without tensor cores operands pass through registers.
+    Tiles are what registers and 99 KiB of shared memory hold; without tensor cores, operands pass through registers.
     """
     tile_d, tile_e = (max(SMALLEST, triton.next_power_of_2(x)) for x in (dim, value_dim))
     width = max(tile_d, tile_e)

@@ -1,6 +1,6 @@
 """Keys and values in transformers' own Cache: read them, cut prompts out of them, stack prompts into a left-padded batch.
 
-A layer's keys and values have shape (rows, key-value heads, tokens, head dim). A `Span` says where a prompt lies in them.
+A layer's keys and values have shape (rows, key-value heads, tokens, head dim). A `Span` says where a prompt is in them.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Span(NamedTuple):
 
 @dataclass
 class Prefilled:
-    """What a prefill leaves behind, in the order of the prompts, in the form `generate` continues from.
+    """What a prefill produces, in the order of the prompts and in the form from which `generate` continues.
 
-    `cache` is left-padded: (B, heads, S, head dim) a layer. `input_ids` and `attention_mask` are (B, S) when `logits` (B, vocab),
-    those of each prompt's last token, are there; without them the last token of every prompt has not been run yet: `input_ids`
-    and `attention_mask` are (B, S + 1) and the cache lacks the last column. `lengths` are the prompts' lengths in tokens.
+    `cache` is left-padded: (B, heads, S, head dim) per layer. If `logits` (B, vocab), those of each prompt's last token, are given,
+    `input_ids` and `attention_mask` are (B, S). Without them, the last token of every prompt has not been run yet: `input_ids`
+    and `attention_mask` are (B, S + 1), and the cache lacks the last column. `lengths` are the prompts' lengths in tokens.
     """
 
     cache: Cache
@@ -42,10 +42,10 @@ class Prefilled:
     logits: Tensor | None = None
 
     def generate_inputs(self, next_tokens: Tensor | None = None) -> dict[str, Any]:
-        """Keyword arguments for `model.generate`, which then runs the last column of `input_ids` and goes on from there.
+        """Keyword arguments for `model.generate`, which then runs the last column of `input_ids` and continues from there.
 
-        With `logits` the first new token is the caller's choice: `next_tokens` (B,) int64 (greedy: `logits.argmax(-1)`); it
-        becomes that last column, so `generate` returns it before its own tokens. Without `logits` it must be None.
+        With `logits`, the caller chooses the first new token: `next_tokens` (B,) int64 (greedy: `logits.argmax(-1)`). It becomes the
+        last column, so `generate` returns it before its own tokens. Without `logits`, `next_tokens` must be None.
         Raises ValueError when the two do not go together.
         """
         if (next_tokens is None) != (self.logits is None):
@@ -61,9 +61,13 @@ class Prefilled:
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int, device: Any = None) -> tuple[Tensor, Tensor]:
-    """Prompts of any lengths as (B, S) int64 token ids, padding on the left, and the (B, S) int64 mask that is 1 on tokens.
+    """Prompts of any lengths as (B, S) int64 token ids, padded on the left, and the (B, S) int64 mask that is 1 on tokens.
 
     Raises ValueError for no prompts.
+
+    >>> ids, mask = left_pad([[5, 6, 7], [8]], pad_token_id=0)
+    >>> ids.tolist(), mask.tolist()
+    ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]])
     """
     if not len(prompts):
         raise ValueError("prompts must hold at least one prompt, got none")
@@ -107,7 +111,7 @@ def cut(cache: Cache, span: Span) -> list[tuple[Tensor, Tensor]]:
 
 
 def _holding(cache: Cache, spans: Sequence[Span]) -> list[tuple[Tensor, Tensor]]:
-    """The keys and values of every layer, provided that the spans lie in each (a sliding layer may hold less than others)."""
+    """The keys and values of every layer, after checking that the spans lie in each (a sliding layer may hold less than others)."""
     layers = keys_and_values(cache)
     for index, (keys, _) in enumerate(layers):
         rows, _, tokens, _ = keys.shape
@@ -122,9 +126,9 @@ def _holding(cache: Cache, spans: Sequence[Span]) -> list[tuple[Tensor, Tensor]]
 def unpack(cache: Cache, spans: Sequence[Span], *, config: Any = None) -> DynamicCache:
     """Stack the prompts at `spans` into a new left-padded cache (len(spans), heads, max length, head dim), in that order.
 
-    Padding is zero. `config` (the model's) gives sliding-window layers their own short cache; without it all layers keep
-    everything. `cache` is consumed: its layers are emptied one by one, so that the two never lie in memory together.
-    Raises ValueError for no spans or one that does not lie in the cache, TypeError as `keys_and_values`.
+    Padding is zero. With `config` (the model's), sliding-window layers get their own short cache; without it all layers keep
+    everything. `cache` is consumed: its layers are emptied one by one, so that both are never in memory together.
+    Raises ValueError for no spans or one that is not in the cache, TypeError as `keys_and_values`.
     """
     if not spans:
         raise ValueError("spans must hold at least one span, got none")

@@ -1,4 +1,4 @@
-"""How assay runs many prompts: batches, their order, their prefill, and the settings a model carries with it.
+"""How assay runs many prompts: batches, their order, their prefill, and the settings that a model carries.
 
 `model.assay_settings`, a plain dict on the model, holds the defaults: transforms set it (`set_settings`), and
 `generate_batch` and `prefill` read it, so that a tuned model runs the way it was tuned wherever it is used.
@@ -22,19 +22,19 @@ DEFAULTS: dict[str, Any] = {"batch_size": 8, "sort_by_length": False, "prefill":
 
 
 class Prefill(Protocol):
-    """A way to fill the cache of prompts that begin together. `last_token` False leaves each prompt's last one to `generate`."""
+    """A way to fill the cache of prompts that start together. With `last_token` False, each prompt's last token is left to `generate`."""
 
     def __call__(self, prompts: Sequence[Sequence[int]]) -> Prefilled: ...
 
 
 class PrefillFactory(Protocol):
-    """What the setting `prefill` holds: called with the model, it makes a `Prefill`; None stands for `padded_prefill`."""
+    """The value of the setting `prefill`: called with the model, it returns a `Prefill`; None stands for `padded_prefill`."""
 
     def __call__(self, model: nn.Module, *, last_token: bool = True, pad_token_id: int | None = None) -> Prefill: ...
 
 
 def settings(model: nn.Module) -> dict[str, Any]:
-    """The settings `model` carries, over the defaults."""
+    """The settings of `model`, on top of the defaults."""
     return {**DEFAULTS, **getattr(model, "assay_settings", {})}
 
 
@@ -56,8 +56,8 @@ def set_settings(model: nn.Module, **values: Any) -> None:
 def prefill(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Prefilled:
     """Run a left-padded batch of prompts, (B, S) int64 ids and mask, the way the model's settings say; padded by default.
 
-    The result holds the left-padded cache, the logits (B, vocab) of each prompt's last token, and the lengths. Everything
-    that generates goes through here, so that a decoding loop of its own keeps the packed prefill.
+    The result holds the left-padded cache, the logits (B, vocab) of each prompt's last token, and the lengths. Everything that
+    generates goes through here, so that a custom decoding loop keeps the packed prefill.
     """
     make: PrefillFactory | None = settings(model)["prefill"]
     if make is None or attention_mask is None or bool(attention_mask.all()):
@@ -71,7 +71,7 @@ def prefill(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None =
 def padded_prefill(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, *, last_token: bool = True
 ) -> Prefilled:
-    """The baseline: one forward pass over a left-padded batch, (B, S) ids and mask; padding is computed like any token."""
+    """The baseline: one forward pass over a left-padded batch, (B, S) ids and mask; padding is computed like any other token."""
     module: Any = model
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     width = input_ids.shape[1] if last_token else input_ids.shape[1] - 1
@@ -88,7 +88,7 @@ def padded_prefill(
 
 
 def checked_prompts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Prompts as lists of ints. Raises ValueError for none, or an empty one; TypeError for a token that is no whole number."""
+    """Prompts as lists of ints. Raises ValueError for no prompts or an empty one, TypeError for a token that is not a whole number."""
     try:
         listed = [[_token(token) for token in prompt] for prompt in prompts]
     except TypeError as error:
@@ -145,6 +145,12 @@ def generate_batch(
     is None comes from the model's settings.
     Raises ValueError for no prompts, an empty one, new_tokens < 1, batch_size < 1 or a padding token that the model does not
     know, TypeError for a number that is not whole and a flag that is none.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).eval()
+    >>> [len(tokens) for tokens in generate_batch(model, [[1, 2, 3], [4]], new_tokens=5)]
+    [5, 5]
     """
     prompts = checked_prompts(prompts)
     chosen = settings(model)
@@ -192,11 +198,11 @@ def _until_end(tokens: list[int], model: Any) -> list[int]:
 
 @contextlib.contextmanager
 def plain_generation(model: nn.Module, *, ends: bool = True) -> Iterator[None]:
-    """Within it `generate` does what its caller asks for and nothing else; with `ends` False no token ends a sequence.
+    """Within this context `generate` does what its caller asks for and nothing else; with `ends` False, no token ends a sequence.
 
-    A model's `generation_config` holds what its makers like: penalties, temperatures, beams, forced and suppressed tokens,
-    limits of length and time, kinds of caches. `generate` takes each from there that the caller leaves out, so here only the special
-    tokens stay. The model's own configuration is put back as it was, the same object.
+    A model's `generation_config` holds its makers' preferences: penalties, temperatures, beams, forced and suppressed tokens,
+    limits of length and time, kinds of caches. `generate` takes from there whatever the caller leaves out, so only the special
+    tokens are kept here. Afterwards the model's own configuration is put back, the same object as before.
     """
     from transformers import GenerationConfig
 
@@ -217,7 +223,7 @@ def plain_generation(model: nn.Module, *, ends: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """Run with `count` intra-op threads, None for as many as now."""
+    """Run with `count` intra-op threads; None keeps the current number."""
     before = torch.get_num_threads()
     try:
         if count is not None:

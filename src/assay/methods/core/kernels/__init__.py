@@ -1,9 +1,9 @@
-"""Compiled CPU kernels: C++ built on first use and cached, each with a torch reference beside it.
+"""Compiled CPU kernels: C++ built on first use and cached, each with a torch reference.
 
 `load(name)` compiles `csrc/<name>.cpp` with the machine's own g++ for the machine's own instruction set and loads it, which
-registers its operators under `torch.ops.assay`. It returns False when that is not possible (no compiler, `ASSAY_KERNELS=0`);
-the caller then takes its torch path. The compiler is called directly rather than through `torch.utils.cpp_extension.load`:
-that one needs ninja and `torch/extension.h` (30 s instead of 5 s a file), and a list of arguments is safe for paths with spaces.
+registers its operators under `torch.ops.assay`. It returns False if that is not possible (no compiler, `ASSAY_KERNELS=0`);
+the caller then uses its torch path. The compiler is called directly instead of through `torch.utils.cpp_extension.load`, which
+needs ninja and `torch/extension.h` (30 s instead of 5 s per file). Passing arguments as a list is safe for paths with spaces.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def compiler() -> str | None:
 
 @functools.cache
 def load(name: str) -> bool:
-    """Make the operators of `csrc/<name>.cpp` available; True if they are, False if the torch path must serve.
+    """Make the operators of `csrc/<name>.cpp` available; False if they are not, and the torch path must be used.
 
     Raises RuntimeError with the compiler's message when the source does not compile: that is a bug, not a condition.
     """
@@ -46,7 +46,7 @@ def load(name: str) -> bool:
 
 
 def build(name: str) -> Path:
-    """Compile `csrc/<name>.cpp` unless the cache has it; returns the shared library. Safe with many processes at once."""
+    """Compile `csrc/<name>.cpp` unless it is cached; returns the shared library. Safe with many processes at once."""
     folder = resources.files(__package__) / "csrc"
     source = Path(str(folder / f"{name}.cpp"))
     text = b"\0".join(file.read_bytes() for file in [source, *sorted(source.parent.glob("*.h"))])
@@ -68,7 +68,7 @@ def build(name: str) -> Path:
 
 @functools.cache
 def _cpu() -> bytes:
-    """What -march=native means here: the flags of the processor."""
+    """What -march=native means on this machine: the flags of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -80,18 +80,18 @@ _ran: Counter[str] = Counter()
 
 
 def ran(operator: str, path: str) -> None:
-    """Note that `operator` ("block attention") took `path` ("kernel", "gather", ...). Compiled code does not call it."""
+    """Record that `operator` ("block attention") took `path` ("kernel", "gather", ...). Does nothing while torch.compile traces."""
     if not torch.compiler.is_compiling():
         _ran[f"{operator}: {path}"] += 1
 
 
 def paths() -> dict[str, int]:
-    """Which path each operator took in this process, and how often: a record shows by this that a kernel ran, or fell back."""
+    """Which path each operator took in this process, and how often; records keep it to show whether a kernel ran or fell back."""
     return dict(sorted(_ran.items()))
 
 
 def names() -> list[str]:
-    """The kernels there are sources for."""
+    """The kernels that have sources."""
     return sorted(
         Path(str(entry)).stem
         for entry in (resources.files(__package__) / "csrc").iterdir()

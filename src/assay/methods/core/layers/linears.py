@@ -1,8 +1,9 @@
-"""What multiplies by a matrix in a model: linear layers, GPT-2's transposed `Conv1D`, and fused experts.
+"""All parts of a model that multiply by a matrix: linear layers, GPT-2's transposed `Conv1D`, and fused experts.
 
-transformers keeps the experts of a mixture in two tensors of three dimensions, where nothing that looks for layers finds them: nine
-tenths of such a model's weights. `linears` shows all of them alike, as `nn.Linear` layers over the same memory, and `open_` puts
-them into the model, so that what replaces linear layers replaces these as well. `share` says how much of a model a method reaches.
+transformers keeps the experts of a mixture in two three-dimensional tensors, where code that looks for layers does not find them,
+although they are nine tenths of such a model's weights. `linears` shows all of them alike, as `nn.Linear` layers over the same
+memory, and `open_` puts these into the model, so that whatever replaces linear layers replaces the experts as well. `share` says
+how much of a model a method reaches.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ EXPERT_WEIGHTS = {"gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_b
 class OpenExperts(nn.Module):
     """Fused experts as linear layers, `gate_up.0` .. and `down.0` .., over the same memory: (tokens, d) to (tokens, d).
 
-    Takes what transformers passes to its experts: hidden states (tokens, d), the experts chosen (tokens, k) and their weights
-    (tokens, k). Each expert computes the tokens that chose it, and nothing else.
+    Takes what transformers passes to its experts: hidden states (tokens, d), the chosen experts (tokens, k) and their weights
+    (tokens, k). Each expert computes only the tokens that chose it.
     """
 
     def __init__(self, experts: Any):
@@ -87,9 +88,9 @@ def open_(model: nn.Module) -> nn.Module:
 
 
 def settle(model: nn.Module) -> nn.Module:
-    """After `open_` and `put`: layers that are still views of a larger or transposed tensor get memory of their own.
+    """After `open_` and `put`: give layers that are still views of a larger or transposed tensor their own memory.
 
-    Otherwise they would keep all of it alive, and could not be saved.
+    Otherwise they would keep the whole tensor alive and could not be saved.
     """
     for module in model.modules():
         if type(module) is nn.Linear and getattr(module, "opened", False):
@@ -101,7 +102,7 @@ def settle(model: nn.Module) -> nn.Module:
 
 
 def put(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put `layer` in the place of that name, and in all others where the same module stands."""
+    """Put `layer` in the place of that name, and everywhere else the same module is registered."""
     parent, _, leaf = name.rpartition(".")
     old = model.get_submodule(parent)._modules[leaf]
     for other in list(model.modules()):
@@ -111,10 +112,14 @@ def put(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 def share(model: nn.Module, names: Iterable[str]) -> float:
-    """How much of the weights that multiply is in the layers of these names (those of `linears`), the output layer apart.
+    """The share of the multiplying weights, output layer excluded, that is in the layers of these names (names as `linears` gives them).
 
-    Counted are linear layers with their subclasses, Conv1D, experts, routers and the joint projection of `nn.MultiheadAttention`,
-    each tensor once. 1.0 for a model without any.
+    Linear layers with their subclasses, Conv1D, experts, routers and the joint projection of `nn.MultiheadAttention` count, each
+    tensor once. 1.0 for a model without any.
+
+    >>> model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 24))
+    >>> share(model, ["1"])
+    0.75
     """
     whole = {id(weight): weight.numel() for _, weight in _multiplied(model)}
     shown, head = linears(model), output_layer(model)
@@ -124,7 +129,7 @@ def share(model: nn.Module, names: Iterable[str]) -> float:
 
 
 def left_alone(model: nn.Module, names: Iterable[str]) -> str:
-    """What `share` counts and is not in the layers of these names, for `Fit.reached`: "" if nothing is."""
+    """What `share` counts but the layers of these names do not hold, in words for `Fit.reached`; "" if nothing."""
     chosen, shown = set(names), linears(model)
     experts: dict[str, None] = {}
     rest: dict[str, None] = {}
@@ -142,7 +147,7 @@ def left_alone(model: nn.Module, names: Iterable[str]) -> str:
 
 
 def _multiplied(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The module's name and each weight that multiplies, the output layer's apart."""
+    """Each weight that multiplies, with its module's name, except the output layer's."""
     head, transposed = output_layer(model), linear_kinds()[1]
     for name, module in model.named_modules():
         if module is head:
@@ -155,7 +160,7 @@ def _multiplied(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _has_experts(module: Any) -> bool:
-    """Whether weights of several experts lie in one tensor of this module."""
+    """Whether one tensor of this module holds the weights of several experts."""
     count = getattr(module, "num_experts", None)
     return any(
         weight is not None and weight.dim() == 3 and len(weight) == count for weight in module._parameters.values()
@@ -180,7 +185,7 @@ def _slices(experts: Any, name: str) -> list[nn.Linear]:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """An `nn.Linear` over memory that is there already."""
+    """An `nn.Linear` over existing memory."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     trained = bool(weight.requires_grad)
     layer.weight = nn.Parameter(weight.detach(), requires_grad=trained)

@@ -1,15 +1,19 @@
-"""Packed low-bit weights: ternary at 2 bits (4 a byte) or in base 3 (5 a byte, 1.6 bits), binary at 1 bit, with float scales.
+"""Packed low-bit weights: ternary at 2 bits (4 per byte) or in base 3 (5 per byte, 1.6 bits), binary at 1 bit, with float scales.
 
-The core of the rooms that train such weights (`mixers.matmul_free`, `layers.binary_ternary_nlg`): their integer codes go in, and
-`PackedLinear` computes with 8-bit activations straight from the packed bytes. A weight of -1, 0 or 1 needs no multiplication; the
-compiled kernel adds with the processor's byte dot product, which multiplies by 0, 1 and 2 because that is what there is.
+Shared by the rooms that train such weights (`mixers.matmul_free`, `layers.binary_ternary_nlg`): their integer codes go in, and
+`PackedLinear` computes with 8-bit activations directly on the packed bytes. A weight of -1, 0 or 1 needs no multiplication. The
+compiled kernel adds with the processor's byte dot product, which multiplies by 0, 1 and 2, because processors offer no other.
 
     y[t, n] = step[t] * scale[n] * sum_k codes_x[t, k] * codes_w[n, k] + bias[n]
 
-The sums are integers and exact, so that they are those of a layer computed on the fake-quantised floats, whatever the machine.
+The sums are integers and exact, so they equal those of a layer computed on the fake-quantised floats, on any machine.
 The layout is `our choice`: digit j of byte b of a row belongs to input j * bytes + b (see csrc/lowbit.cpp).
 
 When NOT to use it: for weights that were not trained for it. Rounding a trained model's weights to three values breaks it.
+
+    >>> layer = PackedLinear.from_codes(torch.tensor([[1, -1, 0, 1], [0, 1, 1, 0]]), torch.tensor(0.5), kind="ternary")
+    >>> layer(torch.tensor([[127.0, 0.0, 0.0, 127.0]]))
+    tensor([[127.,   0.]])
 """
 
 from __future__ import annotations

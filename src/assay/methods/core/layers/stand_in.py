@@ -1,8 +1,8 @@
-"""The `weight` of a layer that keeps no dense weight: shape, dtype and device for nothing, numbers only for who asks.
+"""The `weight` of a layer that keeps no dense weight: shape, dtype and device cost nothing, numbers are made only on demand.
 
-Models look at the weights of their layers beside calling them: T5 asks for the dtype of `wo.weight`, vision models for that of
-their patch embedding, `nn.TransformerEncoderLayer` hands `linear1.weight` to a fused kernel. A layer that takes the place of a
-dense one therefore has a `weight` too. Making it dense at every look would be the work the layer saves.
+Models inspect the weights of their layers besides calling them: T5 asks for the dtype of `wo.weight`, vision models for that of
+their patch embedding, and `nn.TransformerEncoderLayer` passes `linear1.weight` to a fused kernel. A layer that replaces a dense
+one therefore needs a `weight` too. Building the dense weight at every access would cost the very work that the layer saves.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ SAME: set[Any] = {Tensor.detach, *(getattr(Tensor, name).__get__ for name in ("d
 
 
 class StandIn(Tensor):
-    """A tensor whose numbers come from `dense()` when an operation wants them; made by `stand_in`.
+    """A tensor whose numbers come from `dense()` when an operation needs them; made by `stand_in`.
 
-    Raises TypeError for operations that would write into it: they would change nothing.
+    Raises TypeError for operations that would write into it, since writing would change nothing.
     """
 
     dense: Callable[[], Tensor]
@@ -51,9 +51,13 @@ class StandIn(Tensor):
 
 
 def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device, dense: Callable[[], Tensor]) -> Tensor:
-    """A weight of that shape, dtype and device, whose numbers are those of `dense()`. Compiled code gets them at once.
+    """A weight of that shape, dtype and device, whose numbers are those of `dense()`. Compiled code gets the numbers at once.
 
-    Having a `__torch_function__`, it also keeps `nn.TransformerEncoderLayer` off its fused path, which would pass the layer by.
+    Because it has a `__torch_function__`, `nn.TransformerEncoderLayer` does not take its fused path, which would bypass the layer.
+
+    >>> weight = stand_in((2, 3), torch.float32, torch.device("cpu"), lambda: torch.ones(2, 3))
+    >>> weight.shape, float((weight + 1).sum())
+    (torch.Size([2, 3]), 12.0)
     """
     if torch.compiler.is_compiling():
         return dense().to(dtype)
@@ -63,7 +67,7 @@ def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device, den
 
 
 class Casting:
-    """For modules whose own tensors keep their dtype: remembers in `dtype` what `model.to(...)` would have made of the weight."""
+    """For modules whose own tensors keep their dtype: `dtype` remembers what `model.to(...)` would have made of the weight."""
 
     dtype: torch.dtype
 

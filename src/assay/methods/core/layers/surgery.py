@@ -1,6 +1,6 @@
-"""Taking a model apart: find layers by name, put others in their place, merge back, and say exactly what it cost.
+"""Taking a model apart: find layers by name, replace them, merge them back, and say exactly what each costs.
 
-A layer is a module whose exact type is listed: subclasses often bypass their own forward (`nn.MultiheadAttention` reads the
+A layer is a module whose exact type is listed. Subclasses often bypass their own forward (`nn.MultiheadAttention` reads the
 weights of its output layer), so they are left alone. Cost is parameters (a tensor shared by several layers counts once) and
 MACs per token (1 MAC = 2 FLOPs; per output position for convolutions) of linear layers and convolutions.
 """
@@ -45,11 +45,11 @@ def find(
     exclude: Sequence[str] = (),
     closed: Sequence[type[nn.Module]] = (),
 ) -> dict[str, nn.Module]:
-    """Layers whose exact type is in `kinds`, by name; a layer registered under several names comes once, under the first.
+    """Layers whose exact type is in `kinds`, by name; a layer registered under several names is listed once, under the first.
 
     `include` and `exclude` are patterns over the full dotted name with * and ? ("*.mlp.*"). Modules of a type in `closed` are
-    not looked into. The model itself is never among the results.
-    Raises ValueError for a pattern in `include` that matches no module at all: a typing error, most likely.
+    not searched. The model itself is never among the results.
+    Raises ValueError for a pattern in `include` that matches no module at all, most likely a typing error.
     """
     names = [name for name, _ in model.named_modules() if name]
     for pattern in include:
@@ -69,10 +69,15 @@ def find(
 
 
 def swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Put `modules` in the places they are named after and return the old ones; swapping those back undoes it.
+    """Put each of `modules` in the place its name says and return the old ones; swapping those back undoes it.
 
     A layer registered under several names is replaced under all of them. Training mode is carried over.
     Raises ValueError for a name that is not in the model, before anything is changed.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    >>> old = swap(model, {"1": nn.GELU()})
+    >>> model[1], old
+    (GELU(approximate='none'), {'1': ReLU()})
     """
     known = dict(model.named_modules(remove_duplicate=False))
     if missing := [name for name in modules if not name or name not in known]:
@@ -100,7 +105,7 @@ def tied_names(model: nn.Module, parameter: Tensor) -> list[str]:
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:
-    """The layer onto the vocabulary, as `get_output_embeddings` tells it; "lm_head" where a model has no such method; or None."""
+    """The layer that projects onto the vocabulary: `get_output_embeddings()`, or "lm_head" if a model has no such method, or None."""
     getter = getattr(model, "get_output_embeddings", None)
     found = getattr(model, "lm_head", None) if getter is None else getter()
     return found if isinstance(found, nn.Module) else None
@@ -115,10 +120,10 @@ def output_name(model: nn.Module) -> str | None:
 
 
 def untie(model: nn.Module) -> None:
-    """Bring a transformers model's list of tied weights up to date, so that what was taken apart is not tied again.
+    """Update a transformers model's list of tied weights, so that weights that were taken apart are not tied again.
 
-    Ties that still hold stay, and those that tensors of replaced layers have among each other are added, which is what lets
-    `save_pretrained` write them once. Does nothing for models that know no tying.
+    Ties that still hold are kept, and ties among the tensors of the new layers are added, which lets
+    `save_pretrained` write such tensors once. Does nothing for models that do not know tying.
     """
     root: Any = model
     ties = getattr(model, "all_tied_weights_keys", None)
@@ -144,17 +149,21 @@ def layer_macs(module: nn.Module) -> int:
 
 
 def cost(module: nn.Module) -> LayerCost:
-    """Parameters (shared tensors once) and MACs per token of a layer or a whole model, everything below it included."""
+    """Parameters (shared tensors once) and MACs per token of a layer or a whole model, including everything below it.
+
+    >>> cost(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)))
+    LayerCost(params=46, macs=40)
+    """
     params = sum(parameter.numel() for parameter in module.parameters())
     return LayerCost(params, sum(layer_macs(layer) for layer in module.modules()))
 
 
 def page_out(weight: Tensor) -> None:
-    """Tell Linux that a CPU weight will not be read again soon, usually because a packed form took its place.
+    """Tell Linux that a CPU weight will not be read again soon, usually because a packed form replaced it.
 
-    Weights loaded from safetensors are pages of the file; those read once count as the process's memory until somebody else
-    needs the room. This takes them out at once. The numbers stay readable (from the file, slower).
-    Memory of a process's own goes to swap, where there is some. Does nothing on other systems and devices.
+    Weights loaded from safetensors are pages of the file; once read, they count as the process's memory until somebody else needs
+    the room. This evicts them at once. The numbers stay readable (from the file, more slowly).
+    Private memory of the process goes to swap, if there is some. Does nothing on other systems and devices.
     """
     if sys.platform != "linux" or weight.device.type != "cpu" or weight.numel() == 0:
         return

@@ -1,7 +1,11 @@
 """Softmax attention as a mixer: the baseline of every other mixer, and the sliding window that hybrids use.
 
-Rotary positions, grouped keys and values, and a `reach`: how many tokens before itself a token sees (None: all of them). With a
-reach the parallel form computes local blocks only, and the state keeps the last `reach` tokens.
+Rotary positions, grouped keys and values, and a `reach`: how many preceding tokens each token sees (None: all of them). With a
+reach, the parallel form computes only local blocks, and the state keeps the last `reach` tokens.
+
+    >>> x = torch.randn(2, 10, 32)
+    >>> SoftmaxAttention(32, heads=4, reach=4)(x).shape
+    torch.Size([2, 10, 32])
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class MixerConfig(PretrainedConfig):
     `intermediate_size` is the channel mixer's inner width (default 8 / 3 of the model's), 0 leaves it out.
     `tie_word_embeddings` shares the embedding with the head. What transformers' configs know besides (token ids and the like) is
     passed on. Raises ValueError or TypeError for values out of range, and ValueError for a `num_hidden_layers` that is not the
-    number of layers, and for a channel mixer beside an `intermediate_size` of 0.
+    number of layers, and for a channel mixer with an `intermediate_size` of 0.
 
     >>> config = MixerConfig(hidden_size=64, layers=[["attention", {"heads": 4}], ["attention", {"reach": 32}]])
     >>> config.num_hidden_layers, config.intermediate_size
@@ -106,12 +106,12 @@ class MixerConfig(PretrainedConfig):
 
 
 class StateCache(Cache):
-    """The states of all layers, in the form transformers' generation carries around. `states` are those before any token."""
+    """The states of all layers, in the form that transformers' generation passes around. `states` are those before any token."""
 
     def __init__(self, states: list[State]):
         super().__init__(layers=[])
         self.states, self.seen = states, 0
-        # one row of each, to begin again with: rows are alike before the first token
+        # one row of each, to start again from: before the first token all rows are equal
         self._empty = [{name: x[:1].clone() for name, x in state.items()} for state in states]
 
     @property
@@ -139,7 +139,7 @@ class StateCache(Cache):
         raise ValueError("the state of a mixer cannot be cut back to an earlier token; keep a copy from then")
 
     def reset(self) -> None:
-        """Begin again with empty states, for as many sequences as there are now."""
+        """Start again with empty states, for the current number of sequences."""
         self.states = [
             {name: row.expand(len(state[name]), *row.shape[1:]).clone() for name, row in empty.items()}
             for empty, state in zip(self._empty, self.states, strict=True)

@@ -4,7 +4,7 @@
     sequences = scan(cells, order)  # (batch, directions, cells, channels)
     merged = unscan(mixed, order).sum(1)  # back in row-major order
 
-`our choice`: sub-grids of the atrous order stand one behind the other in one sequence.
+`our choice`: sub-grids of the atrous order follow each other in one sequence.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def scan_order(name: str, *size: int, **options: int) -> Tensor:
     Cells are numbered in row-major order. `size` is (height, width), for "raster" and "bidirectional" any number of dimensions,
     for "volume" (depth, height, width). Names in `ORDERS`; "window" takes `window` (default 8) and "atrous" `step` (default 2).
     The tensor is shared: do not write to it. Raises ValueError for an unknown name or option, a size that does not fit or is
-    below 1; TypeError for sizes that are no whole numbers.
+    below 1; TypeError for sizes that are not whole numbers.
 
     >>> scan_order("bidirectional", 2, 2).tolist()
     [[0, 1, 2, 3], [3, 2, 1, 0]]
@@ -112,7 +112,7 @@ def _bidirectional(*size: int) -> Tensor:
 
 @_order("cross")
 def _cross(height: int, width: int) -> Tensor:
-    """Rows forth and back, columns forth and back (VMamba)."""
+    """Rows forwards and backwards, columns forwards and backwards (VMamba)."""
     row, column = _grid(height, width)
     return both_ways(torch.stack([_sorted_by(row, column), _sorted_by(column, row)]))
 
@@ -126,7 +126,7 @@ def _serpentine(height: int, width: int) -> Tensor:
 
 @_order("serpentine4")
 def _serpentine4(height: int, width: int) -> Tensor:
-    """Serpentines along rows and along columns, forth and back (PlainMamba)."""
+    """Serpentines along rows and along columns, forwards and backwards (PlainMamba)."""
     row, column = _grid(height, width)
     down = _sorted_by(column, torch.where(column % 2 == 0, row, height - 1 - row))
     return both_ways(torch.stack([_serpentine(height, width)[0], down]))

@@ -1,12 +1,12 @@
-"""What a sequence mixer is: one function of a sequence that can be computed at once, in chunks, or token by token.
+"""The protocol of sequence mixers: one function of a sequence that can be computed at once, in chunks, or token by token.
 
 The three must agree, which `tests/properties/mixers.py` checks for every mixer. Tensors are (batch, tokens, dim); a state is a
 plain dictionary of tensors whose first dimension is the batch.
 
-Padding stands on the left only, told by `mask`, bool (batch, tokens), False on padding. A mixer must compute for the tokens
-behind the padding what it would compute without it; what it returns at padding is unspecified.
+Padding is on the left only, given by `mask`, bool (batch, tokens), False on padding. A mixer must compute for the tokens
+after the padding what it would compute without it; what it returns at padding is unspecified.
 
-No tokens, or no sequences in the batch, are no error: the outputs are empty and the state is what it was.
+No tokens, or no sequences in the batch, are not an error: the outputs are empty and the state is unchanged.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Mixer(nn.Module):
             cls.advance = _checked_advance(cls.__dict__["advance"])  # type: ignore[method-assign]
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The whole sequence at once, from an empty state: (batch, tokens, dim) to the same shape."""
+        """The whole sequence at once, from an empty state: (batch, tokens, dim), same shape out."""
         raise NotImplementedError
 
     def init_state(self, batch: int, *, device: Any = None, dtype: torch.dtype | None = None) -> State:
@@ -48,9 +48,9 @@ class Mixer(nn.Module):
         raise NotImplementedError
 
     def advance(self, x: Tensor, state: State, mask: Tensor | None = None) -> tuple[Tensor, State]:
-        """The next tokens (batch, tokens, dim) behind `state`: their outputs, and the state after them.
+        """The next tokens (batch, tokens, dim) after `state`: their outputs, and the new state.
 
-        `state` is used up: its tensors may be written to. `clone_state` it to go on from the same point twice.
+        `state` is consumed: its tensors may be overwritten. Use `clone_state` to continue from the same point twice.
         """
         raise NotImplementedError
 
@@ -85,7 +85,7 @@ class Mixer(nn.Module):
 
 
 def check_sequence(x: Tensor, dim: int, mask: Tensor | None = None) -> None:
-    """What every mixer asks of its input: x (batch, tokens, dim) floating point, mask (batch, tokens) bool.
+    """Check a mixer's input: x (batch, tokens, dim) floating point, mask (batch, tokens) bool.
 
     Raises TypeError for another type or dtype, ValueError for another shape. Empty ones are allowed.
     """
@@ -113,7 +113,7 @@ def _checked_advance(method: Callable[..., tuple[Tensor, State]]) -> Callable[..
 
 
 def check_positive(**sizes: int) -> None:
-    """Raise ValueError that names the first argument below 1, TypeError for one that is no whole number."""
+    """Raise ValueError naming the first argument below 1, TypeError for one that is not a whole number."""
     for name, value in sizes.items():
         checks.whole(name, value, low=1)
 
@@ -136,7 +136,7 @@ def mixer(name: str) -> Callable[[Any], Any]:
 
 
 def channel_mixer(name: str) -> Callable[[Any], Any]:
-    """The same for what mixes channels, token by token: `MixerConfig.channel_mixer`, built as `cls(dim, hidden, **options)`."""
+    """The same for layers that mix channels, token by token: `MixerConfig.channel_mixer`, built as `cls(dim, hidden, **options)`."""
     return _registering(CHANNEL_MIXERS, name)
 
 

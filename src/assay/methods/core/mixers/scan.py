@@ -133,7 +133,7 @@ def lti_convolution(x: Tensor, kernel: Tensor, D: Tensor | None = None) -> Tenso
 def lti_advance(
     x: Tensor, decay: Tensor, gain: Tensor, C: Tensor, D: Tensor | None, h: Tensor, *, chunk: int = SEGMENT
 ) -> tuple[Tensor, Tensor]:
-    """`lti_recurrence` behind the state h, whole chunks at a time."""
+    """`lti_recurrence` from the state h, whole chunks at a time."""
     _check_lti(x, decay, gain, C, D)
     if not x.numel():
         return x, h
@@ -291,7 +291,7 @@ def _in_segments(
     discretisation: Discretisation,
     segment: int,
 ) -> tuple[Tensor, Tensor]:
-    """Segments one behind the other; what they held is computed again for the gradients."""
+    """One segment after the other; their inner values are recomputed for the gradients."""
     outputs = []
     for at in range(0, u.shape[1], segment):
         here = slice(at, at + segment)
@@ -309,7 +309,7 @@ def _chunked(
 ) -> tuple[Tensor, Tensor]:
     """All chunks step together from empty states; then states travel from chunk to chunk; then each token gets its chunk's.
 
-    exp(A (dt_1 + ... + dt_t)) is what is left after t tokens of the state in front of the chunk, so nothing is divided.
+    exp(A (dt_1 + ... + dt_t)) is the part of the state before the chunk that is left after t tokens, so nothing is divided.
     """
     tokens = u.shape[1]
     size = max(1, round(tokens**0.5))
@@ -317,7 +317,7 @@ def _chunked(
 
     def cut(
         x: Tensor,
-    ) -> Tensor:  # (batch, tokens, k) to (batch, chunks, size, k); dt = 0 behind the end changes no state
+    ) -> Tensor:  # (batch, tokens, k) to (batch, chunks, size, k); dt = 0 after the end changes no state
         return F.pad(x, (0, 0, 0, count * size - tokens)).unflatten(1, (count, size))
 
     u, dt, B, C = cut(u), cut(dt), cut(B), cut(C)

@@ -1,7 +1,11 @@
 """The selective scan as a layer: the parameters of its dynamics, and S6 with its projections.
 
-`Dynamics` holds A, D and the bias of the steps; `SelectiveSSM` makes steps, B and C from the token itself (S6, Mamba) and scans.
+`Dynamics` holds A, D and the bias of the steps; `SelectiveSSM` derives steps, B and C from the token itself (S6, Mamba) and scans.
 The scans are in `assay.methods.core.mixers.scan`, the orders in which images are scanned in `assay.methods.core.mixers.orders`.
+
+    >>> y, state = SelectiveSSM(8, states=4)(torch.randn(2, 5, 8))
+    >>> y.shape, state.shape
+    (torch.Size([2, 5, 8]), torch.Size([2, 8, 4]))
 """
 
 from __future__ import annotations
@@ -55,7 +59,7 @@ class Dynamics(Float32Parameters):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As the class says A, D and dt_bias begin; the steps are drawn anew."""
+        """Reset A, D and dt_bias as the class says; the steps are drawn again."""
         if self.A_log.ndim == 1:
             self.A_log.uniform_(1, 16).log_()
         else:
@@ -73,7 +77,7 @@ class Dynamics(Float32Parameters):
 class SelectiveSSM(nn.Module):
     """S6 with its projections: dt (rank `dt_rank`, default width / 16), B and C of every token from the token itself.
 
-    `width` channels, `states` numbers of state each. `forward(x, h, mask)` takes x (batch, tokens, width) behind the state
+    `width` channels, `states` numbers of state each. `forward(x, h, mask)` takes x (batch, tokens, width) after the state
     h (batch, width, states), None for none, and returns the outputs and the last state. Raises ValueError for sizes below 1 and
     shapes that do not fit, TypeError for tensors of whole or complex numbers.
     """

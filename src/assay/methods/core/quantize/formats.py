@@ -15,9 +15,9 @@ papers on ternary weights. So `pack` of a ternary format expects weights on thei
 Four layouts are in use:
 - panels of 32 outputs, each one stream that a core reads once a step, scales inside ("fp32", "bf16", "int8", "int4");
   the kernels are `weight_only` and `llama_decode`, the layout is described in csrc/panels.h;
-- panels of 64 outputs with a scale an output beside them ("w8a8"; csrc/w8a8.cpp);
-- rows of digits with a scale a row beside them ("ternary", "base3", "binary"; csrc/lowbit.cpp);
-- one byte a value, scales beside them, for which no kernel computes ("E2" .. "E5", the 8-bit floats of arXiv 2208.09225).
+- panels of 64 outputs, with a separate scale per output ("w8a8"; csrc/w8a8.cpp);
+- rows of digits, with a separate scale per row ("ternary", "base3", "binary"; csrc/lowbit.cpp);
+- one byte per value with separate scales, for which there is no kernel ("E2" .. "E5", the 8-bit floats of arXiv 2208.09225).
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ FLOAT8_FORMATS = ("E2", "E3", "E4", "E5")
 
 
 def header() -> str:
-    """What csrc/formats.h says, which a test holds against the file: the kernels' numbers come from the registry."""
+    """The text of csrc/formats.h; a test compares it with the file, so that the kernels' numbers come from the registry."""
     lines = [
         f"  k{form.name[0].upper()}{form.name[1:]} = {form.id}," for form in FORMATS.values() if form.id is not None
     ]

@@ -1,6 +1,11 @@
-"""Weights in groups of 32 inputs with a scale (and a minimum) each: the search for the codes, and the inputs' side.
+"""Weights in groups of 32 inputs, each group with a scale (and a minimum): the search for the codes, and the rounding of inputs.
 
 The grids are those of llama.cpp's Q4_1 (4 bits, scale and minimum) and Q8_0 (8 bits, scale); the search is our choice.
+
+    >>> weight = torch.randn(4, 64)
+    >>> codes, scale, minimum = quantize_groups(weight, 4, 32)
+    >>> bool((dequantize_groups(codes, scale, minimum) - weight).abs().max() < 0.5)
+    True
 """
 
 from __future__ import annotations
@@ -90,7 +95,7 @@ def _quantize(w: Tensor, bits: int, asymmetric: bool) -> tuple[Tensor, Tensor, T
 
 
 def _take(best: list[Tensor], rows: Tensor, found: list[Tensor]) -> None:
-    """Put `found` in the places `rows` of `best` where its error is smaller."""
+    """Write `found` into rows `rows` of `best` where its error is smaller."""
     better = found[3] < best[3][rows]
     for whole, part in zip(best, found, strict=True):
         whole[rows[better]] = part[better]
@@ -136,7 +141,7 @@ def dequantize_groups(codes: Tensor, scale: Tensor, minimum: Tensor) -> Tensor:
 
 
 def quantize_inputs(x: Tensor) -> Tensor:
-    """What the integer kernels make of their inputs (..., in): int8 with one scale per 32 values, given back as float32."""
+    """The inputs (..., in) as the integer kernels round them, int8 with one scale per 32 values, returned as float32."""
     grouped = x.float().reshape(*x.shape[:-1], x.shape[-1] // GROUP, GROUP)
     largest = grouped.abs().amax(-1, keepdim=True)
     inverse = torch.where(largest > 0, 127.0 / torch.where(largest > 0, largest, 1.0), 0.0)

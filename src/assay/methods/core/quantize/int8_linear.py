@@ -4,7 +4,7 @@
 
 Both are symmetric: codes in -127..127, a token's scale is the largest magnitude of its row over 127 and is found anew for every
 row. Linear layers of a model are replaced by `quantize_linears`; in blocks of the llama family (llama, mistral, qwen2) the
-RMSNorm before, the rotary embedding and the gated activation are fused into the same pass, because beside an int8 product they
+preceding RMSNorm, the rotary embedding and the gated activation are fused into the same pass, because next to an int8 product they
 take as long as the product itself.
 
 When not to use it: for training (there is no gradient), and where a layer's inputs have channels hundreds of times larger than
@@ -55,7 +55,7 @@ def rotate(x: Tensor, size: int) -> Tensor:
 class Int8Linear(Casting, nn.Module):
     """A linear layer in W8A8: (..., in_features) -> (..., out_features) in the dtype of its input (float32, bfloat16, float16).
 
-    On their way in, inputs are multiplied by `multiplier` (in_features; the inverse of a smoothing folded into the weight, or the
+    Inputs are first multiplied by `multiplier` (in_features; the inverse of a smoothing folded into the weight, or the
     weight of an RMSNorm where `norm_eps` is given), then rotated by a Hadamard transform over `rotation` channels, whose inverse is
     folded into the weight here; that spreads outliers over the channels. `weight` (out, in) already holds the smoothing, not the
     rotation. Buffers: `packed` (see `pack`), `scale`
@@ -135,7 +135,7 @@ class Int8Linear(Casting, nn.Module):
         return unpack_wide(self.packed)[: self.out_features, : self.in_features]
 
     def arguments(self) -> tuple[Any, ...]:
-        """What the compiled operators want of this layer, in their order."""
+        """The arguments of the compiled operators for this layer, in their order."""
         eps = -1.0 if self.norm_eps is None else self.norm_eps
         return self.packed, self.scale, self.offset, self.bias, self.multiplier, eps, self.rotation
 
@@ -325,8 +325,8 @@ def quantize_linears(
 
     `include` and `exclude` are patterns over names; the output layer is left alone unless `head`. GPT-2's Conv1D and the fused
     experts of a mixture are linear layers like any other. `smooth` is SmoothQuant's alpha in 0..1 and needs `calibration` (token
-    ids, each (1, n), or mappings of keyword arguments, other text than the one quality is judged on); experts, which no text
-    reaches all of, are not smoothed. `rotation` is the size of the Hadamard transform of the inputs (1 for none), halved until it
+    ids, each (1, n), or mappings of keyword arguments; not the text that quality is measured on); experts, which no text
+    reaches completely, are not smoothed. `rotation` is the size of the Hadamard transform of the inputs (1 for none), halved until it
     divides a layer's inputs. With `fuse`, blocks of the llama family whose layers were all selected become fused ones. The model
     is then for inference only; it still generates, copies and saves like before, and a state dict loads into any model quantised
     with the same `include`, `exclude`, `head`, `rotation` and `fuse`, calibrated or not.
@@ -380,14 +380,14 @@ def quantize_linears(
 def fuse_block(block: Any, factors: Mapping[str, Tensor] | None = None, rotation: int = 16) -> None:
     """Make one decoder block of the llama family run fused, in place.
 
-    The two norms move into the projections behind them and leave `nn.Identity` in their place; q/k/v and gate/up become one weight
+    The two norms move into the projections after them and leave `nn.Identity` in their place; q/k/v and gate/up become one weight
     each. `factors` are smoothing factors by layer ("self_attn.q_proj" ...), equal for layers that share their input.
     """
     factors = factors or {}
     attention, mlp = block.self_attn, block.mlp
     attention.num_kv_heads = attention.k_proj.out_features // attention.head_dim
     attention.window = {}
-    if attention.config.model_type != "llama":  # the argument those two pass to the attention function beside llama's
+    if attention.config.model_type != "llama":  # the others pass one more argument to the attention function
         attention.window["sliding_window"] = getattr(attention, "sliding_window", attention.config.sliding_window)
     attention.qkv_proj = _quantized(
         [attention.q_proj, attention.k_proj, attention.v_proj],
@@ -410,7 +410,7 @@ def fuse_block(block: Any, factors: Mapping[str, Tensor] | None = None, rotation
 def _quantized(
     linears: list[nn.Linear], factor: Tensor | None, rotation: int, norm: Any = None, filled: bool = False
 ) -> Int8Linear:
-    """Layers with the same input as one Int8Linear, each filled up to a full panel if wanted; their own weights are let go of."""
+    """Layers with the same input as one Int8Linear, each padded to a full panel if wanted; their own weights are released."""
     size = WIDE_PANEL if filled else 1
     weight = torch.cat([F.pad(linear.weight, (0, 0, 0, -linear.out_features % size)) for linear in linears]).float()
     bias = None
@@ -475,7 +475,7 @@ def _power_of_two(rotation: int) -> int:
 
 
 def _note(x: Tensor) -> None:
-    """Which instructions the compiled operators take for these rows."""
+    """Note which instructions the compiled operators use for these rows."""
     if not torch.compiler.is_compiling():
         rows = x.numel() // x.shape[-1]
         kernels.ran("int8 linear", "amx" if 0 <= _least_amx <= rows else _below)
@@ -503,7 +503,7 @@ def _prepare() -> None:
     _least_amx, vnni = torch.ops.assay.w8a8_paths()
     _below = "vnni" if vnni else "portable"
 
-    def linear(x: Tensor, *arguments: Any) -> Tensor:  # shapes alone, for torch.compile
+    def linear(x: Tensor, *arguments: Any) -> Tensor:  # only shapes, for torch.compile
         return x.new_empty(*x.shape[:-1], arguments[-1])
 
     def qkv(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -48,7 +48,7 @@ def round_ste(x: Tensor) -> Tensor:
 class Quantizer(nn.Module):
     """What both quantisers share: the range, how it is found, and where it is kept.
 
-    The range is `high` (and `low` where zero need not be in the middle): a scalar, or one value per index of `axis`, shaped to
+    The range is `high` (and `low` if zero need not be in the middle): a scalar, or one value per index of `axis`, shaped to
     broadcast. Before `calibrate` or `set_range` there is none and the quantiser refuses to run.
     """
 
@@ -106,7 +106,7 @@ class Quantizer(nn.Module):
         octaves: int = 4,
         steps: int = 32,
     ) -> Quantizer:
-        """Find the range on sample values, of which `axis` counts the channels. Returns self.
+        """Find the range from sample values, whose channels are along `axis`. Returns self.
 
         "minmax": the largest magnitude (or both ends). "percentile": the given percentile of the magnitudes (or of both tails).
         "mse": of `steps` ranges an octave over `octaves` octaves below the largest magnitude, the one of least squared error; the
@@ -240,7 +240,7 @@ class FloatQuantizer(Quantizer):
 
     Exponent code 0 is subnormal: 2^(1-b) * m / 2^M; code e: 2^(e-b) * (1 + m / 2^M). With p = max(floor(log2|x| + b), 1) the
     quantiser is an integer one whose step depends on the value: s = 2^(p-M-b), Q(x) = s * round(x / s) on clip(x, -high, high). A
-    real-valued bias is a full-precision scale; hardware formats fix b and carry that scale beside the tensor, which is the same grid.
+    real-valued bias is a full-precision scale; hardware formats fix b and store that scale with the tensor, which gives the same grid.
 
     `variant` says which codes are numbers, and thereby how far up the grid goes:
     - "all-finite" (the paper): all of them; b = 2^E - log2(high) + log2(2 - 2^-M) - 1. E4M3 at b = 8 ends at 240.

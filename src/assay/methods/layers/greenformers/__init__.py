@@ -1,13 +1,13 @@
 """Greenformers: low-rank layers in place of dense ones, and what they save (arXiv 2108.10808; layers from ICASSP 2020).
 
-A linear layer y = x W^T + b with W (o, i) becomes a linear encoder-decoder (LED), y = (x E^T) D^T + b with E (r, i), D (o, r):
-r (i + o) parameters and MACs per token instead of i o, a gain below the break-even rank i o / (i + o). Convolutions become CED
-units. `apply_low_rank` converts a trained model; a Low-Rank Transformer (LRT) is a transformer built from LED units
+A linear layer y = x W^T + b with W (o, i) becomes a linear encoder-decoder (LED), y = (x E^T) D^T + b with E (r, i), D (o, r).
+It has r (i + o) parameters and MACs per token instead of i o, a gain below the break-even rank i o / (i + o). Convolutions become
+CED units. `apply_low_rank` converts a trained model; a Low-Rank Transformer (LRT) is a transformer built from LED units
 (`EncoderBlock(rank=...)`), trained from scratch. Linformer, the thesis' other route, shortens the attention's sequence instead.
 
-When NOT to use it: a trained language model at half its parameters is destroyed without training afterwards (look at the
-report's errors, and at the quality); close to the break-even rank two thin products run slower than one; layers that do little
-work (small models at batch 1 on a GPU) cost their launches, not their MACs.
+When NOT to use it: a trained language model at half its parameters is destroyed unless it is trained afterwards (look at the
+report's errors, and at the quality); close to the break-even rank, two thin products run slower than one; in layers with little
+work (small models at batch 1 on a GPU), launches cost more than MACs.
 """
 
 from __future__ import annotations

@@ -30,6 +30,10 @@ def training_cost(
     Training takes 3 forward passes' worth (forward, and gradients of inputs and weights): 6 FLOPs per MAC.
     `seconds_per_flop` is that of one device as it really runs, not of its data sheet: low-rank layers reach less of the peak.
     Raises ValueError for a negative figure.
+
+    >>> cost = training_cost(1e6, 1e6, seconds_per_flop=1e-12, price_per_hour=3.6, kilowatts=0.3, co2_kg_per_kwh=0.4)
+    >>> cost.flops, round(cost.price, 6)
+    (6000000000000.0, 0.006)
     """
     given = {"macs_per_token": macs_per_token, "tokens": tokens, "seconds_per_flop": seconds_per_flop}
     given |= {"price_per_hour": price_per_hour, "kilowatts": kilowatts, "co2_kg_per_kwh": co2_kg_per_kwh}

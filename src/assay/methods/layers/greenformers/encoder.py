@@ -1,4 +1,4 @@
-"""Encoders built from low-rank layers or with Linformer's attention, and what a block of each costs."""
+"""Encoders built from low-rank layers or with Linformer's attention, and the cost of a block of each."""
 
 from __future__ import annotations
 
@@ -89,7 +89,10 @@ class EncoderBlock(nn.Module):
 
     `rank` makes every projection, of attention and feed-forward alike, an LED unit: the LRT block. `linformer_length` with
     `tokens` makes the attention Linformer's, for inputs of up to `tokens` tokens.
-    Raises ValueError when d_model is no multiple of heads, or only one of the Linformer arguments is given.
+    Raises ValueError when d_model is not a multiple of heads, or only one of the Linformer arguments is given.
+
+    >>> EncoderBlock(32, heads=4, ffn=64, rank=8)(torch.randn(2, 10, 32)).shape
+    torch.Size([2, 10, 32])
     """
 
     def __init__(

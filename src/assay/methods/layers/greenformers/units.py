@@ -96,7 +96,7 @@ class CED(nn.Module):
 
     @classmethod
     def like(cls, conv: nn.Module, rank: int) -> CED:
-        """A unit with fresh weights in the shape of `conv`. Raises ValueError when `rank` is no multiple of its groups."""
+        """A unit with fresh weights in the shape of `conv`. Raises ValueError when `rank` is not a multiple of its groups."""
         c: Any = conv
         check_whole_rank(rank)
         if rank % c.groups:
@@ -158,7 +158,7 @@ UNITS: tuple[type[nn.Module], ...] = (LED, CED, LEDEmbedding)
 
 
 def linear_around(weight: Tensor, bias: nn.Parameter | None = None) -> nn.Linear:
-    """A linear layer around a weight (o, i), without drawing a fresh one first. The bias stays the parameter it is."""
+    """A linear layer around an existing weight (o, i), without initialising a fresh one first. The bias stays the same parameter."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach().contiguous())
     layer.bias = bias  # type: ignore[assignment]
@@ -166,7 +166,7 @@ def linear_around(weight: Tensor, bias: nn.Parameter | None = None) -> nn.Linear
 
 
 def table_around(weight: Tensor, padding_idx: int | None) -> nn.Embedding:
-    """A table around a weight (V, d), without drawing a fresh one first."""
+    """An embedding around an existing weight (V, d), without initialising a fresh one first."""
     table = nn.Embedding(len(weight), weight.shape[1], padding_idx=padding_idx, device="meta")
     table.weight = nn.Parameter(weight.detach().contiguous())
     return table

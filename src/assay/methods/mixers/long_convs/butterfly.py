@@ -103,7 +103,7 @@ class ButterflyDFT(nn.Module):
     """A DFT whose small matrices (2, 4, 8, 16) are learned: (batch, heads or any, n) real or complex to complex, n-point.
 
     `heads` sets of matrices (1: all inputs share one), starting as the true DFT; `additive` starts instead from the DFT plus a
-    learned term of size 0.01. `dropout` falls on what is learned. Raises ValueError for sizes that are no powers of two.
+    learned term of size 0.01. `dropout` falls on what is learned. Raises ValueError for sizes that are not powers of two.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class ButterflyDFT(nn.Module):
         return {f"matrices.{i}": {"lr": self.lr, "weight_decay": 0.0} for i in range(len(self.sizes))}
 
     def forward(self, x: Tensor, n: int) -> Tensor:
-        """The learned n-point transform of x (..., inputs, up to n), zeros behind it.
+        """The learned n-point transform of x (..., inputs, up to n), padded with zeros.
 
         Raises ValueError for another number of inputs than heads (unless all share one set), or more than n values.
         """

@@ -213,7 +213,7 @@ def conv_cost(length: int, *, form: Form, sequences: int = 1, element_bytes: int
 
     "direct" multiplies all pairs. "rfft" is an FFT library called three times (transform, product, inverse). "unfused" stores
     every level of the matrix form; "fused" reads and writes once; "three_pass" three times. Between passes a complex sequence of
-    twice the length is written and read. Raises ValueError for another form or a length that is no power of two.
+    twice the length is written and read. Raises ValueError for another form or a length that is not a power of two.
     """
     checks.choice("form", form, get_args(Form))
     check_positive(length=length, sequences=sequences, element_bytes=element_bytes)

@@ -139,7 +139,7 @@ class LongConvClassifier(nn.Module):
 class CausalLongConv(Mixer):
     """`LongConv`, causal, as a mixer of language models. `length` is the most tokens a sequence may have, padding included.
 
-    The state is the inputs so far. Options as `LongConv` takes them, but for those that look ahead.
+    The state is the inputs so far. Options are those of `LongConv`, except for the ones that look ahead.
     Raises ValueError beyond `length` tokens.
     """
 
@@ -190,7 +190,7 @@ class H3LongConv(Mixer):
 
     def _qkv(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
         q, k, v = self.qkv_proj(x).transpose(1, 2).chunk(3, 1)
-        if mask is not None:  # behind the biases, so that the convolutions see zeros in front of a sequence
+        if mask is not None:  # after the biases, so that the convolutions see zeros before a sequence
             k, v = k * mask[:, None], v * mask[:, None]
         return q, k, v
 

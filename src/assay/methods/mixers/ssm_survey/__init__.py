@@ -1,8 +1,8 @@
 """State space models for (medical) images, after the survey arXiv 2406.03430: one block, exchangeable mixers, equal accounting.
 
-The survey orders Mamba-style models for segmentation, classification, registration and reconstruction. What it shares is here:
+The survey orders Mamba-style models for segmentation, classification, registration and reconstruction. This room has what they share:
 the sequence mixers "mamba" (S6), "mamba2" (SSD) and "s4d"; a vision block whose mixer is a convolution, window attention, full
-attention or a selective scan in any scan order; a U-shaped segmentation model and a classifier built of that block; Dice and HD95;
+attention or a selective scan in any scan order; a U-shaped segmentation model and a classifier built from that block; Dice and HD95;
 and the survey's table as data (`taxonomy`). All of it takes images and, with `dims=3`, volumes. The scans themselves are in
 `assay.methods.core.mixers.scan`, the orders in which grids are scanned in `assay.methods.core.mixers.orders`.
 
@@ -10,11 +10,11 @@ and the survey's table as data (`taxonomy`). All of it takes images and, with `d
     rival = UNet(1, 1, mixer="window", dim=match_width(300_000, in_chans=1, mixer="window"))  # 0.3 M
     volume = UNet(1, 4, mixer="s6", dims=3, dim=48)                              # scans along all three axes
 
-Papers differ in the discretisation of B, in whether directions share parameters and in how directions are merged: here `discretisation`
-("euler" as Mamba), `tied` (False as VMamba), always a sum. `our choice`: attention mixers get positions from a depthwise
-convolution 3 cells wide; light models (UltraLight VM-UNet) share one mixer among `groups` of channels. 1 MAC = 2 FLOPs.
+Papers differ in the discretisation of B, in whether directions share parameters, and in how directions are merged: here
+`discretisation` ("euler" as Mamba), `tied` (False as VMamba), always a sum. `our choice`: attention mixers get positions from a
+depthwise convolution 3 cells wide; light models (UltraLight VM-UNet) share one mixer among `groups` of channels. 1 MAC = 2 FLOPs.
 
-When NOT to use it: small images and short sequences, where convolution or attention is as good and faster; the survey itself
+When NOT to use it: small images and short sequences, where convolution or attention is as good and faster. The survey itself
 gives no common numbers, and those of its papers cannot be compared (other splits, other preprocessing).
 """
 

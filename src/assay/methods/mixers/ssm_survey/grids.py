@@ -26,7 +26,7 @@ CONVOLUTIONS: dict[int, Any] = {2: nn.Conv2d, 3: nn.Conv3d}
 def grid_mixer(name: str, mlp_ratio: float) -> Callable[[Any], Any]:
     """Class decorator: what mixes a grid, built as `cls(dim, dims=..., layer=index in its stage, **options)`.
 
-    `mlp_ratio` is the width of the MLP behind it that a block gives it by default, 0 for none.
+    `mlp_ratio` is the relative width of the MLP that a block puts after it by default, 0 for none.
     """
 
     def register(cls: Any) -> Any:
@@ -80,7 +80,11 @@ class ConvMixer(nn.Module):
 
 @grid_mixer("attention", 4.0)
 class FullAttention(nn.Module):
-    """Softmax attention among all cells; heads of about `head_dim` channels, positions from a depthwise convolution."""
+    """Softmax attention among all cells; heads of about `head_dim` channels, positions from a depthwise convolution.
+
+    >>> FullAttention(32)(torch.randn(2, 4, 4, 32)).shape
+    torch.Size([2, 4, 4, 32])
+    """
 
     def __init__(self, dim: int, *, head_dim: int = 32, dims: int = 2, layer: int = 0):
         super().__init__()

@@ -130,7 +130,7 @@ class Mamba2(_ConvState):
     """The Mamba-2 block: one projection to z, x, B, C and dt; convolution and SiLU on x, B, C; SSD; gated RMS norm; projection.
 
     One decay for each head of `head_dim` channels; B and C of `states` numbers shared by the heads of each of `groups` groups.
-    Defaults and start are those of the released models but for `chunk`, which changes no result (`our choice`: 64, for CPUs).
+    Defaults and initialisation are those of the released models, except for `chunk`, which changes no result (`our choice`: 64, for CPUs).
     Raises ValueError for sizes that do not divide.
     """
 

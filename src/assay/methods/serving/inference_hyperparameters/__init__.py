@@ -1,18 +1,18 @@
 """Tuning the settings of an inference engine by measurement, and a report on how much they matter.
 
-After "The Impact of Hyperparameters on Large Language Model Inference Performance" (arXiv 2408.01050), which finds throughput
-over batch size, number of devices and the like to be irregular, with sharp peaks, and the best setting to change with the
-hardware. What makes the finding usable is here:
+After "The Impact of Hyperparameters on Large Language Model Inference Performance" (arXiv 2408.01050), which finds that throughput
+over batch size, number of devices and the like is irregular, with sharp peaks, and that the best setting changes with the
+hardware. This room makes the finding usable:
 
-- a typed space with conditions and constraints (`Space`), a memory floor that rules settings out before they are tried;
-- trials that may fail: an out-of-memory is remembered, and whatever needs at least as much memory is not tried again;
-- `search` by grid, random, TPE (Optuna) or successive halving. The default is trial 0, and what is returned was measured
-  repeatedly and no evaluated setting has a higher mean;
+- a typed space with conditions and constraints (`Space`), and a memory floor that rules settings out before they are tried;
+- trials that may fail: an out-of-memory is remembered, and nothing that needs at least as much memory is tried again;
+- `search` by grid, random, TPE (Optuna) or successive halving. The default is trial 0; the result was measured repeatedly, and
+  no evaluated setting has a higher mean;
 - a report: `landscape` (gap, local maxima that noise does not explain, sensitivity) and `transfer_matrix` between environments;
-- an engine to tune: Hugging Face generation on prompts given (`HuggingFaceEngine`, `IsolatedEngine`).
+- an engine to tune: Hugging Face generation on given prompts (`HuggingFaceEngine`, `IsolatedEngine`).
 
-Throughput is generated tokens per second of wall time, prompt and padding excluded. The setting that is best for it is not the
-best for latency: give `limits` for that. Searching costs time, see `SearchResult.break_even_tokens`: for fewer tokens than that,
+Throughput is generated tokens per second of wall time, prompt and padding excluded. The setting that is best for throughput is not
+the best for latency: give `limits` for that. Searching costs time, see `SearchResult.break_even_tokens`: for fewer tokens than that,
 keep the default.
 """
 

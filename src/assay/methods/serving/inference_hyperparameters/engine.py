@@ -184,7 +184,7 @@ class HuggingFaceEngine:
         return measure_settings(model, prompts, params, new_tokens=self.new_tokens, warmup=self.warmup)
 
     def _share(self, fidelity: float, batch_size: int) -> list[list[int]]:
-        """The first of the prompts, but one whole batch at least: less of it would say nothing of that batch size."""
+        """The first of the prompts, but at least one whole batch: less would say nothing about that batch size."""
         if not 0 < fidelity <= 1:
             raise ValueError(f"fidelity must lie in (0, 1], got {fidelity}")
         return self.prompts[: max(1, batch_size, round(fidelity * len(self.prompts)))]

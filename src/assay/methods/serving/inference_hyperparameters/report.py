@@ -156,7 +156,7 @@ class Invariance:
 
 
 def workload_invariance(objective: Objective, params: Params, *, repeats: int = 4, seed: int = 0) -> Invariance:
-    """Whether doubling the workload leaves tokens/s as it is; if not, the warm-up does not suffice or the workload is too small."""
+    """Whether doubling the workload leaves tokens/s unchanged; if not, the warm-up is too short or the workload too small."""
     checks.whole("repeats", repeats, low=2)
     means = []
     for fidelity in (0.5, 1.0):

@@ -33,14 +33,14 @@ Search = Literal["tpe", "random", "grid", "halving"]
 
 
 class Searcher(Protocol):
-    """Proposes settings and learns of their value; None as a value means failed, None as a proposal means no more."""
+    """Proposes settings and learns their values; None as a value means failed, None as a proposal means there are no more."""
 
     def ask(self) -> Params | None: ...
     def tell(self, params: Params, value: float | None) -> None: ...
 
 
 class GridSearcher:
-    """Every setting of the grid once, in an order shuffled by the seed: what drifts must not look like a slope."""
+    """Every setting of the grid once, in an order shuffled by the seed, so that drift does not look like a slope."""
 
     def __init__(self, space: Space, *, seed: int = 0, levels: int = 5):
         self._waiting = list(space.grid(levels))
@@ -54,7 +54,7 @@ class GridSearcher:
 
 
 class RandomSearcher:
-    """Settings at random; the search sees to it that none is tried twice."""
+    """Random settings; the search makes sure that none is tried twice."""
 
     def __init__(self, space: Space, *, seed: int = 0):
         self._space, self._rng = space, random.Random(seed)
@@ -67,7 +67,7 @@ class RandomSearcher:
 
 
 class TpeSearcher:
-    """Tree-structured Parzen estimator, by Optuna. A failure is told as half the worst value seen, so that it is kept away from.
+    """Tree-structured Parzen estimator, by Optuna. A failure is reported as half the worst value seen, so that it is avoided.
 
     After `startup` settings every second proposal is a neighbour of the best one, one parameter changed (our choice): on a few
     dozen trials that finds sharp peaks far more often than the estimator alone.
@@ -154,12 +154,16 @@ def search(
 
     A setting is rejected when a metric exceeds its entry in `limits` ({"p95_seconds": 2.0}: throughput subject to latency) or
     its `mismatch_rate` exceeds `max_mismatch` (another batch size or dtype changes the rounding, and with it a few outputs).
-    An objective that raises fails the trial; out of memory also rules out all settings that differ only in having at least as much
+    If the objective raises, the trial fails; out of memory also rules out all settings that differ only in having at least as much
     of every `more_memory` parameter.
-    With a `journal` file every trial is kept; the same search with it goes on where it was killed.
+    With a `journal` file every trial is kept; the same search continues from it where it was killed.
 
     Raises ValueError or TypeError for bad arguments, before anything is measured, ValueError for a journal of another search,
     RuntimeError when no setting was accepted.
+
+    >>> space = Space([Int("batch_size", 1, 8, default=1, grid=(1, 4, 8))])
+    >>> search(space, lambda params, **how: 10.0 - abs(params["batch_size"] - 4), method="grid").best_params
+    {'batch_size': 4}
     """
     checks.choice("method", method, ("tpe", "random", "grid", "halving"))
     trials, confirm = checks.whole("trials", trials, low=1), checks.whole("confirm", confirm, low=1)
@@ -217,7 +221,7 @@ class _Run:
         self._record(Trial(len(self.trials), params, "skipped", error=reason))
 
     def known(self, params: Params) -> Trial | None:
-        """The first trial of this very setting on the whole workload."""
+        """The first trial of exactly this setting on the whole workload."""
         return next((t for t in self.trials if t.params == params and t.fidelity == 1.0), None)
 
     def why_not(self, params: Params) -> str:
@@ -306,7 +310,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _explore(run: _Run, searcher: Searcher, wanted: int | None) -> None:
-    """Let the searcher propose until `wanted` settings were tried, nothing is left, or it only repeats itself."""
+    """Let the searcher propose until `wanted` settings have been tried, nothing is left, or it only repeats itself."""
     misses = 0
     while (wanted is None or sum(t.status != "skipped" for t in run.trials) < wanted) and misses < 200:
         params = searcher.ask()
@@ -326,7 +330,7 @@ def _explore(run: _Run, searcher: Searcher, wanted: int | None) -> None:
 
 
 def _halve(space: Space, run: _Run, starters: int, seed: int, eta: int = 3) -> None:
-    """Successive halving: ever fewer settings on ever more of the workload, the last ones on all of it."""
+    """Successive halving: fewer and fewer settings on more and more of the workload, the last ones on all of it."""
     rng = random.Random(seed)
     settings: list[Params] = []
     for _ in range(200 * starters):

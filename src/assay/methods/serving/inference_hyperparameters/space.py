@@ -146,6 +146,10 @@ class Space:
     """Parameters in order, and constraints.
 
     Raises ValueError for names given twice, choices that are equal, unknown conditions, or a default outside.
+
+    >>> space = Space([Int("batch_size", 1, 8, default=1, grid=(1, 4, 8)), Categorical("sort", (False, True), default=False)])
+    >>> space.default(), len(list(space.grid()))
+    ({'batch_size': 1, 'sort': False}, 6)
     """
 
     def __init__(self, parameters: Sequence[Parameter], constraints: Sequence[Constraint] = ()):
@@ -192,7 +196,7 @@ class Space:
         return cls(parameters, constraints)
 
     def active(self, parameter: Parameter, params: Params) -> bool:
-        """Whether `parameter` exists beside the earlier ones in `params`."""
+        """Whether `parameter` exists, given the earlier ones in `params`."""
         return all(name in params and params[name] in allowed for name, allowed in parameter.when.items())
 
     def build(self, value_of: Callable[[Parameter], Any]) -> Params:
@@ -245,7 +249,7 @@ class Space:
         return next((rule.reason for rule in self.constraints if not rule.holds(params)), "")
 
     def check(self, params: Params) -> Params:
-        """`params`, or ValueError if a parameter is missing, unknown, inactive, outside its range, or a constraint is broken."""
+        """Return `params`. Raises ValueError for a parameter missing, unknown, inactive or out of range, and for a broken constraint."""
         wanted = {p.name: p for p in self.parameters if self.active(p, params)}
         if set(params) != set(wanted):
             raise ValueError(f"params must hold {', '.join(wanted)}, got {', '.join(params) or 'nothing'}")
@@ -287,7 +291,7 @@ def hugging_face_space(
 
 
 def serving_engine_space(*, attention_heads: int, devices: int, quantisations: Sequence[str] = ("none",)) -> Space:
-    """What a vLLM-like engine lets one choose; bring an objective that starts the engine with a setting and measures it."""
+    """The settings of a vLLM-like engine; the objective, which starts the engine with a setting and measures it, is up to you."""
     sizes = tuple(2**i for i in range(devices.bit_length()) if 2**i <= devices)
     return Space(
         [
@@ -313,9 +317,9 @@ def serving_engine_space(*, attention_heads: int, devices: int, quantisations: S
 def memory_floor(
     *, parameters: int, config: Any, batch_size: int, tokens: int, dtype_bytes: int, last_logits: bool = True
 ) -> int:
-    """Bytes below which generation cannot go: weights, the key-value cache of `batch_size` rows of `tokens`, one row of logits each.
+    """The least bytes generation needs: weights, the key-value cache of `batch_size` rows of `tokens`, one row of logits each.
 
-    A lower bound, activations and workspace left out, so that nothing that fits is ruled out. Dense attention in every layer is
+    A lower bound without activations and workspace, so that nothing that fits is ruled out. Dense attention in every layer is
     assumed: not for models with sliding windows, shared or compressed caches.
     Raises ValueError for sizes below 1, TypeError for ones that are not whole.
     """

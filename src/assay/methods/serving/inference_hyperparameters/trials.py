@@ -21,14 +21,14 @@ Status = Literal["ok", "rejected", "failed", "out of memory", "skipped"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an objective reports: `value` (tokens/s, or anything where more is better), other `metrics`, by name."""
+    """What an objective reports: `value` (tokens/s, or anything where more is better) and other `metrics` by name."""
 
     value: float
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Objective(Protocol):
-    """Measures a setting on a share `fidelity` of the workload. Raise to fail; MemoryError means it did not fit."""
+    """Measures a setting on a share `fidelity` of the workload. Raises to fail; MemoryError means that it did not fit."""
 
     def __call__(self, params: Params, *, fidelity: float, seed: int) -> Outcome | float: ...
 
@@ -101,7 +101,7 @@ class SearchResult:
 
     @property
     def break_even_tokens(self) -> float:
-        """Tokens to be generated until the time saved by the best setting is the time spent on the search."""
+        """Tokens to generate until the best setting has saved as much time as the search took."""
         if self.default is None:
             return 0.0
         saved = 1 / self.default.mean - 1 / self.best.mean

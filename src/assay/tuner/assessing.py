@@ -1,4 +1,4 @@
-"""Judging a recipe: what the goal's work costs with it, on the whole model, and what quality it keeps. Each is a child process."""
+"""Assessing a recipe: what the goal's work costs with it on the whole model, and what quality it keeps, each in a child process."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from assay.tuner.work import UNITS
 
 
 def expected(run: Run) -> float:
-    """Seconds that one more judgement will take."""
-    return max([run.budget.judging(), *(row.seconds for row in run.candidates[-1:])])
+    """Seconds that one more assessment will take."""
+    return max([run.budget.assessing(), *(row.seconds for row in run.candidates[-1:])])
 
 
 def reserve(run: Run, pairs: int) -> float:
@@ -45,7 +45,7 @@ def reserve(run: Run, pairs: int) -> float:
 
 @dataclass(frozen=True)
 class Asked:
-    """A recipe to be judged."""
+    """A recipe to assess."""
 
     kind: str  # of its row
     steps: tuple[Step, ...]
@@ -54,12 +54,12 @@ class Asked:
     screened: float | None = None
 
 
-def judge_one(run: Run, asked: Asked) -> Row:
-    return next(iter(judge(run, [asked])))[1]
+def assess_one(run: Run, asked: Asked) -> Row:
+    return next(iter(assess(run, [asked])))[1]
 
 
-def judge(run: Run, asked: list[Asked]) -> Iterator[tuple[int, Row]]:
-    """Cost and quality of recipes, on as many machines as there are; yields their rows as they come, by number."""
+def assess(run: Run, asked: list[Asked]) -> Iterator[tuple[int, Row]]:
+    """Cost and quality of recipes, on as many machines as there are; yields (number of the recipe, row) as results arrive."""
     keys = [f"{one.kind}:{run.recipe(one.steps).key()}" for one in asked]
     waiting = [number for number, key in enumerate(keys) if key not in run.journal.old]
     for number, key in enumerate(keys):
@@ -68,16 +68,16 @@ def judge(run: Run, asked: list[Asked]) -> Iterator[tuple[int, Row]]:
     if not waiting:
         return
     labels = ", ".join(run.recipe(asked[number].steps).label() for number in waiting)
-    with run.telling(f"judging {labels}"):
-        for which, result in run.nodes.run([_judge_call(run, asked[number]) for number in waiting]):
+    with run.telling(f"assessing {labels}"):
+        for which, result in run.nodes.run([_assess_call(run, asked[number]) for number in waiting]):
             number = waiting[which]
-            found = _judged(run, asked[number], result)
+            found = _assessed(run, asked[number], result)
             run.journal.add(keys[number], found)
             yield number, _row(run, asked[number], found)
 
 
-def _judge_call(run: Run, asked: Asked) -> Call:
-    """The child that judges a recipe. A candidate gets no time that the proof needs."""
+def _assess_call(run: Run, asked: Asked) -> Call:
+    """The child call that assesses a recipe. Time that the proof needs is not given to a candidate."""
     left, sizes = run.budget.left(), run.budget.sizes()
     if asked.kind != "baseline":
         usual = expected(run)
@@ -91,11 +91,11 @@ def _judge_call(run: Run, asked: Asked) -> Call:
         arguments["least"] = 1  # it is not chosen by its figure, and measured again in the proof
     if run.nodes.count > 1 and run.rows and run.settings.goal != "memory":
         arguments["base"] = run.base.recipe.model_dump(mode="json")
-    return run.call("judge", left, recipe=run.recipe(asked.steps).model_dump(mode="json"), **arguments)
+    return run.call("assess", left, recipe=run.recipe(asked.steps).model_dump(mode="json"), **arguments)
 
 
-def _judged(run: Run, asked: Asked, result: ChildResult) -> dict[str, Any]:
-    """What a child found, with its status: the journal's value. For the goal memory the peaks are read now."""
+def _assessed(run: Run, asked: Asked, result: ChildResult) -> dict[str, Any]:
+    """The journal's value: what a child found, with its status. For the goal memory, the peaks are measured here."""
     found = dict(result.value) if result.status == "ok" else {}
     status, error, seconds = str(result.status), result.error, result.seconds
     if "misfit" in found:
@@ -112,7 +112,7 @@ def _judged(run: Run, asked: Asked, result: ChildResult) -> dict[str, Any]:
 
 
 def _row(run: Run, asked: Asked, found: dict[str, Any]) -> Row:
-    """The row of a judged recipe, told and kept."""
+    """The row of an assessed recipe: reported and kept."""
     row = Row(asked.kind, run.recipe(asked.steps), found["status"], predicted=asked.predicted, screened=asked.screened)
     row.seconds, row.error, row.misfit = found["seconds"], found["error"], found.get("misfit", "")
     row.options = [option.key for option in asked.options]
@@ -132,7 +132,9 @@ def _fill(run: Run, row: Row, found: dict[str, Any]) -> None:
     row.samples, row.quality, row.run_seconds = found["samples"], found["quality"], found["run_seconds"]
     row.paths, row.hopeless, row.text = found.get("paths", {}), "hopeless_at" in found, found.get("text", 1.0)
     row.cost = float(np.median(row.samples))
-    if found.get("paired") and run.base.cost is not None:  # on another machine of the cluster, with the base beside it
+    if (
+        found.get("paired") and run.base.cost is not None
+    ):  # on another machine of the cluster, where the base was measured too
         row.cost = run.base.cost / paired_ratio(found["paired"], row.samples).median
     entry = run.known.setdefault(row.function, {"quality": row.quality, "structures": []})
     entry |= {"hopeless_at": found["hopeless_at"]} if row.hopeless else {}
@@ -144,9 +146,9 @@ def _fill(run: Run, row: Row, found: dict[str, Any]) -> None:
 
 
 def _correct(run: Run, row: Row, found: dict[str, Any]) -> None:
-    """What the survey expected things to cost becomes what they did cost: the machine may be busier by now."""
+    """Replace the survey's estimated costs by the measured ones: the machine may have become busier since."""
     costs = run.budget.costs
-    if run.settings.goal == "memory":  # a run is a process of its own there
+    if run.settings.goal == "memory":  # there, a run is its own process
         run.budget.costs = dataclasses.replace(costs, start=0.0, load=row.run_seconds, run=0.0, loaded_run=0.0)
         return
     quality = found.get("quality_seconds", 0.0) / max(row.text, 1e-9)
@@ -163,7 +165,7 @@ def _correct(run: Run, row: Row, found: dict[str, Any]) -> None:
 
 
 def dtypes(survey: dict[str, Any]) -> list[tuple[Step, ...]]:
-    """The dtypes worth trying, as recipes: the one the machine is fast in, and of float16, which CPUs are slow in, both others."""
+    """The dtypes worth trying, as recipes: the machine's fastest, and both alternatives for float16, which is slow on CPUs."""
     wanted = [survey["dtype"]]
     if survey["stored"] == "float16":
         wanted += [name for name in ("float32", "bfloat16") if name not in wanted]
@@ -171,12 +173,12 @@ def dtypes(survey: dict[str, Any]) -> list[tuple[Step, ...]]:
 
 
 def base_steps(survey: dict[str, Any]) -> tuple[Step, ...]:
-    """The recipe of what candidates are built on."""
+    """The recipe that all candidates build on."""
     return dtypes(survey)[0]
 
 
 def reaching(run: Run, row: Row) -> Row:
-    """Note how much of their targets the row's transforms reach in this model, as their Fit says."""
+    """Record how much of their targets the row's transforms reach in this model, as their `Fit` says."""
     for option in run.survey["options"]:
         if any(step.transform == option["transform"] for step in row.recipe.steps):
             row.reached[option["transform"]] = {"share": option.get("share", 1.0), "reached": option.get("reached", "")}
@@ -203,7 +205,7 @@ def _line(run: Run, row: Row) -> str:
 
 
 def peaks(run: Run, recipe: Recipe, times: int) -> list[float]:
-    """Peak bytes of processes that load what the recipe's artefact would store, apply the rest and do the work."""
+    """Peak bytes of processes that load what the recipe's artefact would store, apply the remaining steps and do the work."""
     with contextlib.ExitStack() as stack:
         own = dataclasses.asdict(run.settings)
         if recipe.steps and recipe.steps[0].transform == "dtype":
