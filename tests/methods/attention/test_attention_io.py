@@ -415,11 +415,11 @@ def test_bad_arguments():
         count("small_cache", 8, 4, Tile(1, 2))
     with pytest.raises(ValueError, match="rows must be a whole number"):
         simulate(q, k, v, "flash_keys", Tile(0, 1))
-    with pytest.raises(ValueError, match=r"q, k and v must be floating point \(N, d\)"):
+    with pytest.raises(ValueError, match=r"k must have shape"):
         simulate(q, k[:4], v, "flash_keys", Tile(1, 1))
     with pytest.raises(ValueError, match="columns must be a whole number"):
         tiled_attention(q, k, v, Tile(1, 0))
-    with pytest.raises(ValueError, match=r"q, k and v must be \(..., N, d\) alike"):
+    with pytest.raises(ValueError, match=r"k must have shape"):
         tiled_attention(q, k[:4], v, Tile(1, 1))
     with pytest.raises(ValueError, match="cache must be"):
         simulate(q, k, v, "flash_keys", Tile(1, 1), cache="fifo")
@@ -431,3 +431,47 @@ def test_bad_arguments():
         advise(8, 4, H100, heads=0)
     with pytest.raises(KeyError, match="not in the fast memory"):
         Scratchpad(10).use("Q")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_may_be_as_small_as_float32_goes(causal):
+    """Scores about -1e33: a running maximum that begins at a finite number would leave every row without a key."""
+    q, k, v = torch.full((7, 3), 1e16), torch.full((7, 3), -1e16), torch.randn(7, 3)
+    k[3] *= 0.5
+    wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=causal)
+    for algorithm in ALGORITHMS:
+        found, _ = simulate(q, k, v, algorithm, Tile(2, 2), causal=causal)
+        torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        tiled_attention(q, k, v, Tile(2, 2), causal=causal).double(), wanted, atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_tiled_algorithm_takes_every_floating_dtype(dtype):
+    q, k, v = (x.to(dtype) for x in torch.randn(3, 2, 9, 5, generator=torch.Generator().manual_seed(0)))
+    wanted = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
+    found = tiled_attention(q, k, v, Tile(4, 2), causal=True)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), wanted, atol=2e-2 if dtype.itemsize == 2 else 1e-9, rtol=0)
+
+
+def test_the_simulator_names_what_it_does_not_take():
+    q, k, v = qkv(8, 4)
+    tile = Tile(2, 2)
+    for arguments, options, error, name in (
+        ((q.long(), k, v), {}, TypeError, "q must hold"),
+        (("q", k, v), {}, TypeError, "q must be a tensor"),
+        ((q.half(), k, v), {}, TypeError, "k must have the dtype of q"),
+        ((q, k.to("meta"), v), {}, ValueError, "k must lie on the device of q"),
+        ((q, k, v), {"scale": math.nan}, ValueError, "scale"),
+        ((q, k, v), {"causal": "no"}, TypeError, "causal"),
+        ((q, k, v), {"line": 4}, ValueError, "line must be left out"),
+    ):
+        with pytest.raises(error, match=name):
+            simulate(*arguments, "flash_keys", tile, **options)
+    for run in (lambda t: simulate(q, k, v, "flash_keys", t), lambda t: tiled_attention(q, k, v, t)):
+        with pytest.raises(TypeError, match="tile must be a Tile"):
+            run((2, 2))
+    with pytest.raises(TypeError, match="q must hold"):
+        tiled_attention(q.long(), k.long(), v.long(), tile)

@@ -640,16 +640,15 @@ def test_positions():
         (lambda: encoder(heads=3), "heads must divide the attention's width"),
         (lambda: encoder()(tokens(1, 4)), "up to 3 groups, up to 4 tokens"),
         (lambda: encoder()(tokens(1, 3, 5)), "up to 3 groups, up to 4 tokens"),
-        (lambda: encoder()(tokens(1)[0]), "x must be"),
-        (lambda: group_image(torch.zeros(3, 8, 8), 2, 2), "images must have 4 axes"),
-        (lambda: group_image(torch.zeros(1, 3, 8, 8), 0, 2), "patch and tile"),
-        (lambda: group_sequence(torch.zeros(1, 3, 8), 0), "and size at least 1"),
-        (lambda: group_sequence(torch.zeros(3, 8), 2), "x must be"),
-        (lambda: group_sequence(torch.zeros(1, 3, 8), 2, torch.ones(1, 4) > 0), r"mask must be \(1, 3\)"),
-        (lambda: ungroup_sequence(torch.zeros(1, 3, 2, 8), 7), "at least 7 tokens"),
+        (lambda: encoder()(tokens(1)[0]), "x must have shape"),
+        (lambda: group_image(torch.zeros(3, 8, 8), 2, 2), "images must have shape"),
+        (lambda: group_image(torch.zeros(1, 3, 8, 8), 0, 2), "patch must be"),
+        (lambda: group_sequence(torch.zeros(1, 3, 8), 0), "size must be a whole number at least 1"),
+        (lambda: group_sequence(torch.zeros(3, 8), 2), "x must have shape"),
+        (lambda: group_sequence(torch.zeros(1, 3, 8), 2, torch.ones(1, 4) > 0), "mask must have shape"),
+        (lambda: ungroup_sequence(torch.zeros(1, 3, 2, 8), 7), "length must be a whole number"),
         (lambda: ungroup_image(torch.zeros(1, 3, 4, 12), 8, 8, 2, 2), r"x must be \(batch, 4, 4"),
-        (lambda: encoder()(tokens(1), torch.ones(1, 3, 4)), "mask must be bool"),
-        (lambda: encoder()(tokens(1), torch.ones(1, 12) > 0), "mask must be bool"),
+        (lambda: encoder()(tokens(1), torch.ones(1, 12) > 0), "mask must have shape"),
         (lambda: encoder()(tokens(1), None, torch.zeros(1, 2, 12).double()), "without context=True"),
         (lambda: FITSize("(1)", 3, 0, 4, 2, 8, 8), "groups must be a whole number at least 1, got 0"),
         (lambda: FITSize("1", 3, 1, 4, 2, 8, 8), "layers must look like"),
@@ -675,3 +674,41 @@ def test_positions():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_grouping_takes_whole_sizes_and_masks_of_bools_only():
+    x, groups, images = torch.randn(2, 7, 3), torch.randn(1, 4, 4, 12), torch.randn(1, 3, 8, 8)
+    for call, name in (
+        (lambda: group_sequence(x, 2.0), "size"),
+        (lambda: group_sequence(x, True), "size"),
+        (lambda: group_sequence(x, 2, torch.ones(2, 7)), "mask must hold bools"),
+        (lambda: group_sequence("x", 2), "x must be a tensor"),
+        (lambda: ungroup_sequence(groups, 2.0), "length"),
+        (lambda: group_image(images, 2.0, 2), "patch"),
+        (lambda: ungroup_image(groups, 8.0, 8, 2, 2), "height"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            call()
+    for call, name in (
+        (lambda: ungroup_image(groups, 8, 8, 2, 0), "tile"),
+        (lambda: sincos(4, 0), "dim"),
+        (lambda: ungroup_sequence(groups, 17), "length"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            call()
+
+
+def test_a_body_names_tensors_that_do_not_fit():
+    body = Interleaved("(1)1(1)", **SMALL, context=True)
+    x, z, context = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 5, 12), torch.randn(2, 6, 12)
+    body(x, z, context=context, context_mask=torch.ones(2, 6, dtype=torch.bool))
+    for error, name, options in (
+        (TypeError, "context_mask must hold bools", {"context": context, "context_mask": torch.ones(2, 6)}),
+        (ValueError, "context_mask must be None", {"context_mask": torch.ones(2, 6, dtype=torch.bool)}),
+        (ValueError, "context must have shape", {"context": context[..., :11]}),
+        (TypeError, "mask must hold bools", {"mask": torch.ones(2, 3, 4)}),
+    ):
+        with pytest.raises(error, match=name):
+            body(x, z, **options)
+    with pytest.raises(ValueError, match="z must have shape"):
+        body(x, z[:, :2])

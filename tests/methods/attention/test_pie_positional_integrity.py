@@ -439,3 +439,22 @@ def test_smollm2_after_an_edit_is_closer_to_the_truth_than_conflict_and_stale(sm
     conflict.edit(200, 200, new[200:240], rotate=False)
     assert kl(pie) < kl(stale)
     assert kl(pie) < kl(conflict)
+
+
+def test_rotations_and_new_keys_are_checked():
+    keys, angles = torch.randn(1, 2, 5, 4), torch.tensor([1.0, 0.1])
+    for delta in (torch.full((5,), 1.5), torch.full((5,), torch.nan), True):
+        with pytest.raises(TypeError, match="delta must"):
+            rotate_keys(keys, delta, angles)
+    for delta in (torch.arange(3), torch.tensor(3), torch.zeros(2, 5, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="delta must have shape"):
+            rotate_keys(keys, delta, angles)
+    with pytest.raises(TypeError, match="keys must hold"):
+        rotate_keys(keys.long(), 0, angles)
+    with pytest.raises(TypeError, match="interleaved"):
+        rotate_keys(keys, 1, angles, interleaved="no")
+    cache = cache_of([(keys, keys.clone())])
+    for wrong in ([(keys[:, :, :1].half(), keys[:, :, :1])], [(1, 2)]):
+        with pytest.raises(TypeError, match="new_kv must"):
+            edit_cache(cache, 1, 1, wrong, None)
+    assert cache.layers[0].keys is keys

@@ -241,7 +241,7 @@ def test_data_leaves_the_training_range_at_larger_scales():
         (lambda: AlgorithmicTransformer(0), "n must be a whole number at least 1, got 0"),
         (lambda: AlgorithmicTransformer(8)(torch.randn(1, 9)), "at most 8"),
         (lambda: AlgorithmicTransformer(8)(torch.randn(8)), r"at most 8 positions\), got \(8,\)"),
-        (lambda: PositionalMixer(8, positions=4)(torch.randn(1, 5, 8)), "4 positions"),
+        (lambda: PositionalMixer(8, positions=4)(torch.randn(1, 5, 8)), "tokens must be at most 4"),
         (lambda: task_data("product", 3), "task"),
         (lambda: task_data("sum", 3, scale=0.5), "scale"),
     ],
@@ -249,3 +249,72 @@ def test_data_leaves_the_training_range_at_larger_scales():
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --------------------------------------------------------------------------------------------- folding, whatever holds it
+
+
+def language_model():
+    torch.manual_seed(0)
+    layers = [["positional", {"heads": 2, "positions": 40}]] * 2
+    return MixerForCausalLM(MixerConfig(vocab_size=32, hidden_size=16, layers=layers)).eval()
+
+
+@pytest.mark.parametrize("n", [40, 23])
+@torch.no_grad()
+def test_a_folded_language_model_is_the_same_one(n):
+    model = language_model()
+    ids = torch.randint(1, 32, (3, 13), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = mask[2, :12] = 0
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1, "attention_mask": mask}
+    wanted = model(ids, attention_mask=mask).logits
+    written = [model.generate(ids, num_beams=beams, **options) for beams in (1, 3)]
+    assert fold(model, n) is model
+    assert not any(isinstance(m, PositionalAttention) for m in model.modules())
+    torch.testing.assert_close(model(ids, attention_mask=mask).logits, wanted)
+    for beams, found in zip((1, 3), written, strict=True):
+        assert torch.equal(model.generate(ids, num_beams=beams, **options), found)
+    with pytest.raises(ValueError, match=f"tokens must be at most {n}"):
+        model(torch.ones(1, n + 1, dtype=torch.int64))
+
+
+def test_a_folded_mixer_agrees_in_all_forms_and_precisions_and_learns_its_values():
+    torch.manual_seed(0)
+    mixer = PositionalMixer(12, heads=3, positions=30).double()
+    wanted = mixer(x := torch.randn(2, 17, 12, dtype=torch.float64)).detach()
+    fold(nn.ModuleList([mixer]), 20)
+    for chunk in (1, 5, 17):
+        torch.testing.assert_close(mixer.chunked(x, chunk=chunk)[0].detach(), wanted)
+    mixer(x).square().sum().backward()
+    assert sorted(name for name, _ in mixer.named_parameters()) == sorted(
+        f"attention.{p}_proj.{part}" for p in "vo" for part in ("weight", "bias")
+    )
+    assert all(p.grad.abs().sum() > 0 for p in mixer.parameters())
+    low = mixer.bfloat16()
+    assert (low(x.bfloat16()).double() - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_folding_replaces_every_name_or_nothing():
+    attention = PositionalAttention(8, 5)
+    twice = nn.ModuleDict({"a": attention, "b": attention})
+    fold(twice, 5)
+    assert not any(isinstance(m, PositionalAttention) for m in twice.modules())
+    with pytest.raises(ValueError, match="x must have shape"):
+        twice["a"](torch.randn(2, 4, 8))
+    for n in (7, 0):
+        mixed = nn.Sequential(PositionalAttention(8, 9), PositionalAttention(8, 5))
+        with pytest.raises(ValueError, match="n must be"):
+            fold(mixed, n)
+        assert all(isinstance(m, PositionalAttention) for m in mixed)
+    with pytest.raises(ValueError, match="cannot be replaced in place"):
+        fold(attention, 5)
+
+
+def test_attention_refuses_other_inputs():
+    attention = PositionalAttention(8, 5)
+    with pytest.raises(TypeError, match="floating-point"):
+        attention(torch.ones(2, 5, 8, dtype=torch.int64))
+    for wrong in (torch.randn(5, 8), torch.randn(2, 5, 7)):
+        with pytest.raises(ValueError, match="x must have shape"):
+            attention(wrong)

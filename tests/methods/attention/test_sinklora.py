@@ -749,3 +749,35 @@ def test_smollm2_with_a_budget(smollm2):
     cache = EvictionCache(0.5)
     assert generated(model, ids, cache, new=8).shape == (1, 208)
     assert cache.entries == [100] * 30
+
+
+@pytest.mark.parametrize("policy", ["h2o", "sinks", "local"])
+@torch.no_grad()
+def test_padding_is_known_however_the_prompt_comes(policy):
+    """One token at a time, rows still in their padding when the first ones come: what the whole prompt at once gives."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = use_eviction(LlamaForCausalLM(config).eval())
+    ids = torch.randint(1, 40, (8, 11))
+    mask = (torch.arange(11) >= torch.tensor([0, 1, 2, 4, 7, 9, 10, 0])[:, None]).long()
+    place = (mask.cumsum(1) - 1).clamp(min=0)
+    whole = None
+    for chunk in (11, 4, 3, 2, 1):
+        cache, logits = EvictionCache(100, policy=policy), []
+        for t in range(0, 11, chunk):
+            here = slice(t, t + chunk)
+            options = {"attention_mask": mask[:, : t + chunk], "position_ids": place[:, here], "cache": cache}
+            logits.append(model(ids[:, here], use_cache=True, **options).logits)
+        found = torch.cat(logits, 1)[mask.bool()]
+        whole = found if whole is None else whole
+        torch.testing.assert_close(found, whole, atol=1e-5, rtol=1e-4)
+        assert all(((layer.positions < 0).sum(-1) == (mask == 0).sum(1)[:, None]).all() for layer in cache.layers)
+
+
+def test_sinks_that_fill_the_budget_are_refused_at_once():
+    with pytest.raises(ValueError, match="budget must exceed the 4 sinks, got 4 entries"):
+        EvictionCache(4, policy="sinks")
+    assert EvictionCache(4, policy="h2o").budget == 4

@@ -674,7 +674,7 @@ def test_bad_input_is_refused():
             "top_p must be a finite number at least 0 and at most 1, got 1.1",
         ),
         (lambda: cluster_sparse_attention(q, k, v, state, min_ratio=-0.1, **SMALL), "min_ratio must be"),
-        (lambda: cluster_sparse_attention(q, k[:, :, 1:], v, state, **SMALL), "of the same tokens"),
+        (lambda: cluster_sparse_attention(q, k[:, :, 1:], v, state, **SMALL), "k must have shape"),
         (lambda: cluster_sparse_attention(q, k, v, state), "clusters must be a whole number"),
         (lambda: svg2_plan(q, k, state, text=torch.ones(2, 160, dtype=torch.bool), **SMALL), "text must be bool"),
         (lambda: svg2_plan(q, k, state, text=torch.ones(1, 9, dtype=torch.bool), **SMALL), "text must be bool"),
@@ -723,3 +723,59 @@ def test_an_offset_of_all_tokens_changes_no_cluster(kernel, monkeypatch):
     torch.testing.assert_close(moved.inertia, plain.inertia, atol=0.0, rtol=1e-2)
     with pytest.raises(ValueError, match="x must be finite"):
         svg2.kmeans(x.index_fill(2, torch.tensor([3]), torch.nan), 10)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("size", [2.0**100, 2.0**64, 2.0**-64, 2.0**-100])
+def test_kmeans_does_not_mind_how_large_numbers_are(size, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(svg2, "_load", lambda: False)
+    x = torch.randn(2, 2, 60, 5, generator=torch.Generator().manual_seed(0))
+
+    def found(x, centres=None):
+        return kmeans(x, 4, centres=centres, tolerance=0.0, generator=torch.Generator().manual_seed(1))
+
+    plain = found(x)
+    other = found(x * size)
+    assert torch.equal(other.labels, plain.labels)
+    torch.testing.assert_close(other.centroids / size, plain.centroids)
+    assert not other.inertia.isnan().any()
+    warm = found(x * size, plain.centroids * size)
+    assert torch.equal(warm.labels, found(x, plain.centroids).labels)
+    mixed = torch.cat([x[:1], x[1:] * size])  # heads of very different sizes
+    assert torch.equal(found(mixed).labels, plain.labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kmeans_of_no_rows_is_empty(dtype):
+    for shape in ((0, 2, 9, 3), (2, 0, 9, 3)):
+        found = kmeans(torch.zeros(shape, dtype=dtype), 4)
+        assert found.labels.shape == shape[:3]
+        assert found.centroids.shape == (*shape[:2], 4, 3)
+
+
+def test_shares_of_steps_and_layers_are_not_rounded_up():
+    """0.07 * 100 is 7.000000000000001."""
+    sampling = SVG2Sampling(SVG2Config(dense_steps=0.07, dense_layers=0.07), 100, 100)
+    sampling.step = 7
+    assert [sampling.is_dense(layer) for layer in (6, 7)] == [True, False]
+    sampling.step = 6
+    assert sampling.is_dense(99)
+
+
+def test_plans_refuse_what_does_not_fit():
+    x, sizes = torch.randn(1, 2, 12, 4), torch.ones(1, 2, 12, dtype=torch.int64)
+    for q, k in ((x, x[..., :3]), (x, x[:, :0]), (torch.randn(1, 3, 12, 4), x), (torch.randn(2, 2, 12, 4), x)):
+        with pytest.raises(ValueError, match="must"):
+            svg2_plan(q, k, ClusterState(), query_clusters=3, key_clusters=3)
+    with pytest.raises(TypeError, match="q must be a tensor"):
+        svg2_plan(None, x, ClusterState())
+    with pytest.raises(TypeError, match="generator must be"):
+        kmeans(x, 2, generator=3)
+    for wrong in (0 * sizes, -sizes):
+        with pytest.raises(ValueError, match="key_sizes"):
+            cluster_mass(x, x, wrong)
+    with pytest.raises(ValueError, match="scale must be a finite number"):
+        cluster_mass(x, x, sizes, scale=float("nan"))
+    with pytest.raises(ValueError, match="mass must be numbers"):
+        critical_clusters(torch.full((2, 3), torch.nan))

@@ -579,3 +579,35 @@ def output_of(model, name):
 
     with torch.no_grad():
         return model(**inputs(name, 4)).logits
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("bits", [1, 2, 8])
+def test_nan_is_not_rounded_away(bits, signed):
+    """Integers have no NaN: the token's step says it, in packed layers as on the fly, with ranges fixed or not."""
+    torch.manual_seed(0)
+    quantizer = make_quantizer(bits, signed=signed)
+    x = torch.rand(3, 7)
+    if bits < 8:
+        quantizer.calibrate(x)
+    quantizer.range = torch.tensor([0.0, 1.0])
+    plain = quantizer(x)
+    x[1, 2] = torch.nan
+    assert quantizer(x)[1, 2].isnan()
+    codes, step, shift = quantizer.codes(x)
+    found = codes.float() * step + (0 if shift is None else shift)
+    assert found[1].isnan().all()
+    torch.testing.assert_close(found[[0, 2]], plain[[0, 2]])
+
+
+def test_numbers_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="x must be finite"):
+        make_quantizer(1).calibrate(torch.full((2,), torch.nan))
+    with pytest.raises(ValueError, match="weight must not be empty"):
+        weight_codes(torch.ones(2, 0), 2)
+    with pytest.raises(TypeError, match="weight must hold"):
+        weight_codes(torch.ones(2, 3, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match="task must be"):
+        DistillationLoss(task=float("nan"))
+    with pytest.raises(ValueError, match="weights must be"):
+        relative_operations(0, 8)

@@ -348,3 +348,57 @@ def test_far_out_it_is_finite_where_the_kernel_is(denominator):
     x.requires_grad_()
     rational_reference(x, a, b, denominator).sum().backward()
     assert x.grad.isfinite().all()
+
+
+LARGE = (1e6, 1e7, 6e7, 1e10, -1e20, 1e37)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(("groups", "width"), [(1, 16), (3, 5), (2, 32)])
+def test_large_numbers_are_not_lost_in_their_powers(form, compiled, groups, width, monkeypatch):
+    """Values and gradients against float64, where the fifth power of 10^37 is a number."""
+    if not compiled:
+        monkeypatch.setattr(kernels, "load", lambda name: False)
+    torch.manual_seed(0)
+    a, b = torch.rand(groups, 6) + 0.5, torch.rand(groups, 4) + 0.5
+    x = torch.randn(len(LARGE) + 2, groups * width)
+    for row, size in enumerate(LARGE):
+        x[row, row] = size
+    tensors = [t.requires_grad_() for t in (x, a, b)]
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    y, wanted = rational(*tensors, denominator=form), rational(*exact, denominator=form)
+    torch.testing.assert_close(y.double(), wanted, rtol=2e-5, atol=1e-6)
+    up = torch.where(x.detach().abs() > 1e5, x.detach().abs() ** -1.0, 1.0)  # so that gradients of a stay numbers
+    for found, true in zip(
+        torch.autograd.grad(y, tensors, up), torch.autograd.grad(wanted, exact, up.double()), strict=True
+    ):
+        torch.testing.assert_close(found.double(), true, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_gradients_are_refused_not_wrong():
+    x = torch.randn(2, 6, requires_grad=True)
+    y = rational(x, torch.randn(2, 6), torch.randn(2, 4))
+    (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        slope.sum().backward()
+
+
+def test_sizes_and_options_that_do_nothing_are_refused():
+    small = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 3}
+    for change in ({"patch_size": 0}, {"num_classes": -1}, {"mlp_ratio": 0.0}, {"mlp_ratio": float("nan")}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            VisionTransformer(**{**small, **change})
+    for change in ({"img_size": 8.0}, {"depth": True}):
+        with pytest.raises(TypeError, match=next(iter(change))):
+            VisionTransformer(**{**small, **change})
+    with pytest.raises(ValueError, match="options must be left out"):
+        VisionTransformer(**small, mlp="gelu", num_groups=4)
+    with pytest.raises(ValueError, match="x must have shape"):
+        VisionTransformer(**small)(torch.randn(2, 3, 4, 16))  # as many patches, of another image
+    for dim, hidden in ((10, 16), (16, 10)):
+        with pytest.raises(ValueError, match="num_groups"):
+            KATMlp(dim, hidden)
+    with pytest.raises(ValueError, match="a must lie on meta"):
+        rational(torch.ones(2, 6, device="meta"), torch.ones(1, 6), torch.ones(1, 4))
+    assert rational(torch.ones(3, 0), torch.ones(1, 6), torch.ones(1, 4)).shape == (3, 0)

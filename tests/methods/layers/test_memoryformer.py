@@ -322,3 +322,47 @@ def test_empty_inputs_and_rows_of_their_own(weight):
 def test_what_would_be_ignored_or_cast_is_refused(call, kind):
     with pytest.raises(kind):
         call()
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 0.1, 1.0, 1e30])
+@torch.no_grad()
+def test_the_cosine_weight_takes_numbers_of_any_size(temperature):
+    """Against the formula in float64, by the kernel and by torch; what lies in the middle has every bucket's equal share."""
+    torch.manual_seed(0)
+    layer = MemoryLinear(12, 5, bits=3, weight="cosine", temperature=temperature)
+    x = torch.randn(4, 12)
+    x[1, :3] = 0.0
+    z = x.double().unflatten(-1, (4, 3))
+    norm = z.norm(dim=-1, keepdim=True)
+    exponent = torch.where(norm > 0, -2 * z.abs() / (temperature * norm * 3**0.5), 0.0)
+    wanted = (1 / (1 + exponent.exp())).prod(-1)
+    for size in (1.0, 2.0**100, 2.0**-100):
+        weights = bucket_weights((x * size).unflatten(-1, (4, 3)), "cosine", temperature)
+        torch.testing.assert_close(weights.double(), wanted, atol=1e-6, rtol=1e-5)
+        rows, _ = layer.hash(x)
+        torch.testing.assert_close(layer(x * size), layer.look_up(rows, wanted.float()), atol=1e-7, rtol=1e-5)
+    assert bucket_weights(torch.full((2, 3), torch.nan), "cosine").isnan().all()
+
+
+def test_the_cosine_weight_of_large_and_small_numbers_has_the_right_gradient():
+    torch.manual_seed(0)
+    z = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: bucket_weights(z, "cosine", 0.7), z)
+    large = (z.detach() * 2.0**100).float().requires_grad_()
+    (found,) = torch.autograd.grad(bucket_weights(large, "cosine", 0.7).sum(), large)
+    (wanted,) = torch.autograd.grad(bucket_weights(z, "cosine", 0.7).sum(), z)
+    torch.testing.assert_close(found.double() * 2.0**100, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_temperatures_that_cannot_be_divided_by_are_refused():
+    for wrong in (0.0, 1e-46, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="temperature must be"):
+            MemoryLinear(8, 4, bits=4, weight="cosine", temperature=wrong)
+
+
+def test_small_heads_turn_too():
+    """A quarter of a head of 4 numbers is no pair: positions would be left out without a word."""
+    assert [MemoryAttention(2 * d, heads=2, bits=1).rotary_dim for d in (2, 3, 4, 8, 16, 24)] == [2, 2, 2, 2, 4, 6]
+    assert MemoryAttention(8, heads=2, bits=1, rotary_share=0.0).rotary_dim == 0
+    with pytest.raises(ValueError, match="rotary_share must be 0"):
+        MemoryAttention(2, heads=2, bits=1)

@@ -697,3 +697,16 @@ def test_float32_parameters_keep_their_gradients_too():
     holder = nn.Sequential(nn.Linear(4, 4), dynamics).to(torch.bfloat16)
     assert holder[0].weight.dtype == torch.bfloat16
     assert holder[1].D.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_loss_counts_the_cells_of_large_images_in_half_precision(dtype):
+    target = (torch.arange(90000).view(1, 1, 300, 300) % 3 == 0).to(dtype)
+    logits = (4 * target - 2).to(dtype)
+    torch.testing.assert_close(
+        dice_loss(logits, target).double(), dice_loss(logits.double(), target.double()), rtol=1e-4, atol=0
+    )
+    with pytest.raises(ValueError, match=r"target must hold numbers in \[0, 1\]"):
+        dice_loss(logits, 3 * target)
+    with pytest.raises(ValueError, match="logits must be"):
+        dice_loss(logits[0, 0], target[0, 0])

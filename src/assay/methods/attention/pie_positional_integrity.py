@@ -39,18 +39,22 @@ def rotate_keys(keys: Tensor, delta: Tensor | int, inv_freq: Tensor, *, interlea
     `delta` is one number or one for each token (tokens,); `inv_freq` (r,) are the model's angles per position. The first 2 r
     dimensions rotate, the others stay. `interleaved` pairs neighbouring dimensions (GPT-J), else dimension i with i + r.
     Computed in float32 at least; same dtype back. A delta of zero returns the keys themselves.
+    Raises TypeError for deltas that are no whole numbers and keys that are no floating-point ones, ValueError for other shapes.
 
     >>> keys, inv_freq = torch.randn(1, 2, 5, 8), 1e4 ** -(torch.arange(4) / 4)
     >>> there_and_back = rotate_keys(rotate_keys(keys, 3, inv_freq), -3, inv_freq)
     >>> bool((there_and_back - keys).abs().max() < 1e-5)
     True
     """
-    if not isinstance(delta, Tensor):
-        if checks.whole("delta", delta) == 0:
-            return keys
-        delta = torch.tensor([delta])
     checks.tensor("keys", keys, shape=("...", "tokens", "dim"), empty=True)
     checks.tensor("inv_freq", inv_freq, ndim=1)
+    checks.flag("interleaved", interleaved)
+    if isinstance(delta, Tensor):
+        checks.tensor("delta", delta, shape=(keys.shape[-2],), dtype="integer", empty=True)
+    elif checks.whole("delta", delta) == 0:
+        return keys
+    else:
+        delta = torch.tensor([delta])
     if 2 * inv_freq.numel() > keys.shape[-1]:
         raise ValueError(
             f"inv_freq must have at most half as many values as keys have dimensions ({keys.shape[-1]}), got {inv_freq.numel()}"
@@ -83,8 +87,9 @@ def edit_cache(
     `new_kv` are the keys (already rotated for positions from `start` on) and values of the new tokens, one pair per layer, tokens
     possibly none; all rows of a batch are edited in the same place. `inv_freq` is one for all layers or one for each, as
     `rotation_of` finds them; None rotates nothing: for keys that carry no positions (ALiBi, layers without rotary embedding).
-    Raises ValueError for a span outside the cache or new keys and values that do not fit it, TypeError as `keys_and_values`
-    and for layers that do not keep all tokens as they came (sliding, quantised, static). The cache is then unchanged.
+    Raises ValueError for a span outside the cache or new keys and values that do not fit it, TypeError as `keys_and_values`,
+    for new ones of another dtype and for layers that do not keep all tokens as they came (sliding, quantised, static). The cache
+    is then unchanged.
     """
     layers = _whole_layers(cache)
     tokens = layers[0][0].shape[2]
@@ -92,6 +97,9 @@ def edit_cache(
         raise ValueError(f"start and old_len must lie within the cache's {tokens} tokens, got {start} and {old_len}")
     if len(new_kv) != len(layers):
         raise ValueError(f"new_kv must have {len(layers)} layers, got {len(new_kv)}")
+    for pair, held in zip(new_kv, layers, strict=True):
+        for found, own in zip(pair, held, strict=True):
+            checks.tensor("new_kv", found, ndim=4, dtype=own.dtype, device=own.device, empty=True)
     new = new_kv[0][0].shape[2]
     for index, (old, given) in enumerate(zip(layers, new_kv, strict=True)):
         wanted = [(*x.shape[:2], new, x.shape[3]) for x in old]

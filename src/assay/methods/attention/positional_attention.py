@@ -59,6 +59,7 @@ class PositionalAttention(nn.Module):
         return torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(self.positions), -1)
 
     def forward(self, x: Tensor) -> Tensor:
+        checks.tensor("x", x, shape=("batch", "n", self.dim), empty=True)
         return mix(x, self.weights(x.shape[1]), self.v_proj, self.o_proj)
 
 
@@ -155,28 +156,45 @@ class AlgorithmicTransformer(nn.Module):
 
 
 class _Folded(nn.Module):
-    def __init__(self, attention: PositionalAttention, n: int):
+    """A `PositionalAttention` whose weights are the constants a (heads, n, n)."""
+
+    a: Tensor
+
+    def __init__(self, attention: PositionalAttention, a: Tensor):
         super().__init__()
-        self.register_buffer("a", attention.weights(n).detach())
+        self.dim = attention.dim
+        self.register_buffer("a", a)
         self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        return mix(x, self.a, self.v_proj, self.o_proj)  # type: ignore[arg-type]
+        checks.tensor("x", x, shape=("batch", self.a.shape[1], self.dim), empty=True)
+        return mix(x, self.a, self.v_proj, self.o_proj)
 
 
+@torch.no_grad()
 def fold(model: nn.Module, n: int) -> nn.Module:
-    """Replace every `PositionalAttention` by its constant weights for inputs of n positions (scratch included), in place.
+    """Replace every `PositionalAttention` by its constant weights, in place, for inference.
 
-    n^2 dim MACs per layer and sample remain for the mixing (1 MAC = 2 FLOPs). Raises ValueError when there is nothing to fold.
+    A network then takes inputs of exactly n positions (scratch included), a `PositionalMixer` sequences of up to n tokens.
+    n^2 dim MACs a layer and sample remain for the mixing (1 MAC = 2 FLOPs). Store a model before it is folded: its checkpoints
+    have no place for the constants. Raises ValueError, before anything is replaced, when there is none to fold, when `model`
+    itself is what would be replaced, and for more positions than one was made for.
     """
-    folded = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, PositionalAttention):
-                setattr(parent, name, _Folded(child, n))
-                folded += 1
-    if not folded:
+    checks.whole("n", n, low=1)
+    if isinstance(model, PositionalAttention):
+        raise ValueError("model must hold its PositionalAttention inside: one by itself cannot be replaced in place")
+    made = [
+        (parent, name, _Folded(child, parent.folded(n) if isinstance(parent, PositionalMixer) else child.weights(n)))
+        for parent in model.modules()
+        for name, child in parent._modules.items()  # an attention of two names is replaced at both
+        if isinstance(child, PositionalAttention)
+    ]
+    if not made:
         raise ValueError(f"{type(model).__name__} has no PositionalAttention")
+    for parent, name, constant in made:
+        setattr(parent, name, constant)
+        if isinstance(parent, PositionalMixer):
+            parent.positions, parent._made_of, parent._known = n, [], None
     return model
 
 
@@ -189,9 +207,11 @@ class PositionalMixer(Mixer):
 
     If no gradient is needed, the weights of all positions so far are computed once and kept: heads * n^2 numbers, shared by all
     rows, whatever their padding. Each sequence (a forward pass, or an empty state) begins by comparing the parameters with those the
-    weights were made from, so that they follow every change; within a sequence they are as old as its values. Raises TypeError and
-    ValueError for invalid sizes, and ValueError for longer sequences.
+    weights were made of, so that they follow every change; what changes in the middle of a sequence counts from the next one on at
+    the latest. Raises TypeError and ValueError for sizes that are none, and ValueError for longer sequences.
     """
+
+    attention: PositionalAttention | _Folded
 
     def __init__(self, dim: int, *, heads: int = 2, positions: int = 512, layer: int = 0, layers: int = 1):
         super().__init__()
@@ -200,17 +220,23 @@ class PositionalMixer(Mixer):
         self._made_of: list[Tensor] = []
         self._known: Tensor | None = None  # (heads, n, n)
 
+    def folded(self, n: int) -> Tensor:
+        """The weights of all pairs of n tokens, (heads, n, n), as `fold` keeps them. Raises ValueError for n above `positions`."""
+        return self._weights(0, checks.whole("n", n, low=1, high=self.positions))
+
     def _weights(self, low: int, high: int) -> Tensor:
         """(heads, high - low, high) of queries from position low on: with one-hot encodings a product of rows of two tables."""
         a = self.attention
+        if isinstance(a, _Folded):
+            return a.a[:, low:high, :high]
         q = (a.q_proj.weight.T[low:high] + a.q_proj.bias).unflatten(1, (self.heads, -1)).transpose(0, 1)
         k = (a.k_proj.weight.T[:high] + a.k_proj.bias).unflatten(1, (self.heads, -1)).transpose(0, 1)
         later = torch.ones(high - low, high, dtype=torch.bool, device=q.device).triu(low + 1)
         return (q @ k.transpose(-1, -2) / math.sqrt(self.positions)).masked_fill(later, -torch.inf).softmax(-1)
 
     def _rows(self, low: int, high: int, begins: bool) -> Tensor:
-        """`_weights`, reused from one call to the next while they are valid."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """`_weights`, kept from one call to the next where that is right."""
+        if isinstance(self.attention, _Folded) or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._weights(low, high)
         parameters = [x for part in (self.attention.q_proj, self.attention.k_proj) for x in (part.weight, part.bias)]
         if begins and not (
@@ -233,7 +259,9 @@ class PositionalMixer(Mixer):
         starts = sorted(set(first.tolist()))
         longest = tokens - starts[0] if starts else 0
         if longest > self.positions:
-            raise ValueError(f"positional attention was built for {self.positions} positions, got {longest}")
+            raise ValueError(
+                f"tokens must be at most {self.positions}, which positional attention was made for, got {longest}"
+            )
         low = max(0, tokens - queries - starts[-1]) if starts else 0
         a = self._rows(low, longest, begins) if longest else v.new_zeros(self.heads, 0, 0)
         y = v.new_zeros(len(v), queries, self.dim)

@@ -16,6 +16,7 @@ When NOT to use it: causal attention, sequences of a few thousand tokens (k-mean
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,9 +65,10 @@ def kmeans(
     Starts from `centres` (batch, heads, clusters, dim), or else from random tokens. Each iteration assigns every token to its
     nearest centre (the first of equals) and moves the centres to the means; a head stops after `iterations`, or when none of
     its centres moves by `tolerance`. tokens * clusters * dim MACs an iteration and head (1 MAC = 2 FLOPs).
-    Distances are computed after subtracting each head's mean token, so that an offset shared by all tokens costs no precision.
-    Raises TypeError for arguments of another kind, ValueError for another shape, NaN or infinity, more clusters than tokens, or no
-    iterations.
+    Distances are those of what is left when each head's mean token is taken away, so that an offset of all tokens costs no digits.
+    Nor does their size: numbers whose squares float32 does not hold are clustered as smaller or larger ones, `inertia` alone is
+    then infinite or 0. No rows give an empty clustering. Raises TypeError for arguments of another kind, ValueError for another
+    shape, NaN or infinity, more clusters than tokens, or no iterations.
 
     >>> found = kmeans(torch.tensor([0.0, 1.0, 10.0, 11.0]).view(1, 1, 4, 1), 2, generator=torch.Generator().manual_seed(0))
     >>> sorted(found.centroids.flatten().tolist())
@@ -74,6 +76,9 @@ def kmeans(
     """
     checks.tensor("x", x, shape=("batch", "heads", "tokens", "dim"), finite=True, empty=True)
     batch, heads, tokens, dim = x.shape
+    checks.whole("dim of x", dim, low=1)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {checks.shown(generator)}")
     checks.whole("clusters", clusters, low=1, high=tokens)
     checks.whole("iterations", iterations, low=1)
     checks.number("tolerance", tolerance, low=0)
@@ -82,8 +87,12 @@ def kmeans(
         centres = _random_tokens(x, clusters, generator)
     else:
         checks.tensor("centres", centres, shape=(batch, heads, clusters, dim), device=x.device, finite=True, empty=True)
+    centres = centres.to(x.dtype)
+    scale = _power_of_two(x, centres)
+    x, centres = x * scale, centres * scale
     middle = x.mean(2, keepdim=True)
-    x, centroids = (x - middle).flatten(0, 1), (centres.to(x.dtype) - middle).flatten(0, 1)
+    x, centroids = (x - middle).flatten(0, 1), (centres - middle).flatten(0, 1)
+    limit = tolerance * scale.flatten()
     squares = torch.linalg.vector_norm(x, dim=(1, 2)).square()
     labels = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
     sizes = torch.zeros(centroids.shape[:2], dtype=torch.int64, device=x.device)
@@ -93,16 +102,30 @@ def kmeans(
         rows = active.nonzero()[:, 0]
         part, old = (x, centroids) if len(rows) == len(x) else (x[rows], centroids[rows])
         found, distance, means, counts = _lloyd(part, old)
-        active[rows] = (means - old).norm(dim=-1).amax(-1) >= tolerance
+        active[rows] = (means - old).norm(dim=-1).amax(-1) >= limit[rows]
         current[rows] = (squares[rows] + distance).clamp(min=0)
         labels[rows], sizes[rows], centroids[rows] = found, counts, means
         inertia.append(current.clone())
         if not active.any():
             break
     shape = (batch, heads)
-    history = torch.stack(inertia).unflatten(1, shape)
-    centroids = centroids.unflatten(0, shape) + middle
+    history = torch.stack(inertia).unflatten(1, shape) / scale[:, :, 0, 0] / scale[:, :, 0, 0]
+    centroids = (centroids.unflatten(0, shape) + middle) / scale
     return KMeans(labels.unflatten(0, shape), centroids, sizes.unflatten(0, shape), history)
+
+
+def _power_of_two(x: Tensor, centres: Tensor) -> Tensor:
+    """What brings each head's largest number to about 1 where its squares would leave float32, else 1: (batch, heads, 1, 1)."""
+    if not x.numel():
+        return x.new_ones(*x.shape[:2], 1, 1)
+    largest = torch.maximum(x.abs().amax((2, 3)), centres.abs().amax((2, 3)))[..., None, None]
+    reach, most = (40, 120) if x.dtype == torch.float32 else (400, 1000)  # exponents
+
+    def power(value: float) -> float:
+        exponent = math.frexp(value)[1]
+        return 1.0 if not value or abs(exponent) <= reach else math.ldexp(1.0, -max(-most, min(most, exponent)))
+
+    return largest.new_tensor([power(value) for value in largest.flatten().tolist()]).view_as(largest)
 
 
 def _random_tokens(x: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
@@ -115,7 +138,7 @@ def _random_tokens(x: Tensor, count: int, generator: torch.Generator | None) -> 
 def _lloyd(x: Tensor, old: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One iteration from the centres `old` (rows, clusters, dim): labels (rows, tokens), the sums of squared distances (rows,) less
     that of the squared tokens, the means of the members (`old` where there are none), and how many members there are."""
-    if x.is_cpu and x.dtype == torch.float32 and x.shape[2] and _load():
+    if x.is_cpu and x.dtype == torch.float32 and x.numel() and _load():
         kernels.ran("k-means", "kernel")
         labels, closeness, sums, counts = torch.ops.assay.kmeans_step(x.contiguous(), old.contiguous())
         return labels, (-2 * closeness).to(x.dtype), _divided(sums, counts, old), counts
@@ -146,7 +169,7 @@ def _nearest(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     labels = torch.empty(rows, tokens, dtype=torch.int64, device=x.device)
     total = x.new_zeros(rows)
     together = max(1, DISTANCES // (tokens * clusters))
-    step = max(1, DISTANCES // (min(together, rows) * clusters))
+    step = max(1, DISTANCES // (max(1, min(together, rows)) * clusters))
     for r in range(0, rows, together):
         some = slice(r, r + together)
         for t in range(0, tokens, step):
@@ -193,10 +216,17 @@ def cluster_mass(
 
     Softmax over key clusters of scale * (query centroid . key centroid), weighted by the sizes: m_j e^s_ij / sum m e^s. Rows sum
     to 1, empty clusters have 0. query_centroids (batch, heads, query clusters, dim), key_centroids (batch, key heads, key
-    clusters, dim), key_sizes int64 (batch, key heads, key clusters); scale is dim ** -0.5 by default.
+    clusters, dim), key_sizes int64 (batch, key heads, key clusters); scale is dim ** -0.5 by default. Raises TypeError for
+    arguments of another kind, ValueError for shapes that do not fit, and for sizes below 0 or that are all 0.
     """
+    checks.tensor("query_centroids", query_centroids, ndim=4, empty=True)
     batch, heads, count, dim = query_centroids.shape
-    scale = dim**-0.5 if scale is None else scale
+    checks.tensor("key_centroids", key_centroids, shape=(batch, "key heads", "key clusters", dim), empty=True)
+    checks.tensor("key_sizes", key_sizes, shape=tuple(key_centroids.shape[:3]), dtype="integer", empty=True)
+    _check_groups(heads, key_centroids.shape[1])
+    if (key_sizes < 0).any() or not key_sizes.sum(-1).all():
+        raise ValueError("key_sizes must be at least 0, and above 0 for one cluster of each head")
+    scale = dim**-0.5 if scale is None else checks.number("scale", scale)
     groups, clusters = key_sizes.shape[1:]
     grouped = query_centroids.unflatten(1, (groups, heads // groups)).flatten(2, 3)
     scores = grouped @ key_centroids.to(grouped.dtype).transpose(-1, -2) * scale
@@ -209,14 +239,21 @@ def critical_clusters(mass: Tensor, *, top_p: float = 0.9, min_ratio: float = 0.
 
     The fewest that hold `top_p` of the mass, the one that crosses it included, at least one; and in any case the best
     floor(min_ratio * key clusters). top_p = 1 keeps all, also those whose mass rounds to nothing.
-    Raises ValueError unless both lie in [0, 1].
+    Raises ValueError unless both lie in [0, 1], and for NaN in the mass.
     """
+    if checks.tensor("mass", mass, shape=("...", "key clusters"), empty=True).isnan().any():
+        raise ValueError("mass must be numbers, got NaN in it")
     _check_share("top_p", top_p)
     _check_share("min_ratio", min_ratio)
     ranked, order = mass.double().sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(mass.shape[-1], device=mass.device)
     wanted = (ranked.cumsum(-1) - ranked < top_p) | (rank < max(1, int(min_ratio * mass.shape[-1])))
     return torch.zeros_like(mass, dtype=torch.bool).scatter(-1, order, wanted | (top_p >= 1))
+
+
+def _check_groups(heads: int, key_heads: int) -> None:
+    if not key_heads or heads % key_heads:
+        raise ValueError(f"heads of queries must be a multiple of the heads of keys, got {heads} and {key_heads}")
 
 
 def _check_share(name: str, value: float) -> None:
@@ -300,10 +337,9 @@ def svg2_plan(
     cluster, which sees and is seen by everything, and padding another, which sees only itself. `clustering` are the settings of
     `update_clusters`. Raises ValueError for bad settings or shapes.
     """
-    if q.ndim != 4 or k.ndim != 4 or q.shape[2] != k.shape[2]:
-        raise ValueError(
-            f"q and k must be (batch, heads, tokens, dim) of the same tokens, got {tuple(q.shape)}, {tuple(k.shape)}"
-        )
+    checks.tensor("q", q, shape=("batch", "heads", "tokens", "dim"), empty=True)
+    checks.tensor("k", k, shape=(len(q), "key heads", *q.shape[2:]), empty=True)
+    _check_groups(q.shape[1], k.shape[1])
     _check_share("top_p", top_p)
     _check_share("min_ratio", min_ratio)
     words = 0 if text is None else _check_text(text, q)
@@ -415,6 +451,11 @@ class SVG2Config:
         return {name: getattr(self, name) for name in names}
 
 
+def _part(share: float, count: int) -> float:
+    """share * count; 0.07 of 100 are 7, not the 7.000000000000001 that would take an eighth."""
+    return round(share * count, 9)
+
+
 @dataclass
 class SVG2Sampling:
     """The attention of a model over one generation: counts denoising steps, keeps the state of each layer and branch.
@@ -463,8 +504,8 @@ class SVG2Sampling:
 
     def is_dense(self, layer: int) -> bool:
         """Whether a layer is dense at this step."""
-        early = self.step < self.config.dense_steps * self.steps
-        return early or layer < self.config.dense_layers * self.layers
+        early = self.step < _part(self.config.dense_steps, self.steps)
+        return early or layer < _part(self.config.dense_layers, self.layers)
 
     def plan(
         self, layer: int, q: Tensor, k: Tensor, *, text: Tensor | None = None, scale: float | None = None
@@ -481,7 +522,7 @@ class SVG2Sampling:
         config = self.config
         state = self._states.setdefault((layer, branch), ClusterState(config.seed + layer))
         if self.is_dense(layer):
-            if config.cluster_in_dense_steps and layer >= config.dense_layers * self.layers:
+            if config.cluster_in_dense_steps and layer >= _part(config.dense_layers, self.layers):
                 video = q.shape[2] - (0 if text is None else _check_text(text, q))
                 update_clusters(q[:, :, :video].detach(), k[:, :, :video].detach(), state, **config.clustering())
             return None

@@ -50,7 +50,7 @@ def weight_codes(weight: Tensor, bits: int, method: Method = "tbt") -> tuple[Ten
 
     `method="baseline"` is TWN at 2 bits (0 below 0.7 mean|w|, scale the mean of the others) and BWN at 1 bit, which is the same
     as the paper's. Computed in float32 at least, whatever the weight: in float16, rows of weights under 6e-5 would come out as 0.
-    Raises ValueError for other bits or methods.
+    Raises ValueError for other bits or methods and an empty weight, TypeError for whole or complex numbers.
 
     >>> codes, scale = weight_codes(torch.tensor([[0.9, -0.1, -1.1, 0.2]]), 2)
     >>> codes.tolist(), round(scale.item(), 3)
@@ -58,6 +58,7 @@ def weight_codes(weight: Tensor, bits: int, method: Method = "tbt") -> tuple[Ten
     """
     checks.choice("bits", bits, tuple(KIND))
     checks.choice("method", method, get_args(Method))
+    checks.tensor("weight", weight)
     weight = weight if weight.dtype == torch.float64 else weight.float()
     mean = weight.abs().mean(-1, keepdim=True)
     if bits == 1:
@@ -106,7 +107,15 @@ class _Elastic(torch.autograd.Function):
 
 
 def _levels(v: Tensor, low: int, high: int, sign: bool) -> Tensor:
-    return torch.where(v >= 0, 1.0, -1.0).to(v.dtype) if sign else v.clamp(low, high).round()
+    if not sign:
+        return v.clamp(low, high).round()
+    return torch.where(v >= 0, 1.0, torch.where(v < 0, -1.0, v)).to(v.dtype)  # NaN stays
+
+
+def _told(step: Tensor, x: Tensor) -> Tensor:
+    """`step`, NaN for the tokens of x that hold NaN: integer codes cannot say it."""
+    lost = x.isnan().any(-1, keepdim=True)
+    return torch.where(lost, torch.nan, step) if bool(lost.any()) else step
 
 
 class ActivationQuantizer(nn.Module):
@@ -131,7 +140,7 @@ class ActivationQuantizer(nn.Module):
         return low, high
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(codes int8, step, shift): the quantised x is codes * step + shift (no shift: None)."""
+        """(codes int8, step, shift): the quantised x is codes * step + shift (no shift: None). NaN makes its token's step NaN."""
         raise NotImplementedError
 
 
@@ -159,7 +168,9 @@ class ElasticQuantizer(ActivationQuantizer):
         """The first scale: 2 mean|x| / sqrt(Q), unsigned 4 mean|x| / sqrt(Q).
 
         Q is the highest level; for unsigned 2 bits the official code takes 3 here, though its levels end at 2: kept.
+        Raises ValueError for NaN or infinity in x.
         """
+        checks.tensor("x", x, finite=True)
         q = 3 if (self.bits, self.signed) == (2, False) else self.high
         self.scale.fill_((2 if self.signed else 4) * float(x.abs().float().mean()) / math.sqrt(q))
         self.scale.clamp_(min=SMALLEST)
@@ -185,7 +196,8 @@ class ElasticQuantizer(ActivationQuantizer):
         shift = self._shift(x)
         step = self.scale.detach().float().clamp_min(SMALLEST)
         moved = x if shift is None else x - shift
-        return _levels(moved / step, self.low, self.high, self.signed and self.bits == 1).to(torch.int8), step, shift
+        levels = _levels(moved / step, self.low, self.high, self.signed and self.bits == 1)
+        return levels.to(torch.int8), _told(step, x), shift
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, signed={self.signed}"
@@ -220,7 +232,7 @@ class RangeQuantizer(ActivationQuantizer):
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         inside, step, zero = self._grid(x.detach().float())
-        codes = ((inside - zero) / step).round()
+        codes, step = ((inside - zero) / step).round(), _told(step, inside)
         if self.signed:
             return codes.to(torch.int8), step, None
         return (codes - 128).to(torch.int8), step, zero + 128 * step
@@ -514,7 +526,11 @@ def packed_size(model: nn.Module, *, weights: int, embeddings: int) -> int:
 
 
 def relative_operations(weights: int, activations: int) -> float:
-    """Operations in bits, relative to 8 x 8: how the paper counts FLOPs (2-2-8: 0.25). No current processor runs at this rate."""
+    """Operations in bits, relative to 8 x 8: how the paper counts FLOPs (2-2-8: 0.25). No current processor runs at this rate.
+
+    Raises ValueError for bits below 1.
+    """
+    weights, activations = checks.whole("weights", weights, low=1), checks.whole("activations", activations, low=1)
     return weights * activations / 64
 
 
@@ -610,9 +626,9 @@ class DistillationLoss(nn.Module):
         variant: Literal["paper", "as_released"] = "paper",
     ):
         super().__init__()
-        if variant not in ("paper", "as_released"):
-            raise ValueError(f"variant must be 'paper' or 'as_released', got {variant!r}")
-        self.weights = {"task": task, "logits": logits, "hidden": hidden, "attention": attention}
+        checks.choice("variant", variant, ("paper", "as_released"))
+        given = {"task": task, "logits": logits, "hidden": hidden, "attention": attention}
+        self.weights = {name: checks.number(name, weight, low=0) for name, weight in given.items()}
         self.variant = variant
 
     def forward(

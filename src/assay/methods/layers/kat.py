@@ -37,6 +37,7 @@ Shared = Literal["numerator", "denominator"]
 Variant = Literal["paper", "as_released"]
 INITS = ("identity", "gelu", "swish")
 FIT_RANGE, FIT_POINTS = 3.0, 1000
+FAR = 2.0**20  # beyond it powers may leave float32
 FIT_TOLERANCE = {"identity": 0.0, "gelu": 0.02, "swish": 0.02}  # largest error on the range that a fit may have
 
 
@@ -46,13 +47,22 @@ FIT_TOLERANCE = {"identity": 0.0, "gelu": 0.02, "swish": 0.02}  # largest error 
 def rational_reference(x: Tensor, a: Tensor, b: Tensor, denominator: Denominator = "sum_of_abs") -> Tensor:
     """P(x) / Q(x) by Horner's rule, as the kernel computes it; arguments as for `rational`, whose oracle it is.
 
-    The fifth power exceeds float32 if |x| is about 10^7 or more, sooner for large coefficients; the result is then infinite or
-    NaN, in both. The identity has no such limit.
+    float32 does not hold the fifth power of some 10^7, sooner with large coefficients: with numbers beyond 10^6 among its own the
+    work is done in float64, on the CPU; elsewhere, or compiled, the result is infinite or NaN there. So it is in float64 beyond
+    10^60. The identity has no such limit.
     """
+    if _is_far(x):
+        return rational_reference(x.double(), a.double(), b.double(), denominator).to(x.dtype)
     groups = max(len(a), len(b))
     v = x.unflatten(-1, (groups, x.shape[-1] // groups))
     s = _denominator(v, b, denominator == "abs_of_sum")[0]
     return (_horner(v, a) / (1 + s.abs())).reshape(x.shape)
+
+
+def _is_far(x: Tensor) -> bool:
+    """Whether x is float32 and holds numbers whose powers are not."""
+    plain = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return plain and bool((x.abs() > FAR).any())
 
 
 def _horner(v: Tensor, coefficients: Tensor) -> Tensor:
@@ -71,7 +81,7 @@ def _denominator(v: Tensor, b: Tensor, abs_of_sum: bool) -> tuple[Tensor, Tensor
 
 
 class _Rational(torch.autograd.Function):
-    """Saves x and the coefficients, nothing else."""
+    """Saves x and the coefficients, nothing else. Gradients of gradients are refused."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, abs_of_sum: bool) -> Tensor:
@@ -84,6 +94,7 @@ class _Rational(torch.autograd.Function):
         return rational_reference(x, a, b, "abs_of_sum" if abs_of_sum else "sum_of_abs")
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, a, b = ctx.saved_tensors
         if _use_kernel(x):
@@ -97,6 +108,9 @@ def _use_kernel(x: Tensor) -> bool:
 
 def _gradients(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, abs_of_sum: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The paper's gradients in torch: x (rows, d)."""
+    if _is_far(x):
+        found = _gradients(grad.double(), x.double(), a.double(), b.double(), abs_of_sum)
+        return found[0].to(x.dtype), found[1].to(a.dtype), found[2].to(b.dtype)
     groups = max(len(a), len(b))
     v = x.unflatten(-1, (groups, x.shape[-1] // groups))
     g = grad.view_as(v)
@@ -122,18 +136,21 @@ def _gradients(grad: Tensor, x: Tensor, a: Tensor, b: Tensor, abs_of_sum: bool) 
 def rational(x: Tensor, a: Tensor, b: Tensor, *, denominator: Denominator = "sum_of_abs") -> Tensor:
     """phi(x) for x (..., d), a (groups, 6) from the constant term up, b (groups, 4) from the linear term up; gradients for all.
 
-    One of a and b may have a single row, which all groups share. Computed in float32 (float64 for float64), returned in the
-    dtype of x. Raises ValueError for shapes that do not fit, TypeError when x does not hold floating-point numbers.
+    One of a and b may have a single row, which all groups share. Computed in float32 (float64 for float64, and for large numbers,
+    see `rational_reference`), returned in the dtype of x. No channels give none. Raises ValueError for shapes that do not fit and
+    devices that differ, TypeError when x does not hold floating-point numbers.
     """
     checks.choice("denominator", denominator, get_args(Denominator))
     checks.tensor("x", x, empty=True)
     for name, value, width in (("a", a, 6), ("b", b, 4)):
-        checks.tensor(name, value, shape=("groups", width))
+        checks.tensor(name, value, shape=("groups", width), device=x.device)
     if not (len(a) == len(b) or min(len(a), len(b)) == 1):
         raise ValueError(f"a and b must have as many rows, or one of them a single row, got {len(a)} and {len(b)}")
     groups = max(len(a), len(b))
     if not x.ndim or x.shape[-1] % groups:
         raise ValueError(f"num_groups ({groups}) must divide the channels of x, got {tuple(x.shape)}")
+    if not x.numel():
+        return x
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = x.to(wide).reshape(-1, x.shape[-1]).contiguous()
     found = _Rational.apply(rows, a.to(wide).contiguous(), b.to(wide).contiguous(), denominator == "abs_of_sum")
@@ -254,7 +271,8 @@ class KATMlp(nn.Module):
 
     `variant` "paper" starts the weights with the variance-preserving initialisation of the activation before each; "as_released"
     with what the released code leaves there, a normal distribution of deviation 0.02, cut at 2 (weights near 0: the residual
-    stream carries the signal at first). `options` are those of `GroupRational`. Raises ValueError for an unknown variant.
+    stream carries the signal at first). `options` are those of `GroupRational`. Raises ValueError for an unknown variant and for
+    widths that the groups do not divide, TypeError for sizes that are no whole numbers.
     """
 
     def __init__(
@@ -270,7 +288,10 @@ class KATMlp(nn.Module):
         super().__init__()
         checks.choice("variant", variant, get_args(Variant))
         dropout = checks.number("dropout", dropout, low=0, high=1)
+        dim, hidden = checks.whole("dim", dim, low=1), checks.whole("hidden", hidden, low=1)
         self.act1 = GroupRational(init="identity", **options)
+        if dim % self.act1.num_groups or hidden % self.act1.num_groups:
+            raise ValueError(f"num_groups ({self.act1.num_groups}) must divide dim and hidden, got {dim} and {hidden}")
         self.fc1 = nn.Linear(dim, hidden)
         self.act2 = GroupRational(init=act_init, **options)
         self.fc2 = nn.Linear(hidden, dim)
@@ -353,7 +374,8 @@ class VisionTransformer(nn.Module):
 
     `mlp` "kat" | "gelu"; `options` are those of `KATMlp`. `forward_features` gives the tokens (batch, 1 + patches, dim);
     `num_classes=0` leaves the head out.
-    Raises ValueError for sizes that do not divide.
+    Raises ValueError for sizes that do not divide, images of another size, and `options` beside mlp "gelu", which has none;
+    TypeError for sizes that are no whole numbers.
     """
 
     def __init__(
@@ -371,12 +393,20 @@ class VisionTransformer(nn.Module):
         **options: Any,
     ):
         super().__init__()
+        sizes = {"img_size": img_size, "patch_size": patch_size, "in_chans": in_chans, "embed_dim": embed_dim}
+        for name, size in {**sizes, "num_heads": num_heads}.items():
+            checks.whole(name, size, low=1)
+        checks.whole("num_classes", num_classes, low=0)
+        checks.whole("depth", depth, low=0)
+        checks.number("mlp_ratio", mlp_ratio, low=1 / embed_dim)
         if img_size % patch_size or embed_dim % num_heads:
             raise ValueError(
                 f"patch_size must divide img_size and num_heads embed_dim, got {patch_size}, {img_size}, {num_heads}, {embed_dim}"
             )
-        if mlp not in ("kat", "gelu"):
-            raise ValueError(f"mlp must be 'kat' or 'gelu', got {mlp!r}")
+        checks.choice("mlp", mlp, ("kat", "gelu"))
+        if mlp == "gelu" and options:
+            raise ValueError(f"options must be left out beside mlp 'gelu', which has none, got {sorted(options)}")
+        self.in_chans, self.img_size = in_chans, img_size
         hidden = int(embed_dim * mlp_ratio)
         self.patch_embed = nn.Conv2d(in_chans, embed_dim, patch_size, patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -394,6 +424,7 @@ class VisionTransformer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images as in `forward` to normed tokens (batch, 1 + patches, embed_dim), the class token first."""
+        checks.tensor("x", x, shape=("batch", self.in_chans, self.img_size, self.img_size), empty=True)
         x = self.patch_embed(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed
         for block in self.blocks:

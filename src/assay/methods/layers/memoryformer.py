@@ -30,6 +30,7 @@ from assay.methods.core.mixers.attention import SoftmaxAttention, rotate
 from assay.methods.core.mixers.protocol import channel_mixer, mixer
 
 Weight = Literal["softmax", "cosine", "magnitude"]
+COLDEST = 1e-30  # the lowest temperature that can be divided by in float32
 
 
 def bucket_codes(z: Tensor) -> Tensor:
@@ -43,9 +44,15 @@ def bucket_weights(z: Tensor, weight: Weight = "softmax", temperature: float = 1
     """How safely z (..., bits) lies in its bucket: (...), float32 at least; see the module docstring."""
     wide = z.double() if z.dtype == torch.float64 else z.float()
     size = wide.abs()
-    if weight == "cosine":
-        norm = wide.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
-        return torch.exp(-F.softplus(-2 * size / (temperature * norm * z.shape[-1] ** 0.5)).sum(-1))
+    if (
+        weight == "cosine"
+    ):  # the direction alone counts: its squares neither overflow nor vanish once its largest number is 1
+        largest = size.detach().amax(-1, keepdim=True)
+        size = size / torch.where(largest > 0, largest, 1.0)
+        norm = size.norm(dim=-1, keepdim=True).clamp(
+            min=1.0
+        )  # 1 but for zeros, which stay in the middle between all buckets
+        return torch.exp(-F.softplus(-2 * (size / norm) / (temperature * z.shape[-1] ** 0.5)).sum(-1))
     p = torch.exp(-F.softplus(-2 * size).sum(-1))
     return p * size.sum(-1) if weight == "magnitude" else p
 
@@ -89,7 +96,7 @@ class MemoryLinear(nn.Module):
             raise ValueError(f"bits must be from 1 to 16 and divide in_features ({in_features}), got {bits}")
         checks.choice("weight", weight, get_args(Weight))
         checks.flag("bias", bias)
-        temperature = checks.number("temperature", temperature, above=0)
+        temperature = checks.number("temperature", temperature, low=COLDEST)
         if temperature != 1 and weight != "cosine":
             raise ValueError(f"temperature is of weight 'cosine' only, got {temperature} with {weight!r}")
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
@@ -245,7 +252,9 @@ def bucket_entropy(layer: MemoryLinear, x: Tensor) -> tuple[float, float]:
 class MemoryAttention(SoftmaxAttention):
     """Softmax attention whose queries, keys and values are look-ups with one shared hash; no output projection.
 
-    Rotary positions on `rotary_share` of each head, as in Pythia.
+    Rotary positions on `rotary_share` of each head, as in Pythia; a share above 0 turns at least one pair of numbers (`our choice`:
+    rounded down, small heads would have no positions at all). Raises ValueError for sizes that do not divide, heads of one number
+    that are to turn, and options as `MemoryLinear`.
     """
 
     def __init__(
@@ -262,7 +271,9 @@ class MemoryAttention(SoftmaxAttention):
     ):
         super().__init__(dim, heads=heads, rotary=False)
         rotary_share = checks.number("rotary_share", rotary_share, low=0, high=1)
-        self.rotary_dim = int(self.head_dim * rotary_share) // 2 * 2
+        if rotary_share and self.head_dim < 2:
+            raise ValueError(f"rotary_share must be 0 for heads of one number, which cannot turn, got {rotary_share}")
+        self.rotary_dim = max(2 if rotary_share else 0, int(self.head_dim * rotary_share) // 2 * 2)
         for name in ("q_proj", "k_proj", "v_proj"):
             setattr(self, name, MemoryLinear(dim, dim, bits=bits, weight=weight, temperature=temperature))
         self.o_proj = nn.Identity()  # type: ignore[assignment]

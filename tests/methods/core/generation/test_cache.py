@@ -103,3 +103,17 @@ def test_layers_without_keys_are_named():
     cache.layers[1].reset()
     with pytest.raises(TypeError, match="layer 1 of the cache"):
         keys_and_values(cache)
+
+
+def test_padding_takes_whole_numbers_and_masks_of_0_and_1():
+    for wrong in ([[1.5]], [["a"]]):
+        with pytest.raises(TypeError, match="prompts must be lists of token ids"):
+            left_pad(wrong, 0)
+    with pytest.raises(TypeError, match="pad_token_id"):
+        left_pad([[1]], 0.5)
+    with pytest.raises(ValueError, match="lengths must hold at least one"):
+        left_padded_mask([])
+    with pytest.raises(ValueError, match="lengths must be"):
+        left_padded_mask([2, -1])
+    with pytest.raises(ValueError, match="attention_mask must hold 0 and 1"):
+        position_ids(torch.tensor([[0, 2]]))

@@ -110,7 +110,9 @@ def test_token_codes():
 def test_the_layer_follows_its_formula(kind, norm, both_paths):
     torch.manual_seed(0)
     codes, scale, bias, gain = some_codes(37, 130, kind), torch.rand(37) + 0.1, torch.randn(37), torch.rand(130) + 0.5
-    layer = PackedLinear.from_codes(codes, scale, kind, bias=bias, norm_weight=gain, norm_eps=norm)
+    layer = PackedLinear.from_codes(
+        codes, scale, kind, bias=bias, norm_weight=None if norm is None else gain, norm_eps=norm
+    )
     x = torch.randn(2, 5, 130)
     normed = x if norm is None else x * (x.square().mean(-1, keepdim=True) + norm).rsqrt() * gain
     inputs, step = quantize_tokens(normed)
@@ -222,3 +224,26 @@ print("same")
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_nothing_but_floating_numbers_is_computed_with():
+    layer = PackedLinear.from_codes(torch.ones(2, 3, dtype=torch.int8), torch.ones(1))
+    for wrong in (torch.ones(2, 3, dtype=torch.int64), torch.ones(2, 3) > 0, torch.ones(2, 3, dtype=torch.complex64)):
+        with pytest.raises(TypeError, match="x must hold floating-point numbers"):
+            layer(wrong)
+        with pytest.raises(TypeError, match="x must hold floating-point numbers"):
+            quantize_tokens(wrong)
+    with pytest.raises(TypeError, match="codes must hold whole numbers"):
+        pack(torch.ones(2, 3) > 0, "ternary")
+
+
+def test_what_a_layer_is_made_of_must_fit_and_count():
+    codes, scale = torch.ones(2, 3, dtype=torch.int8), torch.ones(1)
+    for name, options in (
+        ("bias must have shape", {"bias": torch.ones(3)}),
+        ("bias must be finite", {"bias": torch.full((2,), torch.nan)}),
+        ("norm_weight must have shape", {"norm_eps": 1e-6, "norm_weight": torch.ones(2)}),
+        ("norm_weight must be left out", {"norm_weight": torch.full((3,), 5.0)}),
+    ):
+        with pytest.raises(ValueError, match=name):
+            PackedLinear.from_codes(codes, scale, **options)

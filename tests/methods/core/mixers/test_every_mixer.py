@@ -137,11 +137,14 @@ CHANGES = {
     "long_conv_h3": KERNEL,
     "mamba": {"states": 5, "expand": 3, "conv": 2, "dt_rank": 3, "discretisation": "zoh"},
     "mamba2": {"states": 5, "head_dim": 16, "expand": 3, "conv": 2, "groups": 2},
+    "memory_attention": {"heads": 4, "bits": 2, "weight": "magnitude", "rotary_share": 1.0},
     "mlgru": {"variant": "as_released", "bound": "none", "quantized": False},
+    "positional": {"heads": 4, "positions": 41},
     "s4d": {"states": 6},
 }
 FASTER = {"based": {"chunk": 2}, "mamba": {"backend": "sequential"}, "mamba2": {"chunk": 3}, "mlgru": {"fused": False}}
 REFUSED = {
+    "memory_attention": {"temperature": 0.5},  # of the cosine weight only
     "long_conv": {"bidirectional": True, "learned_dft": {}, "smooth_domain": "frequency"},  # the last without a width
     "long_conv_h3": {"smooth_domain": "frequency"},
 }
@@ -191,3 +194,12 @@ def test_the_domain_of_smoothing_counts_where_something_is_smoothed():
     width = {"smooth_width": 3}
     a, b = (seen(built("long_conv", **width, smooth_domain=d))[1] for d in ("time", "frequency"))
     assert not torch.equal(a, b)
+
+
+def test_the_temperature_counts_where_the_weight_has_one():
+    a, b = (seen(built("memory_attention", weight="cosine", temperature=t))[1] for t in (0.5, 1.0))
+    assert not torch.equal(a, b)
+
+
+def test_no_mixer_is_left_out_of_the_options():
+    assert set(CHANGES) == {name for name, cls in MIXERS.items() if cls.__module__.startswith("assay.")}

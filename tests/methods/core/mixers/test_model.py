@@ -175,3 +175,38 @@ def test_a_config_takes_numpys_numbers_and_comes_back_from_a_dictionary():
     again = MixerConfig.from_dict(config.to_dict())
     assert (type(again.vocab_size), again.hidden_size, again.norm_eps, again.layers) == (int, 16, 0.5, config.layers)
     assert MixerForCausalLM(config)(torch.ones(1, 2, dtype=torch.int64)).logits.shape == (1, 2, 32)
+
+
+def test_a_model_whose_layers_were_exchanged_is_not_stored_as_if_it_were_whole(tmp_path):
+    from assay.methods.attention.positional_attention import fold
+    from assay.methods.mixers.matmul_free import MatmulFreeConfig, MatmulFreeForCausalLM, pack_
+
+    packed = pack_(MatmulFreeForCausalLM(MatmulFreeConfig(vocab_size=8, hidden_size=8, num_layers=1)))
+    folded = MixerForCausalLM(MixerConfig(vocab_size=8, hidden_size=8, layers=[["positional", {"positions": 9}]]))
+    for model in (packed, fold(folded, 9)):
+        with pytest.raises(ValueError, match="store the model before its layers are exchanged"):
+            model.save_pretrained(tmp_path / "folder")
+        assert not (tmp_path / "folder").exists()
+
+
+def test_layers_are_pairs_of_a_name_and_options():
+    for wrong in ("attention", 3, [["attention"]], ["attention"], [["attention", None]], [[3, {}]]):
+        with pytest.raises(TypeError, match="layers must"):
+            MixerConfig(layers=wrong)
+    with pytest.raises(TypeError, match="channel_mixer must"):
+        MixerConfig(channel_mixer="swiglu")
+
+
+def test_masks_hold_0_and_1():
+    model = MixerForCausalLM(MixerConfig(vocab_size=8, hidden_size=8, layers=LAYERS))
+    for wrong in (float("nan"), -1e30, 2.0):  # the last but one: a mask that is added to scores
+        with pytest.raises(ValueError, match="attention_mask must hold 0 and 1"):
+            model(torch.ones(1, 3, dtype=torch.int64), attention_mask=torch.tensor([[wrong, 1.0, 1.0]]))
+
+
+@pytest.mark.parametrize("name", ["s4d", "positional", "attention"])
+def test_a_state_of_other_sequences_is_refused(name):
+    mixer = make_mixer(name, 8)
+    for batch in (1, 3):  # one would be taken for all
+        with pytest.raises(ValueError, match="state must be of 2 sequences"):
+            mixer.advance(torch.randn(2, 4, 8), mixer.init_state(batch))

@@ -79,3 +79,11 @@ def test_orders_first_asked_for_in_inference_mode_serve_training():
 def test_bad_orders_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_what_is_no_order_is_refused():
+    x = torch.randn(1, 4, 2)
+    for call in (lambda o: scan(x, o), lambda o: unscan(x[:, None], o), inverse):
+        for wrong, error in (("cross", TypeError), (torch.rand(1, 4), TypeError), (torch.arange(4), ValueError)):
+            with pytest.raises(error, match="order must"):
+                call(wrong)

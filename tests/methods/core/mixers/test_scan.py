@@ -597,3 +597,35 @@ def test_other_processors(march, monkeypatch, tmp_path):
     assert "-march=native" in kernels.FLAGS
     monkeypatch.setenv("ASSAY_CACHE_DIR", str(tmp_path))
     assert run(CHECK.format(flags=march)) == "same"
+
+
+def test_gradients_of_gradients_are_refused_not_wrong_in_the_kernel():
+    u = torch.randn(1, 5, 2, requires_grad=True)
+    B, C = torch.randn(2, 1, 5, 3)
+    y, _ = selective_scan(u, torch.rand(1, 5, 2), -torch.rand(2, 3), B, C, backend="kernel")
+    (slope,) = torch.autograd.grad(y.square().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        slope.sum().backward()
+
+
+def test_shapes_devices_and_sizes_are_checked_everywhere():
+    u, dt, A, B = torch.randn(1, 7, 3), torch.rand(1, 7, 3), -torch.rand(3, 4), torch.randn(1, 7, 4)
+    assert associative_scan(u[:, :0], u[:, :0]).shape == (1, 0, 3)
+    for call, name in (
+        (lambda: lti_recurrence(u, A.exp(), A, A, None, torch.zeros(2, 3, 4)), "h must be"),
+        (lambda: lti_advance(u, A.exp(), A, A, None, torch.zeros(2, 3, 4)), "h must be"),
+        (lambda: lti_advance(u, A.exp(), A, A, None, torch.zeros(1, 3, 4), chunk=0), "chunk"),
+        (lambda: selective_scan(u, dt.to("meta"), A, B, B), "dt must lie on cpu"),
+        (
+            lambda: ssd_reference(u[..., None], dt, A[:, 0], B[:, :, None].expand(-1, -1, 2, -1), B[:, :, None]),
+            "B and C",
+        ),
+    ):
+        with pytest.raises(ValueError, match=name):
+            call()
+    for call, name in (
+        (lambda: powers(A, 2.5), "count"),
+        (lambda: lti_kernel(A.long(), A, A, 3), "decay"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            call()

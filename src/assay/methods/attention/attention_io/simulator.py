@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from assay import checks
 from assay.methods.attention.attention_io.counts import (
     Algorithm,
     Tile,
@@ -17,6 +18,7 @@ from assay.methods.attention.attention_io.counts import (
     check_sizes,
     working_set,
 )
+from assay.methods.core.mixers.protocol import wide_dtype
 
 Span = tuple[int, int]  # [start, stop)
 
@@ -182,17 +184,23 @@ def simulate(
 
     `capacity` defaults to the working set. On a scratchpad the words are those of `count`, whatever the values. `cache="lru"` runs
     the same accesses on an `LRUCache` with lines of `line` words. Half precision is computed in float32.
-    Raises ValueError for shapes or names that do not fit, MemoryError when the scratchpad is too small.
+    Raises ValueError for shapes, dtypes, devices or names that do not fit and a `line` for a scratchpad, TypeError for other types,
+    MemoryError when the scratchpad is too small.
     """
-    if q.ndim != 2 or q.shape != k.shape or q.shape != v.shape or not q.is_floating_point():
-        raise ValueError(f"q, k and v must be floating point (N, d) alike, got {[tuple(x.shape) for x in (q, k, v)]}")
-    if cache not in ("scratchpad", "lru"):
-        raise ValueError(f"cache must be 'scratchpad' or 'lru', got {cache!r}")
+    _check_alike(q, k, v, ("N", "d"))
+    checks.choice("algorithm", algorithm, get_args(Algorithm))
+    _check_tile(tile)
+    checks.flag("causal", causal)
+    checks.choice("cache", cache, ("scratchpad", "lru"))
+    if checks.whole("line", line, low=1) != 1 and cache != "lru":
+        raise ValueError(f"line must be left out for a scratchpad, which has none, got {line}")
+    if scale is not None:
+        scale = checks.number("scale", scale)
     n, d = q.shape
     least = working_set(algorithm, n, d, tile)
     size = least if capacity is None else capacity
     memory = LRUCache(size, line) if cache == "lru" else Scratchpad(size)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q.dtype)
     scale = d**-0.5 if scale is None else scale
     memory.slow = {name: x.detach().to(wide) for name, x in (("Q", q * scale), ("K", k), ("V", v))}
     memory.slow["O"] = torch.zeros_like(memory.slow["V"])
@@ -206,6 +214,19 @@ def simulate(
         _by_passes(memory, n, d, rows, tile.depth, causal, fused=algorithm == "small_cache")
     memory.finish()
     return memory.slow["O"].to(q.dtype), memory.traffic
+
+
+def _check_alike(q: Tensor, k: Tensor, v: Tensor, shape: tuple[str, ...]) -> None:
+    checks.tensor("q", q, shape=shape)
+    for name, x in (("k", k), ("v", v)):
+        checks.tensor(name, x, shape=tuple(q.shape))
+    checks.together(q=q, k=k, v=v)
+
+
+def _check_tile(tile: Tile) -> None:
+    if not isinstance(tile, Tile):
+        raise TypeError(f"tile must be a Tile, got {checks.shown(tile)}")
+    check_sizes(rows=tile.rows, columns=tile.columns, depth=tile.depth)
 
 
 def _spans(stop: int, size: int, start: int = 0) -> list[Span]:
@@ -237,9 +258,9 @@ def _online(memory: Scratchpad, q: Tensor, out: Tensor, stats: Tensor, rows: Spa
 
 
 def _accumulators(memory: Scratchpad, rows: Span, d: int) -> tuple[Tensor, Tensor]:
-    """Output, and (maximum, sum), of rows that have seen no key; a first maximum of -1e30 keeps exp of differences finite."""
+    """Output, and (maximum, sum), of rows that have seen no key; the first key of all, which every row sees, ends the -inf."""
     out, stats = memory.new("O", rows, (0, d)), memory.new("stats", rows, (0, 2))
-    stats[:, 0] = -1e30
+    stats[:, 0] = -math.inf
     return out, stats
 
 
@@ -300,7 +321,7 @@ def _by_passes(memory: Scratchpad, n: int, d: int, size: int, depth: int, causal
     for rows in _spans(n, size):
         if fused:
             stats = memory.new("stats", rows, (0, 2))
-            stats[:, 0] = -1e30
+            stats[:, 0] = -math.inf
         if d <= depth:
             memory.load("Q", rows)
         for keys in _spans(rows[1] if causal else n, size):
@@ -345,7 +366,7 @@ def _softmax_rows(memory: Scratchpad, n: int, size: int, causal: bool) -> None:
         pieces = _spans(rows[1] if causal else n, chunk)
         for row in range(*rows):
             at = (row, row + 1)
-            high, total = -1e30, 0.0
+            high, total = -math.inf, 0.0
             memory.new("row", (0, 1), (0, 2))
             for keys in pieces:
                 piece = memory.load("S", at, keys)
@@ -364,7 +385,8 @@ def _softmax_rows(memory: Scratchpad, n: int, size: int, causal: bool) -> None:
 def tiled_attention(q: Tensor, k: Tensor, v: Tensor, tile: Tile, *, causal: bool = False) -> Tensor:
     """The queries-outer algorithm in plain torch on (..., N, d), for timing tiles on a real machine; any leading dimensions.
 
-    Raises ValueError for shapes that differ and tiles below 1.
+    Half precision is computed in float32, as is the sum over many keys. Raises ValueError for shapes that differ and tiles below 1,
+    TypeError for whole or complex numbers.
 
     >>> from assay.methods.attention.attention_io.counts import best_tile
     >>> q, k, v = torch.randn(3, 32, 8)
@@ -373,16 +395,18 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, tile: Tile, *, causal: bool
     >>> bool((tiled_attention(q, k, v, tile) - exact).abs().max() < 1e-5)
     True
     """
-    if q.ndim < 2 or q.shape != k.shape or q.shape != v.shape:
-        raise ValueError(f"q, k and v must be (..., N, d) alike, got {[tuple(x.shape) for x in (q, k, v)]}")
-    check_sizes(rows=tile.rows, columns=tile.columns)
+    _check_alike(q, k, v, ("...", "N", "d"))
+    _check_tile(tile)
+    checks.flag("causal", causal)
+    given, wide = q.dtype, wide_dtype(q.dtype)
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
     n, scale = q.shape[-2], q.shape[-1] ** -0.5
     outputs = []
     for rows in _spans(n, min(tile.rows, n)):
         query = q[..., slice(*rows), :] * scale
         out, high, total = (
             torch.zeros_like(query),
-            query.new_full(query.shape[:-1], -1e30),
+            query.new_full(query.shape[:-1], -math.inf),
             query.new_zeros(query.shape[:-1]),
         )
         for keys in _spans(rows[1] if causal else n, min(tile.columns, n)):
@@ -395,4 +419,4 @@ def tiled_attention(q: Tensor, k: Tensor, v: Tensor, tile: Tile, *, causal: bool
             total, high = total * shrink + scores.sum(-1), highest
             out = out * shrink[..., None] + scores @ v[..., slice(*keys), :]
         outputs.append(out / total[..., None])
-    return torch.cat(outputs, -2)
+    return torch.cat(outputs, -2).to(given)

@@ -100,9 +100,14 @@ class FITDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """`sample` (batch, in_channels, height, width), `timestep` one number or (batch,); condition tokens
         (batch, k, condition_dim), their mask (batch, k) bool.
 
-        Raises ValueError for condition tokens a model without `condition_dim` cannot take, and for latents of another shape.
+        Raises ValueError for condition tokens a model without `condition_dim` cannot take, a mask of none, and for latents of another
+        shape.
         """
         checks.tensor("sample", sample, ndim=4)
+        if encoder_attention_mask is not None and encoder_hidden_states is None:
+            raise ValueError(
+                "encoder_attention_mask must be None where there are no encoder_hidden_states to leave out"
+            )
         if encoder_hidden_states is not None and self.condition is None:
             raise ValueError("encoder_hidden_states must be None: the model was made without condition_dim")
         x, mask = group_image(sample, self.patch, self.tile)

@@ -6,20 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from assay import checks
+
 
 def group_sequence(x: Tensor, size: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """(batch, L, dim) to groups (batch, t, size, dim), zeros after the end, and where tokens are: (batch, t, size) bool, None: all.
 
-    `mask` (batch, L) bool, False where x itself is padding. Raises ValueError for other shapes.
+    `mask` (batch, L) bool, False where x itself is padding. Raises ValueError for other shapes, TypeError for other types.
 
     >>> groups, mask = group_sequence(torch.randn(2, 10, 4), 4)  # the last group is padded
     >>> groups.shape
     torch.Size([2, 3, 4, 4])
     """
-    if x.ndim != 3 or size < 1:
-        raise ValueError(f"x must be (batch, tokens, dim) and size at least 1, got {tuple(x.shape)} and {size}")
-    if mask is not None and mask.shape != x.shape[:2]:
-        raise ValueError(f"mask must be {tuple(x.shape[:2])}, got {tuple(mask.shape)}")
+    checks.tensor("x", x, shape=("batch", "tokens", "dim"), dtype="any", empty=True)
+    size = checks.whole("size", size, low=1)
+    if mask is not None:
+        checks.tensor("mask", mask, shape=tuple(x.shape[:2]), dtype="bool", device=x.device, empty=True)
     length, tail = x.shape[1], -x.shape[1] % size
     if mask is None and tail:
         mask = x.new_ones(len(x), length, dtype=torch.bool)
@@ -29,8 +31,8 @@ def group_sequence(x: Tensor, size: int, mask: Tensor | None = None) -> tuple[Te
 
 def ungroup_sequence(x: Tensor, length: int) -> Tensor:
     """Groups (batch, t, n, dim) back to (batch, length, dim). Raises ValueError where there are fewer tokens."""
-    if x.ndim != 4 or not 0 <= length <= x.shape[1] * x.shape[2]:
-        raise ValueError(f"x must be (batch, t, n, dim) with at least {length} tokens, got {tuple(x.shape)}")
+    checks.tensor("x", x, shape=("batch", "t", "n", "dim"), dtype="any", empty=True)
+    length = checks.whole("length", length, low=0, high=x.shape[1] * x.shape[2])
     return x.flatten(1, 2)[:, :length]
 
 
@@ -38,11 +40,10 @@ def group_image(images: Tensor, patch: int, tile: int) -> tuple[Tensor, Tensor |
     """Images (batch, channels, height, width) to (batch, t, tile^2, channels patch^2), row-major tiles of row-major patches.
 
     Sides are padded with zeros to whole tiles; the mask (batch, t, tile^2), None where nothing was, is False on patches of padding.
+    Raises ValueError for other shapes and sizes below 1, TypeError for other types.
     """
-    if images.ndim != 4 or patch < 1 or tile < 1:
-        raise ValueError(
-            f"images must have 4 axes, patch and tile be at least 1, got {tuple(images.shape)}, {patch} and {tile}"
-        )
+    checks.tensor("images", images, shape=("batch", "channels", "height", "width"), dtype="any", empty=True)
+    patch, tile = checks.whole("patch", patch, low=1), checks.whole("tile", tile, low=1)
     side, (height, width) = patch * tile, images.shape[2:]
     down, right = -height % side, -width % side
     x = F.pad(images, (0, right, 0, down))
@@ -58,8 +59,11 @@ def group_image(images: Tensor, patch: int, tile: int) -> tuple[Tensor, Tensor |
 
 def ungroup_image(x: Tensor, height: int, width: int, patch: int, tile: int) -> Tensor:
     """Groups as of `group_image` back to images (batch, channels, height, width). Raises ValueError for other groups."""
+    checks.tensor("x", x, shape=("batch", "t", "patches", "values"), dtype="any", empty=True)
+    height, width = checks.whole("height", height, low=0), checks.whole("width", width, low=0)
+    patch, tile = checks.whole("patch", patch, low=1), checks.whole("tile", tile, low=1)
     across, down = -(-width // (patch * tile)), -(-height // (patch * tile))
-    if x.ndim != 4 or x.shape[1:3] != (across * down, tile**2) or x.shape[3] % patch**2:
+    if x.shape[1:3] != (across * down, tile**2) or x.shape[3] % patch**2:
         raise ValueError(
             f"x must be (batch, {across * down}, {tile**2}, a multiple of {patch**2}) for {height} x {width} pixels, "
             f"got {tuple(x.shape)}"

@@ -105,10 +105,19 @@ class Interleaved(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Tokens and latents after all stages; `mask` (batch, t, n) and `context_mask` (batch, k) bool, False on padding.
 
-        Raises ValueError for another mask, and for a context where the model was made without.
+        Raises ValueError for tensors of other shapes, for a context where the model was made without, and for a mask of none;
+        TypeError for other types.
         """
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:3]):
-            raise ValueError(f"mask must be bool {tuple(x.shape[:3])}, got {mask.dtype} {tuple(mask.shape)}")
+        checks.tensor("x", x, shape=("batch", "t", "n", self.dim), empty=True)
+        checks.tensor("z", z, shape=(*x.shape[:2], "m", self.latent_dim), empty=True)
+        if mask is not None:
+            checks.tensor("mask", mask, shape=tuple(x.shape[:3]), dtype="bool", empty=True)
+        if context is not None:
+            checks.tensor("context", context, shape=(len(x), "k", self.latent_dim), empty=True)
+        if context_mask is not None:
+            if context is None:
+                raise ValueError("context_mask must be None where there is no context")
+            checks.tensor("context_mask", context_mask, shape=tuple(context.shape[:2]), dtype="bool", empty=True)
         if context is not None and not self.context:
             raise ValueError("context must be None: the model was made without context=True")
         groups, m = z.shape[1:3]
@@ -145,7 +154,8 @@ class Interleaved(nn.Module):
 
 def sincos(positions: int, dim: int) -> Tensor:
     """Sines and cosines of positions, wavelengths from 2 pi to 10000 * 2 pi: (positions, dim), dim even."""
-    if dim % 2:
+    positions = checks.whole("positions", positions, low=0)
+    if checks.whole("dim", dim, low=2) % 2:
         raise ValueError(f"dim must be even for sincos positions, got {dim}")
     frequency = 10000.0 ** (-torch.arange(dim // 2) / (dim // 2))
     angle = torch.arange(positions)[:, None] * frequency
@@ -196,7 +206,8 @@ class FIT(nn.Module):
 
     def initial(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and latents before the first stage."""
-        if x.ndim != 4 or x.shape[1] > self.groups or x.shape[2] > self.group_size:
+        checks.tensor("x", x, shape=("batch", "t", "n", self.stem.in_features), empty=True)
+        if x.shape[1] > self.groups or x.shape[2] > self.group_size:
             raise ValueError(
                 f"x must be (batch, up to {self.groups} groups, up to {self.group_size} tokens, inputs), "
                 f"got {tuple(x.shape)}"

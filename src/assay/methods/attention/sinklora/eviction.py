@@ -149,6 +149,10 @@ class EvictionLayer(CacheLayerMixin):
                 setattr(self, name, old.gather(2, index))
             self._hold(self.limit)
 
+    def knows(self, starts: Tensor) -> bool:
+        """Whether these are the first tokens of the rows already, and nothing is to be marked."""
+        return self.padded and torch.equal(self._first, starts)
+
     def mark_padding(self, starts: Tensor, new: int) -> None:
         """Tokens before starts (batch,) are padding: they are evicted first, and a share of the prompt does not count them."""
         self._first, self.padded = starts, True
@@ -259,6 +263,8 @@ def _check_budget(budget: int | float, policy: str, sinks: int) -> None:
         checks.whole("budget", budget, low=2)
     checks.choice("policy", policy, get_args(Policy))
     checks.whole("sinks", sinks, low=0)
+    if policy == "sinks" and not isinstance(budget, float) and budget <= sinks:
+        raise ValueError(f"budget must exceed the {sinks} sinks, got {budget} entries")
 
 
 def use_eviction(model: nn.Module) -> nn.Module:
@@ -325,7 +331,9 @@ def _attend(
     new = query.shape[2]
     if limits is None:
         raise ValueError("an EvictionCache takes plain or left-padded prompts, not other masks")
-    if limits.start is not None and (new > 1 or layer.seen == new):  # later on, the layer itself knows the padding
+    if limits.start is not None and not layer.knows(
+        limits.start
+    ):  # padding may go on where a prompt comes token by token
         layer.mark_padding(limits.start, new)
     scored = layer.policy == "h2o"
     if layer.seen == new > 1 and not scored and not layer.padded:
@@ -350,7 +358,7 @@ def scored_attention(
     shared, n = k.shape[1], k.shape[2]
     got = torch.zeros(batch, shared, n, device=q.device)
     outputs = []
-    step = max(1, CHUNK // (batch * heads * n))
+    step = max(1, CHUNK // max(1, batch * heads * n))
     for start in range(0, new, step):
         part = q[:, :, start : start + step]
         rows = part.shape[2]

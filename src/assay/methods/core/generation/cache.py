@@ -5,6 +5,7 @@ A layer's keys and values have shape (rows, key-value heads, tokens, head dim). 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from assay import checks
 
 
 class Span(NamedTuple):
@@ -63,7 +66,7 @@ class Prefilled:
 def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int, device: Any = None) -> tuple[Tensor, Tensor]:
     """Prompts of any lengths as (B, S) int64 token ids, padded on the left, and the (B, S) int64 mask that is 1 on tokens.
 
-    Raises ValueError for no prompts.
+    Raises ValueError for no prompts, TypeError for tokens that are no whole numbers.
 
     >>> ids, mask = left_pad([[5, 6, 7], [8]], pad_token_id=0)
     >>> ids.tolist(), mask.tolist()
@@ -71,6 +74,11 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int, device: Any = 
     """
     if not len(prompts):
         raise ValueError("prompts must hold at least one prompt, got none")
+    pad_token_id = checks.whole("pad_token_id", pad_token_id)
+    try:
+        prompts = [[operator.index(token) for token in prompt] for prompt in prompts]
+    except TypeError as error:
+        raise TypeError(f"prompts must be lists of token ids, which are whole numbers: {error}") from None
     width = max(len(prompt) for prompt in prompts)
     rows = [[pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     ids = torch.tensor(rows, dtype=torch.int64, device=device)
@@ -78,13 +86,22 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int, device: Any = 
 
 
 def left_padded_mask(lengths: Sequence[int], device: Any = None) -> Tensor:
-    """(B, max(lengths)) int64 mask: row i is 1 in its last lengths[i] places."""
+    """(B, max(lengths)) int64 mask: row i is 1 in its last lengths[i] places. Raises ValueError for no lengths or one below 0."""
+    lengths = [checks.whole("lengths", length, low=0) for length in lengths]
+    if not lengths:
+        raise ValueError("lengths must hold at least one length, got none")
     sizes = torch.tensor(lengths, device=device)
     return (torch.arange(max(lengths) - 1, -1, -1, device=device) < sizes[:, None]).long()
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """(B, S) positions for a left-padded batch: each prompt counts from 0 at its first token (0 on padding)."""
+    """(B, S) positions for a left-padded batch: each prompt counts from 0 at its first token (0 on padding).
+
+    Raises ValueError for another shape, and for anything but 0 and 1.
+    """
+    checks.tensor("attention_mask", attention_mask, ndim=2, dtype="any", empty=True)
+    if ((attention_mask != 0) & (attention_mask != 1)).any():
+        raise ValueError("attention_mask must hold 0 and 1 only")
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 

@@ -43,11 +43,13 @@ def packed_bytes(kind: Kind, out_features: int, in_features: int, scales: int = 
 def pack(codes: Tensor, kind: Kind) -> Tensor:
     """Codes (out, in), -1, 0, 1 (ternary, base3) or -1, 1 (binary), as uint8 (out, ceil(in / weights a byte)).
 
-    Raises ValueError for another shape or other values.
+    Raises ValueError for another shape or other values, TypeError for bools and complex numbers.
 
     >>> pack(torch.tensor([[1, -1, 0, 1]]), "ternary")  # digits 2, 0, 1, 2, the first the lowest
     tensor([[146]], dtype=torch.uint8)
     """
+    kind_of: checks.Kind = "floating" if isinstance(codes, Tensor) and codes.is_floating_point() else "integer"
+    checks.tensor("codes", codes, dtype=kind_of, empty=True)
     return pack_digits(codes, find(kind, KINDS).name)
 
 
@@ -59,16 +61,22 @@ def unpack(packed: Tensor, kind: Kind, in_features: int) -> Tensor:
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """8 bits per token: float (..., k) to codes int8 (..., k) and steps (..., 1), x ~ codes * step, step = max|x| / 127.
 
-    Rounds half to even; max|x| counts as at least 1e-5. Steps are float32 (float64 for float64 input).
+    Rounds half to even; max|x| counts as at least 1e-5. Steps are float32 (float64 for float64 input). NaN and infinity make their
+    token's step such, and so its products. Raises TypeError for whole or complex numbers.
     """
+    checks.tensor("x", x, shape=("...", "values"), empty=True)
     x = x if x.dtype == torch.float64 else x.float()
     peak = x.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
     return (x * (127.0 / peak)).round().clamp(-128, 127).to(torch.int8), peak / 127.0
 
 
 def product(codes: Tensor, packed: Tensor, kind: Kind) -> Tensor:
-    """The integer product: activations int8 (m, in) with packed weights (out, bytes), int32 (m, out), exact."""
+    """The integer product: activations int8 (m, in) with packed weights (out, bytes), int32 (m, out), exact.
+
+    Raises ValueError for other shapes, and for activations of another dtype.
+    """
     find(kind, KINDS)
+    checks.tensor("codes", codes, dtype="any", empty=True)
     if codes.dim() != 2 or codes.dtype != torch.int8:
         raise ValueError(f"codes must be int8 (m, in), got {codes.dtype} {tuple(codes.shape)}")
     if compiled(codes):
@@ -99,7 +107,7 @@ class PackedLinear(Casting, nn.Module):
     pass. `scales` says whether the weights have one scale in all ("tensor") or one a row ("row"). Scales, norm and bias stay in
     float32 whatever the model is cast to. There is no gradient.
 
-    Raises ValueError for an unknown kind or inputs of another width.
+    Raises ValueError for an unknown kind or inputs of another width, TypeError for inputs of whole or complex numbers.
     """
 
     packed: Tensor
@@ -144,10 +152,16 @@ class PackedLinear(Casting, nn.Module):
     ) -> PackedLinear:
         """The layer of integer codes (out, in) and their scales (one, or one a row).
 
-        Raises ValueError for other codes or sizes, and for scales that are not finite.
+        Raises ValueError for other codes or sizes, for numbers that are not finite, and for a norm weight without `norm_eps`.
         """
         packed, (n, k) = pack(codes, kind), codes.shape
         checks.tensor("scale", scale, finite=True)
+        if bias is not None:
+            checks.tensor("bias", bias, shape=(n,), finite=True)
+        if norm_weight is not None:
+            if norm_eps is None:
+                raise ValueError("norm_weight must be left out where norm_eps is None: there is no norm then")
+            checks.tensor("norm_weight", norm_weight, shape=(k,), finite=True)
         if scale.numel() not in (1, n):
             raise ValueError(f"scale must have 1 or {n} values, got {scale.numel()}")
         with torch.device("meta"):
@@ -196,6 +210,7 @@ class PackedLinear(Casting, nn.Module):
         return product(ones, self.packed, self.kind)[0]
 
     def forward(self, x: Tensor) -> Tensor:
+        checks.tensor("x", x, shape=("...", "values"), empty=True)
         self._check(x.shape[-1])
         if not compiled(x) or x.numel() == 0:
             return self.reference(x)

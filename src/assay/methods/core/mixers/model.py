@@ -15,7 +15,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +87,7 @@ class MixerConfig(PretrainedConfig):
     ):
         self.vocab_size = checks.whole("vocab_size", vocab_size, low=1)
         self.hidden_size = checks.whole("hidden_size", hidden_size, low=1)
-        self.layers = [[name, dict(options)] for name, options in layers]
+        self.layers = [_pair("layers", layer) for layer in _listed("layers", layers)]
         self.num_hidden_layers = len(self.layers)
         if kwargs.pop("num_hidden_layers", self.num_hidden_layers) != self.num_hidden_layers:
             raise ValueError(
@@ -96,13 +96,28 @@ class MixerConfig(PretrainedConfig):
         if intermediate_size is None:
             intermediate_size = 4 * self.hidden_size * 2 // 3
         self.intermediate_size = checks.whole("intermediate_size", intermediate_size, low=0)
-        self.channel_mixer = [channel_mixer[0], dict(channel_mixer[1])]
+        self.channel_mixer = _pair("channel_mixer", channel_mixer)
         if not self.intermediate_size and self.channel_mixer != ["swiglu", {}]:
             raise ValueError("channel_mixer must be left out where intermediate_size is 0: there is none then")
         self.norm_eps = checks.number("norm_eps", norm_eps, low=0)
         self.initializer_range = checks.number("initializer_range", initializer_range, low=0)
         self.tie_word_embeddings = checks.flag("tie_word_embeddings", tie_word_embeddings)
         super().__init__(**kwargs)
+
+
+def _listed(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name} must be a list of [mixer name, options], got {checks.shown(value)}")
+    return list(value)
+
+
+def _pair(name: str, value: Any) -> list[Any]:
+    """[mixer name, options], its own copy."""
+    if not (isinstance(value, list | tuple) and len(value) == 2 and isinstance(value[0], str)):
+        raise TypeError(f"{name} must hold [mixer name, options], got {checks.shown(value)}")
+    if not isinstance(value[1], dict):
+        raise TypeError(f"{name} must hold options that are a dict, got {checks.shown(value[1])}")
+    return [value[0], dict(value[1])]
 
 
 class StateCache(Cache):
@@ -239,6 +254,19 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As transformers' models. Raises ValueError where layers were exchanged (packed, folded), of which the configuration knows
+        nothing: `from_pretrained` would fill their places with random weights.
+        """
+        with torch.device("meta"):
+            wanted = type(self)(cast(Any, self.config)).state_dict().keys()
+        if odd := sorted(wanted ^ self.state_dict().keys()):
+            raise ValueError(
+                f"layers must be those the configuration makes, which from_pretrained builds: {odd[0]} differs; "
+                "store the model before its layers are exchanged"
+            )
+        super().save_pretrained(*args, **kwargs)
+
     def new_cache(self, batch: int) -> StateCache:
         """Empty states for `batch` sequences."""
         batch = checks.whole("batch", batch, low=0)
@@ -263,8 +291,9 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin):
         divided by `num_items_in_batch` where the Trainer gives one, else the mean.
 
         With `use_cache` or `cache` the states advance, else all tokens are computed in parallel. No tokens give no logits.
-        Raises ValueError for padding that does not stand on the left, a cache of another batch, and what the model does not have
-        (hidden states, attention weights, input embeddings), TypeError for `past_key_values`, the cache's former name.
+        Raises ValueError for padding that does not stand on the left or is told by other numbers than 0 and 1, a cache of another
+        batch, and what the model does not have (hidden states, attention weights, input embeddings), TypeError for
+        `past_key_values`, the cache's former name.
         """
         if kwargs.get("past_key_values") is not None:
             raise TypeError("past_key_values is called cache since transformers 5.24")
@@ -310,6 +339,8 @@ class MixerForCausalLM(PreTrainedModel, GenerationMixin):
         checks.tensor("attention_mask", attention_mask, shape=(len(input_ids), "tokens"), dtype="any", empty=True)
         if attention_mask.shape[1] < tokens:
             raise ValueError(f"attention_mask must cover {tokens} tokens, got {attention_mask.shape[1]}")
+        if ((attention_mask != 0) & (attention_mask != 1)).any():
+            raise ValueError("attention_mask must hold 0 and 1 only")
         mask = attention_mask[:, attention_mask.shape[1] - tokens :].bool()
         if mask.all():
             return None

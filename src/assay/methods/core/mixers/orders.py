@@ -57,22 +57,29 @@ def _made(name: str, size: tuple[int, ...], options: tuple[tuple[str, int], ...]
         return ORDERS[name](*size, **dict(options))
 
 
+def _check_order(order: Tensor) -> None:
+    checks.tensor("order", order, shape=("directions", "cells"), dtype=torch.int64)
+
+
 def inverse(order: Tensor) -> Tensor:
     """Where each cell stands in each direction: inverse[k, order[k, i]] = i."""
+    _check_order(order)
     return order.argsort(1)
 
 
 def scan(x: Tensor, order: Tensor) -> Tensor:
     """(batch, cells, channels) to (batch, directions, cells, channels), each direction in its own order.
 
-    Raises ValueError unless the order has as many cells.
+    Raises ValueError unless the order, int64 (directions, cells), has as many cells; TypeError for other types.
     """
+    _check_order(order)
     checks.tensor("x", x, shape=("batch", order.shape[1], "channels"), dtype="any", empty=True)
     return x.index_select(1, order.flatten().to(x.device)).unflatten(1, order.shape)
 
 
 def unscan(y: Tensor, order: Tensor) -> Tensor:
     """The inverse of `scan` in each direction: (batch, directions, cells, channels), all in row-major order again."""
+    _check_order(order)
     directions, cells = order.shape
     checks.tensor("y", y, shape=("batch", directions, cells, "channels"), dtype="any", empty=True)
     back = (

@@ -107,6 +107,9 @@ def _checked_advance(method: Callable[..., tuple[Tensor, State]]) -> Callable[..
     @functools.wraps(method)
     def advance(self: Mixer, x: Tensor, state: State, mask: Tensor | None = None) -> tuple[Tensor, State]:
         check_sequence(x, self.dim, mask)
+        for name, value in state.items():
+            if len(value) != len(x):
+                raise ValueError(f"state must be of {len(x)} sequences, as x, got {len(value)} in {name!r}")
         return method(self, x, state, mask) if x.numel() else (x, state)
 
     return advance

@@ -82,7 +82,7 @@ def lti_recurrence(
     x (batch, tokens, channels); decay (Ab), gain (Bb) and C (channels, states), real or complex; D (channels,);
     h (batch, channels, states), zeros when None. Returns y like x and the last state. Raises TypeError for whole numbers.
     """
-    _check_lti(x, decay, gain, C, D)
+    _check_lti(x, decay, gain, C, D, h)
     if h is None:
         h = torch.zeros(len(x), *decay.shape, dtype=torch.promote_types(decay.dtype, x.dtype), device=x.device)
     outputs = []
@@ -96,6 +96,8 @@ def lti_recurrence(
 def lti_kernel(decay: Tensor, gain: Tensor, C: Tensor, length: int, *, chunk: int = SEGMENT) -> Tensor:
     """The convolution kernel (Re C Bb, Re C Ab Bb, Re C Ab^2 Bb, ...), (channels, length); arguments as `lti_recurrence`."""
     length, chunk = checks.whole("length", length, low=0), checks.whole("chunk", chunk, low=1)
+    for name, value in (("decay", decay), ("gain", gain), ("C", C)):
+        _continuous(name, value)
     if not length:
         return _real(C[:, :0])
     base = powers(decay, min(chunk, length))
@@ -134,7 +136,8 @@ def lti_advance(
     x: Tensor, decay: Tensor, gain: Tensor, C: Tensor, D: Tensor | None, h: Tensor, *, chunk: int = SEGMENT
 ) -> tuple[Tensor, Tensor]:
     """`lti_recurrence` from the state h, whole chunks at a time."""
-    _check_lti(x, decay, gain, C, D)
+    _check_lti(x, decay, gain, C, D, h)
+    chunk = checks.whole("chunk", chunk, low=1)
     if not x.numel():
         return x, h
     outputs = []
@@ -148,7 +151,7 @@ def lti_advance(
     return torch.cat(outputs, 1), h
 
 
-def _check_lti(x: Tensor, decay: Tensor, gain: Tensor, C: Tensor, D: Tensor | None) -> None:
+def _check_lti(x: Tensor, decay: Tensor, gain: Tensor, C: Tensor, D: Tensor | None, h: Tensor | None) -> None:
     checks.tensor("x", x, shape=("batch", "tokens", "channels"), empty=True)
     for name, value in (("decay", decay), ("gain", gain), ("C", C)):
         _continuous(name, value)
@@ -156,10 +159,16 @@ def _check_lti(x: Tensor, decay: Tensor, gain: Tensor, C: Tensor, D: Tensor | No
             raise ValueError(f"{name} must be (channels, states) with {x.shape[2]} channels, got {tuple(value.shape)}")
     if D is not None:
         checks.tensor("D", D, shape=(x.shape[2],), empty=True)
+    if h is not None:
+        _continuous("h", h)
+        if tuple(h.shape) != (len(x), x.shape[2], decay.shape[1]):
+            raise ValueError(f"h must be {(len(x), x.shape[2], decay.shape[1])}, got {tuple(h.shape)}")
 
 
 def powers(decay: Tensor, count: int) -> Tensor:
     """(..., count): decay^0, decay^1, ... by doubling."""
+    _continuous("decay", decay)
+    count = checks.whole("count", count, low=0)
     found, onward = torch.ones_like(decay)[..., None], decay
     while found.shape[-1] < count:
         found = torch.cat([found, found * onward[..., None]], -1)
@@ -195,8 +204,8 @@ def selective_scan(
     compiled kernel where it serves (CPU, float32, Euler), else the chunks.
 
     No tokens give no outputs and the state as it was. Which back end served is noted (`kernels.paths`) as "selective scan".
-    Raises ValueError for shapes that do not fit, unknown options, or "kernel" where it cannot serve; TypeError for tensors of
-    whole or complex numbers.
+    Raises ValueError for shapes and devices that do not fit, unknown options, or "kernel" where it cannot serve; TypeError for
+    tensors of whole or complex numbers.
 
     >>> u, dt = torch.ones(1, 3, 1), torch.full((1, 3, 1), 0.5)
     >>> y, h = selective_scan(u, dt, A=torch.zeros(1, 1), B=torch.ones(1, 3, 1), C=torch.ones(1, 3, 1))
@@ -246,15 +255,15 @@ def _check_scan(
     segment: int,
 ) -> None:
     checks.tensor("u", u, shape=("batch", "tokens", "channels"), empty=True)
-    checks.tensor("A", A, shape=(u.shape[2], "states"), empty=True)
+    checks.tensor("A", A, shape=(u.shape[2], "states"), device=u.device, empty=True)
     per_token = (*u.shape[:2], A.shape[1])
-    checks.tensor("dt", dt, shape=tuple(u.shape), empty=True)
-    checks.tensor("B", B, shape=per_token, empty=True)
-    checks.tensor("C", C, shape=per_token, empty=True)
+    checks.tensor("dt", dt, shape=tuple(u.shape), device=u.device, empty=True)
+    checks.tensor("B", B, shape=per_token, device=u.device, empty=True)
+    checks.tensor("C", C, shape=per_token, device=u.device, empty=True)
     if D is not None:
-        checks.tensor("D", D, shape=(u.shape[2],), empty=True)
+        checks.tensor("D", D, shape=(u.shape[2],), device=u.device, empty=True)
     if h0 is not None:
-        checks.tensor("h0", h0, shape=(len(u), *A.shape), empty=True)
+        checks.tensor("h0", h0, shape=(len(u), *A.shape), device=u.device, empty=True)
     checks.choice("backend", backend, get_args(Backend))
     checks.choice("discretisation", discretisation, get_args(Discretisation))
     checks.whole("segment", segment, low=1)
@@ -349,9 +358,12 @@ def _associative(
 
 
 def associative_scan(a: Tensor, x: Tensor) -> Tensor:
-    """h_t = a_t h_{t-1} + x_t along dimension 1, h_0 = x_0, in logarithmic depth: (a, x) pairs combine as (a' a, a' x + x')."""
+    """h_t = a_t h_{t-1} + x_t along dimension 1, h_0 = x_0, in logarithmic depth: (a, x) pairs combine as (a' a, a' x + x').
+
+    No tokens give none.
+    """
     tokens = a.shape[1]
-    if tokens == 1:
+    if tokens <= 1:
         return x
     even, odd = slice(0, tokens // 2 * 2, 2), slice(1, None, 2)
     at_odd = associative_scan(a[:, odd] * a[:, even], a[:, odd] * x[:, even] + x[:, odd])
@@ -362,7 +374,7 @@ def associative_scan(a: Tensor, x: Tensor) -> Tensor:
 
 
 class _Kernel(torch.autograd.Function):
-    """The compiled scan; saves its inputs and one state in 64 tokens."""
+    """The compiled scan; saves its inputs and one state in 64 tokens. Gradients of gradients are refused."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -372,6 +384,7 @@ class _Kernel(torch.autograd.Function):
         return y, h
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_last: Tensor | None) -> Any:
         u, dt, A, B, C, D, kept = ctx.saved_tensors
         grad = torch.zeros_like(u) if grad is None else grad.contiguous()
@@ -408,11 +421,27 @@ def segment_sums(z: Tensor) -> Tensor:
     return sums.masked_fill(below.T, -torch.inf)
 
 
+def _check_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None) -> None:
+    checks.tensor("x", x, shape=("batch", "tokens", "heads", "values"), empty=True)
+    checks.tensor("dt", dt, shape=tuple(x.shape[:3]), empty=True)
+    checks.tensor("A", A, shape=(x.shape[2],), empty=True)
+    for name, value in (("B", B), ("C", C)):
+        checks.tensor(name, value, ndim=4, empty=True)
+    if D is not None:
+        checks.tensor("D", D, shape=(x.shape[2],), empty=True)
+    if B.shape != C.shape or B.shape[:2] != x.shape[:2] or not B.shape[2] or x.shape[2] % B.shape[2]:
+        raise ValueError(
+            f"B and C must be (batch, tokens, groups, states), groups dividing {x.shape[2]} heads, "
+            f"got {tuple(B.shape)} and {tuple(C.shape)}"
+        )
+
+
 def ssd_reference(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None) -> Tensor:
     """The masked-attention form, all pairs at once: y = (L o C B^T) (dt x) + D x, L_ij the product of decays between j and i.
 
-    Arguments as `ssd`.
+    Arguments and errors as `ssd`.
     """
+    _check_ssd(x, dt, A, B, C, D)
     heads = x.shape[2] // B.shape[2]
     mask = torch.exp(segment_sums((dt * A).transpose(1, 2)))
     scores = torch.einsum("bign,bjgn->bgij", C, B).repeat_interleave(heads, 1)
@@ -439,18 +468,7 @@ def ssd(
     Raises ValueError for shapes that do not fit, TypeError for tensors of whole or complex numbers.
     """
     chunk = checks.whole("chunk", chunk, low=1)
-    checks.tensor("x", x, shape=("batch", "tokens", "heads", "values"), empty=True)
-    checks.tensor("dt", dt, shape=tuple(x.shape[:3]), empty=True)
-    checks.tensor("A", A, shape=(x.shape[2],), empty=True)
-    for name, value in (("B", B), ("C", C)):
-        checks.tensor(name, value, ndim=4, empty=True)
-    if D is not None:
-        checks.tensor("D", D, shape=(x.shape[2],), empty=True)
-    if B.ndim != 4 or B.shape != C.shape or B.shape[:2] != x.shape[:2] or not B.shape[2] or x.shape[2] % B.shape[2]:
-        raise ValueError(
-            f"B and C must be (batch, tokens, groups, states), groups dividing {x.shape[2]} heads, "
-            f"got {tuple(B.shape)} and {tuple(C.shape)}"
-        )
+    _check_ssd(x, dt, A, B, C, D)
     groups = B.shape[2]
     heads = x.shape[2] // groups
     if h0 is not None:

@@ -9,17 +9,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from assay import checks
+from assay.methods.core.mixers.protocol import wide_dtype
 
 
 def dice_loss(logits: Tensor, target: Tensor, *, smooth: float = 1e-5) -> Tensor:
     """1 - soft Dice of sigmoid(logits) against target, both (batch, channels, ...), mean over batch and channels.
 
-    Raises ValueError for shapes that differ or are empty, TypeError for logits of whole numbers.
+    Computed in float32 at least: half precision cannot count the cells of an image. Raises ValueError for shapes that differ or are
+    empty, and targets outside [0, 1]; TypeError for logits of whole numbers.
     """
     checks.tensor("logits", logits)
+    if logits.ndim < 3:
+        raise ValueError(f"logits must be (batch, channels, ...), got {tuple(logits.shape)}")
     checks.tensor("target", target, shape=tuple(logits.shape), dtype="any")
-    checks.number("smooth", smooth, above=0)
-    probability, target = torch.sigmoid(logits).flatten(2), target.to(logits.dtype).flatten(2)
+    smooth = checks.number("smooth", smooth, above=0)
+    wide = wide_dtype(logits.dtype)
+    target = target.to(wide).flatten(2)
+    if not ((target >= 0) & (target <= 1)).all():
+        raise ValueError("target must hold numbers in [0, 1]: one-hot it first")
+    probability = torch.sigmoid(logits.to(wide)).flatten(2)
     overlap = (probability * target).sum(-1)
     return 1 - ((2 * overlap + smooth) / (probability.sum(-1) + target.sum(-1) + smooth)).mean()
 

@@ -13,7 +13,6 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <vector>
 
@@ -38,17 +37,23 @@ inline void narrow(float x, uint16_t* to) {  // to the nearest, ties to even
 template <class T>
 void hash(const T* x, int64_t count, int64_t bits, int64_t kind, float temperature, int64_t* rows, float* weights) {
   for (int64_t k = 0; k < count; ++k) {
-    float size[16], squares = 0, sum = 0, product = 1;
+    float size[16], squares = 0, sum = 0, largest = 0, product = 1;
     int64_t code = 0;
     for (int64_t i = 0; i < bits; ++i) {
       const float z = wide(x[k * bits + i]);
       code = 2 * code + (z >= 0);
       size[i] = std::abs(z);
       sum += size[i];
-      squares += z * z;
+      largest = std::max(largest, size[i]);
     }
-    const float norm = std::max(std::sqrt(squares), std::numeric_limits<float>::min());
-    const float slope = kind == kCosine ? -2 / (temperature * norm * std::sqrt(static_cast<float>(bits))) : -2;
+    float slope = -2;
+    if (kind == kCosine) {  // the largest number made 1, so that squares neither overflow nor vanish
+      for (int64_t i = 0; i < bits; ++i) {
+        if (largest > 0) size[i] /= largest;
+        squares += size[i] * size[i];
+      }
+      slope = -2 / (temperature * (largest > 0 ? std::sqrt(squares) : 1) * std::sqrt(static_cast<float>(bits)));
+    }
     for (int64_t i = 0; i < bits; ++i) product *= 1 + std::exp(slope * size[i]);
     rows[k] = (k << bits) + code;
     weights[k] = (kind == kMagnitude ? sum : 1) / product;

@@ -5,7 +5,8 @@
 //
 // A row is cut into spans: the groups where these are whole vectors, else single vectors, whose lanes then have coefficients of
 // their own (a group of 12 channels would leave a quarter of every vector idle). Sums of gradients stay in vectors for a block
-// of rows and are then added in double; those of the threads are added in order: the same threads give the same bits.
+// of rows and are then added in double; those of the threads are added in order: the same threads give the same bits. float32 does
+// not hold the fifth power of numbers beyond 10^7 or so: a row with any beyond kFar is computed in double, number by number.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -27,6 +28,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kRows = 16;  // of a block
+constexpr float kFar = 1 << 20;
 
 int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
@@ -83,22 +85,77 @@ struct Spans {
   int64_t group(int64_t span, int64_t lane) const { return std::min((span * length + lane) / width, groups - 1); }
 };
 
+template <bool AbsOfSum, class V>
+inline V value(const V& v, const std::array<V, 10>& k) {
+  const V u = AbsOfSum ? v : absolute(v);
+  const V s = u * (k[6] + u * (k[7] + u * (k[8] + u * k[9])));
+  const V p = k[0] + v * (k[1] + v * (k[2] + v * (k[3] + v * (k[4] + v * k[5]))));
+  return p / (1 + (AbsOfSum ? absolute(s) : s));
+}
+
+// The gradient of v where that of the value is up; adds to sum those of a and of |b| (AbsOfSum: of b).
+template <bool AbsOfSum, class V>
+inline V slopes(const V& v, const V& up, const std::array<V, 10>& k, std::array<V, 10>& sum) {
+  const V u = AbsOfSum ? v : absolute(v);
+  const V s = u * (k[6] + u * (k[7] + u * (k[8] + u * k[9])));
+  const V slope = k[6] + u * (2 * k[7] + u * (3 * k[8] + u * (4 * k[9])));  // ds / du
+  const V& side = AbsOfSum ? s : v;
+  const V turned = side > 0 ? slope : (side < 0 ? -slope : V{});  // dQ / dx
+  const V over = 1 / (1 + (AbsOfSum ? absolute(s) : s));
+  const V p = k[0] + v * (k[1] + v * (k[2] + v * (k[3] + v * (k[4] + v * k[5]))));
+  const V rise = k[1] + v * (2 * k[2] + v * (3 * k[3] + v * (4 * k[4] + v * (5 * k[5]))));
+  const V y = p * over;
+  V w = up * over;
+  const V found = w * (rise - y * turned);
+  V z = -w * y;
+  if (AbsOfSum) z = s > 0 ? z : (s < 0 ? -z : V{});
+  sum[0] += w;
+  for (int i = 1; i < 6; ++i) sum[i] += (w *= v);
+  for (int i = 6; i < 10; ++i) sum[i] += (z *= u);
+  return found;
+}
+
+inline bool far(const double*, int64_t) { return false; }
+inline bool far(const float* row, int64_t count) {
+  float most = 0;
+#pragma omp simd reduction(max : most)
+  for (int64_t c = 0; c < count; ++c) most = std::max(most, std::abs(row[c]));
+  return most > kFar;
+}
+
+// f(c, span, lane, k) for each channel of a row, with its ten coefficients in double.
+template <class T, bool AbsOfSum, class F>
+void each(const Spans<T, AbsOfSum>& spans, F&& f) {
+  for (int64_t c = 0; c < spans.channels; ++c) {
+    const int64_t span = c / spans.length, lane = (c - span * spans.length) % spans.lanes;
+    std::array<double, 10> k;
+    for (int i = 0; i < 10; ++i) k[i] = spans.coefficients[span][i][lane];
+    f(c, span, lane, k);
+  }
+}
+
 template <class T, bool AbsOfSum>
 void forward(const T* x, const Spans<T, AbsOfSum>& spans, T* y, int64_t rows) {
   using V = typename Lanes<T>::vector;
 #pragma omp parallel for num_threads(threads()) schedule(static)
-  for (int64_t r = 0; r < rows; ++r)
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* from = x + r * spans.channels;
+    T* to = y + r * spans.channels;
+    if (far(from, spans.channels)) {
+      each(spans, [&](int64_t c, int64_t, int64_t, const std::array<double, 10>& k) {
+        to[c] = static_cast<T>(value<AbsOfSum>(static_cast<double>(from[c]), k));
+      });
+      continue;
+    }
     for (int64_t span = 0; span < spans.count; ++span) {
       const std::array<V, 10> k = spans.coefficients[span];
       const int64_t end = std::min((span + 1) * spans.length, spans.channels);
       vectors<T>(span * spans.length, end, [&](int64_t c, auto n) {
-        const V v = read<V>(x + r * spans.channels + c, n), u = AbsOfSum ? v : absolute(v);
-        const V s = u * (k[6] + u * (k[7] + u * (k[8] + u * k[9])));
-        const V p = k[0] + v * (k[1] + v * (k[2] + v * (k[3] + v * (k[4] + v * k[5]))));
-        const V found = p / (1 + (AbsOfSum ? absolute(s) : s));
-        std::memcpy(y + r * spans.channels + c, &found, n * sizeof(T));
+        const V found = value<AbsOfSum>(read<V>(from + c, n), k);
+        std::memcpy(to + c, &found, n * sizeof(T));
       });
     }
+  }
 }
 
 // Adds to total (groups, 10) the gradients of a and of |b| (AbsOfSum: of b).
@@ -113,33 +170,28 @@ void backward(const T* grad, const T* x, const Spans<T, AbsOfSum>& spans, T* dx,
     std::vector<std::array<V, 10>> own(spans.count);
     for (int64_t block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
       std::fill(own.begin(), own.end(), std::array<V, 10>{});
-      for (int64_t r = block * kRows; r < std::min((block + 1) * kRows, rows); ++r)
+      for (int64_t r = block * kRows; r < std::min((block + 1) * kRows, rows); ++r) {
+        const T *from_x = x + r * spans.channels, *from_grad = grad + r * spans.channels;
+        T* to = dx + r * spans.channels;
+        if (far(from_x, spans.channels)) {
+          each(spans, [&](int64_t c, int64_t span, int64_t lane, const std::array<double, 10>& k) {
+            std::array<double, 10> sum = {};
+            to[c] = static_cast<T>(slopes<AbsOfSum>(static_cast<double>(from_x[c]), static_cast<double>(from_grad[c]), k, sum));
+            for (int i = 0; i < 10; ++i) sums[part * numbers + (span * 10 + i) * lanes + lane] += sum[i];
+          });
+          continue;
+        }
         for (int64_t span = 0; span < spans.count; ++span) {
           const std::array<V, 10> k = spans.coefficients[span];
           std::array<V, 10> sum = own[span];
           const int64_t end = std::min((span + 1) * spans.length, spans.channels);
           vectors<T>(span * spans.length, end, [&](int64_t c, auto n) {
-            const int64_t at = r * spans.channels + c;
-            const V v = read<V>(x + at, n), up = read<V>(grad + at, n), u = AbsOfSum ? v : absolute(v);
-            const V s = u * (k[6] + u * (k[7] + u * (k[8] + u * k[9])));
-            const V slope = k[6] + u * (2 * k[7] + u * (3 * k[8] + u * (4 * k[9])));  // ds / du
-            const V& side = AbsOfSum ? s : v;
-            const V turned = side > 0 ? slope : (side < 0 ? -slope : V{});  // dQ / dx
-            const V over = 1 / (1 + (AbsOfSum ? absolute(s) : s));
-            const V p = k[0] + v * (k[1] + v * (k[2] + v * (k[3] + v * (k[4] + v * k[5]))));
-            const V rise = k[1] + v * (2 * k[2] + v * (3 * k[3] + v * (4 * k[4] + v * (5 * k[5]))));
-            const V y = p * over;
-            V w = up * over;
-            const V found = w * (rise - y * turned);
-            std::memcpy(dx + at, &found, n * sizeof(T));
-            V z = -w * y;
-            if (AbsOfSum) z = s > 0 ? z : (s < 0 ? -z : V{});
-            sum[0] += w;
-            for (int i = 1; i < 6; ++i) sum[i] += (w *= v);
-            for (int i = 6; i < 10; ++i) sum[i] += (z *= u);
+            const V found = slopes<AbsOfSum>(read<V>(from_x + c, n), read<V>(from_grad + c, n), k, sum);
+            std::memcpy(to + c, &found, n * sizeof(T));
           });
           own[span] = sum;
         }
+      }
       const T* from = reinterpret_cast<const T*>(own.data());
       for (int64_t i = 0; i < numbers; ++i) sums[part * numbers + i] += from[i];
     }
