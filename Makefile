@@ -12,9 +12,23 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: setup demo test lint check-environment kernels room sweep test-times test-slow bench evidence clean
+define HELP
+make demo             tune the bundled model, eight minutes
+make test             lint, types and every test but the slow ones and the sweep
+make room SLUG=x      lint, types and tests of one paper and of what imports it
+make test-times       the same tests as `make test`, and what each file and the costliest tests take
+make test-slow        tests that take minutes: whole commands, Ray clusters, kernels for other processors
+make sweep            every transform on every architecture
+make bench, evidence  measure this machine
+endef
+export HELP
+
+.PHONY: help setup demo test lint check-environment kernels room sweep test-times test-slow bench evidence clean
 
 setup: $(STAMP)
+
+help:
+	@echo "$$HELP"
 
 # torch first and pinned, so that nothing else chooses a build; the model packages without their own large dependencies.
 # constraints.txt holds the versions the tests passed with: a release from outside cannot break a checkout over night.
@@ -44,7 +58,7 @@ room: setup
 sweep: setup kernels
 	$(PYTEST) -m sweep --timeout 1800
 
-# What each test file costs, in processor seconds.
+# What each test file and the costliest tests take, in processor seconds.
 test-times: setup kernels
 	$(PYTEST) -m "not slow and not sweep and not gpu" --room-times
 
@@ -58,8 +72,9 @@ lint: setup
 check-environment: setup
 	"$(BIN)/python" tests/check_environment.py
 
+# One at a time: many of them tune, serve or start a cluster, with time limits of their own.
 test-slow: setup kernels
-	"$(BIN)/python" -m pytest -m slow --timeout 1800
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -m slow --timeout 1800
 
 bench: setup
 	"$(BIN)/python" benchmarks/speed.py --out evidence/bench.jsonl

@@ -6,7 +6,6 @@ import copy
 import os
 import time
 from collections import Counter
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -59,13 +58,13 @@ def _own_data(tmp_path, monkeypatch):
     monkeypatch.delenv("ASSAY_DATABASE_URL", raising=False)
 
 
-# What each room costs: processor seconds of a test file, its children included. `make test-times` prints them.
+# What each room costs: processor seconds of its tests, their children included. `make test-times` prints them.
 
 _seconds: Counter[str] = Counter()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--room-times", action="store_true", help="print the processor seconds of every test file")
+    parser.addoption("--room-times", action="store_true", help="print the processor seconds of test files and tests")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -74,7 +73,7 @@ def pytest_runtest_protocol(item):
     try:
         return (yield)
     finally:
-        _seconds[item.nodeid.split("::", 1)[0]] += _cpu() - before
+        _seconds[item.nodeid] += _cpu() - before  # a shared fixture is booked where it is first asked for
 
 
 def _cpu() -> float:
@@ -96,7 +95,14 @@ def pytest_testnodedown(node):
 def pytest_terminal_summary(terminalreporter, config):
     if not config.getoption("--room-times"):
         return
-    terminalreporter.section("processor seconds")
-    for file, seconds in _seconds.most_common():
-        terminalreporter.write_line(f"{seconds:8.1f}  {Path(file).as_posix()}")
-    terminalreporter.write_line(f"{sum(_seconds.values()):8.1f}  in all; a room aims at 5")
+    files: Counter[str] = Counter()
+    for test, seconds in _seconds.items():
+        files[test.split("::", 1)[0]] += seconds
+    for title, counted in (
+        ("processor seconds: costliest tests", _seconds.most_common(20)),
+        ("processor seconds", files.most_common()),
+    ):
+        terminalreporter.section(title)
+        for name, seconds in counted:
+            terminalreporter.write_line(f"{seconds:8.1f}  {name}")
+    terminalreporter.write_line(f"{sum(files.values()):8.1f}  in all; a room aims at 5")

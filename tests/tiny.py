@@ -1,13 +1,65 @@
-"""A tiny Llama with a working tokenizer, for tests that need a real transformers folder in no time."""
+"""Tiny models and what goes with them: a random Llama, token ids, a folder with a working tokenizer, a GGUF file, a calibration."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "initializer_range": 0.3,  # logits far enough apart that rounding does not change which is largest
+    "tie_word_embeddings": False,
+}
+
+
+def tiny_model(kind: str = "Llama", *, seed: int = 0, **changes: Any):
+    """A random decoder of transformers ("Llama", "Mistral", "Qwen2", ...) of `LLAMA`'s shape, in eval mode."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(**{**LLAMA, **changes})
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+def token_ids(batch: int = 1, length: int = 100, *, seed: int = 0, vocab: int = LLAMA["vocab_size"]):
+    """Random token ids (batch, length), none of them padding or the first token."""
+    import torch
+
+    return torch.randint(2, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def calibration(**changes: Any):
+    """What a processor is said to do in a second, in round numbers, instead of measuring this one."""
+    from assay.measure.machine import Calibration
+
+    known: dict[str, Any] = {
+        "peak_flops": {"float32": 1e11, "bfloat16": 4e11},
+        "read_bandwidth": 4e10,
+        "copy_bandwidth": 3e10,
+        "cache_bandwidth": {1 << 20: 2e11, 1 << 28: 4e10},
+        "device": "cpu",
+        "threads": 2,
+        "fingerprint": "f",
+        "torch": "2",
+        "noisy": False,
+    }
+    return Calibration(**{**known, **changes})
 
 
 def write_tiny_llama(

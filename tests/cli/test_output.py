@@ -17,6 +17,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "evidence"))
 
 from evidence_maker import estimate, make
+from tests.tiny import calibration
 
 from assay.cli import doctor, output
 from assay.cli.main import main
@@ -140,10 +141,9 @@ def test_doctor_says_each_step_and_prints_one_document(capsys, monkeypatch):
 
 
 def _calibrated(force, say):
-    from assay.measure.machine import Calibration
 
     say("calibrating the machine: round 1 of 8")
-    return Calibration({"float32": 1e11}, 4e10, 3e10, {1 << 20: 2e11}, "cpu", 2, "f", "2", False)
+    return calibration()
 
 
 def _loaded(name):

@@ -6,30 +6,19 @@ import json
 import math
 
 import pytest
-import torch
+from tests.tiny import calibration, tiny_model
 
 from assay.cli import profile as command
 from assay.cli.main import main
-from assay.measure.machine import Calibration
 
-CALIBRATION = Calibration(
-    peak_flops={"float32": 1e11, "bfloat16": 4e11},
-    read_bandwidth=4e10,
-    copy_bandwidth=3e10,
-    cache_bandwidth={1 << 20: 2e11, 1 << 28: 4e10},
-    device="cpu",
-    threads=2,
-    fingerprint="f",
-    torch="2",
-    noisy=True,
-)
+CALIBRATION = calibration(noisy=True)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A llama of two layers with a tokenizer of bytes, as transformers saves it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     path = tmp_path_factory.mktemp("models") / "tiny <b>model"
     vocabulary = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -37,17 +26,8 @@ def folder(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="a").save_pretrained(path)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
+    shape = {"vocab_size": len(vocabulary), "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 64}
+    tiny_model(**shape).save_pretrained(path)
     return path
 
 

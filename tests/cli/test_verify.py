@@ -84,6 +84,7 @@ def test_a_plain_log_says_what_came_of_each_point_and_how_long_the_rest_takes(tm
             assert re.fullmatch(where + rf"(reproduced|direction holds)( \*)?, {4 + point}x, took \d+ s" + left, line)
     assert len(lines) == 6
     assert "%|" not in result.output  # no library's progress bar
+    assert all(line == line.rstrip() for line in result.stdout.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize("as_json", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_ctrl_c_says_what_is_kept_and_the_command_that_goes_on(as_json):
     words = ["verify", "toyslow", "--scale", "smoke", *["--json"] * as_json]
     path = os.pathsep.join([str(Path(toy_experiments.__file__).parent), *filter(None, sys.path)])
@@ -188,8 +189,6 @@ def test_lines_in_a_pipe_are_not_broken():
     lines = run("toyneeds", "--scale", "smoke").stdout.splitlines()
     assert lines[1] == "needs other hardware: needs no_such_flag, which this machine does not have"
     assert lines[2:4] == ["    n=1: -; needs other hardware", "    n=2: -; needs other hardware"]
-    long = run("toyslow", "--scale", "smoke").stdout.splitlines()
-    assert all(line == line.rstrip() for line in long)
 
 
 def test_a_failed_point_is_not_met(monkeypatch):

@@ -87,6 +87,21 @@ def test_a_trial_and_a_figure(tmp_path):
     assert runs(tmp_path) == ["speedup 1", "speedup 2"]
 
 
+def test_what_raises_and_what_crashes_becomes_a_record(monkeypatch):
+    chosen = [one for one in experiments_of("toybroken") if one.claim in ("toybroken/raises", "toybroken/crash")]
+    monkeypatch.setattr("assay.experiments.experiments_of", lambda slug: chosen)
+    records = verify(["toybroken"], scale="smoke")
+    assert [(record.status, record.error) for record in records] == [
+        ("failed", "ValueError: the stars are wrong"),
+        ("failed", "crashed: SIGABRT"),
+    ]
+    assert "toy_experiments.py" in records[0].details["process"]["traceback"]
+    assert all(record.verdict is None and record.measured is None for record in records)
+    with Store() as store:
+        assert store.count() == 2
+
+
+@pytest.mark.slow
 def test_whatever_breaks_becomes_a_record():
     records = {record.claim.split("/")[1]: record for record in verify(["toybroken"], scale="smoke")}
     told = {what: (record.status, record.error) for what, record in records.items()}
@@ -150,6 +165,7 @@ def test_without_resume_points_are_measured_again(tmp_path):
         assert store.count() == 4
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch):
     code = """
 import toy_experiments

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.tiny import tiny_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -230,20 +231,8 @@ def test_compiled_functions_are_counted_uncompiled():
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_two_layer_llama(implementation):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=False,
-        attn_implementation=implementation,
-    )
-    model, n = LlamaForCausalLM(config).eval(), 12
+    shape = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 48}
+    model, n = tiny_model(**shape, attn_implementation=implementation), 12
     cost = count_cost(model, input_ids=torch.arange(n)[None], use_cache=True)
     rows = by_name(cost)
     projections = 32 * 32 + 2 * 32 * 16 + 32 * 32

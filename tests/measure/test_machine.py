@@ -9,21 +9,15 @@ import time
 
 import pytest
 import torch
+from tests.tiny import calibration
 
 from assay.measure import machine as module
-from assay.measure.machine import Calibration, calibrate, machine
+from assay.measure.machine import calibrate, machine
 
 RATES = {"float32": 1e11, "bfloat16": 4e11}
-KNOWN = Calibration(
-    peak_flops=RATES,
-    read_bandwidth=4e10,
-    copy_bandwidth=3e10,
+KNOWN = calibration(
     cache_bandwidth={1000: 5e11, 10_000: 6e11, 100_000: 1e11, 10**8: 4e10},
-    device="cpu",
-    threads=2,
     fingerprint="abc",
-    torch="2",
-    noisy=False,
 )
 
 

@@ -7,8 +7,8 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.tiny import calibration
 
-from assay.measure.machine import Calibration
 from assay.measure.roofline import (
     H100_SXM_BF16,
     DeviceSpec,
@@ -27,17 +27,7 @@ from assay.measure.roofline import (
 )
 
 DEVICE = DeviceSpec("d", peak=1e12, bandwidth=1e10)
-CALIBRATION = Calibration(
-    peak_flops={"float32": 1e11},
-    read_bandwidth=4e10,
-    copy_bandwidth=3e10,
-    cache_bandwidth={1 << 20: 2e11, 1 << 28: 4e10},
-    device="cpu",
-    threads=1,
-    fingerprint="f",
-    torch="2",
-    noisy=False,
-)
+CALIBRATION = calibration(peak_flops={"float32": 1e11})
 sizes = st.floats(1.0, 1e15)
 
 

@@ -5,39 +5,42 @@ from __future__ import annotations
 import random
 
 import torch
+from tests.tiny import LLAMA, tiny_model
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
 )
 from transformers.cache_utils import DynamicCache
 
 from assay.methods.core.generation.cache import keys_and_values
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 97}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {"hidden_size": 32, "intermediate_size": 48}
 
 
 def tiny(kind: str = "llama", attention: str = "sdpa"):
     """A small random model; the sliding ones have a window of 8, shorter than the longest prompts."""
-    torch.manual_seed(0)
-    common = {"attn_implementation": attention, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-    if kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**SMALL, **HEADS, **common))
-    elif kind == "gpt2":  # learned positions, Conv1D
-        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=128, **common))
-    elif kind == "mistral":  # every layer slides
-        model = MistralForCausalLM(MistralConfig(**SMALL, **HEADS, **common, sliding_window=8))
-    else:  # gemma3: sliding and full layers mixed
+    common = {
+        "attn_implementation": attention,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+        "initializer_range": 0.02,
+    }
+    if kind == "gpt2":  # learned positions, Conv1D
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(
+            GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=128, **common)
+        ).eval()
+    if kind == "gemma3":  # sliding and full layers mixed
         layers = ["sliding_attention", "full_attention"]
-        config = Gemma3TextConfig(**SMALL, **HEADS, **common, head_dim=8, sliding_window=8, layer_types=layers)
-        model = Gemma3ForCausalLM(config)
-    return model.eval()
+        torch.manual_seed(0)
+        config = Gemma3TextConfig(**LLAMA | SMALL | common, head_dim=8, sliding_window=8, layer_types=layers)
+        return Gemma3ForCausalLM(config).eval()
+    if kind == "mistral":  # every layer slides
+        common["sliding_window"] = 8
+    return tiny_model({"llama": "Llama", "mistral": "Mistral"}[kind], **SMALL, **common)
 
 
 def prompts_of(*lengths: int, seed: int = 0) -> list[list[int]]:

@@ -16,8 +16,10 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def world(monkeypatch):
-    """Installs pretended children; the run's clock is theirs."""
-    from assay.tuner import budget, nodes
+    """Installs pretended children; the run's clock is theirs, and the report's plots are left empty: they cost more than all else."""
+    from assay.tuner import budget, nodes, report
+
+    monkeypatch.setattr(report, "svg", lambda figure: "<svg></svg>")
 
     def install(children):
         monkeypatch.setattr(nodes, "run_isolated", children)

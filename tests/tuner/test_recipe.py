@@ -9,7 +9,7 @@ import tomli_w
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from tests.tiny import tiny_model
 
 from assay.errors import InputError
 from assay.methods.transform import TuneContext
@@ -20,9 +20,7 @@ CONTEXT = TuneContext("ttft", 16, 4)
 
 
 def tiny():
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **shape)).eval()
+    return tiny_model(hidden_size=32, vocab_size=64, num_attention_heads=2, num_key_value_heads=1)
 
 
 def test_file_round_trip_drops_only_nulls(tmp_path):

@@ -5,23 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.properties.architectures import CAUSAL, build, inputs
+from tests.tiny import tiny_model
 
 from assay.tuner.shallow import shallow
 
 
 @pytest.fixture(scope="module")
 def deep():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=10,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_model(hidden_size=16, num_hidden_layers=10, num_attention_heads=2, num_key_value_heads=1)
 
 
 def test_the_first_layers_are_kept_and_the_model_is_left_alone(deep):

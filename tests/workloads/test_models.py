@@ -531,7 +531,7 @@ def test_threads_convert_once_and_a_crash_leaves_no_model(tiny_gguf, own_cache, 
     for thread in threads:
         thread.join()
     assert len(calls) == 2
-    assert not stale.exists()
+    assert not stale.parent.exists()
 
 
 def test_processes_convert_once(tiny_gguf, own_cache, capfd):

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
 
 import pytest
 import torch
+from tests.properties.apart import python
 
 from assay.workloads import text
 from assay.workloads.text import (
@@ -68,8 +67,7 @@ def test_docstrings_are_public_whole_and_distinct_and_nothing_is_run():
     assert list(text._docstrings_of(ast.parse(source))) == ["a", "b\nc"]
     code = "import sys; from assay.workloads.text import docstrings; docstrings()"
     code += "; print('antigravity' in sys.modules, 'turtle' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["False", "False"]
+    assert python(code).split() == ["False", "False"]
 
 
 def test_docstrings_come_from_the_prompts_part():

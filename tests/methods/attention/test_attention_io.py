@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.tiny import calibration
 
 from assay.methods.attention.attention_io import (
     A100,
@@ -336,7 +337,7 @@ def test_advice_of_a_tiny_scratchpad():
 def test_the_sheet_of_this_machine(monkeypatch):
     from assay.measure import machine
 
-    rates = machine.Calibration({"float32": 1e11}, 1e10, 2e10, {}, "cpu", 1, "", "", False)
+    rates = calibration(read_bandwidth=1e10, copy_bandwidth=2e10, cache_bandwidth={}, threads=1)
     monkeypatch.setattr(machine, "calibrate", lambda **options: rates)
     if not Path("/sys/devices/system/cpu/cpu0/cache/index2/size").exists():
         with pytest.raises(OSError, match="No such file"):

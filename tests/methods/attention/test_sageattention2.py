@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import math
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -14,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.properties.apart import built_with, without_kernels
+from tests.tiny import tiny_model, token_ids
 
 from assay.measure.cost import count_cost
 from assay.methods.attention import sageattention2 as sage
@@ -615,8 +615,6 @@ def test_bad_calls_of_the_operator():
 
 CHECK = """
 import torch
-from assay.methods.core import kernels
-kernels.FLAGS = tuple(kernels.FLAGS) + tuple({flags!r}.split())
 from assay.methods.core.attention.plan import AttentionPlan, execute
 from assay.methods.attention.sageattention2 import SageSettings, sage_attention, accuracy
 torch.manual_seed(0)
@@ -629,26 +627,18 @@ for pv in ("bf16", "exact"):
 plan = AttentionPlan(150, 220, 16, mask=torch.rand(2, 6, 10, 14) < 0.5, key_start=torch.tensor([0, 90]))
 found, expected = execute(plan, q, k, v, precision="int8"), execute(plan, q, k, v, backend="reference")
 assert accuracy(found, expected)["relative_l1"] < 3e-2
-print("same")
 """
 
 
-def run(check):
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=280)
-    return done.stdout.strip() or done.stderr[-3000:]
-
-
-def test_without_a_compiler(monkeypatch):
-    monkeypatch.setenv("ASSAY_KERNELS", "0")
-    assert run(CHECK.format(flags="")) == "same"
+def test_without_a_compiler():
+    without_kernels(CHECK)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("march", ["-mno-amx-tile", "-march=x86-64-v4", "-march=x86-64-v3", "-march=x86-64"])
-def test_other_processors(march, monkeypatch, tmp_path):
+def test_other_processors(march, tmp_path):
     assert "-march=native" in kernels.FLAGS
-    monkeypatch.setenv("ASSAY_CACHE_DIR", str(tmp_path))
-    assert run(CHECK.format(flags=march)) == "same"
+    built_with(CHECK, march, cache=tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------- calibration
@@ -690,31 +680,6 @@ def test_accuracy_measures():
 # --------------------------------------------------------------------------------------------------------- transformers
 
 
-def tiny_llama(layers=2, seed=0, **changes):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-        initializer_range=0.3,
-        **changes,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def tokens(batch=1, length=100, seed=0):
-    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
 CONTEXT = TuneContext("ttft", prompt_tokens=4096, new_tokens=8)
 
 
@@ -726,7 +691,7 @@ def test_prefill_is_quantised_and_decoding_exact(monkeypatch):
     calls = []
     real = sage.sage_attention
     monkeypatch.setattr(sage, "sage_attention", lambda *a, **k: calls.append(k) or real(*a, **k))
-    model, ids = tiny_llama(), tokens()
+    model, ids = tiny_model(), token_ids()
     quantised = applied(model)
     assert quantised.config._attn_implementation == "assay_sageattention2"
     out = quantised.generate(ids, max_new_tokens=6, do_sample=False)
@@ -739,7 +704,7 @@ def test_prefill_is_quantised_and_decoding_exact(monkeypatch):
 
 
 def test_exact_layers_short_prompts_and_exact_settings_equal_sdpa():
-    model, ids = tiny_llama(), tokens()
+    model, ids = tiny_model(), token_ids()
     with torch.no_grad():
         expected = model(ids).logits
         for exact in ({"qk": "exact"}, {"qk": ["exact", "exact"]}, {"min_tokens": 101}):
@@ -754,20 +719,20 @@ def test_generation_in_chunks_with_a_cache():
     """The second chunk's queries are the last of the keys."""
     from transformers import DynamicCache
 
-    quantised, ids = applied(tiny_llama(), smooth_q=True), tokens(1, 130)
+    quantised, ids = applied(tiny_model(), smooth_q=True), token_ids(1, 130)
     with torch.no_grad():
         whole = quantised(ids).logits
         cache = DynamicCache()
         quantised(ids[:, :70], cache=cache)
         rest = quantised(ids[:, 70:], cache=cache).logits
-    exact = tiny_llama()(ids).logits
+    exact = tiny_model()(ids).logits
     assert error(rest, whole[:, 70:]) < 3 * error(whole, exact)
 
 
 def test_left_padded_rows_are_like_the_rows_alone():
-    model = tiny_llama()
+    model = tiny_model()
     quantised = applied(model, smooth_q=True)
-    long, short = tokens(1, 200), tokens(1, 72, seed=1)
+    long, short = token_ids(1, 200), token_ids(1, 72, seed=1)
     ids = torch.cat([long, torch.cat([torch.full((1, 128), 5), short], 1)])
     mask = torch.ones_like(ids)
     mask[1, :128] = 0
@@ -781,7 +746,7 @@ def test_left_padded_rows_are_like_the_rows_alone():
 
 
 def test_other_masks_are_attended_exactly():
-    model, ids = tiny_llama(), tokens(1, 60)
+    model, ids = tiny_model(), token_ids(1, 60)
     quantised = applied(model)
     mask = torch.ones(1, 60, dtype=torch.int64)
     mask[0, 20:30] = 0  # a hole
@@ -795,7 +760,7 @@ def test_other_masks_are_attended_exactly():
 
 
 def test_training_is_exact():
-    model, ids = tiny_llama(), tokens(1, 40)
+    model, ids = tiny_model(), token_ids(1, 40)
     quantised = applied(model)
     for each in (model, quantised):
         each(ids, labels=ids).loss.backward()
@@ -806,7 +771,7 @@ def test_training_is_exact():
 def test_the_settings_are_saved_with_the_model(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    quantised, ids = applied(tiny_llama(), qk=["int4", "int8"], smooth_q=True, granularity="per_block"), tokens()
+    quantised, ids = applied(tiny_model(), qk=["int4", "int8"], smooth_q=True, granularity="per_block"), token_ids()
     quantised.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="assay_sageattention2")
     assert again.config.sageattention2 == quantised.config.sageattention2
@@ -818,22 +783,22 @@ def test_the_settings_are_saved_with_the_model(tmp_path):
 
 
 def test_calibrated_tables_replay():
-    model = tiny_llama()
-    context = TuneContext("ttft", 4096, 8, calibration=(tokens(1, 40), tokens(1, 120)))
+    model = tiny_model()
+    context = TuneContext("ttft", 4096, 8, calibration=(token_ids(1, 40), token_ids(1, 120)))
     config = {"qk": "calibrated", "min_tokens": 0}
     first = transform.apply(copy.deepcopy(model), config, context).config.sageattention2
     assert len(first["qk"]) == 2
     assert set(first["qk"]) <= {"int8", "exact"}
     assert transform.apply(copy.deepcopy(model), config, context).config.sageattention2 == first
-    assert calibrate_model(model, tokens(), min_cosine=1.0, max_l1=0.0) == ["exact", "exact"]
-    assert calibrate_model(model, tokens(), min_cosine=-1.0, max_l1=10.0) == ["int4", "int4"]
+    assert calibrate_model(model, token_ids(), min_cosine=1.0, max_l1=0.0) == ["exact", "exact"]
+    assert calibrate_model(model, token_ids(), min_cosine=-1.0, max_l1=10.0) == ["int4", "int4"]
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="needs calibration texts"):
         transform.apply(copy.deepcopy(model), config, CONTEXT)
 
 
 def test_the_transform_fits_long_prompts_on_cpus_with_vnni(monkeypatch):
-    model = tiny_llama()
+    model = tiny_model()
     assert isinstance(transform, Transform)
     monkeypatch.setattr(sage, "has_vnni", lambda: True)
     monkeypatch.setattr(sage, "has_tiles", lambda: False)
@@ -843,11 +808,11 @@ def test_the_transform_fits_long_prompts_on_cpus_with_vnni(monkeypatch):
     assert 0 < fit.effects[0].macs < 1
     assert "too short" in transform.applies_to(model, TuneContext("ttft", 300, 8)).reason
     assert "transformers model" in transform.applies_to(torch.nn.Linear(2, 2), CONTEXT).reason
-    assert "multiples of 16" in transform.applies_to(tiny_llama(head_dim=20), CONTEXT).reason
-    assert "CPU" in transform.applies_to(tiny_llama().to("meta"), CONTEXT).reason
+    assert "multiples of 16" in transform.applies_to(tiny_model(head_dim=20), CONTEXT).reason
+    assert "CPU" in transform.applies_to(tiny_model().to("meta"), CONTEXT).reason
     for config in transform.configs(model, CONTEXT):
         assert transform.apply(copy.deepcopy(model), config, CONTEXT).config.sageattention2["qk"] == config["qk"]
-    context = TuneContext("ttft", 4096, 8, calibration=(tokens(),))
+    context = TuneContext("ttft", 4096, 8, calibration=(token_ids(),))
     assert {"qk": "calibrated"} in transform.configs(model, context)
     monkeypatch.setattr(sage, "has_tiles", lambda: True)
     assert "AMX" in transform.applies_to(model, CONTEXT).reason
@@ -872,7 +837,7 @@ def test_the_transform_fits_long_prompts_on_cpus_with_vnni(monkeypatch):
 )
 def test_bad_configurations(change, message):
     with pytest.raises(ValueError, match=message):
-        transform.apply(tiny_llama(), change, CONTEXT)
+        transform.apply(tiny_model(), change, CONTEXT)
 
 
 def test_bad_arguments():

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.properties.architectures import build
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from tests.tiny import tiny_model, token_ids
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from assay.measure.cost import count_cost
 from assay.methods.attention.sinklora import (
@@ -200,28 +201,9 @@ def test_scores_are_computed_for_groups_only():
 # ---------------------------------------------------------------------------------------------------------------- tuning
 
 
-def tiny_llama(layers=2, seed=0, tied=False, **changes):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=72,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-        initializer_range=0.3,
-        tie_word_embeddings=tied,
-        **changes,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def ids_of(batch=1, length=40, seed=0):
-    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
+def tiny_llama(layers=2, **changes):
+    odd = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 64}
+    return tiny_model(num_hidden_layers=layers, **{**odd, **changes})
 
 
 def logits(model, ids, **options):
@@ -230,7 +212,7 @@ def logits(model, ids, **options):
 
 
 def test_training_attends_in_groups_and_inference_in_full():
-    model, ids = tiny_llama(), ids_of(2)
+    model, ids = tiny_llama(), token_ids(2, 40)
     full = logits(model, ids)
     grouped = use_sf_attention(copy.deepcopy(model))
     assert grouped.config._attn_implementation == "assay_sf_attn"
@@ -247,7 +229,7 @@ def test_training_attends_in_groups_and_inference_in_full():
 
 
 def test_one_layer_of_training_is_the_masked_attention():
-    model, ids = tiny_llama(1), ids_of()
+    model, ids = tiny_llama(1), token_ids(1, 40)
     grouped = use_sf_attention(copy.deepcopy(model), sinks=3).train()
     mask = allowed_pairs(40, 9, group=10, sinks=3)
     same(logits(grouped, ids), logits(model, ids, attention_mask=mask), 1e-4)
@@ -257,7 +239,7 @@ def test_one_layer_of_training_is_the_masked_attention():
 @pytest.mark.parametrize("length", [37, 1, 3, 41])
 def test_lengths_that_groups_do_not_divide(length, variant):
     model = use_sf_attention(tiny_llama(), variant=variant).train()
-    ids = ids_of(length=length)
+    ids = token_ids(length=length)
     loss = model(ids, labels=ids if length > 1 else None).logits.sum()
     loss.backward()
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
@@ -269,7 +251,7 @@ def test_lengths_that_groups_do_not_divide(length, variant):
 
 def test_padded_batches_in_training():
     model = use_sf_attention(tiny_llama(1)).train()
-    long, short = ids_of(1, 40), ids_of(1, 20, seed=1)
+    long, short = token_ids(1, 40), token_ids(1, 20, seed=1)
     padding = torch.zeros(1, 20, dtype=torch.int64)
     mask = torch.ones(2, 40, dtype=torch.int64)
     mask[1, 20:] = 0  # right padding changes nothing but the size of the groups
@@ -293,7 +275,7 @@ def test_padded_batches_in_training():
 
 
 def test_what_training_refuses():
-    ids = ids_of(2)
+    ids = token_ids(2, 40)
     model = use_sf_attention(tiny_llama()).train()
     with pytest.raises(ValueError, match="plain or left- or right-padded"):
         model(ids, attention_mask=torch.ones(2, 1, 40, 40, dtype=torch.bool).tril())
@@ -315,7 +297,7 @@ def test_what_training_refuses():
 def test_lora_trains_and_the_file_format_stays(tied, tmp_path):
     from peft import PeftModel, get_peft_model
 
-    base = tiny_llama(tied=tied)
+    base = tiny_llama(tie_word_embeddings=tied)
     model = get_peft_model(use_sf_attention(copy.deepcopy(base)), lora_config(base))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert any("embed_tokens" in name for name in trained)
@@ -326,7 +308,7 @@ def test_lora_trains_and_the_file_format_stays(tied, tmp_path):
     assert (config.r, config.lora_alpha) == (8, 16)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    ids = ids_of(2)
+    ids = token_ids(2, 40)
     model.train()
     losses = []
     for _ in range(4):
@@ -358,7 +340,7 @@ def test_lora_needs_the_projections():
 
 
 def test_interpolated_positions(tmp_path):
-    model, ids = tiny_llama(), ids_of(length=100)
+    model, ids = tiny_llama(), token_ids(length=100)
     squeezed = copy.deepcopy(model)
     assert interpolate_positions(squeezed, 64) == 1
     assert interpolate_positions(squeezed, 200) == 4  # ceil(200 / 64)
@@ -415,7 +397,7 @@ def test_scored_attention(new, monkeypatch):
 
 @pytest.mark.parametrize("policy", ["h2o", "sinks", "local"])
 def test_a_budget_for_everything_is_exact(policy):
-    model, ids = evicting(), ids_of(2)
+    model, ids = evicting(), token_ids(2, 40)
     wanted = generated(tiny_llama(), ids, DynamicCache())
     for budget in (60, 1000):
         cache = EvictionCache(budget, policy=policy)
@@ -431,7 +413,7 @@ def test_a_budget_for_everything_is_exact(policy):
 def test_the_budget_is_never_passed_and_the_window_is_always_there(policy, budget, monkeypatch):
     if policy == "sinks" and budget == 2:
         with pytest.raises(ValueError, match="budget must exceed the 4 sinks"):
-            generated(evicting(), ids_of(2), EvictionCache(2, policy="sinks"))
+            generated(evicting(), token_ids(2, 40), EvictionCache(2, policy="sinks"))
         return
     sizes, real = [], EvictionLayer.observe
 
@@ -448,7 +430,7 @@ def test_the_budget_is_never_passed_and_the_window_is_always_there(policy, budge
 
     monkeypatch.setattr(EvictionLayer, "observe", observe)
     cache = EvictionCache(budget, policy=policy)
-    out = generated(evicting(), ids_of(2), cache)
+    out = generated(evicting(), token_ids(2, 40), cache)
     limit = 20 if budget == 0.5 else budget
     assert out.shape == (2, 60)
     assert set(sizes) == {limit}
@@ -469,7 +451,7 @@ def test_scores_are_the_accumulated_attention_and_only_grow(monkeypatch):
         )
 
     monkeypatch.setattr(EvictionLayer, "observe", observe)
-    generated(evicting(1), ids_of(), EvictionCache(12))
+    generated(evicting(1), token_ids(1, 40), EvictionCache(12))
     assert len(history) == 20
     for before, after in itertools.pairwise(history):
         assert all(score >= 0 for score in after.values())
@@ -512,7 +494,7 @@ def test_h2o_follows_its_definition():
 @pytest.mark.parametrize("budget", [9, 100])
 def test_left_padded_rows_are_the_rows_alone(policy, budget):
     model = evicting()
-    long, short = ids_of(1, 40), ids_of(1, 14, seed=1)
+    long, short = token_ids(1, 40), token_ids(1, 14, seed=1)
     ids = torch.cat([long, torch.cat([torch.zeros(1, 26, dtype=torch.int64), short], 1)])
     mask = torch.ones_like(ids)
     mask[1, :26] = 0
@@ -522,7 +504,7 @@ def test_left_padded_rows_are_the_rows_alone(policy, budget):
 
 
 def test_a_prompt_in_pieces_and_beams():
-    model, ids = evicting(), ids_of()
+    model, ids = evicting(), token_ids(1, 40)
     with torch.no_grad():
         cache, whole = EvictionCache(100), EvictionCache(100)
         first = model(ids[:, :25], cache=cache).logits
@@ -541,7 +523,7 @@ def test_a_prompt_in_pieces_and_beams():
 
 @pytest.mark.parametrize("policy", ["h2o", "sinks", "local"])
 def test_a_smaller_copy_is_the_cache_of_that_budget(policy):
-    model, ids = evicting(), ids_of(2)
+    model, ids = evicting(), token_ids(2, 40)
     with torch.no_grad():
         big, direct = EvictionCache(1.0), EvictionCache(0.3, policy=policy)
         model(ids, cache=big)
@@ -560,7 +542,7 @@ def test_a_smaller_copy_is_the_cache_of_that_budget(policy):
 
 
 def test_half_precision_keeps_scores_in_float32():
-    model, ids = evicting().bfloat16(), ids_of(2)
+    model, ids = evicting().bfloat16(), token_ids(2, 40)
     cache = EvictionCache(12)
     assert generated(model, ids, cache).shape == (2, 60)
     assert cache.layers[0].keys.dtype == torch.bfloat16
@@ -571,7 +553,7 @@ def test_half_precision_keeps_scores_in_float32():
 
 
 def test_caches_select_repeat_and_start_anew():
-    model, ids = evicting(), ids_of(3)
+    model, ids = evicting(), token_ids(3, 40)
     cache = EvictionCache(10)
     with torch.no_grad():
         model(ids, cache=cache)
@@ -696,7 +678,7 @@ def test_models_it_would_be_wrong_for_are_refused(name, why):
 
 
 def test_what_eviction_refuses():
-    ids = ids_of()
+    ids = token_ids(1, 40)
     with pytest.raises(RuntimeError, match="use_eviction"):
         generated(tiny_llama(), ids, EvictionCache(10))
     for budget in (1, 0, 0.0, 1.5, -3, True, "half"):

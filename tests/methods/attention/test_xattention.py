@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tiny import tiny_model, token_ids
 
 from assay.methods.attention import xattention as xa
 from assay.methods.attention.xattention import (
@@ -391,31 +392,6 @@ def test_search_spends_the_budget_on_the_heads_that_need_it():
 # --------------------------------------------------------------------------------------------------------- transformers
 
 
-def tiny_llama(layers=2, seed=0, **changes):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-        initializer_range=0.3,
-        **changes,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def tokens(batch=1, length=100, seed=0):
-    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
 CONTEXT = TuneContext("ttft", prompt_tokens=4096, new_tokens=8)
 
 
@@ -424,7 +400,7 @@ def applied(model, **config):
 
 
 def test_generate_with_all_blocks_equals_sdpa():
-    model, ids = tiny_llama(), tokens()
+    model, ids = tiny_model(), token_ids()
     sparse = applied(model, tau=1.0)
     assert sparse.config._attn_implementation == "assay_xattention"
     with torch.no_grad():
@@ -437,19 +413,19 @@ def test_prefill_is_sparse_and_decoding_dense(monkeypatch):
     seen = []
     real = xa.xattention_plan
     monkeypatch.setattr(xa, "xattention_plan", lambda *a, **k: seen.append(real(*a, **k)) or seen[-1])
-    ids = tokens()
-    sparse = applied(tiny_llama(), tau=0.5)
+    ids = token_ids()
+    sparse = applied(tiny_model(), tau=0.5)
     out = sparse.generate(ids, max_new_tokens=4, do_sample=False)
     assert out.shape == (1, 104)
     assert len(seen) == 2  # one plan a layer, none while decoding
     assert all(plan.density() < 0.9 for plan in seen)
     with torch.no_grad():
         logits = sparse(ids).logits
-        assert not torch.allclose(logits, tiny_llama()(ids).logits, atol=1e-3)
+        assert not torch.allclose(logits, tiny_model()(ids).logits, atol=1e-3)
 
 
 def test_dense_layers_short_prompts_and_a_table_of_taus():
-    model, ids = tiny_llama(), tokens()
+    model, ids = tiny_model(), token_ids()
     with torch.no_grad():
         dense = model(ids).logits
         for exact in ({"dense_layers": [0, 1]}, {"min_tokens": 101}, {"tau": [1.0, 1.0]}, {"tau": [[1.0] * 4] * 2}):
@@ -461,8 +437,8 @@ def test_dense_layers_short_prompts_and_a_table_of_taus():
 
 
 def test_left_padded_rows_equal_the_rows_alone():
-    sparse = applied(tiny_llama(), tau=1.0)
-    long, short = tokens(1, 90), tokens(1, 37, seed=1)
+    sparse = applied(tiny_model(), tau=1.0)
+    long, short = token_ids(1, 90), token_ids(1, 37, seed=1)
     ids = torch.cat([long, torch.cat([torch.zeros(1, 53, dtype=torch.int64), short], 1)])
     mask = torch.ones_like(ids)
     mask[1, :53] = 0
@@ -473,8 +449,8 @@ def test_left_padded_rows_equal_the_rows_alone():
 
 def test_a_padded_row_is_sparse_too_and_knows_nothing_of_its_padding():
     """Padding of whole blocks leaves the grid where it is: the row chooses as it does alone."""
-    sparse = applied(tiny_llama(), tau=0.5)
-    long, short = tokens(1, 96), tokens(1, 64, seed=1)
+    sparse = applied(tiny_model(), tau=0.5)
+    long, short = token_ids(1, 96), token_ids(1, 64, seed=1)
     ids = torch.cat([long, torch.cat([torch.full((1, 32), 5), short], 1)])
     mask = torch.ones_like(ids)
     mask[1, :32] = 0
@@ -487,7 +463,7 @@ def test_a_padded_row_is_sparse_too_and_knows_nothing_of_its_padding():
 def test_the_settings_are_saved_with_the_model(tmp_path):
     from transformers import AutoModelForCausalLM
 
-    sparse, ids = applied(tiny_llama(), tau=[[0.5] * 4, [0.3] * 4], dense_layers=[0]), tokens()
+    sparse, ids = applied(tiny_model(), tau=[[0.5] * 4, [0.3] * 4], dense_layers=[0]), token_ids()
     sparse.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="assay_xattention")
     assert again.config.xattention == sparse.config.xattention
@@ -496,7 +472,7 @@ def test_the_settings_are_saved_with_the_model(tmp_path):
 
 
 def test_changed_settings_are_taken_up():
-    model, ids = applied(tiny_llama(), tau=1.0), tokens()
+    model, ids = applied(tiny_model(), tau=1.0), token_ids()
     with torch.no_grad():
         before = model(ids).logits
         model.config.xattention = {**model.config.xattention, "tau": 0.1}
@@ -504,8 +480,8 @@ def test_changed_settings_are_taken_up():
 
 
 def test_calibrated_thresholds_replay():
-    model = tiny_llama()
-    context = TuneContext("ttft", 4096, 8, calibration=(tokens(1, 40), tokens(1, 120)))
+    model = tiny_model()
+    context = TuneContext("ttft", 4096, 8, calibration=(token_ids(1, 40), token_ids(1, 120)))
     config = {"tau": "calibrated", "block": 16, "stride": 4, "min_tokens": 0}
     first = transform.apply(copy.deepcopy(model), config, context).config.xattention
     assert torch.tensor(first["tau"]).shape == (2, 4)
@@ -516,7 +492,7 @@ def test_calibrated_thresholds_replay():
 
 
 def test_the_transform_fits_long_prompts_of_transformers_models():
-    model = tiny_llama()
+    model = tiny_model()
     assert isinstance(transform, Transform)
     fit = transform.applies_to(model, CONTEXT)
     assert fit.applies
@@ -548,7 +524,7 @@ def test_the_transform_fits_long_prompts_of_transformers_models():
 )
 def test_bad_configurations(change, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        transform.apply(tiny_llama(), {"block": 16, "stride": 4, **change}, CONTEXT)
+        transform.apply(tiny_model(), {"block": 16, "stride": 4, **change}, CONTEXT)
 
 
 def test_bad_arguments():

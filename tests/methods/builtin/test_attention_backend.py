@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from tests.tiny import tiny_model, token_ids
 
 from assay.methods.builtin import attention_backend
 from assay.methods.builtin.attention_backend import transform
@@ -15,32 +16,6 @@ from assay.methods.transform import Transform, TuneContext
 
 CONTEXT = TuneContext("ttft", prompt_tokens=2048, new_tokens=8)
 needs_kernel = pytest.mark.skipif(not load_kernel(), reason="needs a C++ compiler")
-
-
-def tiny(kind="Llama", seed=0, **changes):
-    import transformers
-
-    torch.manual_seed(seed)
-    settings = {
-        "vocab_size": 97,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-        "initializer_range": 0.3,
-        **changes,
-    }
-    config = getattr(transformers, f"{kind}Config")(**settings)
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-
-
-def tokens(batch=1, length=50, seed=0):
-    return torch.randint(2, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def changed(model, backend="kernel"):
@@ -53,7 +28,7 @@ def changed(model, backend="kernel"):
 
 
 def padded_batch():
-    ids, mask = tokens(3, 40), torch.ones(3, 40, dtype=torch.int64)
+    ids, mask = token_ids(3, 40), torch.ones(3, 40, dtype=torch.int64)
     for row, padding in ((1, 7), (2, 33)):
         ids[row, :padding], mask[row, :padding] = 0, 0
     return ids, mask
@@ -64,8 +39,8 @@ def padded_batch():
 def test_logits_and_generation_equal_sdpa(dtype, compiled, monkeypatch):
     if not compiled:
         monkeypatch.setattr("assay.methods.core.attention.plan.load_kernel", lambda: False)
-    model = tiny().to(dtype)
-    other, ids = changed(model), tokens(2)
+    model = tiny_model().to(dtype)
+    other, ids = changed(model), token_ids(2, 50)
     with torch.no_grad():
         close = {torch.float32: 2e-4, torch.bfloat16: 0.5, torch.float64: 1e-9}[dtype]
         torch.testing.assert_close(other(ids).logits, model(ids).logits, atol=close, rtol=1e-3)
@@ -95,7 +70,7 @@ def test_no_mask_is_made_for_a_plain_prompt():
 
 
 def test_left_padding():
-    model, (ids, mask) = tiny(), padded_batch()
+    model, (ids, mask) = tiny_model(), padded_batch()
     other = changed(model)
     expected = model.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False)
     assert torch.equal(other.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=False), expected)
@@ -105,7 +80,7 @@ def test_left_padding():
 
 
 def test_right_padding_and_holes():
-    model, ids = tiny(), tokens(2)
+    model, ids = tiny_model(), token_ids(2, 50)
     other = changed(model)
     right, holes = torch.ones(2, 2, 50, dtype=torch.int64)
     right[1, 30:] = 0
@@ -118,7 +93,7 @@ def test_right_padding_and_holes():
 
 
 def test_packed_sequences_and_masks_of_the_caller():
-    model, ids = tiny(), tokens()
+    model, ids = tiny_model(), token_ids(1, 50)
     other = changed(model)
     positions = torch.cat([torch.arange(20), torch.arange(30)])[None]
     mask = torch.rand(1, 1, 50, 50, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -129,7 +104,7 @@ def test_packed_sequences_and_masks_of_the_caller():
 
 
 def test_chunks_and_caches():
-    model, ids = tiny(), tokens(1, 60)
+    model, ids = tiny_model(), token_ids(1, 60)
     other = changed(model)
     with torch.no_grad():
         whole = model(ids).logits
@@ -145,9 +120,9 @@ def test_chunks_and_caches():
 
 
 def test_sliding_windows():
-    model = tiny("Mistral", sliding_window=16)
+    model = tiny_model("Mistral", sliding_window=16)
     other = changed(model)
-    for ids in (tokens(1, 12), tokens(1, 50)):
+    for ids in (token_ids(1, 12), token_ids(1, 50)):
         with torch.no_grad():
             torch.testing.assert_close(other(ids).logits, model(ids).logits, atol=2e-4, rtol=1e-3)
         expected = model.generate(ids, max_new_tokens=10, do_sample=False)
@@ -155,7 +130,7 @@ def test_sliding_windows():
 
 
 def test_bidirectional_attention():
-    model, (ids, mask) = tiny(), padded_batch()
+    model, (ids, mask) = tiny_model(), padded_batch()
     for layer in model.model.layers:
         layer.self_attn.is_causal = False
     model.config.is_causal = False
@@ -167,7 +142,7 @@ def test_bidirectional_attention():
 
 
 def test_head_dimensions_the_kernel_does_not_take():
-    model, ids = tiny(hidden_size=48, num_attention_heads=4), tokens()  # dimension 12
+    model, ids = tiny_model(hidden_size=48, num_attention_heads=4), token_ids(1, 50)  # dimension 12
     attention_backend.register()
     other = copy.deepcopy(model)
     other.set_attn_implementation("assay_dense")
@@ -177,8 +152,8 @@ def test_head_dimensions_the_kernel_does_not_take():
 
 
 def test_training_still_has_gradients():
-    model = tiny(attention_dropout=0.0).train()
-    other, ids = changed(model).train(), tokens()
+    model = tiny_model(attention_dropout=0.0).train()
+    other, ids = changed(model).train(), token_ids(1, 50)
     for m in (model, other):
         m(ids, labels=ids).loss.backward()
     for (name, expected), found in zip(model.named_parameters(), other.parameters(), strict=True):
@@ -187,7 +162,7 @@ def test_training_still_has_gradients():
 
 @needs_kernel
 def test_compiled_model():
-    model, ids = changed(tiny()), tokens()
+    model, ids = changed(tiny_model()), token_ids(1, 50)
     step = torch.compile(model, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(step(ids, use_cache=False).logits, model(ids).logits, atol=1e-4, rtol=1e-3)
@@ -196,7 +171,7 @@ def test_compiled_model():
 def test_the_transform():
     assert isinstance(transform, Transform)
     assert transform.exact
-    model = tiny()
+    model = tiny_model()
     fit = transform.applies_to(model, CONTEXT)
     if load_kernel():
         assert fit.applies
@@ -210,7 +185,7 @@ def test_the_transform():
 
 
 def test_errors():
-    model = tiny()
+    model = tiny_model()
     with pytest.raises(ValueError, match="backend must be one of 'kernel', 'sdpa', 'eager'"):
         transform.apply(model, {"backend": "flash"}, CONTEXT)
     with pytest.raises(ValueError, match="unknown configuration"):

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 import torch
+from tests.tiny import tiny_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from assay.methods.builtin import weight_only
 from assay.methods.builtin.compile import parts, transform
@@ -21,11 +21,7 @@ needs_compiler = pytest.mark.skipif(not BUILDS, reason="inductor needs a C++ com
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "vocab_size": 101}
-    return LlamaForCausalLM(
-        LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2, pad_token_id=0)
-    ).eval()
+    return tiny_model(num_hidden_layers=3, vocab_size=101, initializer_range=0.2)
 
 
 @pytest.fixture(autouse=True)

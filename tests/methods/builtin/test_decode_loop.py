@@ -6,14 +6,12 @@ import copy
 import io
 import logging
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.properties.apart import built_with
 from transformers import (
     DynamicCache,
     GPT2Config,
@@ -222,12 +220,10 @@ def test_decoder_says_what_is_wrong(model):
 
 @pytest.mark.slow
 @compiled
-def test_portable_loops_without_avx512():
+def test_portable_loops_without_avx512(tmp_path):
     """The same file, compiled without AVX-512, agrees with the torch oracle (in a process of its own: same operators)."""
-    program = """
+    check = """
 import torch
-from assay.methods.core import kernels
-kernels.FLAGS = (*kernels.FLAGS, "-mno-avx512f")
 assert kernels.load("llama_decode") and kernels.load("weight_only")
 from assay.methods.core.quantize.formats import FORMATS, PANEL_FORMATS
 from assay.methods.core.quantize.groups import quantize_inputs
@@ -239,7 +235,7 @@ for kind in PANEL_FORMATS:
     inputs = quantize_inputs(x) if kind.startswith("int") else x
     expected = inputs @ FORMATS[kind].unpack({"packed": packed}, 70, 64).T
     assert float((y - expected).abs().max()) < 1e-3, kind
-import tests.methods.builtin.test_decode_loop as t
+from tests.methods.builtin import test_decode_loop as t
 model = t.tiny()
 for weights in PANEL_FORMATS:
     decoder = t.Decoder(model, weights=weights, cache="float32")
@@ -247,11 +243,8 @@ for weights in PANEL_FORMATS:
     _, logits = decoder.run(ours, [0, 1], [7, 8], 1, want_logits=True)
     expected = torch.stack([decoder.step_in_torch(theirs, 0, 7), decoder.step_in_torch(theirs, 1, 8)])
     assert float((logits - expected).abs().max()) < 0.05 * float(expected.abs().max()), weights
-print("portable", "agrees")
 """
-    root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, cwd=root)
-    assert "portable agrees" in done.stdout, done.stderr[-2000:]
+    built_with(check, "-mno-avx512f", cache=tmp_path)
 
 
 # ---- choosing tokens

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tests.tiny import tiny_model
+from transformers import LlamaForCausalLM
 
 from assay.methods.builtin.dtype import transform
 from assay.methods.transform import GOALS, Transform, TuneContext
@@ -16,9 +17,7 @@ CONTEXT = TuneContext(goal="decode", prompt_tokens=8, new_tokens=8)
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 101}
-    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2)).eval()
+    return tiny_model(vocab_size=101, initializer_range=0.02)
 
 
 def test_is_what_loading_in_bfloat16_gives(model, tmp_path):

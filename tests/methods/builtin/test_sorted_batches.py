@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tests.tiny import tiny_model
 
 from assay.methods.builtin.sorted_batches import transform
 from assay.methods.core.generation.loop import generate_batch
@@ -16,9 +16,7 @@ CONTEXT = TuneContext(goal="throughput", prompt_tokens=64, new_tokens=4, batch_s
 
 
 def tiny():
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 97}
-    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)).eval()
+    return tiny_model(hidden_size=32, intermediate_size=48, num_hidden_layers=1, eos_token_id=2)
 
 
 def test_same_tokens_less_padding():

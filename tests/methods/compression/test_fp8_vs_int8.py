@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from tests.tiny import tiny_model
 from torch import nn
 
 from assay.methods.compression.fp8_vs_int8 import (
@@ -281,18 +282,7 @@ def test_hardware_model():
 
 
 def tiny_llama(seed: int = 0):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=96,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny_model(seed=seed, vocab_size=96, initializer_range=0.02)
 
 
 def context(goal="ttft", calibration=()):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import random
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
+from tests.properties.apart import python
+from tests.tiny import tiny_model
 from torch import nn
 
 from assay.methods.compression.functional_hashing import (
@@ -240,13 +241,7 @@ def test_learning_algorithms_are_known_by_what_they_learn():
 
 
 def test_language_model_outputs_hash_by_their_logits():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, head_dim=16
-    )
-    model = LlamaForCausalLM(config)
+    model = tiny_model(vocab_size=64, hidden_size=32, initializer_range=0.02)
     tokens = [torch.arange(12)[None]]
     key = functional_hash(model, tokens, dtype=torch.float64, digits=5)
     assert key == functional_hash(model, [{"input_ids": tokens[0], "use_cache": False}], dtype=torch.float64, digits=5)
@@ -406,14 +401,7 @@ print(json.dumps([
 def test_same_keys_in_every_process_at_every_hash_seed_and_thread_count():
     seen = set()
     for hash_seed, threads in [("0", "1"), ("12345", "2")]:
-        done = subprocess.run(
-            [sys.executable, "-c", CHILD, threads],
-            env={**os.environ, "PYTHONHASHSEED": hash_seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        seen.add(tuple(json.loads(done.stdout)))
+        seen.add(tuple(json.loads(python(CHILD, threads, PYTHONHASHSEED=hash_seed))))
     assert len(seen) == 1
     assert len(set(seen.pop())) == 4
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tiny import tiny_model
 from torch import nn
 from transformers import (
     AlbertConfig,
@@ -18,7 +19,6 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
     LlamaForCausalLM,
 )
 from transformers.pytorch_utils import Conv1D
@@ -57,10 +57,7 @@ def bert(**changes) -> BertModel:
 
 
 def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 61}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**shape, **heads, tie_word_embeddings=True, pad_token_id=0)).eval()
+    return tiny_model(hidden_size=32, intermediate_size=64, vocab_size=61, tie_word_embeddings=True)
 
 
 def ids(n: int = 9, batch: int = 2, seed: int = 0) -> torch.Tensor:

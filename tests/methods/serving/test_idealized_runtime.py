@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tiny import tiny_model
 
 from assay.methods.serving.idealized_runtime import (
     PAPER_OUTPUT_TOKENS,
@@ -271,12 +272,7 @@ def test_the_grid_of_the_paper():
 
 
 def test_a_transformers_model_generates_exactly_what_is_asked():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, head_dim=8
-    )
-    network = LlamaForCausalLM(config)
+    network = tiny_model(hidden_size=16, intermediate_size=24, num_hidden_layers=1)
     seen = []
     network.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
     for static in (False, True):

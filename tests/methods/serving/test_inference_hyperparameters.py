@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from tests.tiny import tiny_model
 
 from assay.methods.core.generation.loop import settings
 from assay.methods.serving.inference_hyperparameters import (
@@ -520,15 +521,8 @@ def test_doubling_the_workload_must_not_change_throughput():
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
     folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_model(hidden_size=32, intermediate_size=48, eos_token_id=2).save_pretrained(folder)
     return folder
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.tiny import calibration
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +23,6 @@ from assay.evidence.record import Evidence
 from assay.evidence.types import Estimate
 from assay.evidence.verdict import judge
 from assay.measure.cost import count_cost
-from assay.measure.machine import Calibration
 from assay.measure.roofline import H100_SXM_BF16, DeviceSpec
 from assay.methods.vision.convfirst import (
     ConvFirst,
@@ -490,17 +490,13 @@ def verdict_on(claim_id, figure):
 def test_bound_is_beaten_only_by_a_machine_faster_than_its_calibration(monkeypatch, rate, share):
     from assay.experiments.vision.convfirst import roofline_lower_bound
 
-    limits = Calibration(
-        peak_flops={"float32": rate},
-        read_bandwidth=rate,
-        copy_bandwidth=rate,
-        cache_bandwidth={1: rate},
-        device="cpu",
-        threads=1,
-        fingerprint="f",
-        torch="2",
-        noisy=False,
-    )
+    rates = {
+        "peak_flops": {"float32": rate},
+        "read_bandwidth": rate,
+        "copy_bandwidth": rate,
+        "cache_bandwidth": {1: rate},
+    }
+    limits = calibration(**rates, threads=1)
     monkeypatch.setattr("assay.measure.profile.calibrate", lambda **_: limits)
     figure = roofline_lower_bound("convfirst", 32)
     assert (figure.value, figure.details["beaten_plain_roofline"]) == (share, share)

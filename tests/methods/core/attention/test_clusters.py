@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.properties.apart import built_with, without_kernels
 
 from assay.measure.cost import count_cost
 from assay.methods.core import kernels
@@ -351,12 +350,9 @@ def test_the_operator_checks_what_it_is_given():
 
 CHECK = """
 import torch
-from assay.methods.core import kernels
-if {flags!r}:
-    kernels.FLAGS = (*kernels.FLAGS, {flags!r})
 from assay.methods.core.attention.clusters import ClusterPlan, execute_clusters
 from assay.methods.core.attention.plan import load_kernel
-assert load_kernel() == bool({flags!r})
+assert load_kernel() == KERNELS
 g = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
     q, k, v = (torch.randn(2, h, n, 32, generator=g).to(dtype) for h, n in ((6, 90), (2, 130), (2, 130)))
@@ -365,23 +361,15 @@ for dtype in (torch.float32, torch.bfloat16):
     close = 2e-2 if dtype == torch.bfloat16 else 5e-6
     expected = execute_clusters(plan, *(x.double() for x in (q, k, v)), backend="reference")
     torch.testing.assert_close(execute_clusters(plan, q, k, v).double(), expected, atol=close, rtol=close)
-print("same")
 """
 
 
-def run(check):
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=280)
-    return done.stdout.strip() or done.stderr[-3000:]
-
-
-def test_without_a_compiler(monkeypatch):
-    monkeypatch.setenv("ASSAY_KERNELS", "0")
-    assert run(CHECK.format(flags="")) == "same"
+def test_without_a_compiler():
+    without_kernels(CHECK)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("march", ["-mno-amx-tile", "-march=x86-64-v3", "-march=x86-64"])
-def test_other_processors(march, monkeypatch, tmp_path):
+def test_other_processors(march, tmp_path):
     assert "-march=native" in kernels.FLAGS
-    monkeypatch.setenv("ASSAY_CACHE_DIR", str(tmp_path))
-    assert run(CHECK.format(flags=march)) == "same"
+    built_with(CHECK, march, cache=tmp_path)

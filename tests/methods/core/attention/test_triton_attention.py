@@ -131,7 +131,7 @@ def test_equals_the_reference(attend, causal, queries, keys, block):
 
 
 @needs_triton
-@pytest.mark.parametrize(("queries", "keys"), [(300, 300), (130, 300)])
+@pytest.mark.parametrize(("queries", "keys"), [pytest.param(300, 300, marks=pytest.mark.slow), (130, 300)])
 def test_blocks_larger_than_the_tiles(attend, queries, keys):
     q, k, v = qkv(1, 2, 1, queries, keys, dim=16)
     starts = torch.tensor([70])
@@ -303,19 +303,25 @@ def test_what_it_refuses(attend, interpreter):
     torch.testing.assert_close(attend(dense, q, k, v).double(), exact(dense, q, k, v), atol=2e-6, rtol=1e-5)
 
 
+COMPILED = [
+    ("bf16", 128, 128, 128, 4096, True, 90),
+    ("fp32", 64, 64, 64, 40, True, 80),
+    ("fp16", 80, 24, 48, 4096, False, 80),
+    ("fp16", 256, 256, 1024, 4096, True, 86),
+    ("bf16", 64, 64, 16, 1, True, 80),
+]
+
+
 @needs_triton
-def test_compiles_for_gpus(tmp_path):
+@pytest.mark.parametrize(
+    "cases", [COMPILED[:2], pytest.param(COMPILED[2:], marks=pytest.mark.slow)], ids=["two", "others"]
+)
+def test_compiles_for_gpus(cases, tmp_path):
     """To machine code, without a GPU; tensor cores multiply 16 bits, and a tile's shared memory fits the smallest GPU's."""
     with child(TRITON_CACHE_DIR=str(tmp_path)) as pool:
         refused = pool.submit(refused_here, AttentionPlan(40, 40, 16), *qkv()).result()
         assert "runs on one GPU" in refused
-        for dtype, dim, value_dim, block, queries, causal, capability in [
-            ("bf16", 128, 128, 128, 4096, True, 90),
-            ("fp16", 80, 24, 48, 4096, False, 80),
-            ("fp16", 256, 256, 1024, 4096, True, 86),
-            ("fp32", 64, 64, 64, 40, True, 80),
-            ("bf16", 64, 64, 16, 1, True, 80),
-        ]:
+        for dtype, dim, value_dim, block, queries, causal, capability in cases:
             plan = AttentionPlan(queries, 4096, block, causal)
             shared, tensor_cores = pool.submit(compile_here, capability, plan, dtype, dim, value_dim).result()
             assert shared <= 99 * 1024

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
+from tests.properties.apart import built_with, without_kernels
 
 from assay.methods.core import kernels
 from assay.methods.core.attention.plan import AttentionPlan, execute, load_kernel
@@ -257,13 +256,10 @@ def test_empty_batches():
 
 CHECK = """
 import torch
-from assay.methods.core import kernels
-if {flags!r}:
-    kernels.FLAGS = (*kernels.FLAGS, {flags!r})
 from assay.methods.core.attention.plan import AttentionPlan, execute, load_kernel
 from assay.methods.attention.xattention import block_scores, xattention_plan
-assert load_kernel() == bool({flags!r})
-if "-march" in {flags!r}:
+assert load_kernel() == KERNELS
+if any("-march" in flag for flag in ADDED):
     assert not torch.ops.assay.attention_has_bf16()
 g = torch.Generator().manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16):
@@ -278,23 +274,15 @@ for dtype in (torch.float32, torch.bfloat16):
     torch.testing.assert_close(execute(one, q[:, :, -1:], k, v).double(), execute(one, *last, backend="reference"), atol=close, rtol=close)
     scores = [block_scores(q, k, stride=4, block=16, key_start=start, backend=b) for b in ("auto", "torch")]
     torch.testing.assert_close(*scores, atol=0.1 if dtype == torch.bfloat16 else 1e-4, rtol=close)
-print("same")
 """
 
 
-def run(check):
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=280)
-    return done.stdout.strip() or done.stderr[-3000:]
-
-
-def test_without_a_compiler(monkeypatch):
-    monkeypatch.setenv("ASSAY_KERNELS", "0")
-    assert run(CHECK.format(flags="")) == "same"
+def test_without_a_compiler():
+    without_kernels(CHECK)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("march", ["-mno-amx-tile", "-march=x86-64-v3", "-march=x86-64"])
-def test_other_processors(march, monkeypatch, tmp_path):
+def test_other_processors(march, tmp_path):
     assert "-march=native" in kernels.FLAGS
-    monkeypatch.setenv("ASSAY_CACHE_DIR", str(tmp_path))
-    assert run(CHECK.format(flags=march)) == "same"
+    built_with(CHECK, march, cache=tmp_path)

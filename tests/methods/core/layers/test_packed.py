@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from tests.properties.apart import built_with
 from torch import nn
 
 from assay.measure.cost import count_cost
@@ -170,18 +168,14 @@ def test_the_kernel_is_booked_as_a_linear_layer():
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["-march=cascadelake", "-march=haswell", "-march=x86-64"])
 def test_the_other_instruction_sets_give_the_same_integers(flags, tmp_path):
     if kernels.compiler() is None:
         pytest.skip("no C++ compiler on this machine")
     if flags == "-march=cascadelake" and "avx512_vnni" not in machine().flags:
         pytest.skip("this processor has no AVX-512 VNNI")
-    code = f"""
+    check = f"""
 import torch
-from assay.measure.machine import machine
-from assay.methods.core import kernels
-kernels.FLAGS = tuple("{flags}" if f == "-march=native" else f for f in kernels.FLAGS)
 assert kernels.load("lowbit")
 from assay.methods.core.layers.packed import *
 for kind in KINDS:
@@ -198,11 +192,8 @@ assert (layer(x) - layer.reference(x)).abs().median() < 1e-4
 f, c, h0 = torch.rand(2, 9, 70), torch.randn(2, 9, 70), torch.randn(2, 70)
 h = torch.ops.assay.gated_scan(f, c, h0)
 torch.testing.assert_close(h[:, 0], f[:, 0] * h0 + c[:, 0])
-print("same")
 """
-    environment = {"ASSAY_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "same", done.stderr
+    built_with(check, flags, cache=tmp_path)
 
 
 @pytest.mark.parametrize(

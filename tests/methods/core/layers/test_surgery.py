@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.tiny import tiny_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from assay.methods.core.layers.surgery import (
@@ -27,10 +28,7 @@ from assay.methods.core.layers.surgery import (
 
 
 def tiny_llama(tied: bool = True) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    shape = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 50}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
-    return LlamaForCausalLM(LlamaConfig(**shape, **heads, tie_word_embeddings=tied, pad_token_id=0)).eval()
+    return tiny_model(hidden_size=24, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied)
 
 
 def test_find_by_type_and_pattern():
@@ -69,7 +67,7 @@ def test_swap_is_its_own_inverse():
     ids = torch.randint(0, 50, (1, 7))
     before = model(ids).logits
     name = "model.layers.0.mlp.up_proj"
-    old = swap(model, {name: nn.Linear(24, 40)})
+    old = swap(model, {name: nn.Linear(24, 96)})
     assert not torch.equal(model(ids).logits, before)
     assert not model.get_submodule(name).training
     swap(model, old)
@@ -128,9 +126,9 @@ def test_tied_weights_are_seen_and_untied_for_good():
 
 def test_cost_is_exact():
     model = tiny_llama()
-    per_layer = 24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 40  # q and o, k and v, the MLP
-    macs = 2 * per_layer + 24 * 50
-    params = 2 * (per_layer + 2 * 24) + 24 + 24 * 50  # norms; the head is the embedding: counted once
+    per_layer = 24 * 24 * 2 + 24 * 12 * 2 + 3 * 24 * 96  # q and o, k and v, the MLP
+    macs = 2 * per_layer + 24 * 97
+    params = 2 * (per_layer + 2 * 24) + 24 + 24 * 97  # norms; the head is the embedding: counted once
     assert cost(model) == LayerCost(params, macs)
     assert cost(nn.Linear(5, 7)) == LayerCost(42, 35)
     assert cost(Conv1D(7, 5)) == LayerCost(42, 35)

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
+from tests.properties.apart import built_with
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -501,11 +500,8 @@ def test_long_memories_do_not_drift():
 
 CHECK = """
 import torch
-from assay.methods.core import kernels
-if {flags!r}:
-    kernels.FLAGS = tuple({flags!r} if f == "-march=native" else f for f in kernels.FLAGS)
 from assay.methods.core.mixers.scan import selective_scan
-assert kernels.load("scan") == bool({flags!r})
+assert kernels.load("scan") == KERNELS
 g = torch.Generator().manual_seed(0)
 u, dt = (torch.randn(2, 130, 21, generator=g) for _ in range(2))
 values = [u, torch.nn.functional.softplus(dt), -torch.rand(21, 5, generator=g) * 200, torch.randn(2, 130, 5, generator=g)]
@@ -517,13 +513,7 @@ for dtype, backend in ((torch.float32, "auto"), (torch.float64, "sequential")):
     found.append([y, h, *torch.autograd.grad(y.sum() + h.sum(), x)])
 for a, b in zip(*found):
     assert (a - b).abs().max() <= 2e-5 * b.abs().max().clamp_min(1), (a - b).abs().max()
-print("same")
 """
-
-
-def run(check):
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=280)
-    return done.stdout.strip() or done.stderr[-3000:]
 
 
 def test_with_kernels_switched_off_the_chunks_serve_and_say_so(monkeypatch):
@@ -593,10 +583,9 @@ def test_empty_signals_are_their_own_results():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("march", ["-march=x86-64-v4", "-march=x86-64-v3", "-march=x86-64"])
-def test_other_processors(march, monkeypatch, tmp_path):
+def test_other_processors(march, tmp_path):
     assert "-march=native" in kernels.FLAGS
-    monkeypatch.setenv("ASSAY_CACHE_DIR", str(tmp_path))
-    assert run(CHECK.format(flags=march)) == "same"
+    built_with(CHECK, march, cache=tmp_path)
 
 
 def test_gradients_of_gradients_are_refused_not_wrong_in_the_kernel():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.properties.apart import built_with, python
 from torch import nn
 
 from assay.methods.core import kernels
@@ -342,9 +341,7 @@ print(libc.syscall(158, 0x1023, 18))
 """
     weight, bias, x = torch.randn(70, 132), torch.randn(70), torch.randn(50, 132)
     save_file({"weight": weight, "bias": bias, "x": x}, tmp_path / "inputs")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "-1"  # refused, or there are none
+    assert python(code) == "-1"  # refused, or there are none
     same(load_file(tmp_path / "outputs")["y"], Int8Linear(weight, bias)(x))
 
 
@@ -602,14 +599,11 @@ def test_bundled_model_keeps_its_quality(smollm2):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @needs_kernel
-def test_kernel_without_vector_instructions():
+def test_kernel_without_vector_instructions(tmp_path):
     """The portable half of the source, compiled for a processor without AVX-512, in a process of its own."""
-    code = f"""
+    check = f"""
 import torch
-from assay.methods.core import kernels
-kernels.FLAGS = tuple(f for f in kernels.FLAGS if f != "-march=native") + ("-march=x86-64-v3",)
 from assay.methods.core.quantize.int8_linear import Int8Linear
 torch.manual_seed(0)
 linear = Int8Linear(torch.randn(70, 52), torch.randn(70), norm_eps=1e-5, rotation=4)
@@ -618,5 +612,4 @@ for rows in {ROWS}:
     assert torch.allclose(linear(x), linear.reference(x), atol=1e-2), rows
 assert kernels.load("w8a8")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, timeout=200)
-    assert done.returncode == 0, done.stderr
+    built_with(check, "-march=x86-64-v3", cache=tmp_path)
