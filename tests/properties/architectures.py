@@ -148,9 +148,11 @@ def inputs(name: str, batch: int = 2, tokens: int = TOKENS, seed: int = 0) -> di
 
 
 @torch.no_grad()
-def output(model: nn.Module, name: str, batch: int = 2, tokens: int = TOKENS, seed: int = 0) -> Tensor:
-    """What the model answers `inputs`, in float32: logits, or the last hidden state where it has none."""
-    given = inputs(name, batch, tokens, seed)
+def output(
+    model: nn.Module, name: str, batch: int = 2, tokens: int = TOKENS, seed: int = 0, rows: slice = slice(None)
+) -> Tensor:
+    """What the model answers `inputs` (those `rows` of it alone), in float32: logits, or the last hidden state where it has none."""
+    given = {key: value[rows] for key, value in inputs(name, batch, tokens, seed).items()}
     dtype = next(model.parameters()).dtype
     given = {key: value.to(dtype) if value.is_floating_point() else value for key, value in given.items()}
     out = model(**given)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from tests.properties.architectures import build
 from tests.tiny import tiny_model, token_ids
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from assay.measure.cost import count_cost
 from assay.methods.attention.sinklora import (

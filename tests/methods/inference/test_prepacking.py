@@ -52,8 +52,8 @@ def test_keys_values_and_logits_equal_those_of_the_prompt_alone(kind, backend, a
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_flex_block_mask_agrees(kind):
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
+def test_flex_block_mask_agrees(kind):  # GPT-2 asks its mask for the number of dimensions
     model = tiny(kind)
     done = PrepackedPrefill(model, backend="flex")(PROMPTS)
     expected = PrepackedPrefill(model, backend="mask")(PROMPTS)
@@ -446,7 +446,7 @@ def test_transform_sets_the_batching():
     config = transform.configs(model, context)[0]
     assert transform.apply(model, config, context) is model
     assert model.assay_settings == {"prefill": PrepackedPrefill, **config}
-    with pytest.raises(ValueError, match="settings must be among"):
+    with pytest.raises(ValueError, match="allowed: batch_size, sort_by_length"):
         transform.apply(model, {"colour": 1}, context)
 
 
@@ -486,3 +486,12 @@ def test_lengths_and_capacities_are_whole(bad):
     with pytest.raises(TypeError, match="capacity must be a whole number"):
         pack_prompts([3, 4], bad)
     assert pack_prompts([np.int64(3), torch.tensor(4)], np.int32(8)).bins == ((1, 0),)
+
+
+def test_flex_is_refused_where_it_has_no_sinks():
+    from tests.properties.architectures import build
+
+    with pytest.raises(
+        ValueError, match="backend must be 'varlen' or 'mask' for this model: flex attention has no sinks"
+    ):
+        PrepackedPrefill(build("gpt_oss"), backend="flex")

@@ -57,6 +57,7 @@ from assay.methods.core.attention.plan import (
     unit_stride,
     with_sinks,
 )
+from assay.methods.core.layers.surgery import takes_token_ids
 from assay.methods.transform import Effect, Fit, TuneContext
 
 QK = Literal["int4", "int8", "exact"]
@@ -500,6 +501,8 @@ class SageAttentionConfig:
     def __post_init__(self) -> None:
         checks.choice("backend", self.backend, get_args(Backend))
         checks.whole("min_tokens", self.min_tokens, low=0)
+        if not isinstance(self.qk, list | tuple | str):
+            raise TypeError(f"qk must be one of {', '.join(get_args(QK))}, or a list of them, got {self.qk!r}")
         for qk in [self.qk] if isinstance(self.qk, str) else self.qk:
             self._with(qk)
 
@@ -599,9 +602,16 @@ class SageAttention:
 
     def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = [{"qk": "int8"}, {"qk": "int8", "smooth_q": False}]
-        return [*found, {"qk": "calibrated"}] if context.calibration else found
+        return [*found, {"qk": "calibrated"}] if context.calibration and takes_token_ids(model) else found
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError or TypeError naming the setting that is wrong."""
+        calibrated = isinstance(config, Mapping) and config.get("qk") == "calibrated"
+        parse_settings(SageAttentionConfig, {**config, "qk": "int8"} if calibrated else config)
 
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+        """Raises TypeError or ValueError, before anything is changed, for a configuration or a model it does not fit."""
+        self.check(config)
         if reason := can_register(model):
             raise ValueError(f"sageattention2 does not fit this model: {reason}")
         text = cast(Any, model).config.get_text_config()
@@ -609,6 +619,8 @@ class SageAttention:
         if values.get("qk") == "calibrated":
             if not context.calibration:
                 raise ValueError("qk 'calibrated' needs calibration texts, got none")
+            if not takes_token_ids(model):
+                raise ValueError(f"qk 'calibrated' needs a model of texts, got {type(model).__name__}")
             settings = parse_settings(SageAttentionConfig, {**values, "qk": "int8"}).of()
             longest = max(context.calibration, key=lambda ids: ids.shape[-1])
             strict = {

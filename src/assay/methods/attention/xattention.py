@@ -50,6 +50,7 @@ from assay.methods.core.attention.plan import (
     scale_of,
     unit_stride,
 )
+from assay.methods.core.layers.surgery import takes_token_ids
 from assay.methods.transform import Effect, Fit, TuneContext
 
 Order = Literal["antidiagonal", "slash", "random"]
@@ -450,6 +451,8 @@ class XAttentionConfig:
     def __post_init__(self) -> None:
         checks.whole("min_tokens", self.min_tokens, low=0)
         checks.choice("precision", self.precision, get_args(PlanPrecision))
+        if not isinstance(self.dense_layers, list | tuple):
+            raise TypeError(f"dense_layers must be a list of layer numbers, got {self.dense_layers!r}")
         for layer in self.dense_layers:
             checks.whole("dense_layers", layer, low=0)
         single = self.tau
@@ -458,7 +461,7 @@ class XAttentionConfig:
                 tau = torch.tensor(single, dtype=torch.float64)
             except (TypeError, ValueError) as error:
                 raise ValueError(f"tau must be a number, one a layer, or (layers, heads), got {single!r}") from error
-            if tau.ndim > 2 or not tau.numel() or not ((tau >= 0) & (tau <= 1)).all():
+            if _holds_flag(single) or tau.ndim > 2 or not tau.numel() or not ((tau >= 0) & (tau <= 1)).all():
                 raise ValueError(f"tau must be numbers in [0, 1], one, one a layer, or (layers, heads), got {single!r}")
             single = 0.9
         self._settings(single)  # which checks them
@@ -549,7 +552,14 @@ class XAttention:
             {"tau": 0.95, "stride": 16, "block": 128},
         ]
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError or TypeError naming the setting that is wrong."""
+        calibrated = isinstance(config, Mapping) and config.get("tau") == "calibrated"
+        parse_settings(XAttentionConfig, {**config, "tau": 0.9} if calibrated else config)
+
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+        """Raises TypeError or ValueError, before anything is changed, for a configuration or a model it does not fit."""
+        self.check(config)
         if reason := can_register(model):
             raise ValueError(f"xattention does not fit this model: {reason}")
         text = cast(Any, model).config.get_text_config()
@@ -557,7 +567,11 @@ class XAttention:
         if values.get("tau") == "calibrated":
             if not context.calibration:
                 raise ValueError("tau 'calibrated' needs calibration texts, got none")
-            parse_settings(XAttentionConfig, {**values, "tau": 0.9})
+            if not takes_token_ids(model):
+                raise ValueError(f"tau 'calibrated' needs a model of texts, got {type(model).__name__}")
+            parse_settings(XAttentionConfig, {**values, "tau": 0.9}).check(
+                text.num_hidden_layers, text.num_attention_heads
+            )
             longest = max(context.calibration, key=lambda ids: ids.shape[-1])
             shape = {name: values[name] for name in ("stride", "block") if name in values}
             values["tau"] = calibrate_thresholds(capture_qk(model, longest), **shape).tolist()
@@ -570,6 +584,11 @@ class XAttention:
     def describe(self, config: Mapping[str, Any]) -> str:
         tau = config.get("tau", XAttentionConfig.tau)
         return f"block-sparse attention at {'calibrated' if isinstance(tau, str) else 'tau'} {_told(tau)}"
+
+
+def _holds_flag(values: Any) -> bool:
+    """Whether True or False is among numbers, however deep."""
+    return any(map(_holds_flag, values)) if isinstance(values, list | tuple) else isinstance(values, bool)
 
 
 def _told(tau: Any) -> str:

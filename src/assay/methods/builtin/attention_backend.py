@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from assay import checks
 from assay.methods.core.attention.integration import can_register, has_sinks, register_attention, set_attention
 from assay.methods.core.attention.plan import AttentionPlan, kernel_time, load_kernel
-from assay.methods.transform import Effect, Fit, TuneContext
+from assay.methods.transform import Effect, Fit, TuneContext, only
 
 NAME = "assay_dense"  # as attn_implementation
 BACKENDS = {"kernel": NAME, "sdpa": "sdpa", "eager": "eager"}
@@ -62,11 +62,14 @@ class AttentionBackend:
         choices = (["kernel"] if _kernel_fits(model) else []) + ([] if has_sinks(model) else ["sdpa"])
         return [{"backend": choice} for choice in choices if BACKENDS[choice] != _now(model)]
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError or TypeError naming the setting that is wrong."""
+        checks.choice("backend", only(config, ("backend",)).get("backend", "kernel"), BACKENDS)
+
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
-        if unknown := sorted(set(config) - {"backend"}):
-            raise ValueError(f"unknown configuration {unknown}; allowed: backend")
+        """Raises TypeError or ValueError, before anything is changed, for a configuration or a model it does not fit."""
+        self.check(config)
         backend = config.get("backend", "kernel")
-        checks.choice("backend", backend, BACKENDS)
         if reason := can_register(model):
             raise ValueError(f"attention_backend does not fit this model: {reason}")
         if backend == "sdpa" and has_sinks(model):

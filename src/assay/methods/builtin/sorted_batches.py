@@ -13,8 +13,8 @@ from typing import Any, Literal
 from torch import nn
 
 from assay import checks
-from assay.methods.core.generation.loop import set_settings
-from assay.methods.transform import Effect, Fit, TuneContext
+from assay.methods.core.generation.loop import set_settings, why_not
+from assay.methods.transform import Effect, Fit, TuneContext, only
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class SortedBatches:
     exact: bool = True
 
     def applies_to(self, model: nn.Module, context: TuneContext) -> Fit:
-        if not hasattr(model, "generate"):
-            return Fit(False, f"{type(model).__name__} does not generate")
+        if reason := why_not(model):
+            return Fit(False, reason)
         # Our guess for prompts of mixed length: half of an arrival-order batch is padding, a tenth of a sorted one.
         return Fit(True, effects=(Effect("linear", macs=0.55), Effect("attention", macs=0.55)))
 
@@ -37,16 +37,17 @@ class SortedBatches:
 
     def check(self, config: Mapping[str, Any]) -> None:
         """Raises ValueError or TypeError naming the setting that is wrong."""
-        if unknown := sorted(set(config) - {"batch_size"}):
-            raise ValueError(f"unknown configuration {unknown}; allowed: batch_size")
-        if "batch_size" in config:
+        if "batch_size" in only(config, ("batch_size",)):
             checks.whole("batch_size", config["batch_size"], low=1)
 
     def describe(self, config: Mapping[str, Any]) -> str:
         return f"sorted batches of {config['batch_size']}" if "batch_size" in config else "sorted batches"
 
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+        """Raises TypeError or ValueError, before anything is changed, for a configuration or a model it does not fit."""
         self.check(config)
+        if reason := why_not(model):
+            raise ValueError(f"sorted_batches does not fit this model: {reason}")
         set_settings(model, sort_by_length=True, prefill=None, **config)
         return model
 

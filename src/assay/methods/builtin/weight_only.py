@@ -161,6 +161,9 @@ class WeightOnly:
     Configuration: `bits` 4 or 8; `head_bits` 4, 8 or None for the output projection onto the vocabulary. Where that one shares
     its weights with the input embedding the embedding stays as it is, so quantising the head reads fewer bytes per token but adds
     to the memory: None suits the goal `memory`.
+
+    `from_pretrained` knows no packed weights and draws new ones in their place: save a model before this is applied, and apply it
+    again after loading. A state dict loads into a model of the same configuration.
     """
 
     name = "weight_only"
@@ -187,11 +190,16 @@ class WeightOnly:
         head = None if context.goal == "memory" and _tied(model) else 8
         return [{"bits": 4, "head_bits": head}, {"bits": 8, "head_bits": head}]
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError or TypeError naming the setting that is wrong."""
+        only(config, ("bits", "head_bits"))
+        checks.choice("bits", config.get("bits", 4), WIDTHS)
+        checks.choice("head_bits", config.get("head_bits", 8), (*WIDTHS, None))
+
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
         """Raises TypeError or ValueError, before anything is changed, for a configuration or a model it does not fit."""
-        only(config, ("bits", "head_bits"))
-        bits = checks.choice("bits", config.get("bits", 4), WIDTHS)
-        head_bits = checks.choice("head_bits", config.get("head_bits", 8), (*WIDTHS, None))
+        self.check(config)
+        bits, head_bits = config.get("bits", 4), config.get("head_bits", 8)
         found = _eligible(model)
         if not found:
             raise ValueError("model has no linear layer with a multiple of 32 inputs")

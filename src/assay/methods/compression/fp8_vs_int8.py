@@ -30,8 +30,8 @@ from assay import checks
 from assay.errors import MissingError
 from assay.methods.core.layers.linears import left_alone, linears, share
 from assay.methods.core.layers.stand_in import stand_in
-from assay.methods.core.layers.surgery import linear_kinds, output_layer
-from assay.methods.core.quantize.int8_linear import fusable_blocks, quantize_linears, select
+from assay.methods.core.layers.surgery import CONVOLUTIONS, find, linear_kinds, output_layer, takes_token_ids
+from assay.methods.core.quantize.int8_linear import fusable_blocks, power_of_two, quantize_linears, select
 from assay.methods.core.quantize.quantizers import (
     EIGHT_BIT,
     ESTIMATORS,
@@ -399,8 +399,7 @@ class _Unchanged(Quantizer):
 
 def _layers(model: nn.Module) -> dict[str, Any]:
     """Linear layers (Conv1D too) and convolutions of exactly these types: subclasses often bypass their own forward."""
-    kinds = (*linear_kinds(), nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    found = {name: module for name, module in model.named_modules() if type(module) in kinds}
+    found: dict[str, Any] = find(model, (*linear_kinds(), *CONVOLUTIONS))
     if not found:
         raise ValueError(f"model has no linear or convolution layer: {type(model).__name__}")
     return found
@@ -555,20 +554,39 @@ class Int8Linears:
         head = context.goal in ("decode", "throughput") and isinstance(output_layer(model), nn.Linear)
         plain: dict[str, Any] = {"smooth": None, "rotation": 16, "skip": [], "head": head}
         first = plain | {"smooth": 0.5}
-        if not context.calibration:
+        if not context.calibration or not takes_token_ids(model):
             return [plain]
         if context.goal == "memory":  # calibrating runs the whole model, which may set the peak
             return [plain, first]
-        return [first, first | {"skip": ["down_proj"], "head": False}, plain]
+        safer = first | {"head": False}
+        if select(model, ("down_proj",)):
+            safer["skip"] = ["down_proj"]
+        return [first, safer, plain] if safer != first else [first, plain]
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError or TypeError naming the setting that is wrong."""
+        only(config, ("smooth", "rotation", "skip", "head"))
+        skip = config.get("skip", ())
+        if not isinstance(skip, list | tuple) or not all(isinstance(name, str) for name in skip):
+            raise TypeError(f"skip must be a list of layer names, got {skip!r}")
+        checks.flag("head", config.get("head", False))
+        power_of_two(config.get("rotation", 16))
+        if config.get("smooth") is not None:
+            checks.number("smooth", config["smooth"], low=0, high=1)
 
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
         """Raises TypeError or ValueError, before anything is changed, for a configuration or a model it does not fit."""
-        only(config, ("smooth", "rotation", "skip", "head"))
-        skip = config.get("skip", ())
-        if isinstance(skip, str) or not all(isinstance(name, str) for name in skip):
-            raise TypeError(f"skip must be a list of layer names, got {skip!r}")
-        head = checks.flag("head", config.get("head", False))
+        self.check(config)
+        skip, head = config.get("skip", ()), config.get("head", False)
+        if config.get("smooth") is not None and not takes_token_ids(model):
+            raise ValueError(f"smooth needs a model that is calibrated on token ids, got {type(model).__name__}")
+        if missing := [name for name in skip if not select(model, (name,), head=True)]:
+            raise ValueError(f"skip must name linear layers of the model, got {missing[0]!r}, which names none")
         chosen = select(model, exclude=(), head=head)
+        if not chosen:
+            raise ValueError("model has no plain linear layers to quantise")
+        if not select(model, exclude=tuple(skip), head=head):
+            raise ValueError(f"skip must leave a linear layer to quantise, got {list(skip)}")
         if not (part := share(model, chosen)) >= LEAST_SHARE:
             raise ValueError(
                 f"model must let half of its weights be reached, got {part:.0%}: {left_alone(model, chosen)}"

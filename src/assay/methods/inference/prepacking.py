@@ -30,9 +30,16 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from assay import checks
+from assay.methods.core.attention.integration import has_sinks
 from assay.methods.core.generation.cache import Prefilled, Span, left_pad, unpack
-from assay.methods.core.generation.loop import checked_prompts, padded_prefill, padding_token, set_settings
-from assay.methods.transform import Effect, Fit, TuneContext
+from assay.methods.core.generation.loop import (
+    check_settings,
+    checked_prompts,
+    padded_prefill,
+    padding_token,
+    set_settings,
+)
+from assay.methods.transform import Effect, Fit, TuneContext, only
 
 Backend = Literal["varlen", "mask", "flex"]
 PackingMethod = Literal["best_fit", "exact"]
@@ -270,6 +277,8 @@ class PrepackedPrefill:
         checks.flag("last_token", last_token)
         if reason := why_not(model):
             raise ValueError(f"model cannot be prepacked: {reason}")
+        if backend == "flex" and has_sinks(model) and next(model.parameters()).device.type == "cpu":
+            raise ValueError("backend must be 'varlen' or 'mask' for this model: flex attention has no sinks on a CPU")
         self.model: Any = model
         self.backend = backend
         self.packing: PackingMethod = packing
@@ -482,7 +491,9 @@ def _flex_mask(segments: Tensor, window: int | None) -> Any:
         return same if window is None else same & (q - k < window)
 
     rows, width = segments.shape
-    return create_block_mask(allowed, rows, None, width, width, device=segments.device)
+    mask: Any = create_block_mask(allowed, rows, None, width, width, device=segments.device)
+    mask.ndim = 4  # GPT-2 asks before it lets a mask through
+    return mask
 
 
 # ------------------------------------------------------------------------------------------------------------- transform
@@ -507,7 +518,13 @@ class Prepacking:
         sizes = dict.fromkeys([32, max(context.batch_size, 8)])
         return [{"batch_size": size, "sort_by_length": order} for size in sizes for order in (True, False)]
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError or TypeError naming the setting that is wrong."""
+        check_settings(only(config, ("batch_size", "sort_by_length")))
+
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+        """Raises TypeError or ValueError, before anything is changed, for a configuration or a model it does not fit."""
+        self.check(config)
         if reason := why_not(model):
             raise ValueError(f"model cannot be prepacked: {reason}")
         set_settings(model, prefill=PrepackedPrefill, **config)

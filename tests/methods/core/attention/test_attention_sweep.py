@@ -1,5 +1,5 @@
 """Every attention of ours on models it was not written with: the stock model's output at the exact setting, or a refusal that
-changes nothing. The whole sweep is slow; a small one runs every time."""
+changes nothing. The whole of it runs in `make sweep`, a small part every time."""
 
 import copy
 
@@ -78,7 +78,7 @@ def test_equals_the_stock_model_or_refuses_untouched(name, method):
         close(output(model, name), output(build(name), name))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("method", APPLY)
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -137,7 +137,7 @@ def test_left_padding_generation_and_chunks(name):
     check_generation(name, "attention_backend", prefill_chunk_size=20)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("method", APPLY)
 @pytest.mark.parametrize("name", [name for name in CAUSAL if name != "mamba"])
 def test_every_decoder_padded_and_generating(name, method):

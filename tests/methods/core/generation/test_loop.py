@@ -144,6 +144,7 @@ def test_settings_travel_with_a_copy_and_threads_are_put_back():
         ({"sort_by_length": 1}, TypeError, "sort_by_length must be True or False, got 1"),
         ({"prefill": 1}, TypeError, "prefill must be a prefill's class or None, got 1"),
         ({"speed": 1}, ValueError, "settings must be among batch_size, sort_by_length, prefill, threads, got speed"),
+        ({"threads": 10**9}, ValueError, "threads must be a whole number at least 1 and at most 1024"),
     ],
 )
 def test_bad_settings_are_named(values, error, message):
@@ -182,3 +183,12 @@ def test_bad_arguments_are_named(values, error, message):
     given = {"prompts": [[5], [6, 7]], "new_tokens": 1} | values
     with pytest.raises(error, match=message):
         generate_batch(tiny(), given.pop("prompts"), **given)
+
+
+def test_models_that_do_not_continue_prompts_are_refused():
+    """An encoder-decoder answers from an empty beginning: what follows the prompt's length would be cut out of that."""
+    from tests.properties.architectures import build
+
+    for name in ("t5", "whisper", "vit"):
+        with pytest.raises(ValueError, match="model must continue prompts: "):
+            generate_batch(build(name), [[5, 6]], new_tokens=1)

@@ -613,3 +613,31 @@ for rows in {ROWS}:
 assert kernels.load("w8a8")
 """
     built_with(check, "-march=x86-64-v3", cache=tmp_path)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_gradients_reach_what_comes_before(fuse, path):
+    """Adapters and embeddings learn through rounded layers as through the float ones, as far as the weights are the same."""
+    from tests.properties.architectures import build, inputs
+
+    def gradient(model):
+        model(**inputs("llama", 2, 12)).logits.square().mean().backward()
+        return model.model.embed_tokens.weight.grad
+
+    expected = gradient(build("llama"))
+    found = gradient(quantize_linears(build("llama"), fuse=fuse))
+    assert found is not None
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_gradients_are_those_of_the_dense_weight_and_change_no_output():
+    own, x = layer(norm=True), torch.randn(3, 52, requires_grad=True)
+    with torch.no_grad():
+        expected = own(x)
+        assert own(x).grad_fn is None
+    assert torch.equal(own(x).detach(), expected)
+    dense, bias = own.dequantize(), own.bias[: own.out_features]
+    smooth = nn.functional.linear(x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5), dense, bias)
+    found, wanted = (torch.autograd.grad(y.square().sum(), x)[0] for y in (own(x), smooth))
+    assert (found - wanted).norm() < 0.03 * wanted.norm()
+    assert (own(x) - smooth).norm() < 0.03 * smooth.norm()

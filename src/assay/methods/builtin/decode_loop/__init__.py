@@ -90,14 +90,20 @@ class DecodeLoop:
             {"weights": kind, "cache": "bfloat16", "keep_prefill_weights": True} for kind in ("int4", "int8", "bf16")
         ]
 
-    def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
-        """Raises TypeError or ValueError, before anything is changed, for a configuration or a model it does not fit."""
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError or TypeError naming the setting that is wrong."""
         only(config, ("weights", "cache", "keep_prefill_weights"))
         weights = checks.choice("weights", config.get("weights", "int4"), PANEL_FORMATS)
-        cache = checks.choice("cache", config.get("cache", "bfloat16"), tuple(CACHE_DTYPES))
+        checks.choice("cache", config.get("cache", "bfloat16"), tuple(CACHE_DTYPES))
         keep = checks.flag("keep_prefill_weights", config.get("keep_prefill_weights", True))
         if not keep and weights not in ("int8", "int4"):
             raise ValueError(f"keep_prefill_weights=False needs weights int8 or int4, got {weights!r}")
+
+    def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
+        """Raises TypeError or ValueError, before anything is changed, for a configuration or a model it does not fit."""
+        self.check(config)
+        weights, cache = config.get("weights", "int4"), config.get("cache", "bfloat16")
+        keep = config.get("keep_prefill_weights", True)
         if not keep and any(isinstance(module, Int8Linear) for module in model.modules()):
             raise ValueError(
                 "keep_prefill_weights=False needs ordinary linear layers; those of this model are int8 for the prefill"

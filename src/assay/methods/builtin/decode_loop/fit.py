@@ -132,6 +132,8 @@ def matrix_of(module: Any, may_have_bias: bool = False) -> Matrix:
         return Matrix(module.out_features, module.in_features, module.dequantize, module)
     if isinstance(module, Int8Linear) and module.norm_eps is None:
         return Matrix(module.out_features, module.in_features, lambda: _rows(module, 0, module.out_features, True))
+    if isinstance(module, WeightOnlyLinear | Int8Linear):
+        raise TypeError(f"the loop knows no {type(module).__name__} that scales its outputs or normalises its inputs")
     raise TypeError(f"the loop knows nn.Linear, WeightOnlyLinear and Int8Linear, not {type(module).__name__}")
 
 

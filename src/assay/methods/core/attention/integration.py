@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from assay.methods.core import kernels
 from assay.methods.core.attention.plan import AttentionPlan, execute, masked_attention
-from assay.methods.transform import LEAST_SHARE
+from assay.methods.transform import LEAST_SHARE, only
 
 # (module, q, k, causal=, scale=, key_start=, window=) -> the plan and further arguments of the executor
 Producer = Callable[..., tuple[AttentionPlan, Mapping[str, Any]]]
@@ -306,11 +306,8 @@ def set_attention(model: nn.Module, name: str) -> nn.Module:
 
 
 def parse_settings(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """`kind(**values)` for a dataclass `kind`; raises ValueError for a name that is not a setting."""
-    names = [field.name for field in fields(cast(Any, kind))]
-    if unknown := sorted(set(values) - set(names)):
-        raise ValueError(f"unknown configuration {unknown}; allowed: {', '.join(names)}")
-    return kind(**values)
+    """`kind(**values)` for a dataclass `kind`; raises TypeError or ValueError for a name that is not a setting."""
+    return kind(**only(values, [field.name for field in fields(cast(Any, kind))]))
 
 
 def store_settings(model: nn.Module, name: str, settings: Any) -> None:

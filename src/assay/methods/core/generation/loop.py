@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,8 +17,10 @@ from transformers.cache_utils import DynamicCache
 
 from assay import checks
 from assay.methods.core.generation.cache import Prefilled, left_pad, position_ids
+from assay.methods.core.layers.surgery import takes_token_ids
 
 DEFAULTS: dict[str, Any] = {"batch_size": 8, "sort_by_length": False, "prefill": None, "threads": None}
+MOST_THREADS = 1024  # more than any machine of today has: what asks for a million would end the process
 
 
 class Prefill(Protocol):
@@ -39,18 +41,35 @@ def settings(model: nn.Module) -> dict[str, Any]:
 
 
 def set_settings(model: nn.Module, **values: Any) -> None:
-    """Attach settings to `model`, keeping the others it has. Raises ValueError or TypeError for an unknown name or a bad value."""
+    """Attach settings to `model`, keeping its others. Raises what `check_settings` does."""
+    object.__setattr__(model, "assay_settings", {**getattr(model, "assay_settings", {}), **check_settings(values)})
+
+
+def check_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` in plain Python numbers. Raises ValueError or TypeError for an unknown name or a bad value.
+
+    `threads` and `prefill` may be None.
+    """
     if unknown := set(values) - set(DEFAULTS):
-        raise ValueError(f"settings must be among {', '.join(DEFAULTS)}, got {', '.join(sorted(unknown))}")
+        raise ValueError(f"settings must be among {', '.join(DEFAULTS)}, got {', '.join(sorted(map(str, unknown)))}")
+    plain = dict(values)
     if "batch_size" in values:
-        values["batch_size"] = checks.whole("batch_size", values["batch_size"], low=1)
+        plain["batch_size"] = checks.whole("batch_size", values["batch_size"], low=1)
     if values.get("threads") is not None:
-        values["threads"] = checks.whole("threads", values["threads"], low=1)
+        plain["threads"] = checks.whole("threads", values["threads"], low=1, high=MOST_THREADS)
     if "sort_by_length" in values:
-        values["sort_by_length"] = checks.flag("sort_by_length", values["sort_by_length"])
+        plain["sort_by_length"] = checks.flag("sort_by_length", values["sort_by_length"])
     if not (values.get("prefill") is None or callable(values["prefill"])):
         raise TypeError(f"prefill must be a prefill's class or None, got {checks.shown(values['prefill'])}")
-    object.__setattr__(model, "assay_settings", {**getattr(model, "assay_settings", {}), **values})
+    return plain
+
+
+def why_not(model: nn.Module) -> str:
+    """Why `generate_batch` cannot run this model; empty when it can: it continues prompts, so it needs a decoder that generates."""
+    name = type(model).__name__
+    if not hasattr(model, "generate"):
+        return f"{name} does not generate"
+    return "" if takes_token_ids(model) else f"{name} does not continue prompts of token ids"
 
 
 def prefill(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Prefilled:
@@ -144,7 +163,7 @@ def generate_batch(
     is never chosen; without it a prompt's tokens end with it. `cache_implementation` is that of `generate` ("static", say). What
     is None comes from the model's settings.
     Raises ValueError for no prompts, an empty one, new_tokens < 1, batch_size < 1 or a padding token that the model does not
-    know, TypeError for a number that is not whole and a flag that is none.
+    know, and for a model that does not continue prompts; TypeError for a number that is not whole and a flag that is none.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -158,6 +177,8 @@ def generate_batch(
     size = checks.whole("batch_size", chosen["batch_size"] if batch_size is None else batch_size, low=1)
     ordered = checks.flag("sort_by_length", chosen["sort_by_length"] if sort_by_length is None else sort_by_length)
     ignore_eos = checks.flag("ignore_eos", ignore_eos)
+    if reason := why_not(model):
+        raise ValueError(f"model must continue prompts: {reason}")
     pad = padding_token(model, pad_token_id)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i])) if ordered else list(range(len(prompts)))
     results: list[list[int]] = [[] for _ in prompts]

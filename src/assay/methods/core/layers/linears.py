@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from assay.methods.core.layers.surgery import linear_kinds, output_layer
+from assay.methods.core.layers.surgery import bypassed, linear_kinds, output_layer
 
 EXPERT_WEIGHTS = {"gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias"}
 
@@ -58,11 +58,14 @@ def fused_experts(model: nn.Module) -> dict[str, nn.Module]:
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Every linear layer by name, Conv1D and fused experts as `nn.Linear` over the same memory; nothing is changed.
 
-    Subclasses of `nn.Linear` are left out: they often bypass their own forward. The model itself is never among the results.
+    Subclasses of `nn.Linear` are left out: they often bypass their own forward; and so is what the model never calls
+    (`surgery.bypassed`). The model itself is never among the results.
     """
-    transposed = linear_kinds()[1]
+    transposed, read = linear_kinds()[1], bypassed(model)
     found: dict[str, nn.Linear] = {}
     for name, module in model.named_modules():
+        if module in read:
+            continue
         if type(module) is nn.Linear and name:
             found[name] = module
         elif type(module) is transposed and name:

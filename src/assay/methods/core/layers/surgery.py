@@ -1,7 +1,8 @@
 """Taking a model apart: find layers by name, replace them, merge them back, and say exactly what each costs.
 
-A layer is a module whose exact type is listed. Subclasses often bypass their own forward (`nn.MultiheadAttention` reads the
-weights of its output layer), so they are left alone. Cost is parameters (a tensor shared by several layers counts once) and
+A layer is a module whose exact type is listed: subclasses often bypass their own forward (`nn.MultiheadAttention` reads the
+weights of its output layer), so they are left alone, and so is what a model reads instead of calling it (`bypassed`).
+Cost is parameters (a tensor shared by several layers counts once) and
 MACs per token (1 MAC = 2 FLOPs; per output position for convolutions) of linear layers and convolutions.
 """
 
@@ -37,6 +38,21 @@ def linear_kinds() -> tuple[type[nn.Module], ...]:
     return (nn.Linear, Conv1D)
 
 
+def bypassed(model: nn.Module) -> set[nn.Module]:
+    """Layers whose weight the model multiplies by itself, never calling them: `dt_proj` of Mamba and its relatives."""
+    mixers = (module for module in model.modules() if type(module).__name__.endswith("MambaMixer"))
+    return {child for mixer in mixers for name, child in mixer.named_children() if name == "dt_proj"}
+
+
+def takes_token_ids(model: nn.Module) -> bool:
+    """Whether a forward pass takes token ids and needs nothing beside them, as calibration wants it.
+
+    False for transformers' models of pictures and sounds, and for encoder-decoders; True for what is none of transformers'.
+    """
+    decoder_too = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return getattr(model, "main_input_name", "input_ids") == "input_ids" and not decoder_too
+
+
 def find(
     model: nn.Module,
     kinds: Sequence[type[nn.Module]],
@@ -48,7 +64,7 @@ def find(
     """Layers whose exact type is in `kinds`, by name; a layer registered under several names is listed once, under the first.
 
     `include` and `exclude` are patterns over the full dotted name with * and ? ("*.mlp.*"). Modules of a type in `closed` are
-    not searched. The model itself is never among the results.
+    not searched. The model itself is never among the results, nor is what is `bypassed`.
     Raises ValueError for a pattern in `include` that matches no module at all, most likely a typing error.
     """
     names = [name for name, _ in model.named_modules() if name]
@@ -57,13 +73,14 @@ def find(
             raise ValueError(f"include has {pattern!r}, which matches no module of {type(model).__name__}")
     found: dict[str, nn.Module] = {}
     shut: list[str] = []
+    read = bypassed(model)
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in shut):
             continue
         if type(module) in closed:
             shut.append(f"{name}." if name else "")
         wanted = any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
-        if name and wanted and type(module) in kinds:
+        if name and wanted and type(module) in kinds and module not in read:
             found[name] = module
     return found
 

@@ -160,5 +160,5 @@ def row_gain(weight: Tensor) -> Tensor | None:
     odd = (largest > 0) & ((largest < LOWEST) | (largest > HIGHEST))
     if not bool(odd.any()):
         return None
-    exponent = torch.frexp(largest)[1].clamp(-125, 126).double()
+    exponent = torch.frexp(largest)[1].clamp(-148, 126).double()
     return torch.where(odd, torch.exp2(exponent), 1.0).float()

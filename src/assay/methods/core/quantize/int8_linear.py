@@ -7,14 +7,15 @@ row. Linear layers of a model are replaced by `quantize_linears`; in blocks of t
 preceding RMSNorm, the rotary embedding and the gated activation are fused into the same pass, because next to an int8 product they
 take as long as the product itself.
 
-When not to use it: for training (there is no gradient), and where a layer's inputs have channels hundreds of times larger than
-the rest in *every* token (give `smooth`, or skip that layer). A single outlier token costs the others nothing.
+When not to use it: for training (gradients pass the rounding and reach the inputs, never the weights), and where a layer's
+inputs have channels hundreds of times larger than the rest in *every* token (give `smooth`, or skip that layer). A single outlier
+token costs the others nothing.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import MethodType
 from typing import Any, cast
@@ -90,7 +91,7 @@ class Int8Linear(Casting, nn.Module):
         checks.tensor("weight", weight, ndim=2)
         self.out_features, self.in_features = weight.shape
         self.norm_eps = None if norm_eps is None else checks.number("norm_eps", norm_eps, low=0)
-        self.rotation = _power_of_two(rotation)
+        self.rotation = power_of_two(rotation)
         if self.in_features % self.rotation:
             raise ValueError(
                 f"rotation must be a power of two that divides {self.in_features} features, got {rotation}"
@@ -141,10 +142,20 @@ class Int8Linear(Casting, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check(x, self.in_features)
+        if _learns(x):
+            return cast(Tensor, _Through.apply(x, self, self.unrounded))
         if _compiled(x):
             _note(x)
             return cast(Tensor, torch.ops.assay.w8a8_linear(x, *self.arguments(), self.out_features))
         return self.reference(x)
+
+    def unrounded(self, x: Tensor) -> Tensor:
+        """The same without rounding the inputs, on the dense weight: what gradients are taken of."""
+        rows = x.float()
+        if self.norm_eps is not None:
+            rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + self.norm_eps)
+        bias = None if self.bias is None else self.bias[: self.out_features]
+        return F.linear(rows, self.dequantize(), bias).to(x.dtype)
 
     def reference(self, x: Tensor) -> Tensor:
         """The same in plain torch: the oracle of the tests, and what runs without a compiler."""
@@ -184,13 +195,21 @@ class Int8GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _check(x, self.gate_up.in_features)
+        if _learns(x):
+            return cast(Tensor, _Through.apply(x, self, self.unrounded))
         if not _compiled(x):
-            gate, up = self.gate_up.reference(x.float()).chunk(2, -1)
-            hidden = (F.silu(gate) * up)[..., : self.down.in_features]
-            return self.down.reference(hidden).to(x.dtype)
+            return self._parts(x, self.gate_up.reference, self.down.reference)
         _note(x)
         sizes = self.down.in_features, self.down.out_features
         return cast(Tensor, torch.ops.assay.w8a8_mlp(x, *self.gate_up.arguments(), *self.down.arguments(), *sizes))
+
+    def unrounded(self, x: Tensor) -> Tensor:
+        """The same without rounding the inputs: what gradients are taken of."""
+        return self._parts(x, self.gate_up.unrounded, self.down.unrounded)
+
+    def _parts(self, x: Tensor, first: Callable[[Tensor], Tensor], second: Callable[[Tensor], Tensor]) -> Tensor:
+        gate, up = first(x.float()).chunk(2, -1)
+        return second((F.silu(gate) * up)[..., : self.down.in_features]).to(x.dtype)
 
 
 def attention_forward(
@@ -234,6 +253,12 @@ def qkv_rope(layer: Int8Linear, x: Tensor, cos: Tensor, sin: Tensor, kv_heads: i
     `layer` holds the weights of q, k and v one after the other; cos and sin are (1 or batch, tokens, d).
     """
     _check(x, layer.in_features)
+    if _learns(x):
+        both = (
+            (lambda y: qkv_rope(layer, y, cos, sin, kv_heads)),
+            (lambda y: _qkv(layer.unrounded(y), cos, sin, kv_heads)),
+        )
+        return cast(tuple[Tensor, Tensor, Tensor], _Through.apply(x, *both))
     d = cos.shape[-1]
     heads = layer.out_features // d - 2 * kv_heads
     if _compiled(x):
@@ -241,12 +266,19 @@ def qkv_rope(layer: Int8Linear, x: Tensor, cos: Tensor, sin: Tensor, kv_heads: i
         turn = cos.to(x.dtype), sin.to(x.dtype)
         fused = torch.ops.assay.w8a8_qkv_rope(x, *layer.arguments(), *turn, heads, kv_heads)
         return cast(tuple[Tensor, Tensor, Tensor], fused)
-    y = layer.reference(x.float()).view(*x.shape[:-1], -1, d).transpose(1, 2)
-    rotated, value = y[:, : heads + kv_heads], y[:, heads + kv_heads :]
+    return cast(
+        tuple[Tensor, Tensor, Tensor],
+        tuple(part.to(x.dtype) for part in _qkv(layer.reference(x.float()), cos, sin, kv_heads)),
+    )
+
+
+def _qkv(y: Tensor, cos: Tensor, sin: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of a joint projection y (batch, tokens, features), q and k rotated, in torch."""
+    split = y.view(*y.shape[:-1], -1, cos.shape[-1]).transpose(1, 2)
+    rotated, value = split[:, :-kv_heads].float(), split[:, -kv_heads:]
     left, right = rotated.chunk(2, -1)
     rotated = rotated * cos.unsqueeze(1).float() + torch.cat([-right, left], -1) * sin.unsqueeze(1).float()
-    query, key = rotated[:, :heads], rotated[:, heads:]
-    return query.to(x.dtype), key.to(x.dtype), value.to(x.dtype)
+    return rotated[:, :-kv_heads].to(y.dtype), rotated[:, -kv_heads:].to(y.dtype), value
 
 
 def input_rms(model: nn.Module, calibration: Iterable[Any], names: Iterable[str]) -> dict[str, Tensor]:
@@ -328,8 +360,9 @@ def quantize_linears(
     ids, each (1, n), or mappings of keyword arguments; not the text that quality is measured on); experts, which no text
     reaches completely, are not smoothed. `rotation` is the size of the Hadamard transform of the inputs (1 for none), halved until it
     divides a layer's inputs. With `fuse`, blocks of the llama family whose layers were all selected become fused ones. The model
-    is then for inference only; it still generates, copies and saves like before, and a state dict loads into any model quantised
-    with the same `include`, `exclude`, `head`, `rotation` and `fuse`, calibrated or not.
+    is then for inference only; it still generates and copies like before, and a state dict loads into any model quantised
+    with the same `include`, `exclude`, `head`, `rotation` and `fuse`, calibrated or not. What `save_pretrained` writes of it is no
+    model for `from_pretrained`, which knows no packed weights and draws new ones: save before, and quantise again after loading.
 
     Raises TypeError or ValueError, before anything is changed, when nothing is selected, `smooth` or `rotation` is out of range,
     calibration is missing, or a weight is not finite.
@@ -342,7 +375,7 @@ def quantize_linears(
         if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
             raise TypeError(f"{name} must be a sequence of patterns, got {patterns!r}")
     checks.flag("fuse", fuse)
-    rotation = _power_of_two(rotation)
+    rotation = power_of_two(rotation)
     linears = select(model, include, exclude, head=head)
     if not linears:
         raise ValueError(
@@ -363,7 +396,14 @@ def quantize_linears(
                 f"smooth needs calibration token ids that reach every layer; none reached {sorted(missing)[:3]}"
             )
         factors = _factors(ordinary, rms, smooth)
+        for name, factor in factors.items():
+            if not bool((torch.isfinite(factor) & torch.isfinite(1 / factor)).all()):
+                raise ValueError(f"calibration must give {name} finite inputs, got inf or NaN")
     fused = fusable_blocks(model, linears) if fuse else {}
+    for name, block in fused.items():
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            if not bool(torch.isfinite(cast(Any, block.get_submodule(norm)).weight).all()):
+                raise ValueError(f"the weight of {name}.{norm} must be finite, got inf or NaN")
     open_(model)
     with torch.no_grad():
         for name, block in fused.items():
@@ -467,7 +507,8 @@ def fusable_blocks(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[s
     }
 
 
-def _power_of_two(rotation: int) -> int:
+def power_of_two(rotation: int) -> int:
+    """`rotation` itself if it is 1, 2, 4 ...; raises TypeError or ValueError."""
     rotation = checks.whole("rotation", rotation, low=1)
     if rotation & (rotation - 1):
         raise ValueError(f"rotation must be a power of two (1 for none), got {rotation}")
@@ -486,6 +527,29 @@ def _check(x: Tensor, features: int) -> None:
         raise TypeError(f"x must be float32, bfloat16 or float16, got {x.dtype}")
     if x.shape[-1] != features:
         raise ValueError(f"x must have {features} features in its last dimension, got shape {tuple(x.shape)}")
+
+
+def _learns(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling()
+
+
+class _Through(torch.autograd.Function):
+    """`fast(x)`, with the gradient of `smooth(x)`: rounding is passed through. `smooth` runs in the backward pass only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fast: Callable[[Tensor], Any], smooth: Callable[[Tensor], Any]) -> Any:
+        ctx.save_for_backward(x)
+        ctx.smooth = smooth
+        return fast(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            again = x.detach().requires_grad_()
+            (found,) = torch.autograd.grad(ctx.smooth(again), again, gradients)
+        return found, None, None
 
 
 def _compiled(x: Tensor) -> bool:

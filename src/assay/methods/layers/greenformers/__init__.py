@@ -19,8 +19,8 @@ from typing import Any, Literal
 from torch import nn
 
 from assay.methods.core.layers.linears import left_alone, share
-from assay.methods.core.layers.surgery import find, linear_kinds
-from assay.methods.layers.greenformers.convert import LayerReport, LowRankReport, apply_low_rank
+from assay.methods.core.layers.surgery import find, linear_kinds, takes_token_ids
+from assay.methods.layers.greenformers.convert import LayerReport, LowRankReport, apply_low_rank, check_size
 from assay.methods.layers.greenformers.economics import TrainingCost, training_cost
 from assay.methods.layers.greenformers.encoder import (
     EncoderBlock,
@@ -82,6 +82,8 @@ class LowRank:
             return Fit(False, f"{type(model).__name__} has no dense linear layers")
         if not len(context.calibration):
             return Fit(False, "it needs calibration text")
+        if not takes_token_ids(model):
+            return Fit(False, f"it is calibrated on token ids, and a {type(model).__name__} needs other inputs")
         part, rest = share(model, found), left_alone(model, found)
         if not part >= LEAST_SHARE:
             return Fit(False, f"it reaches {part:.0%} of the weights only: {rest}", share=part, reached=rest)
@@ -91,9 +93,15 @@ class LowRank:
     def configs(self, model: nn.Module, context: TuneContext) -> list[dict[str, Any]]:
         return [{"energy": 0.999}, {"energy": 0.99}, {"budget": 0.8}]
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError or TypeError naming the setting that is wrong."""
+        check_size(**only(config, ("rank", "energy", "budget")))
+
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
         """Raises TypeError or ValueError, before anything is changed, for a configuration or a model it does not fit."""
-        only(config, ("rank", "energy", "budget"))
+        self.check(config)
+        if not takes_token_ids(model):
+            raise ValueError(f"model must be one that is calibrated on token ids, got {type(model).__name__}")
         found = find(model, linear_kinds(), closed=UNITS)
         if found and not (part := share(model, found)) >= LEAST_SHARE:
             raise ValueError(

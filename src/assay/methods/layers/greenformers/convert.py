@@ -105,10 +105,15 @@ def apply_low_rank(
     heads, reasons = _ties(model, layers, untie_head)
     free = {name: layer for name, layer in layers.items() if name not in reasons and name not in heads}
 
+    for name in (*free, *heads):
+        if not bool(torch.isfinite(weight_of(layers[name])).all()):
+            raise ValueError(f"the weight of {name} must be finite, got inf or NaN")
     moments: dict[str, Tensor] = {}
     if solver == "data_svd":
         seen = {name: layers[name] for name in (*free, *heads) if type(layers[name]) in linear_kinds()}
         moments = input_moments(model, seen, calibration or ())
+        if odd := [name for name, moment in moments.items() if not bool(torch.isfinite(moment).all())]:
+            raise ValueError(f"calibration must give {odd[0]} finite inputs, got inf or NaN")
         moments |= {table: moments[head] for head, table in heads.items()}  # one matrix, judged by the head's outputs
     bases: dict[str, list[tuple[Tensor, Tensor]]] = {}
     if solver in ("svd", "data_svd"):
@@ -151,16 +156,21 @@ def apply_low_rank(
     return LowRankReport(tuple(reports), before, cost(model))
 
 
-def _check(rank: float | None, energy: float | None, budget: float | None, solver: str, calibration: Any) -> None:
+def check_size(rank: float | None = None, energy: float | None = None, budget: float | None = None) -> None:
+    """Raises TypeError or ValueError unless exactly one of them is given and in its range (see `apply_low_rank`)."""
     if sum(given is not None for given in (rank, energy, budget)) != 1:
         raise ValueError(f"exactly one of rank, energy and budget must be given, got {rank}, {energy} and {budget}")
     for name, share in (("energy", energy), ("budget", budget)):
         if share is not None:
             checks.number(name, share, above=0, below=1)
-    checks.choice("solver", solver, SOLVERS)
     if rank is not None:
         check_rank(rank)
-    elif solver not in ("svd", "data_svd"):
+
+
+def _check(rank: float | None, energy: float | None, budget: float | None, solver: str, calibration: Any) -> None:
+    check_size(rank, energy, budget)
+    checks.choice("solver", solver, SOLVERS)
+    if rank is None and solver not in ("svd", "data_svd"):
         raise ValueError(f"energy and budget need solver 'svd' or 'data_svd', got {solver!r}")
     if solver == "data_svd" and calibration is None:
         raise ValueError("calibration must be given with solver 'data_svd'")

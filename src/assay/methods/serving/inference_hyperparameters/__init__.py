@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from assay.methods.core.generation.loop import set_settings
+from assay.methods.core.generation.loop import check_settings, set_settings, why_not
 from assay.methods.serving.inference_hyperparameters.engine import (
     HuggingFaceEngine,
     Infilling,
@@ -76,7 +76,7 @@ from assay.methods.serving.inference_hyperparameters.trials import (
     engine_settings,
     mean_of,
 )
-from assay.methods.transform import Effect, Fit, TuneContext
+from assay.methods.transform import Effect, Fit, TuneContext, only
 
 __all__ = [
     "Axis",
@@ -183,9 +183,9 @@ class TunedSettings:
     exact: bool = True
 
     def applies_to(self, model: nn.Module, context: TuneContext) -> Fit:
-        """To anything that generates more than one prompt."""
-        if not hasattr(model, "generate"):
-            return Fit(False, f"{type(model).__name__} does not generate")
+        """To any decoder that generates more than one prompt."""
+        if reason := why_not(model):
+            return Fit(False, reason)
         if context.batch_size < 2:
             return Fit(False, "there is one prompt only, nothing to batch")
         # Our guess: against batches of 8 in order of arrival, half the padding, and weights read half as often.
@@ -200,10 +200,18 @@ class TunedSettings:
             configs.append({**configs[0], "threads": threads // 2})
         return configs
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raises ValueError or TypeError naming the setting that is wrong."""
+        check_settings(only(config, ("batch_size", "sort_by_length", "threads")))
+
     def apply(self, model: nn.Module, config: Mapping[str, Any], context: TuneContext) -> nn.Module:
-        """Merge the configuration into the model's settings. Raises ValueError for names or values they do not allow."""
-        if unknown := set(config) - {"batch_size", "sort_by_length", "threads"}:
-            raise ValueError(f"config must hold batch_size, sort_by_length, threads; got {', '.join(sorted(unknown))}")
+        """Merge the configuration into the model's settings.
+
+        Raises TypeError or ValueError, before anything is changed, for a configuration or a model it does not fit.
+        """
+        self.check(config)
+        if reason := why_not(model):
+            raise ValueError(f"inference_hyperparameters does not fit this model: {reason}")
         set_settings(model, **config)
         return model
 
