@@ -35,7 +35,7 @@ from assay.measure.cost import register_macs
 from assay.methods.core import kernels
 from assay.methods.core.layers.linears import left_alone, linears, open_, put, settle, share
 from assay.methods.core.layers.stand_in import Casting, stand_in
-from assay.methods.core.layers.surgery import output_layer, page_out, untie
+from assay.methods.core.layers.surgery import output_layer, page_out, refuse_saving, untie
 from assay.methods.core.quantize.formats import FORMATS, PANEL, Format
 from assay.methods.core.quantize.groups import GROUP, quantize_inputs, row_gain
 from assay.methods.transform import LEAST_SHARE, Effect, Fit, TuneContext, only
@@ -220,7 +220,7 @@ class WeightOnly:
                 put(model, name, WeightOnlyLinear.from_linear(layer, width))
                 page_out(layer.weight)
         untie(settle(model))
-        return model
+        return refuse_saving(model)
 
     def describe(self, config: Mapping[str, Any]) -> str:
         bits, head = config.get("bits", 4), config.get("head_bits", 8)

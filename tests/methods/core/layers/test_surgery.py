@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from pathlib import Path
@@ -152,3 +153,21 @@ def test_pages_of_a_replaced_weight_leave_the_process(tmp_path):
     own = torch.arange(2.0**20)
     page_out(own)
     assert own[12345] == 12345  # memory of its own, not a file's, stays as it was
+
+
+def test_a_packed_model_is_not_saved_as_something_that_loads_at_random(tmp_path):
+    """from_pretrained would find no weights for its layers and draw new ones."""
+    import pickle
+
+    from tests.properties.architectures import build
+
+    from assay.methods.builtin import weight_only
+    from assay.methods.core.quantize.int8_linear import quantize_linears
+    from assay.methods.transform import TuneContext
+
+    context = TuneContext("decode", 32, 4)
+    for made in (quantize_linears(build("llama"), fuse=False), weight_only.transform.apply(build("gpt2"), {}, context)):
+        for model in (made, copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
+            with pytest.raises(ValueError, match="must not be saved with packed layers"):
+                model.save_pretrained(tmp_path / "out")
+        assert not (tmp_path / "out").exists()

@@ -47,6 +47,7 @@ from assay.methods.builtin.decode_loop.fit import MATRICES, why_not
 from assay.methods.builtin.decode_loop.generate import DecodeLoopMixin, length_groups, with_loop
 from assay.methods.builtin.weight_only import WeightOnlyLinear
 from assay.methods.core import kernels
+from assay.methods.core.layers.surgery import refuse_saving
 from assay.methods.core.quantize.formats import PANEL_FORMATS
 from assay.methods.core.quantize.int8_linear import Int8Linear
 from assay.methods.transform import Effect, Fit, TuneContext, only
@@ -112,6 +113,7 @@ class DecodeLoop:
         if not keep:
             _share(model, decoder)
             decoder.seen = sample(model)
+            refuse_saving(model)
         if not isinstance(model, DecodeLoopMixin):
             model.__class__ = with_loop(type(model))  # type: ignore[arg-type]
         model.decode_loop = decoder  # type: ignore[assignment]

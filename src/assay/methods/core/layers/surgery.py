@@ -175,6 +175,23 @@ def cost(module: nn.Module) -> LayerCost:
     return LayerCost(params, sum(layer_macs(layer) for layer in module.modules()))
 
 
+def refuse_saving(model: nn.Module) -> nn.Module:
+    """Make the model's `save_pretrained` raise ValueError: its layers are packed, and `from_pretrained` knows no packed weights.
+
+    It would find no place for them and draw new ones, with no more than a warning. Models without `save_pretrained` stay as they are.
+    """
+    if hasattr(model, "save_pretrained"):
+        object.__setattr__(model, "save_pretrained", _refuse_saving)
+    return model
+
+
+def _refuse_saving(*_: Any, **__: Any) -> None:
+    raise ValueError(
+        "model must not be saved with packed layers, which from_pretrained would replace by random ones: save it before, and "
+        "apply the method again after loading, as an artefact of `assay tune` does"
+    )
+
+
 def page_out(weight: Tensor) -> None:
     """Tell Linux that a CPU weight will not be read again soon, usually because a packed form replaced it.
 

@@ -30,7 +30,7 @@ from assay.methods.core import kernels
 from assay.methods.core.layers.linears import linears as all_linears
 from assay.methods.core.layers.linears import open_, put, settle
 from assay.methods.core.layers.stand_in import Casting, stand_in
-from assay.methods.core.layers.surgery import output_layer, page_out, untie
+from assay.methods.core.layers.surgery import output_layer, page_out, refuse_saving, untie
 from assay.methods.core.quantize.formats import WIDE_PANEL, pack_wide, quantize_rows, unpack_wide
 
 # model types whose blocks are computed exactly as `fuse_block` computes them
@@ -361,8 +361,9 @@ def quantize_linears(
     reaches completely, are not smoothed. `rotation` is the size of the Hadamard transform of the inputs (1 for none), halved until it
     divides a layer's inputs. With `fuse`, blocks of the llama family whose layers were all selected become fused ones. The model
     is then for inference only; it still generates and copies like before, and a state dict loads into any model quantised
-    with the same `include`, `exclude`, `head`, `rotation` and `fuse`, calibrated or not. What `save_pretrained` writes of it is no
-    model for `from_pretrained`, which knows no packed weights and draws new ones: save before, and quantise again after loading.
+    with the same `include`, `exclude`, `head`, `rotation` and `fuse`, calibrated or not. Its
+    `save_pretrained` is refused, since `from_pretrained` knows no packed weights and would draw new ones: save before, and quantise
+    again after loading.
 
     Raises TypeError or ValueError, before anything is changed, when nothing is selected, `smooth` or `rotation` is out of range,
     calibration is missing, or a weight is not finite.
@@ -414,7 +415,7 @@ def quantize_linears(
                 linear = cast(nn.Linear, model.get_submodule(name))
                 put(model, name, _quantized([linear], factors.get(name), rotation))
     untie(settle(model))
-    return model
+    return refuse_saving(model)
 
 
 def fuse_block(block: Any, factors: Mapping[str, Tensor] | None = None, rotation: int = 16) -> None:
