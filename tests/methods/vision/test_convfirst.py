@@ -32,8 +32,6 @@ from assay.methods.vision.convfirst import (
     FusedMBConv,
     MBConv,
     PackedLinear,
-    _by_pixel,
-    _spans,
     block_intensity,
     block_macs_per_pixel,
     block_traffic_per_pixel,
@@ -45,6 +43,7 @@ from assay.methods.vision.convfirst import (
     plan_tile,
     tile_plan,
 )
+from assay.methods.vision.convfirst.fusing import _by_pixel, _spans
 
 BLOCKS = [ConvFirst, MBConv, FusedMBConv, ConvNeXt]
 CHIP = DeviceSpec("chip", peak=1e12, bandwidth=1e10, sram_bytes=1 << 20)
