@@ -27,8 +27,8 @@ from assay.tuner.work import UNITS
 
 
 def expected(run: Run) -> float:
-    """Seconds that one more assessment will take."""
-    return max([run.budget.assessing(), *(row.seconds for row in run.candidates[-1:])])
+    """Seconds that one more assessment will take: as long as the longest so far, or what the survey tells before the first one."""
+    return max((row.seconds for row in run.candidates), default=run.budget.assessing())
 
 
 def reserve(run: Run, pairs: int) -> float:
