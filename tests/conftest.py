@@ -40,6 +40,9 @@ def smollm2_slice(smollm2):
     model.model.config = model.config
     model.model.layers = model.model.layers[:2]
     loaded.model = copy.deepcopy(model)
+    for module in loaded.model.modules():  # attention reads its settings from its layer's config
+        if hasattr(module, "config"):
+            module.config = loaded.model.config
     return loaded
 
 

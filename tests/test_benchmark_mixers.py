@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -210,6 +211,8 @@ def test_a_point_measured_again_takes_the_place_of_the_old_one(quick, monkeypatc
     words = ["mixers.py", "--quick", "--panel", "recall", "--arms", "fit", "--out", str(file)]
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(mixers, "print", lambda *text, **options: None, raising=False)
+    # in this process: `quick` has seen that they run in others
+    monkeypatch.setattr(mixers, "ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(1))
     mixers.main()
     found = [json.loads(line) for line in file.read_text().splitlines()]
     points = [[(r["panel"], r.get("context"), r["arm"], r["setting"]) for r in some] for some in (rows, found)]

@@ -26,9 +26,25 @@ from assay.tuner.search import Option
 from assay.tuner.work import UNITS
 
 
-def expected(run: Run) -> float:
-    """Seconds that one more assessment will take: as long as the longest so far, or what the survey tells before the first one."""
-    return max((row.seconds for row in run.candidates), default=run.budget.assessing())
+def expected(run: Run, ratio: float = 1.0) -> float:
+    """Seconds that assessing a candidate will take which takes `ratio` of the base's time.
+
+    That is as long as the others took (their median), and longer by what its slower runs add; the first one, what the costs tell.
+    """
+    one = None if run.settings.goal == "memory" else ratio * run.base.run_seconds  # a run there is a whole process
+    alone = run.budget.assessing(one)
+    others = [row.seconds + max(alone - run.budget.assessing(row.run_seconds), 0.0) for row in run.candidates]
+    return float(np.median(others)) if others else alone
+
+
+def within(run: Run) -> list[Row]:
+    """The candidates that keep the quality."""
+    return [row for row in run.candidates if row.drop is not None and row.drop <= run.max_drop and row.cost is not None]
+
+
+def promised(run: Run) -> float:
+    """The best candidate's time over the base's, as far as screening tells."""
+    return min([1.0, *(found.ratio for found in run.screened)])
 
 
 def reserve(run: Run, pairs: int) -> float:
@@ -36,9 +52,7 @@ def reserve(run: Run, pairs: int) -> float:
     costs = run.budget.costs
     if run.settings.goal == "memory":
         return run.budget.tail() + 3 * 3 * (costs.start + costs.load + costs.run)
-    fastest = [row.run_seconds for row in run.candidates if row.drop is not None and row.drop <= run.max_drop]
-    promised = costs.run * min([1.0, *(found.ratio for found in run.screened)])
-    best = min(fastest, default=promised)
+    best = min((row.run_seconds for row in within(run)), default=promised(run) * costs.run)
     free = run.free.run_seconds if run.free is not run.baseline else 0.0
     return run.budget.tail() + run.budget.proof(pairs, (0.0 if costs.slow else costs.loaded_run) + free + best)
 
@@ -52,6 +66,7 @@ class Asked:
     options: tuple[Option, ...] = ()
     predicted: float | None = None
     screened: float | None = None
+    ratio: float = 1.0  # its time over the base's, as far as is known before
 
 
 def assess_one(run: Run, asked: Asked) -> Row:
@@ -77,11 +92,11 @@ def assess(run: Run, asked: list[Asked]) -> Iterator[tuple[int, Row]]:
 
 
 def _assess_call(run: Run, asked: Asked) -> Call:
-    """The child call that assesses a recipe. Time that the proof needs is not given to a candidate."""
+    """The child call that assesses a recipe. Time that the proof needs is not given to it, or little while nothing can be proven."""
     left, sizes = run.budget.left(), run.budget.sizes()
     if asked.kind != "baseline":
-        usual = expected(run)
-        left = max(left - reserve(run, LEAST_PAIRS), min(2 * usual, left - run.budget.tail()))
+        longest = 0.0 if within(run) else min(2 * expected(run, asked.ratio), left - run.budget.tail())
+        left = max(left - reserve(run, LEAST_PAIRS), longest)
     arguments: dict[str, Any] = {"known": run.known, "seconds": sizes.sampling, "text": sizes.text}
     if asked.kind == "candidate":
         arguments |= {"reference": run.baseline.quality, "max_drop": run.max_drop}

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 now = time.monotonic
 
 SURVEY, SCREENING, ASSESSING = 0.1, 0.15, 0.05  # shares of the whole time: looking, screening, one judgement of quality
-SAMPLING = 0.02  # and one candidate's samples of its cost
+SAMPLING = 0.01  # and one candidate's samples of its cost
 LEAST_PAIRS = 6  # of the proof: fewer carry no exact interval
 LEAST_TOKENS = 1024  # of held-out text: 16 blocks, below which the interval of the quality says little
-WRITING = 10.0  # seconds to write the report, apart from loading the model
+WRITING = 5.0  # seconds to write the report, apart from loading the model
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,14 @@ class Budget:
         """Seconds reserved for profiling and writing the result."""
         return min(WRITING + self.costs.start + 2 * self.costs.load, 0.25 * self.total)
 
-    def assessing(self) -> float:
-        """Expected seconds to assess one candidate: its process, a warm-up, the samples, and its quality."""
-        sizes = self.sizes()
-        samples = min(max(sizes.sampling, 2 * self.costs.run), 5 * self.costs.run)
-        return self.costs.start + self.costs.load + self.costs.run + samples + sizes.text * self.costs.quality
+    def assessing(self, run: float | None = None) -> float:
+        """Expected seconds to assess a recipe of which one run takes `run` seconds (None: as long as what candidates are built on).
+
+        They go to its process, a warm-up, the samples, and its quality.
+        """
+        run, sizes = self.costs.run if run is None else run, self.sizes()
+        samples = min(max(sizes.sampling, 2 * run), 5 * run)
+        return self.costs.start + self.costs.load + run + samples + sizes.text * self.costs.quality
 
     def proof(self, pairs: int, one_round: float) -> float:
         """Expected seconds of a proof with a warm-up and `pairs` rounds of `one_round` seconds each, including loading its models."""

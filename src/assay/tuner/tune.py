@@ -26,7 +26,7 @@ import torch
 
 from assay import checks
 from assay.errors import InputError, MissingError
-from assay.tuner.assessing import Asked, assess, assess_one, base_steps, dtypes, expected, reserve
+from assay.tuner.assessing import Asked, assess, assess_one, base_steps, dtypes, expected, promised, reserve, within
 from assay.tuner.budget import LEAST_PAIRS, SURVEY, Budget, Costs
 from assay.tuner.journal import Journal, identity
 from assay.tuner.nodes import Here, Nodes, RayNodes
@@ -41,6 +41,7 @@ from assay.tuner.work import Settings
 Say = Callable[[str], None]
 
 PAYS = 0.97  # compilation is measured on the whole model when screening sees it take less than that share of the time
+JUDGED = 2  # candidates at least that its measurement must leave time for
 PROFILE = 0.5  # share of the survey's time that its profiles may take
 
 
@@ -163,10 +164,6 @@ def _survey(run: Run) -> None:
         run.survey = run.journal.get("survey", lambda: run.must("survey", what, dtype=fast, seconds=seconds))
     run.budget.costs = costs = Costs(**run.survey["costs"])
     run.tell(f"one run takes about {_seconds(costs.run)}, loading {_seconds(costs.start + costs.load)}")
-    if run.budget.sizes().text < 1:
-        run.note(
-            f"quality is judged on {100 * run.budget.sizes().text:.0f} % of the text, or the least, to keep the time"
-        )
 
 
 # Step 2: baselines ---------------------------------------------------------------------------------------------------------
@@ -177,8 +174,10 @@ def _baselines(run: Run) -> None:
     baseline = assess_one(run, Asked("baseline", ()))
     if baseline.status != "ok":
         raise run.failure(baseline.status, baseline.error, "measuring the model as loaded")
+    if baseline.text < 1:
+        run.note(f"quality is judged on {100 * baseline.text:.0f} % of the text, or the least, to keep the time")
     for steps in free_recipes(run.survey, run.settings):
-        _assess_free(run, steps)
+        _assess_free(run, steps, reserve(run, 2))
 
 
 def free_recipes(survey: dict[str, Any], settings: Settings) -> Iterator[tuple[Step, ...]]:
@@ -194,9 +193,9 @@ def steps_of(survey: dict[str, Any], name: str) -> tuple[Step, ...]:
     return (Step(transform=name, config=found["config"]),)
 
 
-def _assess_free(run: Run, steps: tuple[Step, ...]) -> None:
-    """Assess a free baseline, if enough time remains to make use of it."""
-    if run.budget.left() < expected(run) + reserve(run, 2):
+def _assess_free(run: Run, steps: tuple[Step, ...], keep: float) -> None:
+    """Assess a free baseline, if that leaves the `keep` seconds that it takes to make use of it."""
+    if run.budget.left() < expected(run) + keep:
         run.note(f"no time to measure {run.recipe(steps).label()} as a free baseline")
         return
     assess_one(run, Asked("free", steps))
@@ -215,13 +214,11 @@ def _search(run: Run) -> Row:
         if options := _options_over(run.base, row, search.options):
             teach(search, row, options, run.base)
     while asked := _next(run, search):
-        if not _time_for_more(run):
+        if not _time_for_more(run, max(one.ratio for one in asked)):
             break
         for which, row in assess(run, asked):
             teach(search, row, asked[which].options, run.base)
-    allowed = [
-        row for row in run.candidates if row.drop is not None and row.drop <= run.max_drop and row.cost is not None
-    ]
+    allowed = within(run)
     run.tell(
         f"{len(run.screened)} candidates screened, {len(run.candidates)} judged, {len(allowed)} within the allowed loss"
     )
@@ -262,14 +259,14 @@ def _options_over(base: Row, row: Row, options: list[Option]) -> tuple[Option, .
 
 
 def _compiled(run: Run, search: Search) -> None:
-    """Assess compilation, which is free too, on the whole model if screening says that it pays."""
+    """Assess compilation, which is free too, on the whole model if screening says that it pays and candidates can still be judged."""
     option = next((o for o in search.options if o.step.transform == "compile"), None)
     if option is None:
         return
     steps = (*run.base.recipe.steps, option.step)
     ratio = search.ratios.get(frozenset([option.key]))
     if ratio is None or ratio <= PAYS:
-        _assess_free(run, steps)
+        _assess_free(run, steps, JUDGED * expected(run, promised(run)) + reserve(run, LEAST_PAIRS))
     else:
         run.note(
             f"{option.step.label()} takes {ratio:.2f} of the base's time on few layers: not measured as a free baseline"
@@ -284,19 +281,19 @@ def _next(run: Run, search: Search) -> list[Asked]:
         keys = frozenset(option.key for option in options)
         pending.append(keys)
         search.tried.add(keys)  # it is on its way
-        ratio = search.ratios.get(keys)
-        found.append(Asked("candidate", over(run.base, options), options, search.roofline(options), ratio))
+        screened, steps = search.ratios.get(keys), over(run.base, options)
+        found.append(Asked("candidate", steps, options, search.roofline(options), screened, search.predict(options)))
     search.tried -= set(pending)
     return found
 
 
-def _time_for_more(run: Run) -> bool:
-    """Whether there is time to assess one more candidate and prove the best; the first one may be followed by a shorter proof."""
-    left = run.budget.left() - expected(run)
-    if left >= reserve(run, LEAST_PAIRS):
-        return True
-    if not run.candidates and left >= reserve(run, 2):
-        run.note("the proof will be shorter than it should be: the time was spent on the baselines")
+def _time_for_more(run: Run, ratio: float) -> bool:
+    """Whether there is time to assess one more candidate, which takes `ratio` of the base's time, and to prove the best.
+
+    Before there is one that keeps the quality, the proof may become shorter.
+    """
+    left = run.budget.left() - expected(run, ratio)
+    if left >= reserve(run, LEAST_PAIRS if within(run) else 2):
         return True
     if not run.candidates:
         run.note("no time is left to judge a candidate")

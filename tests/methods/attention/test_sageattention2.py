@@ -885,13 +885,12 @@ def test_errors_are_ordered_on_real_queries_and_keys(smollm2):
     from assay.workloads.attention import captured_qkv
     from assay.workloads.text import long_prompt
 
-    layers = captured_qkv(smollm2.model, long_prompt(smollm2.tokenizer, 512), layers=[2, 12, 20])
+    layers = captured_qkv(smollm2.model, long_prompt(smollm2.tokenizer, 384), layers=[2, 6, 10])
+    exact = [dense(*layer, True)[0] for layer in layers]
 
     def rmse(**changes):
-        settings_ = SageSettings(**{"pv": "exact", **changes})
-        return sum(
-            error(sage_attention(*layer, is_causal=True, variant=settings_), dense(*layer, True)[0]) for layer in layers
-        )
+        run = functools.partial(sage_attention, is_causal=True, variant=SageSettings(**{"pv": "exact", **changes}))
+        return sum(error(run(*layer), expected) for layer, expected in zip(layers, exact, strict=True))
 
     none, only_k, both = rmse(smooth_k=False, smooth_q=False), rmse(smooth_q=False), rmse()
     assert none > only_k > both
@@ -902,18 +901,19 @@ def test_errors_are_ordered_on_real_queries_and_keys(smollm2):
 
 
 @pytest.mark.model
-def test_smollm2_on_real_text(smollm2):
+def test_smollm2_on_real_text(smollm2_slice):
+    """Through two layers; int4 would cost two hundred times as much, and a scale that is two per cent off, ten times."""
     from assay.workloads.text import long_prompt
 
-    ids = long_prompt(smollm2.tokenizer, 640)
-    model = copy.deepcopy(smollm2.model)
+    ids = long_prompt(smollm2_slice.tokenizer, 640)
+    model = copy.deepcopy(smollm2_slice.model)
     with torch.no_grad():
         expected = model(ids, logits_to_keep=256).logits
         transform.apply(model, {"qk": "int8", "smooth_q": True}, CONTEXT)
         found = model(ids, logits_to_keep=256).logits
     loss = F.kl_div(found.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none")
-    assert 1e-8 < loss.sum(-1).mean() < 5e-3
-    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.95
+    assert 1e-8 < loss.sum(-1).mean() < 1e-4
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.98
 
 
 @pytest.mark.parametrize("variant", ["paper", "cpu"])

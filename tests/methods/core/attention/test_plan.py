@@ -30,26 +30,19 @@ def qkv(batch=1, heads=4, groups=2, queries=64, keys=64, dim=32, value_dim=None,
 
 
 def oracle(plan, q, k, v, scale=None):
-    """Plain loops over heads and queries in float64."""
+    """Softmax over the keys that each query of each head sees, one by one as the plan's docstring says it, in float64."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     per = q.shape[1] // k.shape[1]
-    out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
-    for b in range(q.shape[0]):
-        start = 0 if plan.key_start is None else int(plan.key_start[b])
-        for h in range(q.shape[1]):
-            for row in range(plan.queries):
-                position = row + plan.keys - plan.queries
-                if position < start:
-                    continue
-                columns = [
-                    c
-                    for c in range(start, position + 1 if plan.causal else plan.keys)
-                    if plan.mask is None or plan.mask[b, h, position // plan.block - plan.first_block, c // plan.block]
-                ]
-                if columns:
-                    scores = k[b, h // per, columns].double() @ q[b, h, row].double() * scale
-                    out[b, h, row] = scores.softmax(0) @ v[b, h // per, columns].double()
-    return out
+    position, column = torch.arange(plan.keys - plan.queries, plan.keys)[:, None], torch.arange(plan.keys)
+    seen = column <= position if plan.causal else torch.ones(plan.queries, plan.keys, dtype=torch.bool)
+    if plan.key_start is not None:  # padding is not seen and sees nothing
+        start = plan.key_start[:, None, None, None]
+        seen = seen & (column >= start) & (position >= start)
+    if plan.mask is not None:
+        seen = seen & plan.mask[:, :, position // plan.block - plan.first_block, column // plan.block]
+    k, v = (x.double().repeat_interleave(per, 1) for x in (k, v))
+    scores = (q.double() @ k.mT * scale).masked_fill(~seen, -math.inf)
+    return scores.softmax(-1).nan_to_num(0.0) @ v
 
 
 def random_mask(plan, batch, heads, share=0.5, seed=0):
@@ -247,10 +240,11 @@ def test_a_chunk_is_the_end_of_the_whole_prompt():
 
 
 def test_gradients_go_through_gather():
-    q, k, v = (x.double().requires_grad_() for x in qkv(heads=2, groups=1, queries=20, keys=20, dim=16))
     plan = AttentionPlan(20, 20, 16)
     mask = torch.tensor([[[[True, False], [False, True]], [[True, False], [False, False]]]])
-    assert torch.autograd.gradcheck(lambda *x: execute(masked(plan, mask), *x), (q, k, v))
+    narrow = [x.double().requires_grad_() for x in qkv(heads=2, groups=1, queries=20, keys=20, dim=3)]
+    assert torch.autograd.gradcheck(lambda *x: execute(masked(plan, mask), *x), narrow)
+    q, k, v = (x.double().requires_grad_() for x in qkv(heads=2, groups=1, queries=20, keys=20, dim=16))
     with pytest.raises(ValueError, match=r"float32|gradient"):
         execute(plan, q, k, v, backend="kernel")
     q32 = q.detach().float().requires_grad_()

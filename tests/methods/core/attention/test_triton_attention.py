@@ -19,17 +19,6 @@ from assay.methods.core.attention.plan import AttentionPlan, _choose, execute
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
 
 
-def child(**environment):
-    """A fresh process with this environment, which says who runs Triton's kernels."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
-        pool.submit(os.getpid).result()  # it has started
-    return pool
-
-
 def attend_here(plan, q, k, v, gradient=False, **options):
     return execute(plan, q.requires_grad_(gradient), k, v, backend="triton", **options)
 
@@ -40,13 +29,7 @@ def lists_here(plan):
     return kept_lists(plan, torch.device("cpu"))
 
 
-def refused_here(plan, q, k, v):
-    from assay.methods.core.attention.triton_attention import triton_refuses
-
-    return triton_refuses(plan, q, k, v)
-
-
-def compile_here(capability, plan, dtype, dim, value_dim):
+def compiled(capability, plan, dtype, dim, value_dim):
     """Bytes of shared memory of a tile, and whether tensor cores are used."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -81,7 +64,11 @@ def compile_here(capability, plan, dtype, dim, value_dim):
 
 @pytest.fixture(scope="module")
 def interpreter():
-    with child(TRITON_INTERPRET="1") as pool:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        pool.submit(os.getpid).result()  # it has started
+    with pool:
         yield lambda function, *given, **options: pool.submit(function, *given, **options).result()
 
 
@@ -120,35 +107,36 @@ def exact(plan, q, k, v, scale=None):
 @needs_triton
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-    ("queries", "keys", "block"),
-    [(5, 5, 16), (16, 16, 16), (64, 64, 32), (75, 75, 32), (1, 40, 16), (20, 70, 16), (50, 90, 48), (40, 52, 20)],
+    ("queries", "keys", "block"),  # None: dense, where the plan's block means nothing
+    [
+        *[(5, 5, None), (64, 64, None), (43, 43, None), (1, 40, None), (20, 54, None)],
+        *[(5, 5, 16), (16, 16, 16), (64, 64, 32), (43, 43, 32), (1, 40, 16), (20, 54, 16), (50, 90, 48), (40, 52, 20)],
+    ],
 )
 def test_equals_the_reference(attend, causal, queries, keys, block):
-    q, k, v = qkv(2, queries=queries, keys=keys, value_dim=24)
-    plan = AttentionPlan(queries, keys, block, causal)
-    for case in (plan, some(plan, 2, 2)):
-        torch.testing.assert_close(attend(case, q, k, v).double(), exact(case, q, k, v), atol=2e-6, rtol=1e-5)
+    q, k, v = qkv(queries=queries, keys=keys, value_dim=24)
+    plan = AttentionPlan(queries, keys, block or 16, causal)
+    plan = plan if block is None else some(plan, 1, 2)
+    torch.testing.assert_close(attend(plan, q, k, v).double(), exact(plan, q, k, v), atol=2e-6, rtol=1e-5)
 
 
 @needs_triton
 @pytest.mark.parametrize(("queries", "keys"), [pytest.param(300, 300, marks=pytest.mark.slow), (130, 300)])
 def test_blocks_larger_than_the_tiles(attend, queries, keys):
-    q, k, v = qkv(1, 2, 1, queries, keys, dim=16)
+    q, k, v = qkv(1, 1, 1, queries, keys, dim=16)
     starts = torch.tensor([70])
     for causal in (True, False):
-        plan = some(AttentionPlan(queries, keys, 144, causal, key_start=starts), 1, 2, share=0.6, seed=1)
+        plan = some(AttentionPlan(queries, keys, 144, causal, key_start=starts), 1, 1, share=0.6, seed=1)
         torch.testing.assert_close(attend(plan, q, k, v).double(), exact(plan, q, k, v), atol=2e-6, rtol=1e-5)
 
 
 @needs_triton
 @pytest.mark.parametrize("causal", [True, False])
 def test_rows_of_a_batch_have_their_own_masks_and_padding(attend, causal):
-    q, k, v = qkv(3, 4, 2, queries=40, keys=70)
-    starts = torch.tensor([0, 45, 70])  # the last row is padding throughout
-    for plan in (
-        AttentionPlan(40, 70, 16, causal, key_start=starts),
-        some(AttentionPlan(40, 70, 16, causal, key_start=starts), 3, 4),
-    ):
+    q, k, v = qkv(3, queries=20, keys=50)
+    starts = torch.tensor([0, 45, 50])  # the last row is padding throughout
+    dense = AttentionPlan(20, 50, 16, causal, key_start=starts)
+    for plan in (dense, some(dense, 3, 2)):
         found = attend(plan, q, k, v)
         torch.testing.assert_close(found.double(), exact(plan, q, k, v), atol=2e-6, rtol=1e-5)
         assert found[2].abs().max() == 0
@@ -167,8 +155,8 @@ def test_padding_may_hold_anything(attend):
 
 @needs_triton
 def test_grouped_heads_are_not_expanded(attend):
-    q, k, v = qkv(1, 9, 3, 40, 40)
-    plan = some(AttentionPlan(40, 40, 16), 1, 9)
+    q, k, v = qkv(1, 6, 2, 20, 20)
+    plan = some(AttentionPlan(20, 20, 16), 1, 6)
     found = attend(plan, q, k, v)
     torch.testing.assert_close(found.double(), exact(plan, q, k, v), atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(found, attend(plan, q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1)))
@@ -190,27 +178,27 @@ def test_rows_that_see_nothing_are_zero(attend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("dim", "value_dim"), [(3, 5), (24, 40), (64, 16), (80, 80)])
 def test_types_and_head_dimensions(attend, dtype, dim, value_dim):
-    q, k, v = qkv(queries=33, keys=40, dim=dim, value_dim=value_dim, dtype=dtype)
-    plan = some(AttentionPlan(33, 40, 16), 1, 2, share=0.7)
+    q, k, v = qkv(queries=17, keys=24, dim=dim, value_dim=value_dim, dtype=dtype)
+    plan = some(AttentionPlan(17, 24, 16), 1, 2, share=0.7)
     found = attend(plan, q, k, v)
-    assert (found.dtype, found.shape) == (dtype, (1, 2, 33, value_dim))
+    assert (found.dtype, found.shape) == (dtype, (1, 2, 17, value_dim))
     tolerance = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(found.double(), exact(plan, q, k, v), atol=tolerance, rtol=tolerance)
 
 
 @needs_triton
 def test_any_strides(attend):
-    q, k, v = qkv(2, 4, 2, 40, 40)
-    plan = some(AttentionPlan(40, 40, 16), 2, 4)
+    q, k, v = qkv(2, 2, 2, 20, 20)
+    plan = some(AttentionPlan(20, 20, 16), 2, 2)
     expected = attend(plan, q, k, v)
-    apart = [torch.empty(2, x.shape[1], 16, 80)[..., ::2].transpose(2, 3).copy_(x) for x in (q, k, v)]
-    assert apart[0].stride(-1) == 80
+    apart = [torch.empty(2, 2, 16, 40)[..., ::2].transpose(2, 3).copy_(x) for x in (q, k, v)]
+    assert apart[0].stride(-1) == 40
     assert torch.equal(attend(plan, *apart), expected)
     assert torch.equal(attend(plan, *(x.contiguous() for x in (q, k, v))), expected)
-    turned = AttentionPlan(40, 40, 16, mask=plan.mask.mT.contiguous().mT)
+    turned = AttentionPlan(20, 20, 16, mask=plan.mask.mT.contiguous().mT)
     assert turned.mask.stride(-1) != 1
     assert torch.equal(attend(turned, q, k, v), expected)
-    shared = k[:, :1].expand(2, 2, 40, 16)  # stride 0
+    shared = k[:, :1].expand(2, 2, 20, 16)  # stride 0
     torch.testing.assert_close(attend(plan, q, shared, v).double(), exact(plan, q, shared, v), atol=2e-6, rtol=1e-5)
 
 
@@ -226,12 +214,12 @@ def test_any_scale(attend, scale):
 
 @needs_triton
 def test_a_chunk_is_the_end_of_the_whole_prompt(attend):
-    q, k, v = qkv(queries=100, keys=100)
-    whole = some(AttentionPlan(100, 100, 16), 1, 2)
+    q, k, v = qkv(queries=68, keys=68)
+    whole = some(AttentionPlan(68, 68, 16), 1, 2)
     expected = attend(whole, q, k, v)
     for last in (1, 16, 37):
-        chunk = AttentionPlan(last, 100, 16)
-        chunk = AttentionPlan(last, 100, 16, mask=whole.mask[:, :, -chunk.query_blocks :])
+        chunk = AttentionPlan(last, 68, 16)
+        chunk = AttentionPlan(last, 68, 16, mask=whole.mask[:, :, -chunk.query_blocks :])
         torch.testing.assert_close(attend(chunk, q[:, :, -last:], k, v), expected[:, :, -last:])
 
 
@@ -249,15 +237,13 @@ def test_skipped_blocks_are_not_read(attend):
 @needs_triton
 @pytest.mark.parametrize(("queries", "keys", "block", "window"), [(70, 70, 16, 37), (33, 70, 32, 20), (40, 40, 64, 1)])
 def test_windows_and_sinks(attend, queries, keys, block, window):
-    q, k, v = qkv(2, 4, 2, queries, keys)
-    start, sinks = torch.tensor([0, 29]), torch.tensor([0.5, -2.0, 3.0, 20.0])
-    for plan in (
-        AttentionPlan(queries, keys, block, window=window),
-        some(AttentionPlan(queries, keys, block, key_start=start, window=window), 2, 4, 0.7),
-    ):
-        for given in ({}, {"sinks": sinks}):
-            expected = execute(plan, q, k, v, backend="reference", **given)
-            torch.testing.assert_close(attend(plan, q, k, v, **given), expected, atol=1e-5, rtol=1e-5)
+    q, k, v = qkv(2, queries=queries, keys=keys)
+    start, sinks = torch.tensor([0, 29]), torch.tensor([-2.0, 20.0])
+    dense = AttentionPlan(queries, keys, block, window=window)
+    sparse = some(AttentionPlan(queries, keys, block, key_start=start, window=window), 2, 2, 0.7)
+    for plan, given in ((dense, {"sinks": sinks}), (sparse, {}), (sparse, {"sinks": sinks})):
+        expected = execute(plan, q, k, v, backend="reference", **given)
+        torch.testing.assert_close(attend(plan, q, k, v, **given), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_lists_are_the_mask_within_what_is_allowed(interpreter):
@@ -316,16 +302,18 @@ COMPILED = [
 @pytest.mark.parametrize(
     "cases", [COMPILED[:2], pytest.param(COMPILED[2:], marks=pytest.mark.slow)], ids=["two", "others"]
 )
-def test_compiles_for_gpus(cases, tmp_path):
+def test_compiles_for_gpus(cases, tmp_path, monkeypatch):
     """To machine code, without a GPU; tensor cores multiply 16 bits, and a tile's shared memory fits the smallest GPU's."""
-    with child(TRITON_CACHE_DIR=str(tmp_path)) as pool:
-        refused = pool.submit(refused_here, AttentionPlan(40, 40, 16), *qkv()).result()
-        assert "runs on one GPU" in refused
-        for dtype, dim, value_dim, block, queries, causal, capability in cases:
-            plan = AttentionPlan(queries, 4096, block, causal)
-            shared, tensor_cores = pool.submit(compile_here, capability, plan, dtype, dim, value_dim).result()
-            assert shared <= 99 * 1024
-            assert tensor_cores == (dtype != "fp32")
+    from assay.methods.core.attention.triton_attention import triton_refuses
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert "runs on one GPU" in triton_refuses(AttentionPlan(40, 40, 16), *qkv())  # this process has no interpreter
+    for dtype, dim, value_dim, block, queries, causal, capability in cases:
+        plan = AttentionPlan(queries, 4096, block, causal)
+        shared, tensor_cores = compiled(capability, plan, dtype, dim, value_dim)
+        assert shared <= 99 * 1024
+        assert tensor_cores == (dtype != "fp32")
+    assert len(list(tmp_path.iterdir())) >= len(cases)  # compiled now, not taken from the user's cache
 
 
 def test_auto_on_a_gpu():
