@@ -30,7 +30,7 @@ from assay.experiments.attention.xattention import (
     pooled_scores,
 )
 from assay.measure.clock import compare
-from assay.measure.stats import bootstrap
+from assay.measure.stats import positive_median
 from assay.methods.attention.xattention import block_scores, select, xattention_plan
 from assay.methods.core.attention.plan import AttentionPlan, execute
 
@@ -60,7 +60,7 @@ def seconds(work: Callable[[], Any], rounds: int = 5) -> dict[str, float]:
         start = time.perf_counter()
         work()
         times.append(time.perf_counter() - start)
-    found = bootstrap(times)
+    found = positive_median(times)
     return {"median": found.median, "low": found.low, "high": found.high}
 
 

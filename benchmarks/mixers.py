@@ -14,7 +14,7 @@ are right; guessing among the values of the sequence gives 1 / pairs.
 Generation: greedy, token by token, behind contexts of growing length. The weights are untrained, which the time does not depend on.
 The context goes in by each arm's own parallel form in chunks of 1,024 tokens (masked attention, chunked sums, parallel scan,
 overlap-save convolution); only the tokens after it are timed, in interleaved rounds over the arms (A B C, C B A, B C A, ...). Tokens
-a second are of the whole batch; median over the rounds with a bootstrap interval. Long convolutions have no recurrence: a step is
+a second are of the whole batch; median over the rounds with its interval. Long convolutions have no recurrence: a step is
 one product of the cached inputs with the kernel, and that is what is timed. No arm is compiled or quantized.
 
 FIT is no mixer: its decoder alternates between tokens and latents over the depth of the model, with layers of its own. Its arm is
@@ -63,7 +63,7 @@ from assay.evidence.place import here
 from assay.experiments.mixers.based import generate_from, prefilled
 from assay.experiments.mixers.training import evaluate, train
 from assay.measure.clock import compare_many
-from assay.measure.stats import bootstrap
+from assay.measure.stats import bootstrap, positive_median
 from assay.methods.attention.fit import FITConfig, FITDecoder
 from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM, StateCache
 from assay.methods.mixers import based, long_convs, ssm_survey  # noqa: F401 (they register their mixers)
@@ -271,7 +271,7 @@ def generation_rows(sizes: Generation) -> Iterator[Row]:
         middle, end = timings.seconds["fit"], timings.seconds[END]
         seconds_of = timings.seconds | {"fit": [(1 - share) * a + share * b for a, b in zip(middle, end, strict=True)]}
         for arm, model in models.items():
-            found = bootstrap([sizes.batch * sizes.tokens / seconds for seconds in seconds_of[arm]])
+            found = positive_median([sizes.batch * sizes.tokens / seconds for seconds in seconds_of[arm]])
             yield {
                 "panel": "generation",
                 "arm": arm,

@@ -24,7 +24,7 @@ from typing import Any
 from assay.evidence.place import here
 from assay.measure.isolate import run_isolated
 from assay.measure.machine import calibrate, machine
-from assay.measure.stats import bootstrap, paired_ratio
+from assay.measure.stats import paired_ratio, positive_median
 from assay.tuner.outcome import drop_of
 from assay.tuner.recipe import Recipe, Step
 from assay.tuner.work import UNITS, Settings
@@ -110,11 +110,11 @@ def run_target(name: str, seconds: float) -> dict[str, Any]:
     samples, quality, unit = found["samples"], found["quality"], UNITS[settings.goal]
     free = min(
         (label for label in samples if label.startswith(("free", "as loaded"))),
-        key=lambda x: bootstrap(samples[x]).median,
+        key=lambda x: positive_median(samples[x]).median,
     )
     levels = {}
     for label, values in samples.items():
-        cost = bootstrap(values)
+        cost = positive_median(values)
         ratio = paired_ratio(samples[free], values)
         low, high = sorted((unit.show(cost.low), unit.show(cost.high)))
         levels[label] = {
@@ -189,7 +189,7 @@ def llama_decode(settings: dict[str, Any]) -> dict[str, Any]:
             if count == own.new_tokens:
                 break
         speeds.append(own.new_tokens / (times[-1] - times[0]))
-    found = bootstrap(speeds[1:])
+    found = positive_median(speeds[1:])
     return {
         "value": found.median,
         "low": found.low,
@@ -218,7 +218,7 @@ def continuous_batching(settings: dict[str, Any]) -> dict[str, Any]:
         done = model.generate_batch(inputs=work.prompts, generation_config=config, progress_bar=False)
         made = sum(len(answer.generated_tokens) for answer in done.values())
         speeds.append(made / (time.perf_counter() - start))
-    found = bootstrap(speeds[1:])
+    found = positive_median(speeds[1:])
     return {"value": found.median, "low": found.low, "high": found.high, "unit": "tokens/s"}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 from tests.tiny import calibration, tiny_model
@@ -145,6 +146,27 @@ def test_tables_page_and_plots(capsys, folder, tmp_path):
         "http://creativecommons.org", ""
     )
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_limits_that_were_beaten_are_said_to_be_void(capsys, folder, tmp_path, monkeypatch):
+    low = calibration(read_bandwidth=1e3, copy_bandwidth=1e3, cache_bandwidth={1: 1e3})
+    monkeypatch.setattr("assay.measure.machine.calibrate", lambda *a, **k: low)
+    page = tmp_path / "p.html"
+    code, out, _ = run(capsys, folder, "--prompt-tokens", 16, "--new-tokens", 1, "--html", page)
+    assert code == 0
+    for text in (out, page.read_text()):
+        assert "Void: " in text
+        assert "assay doctor --calibrate" in text
+        assert "would allow" not in text
+    assert " void" in out.split("Void: ")[0]
+
+
+def test_operators_whose_macs_are_unknown_are_named(monkeypatch):
+    measured = SimpleNamespace(noisy=False, calibration=calibration(), uncounted={"aten::_fft_r2c": 3, "my::op": 1})
+    (note,) = command.notes(measured)
+    assert note.startswith("MACs unknown of: aten::_fft_r2c (3 calls), my::op (1 calls).")
+    measured.uncounted = {}
+    assert command.notes(measured) == []
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,15 @@ def has_child_that_eats(mebibytes: int, file: str) -> None:
     subprocess.run([sys.executable, "-c", code])
 
 
+def has_child_that_holds(mebibytes: int, seconds: float) -> int:
+    """A grandchild holds so much for a while; returns the most this process itself held."""
+    code = f"import time; x = bytearray(b'x') * ({mebibytes} << 20); time.sleep({seconds})"
+    subprocess.run([sys.executable, "-c", code])
+    from assay.measure.child import peak_resident
+
+    return peak_resident()
+
+
 def leaves_a_child_behind(file: str, own_session: bool) -> None:
     """A grandchild that outlives its parent unless it is killed."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=own_session)

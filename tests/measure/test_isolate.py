@@ -150,6 +150,40 @@ def test_peak_memory_is_not_the_parents():
     del block
 
 
+def test_the_peak_is_the_childs_own_where_nobody_looked(monkeypatch):
+    monkeypatch.setattr(isolate, "POLL_SECONDS", 25.0)
+    found = run("eats", {"mebibytes": 300})
+    assert 300 * MIB < found.peak_rss_bytes < 400 * MIB
+    assert found.start_rss_bytes < 100 * MIB
+
+
+def test_the_peak_is_the_familys_where_that_is_higher():
+    """What a grandchild holds is in no figure of the child's own."""
+    found = run("has_child_that_holds", {"mebibytes": 200, "seconds": 2.0})
+    assert found.ok
+    assert found.value < 100 * MIB
+    assert found.peak_rss_bytes > 200 * MIB
+
+
+def test_what_was_used_until_the_child_was_killed_is_known(monkeypatch):
+    found = run("spins", {"seconds": 60.0}, timeout_s=2.0)
+    assert found.status == "timeout"
+    assert found.cpu_seconds > 0.1
+    assert found.peak_rss_bytes > 5 * MIB
+
+
+def test_of_a_crash_that_nobody_saw_nothing_is_known(monkeypatch):
+    monkeypatch.setattr(isolate, "POLL_SECONDS", 25.0)
+    found = run("killed")
+    assert not found.ok
+    assert (found.peak_rss_bytes, found.start_rss_bytes, found.cpu_seconds, found.work_seconds) == (0, 0, 0.0, 0.0)
+
+
+def test_processor_seconds_are_the_childs_own_where_nobody_looked(monkeypatch):
+    monkeypatch.setattr(isolate, "POLL_SECONDS", 25.0)
+    assert 0.3 <= run("spins", {"seconds": 0.3}).cpu_seconds < 5
+
+
 def test_processor_seconds():
     found = run("spins", {"seconds": 0.3})
     assert 0.3 <= found.cpu_seconds < 5

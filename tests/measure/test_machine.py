@@ -57,7 +57,8 @@ def test_simd_flags_are_read(monkeypatch):
     assert module._virtual()
 
 
-def test_calibration_is_kept_and_attainable(own_cache):
+def test_calibration_is_kept_and_attainable(own_cache, monkeypatch):
+    monkeypatch.setattr(module.OthersWatch, "stop", lambda self: (0.0, False))
     first = calibrate(quick=True, device="cpu")
     assert set(first.peak_flops) >= {"float32", "bfloat16", "int8", "float64"}
     assert all(rate > 1e8 for rate in first.peak_flops.values())
@@ -91,6 +92,42 @@ def test_figures_of_an_idle_machine_are_not_mixed_with_noisy_ones(own_cache, mon
     assert calibrate(force=True, device="cpu") == quiet
 
 
+@pytest.mark.parametrize("busy", [[False], [True, False], [True, True, False], [True, True, True]])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_busy_machine_is_calibrated_up_to_three_times(monkeypatch, busy, device):
+    """The first quiet try counts, and it alone; without one the best of all is kept and marked."""
+    taken, told = [], []
+
+    def rates(here, device, rounds, clock, say):
+        taken.append(torch.get_num_threads())
+        return dataclasses.replace(KNOWN, peak_flops={"float32": {1: 3e11, 2: 2e11, 3: 1e11, 4: 1e9}[len(taken)]})
+
+    answers = iter(busy)
+    monkeypatch.setattr(module, "_rates", rates)
+    monkeypatch.setattr(module.OthersWatch, "stop", lambda self: (0.5, next(answers)))
+    found = module._measure(machine(), device, 1, told.append)
+    assert found.noisy is all(busy)
+    assert len(taken) == len(busy) + (all(busy) and device == "cpu")
+    assert found.peak_flops["float32"] == (3e11 if all(busy) else {1: 3e11, 2: 2e11, 3: 1e11}[len(busy)])
+    again = [f"the machine is busy: calibrating again, try {n} of 3" for n in range(2, len(busy) + 1)]
+    alone = ["the machine stays busy: calibrating once more, on one thread"] if all(busy) and device == "cpu" else []
+    assert told == again + alone
+
+
+def test_a_machine_that_stays_busy_leaves_no_good_figures_behind(own_cache, monkeypatch):
+    """They are stored as noisy, and the next calibration on a quiet machine takes their place."""
+    busy = True
+    monkeypatch.setattr(module, "_rates", lambda *a: KNOWN)
+    monkeypatch.setattr(module.OthersWatch, "stop", lambda self: (0.5, busy))
+    monkeypatch.setattr(module, "load_average", lambda: 0.0)
+    assert calibrate(device="cpu").noisy
+    (file,) = (own_cache / "calibration").glob("*.json")
+    assert json.loads(file.read_text())["noisy"] is True
+    busy = False
+    assert not calibrate(device="cpu").noisy
+    assert json.loads(file.read_text())["noisy"] is False
+
+
 def test_busy_machine_is_judged_by_one_thread(monkeypatch):
     threads = torch.get_num_threads()
     blocks = {module.CACHE_SIZES[0]: 1e11, 1 << 30: 5e10}
@@ -100,13 +137,13 @@ def test_busy_machine_is_judged_by_one_thread(monkeypatch):
 
     def rates(here, device, rounds, clock, say):
         seen.append(torch.get_num_threads())
-        return all_threads if len(seen) == 1 else one
+        return all_threads if len(seen) <= 3 else one
 
     here = dataclasses.replace(machine(), threads=threads)
     monkeypatch.setattr(module, "_rates", rates)
     monkeypatch.setattr(module.OthersWatch, "stop", lambda self: (0.9, True))
     found = module._measure(here, "cpu", 1)
-    assert seen == [threads, 1]
+    assert seen == [threads] * 3 + [1]
     assert torch.get_num_threads() == threads
     assert found.noisy
     assert found.peak_flops["float32"] == max(1e11, threads * 9e10)
@@ -199,7 +236,9 @@ def test_a_calibration_says_what_it_does(own_cache, monkeypatch):
     monkeypatch.setattr(module.OthersWatch, "stop", lambda self: (0.9, True))
     calibrate(quick=True, device="cpu", say=told.append)
     rounds = [f"calibrating the machine: round {n} of 2" for n in (1, 2)]
-    assert told == [*rounds, "the machine is busy: calibrating once more, on one thread", *rounds]
+    again = [f"the machine is busy: calibrating again, try {n} of 3" for n in (2, 3)]
+    alone = "the machine stays busy: calibrating once more, on one thread"
+    assert told == [*rounds, again[0], *rounds, again[1], *rounds, alone, *rounds]
     monkeypatch.setattr(module, "load_average", lambda: 50.0)  # still busy: the figures stand
     told.clear()
     calibrate(device="cpu", say=told.append)

@@ -16,6 +16,7 @@ from assay.measure.roofline import (
     attainable_efficiency,
     attainable_network_efficiency,
     attainable_seconds,
+    bound_share,
     device_of,
     efficiency,
     efficiency_gap,
@@ -100,6 +101,14 @@ def test_lower_bound_is_the_longest_of_three():
     assert lower_bound(0, mib, "float32", CALIBRATION, cold_bytes=9 * mib) == pytest.approx(mib / 4e10)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "share"), [(4.0, 0.25), (1.0, 1.0), (1 / 1.049, 1.049), (1 / 1.051, None), (0.1, None)]
+)
+def test_a_share_of_limits_that_were_beaten_is_void(seconds, share):
+    assert bound_share(1.0, seconds) == (share if share is None else pytest.approx(share))
+    assert bound_share(0, seconds) == 0
+
+
 def test_device_of_a_calibrated_machine():
     device = device_of(CALIBRATION, "float32", sram_bytes=1 << 20)
     assert (device.peak, device.bandwidth, device.sram_bytes) == (1e11, 4e10, 1 << 20)
@@ -118,6 +127,9 @@ def test_device_of_a_calibrated_machine():
         (lambda: attainable_network_efficiency([1], [1, 2], DEVICE), "pair up"),
         (lambda: attainable_efficiency(1, 0), "ridge"),
         (lambda: waterline([], 0), "ridge"),
+        (lambda: bound_share(1, 0), "seconds"),
+        (lambda: bound_share(-1, 1), "attainable_seconds"),
+        (lambda: bound_share(math.nan, 1), "attainable_seconds"),
         (lambda: gap_point("n", 1, 0, 1, 1), "operations"),
         (lambda: lower_bound(1, 1, "int3", CALIBRATION), "dtype"),
     ],

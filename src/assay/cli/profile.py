@@ -30,8 +30,7 @@ svg { max-width: 100%; height: auto; }
 </head>
 <body>
 <h1>Profile of {{ model }}</h1>
-<p>{{ p.prompt_tokens }} prompt tokens, {{ p.new_tokens }} new ones. The machine's calibrated limits would allow
-{{ "%.0f"|format(100 * p.roofline_share) }} % of the measured time, each module by itself. Times are measured; MACs (1 MAC = 2 FLOPs), bytes
+<p>{{ p.prompt_tokens }} prompt tokens, {{ p.new_tokens }} new ones. {{ limits }} Times are measured; MACs (1 MAC = 2 FLOPs), bytes
 and attainable times are modelled.</p>
 {% for note in notes %}<p class="note">{{ note }}</p>
 {% endfor %}
@@ -207,8 +206,19 @@ def notes(measured: Profile) -> list[str]:
     if measured.calibration.noisy:
         found.append("The machine was busy when it was calibrated: the attainable times are estimates.")
     if measured.uncounted:
-        found.append(f"MACs unknown of: {', '.join(measured.uncounted)}.")
+        names = ", ".join(f"{name} ({calls} calls)" for name, calls in measured.uncounted.items())
+        found.append(f"MACs unknown of: {names}. Those of the modules that call them are too low.")
     return found
+
+
+def limits(measured: Profile) -> str:
+    """How far the run is from the machine's limits, or why that cannot be told."""
+    share = measured.roofline_share
+    if share is None:
+        return f"Void: {measured.void}"
+    return (
+        f"The machine's calibrated limits would allow {100 * share:.0f} % of the measured time, each module by itself."
+    )
 
 
 SHOWN = 0.005  # share of the time below which a module gets no line of its own; --json has them all
@@ -240,7 +250,7 @@ def phase_table(name: str, measured: Profile, phase: Any) -> Any:
             f"{moved / 1e6:,.1f}",
             f"{2 * macs / moved:,.1f}" if moved else "",
             f"{1e3 * attainable:,.2f}",
-            f"{100 * attainable / spent:.0f} %" if spent else "",
+            "" if not spent else "void" if measured.void else f"{100 * attainable / spent:.0f} %",
         )
 
     small = [row for row in rows if row.seconds < SHOWN * whole]
@@ -264,9 +274,7 @@ def print_tables(name: str, measured: Profile, runtime: dict[str, Any], moved: d
         out = Console(highlight=False, width=120)
     for phase in measured.seconds:
         out.print(phase_table(name, measured, phase))
-    out.print(
-        f"The machine's limits would allow {100 * measured.roofline_share:.0f} % of the measured time. 1 MAC = 2 FLOPs."
-    )
+    out.print(f"{limits(measured)} 1 MAC = 2 FLOPs.")
     per_token = 1e3 * runtime["seconds_per_token"]
     out.print(f"Runtime model: T(p, o) = T_prompt(p) + (o - 1) x {per_token:.2f} ms, r2 = {runtime['r2']:.3f}")
     for p, seconds in zip(runtime["prompt_tokens"], runtime["prompt_seconds"], strict=True):
@@ -303,6 +311,7 @@ def write_page(name: str, measured: Profile, runtime: dict[str, Any], moved: dic
             words_lines=words_lines(moved),
             drawings=drawings,
             notes=notes(measured),
+            limits=limits(measured),
             machine=measured.machine.describe(),
         )
     )

@@ -1,14 +1,16 @@
 """Comparing how long things take: paired, interleaved, in one process.
 
-Runs are taken in rounds. Each round runs every callable once, and the order changes from round to round (A B, B A, B A, A B,
-...), so that drift, the state of the caches and the advantage of going first affect all alike. The result is the median over
-rounds of the ratio within a round. Its interval takes two equal things for different in at most 5 % of cases
-(`assay.measure.stats.paired_ratio`; `self_test` checks this on the machine itself).
+First everything runs until it no longer gets faster (`warm_up`). Then runs are taken in rounds. Each round runs every callable once,
+and the order changes from round to round (A B, B A, B A, A B, ...), so that drift, the state of the caches and the advantage of going
+first affect all alike. The result is the median over rounds of the ratio within a round. Its interval takes two equal things for
+different in at most 5 % of cases (`assay.measure.stats.paired_ratio`; `self_test` checks this on the machine itself). Whether the
+rounds still had a trend, and whether they were too noisy to trust, is said with it.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import os
 import sys
@@ -19,10 +21,19 @@ from typing import Any
 
 import psutil
 
-from assay.measure.stats import Interval, paired_ratio, positive_median
+from assay import checks
+from assay.measure.stats import Interval, log_ratios, paired_ratio, positive_median, serial_correlation, trending
 
 NOISY_SHARE = 0.10
 """A measurement is `noisy` when other processes used more than this share of the machine's processor time meanwhile."""
+NOISY_CORRELATION = 0.7
+"""It is also `noisy` when neighbouring rounds are correlated by this much over 20 rounds or more, which its intervals cannot allow for."""
+WARMUP = 3
+"""Runs of each callable before its times count, at least."""
+MOST_WARMUP = 20
+"""Runs of each callable after which no more are added to let it settle."""
+WARMUP_SHARE = 0.25
+"""Share of `max_seconds` after which no more are added either."""
 
 
 @dataclass
@@ -39,7 +50,9 @@ class Paired:
     load_before: float  # one-minute load average, of everything on the machine
     load_after: float
     others: float  # share of the machine's processor time that other processes used meanwhile
-    noisy: bool
+    noisy: bool  # see `Timings.noisy`
+    warmup: dict[str, int] = field(default_factory=dict)  # runs of "baseline" and "candidate" before those that count
+    trend: bool = False  # whether the ratio rose or fell over the rounds
 
     @property
     def differs(self) -> bool:
@@ -56,8 +69,19 @@ class Timings:
     load_before: float
     load_after: float
     others: float
-    noisy: bool
+    noisy: bool  # others used more than NOISY_SHARE, or the noise of a ratio lasts over rounds (NOISY_CORRELATION)
     orders: list[tuple[str, ...]] = field(default_factory=list)  # the order of each round
+    warmup: dict[str, int] = field(default_factory=dict)  # runs of each label before those that count
+
+    @property
+    def trend(self) -> bool:
+        """Whether the ratio of any two labels rose or fell over the rounds by more than noise (`trending`, at 1 % for all together).
+
+        An arm that was still warming up looks like this, and so does one that heats the machine: the ratio is then not one number.
+        """
+        pairs = list(itertools.combinations(self.seconds, 2))
+        level = 1 - 0.01 / max(len(pairs), 1)
+        return any(trending(log_ratios(self.seconds[a], self.seconds[b]), level=level) for a, b in pairs)
 
     def speedup(self, baseline: str, candidate: str) -> Interval:
         """Median over the rounds of baseline time / candidate time."""
@@ -78,6 +102,8 @@ class Timings:
             load_after=self.load_after,
             others=self.others,
             noisy=self.noisy,
+            warmup={"baseline": self.warmup.get(baseline, 0), "candidate": self.warmup.get(candidate, 0)},
+            trend=trending(log_ratios(a, b)),
         )
 
 
@@ -86,14 +112,14 @@ def compare(
     candidate: Callable[[], Any],
     *,
     pairs: int = 10,
-    warmup: int = 1,
+    warmup: int = WARMUP,
     max_seconds: float | None = None,
 ) -> Paired:
-    """Time two callables in `pairs` rounds (A B, B A, B A, A B, ...) after `warmup` runs of each.
+    """Time two callables in `pairs` rounds (A B, B A, B A, A B, ...) after at least `warmup` runs of each (see `warm_up`).
 
     With `max_seconds`, no new round starts after that many seconds (warm-up included), but at least two are run. Fewer than six
     rounds give a wide interval, see `assay.measure.stats.median_interval`. Raises ValueError for pairs < 2, warmup < 0 or
-    max_seconds <= 0; exceptions of the callables pass through.
+    max_seconds <= 0, TypeError for something that is no number; exceptions of the callables pass through.
 
     >>> result = compare(lambda: sum(range(2000)), lambda: sum(range(200)), pairs=6)
     >>> result.speedup.n, result.speedup.low <= result.speedup.median <= result.speedup.high
@@ -104,7 +130,11 @@ def compare(
 
 
 def compare_many(
-    functions: Mapping[str, Callable[[], Any]], *, rounds: int = 10, warmup: int = 1, max_seconds: float | None = None
+    functions: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = 10,
+    warmup: int = WARMUP,
+    max_seconds: float | None = None,
 ) -> Timings:
     """Time any number of callables in rounds; over 2k rounds, each of k callables takes each place equally often.
 
@@ -114,17 +144,14 @@ def compare_many(
     """
     if not functions:
         raise ValueError("functions must hold at least one callable, got none")
-    if rounds < 2:
-        raise ValueError(f"pairs (rounds) must be at least 2, got {rounds}")
-    if warmup < 0:
-        raise ValueError(f"warmup must be at least 0, got {warmup}")
-    if max_seconds is not None and not max_seconds > 0:
-        raise ValueError(f"max_seconds must be positive, got {max_seconds}")
+    rounds = checks.whole("pairs (rounds)", rounds, low=2)
+    warmup = checks.whole("warmup", warmup, low=0)
+    if max_seconds is not None:
+        max_seconds = checks.number("max_seconds", max_seconds, above=0)
     labels = list(functions)
     timings = Timings({label: [] for label in labels}, {label: [] for label in labels}, load_average(), 0.0, 0.0, False)
     begin = time.perf_counter()
-    for label in labels * warmup:
-        functions[label]()
+    timings.warmup = warm_up(functions, warmup, None if max_seconds is None else WARMUP_SHARE * max_seconds)
     watch = OthersWatch()
     for round_number in range(rounds):
         if round_number >= 2 and max_seconds is not None and time.perf_counter() - begin > max_seconds:
@@ -135,9 +162,46 @@ def compare_many(
             timings.seconds[label].append(seconds)
             timings.cpu[label].append(cpu)
         timings.orders.append(order)
-    timings.others, timings.noisy = watch.stop()
+    timings.others, busy = watch.stop()
+    timings.noisy = busy or _wandering(timings.seconds)
     timings.load_after = load_average()
     return timings
+
+
+def warm_up(
+    functions: Mapping[str, Callable[[], Any]], least: int = WARMUP, seconds: float | None = None
+) -> dict[str, int]:
+    """Run all callables in turn until none gets faster, at least `least` times; returns how often each ran.
+
+    The rule (our choice): the last two turns brought no callable a run faster than all before it. Equal runs settle so after about five
+    turns, one whose first runs are slow soon after the last of those. It ends after MOST_WARMUP turns or, beyond `least`, after
+    `seconds`. `least` = 0 runs nothing, for what must not run more often than it is timed.
+
+    A callable that speeds up by less than its noise over many runs is not seen through; the rounds then show a `trend`.
+    """
+    begin = time.perf_counter()
+    times: dict[str, list[float]] = {label: [] for label in functions}
+    turns = 0
+    while turns < least or (least and turns < MOST_WARMUP and not all(map(_settled, times.values()))):
+        if turns >= least and seconds is not None and time.perf_counter() - begin > seconds:
+            break
+        for label, function in functions.items():
+            times[label].append(time_once(function)[0])
+        turns += 1
+    return dict.fromkeys(functions, turns)
+
+
+def _settled(seconds: list[float]) -> bool:
+    """Whether neither of the last two runs was faster than all before it."""
+    return len(seconds) >= 3 and min(seconds[-2:]) >= min(seconds[:-2])
+
+
+def _wandering(seconds: Mapping[str, list[float]]) -> bool:
+    """Whether the noise of any ratio lasts from round to round by more than its interval can allow for."""
+    return any(
+        len(seconds[a]) >= 20 and serial_correlation(log_ratios(seconds[a], seconds[b])) >= NOISY_CORRELATION
+        for a, b in itertools.combinations(seconds, 2)
+    )
 
 
 def round_order(labels: list[str], round_number: int) -> tuple[str, ...]:
@@ -213,15 +277,14 @@ class OthersWatch:
 def self_test(*, sets: int = 40, pairs: int = 10, work: Callable[[], Any] | None = None) -> dict[str, Any]:
     """Compare a callable with itself, `sets` times: does this machine's clock see differences where there are none?
 
-    `work` defaults to about a millisecond of arithmetic; the whole test then takes about a second. Returns `sets`,
+    `work` defaults to about a millisecond of arithmetic; the whole test then takes a second or two. Returns `sets`,
     `differences` (comparisons that claimed one), `allowed` (the most that 5 % errors explain, 99 % of the time), `passed`,
     and `noisy`.
     """
-    if sets < 1:
-        raise ValueError(f"sets must be at least 1, got {sets}")
+    sets = checks.whole("sets", sets, low=1)
     run = work or _millisecond
     watch = OthersWatch()
-    differences = sum(compare(run, run, pairs=pairs, warmup=1).differs for _ in range(sets))
+    differences = sum(compare(run, run, pairs=pairs).differs for _ in range(sets))
     allowed = binomial_bound(sets, 0.05, 0.99)
     return {
         "sets": sets,

@@ -4,12 +4,25 @@ The computation is run once and every operator torch dispatches is counted, so t
 figures here are modelled, not measured. 1 MAC = 2 FLOPs. Bytes: each operator reads every input tensor and writes every output
 tensor once; views cost nothing, and look-ups (embedding, indexing) read only what they fetch. This is the traffic without caches
 and without fusion: a compiled or tiled execution moves less.
+
+What counts as a MAC, and what is said of the rest:
+
+- A product that is added to others (or to what was there) is one, in whatever operator: matrix products, convolutions, attention,
+  recurrent layers, bilinear forms, distances. A complex one is four. With a sparse operand those of its stored values alone.
+- An outer product is a matrix product over one term and counts as such, also where it is written as the multiplication of a column
+  by a row.
+- Other element-wise work, reductions, norms, softmax, pooling, resampling and copies have none: they do a fixed few operations an
+  element, and memory is what they take.
+- Whatever else computes with floating-point numbers and has no rule here (Fourier transforms, decompositions, the product of two
+  sparse matrices, custom operators nobody registered) is listed in `Cost.uncounted`: the MACs of its module are too low.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
+from collections import Counter as Tally
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -60,10 +73,10 @@ class ModuleCost:
 
 @dataclass
 class Cost:
-    """The cost of one run. `uncounted` names operators outside torch whose MACs nobody registered (see `register_macs`)."""
+    """The cost of one run. `uncounted` has the calls of each operator whose MACs are not in it (see the module and `register_macs`)."""
 
     modules: list[ModuleCost]
-    uncounted: list[str] = field(default_factory=list)
+    uncounted: dict[str, int] = field(default_factory=dict)
 
     def total(self, kind: Kind | None = None) -> ModuleCost:
         """The sum over all modules, or over those of one kind."""
@@ -124,7 +137,8 @@ def count_cost(model_or_callable: nn.Module | Callable[..., Any], *args: Any, **
     A module that runs twice counts twice in MACs and bytes and once in parameters; one that does not run is listed with
     calls = 0 if it has parameters. Modules are named by their path in the model; those that a plain function calls, by their class.
     Attention with `is_causal` counts half of the full score matrix; with a mask tensor it counts all of it, as the kernels do.
-    Compiled functions run uncompiled here. Of a custom operator, only its registered MACs, its inputs and its outputs count.
+    Compiled functions run uncompiled here. Of a custom operator, only its registered MACs, its inputs and its outputs count. Operators
+    whose MACs are unknown are in `uncounted`, with their calls.
 
     Returns a `Cost`. Errors of the model pass through. Does not measure time or peak memory.
 
@@ -132,6 +146,8 @@ def count_cost(model_or_callable: nn.Module | Callable[..., Any], *args: Any, **
     >>> found = count_cost(torch.nn.Linear(64, 32), torch.zeros(10, 64))
     >>> found.macs, found.params  # 10 tokens, 64 x 32 weights and 32 biases
     (20480, 2080)
+    >>> count_cost(torch.fft.rfft, torch.zeros(64)).uncounted
+    {'aten::_fft_r2c': 1}
     """
     run = getattr(model_or_callable, "_orig_mod", model_or_callable)  # what torch.compile wrapped
     root = run if isinstance(run, nn.Module) else None
@@ -180,7 +196,7 @@ class Counter(TorchDispatchMode):
         self._rows: dict[Any, ModuleCost] = {}
         self._stack: list[ModuleCost] = []
         self._seen: set[int] = set()  # parameters and buffers already counted
-        self._uncounted: set[str] = set()
+        self._uncounted: Tally[str] = Tally()
         self._most: dict[int, int] = {}  # of each row: the MACs of its largest operator
 
     def enter(self, module: nn.Module) -> None:
@@ -200,7 +216,7 @@ class Counter(TorchDispatchMode):
                 if any(True for _ in module.parameters(recurse=False)):
                     self._row(module)
         rows = [row for row in self._rows.values() if row.calls or row.params]
-        return Cost(rows, sorted(self._uncounted))
+        return Cost(rows, dict(sorted(self._uncounted.items())))
 
     def _row(self, module: nn.Module | None) -> ModuleCost:
         if module is None:
@@ -240,19 +256,35 @@ class Counter(TorchDispatchMode):
         return out
 
     def _macs(self, func: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, Kind, str]:
-        name = func._schema.name
-        if name in _MACS:
+        name, found = _in_place_alike(func), None
+        kind: Kind = "linear"
+        dtype = ""
+        sparse = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor) and t.layout in _SPARSE]
+        if sparse and func.namespace == "aten":
+            found = _sparse_macs(name, args)
+        elif name in _MACS:
             function, kind, dtype = _MACS[name]
-            return int(function(*args, **kwargs, out=out)), kind, dtype
-        if func._overloadpacket in flop_registry:
-            macs = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out) // 2
-            if "attention" not in name:
-                return macs, "linear", ""
-            causal = _arguments(func, args, kwargs).get("is_causal", False)
-            return macs // 2 if causal else macs, "attention", ""
-        if func.namespace not in ("aten", "prim", "prims"):
-            self._uncounted.add(name)
-        return 0, "other", ""
+            found = int(function(*args, **kwargs, out=out))
+        elif (packet := getattr(getattr(torch.ops, func.namespace), name.split("::")[1], None)) in flop_registry:
+            found = flop_registry[packet](*args, **kwargs, out_val=out) // 2
+            if "attention" in name:
+                kind = "attention"
+                found = found // 2 if _arguments(func, args, kwargs).get("is_causal", False) else found
+        elif name == "aten::mul" and len(args) == 2 and _is_outer(args[0], args[1], out):
+            return out.numel() * (4 if out.is_complex() else 1), "other", ""
+        if found is None:
+            if _multiplies(func, args, kwargs, out):
+                self._uncounted[name] += 1
+            return 0, "other", ""
+        if func.namespace == "aten" and any(isinstance(t, torch.Tensor) and t.is_complex() for t in tree_iter(out)):
+            found *= 4
+        return found, kind, dtype
+
+
+def _in_place_alike(func: Any) -> str:
+    """The operator's name; that of `addmm_` is `addmm`, which does the same."""
+    name = str(func._schema.name)
+    return name.removesuffix("_") if func.namespace == "aten" and not name.endswith("__") else name
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -298,11 +330,82 @@ def _cpu_flash(
     return attention_macs(q, k, v, causal=is_causal)
 
 
+def _cpu_flash_backward(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, out: Any, **rest: Any
+) -> int:
+    """Five products: the scores again, and the gradients of weights, values, queries and keys. `args`: out, logsumexp, dropout, causal."""
+    rows = q.numel() // q.shape[-1]
+    macs = rows * k.shape[-2] * (3 * q.shape[-1] + 2 * v.shape[-1])
+    return macs // 2 if args[3] else macs
+
+
+def _mkldnn_rnn(
+    x: torch.Tensor, w_input: torch.Tensor, w_hidden: torch.Tensor, *args: Any, out: Any, **kwargs: Any
+) -> int:
+    """One layer and direction over x (steps, batch, inputs): every token goes through both matrices."""
+    return x.numel() // x.shape[-1] * (w_input.numel() + w_hidden.numel())
+
+
+def _cudnn_rnn(x: torch.Tensor, weights: list[torch.Tensor], *args: Any, out: Any, **kwargs: Any) -> int:
+    """All layers and directions; biases are vectors."""
+    return x.numel() // x.shape[-1] * sum(w.numel() for w in weights if w.dim() == 2)
+
+
+def _trilinear(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    expand_a: list[int],
+    expand_b: list[int],
+    expand_c: list[int],
+    *args: Any,
+    **kw: Any,
+) -> int:
+    """sum over a b c, each with dimensions put in: for a bilinear layer N x outputs x inputs x inputs, one MAC a weight."""
+    wide = []
+    for tensor, places in ((a, expand_a), (b, expand_b), (c, expand_c)):
+        for place in sorted(places):
+            tensor = tensor.unsqueeze(place)
+        wide.append(tensor.shape)
+    return torch.broadcast_shapes(*wide).numel()
+
+
+def _distances(x: torch.Tensor, *args: Any, out: torch.Tensor, **kwargs: Any) -> int:
+    """One for each difference of two coordinates that is added up, whatever the norm."""
+    return out.numel() * x.shape[-1]
+
+
+def _conv_tbc(x: torch.Tensor, weight: torch.Tensor, *args: Any, out: torch.Tensor, **kwargs: Any) -> int:
+    return out.numel() * weight.shape[0] * weight.shape[1]
+
+
+def _outer(*args: Any, out: torch.Tensor, **kwargs: Any) -> int:
+    return out.numel()
+
+
+def _embedding_bag(
+    table: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor,
+    scale_grad: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    weights: torch.Tensor | None = None,
+    *args: Any,
+    out: Any,
+    per_sample_weights: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> int:
+    """Rows that are only added up are a reduction; rows with weights are multiplied by them."""
+    return indices.numel() * table.shape[1] if weights is not None or per_sample_weights is not None else 0
+
+
 for _name in (
     "aten::_int_mm",
     "aten::_weight_int8pack_mm",
     "aten::_weight_int4pack_mm",
     "aten::_weight_int4pack_mm_for_cpu",
+    "aten::_weight_int4pack_mm_with_scales_and_zeros",
     "aten::_dyn_quant_matmul_4bit",
     "aten::mkldnn_linear",
     "mkldnn::_linear_pointwise",
@@ -313,15 +416,119 @@ for _name in (
     "quantized::linear_relu_dynamic",
 ):
     register_macs(_name, _linear)
-register_macs("aten::_grouped_mm", _linear)
+for _name in ("_grouped_mm", "_scaled_grouped_mm", "_scaled_grouped_mm_v2", "_scaled_mm_v2", "_mixed_dtypes_linear"):
+    register_macs(f"aten::{_name}", _linear)
+register_macs("aten::_addmm_activation", _added)
 register_macs("aten::mv", _elements)
 register_macs("aten::dot", _elements)
 register_macs("aten::addmv", _added_elements)
 register_macs("aten::addbmm", _added)
+register_macs("aten::vdot", _elements)
+register_macs("aten::addr", _outer)
+register_macs("aten::_trilinear", _trilinear)
+register_macs("aten::conv_tbc", _conv_tbc)
+for _name in ("_cdist_forward", "_euclidean_dist", "_pdist_forward"):
+    register_macs(f"aten::{_name}", _distances)
+for _name in ("_embedding_bag", "_embedding_bag_forward_only"):
+    register_macs(f"aten::{_name}", _embedding_bag, "other")
+register_macs("aten::mkldnn_rnn_layer", _mkldnn_rnn)
+for _name in ("_cudnn_rnn", "miopen_rnn"):
+    register_macs(f"aten::{_name}", _cudnn_rnn)
 register_macs("aten::_scaled_dot_product_flash_attention_for_cpu", _cpu_flash, "attention")
+register_macs("aten::_scaled_dot_product_flash_attention_for_cpu_backward", _cpu_flash_backward, "attention")
+
+_SPARSE = {torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc}
+_FACTORS = {  # the places of the two factors of each product that takes sparse matrices
+    "aten::mm": (0, 1),
+    "aten::bmm": (0, 1),
+    "aten::mv": (0, 1),
+    "aten::_sparse_mm": (0, 1),
+    "aten::addmm": (1, 2),
+    "aten::addmv": (1, 2),
+    "aten::baddbmm": (1, 2),
+    "aten::_sparse_addmm": (1, 2),
+}
+
+
+def _sparse_macs(name: str, args: Any) -> int | None:
+    """Stored values x what each is multiplied with; None if that depends on where the values lie, or for no product at all."""
+    if name == "aten::sparse_sampled_addmm":  # the entries of a dense product where the first argument has any
+        return _values(args[0]).numel() * int(args[1].shape[-1])
+    if name not in _FACTORS:
+        return None
+    one, other = (args[place] for place in _FACTORS[name])
+    if one.layout in _SPARSE and other.layout in _SPARSE:
+        return None
+    if one.layout in _SPARSE:
+        return _values(one).numel() * (1 if other.dim() == 1 else int(other.shape[-1]))
+    if other.layout in _SPARSE:
+        return _values(other).numel() * int(one.shape[-2])
+    return None
+
+
+def _values(tensor: torch.Tensor) -> torch.Tensor:
+    """What a sparse tensor stores."""
+    return tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
+
+
+def _is_outer(one: Any, other: Any, out: torch.Tensor) -> bool:
+    """Whether columns (..., n, 1) are multiplied by rows (..., 1, m)."""
+    if not (isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and _numbers(out) and out.dim() > 1):
+        return False
+    (n, a), (b, m) = ((1, 1, *t.shape)[-2:] for t in (one, other))
+    return (a == 1 < m and b == 1 < n) or (n == 1 < b and m == 1 < a)
+
+
+# operators without products that are added up, as far as torch's own tags do not say so; without leading underscores
+_PLAIN = re.compile(
+    # moving, making and converting
+    r"as_strided|block_diag|cat$|channel_shuffle|chunk|clone|coalesce|col2im|complex$|conj|constant_pad|copy|dense_dim|detach|diag"
+    r"|embedding(?!_bag)|empty|expand|fill|flip|full|gather|im2col|index|jagged_|lazy_clone|lift|linspace|logspace|masked_(?!softmax)"
+    r"|mkldnn_(reshape|transpose|reorder)|nested_|new_|ones|pack_padded|pad_|padded_|pin_memory|pixel_|polar|put$|rand|real$"
+    r"|reflection_pad|repeat|replication_pad|reshape|resize|resolve_|roll$|rot90|scalar_tensor|scatter|select|set$|slice"
+    r"|sparse_(compressed|coo|csr|csc|bsr|bsc)_tensor|sparse_(mask|resize|dim)|split|squeeze|stack|t$|take|to_|transpose$|tril$|triu$"
+    r"|unbind|unfold|unsafe_|unsqueeze|view|where|zero"
+    # random numbers and quantization
+    r"|bernoulli|binomial|cauchy|convert_|cudnn_rnn_flatten|dequantize|dirichlet|dyn_quant_pack|exponential|fake_quantize|fused_dropout|fused_moving_avg|geometric|int_repr|lu_unpack"
+    r"|log_normal|make_per_|multinomial|native_dropout|normal|philox|poisson|q_|quantize_per|rrelu|sample_dirichlet|standard_gamma|uniform"
+    # reductions, scans, sorting and searching
+    r"|all$|allclose|aminmax|any$|assert|bincount|bucketize|cum(max|min|prod|sum)|dist$|equal|functional_|hash_tensor|hist|is_|item|kthvalue"
+    r"|linalg_check_errors|local_scalar|logcumsum|max|median|min|mode$|nanmedian|nnz|nonzero|norm$|searchsorted|segment_reduce|sort"
+    r"|sparse_(csr_)?(sum|prod)|sum|topk|trace|unique"
+    # norms, activations, losses, pooling and resampling
+    r"|(cudnn_|fused_|miopen_|native_|quantized_)?(batch|group|layer|rms|weight)_norm|native_norm|renorm"
+    r"|(masked_|safe_|sparse_)?(log_)?softmax|(add_|leaky_)?[a-z]*elu|glu|hard|log_sigmoid|mish|softplus|softshrink|threshold"
+    r"|(cudnn_|miopen_|use_)*ctc_loss|binary_cross|huber|mse|multi_margin|multilabel|nll|smooth_l1|soft_margin"
+    r"|(adaptive_|fractional_|mkldnn_|quantized_)*(avg|max)_(un)?pool|(cudnn_)?affine_grid|(cudnn_)?grid_sampler|upsample"
+    # a cross product has two products an element; optimizers; the gates of recurrent cells
+    r"|linalg_cross|amp_|foreach_(?!mm)|fused_(ada|sgd)|thnn_fused"
+    # element-wise work that torch does not tag, mostly because it is done in place
+    r"|(abs|eq|floor_divide|gcd|ge|gt|heaviside|isin|lcm|le|lt|ne|range|rsub|xlogy)$|transform_bias"
+)
+
+
+def _multiplies(func: Any, args: Any, kwargs: Any, out: Any) -> bool:
+    """Whether an operator without a rule may do MACs: floating-point in and out, and nothing says that it does none.
+
+    It does none if torch tags it as element-wise, as a reduction or as a copy of a view, or if it is one of `_PLAIN`. Outside torch
+    every operator may do them.
+    """
+    if func.namespace not in ("aten", "prim", "prims"):
+        return True
+    if func.is_view or func.namespace != "aten" or not (_numbers((args, kwargs)) and _numbers(out)):
+        return False
+    if {torch.Tag.pointwise, torch.Tag.reduction, torch.Tag.view_copy} & set(func.tags):
+        return False
+    return _PLAIN.match(func._schema.name.removeprefix("aten::").strip("_")) is None
+
+
+def _numbers(values: Any) -> bool:
+    return any(isinstance(t, torch.Tensor) and (t.is_floating_point() or t.is_complex()) for t in tree_iter(values))
+
 
 # read only what they fetch: everything but the table (first argument), and as much of the table as they give out
 _LOOKUPS = {"aten::embedding", "aten::index_select", "aten::index", "aten::gather", "aten::take"}
+_BAGS = {"aten::_embedding_bag", "aten::_embedding_bag_forward_only"}
 # write into their first argument without reading it: a copy of as much as they are given
 _PLACES = {"aten::copy_", "aten::index_copy_", "aten::index_put_", "aten::scatter_", "aten::masked_scatter_"}
 _FILLS = {"aten::fill_", "aten::zero_", "aten::uniform_", "aten::normal_"}
@@ -338,6 +545,9 @@ def _traffic(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
     if name in _LOOKUPS:
         fetched = sum(map(_bytes, outputs))
         return fetched + sum(map(_bytes, inputs[1:])), fetched
+    if name in _BAGS:  # (rows, what is kept for the gradient): fetches a row for each index
+        fetched = args[1].numel() * args[0].shape[1] * args[0].element_size()
+        return fetched + sum(map(_bytes, inputs[1:])), sum(map(_bytes, outputs))
     if name in _PLACES:
         given = inputs[1:]
         return sum(map(_bytes, given)), min(max(map(_bytes, given), default=0), _bytes(inputs[0]))
@@ -351,12 +561,23 @@ def _traffic(func: Any, args: Any, kwargs: Any, out: Any) -> tuple[int, int]:
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    """Bytes of the elements; an expanded tensor counts only those of its storage."""
+    """Bytes of the elements; an expanded tensor counts only those of its storage, a sparse one its values and where they lie."""
+    if tensor.layout in _SPARSE:
+        return sum(map(_bytes, _parts(tensor)))
     size = tensor.numel() * tensor.element_size()
     try:
         return min(size, tensor.untyped_storage().nbytes())
-    except (RuntimeError, NotImplementedError):  # sparse and other tensors without plain storage
+    except (RuntimeError, NotImplementedError):  # tensors without plain storage
         return size
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors a sparse tensor is stored as."""
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -37,6 +37,7 @@ SLOW_SHAPES = ((512, 512, 512),)  # for types whose products are slow on many pr
 CUDA_SHAPES = ((4096, 4096, 4096), (8192, 8192, 8192), (8192, 4096, 2048))
 METHOD = 1  # part of the cache key: raise it when the way rates are measured changes
 LONGEST = 10.0  # seconds after which no new round begins
+TRIES = 3  # calibrations of a busy machine before it counts as one that stays busy
 CACHE_SIZES = (32 << 10, 512 << 10, 4 << 20, 16 << 20, 64 << 20)
 
 
@@ -164,9 +165,10 @@ def calibrate(
 
     A cache entry is for one machine, torch version, device and thread count. `force` measures again and keeps the better of the
     old and the new figures: a rate reached once is attainable. A full calibration takes about ten seconds, a `quick` one about
-    three. On a busy machine the figures are marked `noisy`. Each is then the larger of what all threads reached and what one
-    thread reached by its own processor time (for arithmetic and caches, times the number of threads). A noisy entry is measured
-    again, and replaced, once the machine is idle.
+    three. What is measured while other processes keep the machine busy does not count: it is measured again, up to three times in
+    all. If the machine stays busy, the figures are marked `noisy`: each is the largest of what all threads reached in any try and what
+    one thread reached by its own processor time (for arithmetic and caches, times the number of threads). A noisy entry never takes the
+    place of a good one, and is measured again, and replaced, once the machine is idle.
     `device` is "cpu" or "cuda"; None takes CUDA if there is a GPU. `say` is told what happens, if anything is to be measured.
     Two processes never measure at the same time, which would spoil both: the second waits and uses what the first found.
 
@@ -220,20 +222,26 @@ def _alone(file: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def _measure(here: Machine, device: str, rounds: int, say: Callable[[str], None] = _quiet) -> Calibration:
-    """All rates; on a busy machine with a second look that does not need all cores at once."""
+    """All rates, from the first try in which the machine was quiet; if there is none, with a look that does not need all cores at once."""
     import torch
 
-    watch = OthersWatch()
-    found = _rates(here, device, rounds, time.perf_counter, say)
-    noisy = watch.stop()[1]
-    if noisy and device == "cpu":
-        say("the machine is busy: calibrating once more, on one thread")
+    tries: list[Calibration] = []
+    while len(tries) < TRIES:
+        if tries:
+            say(f"the machine is busy: calibrating again, try {len(tries) + 1} of {TRIES}")
+        watch = OthersWatch()
+        tries.append(_rates(here, device, rounds, time.perf_counter, say))
+        if not watch.stop()[1]:
+            return dataclasses.replace(tries[-1], noisy=False)
+    found = functools.reduce(_better, tries)  # a rate reached once is attainable
+    if device == "cpu":
+        say("the machine stays busy: calibrating once more, on one thread")
         torch.set_num_threads(1)
         try:
             found = _better(_of_all_threads(_rates(here, device, rounds, time.thread_time, say), here.threads), found)
         finally:
             torch.set_num_threads(here.threads)
-    return dataclasses.replace(found, noisy=noisy)
+    return dataclasses.replace(found, noisy=True)
 
 
 def _of_all_threads(one: Calibration, threads: int) -> Calibration:

@@ -87,7 +87,10 @@ def gap_figure(profile: Profile, phase: Phase, *, most: int = 14) -> Figure:
         color=[COLOURS[row.kind] for row in rows],
     )
     for place, row in enumerate(rows):
-        axes.text(1e3 * row.seconds, place, f" {100 * row.roofline_share:.0f} %", va="center", fontsize=7)
+        share = None if profile.void else row.roofline_share
+        axes.text(
+            1e3 * row.seconds, place, " void" if share is None else f" {100 * share:.0f} %", va="center", fontsize=7
+        )
     axes.set_xlabel("milliseconds; dark: attainable, light: the gap, number: attainable over measured")
     axes.set_title(f"Efficiency gap, {phase}", fontsize=10, loc="left")
     axes.tick_params(axis="y", labelsize=7)

@@ -23,7 +23,7 @@ from assay.measure.clock import OthersWatch, synchronize
 from assay.measure.cost import KINDS, Cost, Kind, ModuleCost, counting, uncompiled
 from assay.measure.machine import Calibration, Machine, calibrate, machine
 from assay.measure.modules import module_names, watch_modules
-from assay.measure.roofline import intensity, lower_bound
+from assay.measure.roofline import bound_share, intensity, lower_bound
 
 Phase = Literal["prefill", "decode"]
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
@@ -53,19 +53,19 @@ class Row:
     modules: int = 1
 
     @property
-    def efficiency(self) -> float:
-        """Computational efficiency: the share of the peak rate that was reached."""
-        return 2 * self.macs / self.peak / self.seconds if self.seconds > 0 else 0.0
+    def efficiency(self) -> float | None:
+        """Computational efficiency: the share of the peak rate that was reached; None if it was above it (`bound_share`)."""
+        return bound_share(2 * self.macs / self.peak, self.seconds) if self.seconds > 0 else 0.0
 
     @property
     def gap(self) -> float | None:
-        """1 / efficiency: how many times longer than at the peak rate; None for work without MACs."""
-        return 1 / self.efficiency if self.efficiency > 0 else None
+        """1 / efficiency: how many times longer than at the peak rate; None for work without MACs or above the peak rate."""
+        return 1 / self.efficiency if self.efficiency else None
 
     @property
-    def roofline_share(self) -> float:
-        """Attainable over measured time: 1 is as fast as this machine can do this work."""
-        return self.attainable_seconds / self.seconds if self.seconds > 0 else 0.0
+    def roofline_share(self) -> float | None:
+        """Attainable over measured time: 1 is as fast as this machine can do this work, None is void (`bound_share`)."""
+        return bound_share(self.attainable_seconds, self.seconds) if self.seconds > 0 else 0.0
 
     @property
     def intensity(self) -> float:
@@ -85,7 +85,7 @@ class Profile:
     """The profile of one model on one input. `rows` are by phase and module, in the order in which modules first ran.
 
     `seconds` is the time of each phase without hooks (median over the repeats), `hooked_seconds` the time with them, to which the
-    rows add up. `uncounted` names custom operators whose MACs nobody registered: the MACs of their modules are too low.
+    rows add up. `uncounted` has the calls of operators whose MACs are unknown (`assay.measure.cost`): those of their modules are too low.
     """
 
     rows: list[Row]
@@ -95,7 +95,7 @@ class Profile:
     new_tokens: int
     machine: Machine
     calibration: Calibration
-    uncounted: list[str]
+    uncounted: dict[str, int]
     noisy: bool
 
     def grouped(self, phase: Phase | None = None) -> list[Row]:
@@ -140,13 +140,33 @@ class Profile:
         ]
 
     @property
-    def roofline_share(self) -> float:
-        """Attainable over measured time of the whole run, each module taken by itself: savings by fusion are not included."""
+    def void(self) -> str:
+        """Why no share of the calibrated limits holds, or "": a module was faster than they allow (`bound_share`)."""
+        beaten = [row for row in self.grouped() if row.roofline_share is None]
+        if not beaten:
+            return ""
+        worst = min(beaten, key=lambda row: row.seconds / row.attainable_seconds)
+        return (
+            f"{worst.name or 'the model'} ({worst.phase}) took {100 * worst.seconds / worst.attainable_seconds:.0f} % of the least time "
+            "the calibrated limits allow. They are too low, and shares of them are void; calibrate again on a quiet machine "
+            "(assay doctor --calibrate)."
+        )
+
+    @property
+    def roofline_share(self) -> float | None:
+        """Attainable over measured time of the whole run, each module taken by itself: savings by fusion are not included.
+
+        A compiled model, which makes those savings, may so reach more than 1. None if the calibration is `void`.
+        """
         whole = sum(self.seconds.values())
+        if self.void:
+            return None
         return sum(row.attainable_seconds for row in self.rows) / whole if whole > 0 else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """JSON-able. Where the calibration is `void`, all shares of it are None."""
+        void = self.void
+        shares: dict[str, None] = dict.fromkeys(("efficiency", "gap", "roofline_share")) if void else {}
         return {
             "machine": self.machine.as_dict(),
             "calibration": self.calibration.as_dict(),
@@ -155,10 +175,11 @@ class Profile:
             "seconds": dict(self.seconds),
             "hooked_seconds": dict(self.hooked_seconds),
             "roofline_share": self.roofline_share,
+            "void": void,
             "noisy": self.noisy,
             "uncounted": self.uncounted,
-            "modules": [row.as_dict() for row in self.rows],
-            "groups": [row.as_dict() for row in self.grouped()],
+            "modules": [row.as_dict() | shares for row in self.rows],
+            "groups": [row.as_dict() | shares for row in self.grouped()],
             "kinds": self.kinds(),
             "phases": {phase: self.kinds(phase) for phase in self.seconds},
         }
@@ -258,8 +279,8 @@ def _run(model: nn.Module, inputs: torch.Tensor, new_tokens: int, around: Around
 
 def _costs(
     model: nn.Module, inputs: torch.Tensor, new_tokens: int, calibration: Calibration
-) -> tuple[dict[tuple[Phase, str], Row], list[str]]:
-    """A row for every module that ran, still without times, and the operators that could not be counted."""
+) -> tuple[dict[tuple[Phase, str], Row], dict[str, int]]:
+    """A row for every module that ran, still without times, and the calls of operators that could not be counted."""
     costs: dict[Phase, Cost] = {}
 
     @contextlib.contextmanager
@@ -279,7 +300,10 @@ def _costs(
         for phase, cost in costs.items()
         for found in cost.modules
     }
-    uncounted = sorted({name for cost in costs.values() for name in cost.uncounted})
+    uncounted: dict[str, int] = {}
+    for cost in costs.values():
+        for name, calls in cost.uncounted.items():
+            uncounted[name] = uncounted.get(name, 0) + calls
     return {key: row for key, row in rows.items() if row.calls}, uncounted
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from assay import checks
 from assay.measure.machine import Calibration
 
 
@@ -110,6 +111,25 @@ def attainable_network_efficiency(
         raise ValueError(f"operations and bytes_moved must pair up, got {len(operations)} and {len(bytes_moved)}")
     total = sum(attainable_seconds(o, b, device) for o, b in zip(operations, bytes_moved, strict=True))
     return ideal_seconds(sum(operations), device.peak) / total if total > 0 else 1.0
+
+
+BEATEN = 1.05
+"""Work that is this much faster than the calibrated limits allow shows that they are too low."""
+
+
+def bound_share(attainable_seconds: float, seconds: float) -> float | None:
+    """Attainable over measured time: 1 is as fast as the machine can do this work. Of two times it may be a peak's or a roofline's.
+
+    None (void) if the work was faster than it can be by more than 5 %: a bandwidth or a rate above the calibrated one was measured, so
+    the calibration is too low (taken on a busy machine, or of another one) and no share of it says anything until it is taken again.
+    Raises ValueError for seconds that are not positive or attainable_seconds that are negative.
+
+    >>> bound_share(0.5, 1.0), bound_share(1.2, 1.0)
+    (0.5, None)
+    """
+    attainable_seconds = checks.number("attainable_seconds", attainable_seconds, low=0)
+    share = attainable_seconds / checks.number("seconds", seconds, above=0)
+    return share if share <= BEATEN else None
 
 
 def lower_bound(

@@ -14,7 +14,8 @@ from assay.measure.roofline import (
     Layer,
     attainable_network_efficiency,
     attainable_seconds,
-    network_efficiency,
+    bound_share,
+    ideal_seconds,
     waterline,
 )
 
@@ -35,24 +36,27 @@ class EfficiencyReport:
 
     @property
     def measured(self) -> float | None:
-        """Share of the peak it reached; None if it was not measured."""
+        """Share of the peak it reached; None if it was not measured, or void (`assay.measure.roofline.bound_share`)."""
         if any(layer.seconds is None for layer in self.layers):
             return None
-        seconds = [layer.seconds or 0.0 for layer in self.layers]
-        return network_efficiency([layer.operations for layer in self.layers], seconds, self.device.peak)
+        operations = sum(layer.operations for layer in self.layers)
+        return bound_share(
+            ideal_seconds(operations, self.device.peak), sum(layer.seconds or 0.0 for layer in self.layers)
+        )
 
     def bars(self) -> list[Bar]:
         """The waterline."""
         return waterline(self.layers, self.device.ridge)
 
     def table(self) -> str:
-        """One line a layer: operations, bytes, intensity, attainable and measured efficiency."""
+        """One line a layer: operations, bytes, intensity, attainable and measured efficiency ("void" above the peak rate)."""
         lines = [f"{'layer':40} {'MOP':>10} {'MB':>9} {'op/byte':>9} {'attainable':>10} {'measured':>9}"]
         for layer in self.layers:
             ideal = layer.operations / self.device.peak
             bound = attainable_seconds(layer.operations, layer.bytes_moved, self.device)
             work = f"{layer.operations / 1e6:10.2f} {layer.bytes_moved / 1e6:9.3f} {layer.intensity:9.2f}"
-            seen = f"{ideal / layer.seconds:9.3f}" if layer.seconds else ""
+            share = bound_share(ideal, layer.seconds) if layer.seconds else 0.0
+            seen = "void" if share is None else f"{share:9.3f}" if layer.seconds else ""
             lines.append(f"{layer.name[-40:]:40} {work} {ideal / bound:10.3f} {seen:>9}")
         return "\n".join(lines)
 
