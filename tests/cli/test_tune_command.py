@@ -48,3 +48,12 @@ def test_something_is_said_before_torch_is_imported(capsys, monkeypatch):
 def test_a_memory_limit_that_makes_no_sense_is_one_line(capsys, value):
     assert main(["tune", "smollm2-135m", "--goal", "ttft", "--memory-gib", value]) == 2
     assert "assay: --memory-gib must be a finite number above 0" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_cannot_be_is_one_line_before_anything_is_measured(capsys, tmp_path):
+    command = ["tune", "smollm2-135m", "--goal", "ttft", "-o", str(tmp_path / "out"), "--eval"]
+    assert main([*command, str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl: no such file; a task of lm-eval is named lm_eval:TASK" in capsys.readouterr().err
+    assert main([*command, "lm_eval:../x"]) == 2
+    assert "the name of a task is letters" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

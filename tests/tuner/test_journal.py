@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from assay.tuner.journal import Journal, file_hash, identity, model_hash
 from assay.tuner.tune import tune
 from assay.tuner.work import Settings
 
-HEAD = {"settings": {"goal": "ttft"}, "model": "m", "workload": "", "machine": "here", "assay": "1"}
+HEAD = {"settings": {"goal": "ttft"}, "model": "m", "workload": "", "eval": "", "machine": "here", "assay": "1"}
 
 
 def journal(path, head=HEAD, resume=True, max_drop=0.01, said=None):
@@ -59,7 +60,7 @@ def test_what_was_broken_off_for_a_smaller_allowed_loss_is_judged_again(tmp_path
     assert "a" not in journal(tmp_path / "j", max_drop=0.1).old
 
 
-@pytest.mark.parametrize("what", ["model", "workload", "machine", "assay"])
+@pytest.mark.parametrize("what", ["model", "workload", "eval", "machine", "assay"])
 def test_a_journal_of_something_else_begins_anew_and_says_so(tmp_path, what):
     journal(tmp_path / "j", resume=False).add("a", {"x": 1})
     said = []
@@ -93,15 +94,26 @@ def test_a_large_file_is_hashed_once_and_again_when_it_changes(tmp_path, monkeyp
     monkeypatch.setenv("ASSAY_CACHE_DIR", str(tmp_path / "cache"))
     big = tmp_path / "big.safetensors"
     big.write_bytes(b"a" * (1 << 21))
+    assert file_hash(big) == hashlib.sha256(b"a" * (1 << 21)).hexdigest()
     first = file_hash(big)
-    monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("read again"))
+    (known,) = (tmp_path / "cache" / "hashes").iterdir()
+    known.write_text("f" * 64)
+    assert file_hash(big) == "f" * 64  # it was not read again
+    known.write_text("cut short")
     assert file_hash(big) == first
-    monkeypatch.undo()
-    monkeypatch.setenv("ASSAY_CACHE_DIR", str(tmp_path / "cache"))
+    assert known.read_text() == first
     found = big.stat()
     big.write_bytes(b"b" * (1 << 21))
     os.utime(big, ns=(found.st_atime_ns, found.st_mtime_ns))
     assert file_hash(big) != first
+
+
+def test_a_small_file_is_read_every_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASSAY_CACHE_DIR", str(tmp_path / "cache"))
+    small = tmp_path / "config.json"
+    small.write_bytes(b"a" * 100)
+    assert file_hash(small) == hashlib.sha256(b"a" * 100).hexdigest()
+    assert not (tmp_path / "cache" / "hashes").exists()
 
 
 def test_identity_knows_the_workload_by_its_content(model, tmp_path):
@@ -115,6 +127,17 @@ def test_identity_knows_the_workload_by_its_content(model, tmp_path):
     assert {k: v for k, v in before.items() if k != "workload"} == {k: v for k, v in after.items() if k != "workload"}
     with pytest.raises(InputError, match="no such workload file"):
         identity(Settings(str(model), "ttft", workload=str(tmp_path / "none")))
+
+
+def test_identity_knows_the_evaluation_by_its_content_and_a_task_by_its_name(model, tmp_path):
+    file = tmp_path / "eval.jsonl"
+    file.write_text('{"prompt": "a", "answers": ["b"]}\n')
+    settings = Settings(str(model), "ttft", eval=str(file))
+    before = identity(settings)
+    file.write_text('{"prompt": "a", "answers": ["c"]}\n')
+    assert before["eval"] != identity(settings)["eval"]
+    assert identity(Settings(str(model), "ttft", eval="lm_eval:arc_easy"))["eval"] == ""
+    assert before["settings"]["eval"] == str(file)
 
 
 class Starved(Children):

@@ -7,17 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.evidence.fake_ray import FakeRay
 from tuner_world import Children
 
 from assay.errors import InputError, MissingError
 from assay.evidence.place import Place, here
+from assay.measure.isolate import ChildResult
 from assay.tuner import nodes
 from assay.tuner import tune as tuning
-from assay.tuner.nodes import alike
+from assay.tuner.nodes import Call, RayNodes, alike
 from assay.tuner.tune import tune
 from assay.tuner.work import Settings
 
-OWN = {"model": "m", "workload": "", "machine": "a with 2 threads"}
+OWN = {"model": "m", "workload": "", "eval": "", "machine": "a with 2 threads"}
 
 
 def place(fingerprint, version="1", commit="c"):
@@ -90,6 +92,47 @@ def test_candidates_are_judged_side_by_side_each_beside_the_base(world, model, t
     assert document["nodes"][0]["count"] == 3
     assert any("left out: another kind of machine" in note for note in document["notes"])
     assert document["machine"] == {"processor": "of the node"}
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A cluster of machines that are only names; what they run only says which it was."""
+    monkeypatch.setattr(nodes, "identity", lambda settings: OWN)
+    monkeypatch.setattr(
+        nodes, "run_isolated", lambda target, arguments, **limits: ChildResult("ok", arguments["n"], "", 1.0, 0, 0.0)
+    )
+    return lambda *names: FakeRay(dict.fromkeys(names, 0)).install(monkeypatch)
+
+
+def calls(count):
+    return [Call("assess", {"n": n}, 60.0, 2**30) for n in range(count)]
+
+
+def test_every_call_is_answered_once_whichever_machine_is_free(cluster, model):
+    ray = cluster("a", "b")
+    with RayNodes("auto", Settings(str(model), "ttft", 64, 4)) as machines:
+        assert machines.count == 2
+        found = list(machines.run(calls(5)))
+        assert [number for number, _ in found] != sorted(number for number, _ in found)  # as they arrive
+        assert sorted((number, result.value) for number, result in found) == [(n, n) for n in range(5)]
+        assert [(number, result.value) for number, result in machines.run(calls(1))] == [(0, 0)]
+    assert not ray.up
+
+
+def test_a_lost_machine_fails_its_call_and_measures_no_more(cluster, model):
+    ray = cluster("a", "b")
+    with RayNodes("auto", Settings(str(model), "ttft", 64, 4)) as machines:
+        ray.lost.add("b")
+        found = dict(machines.run(calls(4)))
+        assert [found[n].status for n in range(4)] == ["ok", "failed", "ok", "ok"]
+        assert found[1].error == "the machine or its worker was lost: b does not answer"
+        assert machines.count == 1
+        ray.shaken.add("a")  # loses its worker once, and goes on
+        found = dict(machines.run(calls(2)))
+        assert [found[n].status for n in range(2)] == ["failed", "ok"]
+        ray.lost.add("a")
+        with pytest.raises(InputError, match="all machines of the Ray cluster were lost; what was measured is kept"):
+            list(machines.run(calls(2)))
 
 
 def test_ray_is_missing(model, tmp_path, monkeypatch):

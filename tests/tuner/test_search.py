@@ -214,3 +214,198 @@ def test_an_unseen_setting_is_expected_to_surprise_as_its_siblings_did():
     before = search.predict((TENTH,))
     search.screened((HALF,), 1.5 * search.predict((HALF,)))
     assert search.predict((TENTH,)) == pytest.approx(1.5 * before)
+
+
+def keys_of(*options):
+    return frozenset(o.key for o in options)
+
+
+def test_an_option_is_the_same_in_whatever_order_its_settings_stand():
+    assert option("x", "linear", a=1, b=2).key == option("x", "linear", b=2, a=1).key
+
+
+@pytest.mark.parametrize(("settings", "kept"), [(3999, 3999), (4000, 3999), (6000, 3999)])
+def test_no_more_candidates_than_the_limit_the_last_settings_are_cut(settings, kept):
+    options = [option("many", "linear", n=n) for n in range(settings)]
+    assert [found[0] for found in make(options=options).candidates()] == options[:kept]
+
+
+def test_the_slot_of_most_settings_is_cut():
+    many, few = [option("many", "linear", n=n) for n in range(1500)], [option("few", "compile", n=n) for n in range(3)]
+    found = make(options=[*many, *few]).candidates()
+    assert {o.key for candidate in found for o in candidate} == keys_of(*many[:999], *few)
+
+
+def test_work_that_takes_no_time_is_changed_by_nothing():
+    half = option("half", "linear", Effect("linear", macs=0.5, bytes=0.5))
+    idle = Search([half], {"linear": Kind(0.1, 0.0, 0.0, "float32"), "other": KINDS["other"]}, PEAK, 4e10, 0.01)
+    assert idle.roofline((half,)) == pytest.approx(1.0)
+    unknown = Search([half], {"linear": Kind(0.0, 1e9, 1e9, "float32")}, PEAK, 4e10, 0.01)
+    assert unknown.roofline((half,)) == 1.0
+    small = Search([half], {"linear": Kind(0.1, 1e11, 1e9, "float32")}, PEAK, 4e10, 0.01)
+    assert small.roofline((half,)) == pytest.approx(0.5)
+
+
+def test_a_multiply_accumulate_is_two_operations_and_the_slower_of_memory_and_arithmetic_counts():
+    half = option("half", "linear", Effect("linear", bytes=0.5))
+    kinds = {"linear": Kind(1.0, 1e11, 2.2 * 4e10, "float32")}  # 2 s of operations at 1e11 a second, 2.2 s of memory
+    assert Search([half], kinds, PEAK, 4e10, 0.01).roofline((half,)) == pytest.approx(2 / 2.2)
+
+
+def test_where_no_rate_is_known_only_the_amount_of_work_counts():
+    eight, half = (
+        option("eight", "linear", Effect("linear", dtype="int8")),
+        option("half", "linear", Effect("linear", 0.5)),
+    )
+    search = Search([eight, half], {"linear": Kind(1.0, 1e11, 1e9, "float32")}, {}, 4e10, 0.01)
+    assert search.roofline((eight,)) == pytest.approx(1.0)
+    assert search.roofline((half,)) == pytest.approx(0.5)
+
+
+def test_an_unseen_setting_is_suspected_of_a_quarter_of_what_its_mildest_sibling_lost():
+    mild, wild, unseen = (option("sparse", "attention", tau=tau) for tau in (0.9, 0.5, 0.7))
+    search = make(max_drop=0.05, options=[mild, wild, unseen, FUSE])
+    search.learn((mild,), 0.9, 0.04)
+    search.learn((wild,), 0.9, 0.4)
+    assert search.expected_drop((unseen, FUSE)) == pytest.approx(0.01)
+    assert search.expected_drop((mild, FUSE)) == search.known_drop((mild, FUSE)) == 0.04
+
+
+def test_what_may_lose_nothing_is_not_put_off_beside_what_may_lose_too_much():
+    search = make(max_drop=0.0, options=[HALF, TENTH, FUSE])
+    search.learn((HALF,), 0.85, 0.004)
+    assert search.predict((TENTH,)) < search.predict((FUSE,))
+    assert search.next() == (FUSE,)
+
+
+def test_times_further_apart_than_screening_tells_are_not_the_same():
+    search = make(max_drop=0.5, options=[HALF, FUSE])
+    search.screened((HALF,), 0.823)
+    search.screened((FUSE,), 0.8565)
+    search.screened((HALF, FUSE), 0.9)
+    assert search.next() == (HALF,)
+
+
+def test_a_change_of_structure_comes_after_all_others_until_it_was_assessed():
+    search = make(max_drop=0.05, options=[INT8, HALF, RANK, FUSE])
+    fastest = min(search.candidates(), key=search.predict)
+    assert RANK in fastest
+    seen = []
+    while (options := search.next()) is not None and RANK not in options:
+        search.learn(options, search.predict(options), 0.0)
+        seen.append(options)
+    assert len(seen) == 2 * 2 * 2 - 1
+    known = make(max_drop=0.05, options=[INT8, HALF, RANK, FUSE])
+    known.learn((RANK,), known.predict((RANK,)), 0.001)
+    assert known.next() == fastest
+
+
+def test_a_candidate_known_to_lose_too_much_does_not_hide_those_after_it():
+    search = make(max_drop=0.01, options=[RANK, INT8, HALF])
+    search.learn((INT8,), 0.8, 0.006)
+    search.learn((HALF,), 0.8, 0.006)
+    seen = explore(search, 20)
+    assert (INT8, HALF) not in seen
+    assert RANK in seen[0]
+
+
+def test_a_candidate_known_to_be_slower_does_not_hide_those_after_it():
+    search = make(max_drop=0.5, options=[INT8, HALF])
+    search.screened((HALF,), 1.3)
+    assert search.next() == (INT8,)
+
+
+def test_what_only_the_roofline_calls_slower_is_tried_all_the_same():
+    a, b = option("a", "linear", Effect("linear", macs=3.0)), option("b", "attention", Effect("attention", macs=3.0))
+    pair, names = (a, b), [keys_of(a), keys_of(b), keys_of(a, b)]
+
+    def tried(search):
+        found = search.to_screen(9, combined=False) + search.to_screen(9, combined=True)
+        return [name for name in names if name in [keys_of(*options) for options in found]]
+
+    search = make(max_drop=0.5, options=[a, b])
+    assert min(search.predict((a,)), search.predict((b,)), search.predict(pair)) > 1.05
+    assert tried(search) == names
+    search.screened((a,), search.predict((a,)))
+    assert tried(search) == [keys_of(b), keys_of(a, b)]  # of b nothing is known
+    search.screened((b,), search.predict((b,)))
+    assert tried(search) == []
+    blamed = make(max_drop=0.5, options=[a, b])
+    blamed.learn(pair, blamed.predict(pair), 0.0)
+    assert tried(blamed) == names[:2]  # which of the two was slow is not known
+
+
+@pytest.mark.parametrize("learn", ["screened", "learn"])
+def test_a_surprise_is_shared_by_the_options_of_the_candidate(learn):
+    search = make(max_drop=0.5, options=[INT8, HALF, FUSE])
+    candidates = [(INT8, HALF), (INT8, FUSE), (INT8, HALF, FUSE)]
+    before = [search.predict(options) for options in candidates]
+    more = (0.0,) if learn == "learn" else ()
+    getattr(search, learn)((INT8, HALF), 0.64 * before[0], *more)
+    found = [search.predict(options) for options in candidates]
+    assert found == pytest.approx([0.64 * before[0], 0.8 * before[1], 0.64 * before[2]])
+
+
+def test_an_unseen_setting_is_expected_to_surprise_as_its_siblings_did_on_average():
+    settings = [option("sparse", "attention", tau=tau) for tau in (0.9, 0.8, 0.7)]
+    search = make(max_drop=0.5, options=settings)
+    search.screened((settings[0],), 0.9)
+    search.correction[settings[1].key] = math.log(0.4)
+    assert search.predict((settings[2],)) == pytest.approx(0.6)  # the geometric mean
+
+
+def test_after_a_failure_all_pairs_with_the_step_to_blame_are_put_off_and_no_others():
+    a, c, b = (option(name, slot) for name, slot in [("a", "linear"), ("c", "attention"), ("b", "compile")])
+    search = make(max_drop=0.5, options=[a, c, b])
+    search.fail((a, c, b), "b")
+    assert search._clashes() == {keys_of(a, b), keys_of(b, c)}
+
+
+def test_only_what_may_be_to_blame_is_assessed_alone():
+    search = make(options=[INT8, HALF, TENTH, FUSE])
+    search.learn((INT8, HALF, FUSE), 0.5, 0.9)
+    suspects = []
+    for _ in range(2):
+        suspects.append(search.next())
+        search.learn(suspects[-1], 0.8, 0.001)
+    assert suspects == [(INT8,), (HALF,)]  # what is exact loses nothing, and the other setting was not there
+    assert len(search.next()) > 1
+
+
+def test_options_that_are_harmless_alone_and_lose_too_much_together_are_not_tried_with_a_third():
+    search = make(max_drop=0.01, options=[INT8, HALF, FUSE])
+    search.learn((INT8,), 0.75, 0.004)
+    search.learn((HALF,), 0.85, 0.004)
+    search.learn((INT8, HALF), 0.6, 0.02)
+    left = []
+    while (options := search.next()) is not None:
+        search.learn(options, 0.5, 0.0)
+        left.append(options)
+    assert sorted(left, key=len) == [(FUSE,), (INT8, FUSE), (HALF, FUSE)]
+
+
+def explore_harmless(search):
+    found = []
+    while (options := search.next()) is not None:
+        search.learn(options, 0.8, 0.0)
+        found.append(options)
+    return found
+
+
+def test_what_loses_just_as_much_as_is_allowed_is_allowed():
+    other = option("tune", "settings", exact=True)
+    nothing = make(max_drop=0.0, options=[FUSE, other])
+    nothing.learn((FUSE,), 0.9, 0.0)
+    assert {keys_of(*o) for o in explore_harmless(nothing)} == {keys_of(other), keys_of(FUSE, other)}
+    just = make(max_drop=0.01, options=[INT8, HALF, FUSE])
+    just.learn((INT8, HALF), 0.6, 0.01)
+    assert just.next() == (INT8, HALF, FUSE)  # nobody is to blame for anything
+
+
+def test_an_option_without_a_share_reaches_everything():
+    document = {"transform": "x", "config": {}, "slot": "linear", "exact": True, "effects": []}
+    assert option_from(document).share == 1.0
+
+
+def test_a_point_as_good_in_one_way_and_worse_in_the_other_is_not_on_the_front():
+    assert pareto([(1, 2), (2, 2), (1, 3), (1, 2)]) == [0]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from assay.measure.stats import positive_median
 from assay.tuner import report
+from assay.tuner.noninferiority import look
 from assay.tuner.outcome import Outcome, Row
 from assay.tuner.recipe import Recipe, Step
-from assay.tuner.report import kinds, pareto_plot, predicted_plot, quality_words, render, told, unfit, waterline_plot
+from assay.tuner.report import kinds, pareto_plot, predicted_plot, render, told, unfit, waterline_plot
+from assay.tuner.words import quality_words
 from assay.tuner.work import Settings
 
 DTYPE = Step(transform="dtype", config={"dtype": "bfloat16"})
@@ -47,6 +51,22 @@ def profile(scale, linear=0.7):
     return {"kinds": {name: {"seconds": 1.4 * scale * share} for name, share in shares.items()}, "waterline": bars}
 
 
+def judged(differences=(0.005, 0.007) * 15, attempt=0):
+    """What judging the best on 30 documents found, of which the first look takes half."""
+    found = look({"prefill": differences[:15]}, 0.01, 0.01)
+    before, after = [2.0] * len(differences), [2.0 + lost for lost in differences]
+    return {
+        "verdict": found.verdict,
+        "reason": "",
+        "looks": [found.document()],
+        "source": "30 windows of 2064 tokens of bundled text (the proof's documents)",
+        "figures": {"prefill": {"baseline": before, "candidate": after, "kl": [0.01] * 30, "top1": [0.9] * 30}},
+        "kl": {"path": "prefill", "mean": 0.01, "low": 0.009, "high": 0.011},
+        "top1": {"path": "prefill", "mean": 0.9, "low": 0.89, "high": 0.91},
+        "eval": None,
+    }
+
+
 def outcome(goal="ttft", rows=None, best=-1):
     rows = rows or [
         row("baseline", [], 0.4),
@@ -60,12 +80,7 @@ def outcome(goal="ttft", rows=None, best=-1):
     chosen, free = rows[best], next((r for r in rows[::-1] if r.kind == "free"), rows[0])
     survey = profile(0.4) | {"unfit": {"dtype": "no float32 parameters", "prepacking": "does not serve the goal ttft"}}
     samples = {"baseline": rows[0].samples, "free": free.samples, "best": chosen.samples}
-    quality = {
-        "baseline": {"prefill": [2.0] * 40},
-        "free": {"prefill": [2.0] * 40},
-        "best": {"prefill": [2.005, 2.007] * 20},
-    }
-    final = {"samples": samples, "quality": quality, "load_before": 0.0, "load_after": 0.0}
+    final = {"samples": samples, "judged": judged(), "load_before": 0.0, "load_after": 0.0}
     return Outcome(
         Settings("some/model", goal, 2048, 16),
         0.01,
@@ -108,7 +123,25 @@ def test_recipes_stand_in_words_before_they_stand_as_code():
     code = "dtype(dtype=bfloat16) + fp8_vs_int8("
     assert shown.index(words) < shown.index(code)
     assert "candidate bfloat16, INT8 linears with rotation dtype(dtype=bfloat16) + fp8_vs_int8(" in shown
-    assert "as loaded 400.0 400.0 to 400.0 as loaded strongest" in shown  # no code where the words say it all
+    assert "as loaded 400.0 400.0 to 400.0 as loaded free" in shown  # no code where the words say it all
+
+
+def test_the_level_of_three_values_has_the_interval_of_three_values():
+    """Not that of their bootstrap, which ends at the smallest and the largest and covers three times in four."""
+    found = outcome("memory")
+    found.final["samples"]["best"] = [100 * 2.0**20, 110 * 2.0**20, 104 * 2.0**20]
+    shown, exact = found.level("best"), positive_median([100, 110, 104])
+    assert (shown["value"], shown["low"], shown["high"]) == pytest.approx((104, exact.low, exact.high))
+    assert shown["low"] < 100 < 110 < shown["high"]
+
+
+@pytest.mark.parametrize("goal", ["ttft", "decode"])
+def test_a_level_of_one_value_has_no_interval(goal):
+    found = outcome(goal)
+    found.final |= {"samples": found.final["samples"] | {"baseline": [0.5]}, "apart": ["baseline"]}
+    shown = found.level("baseline")
+    assert (shown["low"], shown["high"]) == (None, None)
+    assert f"as loaded {shown['value']:.1f} one run" in text_of(page(found))
 
 
 @pytest.mark.parametrize("goal", ["ttft", "decode", "throughput"])
@@ -156,44 +189,66 @@ def test_nothing_that_ran_stands_under_what_does_not_fit():
 
 
 @pytest.mark.parametrize(
-    ("drop", "low", "high", "says"),
+    ("drop", "low", "high", "verdict", "says"),
     [
-        (
-            0.004,
-            0.002,
-            0.006,
-            "rises by 0.40 %; with 95 % certainty by 0.20 % to 0.60 %, all of it within the 1 % allowed.",
-        ),
-        (0.008, 0.002, 0.012, "to 1.20 %: it may be more than the 1 % allowed."),
-        (0.012, 0.008, 0.016, "to 1.60 %, which is more than the 1 % allowed."),
-        (0.03, 0.02, 0.04, "to 4.00 %, and certainly more than the 1 % allowed."),
-        (
-            -0.004,
-            -0.006,
-            -0.002,
-            "falls by 0.40 %; with 95 % certainty by 0.20 % to 0.60 %, all of it within the 1 % allowed.",
-        ),
-        (0.0, 0.0, 0.0, "the same on every block of the text; 1 % more would be allowed."),
-        (float("inf"), float("inf"), float("inf"), "cannot be told"),
-        (float("nan"), float("nan"), float("nan"), "cannot be told"),
-        (0.01, 0.009, 0.01, "all of it within the 1 % allowed."),
+        (0.004, 0.002, 0.006, "holds", "Perplexity rises by 0.40 %; over 15 documents, with 98 % certainty, by 0.20 % to 0.60 %"),
+        (0.008, 0.002, 0.012, "undecided", "Quality undecided: perplexity rises by 0.80 %; .* to 1.20 %, so it may be more than the 1 %"),
+        (0.012, 0.008, 0.016, "undecided", "Quality undecided: .* to 1.60 %, so it may be more than the 1 % allowed."),
+        (0.03, 0.02, 0.04, "lost", "Quality lost: perplexity rises by 3.00 %; .* to 4.00 %, all of it more than the 1 % allowed."),
+        (-0.004, -0.006, -0.002, "holds", "falls by 0.40 %; .* by 0.20 % to 0.60 %, all of it within the 1 % allowed."),
+        (0.0, 0.0, 0.0, "holds", "the same on every document; 1 % more would be allowed."),
+        (float("inf"), float("inf"), float("inf"), "lost", "Quality lost: the likelihoods are not finite"),
+        (None, None, None, "lost", "Quality lost: the likelihoods are not finite"),
+        (0.01, 0.009, 0.01, "holds", "all of it within the 1 % allowed."),
     ],
-)
-def test_the_loss_against_the_limit_in_words(drop, low, high, says):
-    assert says in quality_words({"drop": drop, "low": low, "high": high}, 0.01)
+)  # fmt: skip
+def test_the_loss_against_the_limit_in_words(drop, low, high, verdict, says):
+    found = {"drop": drop, "low": low, "high": high, "verdict": verdict, "judged": True, "level": 0.98, "documents": 15}
+    assert re.search(says, quality_words(found, 0.01))
 
 
 def test_the_quality_of_the_page_is_in_words():
     shown = text_of(page(outcome()))
     assert re.search(
-        r"Perplexity rises by 0.60 %; with 95 % certainty by 0\.\d+ % to 0\.\d+ %, all of it within the 1 % allowed\.",
+        r"Perplexity rises by 0.60 %; over 15 documents, with 98 % certainty, by 0\.\d+ % to 0\.\d+ %, all of it within the 1 %",
         shown,
     )
-    assert "Perplexity (prefill): 7.389 before, 7.434 after." in shown
+    assert "Perplexity (prefill): 7.389 before, 7.433 after." in shown
+    assert (
+        "KL from the model as loaded: 0.0100 nats a token (0.0090 to 0.0110); the most likely token is the same"
+        in shown
+    )
+    assert "Quality is judged against the model as loaded on 30 windows of 2064 tokens of bundled text" in shown
+
+
+def test_the_score_of_the_users_evaluation_stands_beside_it():
+    found = outcome()
+    scores = {"name": "mine.jsonl", "metric": "exact match of the first line", "prompts": 500, "reason": ""}
+    scores |= {"baseline": 0.61, "candidate": 0.608, "lost": 0.002, "low": -0.004, "high": 0.008, "level": 0.96}
+    found.final["judged"]["eval"] = scores | {"verdict": "holds"}
+    says = (
+        "mine.jsonl (exact match of the first line, 500 prompts): 0.610 as loaded, 0.608 tuned; 0.2 points lost, with 96 % "
+        "certainty -0.4 to 0.8, where 1 are allowed: it holds."
+    )
+    assert says in text_of(page(found))
+    assert found.document()["quality"]["eval"]["candidate"] == 0.608
+
+
+@pytest.mark.parametrize("broken", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_none_in_the_document(broken):
+    found = outcome()
+    found.rows[4].drop = broken
+    found.final["judged"]["figures"]["prefill"]["candidate"][0] = broken
+    document = found.document()
+    json.dumps(document, allow_nan=False)
+    json.dumps([row.document() for row in found.rows], allow_nan=False)
+    assert document["quality"]["candidate"] is None
+    page(found)
 
 
 def test_a_single_point_is_not_drawn():
     found = outcome(rows=[row("baseline", [], 0.4), row("candidate", [INT8], status="failed", error="died")], best=0)
+    found.final["judged"], found.rows[0].quality = None, {"prefill": [2.0] * 15}
     assert pareto_plot(found) == predicted_plot(found) == ""
     assert waterline_plot([], "best", LIMITS) == ""
     html = page(found)

@@ -93,8 +93,14 @@ def test_every_goal_stays_inside_the_context(folder, kind, context, goal):
 def test_a_long_context_is_judged_at_the_lengths_that_were_meant(folder):
     settings = Settings(folder("llama", 2048), "throughput", 64, 4)
     work = build_work(load_for(settings), settings)
-    assert work.windows.shape == (32, 256)
+    assert work.windows.shape == (16, 256)  # as many as there are documents
     assert work.forced.shape == (16, 256)
+    proof = build_work(load_for(settings), settings, "proof")
+    assert proof.windows.shape[1] == 256
+    assert 2 * 8 <= len(proof.windows) <= 32
+    assert 2 * 8 <= len(proof.forced) <= 32
+    assert torch.equal(proof.prompt, work.prompt)
+    assert proof.prompts == work.prompts
     assert work.prefix == 64
     assert max(map(len, work.prompts)) > 400
 

@@ -7,6 +7,8 @@ import math
 
 from assay.measure.isolate import ChildResult
 from assay.tuner.journal import append
+from assay.tuner.judging import differences
+from assay.tuner.noninferiority import look, shares
 from assay.tuner.recipe import Recipe
 
 COST = {"dtype": 0.6, "compile": 0.9, "fp8_vs_int8": 0.6, "xattention": 0.8, "greenformers": 0.5}
@@ -16,7 +18,16 @@ LOSS = {"fp8_vs_int8": 0.002, "xattention": 0.004, "greenformers": 0.3}
 class Children:
     """Stands for the child processes: a world whose costs and losses we know, and whose clock goes by what each step takes."""
 
-    takes = {"survey": 10.0, "screen": 10.0, "assess": 20.0, "prove": 30.0, "waterline": 5.0, "once": 5.0, "cast": 5.0}
+    takes = {
+        "survey": 10.0,
+        "screen": 10.0,
+        "assess": 20.0,
+        "judge": 10.0,
+        "prove": 30.0,
+        "waterline": 5.0,
+        "once": 5.0,
+        "cast": 5.0,
+    }
     stored_dtype = "float32"
     configs: dict[str, list[dict]] = {}
 
@@ -56,6 +67,7 @@ class Children:
             "dtype": "dtype",
             "fp8_vs_int8": "linear",
             "xattention": "attention",
+            "attention_backend": "attention",
             "compile": "compile",
         }
         kind = {"seconds": 1.0, "macs": 1e9, "bytes": 1e6}
@@ -64,7 +76,7 @@ class Children:
                 "transform": name,
                 "config": config,
                 "slot": slot,
-                "exact": name in ("dtype", "compile"),
+                "exact": name in ("dtype", "compile", "attention_backend"),
                 "effects": [effect],
                 "share": 0.75 if name == "xattention" else 1.0,
                 "reached": "the windowed layers stay as they are" if name == "xattention" else "",
@@ -80,6 +92,7 @@ class Children:
             "base": kinds,
             "costs": self.costs,
             "profiled_tokens": 64,
+            "proof_share": 0.5,
             "options": options,
             "unfit": {"prepacking": "no"},
             "architecture": "llama",
@@ -120,8 +133,34 @@ class Children:
         }
         return found | {"quality": {"prefill": nll}, "apply_seconds": 0.0}
 
-    def prove(self, settings, recipes, assess, pairs, seconds, text, end):
+    def judge(self, settings, recipe, attempt, max_drop, seconds):
+        before, after = self.outcome({"steps": []})[1][:30], self.outcome(recipe)[1][:30]
+        figures = {"prefill": {"baseline": before, "candidate": after, "kl": [0.01] * 30, "top1": [0.9] * 30}}
+        found = look(differences(figures), shares(attempt, 2)[0], max_drop)
+        middle = {"path": "prefill", "low": 0.0, "high": 1.0}
+        return {
+            "verdict": found.verdict,
+            "reason": "",
+            "complete": True,
+            "looks": [found.document()],
+            "planned": [30],
+            "source": "30 windows of 256 tokens of bundled text (the proof's documents)",
+            "figures": figures,
+            "kl": {**middle, "mean": 0.01},
+            "top1": {**middle, "mean": 0.9},
+            "eval": None,
+            "seconds": 1.0,
+        }
+
+    def prove(self, settings, recipes, pairs, seconds, end):
         noise = [1 + 0.002 * math.sin(i) for i in range(9)]
         samples = {name: [self.outcome(recipe)[0] * x for x in noise] for name, recipe in recipes.items()}
-        quality = {name: {"prefill": self.outcome(recipe)[1]} for name, recipe in recipes.items() if name in assess}
-        return {"samples": samples, "quality": quality, "complete": True, "load_before": 0.0, "load_after": 0.0}
+        paths = {name: {"linear: kernel": 9} for name in recipes}
+        return {
+            "samples": samples,
+            "quality": {},
+            "complete": True,
+            "load_before": 0.0,
+            "load_after": 0.0,
+            "paths": paths,
+        }

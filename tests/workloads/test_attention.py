@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from assay.workloads.attention import captured_qkv
+from assay.workloads.attention import attended_by, captured_qkv
 from assay.workloads.text import long_prompt
 
 
@@ -125,3 +125,38 @@ def test_wrong_layers(tiny, ids, layers, wrong):
 def test_wrong_input_ids(tiny, bad):
     with pytest.raises((TypeError, ValueError), match="input_ids must"):
         captured_qkv(tiny.model, bad)
+
+
+# ---------------------------------------------------------------------------------------------- attention by a function
+
+
+def test_attended_by_a_function_is_the_model(tiny, ids):
+    """Exact attention changes nothing, another function does, each layer is asked once, and the model is put back."""
+    calls = []
+
+    def exact(layer, q, k, v):
+        calls.append((layer, q.shape[1], k.shape[1]))
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    with torch.no_grad():
+        before, expected = tiny.model.config._attn_implementation, tiny.model(ids).logits
+        with attended_by(tiny.model, exact):
+            torch.testing.assert_close(tiny.model(ids, use_cache=False).logits, expected, atol=1e-4, rtol=1e-4)
+        assert calls == [(0, 4, 2), (1, 4, 2)]
+        with attended_by(tiny.model, lambda layer, q, k, v: torch.zeros_like(q)):
+            assert (tiny.model(ids, use_cache=False).logits - expected).abs().max() > 1e-2
+        assert tiny.model.config._attn_implementation == before
+        torch.testing.assert_close(tiny.model(ids).logits, expected)
+
+
+def test_attended_by_refuses(tiny, ids):
+    with pytest.raises(TypeError, match="attend must be a function"), attended_by(tiny.model, None):
+        pass
+    padding = torch.ones_like(ids)
+    padding[:, :3] = 0
+    with (
+        pytest.raises(ValueError, match="takes causal attention"),
+        attended_by(tiny.model, lambda layer, q, k, v: q),
+        torch.no_grad(),
+    ):
+        tiny.model(ids, attention_mask=padding, use_cache=False)

@@ -68,6 +68,13 @@ def test_agreement_is_kl_and_top1_by_the_definition(tiny, changed, windows):
     assert (result.top1 < 1).all()
 
 
+def test_agreement_also_says_how_likely_each_model_finds_the_text(tiny, changed, windows):
+    result = agreement(tiny.model, changed, windows)
+    torch.testing.assert_close(result.reference, window_nll(tiny.model, windows), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(result.candidate, window_nll(changed, windows), rtol=1e-6, atol=1e-6)
+    assert (result.reference != result.candidate).all()
+
+
 def test_kl_is_from_the_reference_to_the_candidate():
     p, q = torch.tensor([0.9, 0.1]), torch.tensor([0.5, 0.5])
     windows = torch.zeros(1, 4, dtype=torch.int64)

@@ -112,7 +112,7 @@ def test_windows_of_the_users_own_text_begin_once(case, file):
     tokenizer, start = case
     work = read_workload(file, tokenizer, context=4096)
     found = quality_windows(work, tokenizer, window=96, n=6)
-    assert found.source.endswith("of mine.jsonl")
+    assert found.source == "6 windows of 96 tokens of mine.jsonl, the search's half"
     assert found.windows.shape == (6, 96)
     for row in found.windows.tolist():
         assert row[: len(start)] == start
@@ -150,7 +150,7 @@ def test_a_text_that_brings_its_own_start_gets_no_second_one(tmp_path):
 
 def test_a_window_that_would_begin_at_the_users_own_start_token_has_it_once():
     tokenizer = make("bos")
-    work = TextWorkload("mine", [[BOS, 5, 6, 7, 8, 9, 10] for _ in range(8)], [[BOS, 11, 12]] * 8, 4)
+    work = TextWorkload("mine", [[BOS, 5, 6, 7, 8, 9, 10 + i] for i in range(20)], [[11, 12]] * 20, 4)
     for row in quality_windows(work, tokenizer, window=8, n=8).windows.tolist():
         assert row[0] == BOS
         assert row[1] != BOS

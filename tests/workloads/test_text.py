@@ -11,6 +11,7 @@ from assay.workloads.text import (
     calibration_windows,
     code_text,
     docstrings,
+    document_windows,
     english_text,
     heldout_windows,
     long_prompt,
@@ -187,6 +188,57 @@ def test_heldout_and_calibration_share_no_text(tokenizer):
     heldout = pieces(heldout_windows(tokenizer, window=512, n=16))
     calibration = pieces(calibration_windows(tokenizer, window=512, n=16))
     assert not heldout & calibration
+
+
+def test_search_proof_and_calibration_share_no_document():
+    for kind in text.KINDS:
+        search, proof = (set(text._half(kind, half)) for half in text.HALVES)
+        assert search | proof == set(text._parts(kind)["heldout"])
+        assert not search & proof
+        assert not (search | proof) & set(text._parts(kind)["calibration"])
+        assert not (search | proof) & set(text._parts(kind)["prompts"])
+        assert 0.25 < sum(map(len, search)) / sum(map(len, search | proof)) < 0.7
+
+
+@pytest.mark.parametrize("half", text.HALVES)
+@pytest.mark.parametrize("window", [64, 700])
+def test_every_window_of_a_half_has_documents_of_its_own(tokenizer, half, window):
+    windows = document_windows(tokenizer, half, window=window, n=12)
+    assert windows.shape == (12, window)
+    assert torch.equal(windows, document_windows(tokenizer, half, window=window, n=12))
+    documents = [document for kind in text.KINDS for document in text._half(kind, half)]
+    taken = []
+    for row in windows:
+        parts = [part for part in tokenizer.decode(row).strip("\ufffd").split("\n\n") if len(part) > 20]
+        taken.append({i for i, document in enumerate(documents) for part in parts if part in document})
+        assert taken[-1], "the window's text must come from the half's documents"
+    # a line may stand in several documents: the window's own is the one that holds most of it
+    own = [max(found, key=lambda i: sum(part in documents[i] for part in tokenizer.decode(row).split("\n\n")))
+           for found, row in zip(taken, windows, strict=True)]  # fmt: skip
+    assert len(set(own)) == len(own)
+    kinds = ["code" if i < len(text._half("code", half)) else "english" for i in own]
+    assert {"code", "english"} == set(kinds)
+
+
+def test_windows_of_search_and_proof_and_calibration_share_no_text(tokenizer):
+    def pieces(windows):
+        return {tuple(row[i : i + 48]) for row in windows.tolist() for i in range(len(row) - 48)}
+
+    search = pieces(document_windows(tokenizer, "search", window=544, n=15))
+    proof = pieces(document_windows(tokenizer, "proof", window=544, n=30))
+    calibration = pieces(calibration_windows(tokenizer, window=512, n=16))
+    assert not search & proof
+    assert not (search | proof) & calibration
+
+
+def test_short_documents_are_joined_and_too_long_a_window_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(text, "_half", lambda kind, half: ("a b c d\n" * 10,) * 7 if kind == "code" else ())
+    length = len(tokenizer("a b c d\n" * 10)["input_ids"])
+    assert document_windows(tokenizer, "proof", window=2 * length, n=9).shape == (3, 2 * length)
+    with pytest.raises(ValueError, match="longer than the held-out text of the proof"):
+        document_windows(tokenizer, "proof", window=9 * length, n=9)
+    with pytest.raises(ValueError, match="half must be one of"):
+        document_windows(tokenizer, "calibration", window=64, n=1)
 
 
 def test_nearly_all_of_a_text_can_be_used(tokenizer):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from assay.errors import InputError
 from assay.workloads import workload as module
-from assay.workloads.text import heldout_windows
+from assay.workloads.text import document_windows
 from assay.workloads.workload import TextWorkload, bundled_workload, quality_windows, read_workload
 
 
@@ -173,26 +173,42 @@ def test_the_bundled_workload_has_prompts_of_the_length_asked_for(tokenizer):
 
 
 def test_quality_windows_are_the_users_when_there_is_enough(tokenizer):
-    prompts = [[10 + i] * 30 for i in range(20)]
-    work = TextWorkload("mine.jsonl", prompts, [[5, 6]] * 20, 8)
-    quality = quality_windows(work, tokenizer, window=64, n=8)
+    prompts = [[10 + i] * 30 for i in range(60)]
+    work = TextWorkload("mine.jsonl", prompts, [[5, 6]] * 60, 8)
+    quality = quality_windows(work, tokenizer, "search", window=64, n=8)
     assert quality.windows.shape == (8, 64)
-    assert quality.source == "8 windows of 64 tokens of mine.jsonl"
-    stream = sum(([*prompt, 5, 6, tokenizer.eos_token_id] for prompt in prompts), [])
-    rows = quality.windows.tolist()
-    step = len(stream) // 8
-    assert rows == [stream[i * step : i * step + 64] for i in range(8)]
-    assert quality_windows(work, tokenizer, window=150, n=8).windows.shape == (4, 150)
+    assert quality.source == "8 windows of 64 tokens of mine.jsonl, the search's half"
+    first, second = ([10 + i] * 30 + [5, 6, tokenizer.eos_token_id] for i in (0, 2))
+    assert quality.windows[0].tolist() == [*first, *second][:64]
+    assert quality_windows(work, tokenizer, "search", window=150, n=8).windows.shape == (6, 150)
 
 
-def test_quality_windows_fall_back_to_heldout_text_and_say_so(tokenizer):
-    work = TextWorkload("mine.jsonl", [[7] * 100], [[]], 8)
-    quality = quality_windows(work, tokenizer, window=64, n=8)
-    assert torch.equal(quality.windows, heldout_windows(tokenizer, window=64, n=8))
-    assert quality.source == "bundled held-out text: mine.jsonl has 101 tokens, 4 windows of 64 need 256"
+@pytest.mark.parametrize("window", [20, 64])
+def test_search_and_proof_judge_on_different_prompts_and_no_window_on_anothers(tokenizer, window):
+    prompts = [[10 + i] * 30 for i in range(90)]
+    work = TextWorkload("mine.jsonl", [*prompts, *prompts], [[]] * 180, 8)  # each stands in the file twice
+    taken = []
+    for half in ("search", "proof"):
+        rows = quality_windows(work, tokenizer, half, window=window, n=12).windows
+        assert len(rows) == 12
+        taken += [{token for token in row if token >= 10} for row in rows.tolist()]
+    assert sum(map(len, taken)) == len(set().union(*taken))
+
+
+def test_quality_windows_fall_back_to_bundled_text_and_say_so(tokenizer):
+    work = TextWorkload("mine.jsonl", [[7] * 100, [8] * 100, [9] * 20], [[]] * 3, 8)
+    quality = quality_windows(work, tokenizer, "search", window=64, n=8)
+    assert torch.equal(quality.windows, document_windows(tokenizer, "search", window=64, n=8))
+    assert quality.source == (
+        "bundled held-out text of the search: the search's half of mine.jsonl has 122 tokens in 2 prompts, which fill 1 "
+        "windows of 64 of their own, not 4"
+    )
+    proof = quality_windows(work, tokenizer, "proof", window=64, n=8)
+    assert torch.equal(proof.windows, document_windows(tokenizer, "proof", window=64, n=8))
+    assert "fill 1 windows of 64 of their own, not 8" in proof.source
     bundled = quality_windows(bundled_workload(tokenizer, 500), tokenizer, window=64, n=8)
     assert torch.equal(bundled.windows, quality.windows)
-    assert bundled.source == "bundled held-out text"
+    assert bundled.source == "bundled held-out text of the search"
 
 
 @pytest.mark.parametrize(("window", "n", "wrong"), [(1, 4, "window must be .* at least 2, got 1"), (8, 0, "n must be")])

@@ -21,10 +21,28 @@ def tune(
     new_tokens: Annotated[
         int | None, typer.Option(help="Tokens to generate; 32, or what the context has room for.")
     ] = None,
-    max_drop: Annotated[float, typer.Option(help="Relative perplexity increase allowed, in [0, 1).")] = 0.01,
+    max_drop: Annotated[
+        float,
+        typer.Option(
+            help="Relative perplexity increase allowed, in [0, 1), and points of the --eval score that may be lost (0.01: one "
+            "prompt in a hundred). The bad end of the interval must lie within it."
+        ),
+    ] = 0.01,
     minutes: Annotated[float, typer.Option(help="Time for everything.")] = 10.0,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the artefact.")] = Path("assay-out"),
-    workload: Annotated[Path | None, typer.Option(help='Your own prompts: JSON lines of {"prompt": ...}.')] = None,
+    workload: Annotated[
+        Path | None,
+        typer.Option(help='Your own prompts to run and to measure perplexity on: JSON lines of {"prompt": ...}.'),
+    ] = None,
+    eval_: Annotated[
+        str | None,
+        typer.Option(
+            "--eval",
+            metavar="FILE",
+            help='What must still be answered as well: JSON lines of {"prompt": ..., "answers": [...]}, of which the first line '
+            "that is generated greedily must match one but for case and white space; or lm_eval:TASK.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an interrupted run stopped; what failed is tried again.")
     ] = False,
@@ -58,6 +76,7 @@ def tune(
         new_tokens,
         workload=str(workload) if workload else None,
         allow_download=allow_download,
+        eval=eval_,
     )
     columns = (SpinnerColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=console, transient=True) as progress:
@@ -93,14 +112,17 @@ def print_summary(document: dict[str, Any], folder: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from assay.tuner.words import close_words, eval_words, papers_words, quality_words, saved_words
+
     out = Console()
     unit = document["best"]["unit"]
     table = Table(title=f"{document['model']}, goal {document['goal']}")
     for heading in ("", unit, "95 % interval"):
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for name, key in (("as loaded", "baseline"), ("free baseline", "free_baseline"), ("best", "best")):
+    for name, key in (("as loaded", "baseline"), ("free", "free_baseline"), ("best", "best")):
         row = document[key]
-        table.add_row(name, f"{row['value']:,.1f}", f"{row['low']:,.1f} to {row['high']:,.1f}")
+        interval = "one run" if row["low"] is None else f"{row['low']:,.1f} to {row['high']:,.1f}"
+        table.add_row(name, f"{row['value']:,.1f}", interval)
     out.print(table)
     _print(out, f"free     {document['free_baseline']['label']}")
     _print(out, f"best     {document['best']['label']}")
@@ -113,19 +135,21 @@ def print_summary(document: dict[str, Any], folder: str) -> None:
         f"tried    {document['screened']} candidates screened, {document['judged']} judged, {document['proven']} proven "
         f"in {document['pairs']} pairs\n",
     )
-    speed, free, quality = document["speedup"], document["speedup_vs_free"], document["quality"]
+    speed, free, limit = document["speedup"], document["speedup_vs_free"], document["max_drop"]
     _print(
         out,
-        f"{speed['median']:.2f}x as loaded ({speed['low']:.2f} to {speed['high']:.2f}), "
-        f"{free['median']:.2f}x the free baseline ({free['low']:.2f} to {free['high']:.2f}); "
-        f"{quality['metric']} {quality['baseline']:.3f} -> {quality['candidate']:.3f} "
-        f"({100 * quality['drop']:+.2f} %, {100 * quality['low']:+.2f} to {100 * quality['high']:+.2f})",
+        f"{free['median']:.2f}x what is free ({free['low']:.2f} to {free['high']:.2f}), "
+        f"{speed['median']:.2f}x as loaded ({speed['low']:.2f} to {speed['high']:.2f})",
     )
-    if not document["helped"]:
-        why = "No method beat the free baseline for certain within the allowed loss"
-        if not document["judged"]:
-            why = "No method was judged in the time there was (see --minutes)"
-        _print(out, f"{why}: the free baseline was saved.")
+    quality = document["quality"]
+    words = [papers_words(document["papers"]), quality_words(quality, limit), close_words(quality)]
+    for line in [*words, eval_words(quality["eval"], limit), saved_words(document)]:
+        if line:
+            _print(out, line)
+    if not document["measured_again"]["cost"]:
+        _print(
+            out, "The figures of time or memory are those by which it was chosen: there was no time to measure again."
+        )
     for note in document["notes"]:
         _print(out, f"Note: {note}.")
     if document["noisy"]:

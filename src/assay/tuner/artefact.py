@@ -29,7 +29,7 @@ from assay.methods.builtin.dtype import DTYPES, cast, dtype_of
 from assay.methods.core.generation.loop import plain_generation
 from assay.methods.transform import TuneContext
 from assay.paths import atomic_dir
-from assay.tuner.outcome import Outcome
+from assay.tuner.outcome import Outcome, finite
 from assay.tuner.recipe import Recipe, apply_recipe
 from assay.tuner.work import calibration_for, check_vocabulary
 
@@ -161,11 +161,11 @@ def save(outcome: Outcome, after: dict[str, Any], limits: Any) -> None:
         "commit": here().commit,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    lines = [{"kind": "summary", **document, **origin}, {"kind": "final", **outcome.final}]
+    lines = [{"kind": "summary", **document, **origin}, {"kind": "final", **finite(outcome.final)}]
     lines += [{"kind": "trial", **row.document()} for row in outcome.rows]
     extra = {
         REPORT: render(outcome, document, after, limits),
-        EVIDENCE: "".join(json.dumps(line, default=str) + "\n" for line in lines),
+        EVIDENCE: "".join(json.dumps(line, default=str, allow_nan=False) + "\n" for line in lines),
     }
     write(outcome.artefact, loaded.model, loaded.tokenizer, outcome.best.recipe, work.calibration, extra)
 

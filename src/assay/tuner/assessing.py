@@ -157,7 +157,9 @@ def _fill(run: Run, row: Row, found: dict[str, Any]) -> None:
     if row.kind != "candidate" and all(step.transform == "dtype" for step in row.recipe.steps):
         _correct(run, row, found)
     drop = drop_of(run.rows[0].quality if run.rows else row.quality, row.quality)
-    row.drop, row.drop_low, row.drop_high = drop.median, drop.low, drop.high
+    row.drop, row.drop_low, row.drop_high = drop.median, None, None
+    if drop.n > 1:  # a single window has no interval
+        row.drop_low, row.drop_high = drop.low, drop.high
 
 
 def _correct(run: Run, row: Row, found: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """What runs in the child processes of a tuning run. Each function takes and returns JSON, see `assay.measure.isolate`.
 
-`survey` looks at the model, `screen` times candidates on few layers, `assess` measures one candidate's cost and quality, `prove`
-runs the finalists interleaved, `once` is a process whose peak memory is read, and `waterline` profiles the result.
+`survey` looks at the model, `screen` times candidates on few layers, `assess` measures one candidate's cost and quality, `judge`
+(in `assay.tuner.judging`) decides about a chosen one on text of the proof, `prove` runs the finalists interleaved, `once` is a
+process whose peak memory is read, and `waterline` profiles the result.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import importlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,10 @@ from assay.methods.core import kernels
 from assay.methods.transform import Fit, Transform
 from assay.tuner.artefact import write
 from assay.tuner.budget import LEAST_PAIRS, rows_of
+from assay.tuner.evaluation import questions_of
 from assay.tuner.journal import append
+from assay.tuner.judging import computable
+from assay.tuner.judging import judge as judge
 from assay.tuner.outcome import drop_of
 from assay.tuner.recipe import Recipe, Step, StepError, apply_recipe
 from assay.tuner.shallow import Shallow, shallow
@@ -53,8 +58,8 @@ def survey(settings: dict[str, Any], dtype: str | None, seconds: float) -> dict[
 
     `kinds` and `waterline` describe the model as it is stored; `base` holds the same in `dtype`, which candidates build on
     (None: as stored). Both are profiled on few layers, extrapolated to all of them, on a prompt shortened so that the profiles
-    take about `seconds`. `costs` are estimates for planning (`assay.tuner.budget.Costs`). `options` lists each option's step, slot,
-    exactness, effects and the share it reaches; `unfit` gives the reason for each transform that does not fit.
+    take about `seconds`. `costs` are estimates for planning (`assay.tuner.budget.Costs`), as is `proof_share`. `options` lists each
+    option's step, slot, exactness, effects and the share it reaches; `unfit` gives the reason for each transform that does not fit.
     """
 
     own, known = Settings(**settings), transforms()
@@ -64,6 +69,7 @@ def survey(settings: dict[str, Any], dtype: str | None, seconds: float) -> dict[
     loaded = load_for(own)
     work = build_work(loaded, own)
     load = time.perf_counter() - begin
+    questions_of(loaded, own)  # bad lines are told now and not at the end
     few = _few(loaded.model, work)
     stored = _dtype_of(loaded.model)
     if dtype is None and stored == "float16" and work.prompt.device.type == "cpu":
@@ -89,6 +95,7 @@ def survey(settings: dict[str, Any], dtype: str | None, seconds: float) -> dict[
         "base": base,
         "costs": costs,
         "profiled_tokens": prompt.shape[1],
+        "proof_share": work.proof_share(),
         "options": options,
         "unfit": unfit,
         "architecture": loaded.model.config.model_type,
@@ -299,11 +306,8 @@ def assess(
     if before is not None:
         found = {name: before[name] for name in ("quality", "hopeless_at") if name in before}
     else:
-        if _dtype_of(model) == "float16" and next(model.parameters()).device.type == "cpu":
-            model = (
-                model.float()
-            )  # float16 is a matter of speed: its numbers mean the same in float32, and are judged in no time
-        found = _assessed(model, work, text, reference, max_drop)
+        # float16 is a matter of speed: its numbers mean the same in float32, and are judged in no time
+        found = _assessed(computable(model), work, text, reference, max_drop)
     return {
         "equivalent": False,
         **same,
@@ -386,10 +390,10 @@ def cast(settings: dict[str, Any], dtype: str, folder: str) -> dict[str, Any]:
 def prove(
     settings: dict[str, Any],
     recipes: dict[str, dict[str, Any]],
-    assess: list[str],
     pairs: int,
     seconds: float,
     *,
+    assess: Sequence[str] = (),
     untimed: dict[str, dict[str, Any]] | None = None,
     text: float = 1.0,
     end: float | None = None,
@@ -399,7 +403,7 @@ def prove(
     Returns the samples of each label, round by round, and the quality of the labels in `assess` and of the recipes in `untimed`
     (whose quality is measured but not their time) on the share `text` of the held-out text. It runs at least six rounds, which an
     exact interval needs, and then continues until `pairs` rounds or `seconds`. No third round starts later than `end` seconds after
-    the beginning; "complete" says whether there were six. "paths" says which kernels ran.
+    the beginning; "complete" says whether there were six. "paths" says by label which path each operator took.
     """
     begin = time.perf_counter()
     own = Settings(**settings)
@@ -416,12 +420,17 @@ def prove(
     for model in models.values():
         run_once(model, work)
     samples: dict[str, list[float]] = {label: [] for label in models}
+    paths: dict[str, dict[str, int]] = {label: {} for label in models}
     order = list(models)
     load = os.getloadavg()[0]
     start = time.perf_counter()
     for done in range(pairs):
         for label in order if done % 2 == 0 else reversed(order):
+            before = kernels.paths()
             samples[label].append(run_once(models[label], work))
+            for name, count in kernels.paths().items():
+                if count > before.get(name, 0):
+                    paths[label][name] = paths[label].get(name, 0) + count - before.get(name, 0)
         spent = time.perf_counter() - start
         if done + 1 >= LEAST_PAIRS and spent > seconds:
             break
@@ -436,7 +445,7 @@ def prove(
         "quality": judged | {label: _assessed(models[label], work, text, None, 0.0)["quality"] for label in assess},
         "load_before": load,
         "load_after": os.getloadavg()[0],
-        "paths": kernels.paths(),
+        "paths": paths,
     }
 
 

@@ -1,7 +1,7 @@
 """The journal of a tuning run: one line per finished measurement, so that `--resume` continues where a run stopped.
 
-The first line says what the measurements belong to: the settings, the contents of the model's and the workload's files, the
-machine, and the version of assay. Failed measurements are recorded for people to read, and measured again on resume.
+The first line says what the measurements belong to: the settings, the contents of the model's, the workload's and the evaluation's
+files, the machine, and the version of assay. Failed measurements are recorded for people to read, and measured again on resume.
 """
 
 from __future__ import annotations
@@ -85,11 +85,13 @@ def identity(settings: Settings) -> dict[str, Any]:
     workload = Path(settings.workload) if settings.workload else None
     if workload is not None and not workload.is_file():
         raise InputError(f"{workload}: no such workload file")
+    own = Path(settings.eval) if settings.eval and not settings.eval.startswith("lm_eval:") else None
     place = here()
     return {
         "settings": dataclasses.asdict(settings),
         "model": model_hash(find_model(settings.model, settings.allow_download)),
         "workload": file_hash(workload) if workload else "",
+        "eval": file_hash(own) if own else "",
         "machine": f"{place.fingerprint} with {place.machine['threads']} threads",
         "assay": f"{place.assay_version} {place.commit}".strip(),
     }
@@ -144,8 +146,13 @@ def _changed(path: Path, old: dict[str, Any], new: dict[str, Any]) -> str:
     """Why the lines of a journal are no longer valid, or ""."""
     if old.get("settings") != new["settings"]:
         raise InputError(f"{path} was begun with other settings; leave out --resume to start anew")
-    names = {"model": "the model's files have", "workload": "the workload's file has", "machine": "the machine has"}
-    names["assay"] = "assay itself has"
+    names = {
+        "model": "the model's files have",
+        "workload": "the workload's file has",
+        "eval": "the evaluation's file has",
+        "machine": "the machine has",
+        "assay": "assay itself has",
+    }
     changed = [text for name, text in names.items() if old.get(name) != new[name]]
     return f"{' and '.join(changed)} changed" if changed else ""
 

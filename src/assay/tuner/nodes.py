@@ -134,7 +134,9 @@ def alike(places: list[Place], found: list[dict[str, Any]], mine: Place) -> tupl
     groups: dict[tuple[str, ...], list[int]] = {}
     for number, (place, own) in enumerate(zip(places, found, strict=True)):
         if "error" not in own and (place.assay_version, place.commit) == (mine.assay_version, mine.commit):
-            groups.setdefault((place.fingerprint, own["model"], own["workload"], own["machine"]), []).append(number)
+            groups.setdefault(
+                (place.fingerprint, own["model"], own["workload"], own["eval"], own["machine"]), []
+            ).append(number)
     if not groups:
         raise InputError(f"no machine of the Ray cluster can take part: {_reason(places[0], found[0], mine)}")
     key, chosen = max(groups.items(), key=lambda item: (len(item[1]), item[0][0] == mine.fingerprint))

@@ -9,6 +9,7 @@ import numpy as np
 
 from assay.measure.plots import bare_axes, svg, waterline_bars
 from assay.tuner.outcome import Outcome, Row, base_row, front
+from assay.tuner.words import close_words, eval_words, papers_words, quality_words, saved_words, tried_words
 from assay.tuner.work import UNITS
 
 INK, BAD, GOOD, FREE = "#1f2937", "#b45309", "#047857", "#6b7280"
@@ -31,6 +32,11 @@ def render(outcome: Outcome, document: dict[str, Any], after: dict[str, Any], li
             "best": outcome.best.recipe.words(),
         },
         quality=quality_words(document["quality"], outcome.max_drop),
+        close=close_words(document["quality"]),
+        scores=eval_words(document["quality"]["eval"], outcome.max_drop),
+        papers=papers_words(document["papers"]),
+        saved=saved_words(document),
+        tried=[tried_words(one, outcome.max_drop) for one in document["tried"] if one["verdict"] != "holds"],
         unfit=unfit(outcome),
         apart=outcome.final.get("apart", []),
         kinds=kinds(outcome, after["kinds"]),
@@ -41,33 +47,6 @@ def render(outcome: Outcome, document: dict[str, Any], after: dict[str, Any], li
         rates=rates,
         read=f"{limits.read_bandwidth / 1e9:.1f} GB/s",
         folder=str(outcome.artefact),
-    )
-
-
-def quality_words(quality: dict[str, Any], limit: float) -> str:
-    """The loss and its interval against the limit, as a sentence.
-
-    >>> quality_words({"drop": 0.004, "low": 0.002, "high": 0.006}, 0.01)
-    'Perplexity rises by 0.40 %; with 95 % certainty by 0.20 % to 0.60 %, all of it within the 1 % allowed.'
-    >>> quality_words({"drop": 0.008, "low": 0.002, "high": 0.012}, 0.01)
-    'Perplexity rises by 0.80 %; with 95 % certainty by 0.20 % to 1.20 %: it may be more than the 1 % allowed.'
-    """
-    drop, low, high = (100 * quality[name] for name in ("drop", "low", "high"))
-    allowed = f"the {100 * limit:g} % allowed"
-    if not all(abs(value) < float("inf") for value in (drop, low, high)):
-        return f"The loss cannot be told: the likelihoods are not finite. It counts as more than {allowed}."
-    if quality["drop"] == quality["low"] == quality["high"] == 0:
-        return f"Perplexity is the same on every block of the text; {100 * limit:g} % more would be allowed."
-    moves = "rises" if drop >= 0 else "falls"
-    spread = f"by {low:.2f} % to {high:.2f} %" if drop >= 0 else f"by {-high:.2f} % to {-low:.2f} %"
-    words = f"Perplexity {moves} by {abs(drop):.2f} %; with 95 % certainty {spread}"
-    if not quality["drop"] <= limit:
-        certain = "and certainly more than" if quality["low"] > limit else "which is more than"
-        return f"{words}, {certain} {allowed}."
-    return (
-        f"{words}, all of it within {allowed}."
-        if quality["high"] <= limit
-        else f"{words}: it may be more than {allowed}."
     )
 
 
@@ -108,8 +87,10 @@ def pareto_plot(outcome: Outcome) -> str:
         if not rows:
             continue
         values = [100 * (row.drop or 0) for row in rows]
-        spread = [[100 * max((r.drop or 0) - (r.drop_low or 0), 0) for r in rows]]
-        spread.append([100 * max((r.drop_high or 0) - (r.drop or 0), 0) for r in rows])
+        lows = [row.drop if row.drop_low is None else row.drop_low for row in rows]  # a single window has no interval
+        highs = [row.drop if row.drop_high is None else row.drop_high for row in rows]
+        spread = [[max(value - 100 * (low or 0), 0) for value, low in zip(values, lows, strict=True)]]
+        spread.append([max(100 * (high or 0) - value, 0) for value, high in zip(values, highs, strict=True)])
         costs = [unit.show(row.cost or 0) for row in rows]
         axes.errorbar(costs, values, yerr=spread, fmt="o", color=colour, label=kind, capsize=2)
     line = front(done)

@@ -57,6 +57,11 @@ def get_transform(name: str) -> Transform:
     return known[name]
 
 
+def is_paper(name: str) -> bool:
+    """Whether a transform is a paper's method; assay's own (`methods.builtin`) are nobody's paper."""
+    return not type(get_transform(name)).__module__.startswith("assay.methods.builtin.")
+
+
 def _defines_transform(module: str) -> bool:
     spec = util.find_spec(module)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):

@@ -4,7 +4,8 @@
 2. Baselines: the model as loaded, and what costs no quality: another dtype, sorted batches, compilation.
 3. Search: candidates are *screened* (timed against the base on few layers, many of them in one process); the most promising are
    *assessed* (cost and quality of the whole model, one process each). Screened times only rank candidates; they are not results.
-4. Proof: the best candidate and both baselines in one process, interleaved.
+4. Proof: the best candidate is judged on text that the search did not see (`assay.tuner.noninferiority`), then timed
+   against both baselines in one process, interleaved.
 5. Artefact: the model with its recipe and report, completely or not at all.
 
 The terms: an *option* is a transform with its configuration, a *recipe* an ordered list of them, a *candidate* a recipe that the
@@ -28,10 +29,11 @@ from assay import checks
 from assay.errors import InputError, MissingError
 from assay.tuner.assessing import Asked, assess, assess_one, base_steps, dtypes, expected, promised, reserve, within
 from assay.tuner.budget import LEAST_PAIRS, SURVEY, Budget, Costs
+from assay.tuner.evaluation import check_eval
 from assay.tuner.journal import Journal, identity
 from assay.tuner.nodes import Here, Nodes, RayNodes
 from assay.tuner.outcome import Outcome, Row
-from assay.tuner.proof import prove
+from assay.tuner.proof import judging, prove
 from assay.tuner.recipe import Step
 from assay.tuner.run import Run, over
 from assay.tuner.screening import screen
@@ -58,11 +60,12 @@ def tune(
 ) -> Outcome:
     """Find, prove and save a cheaper version of a model.
 
-    `max_drop` is the relative perplexity increase allowed (0.01 = 1 %), `minutes` the time for everything, `memory_gib` the
-    limit of one child process (None: 80 % of the machine's memory), `ray` the address of a Ray cluster whose machines assess
-    candidates side by side ("local" starts one). `say` is told what happens. The artefact is written to `output`, completely or not
-    at all. Until then, the journal next to it holds every finished measurement; `resume` continues from it and measures again what
-    failed.
+    `max_drop` is the relative perplexity increase allowed (0.01 = 1 %): the bad end of its interval must lie within it, on text
+    that the search did not see. Where the settings have an `eval`, the loss of its score must lie within it too. `minutes` is the
+    time for everything, `memory_gib` the limit of one child process (None: 80 % of the machine's memory), `ray` the address of a
+    Ray cluster whose machines assess candidates side by side ("local" starts one). `say` is told what happens. The artefact is
+    written to `output`, completely or not at all. Until then, the journal next to it holds every finished measurement; `resume`
+    continues from it and measures again what failed.
 
     Raises InputError for settings that make no sense, a model that cannot be read, an output folder that holds something
     else, or a time too short to measure the model at all; MissingError when the goal needs a counter the machine lacks;
@@ -72,6 +75,8 @@ def tune(
 
     _check(settings, max_drop, minutes, memory_gib)
     check_output(output)
+    if settings.eval is not None:
+        check_eval(settings.eval)
     if settings.goal == "energy" and ray is None:
         _check_energy()
     say(f"looking at {settings.model}")
@@ -99,8 +104,7 @@ def tune(
 def _tune(run: Run) -> Outcome:
     _survey(run)
     _baselines(run)
-    best = _search(run)
-    best, final, helped = prove(run, best)
+    best, final, helped = prove(run, _search(run))
     return _save(run, best, final, helped)
 
 
@@ -204,8 +208,12 @@ def _assess_free(run: Run, steps: tuple[Step, ...], keep: float) -> None:
 # Step 3: search ------------------------------------------------------------------------------------------------------------
 
 
-def _search(run: Run) -> Row:
-    """Screen many candidates, then assess the most promising while time remains for one more and the proof; returns the best row."""
+def _search(run: Run) -> list[Row]:
+    """Screen many candidates, then assess the most promising while time remains for one more and the proof.
+
+    Returns the rows that beat the free baseline, best first, whose loss on the search's text is within the limit by its median:
+    the proof decides on text of its own.
+    """
     search = make_search(run.survey, run.limits, run.max_drop, run.base.cost if run.settings.goal == "memory" else None)
     if run.settings.goal != "memory":
         screen(run, search)
@@ -222,7 +230,8 @@ def _search(run: Run) -> Row:
     run.tell(
         f"{len(run.screened)} candidates screened, {len(run.candidates)} judged, {len(allowed)} within the allowed loss"
     )
-    return min([run.free, *allowed], key=lambda row: row.cost or math.inf)
+    best_first = sorted(allowed, key=lambda row: row.cost or math.inf)
+    return [row for row in best_first if (row.cost or math.inf) < (run.free.cost or math.inf)]
 
 
 def make_search(survey: dict[str, Any], limits: Any, max_drop: float, peak_bytes: float | None = None) -> Search:
@@ -292,7 +301,7 @@ def _time_for_more(run: Run, ratio: float) -> bool:
 
     Before there is one that keeps the quality, the proof may become shorter.
     """
-    left = run.budget.left() - expected(run, ratio)
+    left = run.budget.left() - expected(run, ratio) - judging(run)
     if left >= reserve(run, LEAST_PAIRS if within(run) else 2):
         return True
     if not run.candidates:

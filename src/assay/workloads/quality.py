@@ -23,10 +23,16 @@ _POSITIONS = 128  # positions whose log-probabilities are held at a time: 25 MB 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of each window: mean KL(reference || candidate) in nats per position, and the share of equal most likely tokens."""
+    """How a candidate follows its reference, one figure a window, each float64 (n,).
+
+    `kl` is the mean KL(reference || candidate) in nats per position, `top1` the share of positions whose most likely token is the
+    same; `reference` and `candidate` are their mean negative log-likelihoods in nats per token.
+    """
 
     kl: torch.Tensor
     top1: torch.Tensor
+    reference: torch.Tensor
+    candidate: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,13 @@ def window_nll(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
 
 
 def agreement(reference: nn.Module, candidate: nn.Module, windows: torch.Tensor) -> Agreement:
-    """How closely `candidate` follows `reference` on each window, over all its positions; both fields float64 (n,).
+    """How closely `candidate` follows `reference` on each window, over all its positions, and how likely each finds the text.
 
+    Both models run over one window after the other, so that the logits of one window each are all that is kept.
     Raises ValueError and TypeError for windows as `token_nll`, ValueError for models of different vocabularies.
     """
     _check(windows)
-    kl, top1 = [], []
+    found = []
     with _evaluating(reference), _evaluating(candidate):
         for window in windows:
             expected, given = _logits(reference, window), _logits(candidate, window)
@@ -82,15 +89,28 @@ def agreement(reference: nn.Module, candidate: nn.Module, windows: torch.Tensor)
                 raise ValueError(
                     f"reference and candidate must give logits of one shape, got {tuple(expected.shape)} and {tuple(given.shape)}"
                 )
-            divergence, equal = 0.0, 0
+            sums = torch.zeros(4, dtype=torch.float64)
             for begin in range(0, len(window), _POSITIONS):
-                p = expected[begin : begin + _POSITIONS].float()
-                q = given[begin : begin + _POSITIONS].float().to(p.device)
-                equal += int((p.argmax(-1) == q.argmax(-1)).sum())
-                divergence += float(_kl(p.log_softmax(-1), q.log_softmax(-1)).double().sum())
-            kl.append(divergence / len(window))
-            top1.append(equal / len(window))
-    return Agreement(torch.tensor(kl, dtype=torch.float64), torch.tensor(top1, dtype=torch.float64))
+                p = expected[begin : begin + _POSITIONS]
+                targets = window[begin + 1 : begin + 1 + _POSITIONS]
+                sums += torch.stack([part.sum().cpu() for part in compared(p, given[begin : begin + len(p)], targets)])
+            found.append(sums / torch.tensor([len(window), len(window), len(window) - 1, len(window) - 1]))
+    kl, top1, before, after = torch.stack(found).unbind(1)
+    return Agreement(kl, top1, before, after)
+
+
+def compared(
+    expected: torch.Tensor, given: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of logits (n, vocab) that should be alike, by position: KL(expected || given) in nats, whether the most likely token is the
+    same, and both negative log-likelihoods of `targets`, which may be fewer than n (the first ones); each float64."""
+    p = expected.float()
+    q = given.float().to(p.device)
+    same = (p.argmax(-1) == q.argmax(-1)).double()
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    wanted = targets.to(p.device)[:, None]
+    before, after = (-x[: len(targets)].gather(1, wanted)[:, 0].double() for x in (p, q))
+    return _kl(p, q).double(), same, before, after
 
 
 def relative_increase(nll_base: torch.Tensor, nll_candidate: torch.Tensor) -> Increase:

@@ -31,6 +31,12 @@ Part = Literal["heldout", "calibration", "prompts"]
 KINDS: tuple[Kind, ...] = ("code", "english")
 PARTS: tuple[Part, ...] = ("heldout", "calibration", "prompts")
 
+Half = Literal["search", "proof"]
+HALVES: tuple[Half, ...] = (
+    "search",
+    "proof",
+)  # of the held-out documents: what is chosen on one is judged on the other
+
 SHORTEST_PROMPT, LONGEST_PROMPT = 6, 470  # tokens of a docstring among `mixed_prompts`
 
 _SHARES: dict[Part, float] = {"prompts": 0.5, "heldout": 0.25, "calibration": 0.25}  # of the characters; our choice
@@ -115,6 +121,28 @@ def heldout_windows(tokenizer: Any, *, window: int = 1024, n: int = 8) -> torch.
     return _windows(tokenizer, "heldout", window, n)
 
 
+def document_windows(tokenizer: Any, half: Half, *, window: int = 1024, n: int = 8) -> torch.Tensor:
+    """Held-out text of independent windows: int64, shape (at most n, window), code and English in turn while there is English.
+
+    No two windows share a document, so that they can be resampled as independent draws; "search" and "proof" share none either.
+    A window lies within one document, or joins several short ones. There are fewer than `n` where the documents are used
+    up: about 15 for the search and 30 for the proof at 512 tokens. Their order is shuffled, so that the first ones are like the rest.
+    Raises ValueError for `window` < 2, `n` < 1, another half, or a window longer than all the documents; TypeError for anything
+    but a whole number.
+    """
+    window, n = checks.whole("window", window, low=2), checks.whole("n", n, low=1)
+    checks.choice("half", half, HALVES)
+    code, english = (_own_documents(tokenizer, kind, half, window, n) for kind in KINDS)
+    paired = [row for pair in zip(code, english, strict=False) for row in pair]
+    rows = [*paired, *code[len(english) :], *english[len(code) :]][:n]
+    if not rows:
+        raise ValueError(
+            f"a window of {window} tokens is longer than the held-out text of the {half}; ask for a shorter one"
+        )
+    random.Random(half).shuffle(rows)
+    return torch.tensor(rows)
+
+
 def calibration_windows(tokenizer: Any, *, window: int = 512, n: int = 16) -> torch.Tensor:
     """Text to calibrate on: int64, shape (n, window); even rows are code, odd rows English. See `heldout_windows`."""
     return _windows(tokenizer, "calibration", window, n)
@@ -170,6 +198,13 @@ def _parts(kind: Kind) -> dict[Part, tuple[str, ...]]:
         filled[part] += len(text)
         part_of[name] = part
     return {part: tuple(text for name, text in _documents(kind) if part_of[name] == part) for part in _SHARES}
+
+
+@cache
+def _half(kind: Kind, half: Half) -> tuple[str, ...]:
+    """The held-out documents of one half: from the longest to the shortest, every third is the search's, the others the proof's."""
+    documents = sorted(_parts(kind)["heldout"], key=lambda text: (-len(text), text))
+    return tuple(text for place, text in enumerate(documents) if (place % 3 == 0) == (half == "search"))
 
 
 @cache
@@ -254,6 +289,30 @@ def _windows(tokenizer: Any, part: Part, window: int, n: int) -> torch.Tensor:
     counts: dict[Kind, int] = {"code": (n + 1) // 2, "english": n // 2}
     rows = {kind: _spread(tokenizer, kind, part, window, count) for kind, count in counts.items() if count}
     return torch.tensor([rows[KINDS[i % 2]][i // 2] for i in range(n)])
+
+
+def _own_documents(tokenizer: Any, kind: Kind, half: Half, window: int, count: int) -> list[list[int]]:
+    """At most `count` windows of which no two share a document: long documents give one each, short ones are joined."""
+    start = start_tokens(tokenizer)
+    fresh = checks.whole("window", window, low=len(start) + 1) - len(start)
+    rows: list[list[int]] = []
+    short: list[int] = []
+    for text in _half(kind, half):
+        if len(rows) == count:
+            break
+        ids: list[int] = []
+        for begin in (
+            text.find("\n", len(text) // 3) + 1,
+            0,
+        ):  # past the head of the file, where there is enough after it
+            if len(ids) < fresh:
+                ids = _ids_of(tokenizer, [text[begin : begin + 16 * window]])[0]
+        if len(ids) < fresh:
+            short += _ids_of(tokenizer, ["\n\n" + text if short else text])[0]
+            ids, short = (short, []) if len(short) >= fresh else ([], short)
+        if ids:
+            rows.append(start + ids[:fresh])
+    return rows
 
 
 def _spread(tokenizer: Any, kind: Kind, part: Part, window: int, count: int) -> list[list[int]]:

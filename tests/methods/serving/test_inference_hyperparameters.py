@@ -193,19 +193,72 @@ def test_engine_spaces_hold_their_constraints():
 def test_nothing_evaluated_is_better_than_what_is_returned(method, seed):
     noisy = Noisy()
     result = search(space(), noisy, method=method, trials=20, seed=seed)
-    values = {}
+    values, final = {}, {}
     for trial in result.trials:
         if trial.status == "ok" and trial.fidelity == 1:
-            values.setdefault(key_of(trial.params), []).append(trial.value)
-    assert result.best.mean == pytest.approx(max(map(statistics.mean, values.values())))
-    assert result.best.mean >= result.default.mean
-    assert result.gain_percent >= 0
+            (final if trial.final else values).setdefault(key_of(trial.params), []).append(trial.value)
+    means = {key: statistics.mean(found) for key, found in values.items()}
+    assert means[key_of(result.best_params)] == max(means.values())
     assert result.trials[0].params == space().default() == result.default_params
-    assert len(values[key_of(result.best_params)]) >= 3  # the winner and the default were measured again
+    assert (
+        len(values[key_of(result.best_params)]) >= 3
+    )  # the winner and the default were measured again before the choice
     assert len(values[key_of(space().default())]) >= 3
+    assert set(final) == {key_of(result.best_params), key_of(space().default())}  # and after it
+    assert {len(found) for found in final.values()} == {3}
+    assert result.best.mean == pytest.approx(statistics.mean(final[key_of(result.best_params)]))
     assert result.best.low < result.best.mean < result.best.high
     seeds = [seed for _, _, seed in noisy.asked]
     assert len(set(seeds)) == len(seeds)  # fresh ones
+
+
+def test_the_interval_of_the_gain_holds_the_truth_where_all_settings_are_equal():
+    """Best of many by luck alone: the measurements it was chosen by would promise a gain that is not there."""
+    flat = Space([Int("batch_size", 1, 20, default=1)])
+    runs, holds, flattered = 100, 0, 0
+    for seed in range(runs):
+        noise = random.Random(seed)
+        result = search(
+            flat,
+            lambda params, noise=noise, **_: 100.0 * math.exp(0.05 * noise.gauss(0, 1)),
+            method="random", trials=20, seed=seed, confirm=3,
+        )  # fmt: skip
+        holds += result.gain.contains(1.0)
+        chosen = [t.value for t in result.trials if t.params == result.best_params and not t.final]
+        default = [t.value for t in result.trials if t.params == result.default_params and not t.final]
+        flattered += statistics.mean(chosen) > statistics.mean(default)
+    assert holds >= 93
+    assert flattered > 80
+
+
+def test_a_real_gain_is_found_with_its_interval():
+    noise = random.Random(0)
+    flat = Space([Int("batch_size", 1, 4, default=1)])
+    result = search(
+        flat,
+        lambda params, **_: (2.0 if params["batch_size"] == 3 else 1.0) * math.exp(0.01 * noise.gauss(0, 1)),
+        method="grid",
+        confirm=6,
+    )
+    assert result.best_params == {"batch_size": 3}
+    assert result.gain.low > 1.5
+    assert result.gain.median == pytest.approx(2.0, rel=0.03)
+    assert result.gain_percent == pytest.approx(100 * (result.gain.median - 1))
+
+
+def test_what_fails_when_it_is_measured_again_is_not_chosen():
+    calls = []
+
+    def moody(params, **_):
+        calls.append(params["batch_size"])
+        if params["batch_size"] == 3 and calls.count(3) > 2:
+            raise RuntimeError("not again")
+        return float(params["batch_size"])
+
+    result = search(Space([Int("batch_size", 1, 3, default=1)]), moody, method="grid", confirm=2)
+    assert result.best_params == {"batch_size": 2}
+    assert result.best.mean == 2.0
+    assert result.best.n == result.default.n == 2
 
 
 def test_the_default_wins_where_it_is_best():
@@ -235,7 +288,7 @@ def test_a_grid_search_covers_the_product_less_what_is_infeasible():
     )
     result = search(limited, objective, method="grid", trials=1, confirm=1)
     grid = {key_of(params) for params in limited.grid()}
-    seen = [key_of(trial.params) for trial in result.trials]
+    seen = [key_of(trial.params) for trial in result.trials if not trial.final]
     assert sorted(seen) == sorted(grid)  # each once, the default included
     by_status = {}
     for trial in result.trials:
@@ -406,6 +459,30 @@ def test_the_result_is_kept_as_json(tmp_path):
     assert document["best_params"] == result.best_params
     assert len(document["trials"]) == len(result.trials)
     assert engine_settings(result.best_params).keys() == {"batch_size", "sort_by_length", "threads"}
+
+
+@pytest.mark.parametrize("broken", [math.inf, math.nan])
+def test_what_is_kept_is_json_that_every_reader_takes(tmp_path, broken):
+    def objective(params, **_):
+        if params["batch_size"] == 1:
+            raise RuntimeError("no default")
+        return Outcome(1.0, {"p95_seconds": broken if params["batch_size"] == 3 else 0.1})
+
+    small = Space([Int("batch_size", 1, 3, default=1)])
+    result = search(small, objective, method="grid", confirm=1, journal=tmp_path / "journal")
+    assert result.gain_percent == math.inf
+    result.save(tmp_path / "result.json")
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    document = json.loads((tmp_path / "result.json").read_text(), parse_constant=refuse)
+    assert document["gain_percent"] is None
+    for line in (tmp_path / "journal").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+    equal = search(small, lambda params, **_: 1.0, method="grid", confirm=1)
+    equal.save(tmp_path / "equal.json")
+    assert json.loads((tmp_path / "equal.json").read_text(), parse_constant=refuse)["break_even_tokens"] is None
 
 
 def test_the_estimator_follows_scikit_learn():

@@ -6,8 +6,8 @@ hardware. This room makes the finding usable:
 
 - a typed space with conditions and constraints (`Space`), and a memory floor that rules settings out before they are tried;
 - trials that may fail: an out-of-memory is remembered, and nothing that needs at least as much memory is tried again;
-- `search` by grid, random, TPE (Optuna) or successive halving. The default is trial 0; the result was measured repeatedly, and
-  no evaluated setting has a higher mean;
+- `search` by grid, random, TPE (Optuna) or successive halving. The default is trial 0; no setting evaluated had a higher mean than
+  the one chosen, and its gain is measured freshly after the choice, in turns with the default;
 - a report: `landscape` (gap, local maxima that noise does not explain, sensitivity) and `transfer_matrix` between environments;
 - an engine to tune: Hugging Face generation on given prompts (`HuggingFaceEngine`, `IsolatedEngine`).
 

@@ -9,7 +9,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -25,6 +25,7 @@ from assay.methods.serving.inference_hyperparameters.trials import (
     SearchResult,
     Status,
     Trial,
+    finite,
     mean_of,
 )
 from assay.paths import atomic_file
@@ -150,7 +151,8 @@ def search(
     Trial 0 is the default setting. "grid" tries the whole grid (`levels` values a range) whatever `trials` says; "tpe" and
     "random" try `trials` settings in all; "halving" starts `trials` random settings on a small share of the workload and
     keeps the best third for three times as much. Then the three best, the default, and whatever comes to lead are measured again
-    until each has `confirm` measurements on the whole workload; the largest mean wins, so nothing evaluated is better.
+    until each has `confirm` measurements on the whole workload; the largest mean wins, so nothing evaluated was better. What is
+    reported of it is measured after that: `confirm` fresh measurements of it and of the default, in turns.
 
     A setting is rejected when a metric exceeds its entry in `limits` ({"p95_seconds": 2.0}: throughput subject to latency) or
     its `mismatch_rate` exceeds `max_mismatch` (another batch size or dtype changes the rounding, and with it a few outputs).
@@ -184,19 +186,36 @@ def search(
         searcher.tell(default, first.value if first.status == "ok" else None)
         _explore(run, searcher, None if method == "grid" else trials)
     _confirm(run, default, confirm)
-    accepted = run.accepted()
-    if not accepted:
-        problems = "; ".join(dict.fromkeys(trial.error for trial in run.trials if trial.error))
-        raise RuntimeError(f"no setting was accepted: {problems}")
-    best = max(accepted.values(), key=lambda entry: np.mean(entry[1]))
-    at_default = accepted.get(key_of(default))
+    best = _measured_again(run, default, confirm)
+    final = [[t.value for t in run.trials if t.final and t.params == params] for params in (best, default)]
     return SearchResult(
         trials=tuple(run.trials),
-        best_params=best[0],
-        best=mean_of(best[1]),
+        best_params=best,
+        best=mean_of(_numbers(final[0])),
         default_params=default,
-        default=mean_of(at_default[1]) if at_default else None,
+        default=mean_of(_numbers(final[1])) if key_of(default) in run.accepted() else None,
     )
+
+
+def _numbers(values: list[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _measured_again(run: _Run, default: Params, times: int) -> Params:
+    """Choose the setting of the largest mean and measure it and the default freshly, in turns; one that then fails is not chosen."""
+    while True:
+        accepted = run.accepted()
+        if not accepted:
+            problems = "; ".join(dict.fromkeys(trial.error for trial in run.trials if trial.error))
+            raise RuntimeError(f"no setting was accepted: {problems}")
+        best = max(accepted.values(), key=lambda entry: np.mean(entry[1]))[0]
+        pair = [best] if best == default or key_of(default) not in accepted else [default, best]
+        for turn in range(times):
+            for params in pair if turn % 2 == 0 else reversed(pair):
+                run.evaluate(params, final=True)
+        if all(key_of(params) in run.accepted() for params in pair):
+            return best
+        run.trials = [replace(t, final=False) if t.final and t.status == "ok" else t for t in run.trials]
 
 
 @dataclass
@@ -212,10 +231,10 @@ class _Run:
     progress: Callable[[Trial], None] | None
     trials: list[Trial] = field(default_factory=list)
 
-    def evaluate(self, params: Params, fidelity: float = 1.0) -> Trial:
+    def evaluate(self, params: Params, fidelity: float = 1.0, *, final: bool = False) -> Trial:
         number = len(self.trials)
         trial = self.journal.replay(number, params, fidelity) or self._measured(number, params, fidelity)
-        return self._record(trial)
+        return self._record(replace(trial, final=final))
 
     def skip(self, params: Params, reason: str) -> None:
         self._record(Trial(len(self.trials), params, "skipped", error=reason))
@@ -239,11 +258,11 @@ class _Run:
         return ""
 
     def accepted(self) -> dict[str, tuple[Params, list[float]]]:
-        """Settings and their values on the whole workload; a setting with any failed or rejected trial is out."""
+        """Settings and the values they are chosen by, on the whole workload; a setting with any failed or rejected trial is out."""
         found: dict[str, tuple[Params, list[float]]] = {}
         out = {key_of(t.params) for t in self.trials if t.status in ("rejected", "failed", "out of memory")}
         for trial in self.trials:
-            if trial.status == "ok" and trial.fidelity == 1.0 and key_of(trial.params) not in out:
+            if trial.status == "ok" and not trial.final and trial.fidelity == 1.0 and key_of(trial.params) not in out:
                 assert trial.value is not None
                 found.setdefault(key_of(trial.params), (trial.params, []))[1].append(trial.value)
         return found
@@ -391,6 +410,6 @@ class _Journal:
         if self._path is None or trial.number < len(self._kept):
             return
         with self._path.open("a") as file:
-            file.write(json.dumps(asdict(trial)) + "\n")
+            file.write(json.dumps(finite(asdict(trial)), allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from assay import checks
-from assay.measure.stats import student_t
+from assay.measure.stats import Interval, paired_ratio, student_t
 from assay.methods.serving.inference_hyperparameters.space import Params
 from assay.paths import atomic_file
 
@@ -45,6 +45,7 @@ class Trial:
     error: str = ""
     seconds: float = 0.0
     fidelity: float = 1.0
+    final: bool = False  # measured after the choice, and taking no part in it
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,10 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found. Values are means over the full-workload trials of a setting."""
+    """What a search found. `best` and `default` are means of fresh measurements, made in turns after the best setting was chosen.
+
+    The measurements that a choice was made by flatter what was chosen: among thirty equal settings, the luckiest one wins.
+    """
 
     trials: tuple[Trial, ...]
     best_params: Params
@@ -90,9 +94,29 @@ class SearchResult:
     default: Mean | None  # None if the default setting failed
 
     @property
+    def gain(self) -> Interval | None:
+        """The best setting's value over the default's with its 95 % interval, over the pairs measured after the choice.
+
+        Exactly 1 if the default is the best; None if the default failed or a value is not positive.
+        """
+        best, default = self._final(self.best_params), self._final(self.default_params)
+        if self.default is None or not all(value > 0 for value in [*best, *default]):
+            return None
+        if self.best_params == self.default_params:
+            return Interval(1.0, 1.0, 1.0, len(best))
+        return paired_ratio(best, default)
+
+    @property
     def gain_percent(self) -> float:
-        """What the best setting gains over the default; infinite if the default failed."""
-        return math.inf if self.default is None else 100 * (self.best.mean / self.default.mean - 1)
+        """What the best setting gains over the default; infinite if the default failed, NaN where a value is not positive."""
+        if self.default is None:
+            return math.inf
+        return math.nan if self.gain is None else 100 * (self.gain.median - 1)
+
+    def _final(self, params: Params) -> list[float]:
+        return [
+            t.value for t in self.trials if t.final and t.params == params and t.status == "ok" and t.value is not None
+        ]
 
     @property
     def search_seconds(self) -> float:
@@ -108,10 +132,27 @@ class SearchResult:
         return self.search_seconds / saved if saved > 0 else math.inf
 
     def save(self, path: str | Path) -> None:
-        """Write the result as JSON, whole or not at all."""
-        document = {**asdict(self), "gain_percent": self.gain_percent, "break_even_tokens": self.break_even_tokens}
+        """Write the result as JSON, whole or not at all; numbers that JSON does not have become null."""
+        more = {
+            "gain": None if self.gain is None else asdict(self.gain),
+            "gain_percent": self.gain_percent,
+            "break_even_tokens": self.break_even_tokens,
+        }
         with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(document, indent=1))
+            temporary.write_text(json.dumps(finite({**asdict(self), **more}), indent=1, allow_nan=False))
+
+
+def finite(value: Any) -> Any:
+    """`value` without numbers that JSON does not have: None stands for them.
+
+    >>> finite({"a": (1.0, math.inf)})
+    {'a': [1.0, None]}
+    """
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def engine_settings(params: Params) -> Params:
