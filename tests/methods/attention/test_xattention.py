@@ -505,6 +505,19 @@ def test_the_transform_fits_long_prompts_of_transformers_models():
         assert transform.apply(copy.deepcopy(model), config, CONTEXT).config.xattention["tau"] == config["tau"]
 
 
+def test_prompts_and_windows_of_1024_tokens_are_enough_and_shorter_ones_are_not():
+    def fit(tokens, window=None):
+        model = tiny_model("Mistral", sliding_window=window)
+        return transform.applies_to(model, TuneContext("ttft", prompt_tokens=tokens, new_tokens=8))
+
+    assert fit(1024).applies
+    assert not fit(1023).applies
+    assert "prompts of 1023 tokens leave nothing to skip (1024 needed)" in fit(1023).reason
+    assert fit(4096, window=1024).applies
+    assert not fit(4096, window=1023).applies
+    assert "2 of 2 attention layers see 1023 tokens at most" in fit(4096, window=1023).reason
+
+
 # --------------------------------------------------------------------------------------------------------------- errors
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -281,6 +282,21 @@ def test_exact_packing_equals_the_integer_program(lengths, spare):
     assert max(packing.loads) <= capacity
 
 
+@pytest.mark.parametrize("method", ["best_fit", "exact"])
+def test_a_prompt_that_fills_its_row_exactly_fits(method):
+    assert pack_prompts([7, 3], 10, method=method).bins == ((0, 1),)
+    assert pack_prompts([8, 5, 3, 2, 2], 10, method=method).loads == [10, 10]
+    assert pack_prompts([10], 10, method=method).bins == ((0,),)
+    tight = pack_prompts([6, 5, 5, 4], 10, method=method)
+    assert (tight.bins, tight.optimal) == (((0, 3), (1, 2)), True)
+
+
+def test_the_exact_search_fills_rows_exactly():
+    lengths, capacity = [44, 24, 24, 22, 21, 17, 8, 8, 6, 6], 60  # 180 tokens: three rows without a free token
+    packing = pack_prompts(lengths, capacity, method="exact")
+    assert packing.loads == [60, 60, 60]
+
+
 def test_exact_beats_greedy_where_greedy_fails():
     lengths, capacity = [4, 4, 5, 5, 2, 2, 2, 6], 10  # 30 tokens fill three rows
     assert len(pack_prompts(lengths, capacity, method="exact").bins) == 3
@@ -466,16 +482,20 @@ def test_the_free_baseline_leaves_what_the_other_arms_leave(kind):
         torch.testing.assert_close(own, other, atol=2e-5, rtol=1e-4)
 
 
-def test_memory_is_held_against_the_leanest_free_arm(monkeypatch):
+def test_memory_is_held_against_what_is_free(monkeypatch):
     import assay.experiments.inference.prepacking as room
     from assay.measure.memory import PeakMemory
 
-    peaks = {"padded": 1200, "sorted": 1100, "alone": 600, "varlen": 500}
+    peaks = {"padded": 1200, "sorted": 1100, "alone": 600, "varlen": 500, "mask": 800}
     monkeypatch.setattr(room, "peak_memory_of_child", lambda _, call: PeakMemory(10, 10 + peaks[call["arm"]]))
     monkeypatch.setattr(room, "in_every_arm", lambda prompts, batch: {"weights": 300, "cache": 100})
-    figure = room.prefill_peak_memory(8, 4, "varlen")
-    assert (figure.value, figure.free, figure.free_label) == (2.4, 2.0, "each prompt by itself")
-    assert figure.details == {"peak_bytes": peaks, "in_every_arm_bytes": {"weights": 300, "cache": 100}}
+    loaded = SimpleNamespace(model=tiny("llama"), tokenizer=None)
+    monkeypatch.setattr(room, "load_model", lambda name: loaded)
+    monkeypatch.setattr(room, "mixed_prompts", lambda tokenizer, n: PROMPTS[:n])
+    figure = room.prefill_peak_memory(4, 4, 2)
+    assert (figure.value, figure.low, figure.high, figure.free) == (1.5, 1.5, 1.5, 2.0)
+    assert figure.arms["one flat row without a mask"] == 2.4
+    assert figure.quality.candidate < 1e-4 < 1e-2 < min(figure.quality.controls.values())
 
 
 @pytest.mark.parametrize("bad", [3.7, True, "3", float("nan")])

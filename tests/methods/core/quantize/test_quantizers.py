@@ -305,13 +305,54 @@ def test_tiny_and_huge_channels_stay_numbers(name, largest):
     assert torch.equal(found[0], make_quantizer(name).calibrate(x[0])(x[0]))
 
 
-def test_the_search_goes_on_below_its_octaves_where_the_minimum_lies_there():
-    torch.manual_seed(0)
-    x = torch.randn(200_000)
-    x[0] = 2.0**9  # an outlier that no grid of least squared error reaches for: 4 octaves end at 32
-    near = UniformQuantizer(8).calibrate(x, "mse", octaves=4, steps=4)
-    far = UniformQuantizer(8).calibrate(x, "mse", octaves=20, steps=4)
-    assert near.high == far.high
+class Watched(UniformQuantizer):
+    """Keeps every range it is tried with, and the squared error there."""
+
+    def quantize(self, x, high, low=None):
+        found = super().quantize(x, high, low)
+        self.tried = [*getattr(self, "tried", []), (float(high), float((found - x).square().mean()))]
+        return found
+
+
+@pytest.mark.parametrize(("octaves", "steps"), [(1, 4), (3, 4), (3, 2), (2, 1)])
+def test_the_search_tries_so_many_ranges_an_octave_over_so_many_octaves(octaves, steps):
+    quantizer = Watched(8)
+    quantizer.calibrate(torch.linspace(-1, 1, 1000), "mse", octaves=octaves, steps=steps)
+    ranges = [high for high, _ in quantizer.tried]
+    assert ranges == pytest.approx([2.0 ** (-i / steps) for i in range(octaves * steps)])
+    assert float(quantizer.high) == 1.0
+
+
+@pytest.mark.parametrize("octaves", [3, 4, 8])
+def test_the_search_goes_on_below_its_octaves_until_the_best_range_lies_an_octave_higher(octaves):
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(7))
+    x[0] = 2.0**7  # an outlier that no grid of least squared error reaches for
+    quantizer = Watched(4)
+    quantizer.calibrate(x, "mse", octaves=octaves, steps=4)
+    errors = [error for _, error in quantizer.tried]
+    best = errors.index(min(errors))
+    assert 4 * 5 <= best < 4 * 6  # between 5 and 6 octaves below the outlier
+    assert len(errors) == max(4 * octaves, best + 4)
+    everywhere = UniformQuantizer(4).calibrate(x, "mse", octaves=20, steps=4)
+    assert float(quantizer.high) == float(everywhere.high) == quantizer.tried[best][0]
+
+
+def test_the_search_shrinks_both_ends_of_a_range_and_leaves_a_channel_of_zeros_alone():
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(8)).clamp(-4, 4)
+    x[0] = -8.0
+    wide = UniformQuantizer(4, symmetric=False).calibrate(x)
+    tight = UniformQuantizer(4, symmetric=False).calibrate(x, "mse")
+    factor = float(tight.high / wide.high)
+    assert 0.2 < factor < 0.9
+    assert float(tight.low / wide.low) == pytest.approx(factor)
+    zeros = UniformQuantizer(8, axis=0).calibrate(torch.stack([torch.zeros(50), x[1:51]]), "mse")
+    assert float(zeros.high[0]) == 1.0
+
+
+def test_the_search_goes_down_forty_octaves_at_most():
+    UniformQuantizer(8).calibrate(torch.ones(2), "mse", octaves=40, steps=1)
+    with pytest.raises(ValueError, match="octaves must be a whole number at least 1 and at most 40, got 41"):
+        UniformQuantizer(8).calibrate(torch.ones(2), "mse", octaves=41, steps=1)
 
 
 @pytest.mark.parametrize("bits", [True, 8.0, "8"])
