@@ -13,17 +13,21 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n $(WORKERS) --dist loadfile
 
 define HELP
-make demo             tune the bundled model, eight minutes
+make demo             tune the bundled model, twelve minutes
 make test             lint, types and every test but the slow ones and the sweep
 make room SLUG=x      lint, types and tests of one paper and of what imports it
 make test-times       the same tests as `make test`, and what each file and the costliest tests take
 make test-slow        tests that take minutes: whole commands, Ray clusters, kernels for other processors
 make sweep            every transform on every architecture
-make bench, evidence  measure this machine
+make bench            measure this machine
+make evidence         measure every claim at small scale (hours); evidence-stale: what is older than its code; evidence-pages
+make rates            search the learning rates of the experiments; SLUG=x for one paper
+make mutants          plant sixty faults, count how many the tests notice (an hour)
 endef
 export HELP
 
-.PHONY: help setup demo test lint check-environment kernels room sweep test-times test-slow bench evidence clean
+.PHONY: help setup demo test lint check-environment kernels room sweep test-times test-slow bench evidence evidence-pages \
+	evidence-stale rates mutants clean
 
 setup: $(STAMP)
 
@@ -41,7 +45,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	@touch "$(STAMP)"
 
 demo: setup
-	"$(BIN)/assay" tune smollm2-135m --goal ttft --prompt-tokens 4096 --max-drop 0.01 --minutes 8 -o out/demo
+	"$(BIN)/assay" tune smollm2-135m --goal ttft --prompt-tokens 4096 --max-drop 0.01 --minutes 12 -o out/demo
 
 test: setup lint check-environment kernels
 	$(PYTEST) -m "not slow and not sweep and not gpu"
@@ -79,8 +83,26 @@ test-slow: setup kernels
 bench: setup
 	"$(BIN)/python" benchmarks/speed.py --out evidence/bench.jsonl
 
+# Every claim at small scale, on a quiet machine; goes on where it was interrupted.
 evidence: setup
-	"$(BIN)/assay" verify --all --scale small --jsonl evidence/claims.jsonl
+	"$(BIN)/assay" verify --all --scale small --resume --into evidence
+	"$(BIN)/python" benchmarks/pages.py
+
+# The pages over the records: docs/evidence and evidence/README.md.
+evidence-pages: setup
+	"$(BIN)/python" benchmarks/pages.py
+
+# The records that are older than their code, and the commands that measure them again.
+evidence-stale: setup
+	"$(BIN)/assay" evidence stale
+
+# The learning rates of the experiments that train something; of one paper: make rates SLUG=based
+rates: setup
+	"$(BIN)/python" -P -c "import sys; from assay.experiments.rates import main; main(sys.argv[1:])" $(SLUG)
+
+# Sixty small faults in measure, evidence and tuner, one at a time: how many do the tests notice?
+mutants: setup kernels
+	OMP_NUM_THREADS=1 "$(BIN)/python" tests/mutation.py
 
 clean:
 	rm -rf "$(VENV)" out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -48,7 +48,7 @@ def tests_of(modules: set[str]) -> list[Path]:
 def main(slug: str) -> int:
     modules = modules_of(slug, grimp.build_graph("assay"))
     if not modules:
-        print(f"no paper with code is called {slug!r}; `assay papers --status works` lists them")
+        print(f"no paper with code is called {slug!r}; `assay papers --status code` lists them")
         return 2
     sources, tests = sorted(str(file_of(name)) for name in modules), [str(path) for path in tests_of(modules)]
     python = sys.executable

@@ -68,6 +68,18 @@ def output_file(path: Path | str, name: str) -> Path:
     return given
 
 
+def output_folder(path: Path | str, name: str) -> Path:
+    """The folder that will be written into, made if it is not there. Raises InputError, naming the option `name`, when it cannot be."""
+    folder = expanded(path, name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{name} must name a folder that can be written into, got {path}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{name} must name a folder that can be written into, got {path}")
+    return folder
+
+
 def _target(path: Path | str, name: str) -> Path:
     """Where writing `path` really goes: through links, but never over a folder or a device."""
     target = Path(os.path.realpath(path))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from assay.catalogue import FAMILIES, SAVES, get, get_claim, papers
+from assay.catalogue import FAMILIES, FORMS, QUANTITIES, SAVES, get, get_claim, papers
 from assay.catalogue import search as searching
 from assay.cli.papers import page
 from assay.errors import InputError
@@ -43,7 +43,7 @@ def test_entry(paper):
 
 FILES = sorted(Path(str(resources.files("assay.catalogue") / "papers")).iterdir())
 PAPER_KEYS = {"slug", "number", "title", "year", "arxiv", "family", "summary", "saves", "code", "claims"}
-CLAIM_KEYS = {"id", "metric", "value", "unit", "baseline", "conditions", "better"}
+CLAIM_KEYS = {"id", "metric", "value", "unit", "baseline", "conditions", "better", "form", "quantity", "baseline_value"}
 
 
 def test_each_family_has_its_file_and_no_other_file_is_there():
@@ -79,7 +79,10 @@ def test_file(file):
             assert {"id", "metric"} <= set(claim), where
             assert claim.get("better", "higher") in ("higher", "lower"), where
             assert type(claim.get("value", 0)) in (int, float), where
-            assert all(type(claim.get(key, "")) is str for key in CLAIM_KEYS - {"value"}), where
+            assert type(claim.get("baseline_value", 0)) in (int, float), where
+            assert claim.get("form", "ratio") in FORMS, where
+            assert claim.get("quantity", "time") in QUANTITIES, where
+            assert all(type(claim.get(key, "")) is str for key in CLAIM_KEYS - {"value", "baseline_value"}), where
 
 
 def test_ids_are_those_of_one_paper():
@@ -91,12 +94,12 @@ def test_ids_are_those_of_one_paper():
 
 
 def test_the_list_of_papers_with_code_is_up_to_date():
-    """`assay papers --status works --markdown > docs/papers.md` writes it."""
-    rows = [paper for paper in papers() if paper.status == "works"]
+    """`assay papers --markdown > docs/papers.md` writes it."""
+    rows = [paper for paper in papers() if paper.status == "code"]
     file = Path(__file__).parents[2] / "docs" / "papers.md"
     assert file.read_text(encoding="utf-8") == page(rows)
     for paper in papers():
-        assert (f"- `{paper.slug}`:" in page(rows)) == (paper.status == "works")
+        assert (f"- `{paper.slug}`:" in page(rows)) == (paper.status == "code")
 
 
 def test_every_family_has_papers_and_every_paper_but_few_a_claim():
@@ -107,9 +110,9 @@ def test_every_family_has_papers_and_every_paper_but_few_a_claim():
 def test_status_follows_the_code():
     for paper in papers():
         there = util.find_spec(f"assay.methods.{paper.family}") is not None and util.find_spec(paper.module) is not None
-        assert (paper.status == "works") == there
+        assert (paper.status == "code") == there
     for slug in ("prepacking", "xattention", "fp8_vs_int8", "greenformers", "idealized_runtime", "convfirst"):
-        assert get(slug).status == "works"
+        assert get(slug).status == "code"
 
 
 def test_a_wrong_slug_suggests_the_nearest():

@@ -15,6 +15,7 @@ from assay.cli.evidence import app
 from assay.cli.main import main
 from assay.errors import InputError
 from assay.evidence.store import Store, write_jsonl
+from assay.evidence.verdict import judge
 
 RECORDS = [
     make(details={"density": 0.25}),
@@ -67,7 +68,8 @@ def test_list_of_nothing():
 @pytest.mark.usefixtures("filled")
 def test_show():
     record = RECORDS[0]
-    assert json.loads(run("show", record.id, "--json").stdout) == record.model_dump(mode="json")
+    shown = json.loads(run("show", record.id, "--json").stdout)
+    assert shown == record.model_dump(mode="json") | {"verdict": "reproduced", "reason": judge(record).reason}
     text = run("show", record.id[:8]).stdout
     for words in (
         "toy/speedup (speed-up)",
@@ -177,3 +179,16 @@ def test_import_of_something_else(tmp_path):
     assert isinstance(result.exception, InputError)
     assert "e.jsonl, line 2: not JSON" in str(result.exception)
     assert listed() == []
+
+
+def test_stale_lists_what_to_measure_again(tmp_path, monkeypatch):
+    from assay.evidence import shipped
+
+    monkeypatch.setattr(shipped, "folder", lambda: tmp_path)
+    shipped.add([make(hashes={}), make(claim="other/thing")], tmp_path)
+    (row,) = json.loads(run("stale", "--json").stdout)["stale"]
+    assert row["claim"] == "toy/speedup"
+    assert row["command"] == "assay verify toy --scale small --into evidence"
+    text = run("stale")
+    assert "it was made before records held hashes" in text.stdout
+    assert "1 of the shipped claims are stale" in text.stderr

@@ -47,7 +47,7 @@ def test_paper_card(capsys):
     [
         (["paper", "xatention"], 2, "did you mean xattention"),
         (["papers", "--family", "nothing"], 2, "--family must be one of"),
-        (["papers", "--status", "half"], 2, "works or planned"),
+        (["papers", "--status", "half"], 2, "measured, code or planned"),
         (["tune", "smollm2-135m", "--goal", "speed"], 2, "--goal must be one of"),
         (["tune", "smollm2-135m", "--goal", "ttft", "--max-drop", "1"], 2, "--max-drop must lie in [0, 1)"),
         (["tune", "smollm2-135m", "--goal", "ttft", "--max-drop", "-0.1"], 2, "--max-drop must lie in [0, 1)"),

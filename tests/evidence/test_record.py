@@ -6,12 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from evidence_maker import estimate, make
+from evidence_maker import OLD, estimate, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from assay.errors import InputError
+from assay.evidence import hashes
 from assay.evidence.record import Evidence, changed, parse
 from assay.evidence.types import plain, point_key
 
@@ -33,7 +34,6 @@ json_values = st.recursive(
 @settings(max_examples=100, deadline=None)
 def test_a_record_survives_json(point, details, values, error, seconds):
     record = make(
-        judged=False,
         point=plain(point),
         details=details,
         measured=estimate(*values),
@@ -75,14 +75,14 @@ def test_records_are_frozen():
         ({"status": "fine"}, "status"),
         ({"scale": "huge"}, "scale"),
         ({"measured": None}, "must hold what was measured"),
-        ({"status": "failed", "verdict": "reproduced"}, "no verdict"),
+        ({"verdict": "reproduced"}, "verdict"),
         ({"seconds": math.nan}, "finite"),
         ({"created": "2026-01-02T03:04:05"}, "timezone"),
         ({"measured": {"median": 1, "low": 2, "high": 3}}, "low <= median <= high"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, words):
-    fields = make(judged=False).model_dump() | {"id": ""} | changes
+    fields = make().model_dump() | {"id": ""} | changes
     with pytest.raises(ValidationError, match=words):
         Evidence.model_validate(fields)
 
@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_refused(changes, words):
         ("{", "not JSON"),
         ("[1]", "must be a JSON object, got list"),
         ("{}", "claim: Field required"),
-        ('{"schema_version": 2}', "newer assay.*upgrade"),
+        ('{"schema_version": 3}', "newer assay.*upgrade"),
     ],
 )
 def test_what_is_no_record_is_named(text, words):
@@ -142,3 +142,22 @@ def test_changed_checks_again_and_gets_its_own_id():
     assert changed(other, noisy=False).id == record.id
     with pytest.raises(ValidationError):
         changed(record, scale="huge")
+
+
+def test_a_record_of_schema_1_comes_in_as_stale():
+    record = parse(json.dumps(OLD))
+    assert record.schema_version == 2
+    assert hashes.is_stale(record)
+    assert record.ratios == {"baseline": estimate(1.9, 2.0, 2.1), "free": estimate(1.1, 1.2, 1.3)}
+    assert record.seconds_of == {"baseline": 2.0, "candidate": 1.0, "free": 1.2}
+    assert record.quality.margin is None
+    assert parse(record.to_json()) == record
+    with pytest.raises(InputError, match="surprise"):
+        parse(json.dumps(OLD | {"surprise": 1}))
+
+
+def test_the_machine_is_kept_apart_from_the_content():
+    record = make()
+    bare = parse(record.to_json(machine=False))
+    assert bare.machine == {}
+    assert bare.id == record.id

@@ -20,11 +20,13 @@ def show(records, width=200):
     return out.getvalue()
 
 
-QUALITY = {"metric": "top-1", "baseline": 0.9, "candidate": 0.89, "low": 0.88, "high": 0.9, "higher_is_better": True}
+QUALITY = {"metric": "top-1", "baseline": 0.9, "candidate": 0.89, "low": 0.88, "high": 0.9, "higher_is_better": True,
+           "margin": 0.05, "controls": {"deleted": 0.1, "random": 0.2, "rival": 0.5}}  # fmt: skip
 RECORDS = [
     make(vs_free=estimate(1.1, 1.2, 1.3), free_label="SDPA", quality=QUALITY, point={"tokens": 1024, "kind": "code"}),
-    make(point={"tokens": 2048}, index=1, measured=estimate(0.5, 0.6, 0.7), noisy=True),
-    make(claim="other/memory", kind="figure", unit="MB", paper_unit="MB", paper_value=100.0, measured=estimate(90.0),
+    make(point={"tokens": 2048}, index=1, decides=False, measured=estimate(0.5, 0.6, 0.7), noisy=True),
+    make(claim="other/memory", kind="figure", form="level", refuted_if="it takes more", measured_here="memory of a toy",
+         unit="MB", paper_unit="MB", paper_value=100.0, measured=estimate(90.0),
          baseline=300.0, free=120.0, free_label="bf16", higher_is_better=False, metric="peak memory"),
     make(claim="other/time", status="timeout", error="killed after 600.0 s, its time limit"),
     make(claim="third/gpu", measured=None, needs=("cuda",)),
@@ -43,8 +45,8 @@ def test_the_overview_says_claim_against_measured():
     text = show(RECORDS)
     for words in (
         "toy/speedup  the paper: 2x, speed-up", "tokens=1024, kind=code", "2x [1.9, 2.1]", "1.2x [1.1, 1.3] vs SDPA",
-        "top-1 0.89 [0.88, 0.9] against 0.9", "reproduced", "refuted here *",
-        "refuted here: 0.6x", "100 MB", "90 MB", "bf16: 120 MB", "timeout",
+        "top-1 0.89 [0.88, 0.9] against 0.9", "reproduced", "undecided *",
+        "measured in its place: memory of a toy", "100 MB", "90 MB", "bf16: 120 MB", "timeout",
         "needs other hardware", "* measured while the machine was busy",
     ):  # fmt: skip
         assert words in text
@@ -84,7 +86,8 @@ def test_the_page_needs_nothing_beside_itself():
     assert "url(" not in text
     assert len(pictures(text)) == 2  # a claim with nothing measured has no picture
     for words in (
-        "refuted here",
+        "undecided",
+        "the claim is refuted if it takes more",
         "needs other hardware",
         "timeout",
         "killed after 600.0 s",
@@ -126,3 +129,16 @@ def test_odd_figures_can_be_drawn():
 def test_an_empty_page(tmp_path):
     write_html([], tmp_path / "page.html")
     assert "No evidence" in (tmp_path / "page.html").read_text()
+
+
+def test_a_stale_record_is_shown_as_such():
+    text = show([make(hashes={})])
+    assert "stale: what ran has changed since" in text
+    assert "2x [1.9, 2.1]; stale" in text
+    assert 'class="verdict stale"' in html([make(hashes={})])
+
+
+def test_the_row_says_which_arm_does_better():
+    record = make(ratios={"baseline": estimate(2.0), "a plain window": estimate(0.5, 0.6, 0.7)})
+    assert "note: a plain window is faster (1.67x)" in show([record])
+    assert "a plain window is faster" in html([record])

@@ -1,5 +1,6 @@
 """Running experiments for real, in child processes: whatever a point does, it becomes a record and the sweep goes on."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -10,13 +11,17 @@ from pathlib import Path
 
 import pytest
 import toy_experiments
+from evidence_maker import make
 
 from assay.errors import InputError, MissingError
-from assay.evidence import place, point
-from assay.evidence.runner import plan, verify
+from assay.evidence import hashes, place, point, runner
+from assay.evidence.jobs import Outcome, combined
+from assay.evidence.record import changed
+from assay.evidence.runner import Here, _problem, _recorded, in_claims_unit, plan, verify
 from assay.evidence.store import Store, StoreError
-from assay.evidence.types import Verdict
-from assay.experiments import Experiment, Figure, Quality, Trial, experiments_of
+from assay.evidence.types import AGAIN, Estimate, Verdict
+from assay.evidence.verdict import judge
+from assay.experiments import Experiment, Figure, Guard, Operator, Quality, Trained, Trial, experiments_of
 
 HERE = Path(__file__).parent
 real_commit = place.commit
@@ -51,16 +56,26 @@ def test_a_trial_and_a_figure(tmp_path):
 
     assert first.kind == "trial"
     assert first.unit == "x"
-    assert first.verdict is Verdict.REPRODUCED
+    assert judge(changed(second, noisy=False)).verdict is Verdict.REPRODUCED  # the tests' own machine may be busy
+    assert [r.decides for r in records] == [False, True, True]
     assert first.measured.low <= first.measured.median <= first.measured.high
-    assert first.baseline > first.free > first.candidate > 0
-    assert first.vs_free.median < first.measured.median
+    assert first.seconds_of["baseline"] > first.seconds_of["free"] > first.seconds_of["candidate"] > 0
+    assert first.ratios["baseline"] == first.measured
+    assert first.ratios["free"].median < first.measured.median
+    assert first.ratios["candidate again"].low <= 1 <= first.ratios["candidate again"].high
+    assert first.processes == 3
+    assert first.hashes["package torch"]
+    assert first.departures == {"n": "five would take too long"}
+    assert first.refuted_if == "it takes longer than the baseline"
+    assert first.quality.margin == 0.05
+    assert first.quality.controls == {"deleted": 0.1, "random": 0.5, "rival": 0.7}
     assert first.free_label == "a shorter sleep"
     assert first.quality.candidate == 0.9
     assert first.details["n"] == 1
     assert first.details["shape"] == [1, 1]
     assert first.details["bad"] == "NaN"
-    assert first.details["timing"]["rounds"] == 6
+    assert first.details["timing"]["rounds"] == [4, 4, 4]
+    assert len(first.details["timing"]["medians_by_process"]["baseline"]) == 3
     assert first.details["process"]["peak_rss_bytes"] > 2**20
     assert (first.paper_value, first.paper_unit, first.metric) == (5.0, "x", "speed-up")
 
@@ -68,7 +83,8 @@ def test_a_trial_and_a_figure(tmp_path):
     assert (third.measured.low, third.measured.median, third.measured.high) == (2.05, 2.1, 2.15)
     assert third.baseline == 2.5
     assert third.unit == "nats"
-    assert third.verdict is Verdict.REPRODUCED
+    assert judge(third).verdict is Verdict.REPRODUCED
+    assert third.controls == {"deleted": 3.0, "random": 2.9}
 
     for record in records:
         assert record.fingerprint == place.here().fingerprint
@@ -84,7 +100,7 @@ def test_a_trial_and_a_figure(tmp_path):
     assert [(step.done, step.record is None) for step in steps] == [
         (0, True), (1, False), (1, True), (2, False), (2, True), (3, False),
     ]  # fmt: skip
-    assert runs(tmp_path) == ["speedup 1", "speedup 2"]
+    assert runs(tmp_path) == ["speedup 1"] * 3 + ["speedup 2"] * 3  # three fresh processes each
 
 
 def test_what_raises_and_what_crashes_becomes_a_record(monkeypatch):
@@ -96,7 +112,7 @@ def test_what_raises_and_what_crashes_becomes_a_record(monkeypatch):
         ("failed", "crashed: SIGABRT"),
     ]
     assert "toy_experiments.py" in records[0].details["process"]["traceback"]
-    assert all(record.verdict is None and record.measured is None for record in records)
+    assert all(record.measured is None for record in records)
     with Store() as store:
         assert store.count() == 2
 
@@ -111,14 +127,14 @@ def test_whatever_breaks_becomes_a_record():
     assert told["hang"][0] == "timeout"
     assert told["memory"][0] == "out of memory"
     assert told["unit"] == ("failed", "the experiment reports a figure in 'bytes', but the claim is in 'x'")
-    assert all(record.verdict is None and record.measured is None for record in records.values())
+    assert all(record.measured is None for record in records.values())
     with Store() as store:
         assert store.count() == len(records) == 5
 
 
 def test_what_the_machine_lacks_is_not_run(tmp_path):
     record, _ = verify(["toyneeds"], scale="smoke")
-    assert record.verdict is Verdict.NEEDS_HARDWARE
+    assert judge(record).verdict is Verdict.NEEDS_HARDWARE
     assert record.needs == ("no_such_flag",)
     assert runs(tmp_path) == []
 
@@ -136,9 +152,9 @@ def test_needs_know_flags_and_cuda(monkeypatch):
 
 
 def test_resume_measures_only_what_is_not_recorded(tmp_path, monkeypatch):
-    first = verify(["toyneeds", "toyrefuted"], scale="smoke")
+    first = verify(["toyneeds", "toy/loss"], scale="smoke")
     steps = []
-    assert verify(["toyrefuted", "toyneeds"], scale="smoke", resume=True, progress=steps.append) == [
+    assert verify(["toy/loss", "toyneeds"], scale="smoke", resume=True, progress=steps.append) == [
         *first[2:],
         *first[:2],
     ]
@@ -149,13 +165,27 @@ def test_resume_measures_only_what_is_not_recorded(tmp_path, monkeypatch):
         return lambda: place.Place(**fields)
 
     here = place.here()
-    import assay.evidence.runner as runner
-
     known = {record.id for record in first}
-    for changes in ({"fingerprint": "another"}, {"commit": "another"}, {"assay_version": "9.9"}):
-        monkeypatch.setattr(runner, "here", changed_place(**changes))
-        assert not known & {record.id for record in verify(["toyneeds"], scale="smoke", resume=True)}
+    monkeypatch.setattr(runner, "here", changed_place(commit="another"))  # the code that ran is the same
+    assert verify(["toyneeds", "toy/loss"], scale="smoke", resume=True) == first
+    monkeypatch.setattr(hashes, "is_stale", lambda record: not record.needs)
+    changed_code = verify(["toyneeds", "toy/loss"], scale="smoke", resume=True)
+    assert changed_code[:2] == first[:2]
+    assert changed_code[2].id != first[2].id
+    monkeypatch.setattr(runner, "here", changed_place(fingerprint="another"))
+    assert not known & {record.id for record in verify(["toyneeds"], scale="smoke", resume=True)}
     assert not known & {record.id for record in verify(["toyneeds"], scale="smoke", resume=True, seed=1)}
+
+
+def test_resume_measures_a_noisy_timing_again_but_no_noisy_figure():
+    todo = plan(["toy"], "smoke")
+    shared = {"scale": "smoke", "point": {"n": 2}, "fingerprint": place.here().fingerprint}
+    with Store() as store:
+        quiet = make(**shared)
+        store.add([quiet, make(**shared, noisy=True, minutes=1)])
+        figure = make(**shared | {"point": {}}, claim="toy/loss", kind="figure", noisy=True)
+        store.append(figure)
+        assert set(_recorded(todo, store).values()) == {quiet, figure}
 
 
 def test_without_resume_points_are_measured_again(tmp_path):
@@ -191,6 +221,32 @@ verify(["toyslow"], scale="smoke", resume=True)
     assert [record.point["n"] for record in records] == [0, 1, 2]
     assert all(record in records for record in kept)
     assert len(runs(tmp_path)) == started + 3 - len(kept)
+
+
+class Backwards(Here):
+    """A cluster whose last point is done first."""
+
+    def run(self, jobs, started):
+        for number, job in reversed(jobs):
+            started(job)
+            yield number, job, Outcome(place.here(), "ok", needs=("cuda",))
+
+
+def test_the_evidence_comes_in_the_order_of_the_plan_in_whichever_order_points_are_done(monkeypatch):
+    monkeypatch.setattr(runner, "Here", Backwards)
+    done = []
+    with Store() as store:
+        found = verify(["toyslow", "toyneeds"], scale="smoke", store=store, progress=done.append)
+        order = [(job.claim, job.point) for job in plan(["toyslow", "toyneeds"], "smoke").jobs]
+        assert len(order) == 5
+        assert [(record.claim, record.point) for record in found] == order
+        newest = [step.record for step in done if step.record]
+        assert newest == found[::-1]
+        assert store.records() == newest  # which keeps them in the order in which they came
+        monkeypatch.setattr(runner, "Here", Here)
+        more = ["toy", "toyslow", "toyneeds"]
+        found = verify(more, scale="smoke", store=store, resume=True)  # what is recorded comes back in its place
+    assert [(r.claim, r.point) for r in found] == [(job.claim, job.point) for job in plan(more, "smoke").jobs]
 
 
 def test_an_interrupt_keeps_what_is_there(tmp_path):
@@ -289,10 +345,16 @@ def test_nothing_to_verify():
         verify([], scale="smoke")
 
 
-def run_here(monkeypatch, function, *, seed=0, seconds=60.0):
+TOY = Operator("toys", free="nothing")
+GUARD = Guard("accuracy", 0.05, higher_is_better=True)
+CONTROLS = {"deleted": 0.1, "random": 0.2, "rival": 0.3}
+
+
+def run_here(monkeypatch, function, *, seed=0, seconds=60.0, operator=TOY, guard=None, **more):
     """A point in this process, of an experiment that is one function."""
-    monkeypatch.setattr(point, "experiments_of", lambda slug: [Experiment("toy/loss", function, {"smoke": [{}]})])
-    return point.run_point("toy_experiments", "toy/loss", {}, seed, seconds)
+    found = Experiment("toy/loss", function, {"smoke": [{}]}, operator, "pigs fly", {}, {}, {"smoke": {}}, guard)
+    monkeypatch.setattr(point, "experiments_of", lambda slug: [found])
+    return point.run_point("toy_experiments", "toy/loss", {}, seed, seconds, **more)
 
 
 def test_a_point_is_repeatable(monkeypatch):
@@ -316,25 +378,26 @@ def test_a_point_is_repeatable(monkeypatch):
 def test_timing_stays_within_the_time_limit(monkeypatch):
     long = Trial(baseline=lambda: time.sleep(0.2), candidate=lambda: time.sleep(0.1), pairs=1000)
     seen = run_here(monkeypatch, lambda: long, seconds=3.0)
-    assert 2 <= seen["details"]["timing"]["rounds"] < 20
+    assert 2 <= len(seen["samples"]["candidate"]) < 20
 
 
-def test_quality_and_details_come_after_the_timing(monkeypatch):
+def test_quality_and_details_come_after_the_timing_and_once(monkeypatch):
     order = []
-    seen = run_here(
-        monkeypatch,
-        lambda: Trial(
-            baseline=lambda: order.append("a"),
-            candidate=lambda: order.append("b"),
-            quality=lambda: order.append("quality") or Quality("accuracy", 0.5),
-            details=lambda: order.append("details") or {"k": 1},
-            pairs=2,
-            warmup=1,
-        ),
+    trial = Trial(
+        baseline=lambda: order.append("a"),
+        candidate=lambda: order.append("b"),
+        quality=lambda: order.append("quality") or Quality(0.5, 0.5, controls=CONTROLS),
+        details=lambda: order.append("details") or {"k": 1},
+        pairs=6,
     )
-    assert order == ["a", "b", "a", "b", "b", "a", "quality", "details"]
-    assert seen["vs_free"] is None
-    assert "free" not in seen
+    seen = run_here(monkeypatch, lambda: trial, guard=GUARD)
+    assert order[-2:] == ["quality", "details"]
+    assert order.count("quality") == 1
+    assert len(seen["samples"]["candidate"]) == len(seen["samples"][AGAIN]) == 4  # the least in each process
+    assert "free" not in seen["samples"]
+    order.clear()
+    assert "quality" not in run_here(monkeypatch, lambda: trial, guard=GUARD, first=False, rounds=2)
+    assert set(order) == {"a", "b"}
 
 
 def test_a_record_says_which_path_its_operators_took(monkeypatch):
@@ -345,13 +408,106 @@ def test_a_record_says_which_path_its_operators_took(monkeypatch):
 
     def attends():
         kernels.ran("some attention", "kernel")
-        return Trial(
-            baseline=lambda: kernels.ran("some attention", "torch"), candidate=int, details={"k": 1}, pairs=2, warmup=1
-        )
+        return Trial(baseline=lambda: kernels.ran("some attention", "torch"), candidate=int, details={"k": 1}, pairs=2)
 
     details = run_here(monkeypatch, attends)["details"]
-    assert details["paths"] == {"some attention: kernel": 1, "some attention: torch": 3}
+    assert details["paths"]["some attention: kernel"] == 1
+    assert details["paths"]["some attention: torch"] >= 4
     assert details["k"] == 1
+
+
+def test_what_was_declared_must_be_run(monkeypatch):
+    exact = Operator("toys", free="nothing", exact="our best")
+    with pytest.raises(ValueError, match="does not run the exact baseline"):
+        run_here(monkeypatch, lambda: Trial(int, int, pairs=2), operator=exact)
+    with pytest.raises(ValueError, match="declares a guard for accuracy and measures no quality"):
+        run_here(monkeypatch, lambda: Figure(2.0, "nats"), guard=GUARD)
+    with pytest.raises(ValueError, match="measures a quality without having declared a guard"):
+        run_here(monkeypatch, lambda: Figure(2.0, "nats", quality=Quality(0.9, 0.9)))
+    with pytest.raises(ValueError, match="has no control 'rival'"):
+        quality = Quality(0.9, 0.9, controls={"deleted": 0.1, "random": 0.2})
+        run_here(monkeypatch, lambda: Figure(2.0, "nats", quality=quality), guard=GUARD)
+
+
+def test_trained_arms_are_kept(monkeypatch):
+    arm = Trained([0.9, 0.8, 0.7], 0.5, "chance", 1e-3, [1e-3, 1e-2], higher_is_better=True)
+    seen = run_here(monkeypatch, lambda: Figure(2.0, "nats", trained={"based": arm}))
+    assert seen["trained"]["based"]["best"] == 1.0
+    assert seen["trained"]["based"]["scores"] == [0.9, 0.8, 0.7]
+
+
+CLAIM = toy_experiments.Claim
+
+
+@pytest.mark.parametrize(
+    ("claim", "seen", "words"),
+    [
+        (CLAIM("toy/a", quantity="quality"), {"kind": "trial"}, "times something, but the claim is about quality"),
+        (CLAIM("toy/a", form="points"), {"kind": "trial"}, "has the form 'points'"),
+        (CLAIM("toy/a"), {"kind": "figure"}, "must return a Trial"),
+        (
+            CLAIM("toy/a", unit="%", quantity="memory"),
+            {"kind": "figure", "unit": "x"},
+            "in 'x', but the claim is in '%'",
+        ),
+        (
+            CLAIM("toy/a", quantity="quality"),
+            {"kind": "figure", "unit": "x", "controls": {}, "quality": None},
+            "no controls",
+        ),
+        (CLAIM("toy/a", quantity="memory"), {"kind": "figure", "unit": "x", "controls": {}, "quality": None}, ""),
+        (CLAIM("toy/a"), {"kind": "trial"}, ""),
+    ],
+)
+def test_a_record_measures_what_its_claim_says(claim, seen, words):
+    found = _problem(seen, claim)
+    assert words in found
+    assert bool(words) == bool(found)
+
+
+@pytest.mark.parametrize(
+    ("form", "higher", "low", "median", "high"),
+    [
+        ("ratio", True, 1.6, 2.0, 2.5),
+        ("ratio", False, 0.4, 0.5, 0.625),
+        ("bound", False, 0.4, 0.5, 0.625),
+        ("saved", True, 37.5, 50.0, 60.0),
+        ("added", True, 60.0, 100.0, 150.0),
+    ],
+)
+def test_a_ratio_of_times_in_the_claims_own_unit(form, higher, low, median, high):
+    found = in_claims_unit(Estimate(low=1.6, median=2.0, high=2.5), CLAIM("toy/a", form=form, higher_is_better=higher))
+    assert (found.low, found.median, found.high) == pytest.approx((low, median, high))
+
+
+def test_a_refutation_said_beforehand_is_kept(monkeypatch):
+    real = experiments_of("toy")[-1]
+    for answer in (True, False):
+        chosen = dataclasses.replace(real, refutes=lambda record, answer=answer: answer and record["unit"] == "nats")
+        monkeypatch.setattr("assay.experiments.experiments_of", lambda slug, chosen=chosen: [chosen])
+        (record,) = verify(["toy/loss"], scale="smoke")
+        assert record.refuted is answer
+        assert (judge(record).verdict is Verdict.REFUTED) is answer
+
+
+def combined_of(*processes, noisy=False, trends=(False, False, False)):
+    shared = {"cpu": {}, "noisy": noisy, "load_after": 0.0, "warmup": {}}
+    return combined(
+        [shared | {"samples": p, "trend": t, "details": {}} for p, t in zip(processes, trends, strict=True)]
+    )
+
+
+def test_processes_are_combined_and_the_candidate_is_held_against_itself():
+    quiet = {"baseline": [2.0, 2.02, 1.98, 2.0], "candidate": [1.0] * 4, AGAIN: [1.0, 1.01, 0.99, 1.0]}
+    seen = combined_of(quiet, quiet, quiet)
+    assert seen["ratios"]["baseline"]["median"] == pytest.approx(2.0)
+    assert (seen["noisy"], seen["noise"], seen["processes"]) == (False, "", 3)
+    assert combined_of(quiet, quiet, quiet, noisy=True)["noise"] == "the machine was busy with other things"
+    assert not combined_of(quiet, quiet, quiet, trends=(True, False, False))["noisy"]
+    assert "drifted" in combined_of(quiet, quiet, quiet, trends=(True, True, False))["noise"]
+    off = quiet | {AGAIN: [1.5, 1.5, 1.5, 1.5]}
+    seen = combined_of(off, off, off)
+    assert (seen["noisy"], seen["noise"]) == (True, "the candidate differed from itself")
 
 
 def test_what_is_no_result_is_refused(monkeypatch):
@@ -362,9 +518,9 @@ def test_what_is_no_result_is_refused(monkeypatch):
 
 
 def test_a_quality_that_is_not_finite_is_refused(monkeypatch):
-    made = Trial(baseline=int, candidate=int, quality=lambda: Quality("accuracy", float("inf")), pairs=2)
+    made = Trial(baseline=int, candidate=int, quality=lambda: Quality(float("inf"), 1.0, controls=CONTROLS), pairs=2)
     with pytest.raises(ValueError, match="the quality's candidate must be finite, got inf"):
-        run_here(monkeypatch, lambda: made)
+        run_here(monkeypatch, lambda: made, guard=GUARD)
 
 
 def git(folder, *arguments):

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from evidence_maker import make
+from evidence_maker import OLD, make
 
 from assay.errors import InputError, MissingError
 from assay.evidence import store as module
+from assay.evidence.record import parse
 from assay.evidence.store import Store, StoreError, default_url, keep_aside, merge_jsonl, read_jsonl, write_jsonl
 
 HERE = Path(__file__).parent
@@ -71,7 +72,6 @@ def test_finding_records(url):
         assert store.records(claim="other/thing") == [b]
         assert store.records(scale="smoke") == [b]
         assert store.records(status="timeout") == [c]
-        assert store.records(verdict=a.verdict) == [a, b]
         assert store.records(fingerprint="beef") == [b]
         assert store.records(slug="toy", last=1) == [c]
         assert store.records(slug="nothing") == []
@@ -380,6 +380,33 @@ def test_the_driver_is_missing(monkeypatch):
         Store("postgresql://user@127.0.0.1:1/db")
 
 
+def test_records_of_schema_1_are_migrated_and_stay_append_only(url):
+    """As a store that assay 0.1 has left: one record of schema 1, with the verdict it was given then."""
+    with Store(url) as store, store._begin(write=True) as connection:
+        if not store._is_sqlite:
+            connection.execute(sa.text("ALTER TABLE assay_evidence DISABLE TRIGGER USER"))
+        connection.execute(sa.text("ALTER TABLE assay_evidence ADD COLUMN verdict TEXT"))
+        if not store._is_sqlite:
+            connection.execute(sa.text("ALTER TABLE assay_evidence ENABLE TRIGGER USER"))
+        connection.execute(sa.text(f"UPDATE {module.VERSION_TABLE} SET version_num = '0001'"))
+        row = {"i": OLD["id"], "c": OLD["claim"], "r": json.dumps(OLD)}
+        connection.execute(
+            sa.text(
+                "INSERT INTO assay_evidence (id, claim, slug, scale, status, verdict, fingerprint, record) "
+                "VALUES (:i, :c, 'toy', 'small', 'ok', 'reproduced', 'f00d', :r)"
+            ),
+            row,
+        )
+    with Store(url) as store:
+        (record,) = store.records()
+        assert record == parse(json.dumps(OLD))
+        assert store.get(record.id) == record
+        with pytest.raises(sa.exc.DBAPIError, match="append-only"), store._begin(write=True) as connection:
+            connection.execute(sa.text("DELETE FROM assay_evidence"))
+        assert store.append(make()) is True
+        assert store.append(record) is False
+
+
 def test_an_older_database_is_brought_up_to_date(url):
     """A store without the table (as after a failed first step) is completed, one with it is left as it is."""
     with Store(url) as store:
@@ -387,7 +414,7 @@ def test_an_older_database_is_brought_up_to_date(url):
     with Store(url) as store:
         assert store.count() == 1
         with store._begin() as connection:
-            assert connection.execute(sa.text(f"SELECT version_num FROM {module.VERSION_TABLE}")).scalar() == "0001"
+            assert connection.execute(sa.text(f"SELECT version_num FROM {module.VERSION_TABLE}")).scalar() == "0002"
 
 
 def test_the_migrations_are_part_of_the_package():

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import assay.catalogue
 from assay.errors import InputError
-from assay.experiments import Figure, Quality, Trial, experiment
+from assay.experiments import Figure, Guard, Operator, Quality, Trial, experiment
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,9 @@ class Claim:
     baseline: str = "the slow way"
     conditions: str = ""
     higher_is_better: bool = True
+    form: str = "ratio"
+    quantity: str = "time"
+    baseline_value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,14 @@ class Paper:
     family: str = "toys"
 
 
+LOSS = Claim("toy/loss", "NLL", 2.0, "nats", higher_is_better=False, form="bound", quantity="quality")
 PAPERS = {
     paper.slug: paper
     for paper in (
-        Paper("toy", (Claim("toy/speedup"), Claim("toy/loss", "NLL", 2.0, "nats", higher_is_better=False))),
-        Paper("toybroken", tuple(Claim(f"toybroken/{what}") for what in ("raises", "crash", "hang", "memory", "unit"))),
-        Paper("toyneeds", (Claim("toyneeds/gpu"),)),
-        Paper("toyslow", (Claim("toyslow/points"),)),
+        Paper("toy", (Claim("toy/speedup"), LOSS)),
+        Paper("toybroken", tuple(Claim(f"toybroken/{what}", quantity="count") for what in ("raises", "crash", "hang", "memory", "unit"))),
+        Paper("toyneeds", (Claim("toyneeds/gpu", quantity="count"),)),
+        Paper("toyslow", (Claim("toyslow/points", quantity="memory"),)),
         Paper("toyplanned", (Claim("toyplanned/nothing"),)),
         Paper("toyrefuted", (Claim("toyrefuted/speedup"),)),
     )
@@ -68,65 +72,79 @@ def note(text):
             file.write(text + "\n")
 
 
-@experiment("toy/speedup", points={"smoke": [{"n": 1}, {"n": 2}], "small": [{"n": 3}]}, minutes=1)
+SLEEP = Operator("sleeping", free="a shorter sleep")
+DECLARED = {"operator": SLEEP, "paper": {}, "refuted_if": "it takes longer than the baseline"}
+ACCURACY = Guard("accuracy", 0.05, higher_is_better=True, relative=False)
+
+
+@experiment(
+    "toy/speedup",
+    points={"smoke": [{"n": 1}, {"n": 2}], "small": [{"n": 3}]},
+    decides={"smoke": {"n": 2}},
+    guard=ACCURACY,
+    minutes=1,
+    **DECLARED | {"paper": {"n": 5}},
+    departures={"n": "five would take too long"},
+)
 def speedup(n):
     note(f"speedup {n}")
     return Trial(
         baseline=lambda: time.sleep(0.03),
         candidate=lambda: time.sleep(0.003),
         free=lambda: time.sleep(0.015),
-        free_label="a shorter sleep",
-        quality=lambda: Quality("accuracy", candidate=0.9, baseline=0.9, low=0.88, high=0.92),
+        quality=lambda: Quality(0.9, 0.9, 0.88, 0.92, controls={"deleted": 0.1, "random": 0.5, "rival": 0.7}),
         details=lambda: {"n": n, "shape": (n, n), "bad": float("nan")},
         pairs=6,
     )
 
 
-@experiment("toy/loss", points={"smoke": [{}]}, minutes=1)
+@experiment("toy/loss", points={"smoke": [{}]}, minutes=1, **DECLARED)
 def loss():
-    return Figure(2.1, "nats", low=2.05, high=2.15, baseline=2.5, details={"seen": True})
+    controls = {"deleted": 3.0, "random": 2.9}
+    return Figure(2.1, "nats", low=2.05, high=2.15, baseline=2.5, controls=controls, details={"seen": True})
 
 
-@experiment("toyrefuted/speedup", points={"smoke": [{}]}, minutes=1)
+@experiment("toyrefuted/speedup", points={"smoke": [{}]}, minutes=1, **DECLARED)
 def slower():
     return Trial(baseline=lambda: time.sleep(0.003), candidate=lambda: time.sleep(0.03), pairs=6)
 
 
-@experiment("toybroken/raises", points={"smoke": [{}]}, minutes=1)
+@experiment("toybroken/raises", points={"smoke": [{}]}, minutes=1, **DECLARED)
 def raises():
     raise ValueError("the stars are wrong")
 
 
-@experiment("toybroken/crash", points={"smoke": [{}]}, minutes=1)
+@experiment("toybroken/crash", points={"smoke": [{}]}, minutes=1, **DECLARED)
 def crash():
     os.abort()
 
 
-@experiment("toybroken/hang", points={"smoke": [{}]}, minutes=0.05)
+@experiment("toybroken/hang", points={"smoke": [{}]}, minutes=0.05, **DECLARED)
 def hang():
     time.sleep(600)
 
 
-@experiment("toybroken/memory", points={"smoke": [{}]}, minutes=1, memory_gib=1.0)
+@experiment("toybroken/memory", points={"smoke": [{}]}, minutes=1, memory_gib=1.0, **DECLARED)
 def memory():
     hoard = [bytearray(b"x" * 2**26) for _ in range(40)]
     time.sleep(30)
     return Figure(len(hoard), "x")
 
 
-@experiment("toybroken/unit", points={"smoke": [{}]}, minutes=1)
+@experiment("toybroken/unit", points={"smoke": [{}]}, minutes=1, **DECLARED)
 def wrong_unit():
     return Figure(4.0, "bytes")
 
 
-@experiment("toyneeds/gpu", points={"smoke": [{"n": 1}, {"n": 2}]}, needs=("no_such_flag",), minutes=1)
+@experiment("toyneeds/gpu", points={"smoke": [{"n": 1}, {"n": 2}]}, needs=("no_such_flag",), minutes=1, **DECLARED)
 def needs_what_is_not_there(n):
     note("needs")
     return Figure(4.0, "x")
 
 
-@experiment("toyslow/points", points={"smoke": [{"n": n} for n in range(3)]}, minutes=1)
+@experiment("toyslow/points", points={"smoke": [{"n": n} for n in range(3)]}, guard=ACCURACY, minutes=1, **DECLARED)
 def slow(n):
     note(f"slow {n}")
     time.sleep(0.5)
-    return Figure(4.0 + n, "x")
+    quality = Quality(0.9, 0.9, controls={"deleted": 0.1, "random": 0.5, "rival": 0.7})
+    return Figure(4.0 + n, "x", quality=quality)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 
 from assay.experiments.inference import prepacking
 from assay.experiments.layers import greenformers
@@ -39,21 +38,6 @@ def test_token_slots_of_each_arm():
 )
 def test_crossing(ratios, expected):
     assert greenformers.crossing([64, 128, 256, 512], ratios) == pytest.approx(expected)
-
-
-def test_paired_quality_bounds_the_candidate():
-    baseline = np.random.default_rng(0).normal(3, 1, 200)
-    quality = greenformers.paired_quality("loss", baseline + 0.1, baseline, False)
-    assert quality.candidate == pytest.approx(quality.baseline + 0.1)
-    assert quality.low == pytest.approx(quality.high)
-
-
-def test_from_scratch_quality_trains_both():
-    torch.manual_seed(0)
-    quality = greenformers.from_scratch_quality(0.5, False)
-    assert quality.low <= quality.candidate <= quality.high
-    assert 0 < quality.candidate < np.log(256)
-    assert 0 < quality.baseline < np.log(256)
 
 
 @pytest.mark.model

@@ -1,6 +1,6 @@
 """What the papers say: 138 entries in `papers/<family>.toml`, read as frozen dataclasses.
 
-No file states a paper's `status`: it is `works` if a module `assay.methods.<family>.<slug>` exists, else `planned`.
+No file states a paper's `status`: it is `code` if a module `assay.methods.<family>.<slug>` exists, else `planned`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,25 @@ FAMILIES = (
     "hardware", "federated", "multimodal", "vision", "generation", "alignment", "graphs", "estimators", "science",
 )  # fmt: skip
 
+FORMS = {
+    "ratio": "value over the baseline's; 1 is no gain",
+    "saved": "per cent less than the baseline; 0 is no gain",
+    "added": "per cent more than the baseline; 0 is no gain",
+    "points": "a difference from the baseline; 0 is no gain",
+    "level": "an absolute figure; the baseline's own figure is no gain",
+    "bound": "a cost or loss kept within the value, or a share kept above it",
+    "about": "two-sided: as good as, comparable, about so many",
+}
+QUANTITIES = ("time", "memory", "quality", "count")
+
 
 @dataclass(frozen=True)
 class Claim:
     """One number of a paper. `value` is None where the paper states a direction only (or the number could not be confirmed).
 
-    `higher_is_better` tells the direction of `metric`; `baseline` is what the number is measured against.
+    `higher_is_better` tells the direction of `metric`; `baseline` is what the number is measured against, `baseline_value` its own
+    number where the claim is an absolute level. `form` says how the number is to be read (`FORMS`), `quantity` what it counts
+    (`QUANTITIES`; "" where nobody has said so yet).
     """
 
     id: str  # "slug/what"
@@ -35,6 +48,9 @@ class Claim:
     baseline: str
     conditions: str
     higher_is_better: bool = True
+    form: str = "ratio"
+    quantity: str = ""
+    baseline_value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +70,8 @@ class Paper:
 
     @property
     def status(self) -> str:
-        """`works` when the method's module exists, else `planned`."""
-        return "works" if _has_module(self.family, self.slug) else "planned"
+        """`code` when the method's module exists, else `planned`. Whether it was measured too, `assay.evidence.shipped` knows."""
+        return "code" if _has_module(self.family, self.slug) else "planned"
 
     @property
     def module(self) -> str:
@@ -108,6 +124,9 @@ def _paper(entry: dict[str, Any]) -> Paper:
             baseline=claim.get("baseline", ""),
             conditions=claim.get("conditions", ""),
             higher_is_better=claim.get("better", "higher") == "higher",
+            form=claim.get("form") or {"x": "ratio", "points": "points"}.get(claim.get("unit", ""), "level"),
+            quantity=claim.get("quantity", ""),
+            baseline_value=claim.get("baseline_value"),
         )
         for claim in entry.get("claims", [])
     )

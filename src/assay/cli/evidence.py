@@ -25,18 +25,20 @@ def list_evidence(
     """List records, oldest first."""
     from assay.cli.output import print_json, wrapped
     from assay.errors import InputError
-    from assay.evidence.report import estimate_text, point_text, verdict_text
+    from assay.evidence.report import documented, estimate_text, point_text, verdict_text
     from assay.evidence.store import Store
     from assay.evidence.types import Scale, Status, Verdict
 
-    allowed = {"scale": get_args(Scale), "verdict": [str(v) for v in Verdict], "status": get_args(Status)}
+    allowed = {"scale": get_args(Scale), "verdict": [*(str(v) for v in Verdict), "stale"], "status": get_args(Status)}
     for name, given in (("scale", scale), ("verdict", verdict), ("status", status)):
         if given is not None and given not in allowed[name]:
             raise InputError(f"--{name} must be one of {', '.join(allowed[name])}; got {given!r}")
     with Store() as store:
-        found = store.records(slug=slug, claim=claim, scale=scale, verdict=verdict, status=status, last=last)
+        found = store.records(slug=slug, claim=claim, scale=scale, status=status, last=None if verdict else last)
+    if verdict is not None:
+        found = [record for record in found if verdict_text(record).removesuffix(" *") == verdict][-(last or 0) :]
     if json:
-        print_json({"evidence": [record.model_dump(mode="json") for record in found]})
+        print_json({"evidence": [documented(record) for record in found]})
         return
     if not found:
         typer.echo("no evidence; `assay verify SLUG` measures some", err=True)
@@ -56,28 +58,42 @@ def show(
 ) -> None:
     """Show one record with everything that was kept of it."""
     from assay.cli.output import print_json, wrapped
-    from assay.evidence.report import estimate_text, figure_text, free_text, point_text, quality_text, verdict_text
+    from assay.evidence.report import (
+        documented,
+        estimate_text,
+        over_text,
+        point_text,
+        quality_text,
+        reason_text,
+        verdict_text,
+    )
     from assay.evidence.store import Store
+    from assay.evidence.verdict import figure
 
     with Store() as store:
         record = store.get(id)
     if json:
-        print_json(record.model_dump(mode="json"))
+        print_json(documented(record))
         return
     machine = record.machine
     lines = {
         "id": record.id,
         "claim": f"{record.claim} ({record.metric})",
         "point": f"{point_text(record.point)}, scale {record.scale}, seed {record.seed}",
-        "paper": figure_text(record.paper_value, record.paper_unit),
+        "paper": figure(record.paper_value, record.paper_unit),
         "measured": estimate_text(record.measured, record.unit),
-        "baseline": figure_text(record.baseline, "s" if record.kind == "trial" else record.unit),
-        "free baseline": free_text(record),
+        "in its place": record.measured_here or "-",
+        "baseline": figure(record.seconds_of["baseline"], "s")
+        if record.seconds_of
+        else figure(record.baseline, record.unit),
+        "over free": over_text(record, "free"),
+        "over exact": over_text(record, "exact"),
         "quality": quality_text(record),
         "verdict": verdict_text(record),
-        "reason": record.reason or record.error,
+        "reason": reason_text(record),
+        "refuted if": record.refuted_if or "-",
         "machine": f"{machine.get('cpu', '?')}, {machine.get('threads', '?')} threads ({record.fingerprint})",
-        "load": f"{figure_text(record.load_before, '')} before, {figure_text(record.load_after, '')} after",
+        "load": f"{figure(record.load_before, '')} before, {figure(record.load_after, '')} after",
         "assay": f"{record.assay_version} {record.commit}".strip(),
         "taken": f"{record.created:%Y-%m-%d %H:%M:%S} UTC in {record.seconds:.1f} s",
         "again": record.command,
@@ -131,3 +147,33 @@ def import_evidence(
         print_json({"added": done.added, "known": done.known, "file": str(file)})
     else:
         typer.echo(f"{done.added} record{'s' * (done.added != 1)} added, {done.known} known already")
+
+
+@app.command()
+def stale(
+    json: Json = False,
+) -> None:
+    """List the shipped claims whose records are older than their code, what has changed, and the command that measures them again."""
+    from assay.cli.output import print_json, wrapped
+    from assay.evidence import hashes, shipped
+    from assay.evidence.verdict import summaries
+
+    old = [summary for summary in summaries(shipped.records()) if summary.stale]
+    rows = [
+        {
+            "claim": summary.claim,
+            "fingerprint": summary.fingerprint,
+            "changed": hashes.changes(summary.deciding),
+            "command": f"assay verify {summary.claim.split('/')[0]} --scale {summary.deciding.scale} --into evidence",
+        }
+        for summary in old
+    ]
+    if json:
+        print_json({"stale": rows})
+        return
+    for row in rows:
+        changed = ", ".join(row["changed"][:4]) + (" ..." if len(row["changed"]) > 4 else "")
+        typer.echo(wrapped(f"{row['claim']} ({row['fingerprint']}): {changed}", hang=4))
+    for command in dict.fromkeys(row["command"] for row in rows):
+        typer.echo(f"  {command}")
+    typer.echo(f"{len(rows)} of the shipped claims are stale", err=True)

@@ -15,11 +15,19 @@ def paper(
     """Show a paper: its claims, what was measured for them, and how to import it."""
     from assay.catalogue import get
     from assay.cli.output import print_json, wrapped
+    from assay.evidence import shipped
 
     found = get(slug)
     seen = latest_verdicts(slug)
     if json:
-        print_json({**dataclasses.asdict(found), "status": found.status, "module": found.module, "evidence": seen})
+        print_json(
+            {
+                **dataclasses.asdict(found),
+                "status": shipped.status(slug, found.status),
+                "module": found.module,
+                "evidence": seen,
+            }
+        )
         return
     where = f"arXiv {found.arxiv}" if found.arxiv else "no arXiv id"
     facts = f"{found.slug}, no. {found.number}, {found.family}, {found.year or 'year unknown'}, {where}"
@@ -34,8 +42,10 @@ def paper(
         if claim.conditions:
             typer.echo(wrapped(f"    {claim.conditions}", hang=4))
         for row in (row for row in seen if row["claim"] == claim.id):
-            typer.echo(wrapped(f"    seen: {row['verdict']} ({row['scale']}): {row['reason']}", hang=6))
-    if found.status == "works":
+            by = "" if row["by"] == "you" else f" by {row['by']} on {row['machine']}"
+            text = f"    seen{by}: {row['verdict']} ({row['scale']}): {row['reason']}"
+            typer.echo(wrapped("; ".join([text, *row["remarks"]]), hang=6))
+    if found.status == "code":
         typer.echo(f"\nimport   from {found.module.rsplit('.', 1)[0]} import {found.slug}")
         typer.echo(f"verify   assay verify {found.slug}")
     else:
@@ -43,13 +53,25 @@ def paper(
 
 
 def latest_verdicts(slug: str) -> list[dict[str, Any]]:
-    """The newest verdict of each of the paper's claims on each machine; empty when nothing was measured yet."""
+    """The verdict on each of the paper's claims on each machine: yours, and those of assay's authors, marked as theirs."""
+    from assay.evidence import shipped
     from assay.evidence.store import Store
-    from assay.evidence.verdict import summaries
+    from assay.evidence.verdict import remarks, summaries
 
     with Store() as store:
-        rows = summaries(store.records(slug=slug))
+        mine = store.records(slug=slug)
+    known = {record.id for record in mine}
+    theirs = [record for record in shipped.records(slug) if record.id not in known]
     return [
-        {"claim": r.claim, "verdict": str(r.verdict or "failed"), "scale": r.deciding.scale, "reason": r.reason}
-        for r in rows
+        {
+            "claim": found.claim,
+            "verdict": found.word,
+            "scale": found.deciding.scale,
+            "reason": found.reason,
+            "remarks": remarks(found.deciding),
+            "by": by,
+            "machine": f"{found.deciding.machine.get('cpu', 'unknown processor')} ({found.fingerprint})",
+        }
+        for by, records in (("you", mine), ("assay's authors", theirs))
+        for found in summaries(records)
     ]

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 HEAD = """# The papers with code
 
-<!-- written by `assay papers --status works --markdown > docs/papers.md` -->
+<!-- written by `assay papers --markdown > docs/papers.md` -->
 """
 
 
 def papers(
     family: Annotated[str | None, typer.Option(help="Only this family.")] = None,
-    status: Annotated[str | None, typer.Option(help="Only `works` or `planned`.")] = None,
+    status: Annotated[str | None, typer.Option(help="Only `measured`, `code` or `planned`.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a page of Markdown, by family.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -27,25 +27,28 @@ def papers(
     from assay.catalogue import papers as all_papers
     from assay.cli.output import print_json, shortened
     from assay.errors import InputError
+    from assay.evidence import shipped
 
     if family is not None and family not in FAMILIES:
         raise InputError(f"--family must be one of {', '.join(FAMILIES)}; got {family!r}")
-    if status not in (None, "works", "planned"):
-        raise InputError(f"--status must be works or planned; got {status!r}")
+    if status not in (None, "measured", "code", "planned"):
+        raise InputError(f"--status must be measured, code or planned; got {status!r}")
     if markdown and json:
         raise InputError("--markdown and --json are two forms of one answer: give one of them")
-    rows = [p for p in all_papers() if family in (None, p.family) and status in (None, p.status)]
+    known = {p.slug: shipped.status(p.slug, p.status) for p in all_papers()}
+    rows = [p for p in all_papers() if family in (None, p.family) and status in (None, known[p.slug])]
     if json:
-        print_json([{"slug": p.slug, "title": p.title, "family": p.family, "status": p.status} for p in rows])
+        print_json([{"slug": p.slug, "title": p.title, "family": p.family, "status": known[p.slug]} for p in rows])
         return
     if markdown:
-        typer.echo(page(rows), nl=False)
+        typer.echo(page(p for p in rows if p.status == "code"), nl=False)
         return
     slug = max((len(p.slug) for p in rows), default=0)
     for p in rows:
-        start = f"{p.number:>3}  {p.slug:{slug}} {p.family:12} {p.status:7} "
+        start = f"{p.number:>3}  {p.slug:{slug}} {p.family:12} {known[p.slug]:8} "
         typer.echo(start + shortened(p.title, len(start)))
-    typer.echo(f"{len(rows)} papers, {sum(p.status == 'works' for p in rows)} of them work", err=True)
+    code, measured = (sum(known[p.slug] in names for p in rows) for names in (("code", "measured"), ("measured",)))
+    typer.echo(f"{len(rows)} papers, {code} of them with code, {measured} measured", err=True)
 
 
 def page(rows: Iterable[Paper]) -> str:

@@ -3,13 +3,15 @@
 Exit codes:
 
 - 0: everything was measured, whatever the verdicts.
-- 1: with `--check`, a claim's verdict is `refuted here` or `does not pay here`, or one of its points failed.
+- 1: with `--check`, a claim's verdict does not support it (anything but `reproduced`, `direction holds`, `computed` and
+  `needs other hardware`), or one of its points failed.
 - 2: bad input, or evidence that the store could not take.
 - 3: a paper named on the command line has nothing that can be measured here (the others are still measured), or no paper has.
 """
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,23 +45,33 @@ def verify(
     jsonl: Annotated[
         Path | None, typer.Option(help="Write the evidence as JSON lines into this file; other points in it stay.")
     ] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Add the evidence to this folder: a file for each paper, machines.json."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure the claims of papers and judge them."""
     from assay.cli.output import print_json, saying, width
     from assay.errors import InputError, MissingError
+    from assay.evidence import shipped
     from assay.evidence.report import overview, write_html
     from assay.evidence.runner import plan
     from assay.evidence.store import StoreError, merge_jsonl, read_jsonl
     from assay.evidence.verdict import summaries
-    from assay.paths import output_file
+    from assay.paths import output_file, output_folder
 
     if bool(slugs) + (family is not None) + all != 1:
         raise InputError("name one or more papers, or give --family FAMILY, or --all: one of the three")
     html = None if html is None else output_file(html, "--html")
     if jsonl is not None and (jsonl := output_file(jsonl, "--jsonl")).exists():
         read_jsonl(jsonl)  # a file without evidence cannot be extended: say so now, not after measuring
+    if into is not None:
+        into = output_folder(into, "--into")
+        shipped.records(where=into)  # a folder of other things cannot be extended: say so now, not after measuring
     chosen = list(slugs or _slugs_of(family))
+    named = chosen if slugs else ["--all"] if all else ["--family", str(family)]
+    command = shlex.join(["assay", "verify", *named, "--scale", scale])
     with saying("loading the experiments"):
         todo = plan(chosen, scale)  # type: ignore[arg-type]
     if not todo.jobs:
@@ -70,7 +82,7 @@ def verify(
     records: list[Evidence] = []
     unsaved = None
     try:
-        _run(chosen, scale, resume, ray, records)
+        _run(chosen, scale, resume, ray, records, command, into)
     except StoreError as error:
         if not records:
             raise
@@ -87,7 +99,9 @@ def verify(
 
         Console(highlight=False, width=width() or 100_000).print(overview(records))  # lines of a pipe are not broken
 
-    unmet = [claim.claim for claim in claims if not claim.met and claim.verdict != "needs other hardware"]
+    unmet = [
+        claim.claim for claim in claims if not claim.met and claim.verdict not in ("needs other hardware", "computed")
+    ]
     if unsaved is not None:
         _leave(str(unsaved), 2)
     if check and unmet:
@@ -111,7 +125,15 @@ def _reasons(todo: Plan, most: int) -> str:
     return ", ".join(parts[:most]) + (f" and {len(parts) - most} more" if len(parts) > most else "")
 
 
-def _run(slugs: list[str], scale: str, resume: bool, ray: str | None, records: list[Evidence]) -> None:
+def _run(
+    slugs: list[str],
+    scale: str,
+    resume: bool,
+    ray: str | None,
+    records: list[Evidence],
+    command: str,
+    into: Path | None,
+) -> None:
     """Measure, filling `records` in the order of the plan, and say on stderr each point's result and how long the rest will take.
 
     Raises InterruptedRun, saying how many points are recorded, when Ctrl-C ends it.
@@ -120,6 +142,7 @@ def _run(slugs: list[str], scale: str, resume: bool, ray: str | None, records: l
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from assay.errors import InterruptedRun
+    from assay.evidence import shipped
     from assay.evidence.report import point_text
     from assay.evidence.runner import verify as measure
 
@@ -140,11 +163,13 @@ def _run(slugs: list[str], scale: str, resume: bool, ray: str | None, records: l
                     return  # the bar shows it
             else:
                 records.append(step.record)
+                if into is not None:
+                    shipped.add([step.record], into)
                 line = f"[{step.done}/{step.total}] {where}: {_result(step)}{_left(records, step.total - step.done)}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
         try:
-            records[:] = measure(slugs, scale=scale, resume=resume, ray_address=ray, progress=show)  # type: ignore[arg-type]
+            records[:] = measure(slugs, scale=scale, resume=resume, ray_address=ray, progress=show, command=command)  # type: ignore[arg-type]
         except KeyboardInterrupt:
             raise InterruptedRun(f"{len(records)} of {total or 'the'} points are recorded") from None
 
@@ -177,17 +202,19 @@ def duration(seconds: float) -> str:
 
 
 def _document(records: list[Evidence], todo: Plan, scale: str) -> dict[str, Any]:
-    from assay.evidence.verdict import summaries
+    from assay.evidence.report import documented
+    from assay.evidence.verdict import remarks, summaries
 
     return {
         "scale": scale,
-        "evidence": [record.model_dump(mode="json") for record in records],
+        "evidence": [documented(record) for record in records],
         "claims": [
             {
                 "claim": claim.claim,
                 "fingerprint": claim.fingerprint,
-                "verdict": claim.verdict,
+                "verdict": claim.word,
                 "reason": claim.reason,
+                "remarks": remarks(claim.deciding),
                 "decided_by": claim.deciding.id,
                 "points": len(claim.points),
                 "failed": len(claim.failed),

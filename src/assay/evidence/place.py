@@ -22,11 +22,6 @@ class Place:
     assay_version: str
     commit: str
 
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What must match for a measurement to count as already taken."""
-        return self.fingerprint, self.assay_version, self.commit
-
 
 @functools.cache
 def here() -> Place:

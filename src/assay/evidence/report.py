@@ -9,9 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from assay.evidence import hashes
 from assay.evidence.record import Evidence
 from assay.evidence.types import Estimate, Verdict
-from assay.evidence.verdict import Summary, claimed_ratio, no_gain, summaries, unit_name
+from assay.evidence.verdict import Summary, figure, gained, judge, remarks, say, summaries, unit_name
 from assay.paths import atomic_file
 
 if TYPE_CHECKING:
@@ -23,28 +24,17 @@ STYLES = {
     Verdict.DIRECTION_HOLDS: "green",
     Verdict.DOES_NOT_PAY: "yellow",
     Verdict.REFUTED: "bold red",
+    Verdict.UNDECIDED: "yellow",
+    Verdict.QUALITY_NOT_SHOWN: "yellow",
+    Verdict.CONTESTED: "magenta",
+    Verdict.COMPUTED: "cyan",
     Verdict.NEEDS_HARDWARE: "cyan",
 }
 
 
-def figure_text(value: float | None, unit: str) -> str:
-    """A number with its unit, four digits; "-" for None.
-
-    >>> figure_text(2.04567, "x"), figure_text(None, "x")
-    ('2.046x', '-')
-    """
-    if value is None:
-        return "-"
-    name = unit_name(unit)
-    return f"{value:.4g}{name}" if name in ("x", "%") else f"{value:.4g} {unit}".rstrip()
-
-
 def estimate_text(estimate: Estimate | None, unit: str) -> str:
-    """The figure with its interval, which is left out when it is exact."""
-    if estimate is None:
-        return "-"
-    ends = f" [{estimate.low:.4g}, {estimate.high:.4g}]" if estimate.low != estimate.high else ""
-    return figure_text(estimate.median, unit) + ends
+    """The figure with its interval, which is left out when it is exact; "-" for None."""
+    return "-" if estimate is None else say(estimate, unit)
 
 
 def point_text(point: dict[str, Any]) -> str:
@@ -64,19 +54,43 @@ def quality_text(record: Evidence) -> str:
     return f"{quality.metric} {quality.candidate:.4g}{interval}{against}"
 
 
-def free_text(record: Evidence) -> str:
-    """The ratio against the strongest free baseline (of a figure: the free baseline's own figure)."""
-    if record.vs_free is not None:
-        return f"{estimate_text(record.vs_free, 'x')} vs {record.free_label or 'free'}"
-    if record.kind == "figure" and record.free is not None:
-        return f"{record.free_label or 'free'}: {figure_text(record.free, record.unit)}"
+def over_text(record: Evidence, arm: str) -> str:
+    """The ratio over "free" or "exact", the operator's two baselines (of a figure: that baseline's own figure)."""
+    label = (record.free_label if arm == "free" else record.exact_label) or arm
+    if arm in record.ratios:
+        return f"{say(record.ratios[arm], 'x')} vs {label}"
+    value = record.free if arm == "free" else record.exact
+    if record.kind == "figure" and value is not None:
+        return f"{label}: {figure(value, record.unit)}"
     return "-"
 
 
 def verdict_text(record: Evidence) -> str:
-    """The verdict, or the status of a point that failed; a star marks a noisy record."""
-    text = record.verdict.value if record.verdict is not None else record.status
+    """The verdict on this record alone, or the status of a point that failed; "stale" when its code has changed since.
+
+    A star marks a noisy record.
+    """
+    if record.status != "ok":
+        text: str = record.status
+    elif hashes.is_stale(record):
+        text = "stale"
+    else:
+        text = judge(record).verdict.value
     return text + (" *" if record.noisy else "")
+
+
+def reason_text(record: Evidence) -> str:
+    """Why the record has that verdict, or why it has none."""
+    if record.status != "ok":
+        return record.error
+    changes = hashes.changes(record)
+    return f"changed since: {', '.join(changes)}" if changes else judge(record).reason
+
+
+def documented(record: Evidence) -> dict[str, Any]:
+    """The record for `--json`, with the verdict and the reason as of now."""
+    verdict = verdict_text(record).removesuffix(" *") if record.status == "ok" else None
+    return {**record.model_dump(mode="json"), "verdict": verdict, "reason": reason_text(record)}
 
 
 def overview(records: Sequence[Evidence]) -> Group:
@@ -91,14 +105,17 @@ def overview(records: Sequence[Evidence]) -> Group:
     parts: list[Text | Padding] = []
     for summary in summaries(records):
         deciding = summary.deciding
-        verdict = summary.verdict.value if summary.verdict is not None else deciding.status
-        paper = "no number" if deciding.paper_value is None else figure_text(deciding.paper_value, deciding.paper_unit)
-        style = STYLES[summary.verdict] if summary.verdict is not None else "bold red"
+        paper = "no number" if deciding.paper_value is None else figure(deciding.paper_value, deciding.paper_unit)
+        style = STYLES[summary.verdict] if summary.verdict is not None else "dim" if summary.stale else "bold red"
         parts.append(Text.assemble((summary.claim, "bold"), f"  the paper: {paper}, {deciding.metric}"))
-        parts.append(Text.assemble((verdict, style), f": {summary.reason}"))
+        parts.append(Text.assemble((summary.word, style), f": {summary.reason}"))
+        if deciding.measured_here:
+            parts.append(Text(f"measured in its place: {deciding.measured_here}"))
+        parts += [Text(f"note: {remark}") for remark in remarks(deciding)]
         for point in summary.points:
             seen = f"{point_text(point.point)}: {estimate_text(point.measured, point.unit)}; {verdict_text(point)}"
-            more = [text for text in (free_text(point), quality_text(point)) if text != "-"]
+            texts = (over_text(point, "free"), over_text(point, "exact"), quality_text(point))
+            more = [text for text in texts if text != "-"]
             style = "" if point is deciding else "dim"
             parts += [Padding(Text("; ".join([seen, *more]), style=style), (0, 0, 0, 4), expand=False)]
         parts.append(Text())
@@ -124,9 +141,8 @@ def plot_svg(summary: Summary) -> str:
             low, median, high = point.measured.low, point.measured.median, point.measured.high
             axes.plot([low, high], [row, row], color="#1f5fa8", linewidth=3, solid_capstyle="round")
             axes.plot([median], [row], "o", color="#1f5fa8")
-        paper = _paper_on_axis(deciding)
-        if paper is not None:
-            axes.axvline(paper, color="#b3401f", linestyle="--", label="the paper")
+        if deciding.paper_value is not None:
+            axes.axvline(deciding.paper_value, color="#b3401f", linestyle="--", label="the paper")
         if (neutral := no_gain(deciding)) is not None:
             axes.axvline(neutral, color="#777777", linewidth=1, label="no gain")
         if unit_name(deciding.unit) == "x":
@@ -158,9 +174,11 @@ def _ratio_axis(axes: Any) -> None:
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:.3g}")
 
 
-def _paper_on_axis(record: Evidence) -> float | None:
-    """The paper's number in the unit that was measured, None when it has none."""
-    return claimed_ratio(record) if record.kind == "trial" else record.paper_value
+def no_gain(record: Evidence) -> float | None:
+    """Where "no gain" lies on the axis of the claim's own unit; None for forms that promise none."""
+    if record.measured is None or gained(record) is None:
+        return None
+    return {"ratio": 1.0, "level": record.baseline}.get(record.form, 0.0)
 
 
 def html(records: Sequence[Evidence], title: str = "assay: claims and what was measured here") -> str:
@@ -193,9 +211,13 @@ def _claim_view(summary: Summary) -> dict[str, Any]:
     return {
         "id": summary.claim,
         "metric": deciding.metric,
-        "paper": figure_text(deciding.paper_value, deciding.paper_unit),
-        "verdict": summary.verdict.value if summary.verdict is not None else deciding.status,
+        "paper": figure(deciding.paper_value, deciding.paper_unit),
+        "verdict": summary.word,
         "reason": summary.reason,
+        "refuted_if": deciding.refuted_if,
+        "measured_here": deciding.measured_here,
+        "departures": deciding.departures,
+        "remarks": remarks(deciding),
         "picture": picture,
         "machine": f"{machine.get('cpu', 'unknown processor')}, {machine.get('threads', '?')} threads",
         "scale": deciding.scale,
@@ -207,7 +229,8 @@ def _claim_view(summary: Summary) -> dict[str, Any]:
                 "id": point.id,
                 "point": point_text(point.point),
                 "measured": estimate_text(point.measured, point.unit) if point.measured else point.error or "-",
-                "free": free_text(point),
+                "free": over_text(point, "free"),
+                "exact": over_text(point, "exact"),
                 "quality": quality_text(point),
                 "verdict": verdict_text(point),
                 "seconds": f"{point.seconds:.1f} s",

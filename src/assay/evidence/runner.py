@@ -10,12 +10,14 @@ from typing import Any, Protocol
 from pydantic import ValidationError
 
 from assay.errors import InputError, MissingError
+from assay.evidence import hashes
 from assay.evidence.jobs import Job, Outcome, measure
 from assay.evidence.place import Place, here
 from assay.evidence.record import Evidence, changed
 from assay.evidence.store import Store, StoreError
-from assay.evidence.types import Scale, plain, point_key
-from assay.evidence.verdict import SCALES, judge, unit_name
+from assay.evidence.types import Estimate, Scale, plain, point_key
+from assay.evidence.verdict import SCALES, unit_name
+from assay.experiments.core import Experiment
 
 
 class ClaimFacts(Protocol):
@@ -31,6 +33,12 @@ class ClaimFacts(Protocol):
     def unit(self) -> str: ...
     @property
     def higher_is_better(self) -> bool: ...
+    @property
+    def form(self) -> str: ...
+    @property
+    def quantity(self) -> str: ...
+    @property
+    def baseline_value(self) -> float | None: ...
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,7 @@ class Plan:
 
     jobs: tuple[Job, ...]
     claims: dict[str, ClaimFacts]
+    experiments: dict[str, Experiment] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
 
 
@@ -66,6 +75,7 @@ def plan(names: Iterable[str], scale: Scale = "small", seed: int = 0) -> Plan:
         raise InputError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
     jobs: list[Job] = []
     claims: dict[str, ClaimFacts] = {}
+    run: dict[str, Experiment] = {}
     unavailable: dict[str, str] = {}
     names = list(names)
     for slug in dict.fromkeys(name.split("/", 1)[0] for name in names):
@@ -88,7 +98,7 @@ def plan(names: Iterable[str], scale: Scale = "small", seed: int = 0) -> Plan:
                 raise InputError(f"the catalogue has no claim {found.claim!r}, for which {where} has an experiment")
             if found.claim not in asked:
                 continue
-            claims[found.claim] = known[found.claim]
+            claims[found.claim], run[found.claim] = known[found.claim], found
             if scale not in found.points:
                 has = ", ".join(name for name in SCALES if name in found.points)
                 unavailable[found.claim] = f"no points at scale {scale}; it has {has}"
@@ -104,9 +114,10 @@ def plan(names: Iterable[str], scale: Scale = "small", seed: int = 0) -> Plan:
                         needs=tuple(found.needs),
                         seconds=found.minutes * 60,
                         memory_bytes=int(found.memory_gib * 2**30),
+                        decides=point == found.decides[scale],
                     )
                 )
-    return Plan(tuple(jobs), claims, unavailable)
+    return Plan(tuple(jobs), claims, run, unavailable)
 
 
 def verify(
@@ -118,15 +129,17 @@ def verify(
     progress: Callable[[Progress], None] | None = None,
     store: Store | None = None,
     seed: int = 0,
+    command: str = "",
 ) -> list[Evidence]:
     """Measure some papers or single claims, named as in `plan`, and judge them; returns the evidence in the order of the plan.
 
     Each point runs in a process of its own under its experiment's time and memory limits, and its record is in the store
     (default: `Store()`) before the next begins: an interruption loses only the point it hits. With `resume` a point is not
-    measured again if the store has a record of it that did not fail, from the same machine, version and commit of assay, scale
-    and seed; that record is returned instead. What failed is tried again: its limits may be others today. With `ray_address`
+    measured again if the store has a record of it from the same machine, scale and seed that did not fail, is no noisy timing,
+    and whose code has not changed since; that record is returned instead. What failed is tried again: its limits may be others
+    today. With `ray_address`
     the points go to a Ray cluster, one at a time to each of its machines ("local" starts one here, "auto" finds the running
-    one); assay must be installed on all of them.
+    one); assay must be installed on all of them. `command` is kept in the records as the way to measure them again.
 
     Raises InputError and MissingError as `plan` does and when nothing that was named can be measured; MissingError when Ray is
     wanted and missing; StoreError before the first point when the store cannot be written, and after the last one when it
@@ -138,8 +151,8 @@ def verify(
         raise MissingError(f"nothing to verify: {why}" if why else "nothing to verify: no paper was named")
     if store is None:
         with Store() as own:
-            return _verify(todo, own, resume, ray_address, progress or _quiet)
-    return _verify(todo, store, resume, ray_address, progress or _quiet)
+            return _verify(todo, own, resume, ray_address, progress or _quiet, command)
+    return _verify(todo, store, resume, ray_address, progress or _quiet, command)
 
 
 def _quiet(_: Progress) -> None:
@@ -147,7 +160,12 @@ def _quiet(_: Progress) -> None:
 
 
 def _verify(
-    todo: Plan, store: Store, resume: bool, ray_address: str | None, progress: Callable[[Progress], None]
+    todo: Plan,
+    store: Store,
+    resume: bool,
+    ray_address: str | None,
+    progress: Callable[[Progress], None],
+    command: str,
 ) -> list[Evidence]:
     store.check_writable()
     cluster: Cluster = Here()
@@ -173,7 +191,7 @@ def _verify(
             progress(Progress(len(records), len(todo.jobs), job))
 
         for number, job, outcome in cluster.run(waiting, started):
-            record = _evidence(job, todo.claims[job.claim], outcome)
+            record = _evidence(job, todo.claims[job.claim], todo.experiments[job.claim], outcome, command)
             try:
                 store.append(record)
             except StoreError as error:  # the record is safe in the fallback file; the sweep continues
@@ -186,11 +204,12 @@ def _verify(
 
 
 def _recorded(todo: Plan, store: Store) -> dict[tuple[Any, ...], Evidence]:
-    """The store's records of the plan's claims that did not fail; the newest if a point was measured twice."""
+    """The store's records of the plan's claims that count today; the newest if a point was measured twice."""
     return {
-        (r.claim, point_key(r.point), r.scale, r.seed, r.fingerprint, r.assay_version, r.commit): r
+        (r.claim, point_key(r.point), r.scale, r.seed, r.fingerprint): r
         for claim in dict.fromkeys(job.claim for job in todo.jobs)
         for r in store.records(claim=claim, status="ok")
+        if not hashes.is_stale(r) and not (r.kind == "trial" and r.noisy)
     }
 
 
@@ -224,8 +243,8 @@ class Here:
             yield number, job, measure(job)
 
 
-def _evidence(job: Job, claim: ClaimFacts, outcome: Outcome) -> Evidence:
-    """The record of an outcome, with its verdict."""
+def _evidence(job: Job, claim: ClaimFacts, experiment: Experiment, outcome: Outcome, command: str) -> Evidence:
+    """The record of an outcome: what was seen, in the claim's unit, beside what the claim says and the experiment declared."""
     seen = dict(outcome.seen)
     threads = seen.pop("threads", None)
     details = {**seen.pop("details", {}), **({"process": outcome.process} if outcome.process else {})}
@@ -234,11 +253,23 @@ def _evidence(job: Job, claim: ClaimFacts, outcome: Outcome) -> Evidence:
         "slug": job.claim.split("/", 1)[0],
         "point": job.point,
         "index": job.index,
+        "decides": job.decides,
         "scale": job.scale,
         "metric": claim.metric,
         "paper_value": claim.value,
         "paper_unit": claim.unit,
+        "paper_baseline": claim.baseline_value,
         "higher_is_better": claim.higher_is_better,
+        "form": claim.form,
+        "quantity": claim.quantity,
+        "tolerance": experiment.tolerance,
+        "operator": experiment.operator.name,
+        "free_label": experiment.operator.free,
+        "exact_label": experiment.operator.exact,
+        "measured_here": experiment.measured_here,
+        "computed": experiment.computed,
+        "departures": dict(experiment.departures),
+        "refuted_if": experiment.refuted_if,
         "needs": outcome.needs,
         "details": details,
         "fingerprint": outcome.place.fingerprint,
@@ -246,27 +277,65 @@ def _evidence(job: Job, claim: ClaimFacts, outcome: Outcome) -> Evidence:
         "assay_version": outcome.place.assay_version,
         "commit": outcome.place.commit,
         "seed": job.seed,
-        "command": f"assay verify {job.claim.split('/', 1)[0]} --scale {job.scale}",
+        "command": command or f"assay verify {job.claim.split('/', 1)[0]} --scale {job.scale}",
         "seconds": outcome.seconds,
         "created": datetime.now(UTC),
     }
-    problem = outcome.error if outcome.status != "ok" else _unit_problem(seen, claim)
+    problem = outcome.error if outcome.status != "ok" else _problem(seen, claim)
     if problem:
         return Evidence(**common, status=outcome.status if outcome.status != "ok" else "failed", error=plain(problem))
+    if seen.get("kind") == "trial":
+        seen |= {"measured": in_claims_unit(Estimate(**seen["ratios"]["baseline"]), claim), "unit": claim.unit}
+        if experiment.operator.free and "free" not in seen["ratios"]:  # the paper's baseline is the free one
+            seen["ratios"] = {**seen["ratios"], "free": seen["ratios"]["baseline"]}
     try:
         record = Evidence(**common, **seen, status="ok")
+        if experiment.refutes is not None and not record.needs:
+            record = changed(record, refuted=bool(experiment.refutes(record.model_dump(mode="json"))))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         return Evidence(
             **common, status="failed", error=f"the experiment's result is not valid: {where}: {first['msg']}"
         )
-    judgement = judge(record)
-    return changed(record, verdict=judgement.verdict, reason=judgement.reason)
+    return record
 
 
-def _unit_problem(seen: dict[str, Any], claim: ClaimFacts) -> str:
-    """What is wrong with the unit: a figure in another unit than the claim's cannot be compared with it, a fault of the experiment."""
-    if seen.get("kind") != "figure" or claim.value is None or unit_name(seen["unit"]) == unit_name(claim.unit):
-        return ""
-    return f"the experiment reports a figure in {seen['unit']!r}, but the claim is in {claim.unit!r}"
+def in_claims_unit(speedup: Estimate, claim: ClaimFacts) -> Estimate:
+    """A ratio of times (baseline's over the candidate's) in the claim's own form, unit and direction.
+
+    >>> from assay.catalogue import get_claim
+    >>> ratio = Estimate(median=2.0, low=1.6, high=2.5)
+    >>> in_claims_unit(ratio, get_claim("pie_positional_integrity/kv-update-overhead")).median  # per cent of time saved
+    50.0
+    """
+
+    def turned(ratio: float) -> float:
+        if claim.form == "saved":
+            return 100 * (1 - 1 / ratio)
+        if claim.form == "added":
+            return 100 * (ratio - 1)
+        return ratio if claim.higher_is_better else 1 / ratio
+
+    low, median, high = sorted(turned(ratio) for ratio in (speedup.low, speedup.median, speedup.high))
+    return Estimate(median=median, low=low, high=high)
+
+
+def _problem(seen: dict[str, Any], claim: ClaimFacts) -> str:
+    """What is wrong with what an experiment returned: it measures another thing than the claim, or in another unit."""
+    if seen.get("kind") == "trial":
+        if claim.quantity != "time":
+            return f"the experiment times something, but the claim is about {claim.quantity or 'something else'}"
+        if claim.form not in ("ratio", "saved", "added", "bound"):
+            return f"the experiment times something, but the claim has the form {claim.form!r}"
+    if seen.get("kind") == "figure":
+        if claim.quantity == "time":
+            return "the claim is about time, but the experiment times nothing in pairs: it must return a Trial"
+        if claim.unit and unit_name(seen["unit"]) != unit_name(claim.unit):
+            return f"the experiment reports a figure in {seen['unit']!r}, but the claim is in {claim.unit!r}"
+        controls = {"deleted", "random"} & set(seen["controls"]) or seen["quality"] or seen.get("computed")
+        if claim.quantity == "quality" and not controls:
+            return (
+                "the claim is about a quality, but the experiment has no controls: the method deleted, a random choice"
+            )
+    return ""

@@ -30,7 +30,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from assay.errors import AssayError, InputError, MissingError
 from assay.evidence.record import Evidence, parse
-from assay.evidence.types import Verdict, point_key
+from assay.evidence.types import point_key
 from assay.paths import atomic_file, data_dir
 
 VERSION_TABLE = "assay_version"
@@ -47,7 +47,6 @@ table = sa.Table(
     sa.Column("slug", sa.Text(), nullable=False),
     sa.Column("scale", sa.Text(), nullable=False),
     sa.Column("status", sa.Text(), nullable=False),
-    sa.Column("verdict", sa.Text(), nullable=True),
     sa.Column("fingerprint", sa.Text(), nullable=False),
     sa.Column("record", sa.Text(), nullable=False),  # the whole record as JSON; the columns above only serve to find it
     sa.Index("assay_evidence_slug", "slug"),
@@ -126,7 +125,6 @@ class Store:
                     "slug": record.slug,
                     "scale": record.scale,
                     "status": record.status,
-                    "verdict": record.verdict,
                     "fingerprint": record.fingerprint,
                     "record": record.to_json(),
                 }
@@ -157,14 +155,13 @@ class Store:
         claim: str | None = None,
         scale: str | None = None,
         status: str | None = None,
-        verdict: Verdict | str | None = None,
         fingerprint: str | None = None,
         last: int | None = None,
     ) -> list[Evidence]:
         """The records that fit, oldest first; with `last` only that many of the newest."""
         wanted = {"slug": slug, "claim": claim, "scale": scale, "status": status, "fingerprint": fingerprint}
         query = sa.select(table.c.record).order_by(table.c.seq.desc())
-        for name, value in {**wanted, "verdict": verdict}.items():
+        for name, value in wanted.items():
             if value is not None:
                 query = query.where(table.c[name] == str(value))
         if last is not None:

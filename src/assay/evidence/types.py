@@ -9,17 +9,26 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+PROCESSES = 3
+"""Fresh processes that a trial is taken in: where memory lies, and what the allocator does, differs from one to the next."""
+LEAST_ROUNDS = 4  # in each
+AGAIN = "candidate again"  # the candidate against itself, which must show no difference
+
 Scale = Literal["smoke", "small", "full"]
 Status = Literal["ok", "failed", "timeout", "out of memory"]
 
 
 class Verdict(StrEnum):
-    """Evidence against a claim. A point that failed has a status and no verdict."""
+    """Evidence against a claim, by the rule in `verdict`. A point that failed has a status and no verdict; nor has a stale one."""
 
     REPRODUCED = "reproduced"
     DIRECTION_HOLDS = "direction holds"
     DOES_NOT_PAY = "does not pay here"
     REFUTED = "refuted here"
+    UNDECIDED = "undecided"
+    QUALITY_NOT_SHOWN = "quality not shown"
+    CONTESTED = "contested"
+    COMPUTED = "computed"
     NEEDS_HARDWARE = "needs other hardware"
 
 

@@ -600,7 +600,8 @@ def test_a_pipeline_of_diffusers_generates():
 @pytest.mark.parametrize("kind", ["wan", "hunyuan"])
 def test_a_small_denoiser_samples_the_same_where_everything_is_kept(kind):
     """The whole sampling loop of the experiment, with an untrained model: dense and degenerate sampling agree."""
-    from assay.experiments.attention.svg2 import LAYERS, Denoiser, dense_plan, psnr, sample
+    from assay.experiments.attention.svg2 import LAYERS, Denoiser, dense_plan, sample
+    from assay.experiments.attention.video import psnr
 
     torch.manual_seed(0)
     model = Denoiser(kind).eval().requires_grad_(False)

@@ -785,13 +785,16 @@ def test_the_experiment_counts_what_is_saved_at_equal_candidates():
     trees = evaluations_saved("expression trees", 300)
     assert 0 < trees.free < trees.value < 100
     assert trees.low <= trees.value <= trees.high
-    assert trees.details["distinct_functions"] == round(300 * (1 - trees.value / 100))
-    assert trees.details["hits_that_differ_there"] <= 0.01 * 300
-    networks = evaluations_saved("networks", 12)
-    assert networks.details["evaluations"] == round(12 * (1 - networks.value / 100))
-    assert networks.details["same_candidates_visited"]
-    assert networks.details["largest_difference_of_a_stored_score"] == 0
-    assert networks.quality.candidate == networks.quality.baseline > 0.1
+    first = trees.details["of_each_search"][0]
+    assert first["distinct_functions"] == round(300 * (1 - trees.details["saved_by_search"][0] / 100))
+    assert first["hits_that_differ_there"] <= 0.01 * 300
+    networks = evaluations_saved("networks", 12, seeds=1)
+    (search,) = networks.details["of_each_search"]
+    assert search["evaluations"] == round(12 * (1 - networks.value / 100))
+    assert search["same_candidates_visited"]
+    assert networks.quality.candidate == 1.0
+    assert search["best_accuracy"]["with"] == search["best_accuracy"]["without"] > 0.1
+    assert networks.arms["text"] <= networks.free <= networks.value
 
 
 # Promises of the docstrings

@@ -252,6 +252,31 @@ def test_distilling_never_gets_worse_and_finds_what_it_can_represent():
     assert off.item() == pytest.approx(errors[-1], rel=1e-3)
 
 
+def test_the_ridge_goes_with_the_weights():
+    """Weights near 2^-8 have squares near 1e-5: a ridge in absolute numbers would leave nothing of the rows."""
+    torch.manual_seed(0)
+    truth = MemoryLinear(16, 4, bits=8, bias=False)
+    with torch.no_grad():
+        truth.tables.normal_()
+    x = 0.01 * torch.randn(8000, 16)
+    layer = MemoryLinear(16, 4, bits=8, bias=False)
+    errors = distil_(layer, x, truth(x).detach(), sweeps=15, ridge=1e-3)
+    assert errors[-1] < 0.05
+
+
+def test_the_ridge_serves_inputs_that_were_not_fitted():
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 6)
+    x, other = torch.randn(2, 400, 24).unbind()
+    off = {}
+    for ridge in (0.0, 10.0):
+        layer = MemoryLinear(24, 6, bits=8)
+        fitted = distil_(layer, x, linear(x).detach(), ridge=ridge)[-1]
+        off[ridge] = ((layer(other) - linear(other)).norm() / linear(other).norm()).item()
+        assert fitted < 0.9 * off[ridge], "the error on the inputs fitted to says little"
+    assert off[10.0] < 0.95 * off[0.0]
+
+
 def test_layer_norm_spreads_the_buckets():
     torch.manual_seed(0)
     layer = MemoryLinear(64, 4, bits=8)

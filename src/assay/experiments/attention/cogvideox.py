@@ -3,18 +3,20 @@
 As in the original, prompt and video attend to each other in one sequence, the prompt first and its padding not masked; patches
 span two frames; embeddings are rotary; heads have 64 channels; velocities are predicted, on a schedule that ends without any
 signal. Unlike the original, it uses pixels instead of a VAE's latents, learned words instead of T5's, DDIM instead of the DPM
-solver (so that equal noise gives equal samples), and no classifier-free guidance, which would double the batch of every arm.
+solver (so that equal noise gives equal samples), sharpened attention (`video.SHARPNESS`), and no classifier-free guidance, which would
+double the batch of every arm.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from assay.errors import MissingError
-from assay.experiments.attention.video import PATCH, Noised, train_on_clips
+from assay.experiments.attention.video import PATCH, Fit, Noised, kept, sharpen, train_on_clips
 from assay.workloads.images import PHOTOGRAPHS
 
 LAYERS, HEAD_DIM = 4, 64
@@ -75,18 +77,21 @@ def make_scheduler() -> Any:
     )
 
 
-def train(width: int, updates: int, *, batch: int = 2, seed: int = 0) -> tuple[CogVideoX, float]:
-    """A model trained on `updates` batches of clips, noised as its scheduler does, and its loss over the last tenth."""
+def train(width: int, updates: int, *, batch: int = 2, seed: int = 0) -> tuple[CogVideoX, Fit]:
+    """A model trained on `updates` batches of clips, noised as its scheduler does, and its loss; kept in assay's cache."""
     torch.manual_seed(seed)
     model, scheduler = CogVideoX(width), make_scheduler()
+    sharpen(model)
 
     def noised(clips: Tensor) -> Noised:
         times = torch.randint(scheduler.config.num_train_timesteps, (len(clips),))
         noise = torch.randn_like(clips)
         return scheduler.add_noise(clips, noise, times), times, scheduler.get_velocity(clips, noise, times)
 
-    loss = train_on_clips(model, noised, updates, batch=batch)
-    return model, loss
+    def fit(fresh: nn.Module) -> Fit:
+        return train_on_clips(fresh, noised, updates, batch=batch)
+
+    return model, kept(model, fit, f"cogvideox-{width}-{updates}-{batch}-{seed}", sys.modules[__name__])
 
 
 def sample(model: CogVideoX, noise: Tensor, steps: int, *, label: int = 0) -> Tensor:

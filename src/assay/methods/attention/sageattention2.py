@@ -12,8 +12,8 @@ granularity costs nothing extra, and INT4 costs as much as INT8, because it has 
 
 `variant="as_released"` is what the released package runs on FP8 GPUs: INT8, queries not smoothed, FP8 summed in fp16 with V scaled
 to 2.25 ("fp8++"). `our choice`: 22-bit sums are cut to 13 bits of mantissa after every 32 keys; means, maxima and values exclude
-padding; the mixture of precisions is a table by layer with thresholds on cosine and relative L1; head dimensions are
-not padded; a query that sees nothing gives zeros and a log-sum-exp of -inf.
+padding; the mixture of precisions is a table by layer (and denoising step) with thresholds on cosine and relative L1; head
+dimensions are not padded; a query that sees nothing gives zeros and a log-sum-exp of -inf.
 
 When NOT to use it: decoding (one query: memory bound, kept exact here), prompts of a few hundred tokens, training (no gradient),
 processors without AVX512-VNNI (the exact kernel is as fast) or with AMX (the exact kernel is faster: softmax takes the time, not the
@@ -22,8 +22,9 @@ products), INT4 in layers that calibration has not seen, position biases, soft c
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
@@ -33,14 +34,15 @@ from torch import Tensor, nn
 
 from assay import checks
 from assay.methods.core import kernels
+from assay.methods.core.attention import integration
 from assay.methods.core.attention import plan as plans
+from assay.methods.core.attention.diffusers_processor import self_attentions, set_attention
 from assay.methods.core.attention.integration import (
     can_register,
     each_layer,
     layer_of,
     parse_settings,
     register_attention,
-    set_attention,
     settings_of,
     share_reached,
     store_settings,
@@ -443,7 +445,8 @@ def calibrate(
     """Which integers each layer tolerates: the first of `candidates` whose output keeps both thresholds, else "exact".
 
     `layers` holds (q, k, v) of each layer on one calibration batch, (batch, heads, tokens, dim); `settings` says the rest. The
-    paper mixes 4 and 8 bit by the cosine to full precision, measured once; the thresholds are our choice.
+    paper mixes 4 and 8 bit by the cosine to full precision, measured once a layer (and, in diffusion, a denoising step: see
+    `calibrate_steps`); the thresholds are our choice.
     Raises ValueError for thresholds that make no sense or unknown candidates.
     """
     checks.number("min_cosine", min_cosine, low=-1, high=1)
@@ -477,6 +480,68 @@ def calibrate_model(model: nn.Module, input_ids: Tensor, **options: Any) -> list
 
     each_layer(model, input_ids, choose)
     return table
+
+
+def calibrate_steps(model: nn.Module, sample: Callable[[], Any], **options: Any) -> list[list[QK]]:
+    """`calibrate` for every denoising step and layer of a diffusers model: (steps, layers), by one run of `sample()`.
+
+    The run computes attention exactly and calls each self-attention once a step; other processors are put back afterwards.
+    `options` as in `calibrate` (attention is taken as not causal). Raises ValueError for a model without self-attentions whose
+    processors can be replaced, and for a mask, which integers by the kernel do not take.
+    """
+    layers = len(self_attentions(model))
+    found: list[list[QK]] = [[] for _ in range(layers)]
+
+    def choose(
+        layer: int, module: Any, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float | None, **_: Any
+    ) -> Tensor:
+        if mask is not None:
+            raise ValueError(f"calibrate_steps takes self-attention without a mask, got one of {tuple(mask.shape)}")
+        found[layer] += calibrate([(q, k, v)], **{"is_causal": False, "scale": scale, **options})
+        return execute(AttentionPlan(q.shape[2], k.shape[2], causal=False), q, k, v, scale=scale)
+
+    processors = dict(cast(Any, model).attn_processors)
+    try:
+        set_attention(model, [functools.partial(choose, layer) for layer in range(layers)])
+        sample()
+    finally:
+        cast(Any, model).set_attn_processor(processors)
+    if len({len(column) for column in found}) != 1:
+        raise ValueError(f"sample must call each self-attention equally often, got {[len(column) for column in found]}")
+    return [list(row) for row in zip(*found, strict=True)]
+
+
+def install_steps(model: nn.Module, table: Sequence[Sequence[QK]], settings: SageSettings = VARIANTS["cpu"]) -> None:
+    """Quantise the self-attentions of a diffusers model by a table of (steps, layers), one call of each layer a step.
+
+    After the last step comes the first again, so that one generation may follow another. `settings` says the rest. Raises ValueError
+    for a table that does not fit the model.
+    """
+    layers = len(self_attentions(model))
+    if not table or any(len(row) != layers for row in table):
+        raise ValueError(f"table must have a row of {layers} for each step, got {[len(row) for row in table]}")
+    chosen = [[replace(settings, qk=qk) for qk in row] for row in table]
+    calls = [0] * layers
+
+    def attend(
+        layer: int,
+        module: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float | None,
+        text: int,
+    ) -> Tensor:
+        now = chosen[calls[layer] % len(chosen)][layer]
+        calls[layer] += 1
+        if now.qk == "exact" and mask is None:
+            return execute(AttentionPlan(q.shape[2], k.shape[2], causal=causal), q, k, v, scale=scale)
+        return cast(Tensor, sage_attention(q, k, v, is_causal=causal, scale=scale, mask=mask, variant=now))
+
+    set_attention(model, [functools.partial(attend, layer) for layer in range(layers)])
 
 
 # ---------------------------------------------------------------------------------------------------------- transformers
@@ -632,7 +697,7 @@ class SageAttention:
         chosen.check(text.num_hidden_layers)
         store_settings(model, "sageattention2", chosen)
         register()
-        return set_attention(model, NAME)
+        return integration.set_attention(model, NAME)
 
     def describe(self, config: Mapping[str, Any]) -> str:
         qk = config.get("qk", "int8")

