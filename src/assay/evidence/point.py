@@ -19,6 +19,9 @@ from assay.experiments.core import CONTROLS
 from assay.measure.clock import OthersWatch, compare_many, load_average
 from assay.methods.core import kernels
 
+LONGEST = 150.0
+"""Seconds that one process times at most, warming up included: more would say little more, and a paper has five minutes at `small`."""
+
 
 def run_point(
     module: str, claim: str, point: dict[str, Any], seed: int, seconds: float, rounds: int = 0, first: bool = True

@@ -18,14 +18,14 @@ PEAKS = {"padded": 1200, "sorted": 1100, "alone": 900, "varlen": 500, "mask": 60
 def small(monkeypatch):
     loaded = SimpleNamespace(model=tiny_model(), tokenizer=None)
     monkeypatch.setattr(room, "load_model", lambda name: loaded)
-    monkeypatch.setattr(room, "mixed_prompts", lambda tokenizer, n: PROMPTS[:n])
+    monkeypatch.setattr(room, "mixed_prompts", lambda tokenizer, n, longest: PROMPTS[:n])
     monkeypatch.setattr(room, "peak_memory_of_child", lambda _, call: PeakMemory(10, 10 + PEAKS[call["arm"]]))
     return loaded
 
 
 @pytest.mark.parametrize("claim", ["prefill-speedup-padded", "prefill-speedup-sorted", "prefill-peak-memory"])
 def test_prompts_cut_at_random_places_are_noticed(small, monkeypatch, claim):
-    point = {"prompts": 6, "batch": 3} | ({"repeats": 2} if claim.endswith("memory") else {})
+    point = {"prompts": 6, "batch": 3, "longest": 99} | ({"repeats": 2} if claim.endswith("memory") else {})
     claim = f"prepacking/{claim}"
     assert verdict_of(claim, point) in PAYS
     real = room.PrepackedPrefill.__call__

@@ -488,11 +488,11 @@ def test_memory_is_held_against_what_is_free(monkeypatch):
 
     peaks = {"padded": 1200, "sorted": 1100, "alone": 600, "varlen": 500, "mask": 800}
     monkeypatch.setattr(room, "peak_memory_of_child", lambda _, call: PeakMemory(10, 10 + peaks[call["arm"]]))
-    monkeypatch.setattr(room, "in_every_arm", lambda prompts, batch: {"weights": 300, "cache": 100})
+    monkeypatch.setattr(room, "in_every_arm", lambda *_: {"weights": 300, "cache": 100})
     loaded = SimpleNamespace(model=tiny("llama"), tokenizer=None)
     monkeypatch.setattr(room, "load_model", lambda name: loaded)
-    monkeypatch.setattr(room, "mixed_prompts", lambda tokenizer, n: PROMPTS[:n])
-    figure = room.prefill_peak_memory(4, 4, 2)
+    monkeypatch.setattr(room, "mixed_prompts", lambda tokenizer, n, longest: PROMPTS[:n])
+    figure = room.prefill_peak_memory(4, 4, 99, 2)
     assert (figure.value, figure.low, figure.high, figure.free) == (1.5, 1.5, 1.5, 2.0)
     assert figure.arms["one flat row without a mask"] == 2.4
     assert figure.quality.candidate < 1e-4 < 1e-2 < min(figure.quality.controls.values())

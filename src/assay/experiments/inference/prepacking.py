@@ -1,6 +1,6 @@
 """Prepacking: is a packed prefill faster and smaller than a padded one, and than one sorted by length?
 
-The prompts are docstrings of the standard library, 6 to about 470 tokens, in arrival order, in batches. Every arm produces what
+The prompts are docstrings of the standard library, from 6 tokens on, in arrival order, in batches. Every arm produces what
 generation needs: a left-padded cache and the logits of each prompt's last token. None computes logits elsewhere. The strongest
 free alternative is the simplest: a separate forward pass for each prompt, which has no padding either. The paper's form decides, rows of
 packed prompts under a mask; one flat row without a mask ("varlen"), our faster form, stands beside it as an arm.
@@ -26,7 +26,7 @@ from assay.methods.core.generation.cache import Prefilled, left_pad
 from assay.methods.core.generation.loop import padded_prefill, padding_token
 from assay.methods.inference.prepacking import PrepackedPrefill, pack_prompts
 from assay.workloads.models import load_model
-from assay.workloads.text import mixed_prompts
+from assay.workloads.text import LONGEST_PROMPT, mixed_prompts
 
 MODEL = "smollm2-135m"
 PREFILL = Operator("prefill of prompts of mixed length", free="each prompt by itself")
@@ -127,9 +127,9 @@ def token_slots(prompts: Prompts, batch: int) -> dict[str, int]:
 
 
 POINTS: dict[str, list[dict[str, Any]]] = {
-    "smoke": [{"prompts": 6, "batch": 3}],
-    "small": [{"prompts": 8, "batch": 8}],
-    "full": [{"prompts": 512, "batch": 64}],
+    "smoke": [{"prompts": 6, "batch": 3, "longest": 128}],
+    "small": [{"prompts": 8, "batch": 8, "longest": 192}],
+    "full": [{"prompts": 512, "batch": 64, "longest": LONGEST_PROMPT}],
 }
 PAPER = {
     "packing": "best fit, decreasing",
@@ -143,7 +143,7 @@ DECLARED: dict[str, Any] = {
     "paper": PAPER,
     "departures": {
         "batch": "8 at small scale: a padded batch of 64 takes minutes on two cores",
-        "prompts": "docstrings of the standard library, as widely spread in length: no MMLU offline",
+        "prompts": "docstrings of the standard library, from 6 tokens to 192 at small scale: no MMLU offline",
         "model": "SmolLM2-135M in float32",
     },
     "guard": LOGITS,
@@ -151,10 +151,10 @@ DECLARED: dict[str, Any] = {
 }
 
 
-def _trial(prompts: int, batch: int, *, by_length: bool) -> Trial:
+def _trial(prompts: int, batch: int, longest: int, *, by_length: bool) -> Trial:
     """Packed in arrival order, against padded batches in arrival order or sorted; flat rows and the other padding beside them."""
     loaded = load_model(MODEL)
-    model, chosen = loaded.model, mixed_prompts(loaded.tokenizer, prompts)
+    model, chosen = loaded.model, mixed_prompts(loaded.tokenizer, prompts, longest=longest)
     masked, flat = (PrepackedPrefill(model, backend=backend) for backend in ("mask", "varlen"))
     other = "padded, in arrival order" if by_length else "padded, sorted by length"
     return Trial(
@@ -176,29 +176,29 @@ def _trial(prompts: int, batch: int, *, by_length: bool) -> Trial:
     refuted_if="packed batches take longer than the same batches padded to their longest prompt",
     **DECLARED,
 )
-def prefill_speedup_padded(prompts: int, batch: int) -> Trial:
+def prefill_speedup_padded(prompts: int, batch: int, longest: int) -> Trial:
     """Packed batches against the same batches padded to their longest prompt."""
-    return _trial(prompts, batch, by_length=False)
+    return _trial(prompts, batch, longest, by_length=False)
 
 
 @experiment(
     "prepacking/prefill-speedup-sorted",
-    points={**POINTS, "small": [{"prompts": 8, "batch": 4}]},
+    points={**POINTS, "small": [{"prompts": 8, "batch": 4, "longest": 192}]},
     refuted_if="packed batches take longer than padded batches of the prompts sorted by length",
     **DECLARED,
 )
-def prefill_speedup_sorted(prompts: int, batch: int) -> Trial:
+def prefill_speedup_sorted(prompts: int, batch: int, longest: int) -> Trial:
     """Packed batches in arrival order against padded batches of all prompts sorted by length."""
-    return _trial(prompts, batch, by_length=True)
+    return _trial(prompts, batch, longest, by_length=True)
 
 
-def prefill_once(prompts: int, batch: int, arm: str) -> None:
+def prefill_once(prompts: int, batch: int, longest: int, arm: str) -> None:
     """What a child process runs so that its peak memory can be read: load the model and prefill every batch in one arm."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         # Freed tensors go back at once. Else the peak depends on holes in the heap: the padded arm took 1.2 or 1.6 GB.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     loaded = load_model(MODEL)
-    chosen = mixed_prompts(loaded.tokenizer, prompts)
+    chosen = mixed_prompts(loaded.tokenizer, prompts, longest=longest)
     if arm in ("padded", "sorted"):
         run_padded(loaded.model, chosen, batch, by_length=arm == "sorted")
     elif arm == "alone":
@@ -207,11 +207,11 @@ def prefill_once(prompts: int, batch: int, arm: str) -> None:
         run_packed(PrepackedPrefill(loaded.model, backend=arm), chosen, batch)  # type: ignore[arg-type]
 
 
-def in_every_arm(prompts: int, batch: int) -> dict[str, int]:
+def in_every_arm(prompts: int, batch: int, longest: int) -> dict[str, int]:
     """Bytes no arm can do without: the weights, and the left-padded cache of the largest batch."""
     loaded = load_model(MODEL)
     config: Any = loaded.model.config
-    groups = batches(mixed_prompts(loaded.tokenizer, prompts), batch)
+    groups = batches(mixed_prompts(loaded.tokenizer, prompts, longest=longest), batch)
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * loaded.model.dtype.itemsize
     return {
         "weights": sum(p.numel() * p.element_size() for p in loaded.model.parameters()),
@@ -222,14 +222,14 @@ def in_every_arm(prompts: int, batch: int) -> dict[str, int]:
 @experiment(
     "prepacking/prefill-peak-memory",
     points={
-        "smoke": [{"prompts": 4, "batch": 4, "repeats": 2}],
-        "small": [{"prompts": 8, "batch": 8, "repeats": 3}],
-        "full": [{"prompts": 256, "batch": 64, "repeats": 3}],
+        "smoke": [{"prompts": 4, "batch": 4, "longest": 128, "repeats": 2}],
+        "small": [{"prompts": 8, "batch": 8, "longest": 192, "repeats": 3}],
+        "full": [{"prompts": 256, "batch": 64, "longest": LONGEST_PROMPT, "repeats": 3}],
     },
     refuted_if="packed prefill peaks higher than padded prefill",
     **DECLARED,
 )
-def prefill_peak_memory(prompts: int, batch: int, repeats: int) -> Figure:
+def prefill_peak_memory(prompts: int, batch: int, longest: int, repeats: int) -> Figure:
     """Peak memory of padded over packed prefill, weights included as in the paper, each arm in a process of its own.
 
     Packing saves activations. The weights and the left-padded cache are in every arm, and here they are most of it, so that the
@@ -237,7 +237,7 @@ def prefill_peak_memory(prompts: int, batch: int, repeats: int) -> Figure:
     """
 
     def peak(arm: str) -> int:
-        call = {"prompts": prompts, "batch": batch, "arm": arm}
+        call = {"prompts": prompts, "batch": batch, "longest": longest, "arm": arm}
         return peak_memory_of_child(f"{__name__}:prefill_once", call).extra_bytes
 
     seen = [{arm: peak(arm) for arm in ("padded", "mask")} for _ in range(repeats)]
@@ -245,7 +245,7 @@ def prefill_peak_memory(prompts: int, batch: int, repeats: int) -> Figure:
     padded = sum(one["padded"] for one in seen) / repeats
     ratio = student_interval([one["padded"] / one["mask"] for one in seen])
     loaded = load_model(MODEL)
-    chosen = mixed_prompts(loaded.tokenizer, prompts)
+    chosen = mixed_prompts(loaded.tokenizer, prompts, longest=longest)
     return Figure(
         ratio.median,
         "x",
@@ -257,5 +257,5 @@ def prefill_peak_memory(prompts: int, batch: int, repeats: int) -> Figure:
             "padded, sorted by length": padded / once["sorted"],
         },
         quality=exactness(loaded.model, PrepackedPrefill(loaded.model, backend="mask"), chosen[:batch]),
-        details={"peak_bytes": [*seen, once], "in_every_arm_bytes": in_every_arm(prompts, batch)},
+        details={"peak_bytes": [*seen, once], "in_every_arm_bytes": in_every_arm(prompts, batch, longest)},
     )
