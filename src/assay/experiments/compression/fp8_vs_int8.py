@@ -31,10 +31,7 @@ Activations = Literal["tensor", "token", "none"]
     "fp8_vs_int8/int8-not-worse-ptq",
     points={
         "smoke": [{"net": "digits"}],
-        "small": [
-            {"net": "digits"},
-            *({"activations": activations, "window": 256, "n": 6} for activations in ("token", "tensor")),
-        ],
+        "small": [{"net": "digits"}, {"activations": "token", "window": 256, "n": 6}],
         "full": [
             {"net": "digits"},
             *({"activations": activations, "window": 1024, "n": 32} for activations in ("none", "token", "tensor")),
