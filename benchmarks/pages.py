@@ -32,7 +32,7 @@ INDEX = """# What was measured
 | file | command that makes it (each line holds the one it came from) |
 | --- | --- |
 | `claims/<slug>.jsonl`, `machines.json` | `assay verify SLUG --scale small --into evidence` (`make evidence` for all) |
-| `demo.jsonl`; `demo-a.jsonl`, `demo-b.jsonl`, `demo-c.jsonl` | `make demo`; of earlier code, on three other machines |
+| `demo.jsonl`; `demo-a.jsonl`, `demo-b.jsonl`, `demo-c.jsonl` | `make demo`, all of earlier code than today's, on four machines |
 | `bench.jsonl` | `make bench` |
 | `throughput.jsonl` | `assay tune smollm2-135m --goal throughput -o out/throughput` |
 | `memory.jsonl` | `assay tune smollm2-135m --goal memory -o out/memory` |
@@ -89,8 +89,10 @@ def row(summary: Summary, machine: str) -> str:
     if record.quality is not None:
         against = "" if record.quality.baseline is None else f" against {record.quality.baseline:.4g}"
         quality = f"{record.quality.metric}: {record.quality.candidate:.4g}{against}"
+    word = summary.word if summary.verdict is not None else f"*{summary.word}*"
+    better = remarks(record) if summary.verdict is not None else []  # an arm that does better stands in the row
     cells = [f"`{record.claim}`", paper, here, over(record, "free"), over(record, "exact"), quality, machine]
-    return "| " + " | ".join([*cells, summary.word if summary.verdict is not None else f"*{summary.word}*"]) + " |\n"
+    return "| " + " | ".join([*cells, "; ".join([word, *better])]) + " |\n"
 
 
 def notes(summary: Summary, machine: str) -> str:
@@ -203,6 +205,8 @@ def demo_table(record: dict[str, Any]) -> str:
     if quality.get("judged") and quality.get("looks"):
         kl, top1 = quality["kl"], quality["top1"]
         said += f" Mean KL {kl['mean']:.4f} nats a token, top-1 agreement {100 * top1['mean']:.1f} %."
+    if not quality.get("judged"):
+        said += " This run is older than today's rules, which judge quality on other text and take twelve minutes."
     papers = record.get("papers") or {}
     if papers.get("speedup"):
         ratio = papers["speedup"]
@@ -227,7 +231,8 @@ def _phrase(summary: Summary) -> str:
     text += f" {shown(record.measured, record.unit)}"
     more = [f"{over(record, arm)} over {arm}" for arm in ("free", "exact") if arm in record.ratios]
     text += f", {', '.join(more)}" if more else ""
-    return f"{text} ({summary.word})" if summary.verdict not in PAYS else text
+    said = [*([summary.word] if summary.verdict not in PAYS else []), *remarks(record)]
+    return f"{text} ({'; '.join(said)})" if said else text
 
 
 def claims_said(records: Sequence[Evidence]) -> str:

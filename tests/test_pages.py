@@ -25,7 +25,7 @@ def test_a_page_follows_the_figures(low, median, high, word):
     )
     guard = {
         "metric": "error", "baseline": 0.0, "candidate": 0.0, "low": None, "high": None, "higher_is_better": False, "margin": 1e-3,
-        "relative": False, "controls": {"deleted": 1.0, "random": 1.0, "rival": 0.0},
+        "relative": False, "controls": {"deleted": 1.0, "random": 1.0, "rival": 0.5},
     }  # fmt: skip
     estimate = Estimate(median=median, low=low, high=high)
     new = changed(
@@ -41,6 +41,9 @@ def test_a_page_follows_the_figures(low, median, high, word):
     page = pages([new])["docs/evidence/inference.md"]
     assert f"| {median:.3g}x ({low:.3g} to {high:.3g}) |" in page
     assert f"| {word} |" in page
+    guard["controls"]["rival"] = 0.0  # an arm that does as well stands in the row
+    equal = pages([changed(new, quality=guard)])["docs/evidence/inference.md"]
+    assert f"| {word}; the cheapest rival keeps as much quality at this budget" in equal
     stale = pages([changed(new, hashes={"package torch": "0.1"})])
     assert "| *stale* |" in stale["docs/evidence/inference.md"]
     assert "[inference](../docs/evidence/inference.md) | 1 |" in stale["evidence/README.md"]
