@@ -48,6 +48,15 @@ def test_it_must_beat_both_free_and_exact(arm, low, median, high, expected):
     assert verdict(**both) is expected
 
 
+def test_a_certain_loss_to_one_baseline_decides_however_uncertain_the_others_are():
+    unclear = {"measured": estimate(0.9, 1.05, 1.3)}
+    assert verdict(**unclear) is U
+    assert verdict(**unclear, vs_exact=estimate(0.6, 0.7, 0.8)) is N
+    assert verdict(**unclear, vs_free=estimate(0.9, 1.1, 1.3), vs_exact=estimate(0.6, 0.7, 1.0 - 1e-9)) is N
+    assert verdict(**unclear, vs_exact=estimate(0.6, 0.7, 1.0)) is U
+    assert verdict(measured=estimate(0.5, 0.6, 0.7), vs_exact=estimate(0.6, 0.7, 0.8)) is F  # the paper's own baseline first
+
+
 def test_lower_is_better_turns_the_ratio():
     less = {"higher_is_better": False, "paper_value": 0.5, "metric": "time over the dense kernel's"}
     assert verdict(**less, measured=estimate(0.45, 0.5, 0.55)) is R

@@ -8,11 +8,10 @@ For one point (`judge`) the first rule that fits decides:
     comparison is void, `undecided`.
  4. Times were taken on a busy machine, or the candidate differed from itself: `undecided`. Noise decides nothing about times.
  5. The outcome that was said beforehand to refute the claim came about: `refuted here`.
- 6. Against the paper's baseline, then 7. against `free` and `exact`, the 95 % interval of the gain lies
-      - wholly below no gain: `refuted here` (paper's baseline) or `does not pay here` (free, exact);
-      - around no gain, but wholly below 5 %: `does not pay here`;
-      - around no gain and reaching further: `undecided`;
-      - wholly above: go on.
+ 6. The 95 % interval of the gain lies wholly below no gain: against the paper's baseline `refuted here`, against `free` or `exact`
+    `does not pay here`. A certain loss to one of them decides, however uncertain the others are.
+ 7. Against the paper's baseline, then `free`, then `exact`, the interval lies around no gain: wholly below 5 %, `does not pay here`;
+    reaching further, `undecided`.
  8. Quality (next paragraph) is not shown, lost, or undecided: `quality not shown`, `does not pay here`, `undecided`.
  9. The median reaches 80 % of the paper's gain: `reproduced`. Otherwise, or where the paper gives no number: `direction holds`.
 
@@ -108,14 +107,15 @@ def judge(record: Evidence) -> Judgement:
     gain = gained(record)
     if gain is None:
         return Judgement(Verdict.UNDECIDED, f"{seen}: an absolute figure without a measured baseline shows no gain")
-    for label, (low, high), none in _rivals(record, gain):
-        against = f"against {label}"
+    rivals = _rivals(record, gain)
+    for label, (_, high), none in rivals:
         if high < none:
             worse = f"{seen}: worse than the paper's baseline" if label == "" else f"{seen}, but {label} is better"
             return Judgement(Verdict.REFUTED if label == "" else Verdict.DOES_NOT_PAY, worse)
+    for label, (low, high), none in rivals:
         if low > none:
             continue
-        text = "no difference from the paper's baseline" if label == "" else f"no gain {against}"
+        text = "no difference from the paper's baseline" if label == "" else f"no gain against {label}"
         if high < none + _material(record):
             return Judgement(Verdict.DOES_NOT_PAY, f"{seen}: {text}")
         return Judgement(Verdict.UNDECIDED, f"{seen}: {text} was shown, and none was ruled out")
