@@ -54,7 +54,9 @@ def test_a_certain_loss_to_one_baseline_decides_however_uncertain_the_others_are
     assert verdict(**unclear, vs_exact=estimate(0.6, 0.7, 0.8)) is N
     assert verdict(**unclear, vs_free=estimate(0.9, 1.1, 1.3), vs_exact=estimate(0.6, 0.7, 1.0 - 1e-9)) is N
     assert verdict(**unclear, vs_exact=estimate(0.6, 0.7, 1.0)) is U
-    assert verdict(measured=estimate(0.5, 0.6, 0.7), vs_exact=estimate(0.6, 0.7, 0.8)) is F  # the paper's own baseline first
+    assert (
+        verdict(measured=estimate(0.5, 0.6, 0.7), vs_exact=estimate(0.6, 0.7, 0.8)) is F
+    )  # the paper's own baseline first
 
 
 def test_lower_is_better_turns_the_ratio():
@@ -110,6 +112,10 @@ def test_a_level_is_judged_by_its_gain_never_by_its_size():
     assert verdict(**known, measured=estimate(80.0, 82.0, 84.0), baseline=39.5) is R  # 42.5 of 53 points
     assert verdict(**known, measured=estimate(80.0, 82.0, 84.0), baseline=41.0) is D
     assert verdict(**known, measured=estimate(38.0, 39.0, 40.0), baseline=41.0) is F
+    reason = judge(make(**known, measured=estimate(98.0, 99.0, 99.9), baseline=91.0)).reason
+    assert (
+        "over 91%" in reason and "short of the paper's 92% over 39%" in reason
+    )  # 99 % falls short of nothing by itself
 
 
 @pytest.mark.parametrize(

@@ -363,13 +363,27 @@ def test_after_a_failure_all_pairs_with_the_step_to_blame_are_put_off_and_no_oth
 
 def test_only_what_may_be_to_blame_is_assessed_alone():
     search = make(options=[INT8, HALF, TENTH, FUSE])
-    search.learn((INT8, HALF, FUSE), 0.5, 0.9)
+    search.learn((INT8, HALF, FUSE), search.predict((INT8, HALF, FUSE)), 0.9)
     suspects = []
     for _ in range(2):
         suspects.append(search.next())
-        search.learn(suspects[-1], 0.8, 0.001)
-    assert suspects == [(INT8,), (HALF,)]  # what is exact loses nothing, and the other setting was not there
-    assert len(search.next()) > 1
+        search.learn(suspects[-1], search.predict(suspects[-1]), 0.001)
+    # what is exact loses nothing and stays; the other setting was not there
+    assert suspects == [(INT8, FUSE), (HALF, FUSE)]
+    assert {INT8.key, HALF.key} <= search.single_drop.keys()
+    assert TENTH.key not in search.single_drop
+
+
+def test_a_suspect_keeps_exact_options_of_other_slots_beside_it():
+    kernel = option("kernel", "attention", Effect("attention", bytes=0.5), exact=True)
+    search = make(options=[INT8, HALF, kernel])
+    search.screened((INT8,), 0.75)
+    search.screened((HALF,), 0.5)
+    search.screened((kernel,), 0.6)
+    search.learn((INT8, HALF), 0.4, 0.07)
+    assert search.next() == (INT8, kernel)
+    search.fail((INT8, kernel))
+    assert search.next() == (INT8,)  # perhaps the two do not go together
 
 
 def test_options_that_are_harmless_alone_and_lose_too_much_together_are_not_tried_with_a_third():

@@ -124,6 +124,9 @@ def judge(record: Evidence) -> Judgement:
     if gain.paper is None:
         return Judgement(Verdict.DIRECTION_HOLDS, f"{seen}: a gain; the paper gives no number to compare it with")
     paper = figure(record.paper_value, record.paper_unit)
+    if record.form == "level":  # its gain is judged, not its size
+        seen = f"{seen} over {figure(record.baseline, record.unit)}"
+        paper = f"{paper} over {figure(record.paper_baseline, record.paper_unit)}"
     if gain.median >= gain.reach:
         return Judgement(Verdict.REPRODUCED, f"{seen}, at least {REACH:.0%} of the paper's {paper}")
     return Judgement(Verdict.DIRECTION_HOLDS, f"{seen}: a gain, short of the paper's {paper}")

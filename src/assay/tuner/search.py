@@ -112,13 +112,14 @@ class Search:
     def next(self) -> tuple[Option, ...] | None:
         """The candidate predicted fastest among those that may keep the quality; None when nothing is left to try.
 
-        When a recipe lost too much, its options are assessed alone first, so that the blame falls on the right one.
+        When a recipe lost too much, each of its options is assessed next without the others, so that the blame falls on the right one;
+        exact options of other slots, which cannot be to blame, stay beside it: there may be no time for a further candidate.
         Candidates suspected of losing too much or of failing come last, as do changes of structure not yet assessed. A candidate
         expected to be slower than the base is left out, unless the roofline is all that is known about it.
         """
-        for option in self._suspects():
-            return (option,)
         clashes = self._clashes()
+        for option in self._suspects():
+            return self._beside_exact(option, clashes)
         return min(self._open(), key=lambda options: self._rank(options, clashes), default=None)
 
     def to_screen(self, most: int, *, combined: bool) -> list[tuple[Option, ...]]:
@@ -243,6 +244,11 @@ class Search:
             if drop > self.max_drop:
                 found += [o for o in self.options if o.key in keys and not o.exact and o.key not in self.single_drop]
         return [o for o in found if frozenset([o.key]) not in self.tried]
+
+    def _beside_exact(self, option: Option, clashes: set[frozenset[str]]) -> tuple[Option, ...]:
+        """The most promising candidate of this option and exact ones; the option alone where there is none."""
+        found = [c for c in self._open() if option in c and all(o.exact or o is option for o in c)]
+        return min(found, key=lambda options: self._rank(options, clashes), default=(option,))
 
     def _contains_violator(self, keys: frozenset[str]) -> bool:
         return any(drop > self.max_drop and seen <= keys for seen, (_, drop) in self.measured.items())

@@ -33,7 +33,7 @@ from assay.workloads.text import code_text, encode
 MODEL = "smollm2-135m"
 SCALES: dict[str, dict[str, Any]] = {
     "smoke": {"batches": [1, 3], "problems": 4, "longest": 200, "new_tokens": 4, "repeats": 1, "pairs": 12},
-    "small": {"batches": [1, 4, 8, 16], "problems": 16, "longest": 400, "new_tokens": 8, "repeats": 1, "pairs": 12},
+    "small": {"batches": [1, 4, 16], "problems": 16, "longest": 120, "new_tokens": 4, "repeats": 1, "pairs": 12},
     "full": {
         "batches": [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64],
         "problems": 164,
