@@ -20,13 +20,14 @@ make test-times       the same tests as `make test`, and what each file and the 
 make test-slow        tests that take minutes: whole commands, Ray clusters, kernels for other processors
 make sweep            every transform on every architecture
 make bench            measure this machine
+make bench-serve      assay serve against the CPU engines, an hour and more
 make evidence         measure every claim at small scale (hours); evidence-stale: what is older than its code; evidence-pages
 make rates            search the learning rates of the experiments; SLUG=x for one paper
 make mutants          plant sixty faults, count how many the tests notice (an hour)
 endef
 export HELP
 
-.PHONY: help setup demo test lint check-environment kernels room sweep test-times test-slow bench evidence evidence-pages \
+.PHONY: help setup demo test lint check-environment kernels room sweep test-times test-slow bench bench-serve evidence evidence-pages \
 	evidence-stale rates mutants clean
 
 setup: $(STAMP)
@@ -82,6 +83,10 @@ test-slow: setup kernels
 
 bench: setup
 	"$(BIN)/python" benchmarks/speed.py --out evidence/bench.jsonl
+
+# assay serve against other CPU engines, each in an environment of its own; goes on where it was interrupted.
+bench-serve: setup
+	"$(BIN)/python" benchmarks/serve.py --out evidence/serve.jsonl
 
 # Every claim at small scale, on a quiet machine; goes on where it was interrupted.
 evidence: setup

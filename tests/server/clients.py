@@ -34,7 +34,7 @@ class Running:
 
     def idle(self):
         """Whether everybody's place is free again, within a time that is long on a busy machine."""
-        return eventually(lambda: self.app.state.engine.asking == 0)
+        return eventually(lambda: self.app.state.server.asking == 0)
 
 
 def answer(connection):

@@ -1,146 +1,59 @@
-"""The engine: text and stops piece by piece, what is sampled, what fits, and that nobody computes for a client who has left."""
+"""The engine: what is made of a request, what fits, what is sampled, and how answers come together."""
 
 from __future__ import annotations
 
+import asyncio
 import copy
-import json
-import random
 from types import SimpleNamespace
 
 import pytest
 import torch
-from clients import eventually
-from tests.properties.architectures import CAUSAL, build
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast
+from tests.properties import scheduler_stand_in as stand_in
+from transformers import AutoConfig, GenerationConfig
 
-from assay.server.engine import Cancelled, Engine, Stops, Text, _layers, context_of
-from assay.server.protocol import STOP_CHARACTERS, ApiError
-
-# ---- text
-
-
-def byte_fallback_tokenizer():
-    """A SentencePiece-like tokenizer: a few words, and bytes for everything else."""
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
-    words = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdeHloW", "▁a", "▁b"]
-    backend = Tokenizer(
-        models.BPE(
-            {word: i for i, word in enumerate(words)},
-            [("▁", "a"), ("▁", "b")],
-            unk_token="<unk>",
-            byte_fallback=True,
-            fuse_unk=True,
-        )
-    )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-
-
-WORDS = "Hello, wörld! 你好 こんにちは 👩‍👩‍👧 é  two  spaces\n\n\tab a b 🙂🙂 end ab" + "🙂" * 40
-
-
-@pytest.mark.parametrize("fallback", [False, True])
-def test_pieces_of_text_are_the_whole_text(tokenizer, fallback):
-    tokenizer = byte_fallback_tokenizer() if fallback else tokenizer
-    ids = tokenizer(WORDS, add_special_tokens=False)["input_ids"]
-    assert len(ids) > 100
-    for start in (0, 1, 5):
-        text = Text(tokenizer, ids[:start])
-        pieces = [text.add(token) for token in ids[start:]]
-        before = tokenizer.decode(ids[:start], skip_special_tokens=True)
-        assert before + "".join(pieces) + text.rest() == tokenizer.decode(ids)
-        assert not any("\ufffd" in piece for piece in pieces)
-        assert len(text.window) < 40
-
-
-def test_a_space_after_the_prompt_is_kept():
-    tokenizer = byte_fallback_tokenizer()
-    text = Text(tokenizer, tokenizer("a", add_special_tokens=False)["input_ids"])
-    assert text.add(tokenizer.convert_tokens_to_ids("▁b")) == " b"
-
-
-def test_broken_bytes_are_given_and_cost_no_more_with_length(tokenizer):
-    rng = random.Random(0)
-    ids = [rng.randrange(3, len(tokenizer)) for _ in range(400)]
-    text = Text(tokenizer, [])
-    assert "".join(map(text.add, ids)) + text.rest() == tokenizer.decode(ids)
-    lone = tokenizer.convert_tokens_to_ids("Ł")  # the byte 0x81: never a character by itself
-    text = Text(tokenizer, [])
-    longest, given = 0, 0
-    for _ in range(500):
-        given += len(text.add(lone))
-        longest = max(longest, len(text.window))
-    assert (given + len(text.rest()), longest < 40) == (500, True)
-
-
-@pytest.mark.parametrize("silent", [1, 12])
-def test_tokens_without_text_take_no_space_from_the_next(silent):
-    """As a model says that is asked to ignore its end token."""
-    fallback = byte_fallback_tokenizer()
-    word, space = fallback.convert_tokens_to_ids(["b", "▁b"])
-    text = Text(fallback, [word])
-    said = [text.add(token) for token in [space, *[fallback.eos_token_id] * silent, space, *[word] * 9, space]]
-    assert "".join(said) + text.rest() == " b bbbbbbbbbb b"
-    assert len(text.window) < 40
-
-
-# ---- stops
-
-
-def cut(text, cuts, stops):
-    found, ends = Stops(stops), (0, *cuts, len(text))
-    said = "".join(found.add(text[a:b]) for a, b in zip(ends, ends[1:], strict=False))
-    return said + found.rest(), found.met
-
-
-@pytest.mark.parametrize("cuts", [(), (1,), (2, 3), (1, 2, 3, 4, 5)])
-@pytest.mark.parametrize(
-    ("stops", "expected", "met"),
-    [
-        ((), "abcabd", False),
-        (("abd",), "abc", True),
-        (("bd", "c"), "ab", True),
-        (("x",), "abcabd", False),
-        (("bdx",), "abcabd", False),
-        (("abdx", "d"), "abcab", True),
-        (("abca", "bc"), "a", True),  # the one that is whole first, though the other begins before it
-        (("c", "bc"), "a", True),  # whole at once: the longer
-        (("abcab", "b"), "a", True),
-    ],
-)
-def test_stops_are_found_however_the_text_is_cut(cuts, stops, expected, met):
-    assert cut("abcabd", cuts, stops) == (expected, met)
-
-
-def test_a_stop_holds_back_no_more_than_itself():
-    stops = Stops(("a" * STOP_CHARACTERS,))
-    said = "".join(stops.add("a" * 7) for _ in range(100)) + stops.add("b")
-    assert said == "a" * 700 + "b"
-    assert stops.held == ""
-
+from assay.server.answer import joined
+from assay.server.engine import Inbox, context_of, fingerprint, seed_of
+from assay.server.errors import ApiError
 
 # ---- a job
 
 
 @pytest.fixture
-def engine(model, tokenizer):
-    return Engine(model, tokenizer, "tiny")
+def engine_of(models_of):
+    """Makes the engine of a model."""
+    return lambda model, tokenizer: models_of(model, tokenizer).engines()[0]
+
+
+@pytest.fixture
+def engine(engine_of, model, tokenizer):
+    return engine_of(model, tokenizer)
 
 
 def job(engine, *, chat=False, **fields):
     given = {"messages": [{"role": "user", "content": "hi"}]} if chat else {"prompt": "Hello"}
-    return engine.prepare(json.dumps(given | fields).encode(), chat)
+    return engine.prepare("chat/completions" if chat else "completions", given | fields)
+
+
+def answers(engine, **fields):
+    """All answers to a request."""
+    ready, pieces = job(engine, **fields), []
+
+    async def take():
+        running = engine.start(ready)
+        try:
+            while batch := await running.take():
+                pieces.extend(batch)
+        finally:
+            running.cancel()
+
+    asyncio.run(asyncio.wait_for(take(), 60))
+    return joined(pieces, len(ready.settings))
 
 
 def run(engine, **fields):
     """The text, why it ended and the number of tokens of an answer."""
-    pieces = []
-    engine._run(job(engine, **fields), pieces.append)
-    return "".join(piece.text for piece in pieces), pieces[-1].finish, pieces[-1].tokens
+    (made,) = answers(engine, **fields)
+    return made.text, made.finish, made.tokens
 
 
 def test_greedy_is_generate(engine, model, tokenizer):
@@ -218,14 +131,14 @@ def flat(model):
     return flat
 
 
-def test_sampling_is_from_the_whole_distribution(flat, tokenizer):
-    made = first_tokens(Engine(flat, tokenizer, "flat"), 150, temperature=1.0)
+def test_sampling_is_from_the_whole_distribution(engine_of, flat, tokenizer):
+    made = first_tokens(engine_of(flat, tokenizer), 150, temperature=1.0)
     assert len(made) > 60  # of 512; a top_k of 50 cannot give so many
     assert flat.generation_config.top_k == 3  # the model is left as it was
 
 
-def test_greedy_is_greedy_whatever_the_configuration_says(flat, tokenizer):
-    engine = Engine(flat, tokenizer, "flat")
+def test_greedy_is_greedy_whatever_the_configuration_says(engine_of, flat, tokenizer):
+    engine = engine_of(flat, tokenizer)
     assert len(first_tokens(engine, 5)) == 1
     assert len(first_tokens(engine, 5, temperature=1e-300)) == 1
     assert len(first_tokens(engine, 5, temperature=2, top_p=0)) == 1
@@ -234,8 +147,8 @@ def test_greedy_is_greedy_whatever_the_configuration_says(flat, tokenizer):
     assert first_tokens(engine, 1) == {tokenizer.decode([best])}
 
 
-def test_top_p_keeps_the_nucleus(model, tokenizer):
-    engine = Engine(model, tokenizer, "tiny")
+def test_top_p_keeps_the_nucleus(engine_of, model, tokenizer):
+    engine = engine_of(model, tokenizer)
     with torch.inference_mode():
         logits = model(torch.tensor([tokenizer("Hello")["input_ids"]])).logits[0, -1]
     order = (logits / 2.0).softmax(-1).sort(descending=True)
@@ -246,8 +159,8 @@ def test_top_p_keeps_the_nucleus(model, tokenizer):
     assert 1 < len(drawn) < 30
 
 
-def test_a_seed_gives_the_same_again_and_no_seed_does_not(flat, tokenizer):
-    engine = Engine(flat, tokenizer, "flat")
+def test_a_seed_gives_the_same_again_and_no_seed_does_not(engine_of, flat, tokenizer):
+    engine = engine_of(flat, tokenizer)
     options = {"temperature": 1.0, "max_tokens": 6, "ignore_eos": True}
     before = torch.get_rng_state()
     seeded = [run(engine, seed=7, **options), run(engine, **options), run(engine, seed=7, **options)]
@@ -271,15 +184,15 @@ def refused(engine, **fields):
 
 def test_prompt_and_answer_stay_within_the_context(engine, tokenizer):
     assert engine.context == 2048
-    assert job(engine, prompt=[5] * 2047).new_tokens == [1]
-    assert job(engine, prompt=[5] * 1900).new_tokens == [148]
-    assert job(engine, prompt=[5]).new_tokens == [256]
-    assert job(engine, prompt=[5] * 2000, max_tokens=48).new_tokens == [48]
+    assert job(engine, prompt=[5] * 2047).settings[0].max_tokens == 1
+    assert job(engine, prompt=[5] * 1900).settings[0].max_tokens == 148
+    assert job(engine, prompt=[5]).settings[0].max_tokens == 256
+    assert job(engine, prompt=[5] * 2000, max_tokens=48).settings[0].max_tokens == 48
     for fields in ({"prompt": [5] * 2048}, {"prompt": [5] * 2000, "max_tokens": 49}, {"max_tokens": 10**30}):
         error = refused(engine, **fields)
         assert (error.param, error.code) == ("prompt", "context_length_exceeded")
     assert refused(engine, prompt=[[5], [5] * 2048]).param == "prompt"
-    assert refused(engine, prompt=[[]]).message == "the prompt has no tokens"
+    assert "no tokens" in refused(engine, prompt=[[]]).message
     assert refused(engine, min_tokens=5, max_tokens=4).param == "min_tokens"
 
 
@@ -301,11 +214,11 @@ def test_a_mamba_takes_the_context_of_its_tokenizer():
     assert context_of(AutoConfig.for_model("mamba"), SimpleNamespace(model_max_length=512)) == 512
 
 
-def test_learned_positions_are_not_passed(tokenizer):
+def test_learned_positions_are_not_passed(engine_of, tokenizer):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    engine = Engine(GPT2LMHeadModel(config).eval(), tokenizer, "gpt2")
+    engine = engine_of(GPT2LMHeadModel(config).eval(), tokenizer)
     assert run(engine, prompt=[5] * 60, max_tokens=4, ignore_eos=True)[1:] == ("length", 4)
     assert run(engine, prompt=[5] * 60, ignore_eos=True)[1:] == ("length", 4)
     assert refused(engine, prompt=[5] * 60, max_tokens=5)
@@ -317,13 +230,13 @@ def test_a_long_prompt_is_refused_before_it_is_tokenised(engine):
     assert error.code == "context_length_exceeded"
 
 
-def test_token_ids_lie_in_the_models_vocabulary(tokenizer):
+def test_token_ids_lie_in_the_models_vocabulary(engine_of, tokenizer):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     small = LlamaForCausalLM(
         LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     ).eval()
-    engine = Engine(small, tokenizer, "small")
+    engine = engine_of(small, tokenizer)
     for ids in ([-1], [300], [5, 10**30]):
         assert refused(engine, prompt=ids).param == "prompt"
     assert (
@@ -332,13 +245,13 @@ def test_token_ids_lie_in_the_models_vocabulary(tokenizer):
     assert run(engine, prompt=[0, 299], max_tokens=2)[2] == 2
 
 
-def test_a_model_may_know_more_tokens_than_its_tokenizer(tokenizer):
+def test_a_model_may_know_more_tokens_than_its_tokenizer(engine_of, tokenizer):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     wide = LlamaForCausalLM(
         LlamaConfig(vocab_size=4000, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
     ).eval()
-    assert run(Engine(wide, tokenizer, "wide"), max_tokens=20, temperature=2.0, ignore_eos=True)[1:] == ("length", 20)
+    assert run(engine_of(wide, tokenizer), max_tokens=20, temperature=2.0, ignore_eos=True)[1:] == ("length", 20)
 
 
 # ---- chats
@@ -370,123 +283,141 @@ def test_a_model_without_a_template_has_no_chats(engine):
     assert "/v1/completions" in refused(engine, chat=True).message
 
 
-# ---- leaving
+TOOL_TEMPLATE = (
+    "{% for tool in tools or [] %}{{ 'may call ' + (tool | tojson) + '\n' }}{% endfor %}"
+    "{% for m in messages %}{{ m.role + ': ' + m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ 'calls ' + (call.function | tojson) }}{% endfor %}{{ '\n' }}{% endfor %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
 
 
-def leaving_after(engine, made, tokens):
-    """A job whose client leaves after so many pieces; how often the model was called."""
-    going = job(engine, max_tokens=1000, ignore_eos=True)
-
-    def emit(piece):
-        made.append(piece)
-        going.left = len(made) >= tokens
-
-    with pytest.raises(Cancelled):
-        engine._run(going, emit)
-
-
-def test_generation_ends_with_the_next_token(engine, model):
-    made = []
-    leaving_after(engine, made, 3)
-    assert len(made) == 3
-    assert model.forwards < 20  # some tokens are no whole character
+def test_tools_go_through_the_template(engine, tokenizer):
+    engine._reads_with.chat_template = TOOL_TEMPLATE
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    turns = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "2"},
+    ]
+    (ids,) = job(engine, chat=True, tools=TOOLS, messages=turns).prompts
+    text = tokenizer.decode(ids)
+    assert text.startswith('may call {"type": "function", "function": {"name": "add"')
+    assert 'calls {"name": "add", "arguments": {"a": 1}}' in text  # an object, not a string of one
+    assert text.endswith("tool: 2\n")
+    (ids,) = job(engine, chat=True, tools=TOOLS, tool_choice="none").prompts
+    assert tokenizer.decode(ids) == "user: hi\n"
 
 
-def test_a_long_prompt_is_left_between_two_layers(engine, model):
-    going = job(engine)
-    seen = []
-    layers = model.model.layers
-    handles = [layer.register_forward_hook(lambda *_, i=i: seen.append(i)) for i, layer in enumerate(layers)]
-    handles.append(layers[0].register_forward_hook(lambda *_: setattr(going, "left", True)))
-    try:
-        with pytest.raises(Cancelled):
-            engine._run(going, lambda piece: None)
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert seen == [0]
-    assert not any(layer._forward_pre_hooks for layer in layers)
+def test_a_template_without_tools_refuses_them_by_name(engine):
+    error = refused(engine, chat=True, tools=TOOLS)
+    assert (error.param, error.code) == ("tools", "unsupported_parameter")
+    answered = [{"role": "user", "content": "hi"}, {"role": "tool", "tool_call_id": "c", "content": "2"}]
+    error = refused(engine, chat=True, messages=answered)
+    assert (error.param, error.code) == ("messages[1]", "unsupported_parameter")
+    assert job(engine, chat=True, tools=TOOLS, tool_choice="none")
 
 
-@pytest.mark.parametrize("name", CAUSAL)
-def test_every_architecture_is_served_to_its_last_position_and_left_amid_a_prompt(name, tokenizer):
-    served = build(name).eval()
-    engine, ran = Engine(served, tokenizer, name), []
-    assert engine.vocabulary == 160
-    long = [5] * (engine.context - 2)
-    assert run(engine, prompt=long, max_tokens=2, ignore_eos=True, temperature=1)[1:] == ("length", 2)
-    assert refused(engine, prompt=long, max_tokens=3)
-    going = job(engine, prompt=[5] * 9)
-    for layer in _layers(served):
-        layer.register_forward_hook(lambda *_: (ran.append(0), setattr(going, "left", True))[0])
-    with pytest.raises(Cancelled):
-        engine._run(going, print)
-    assert len(ran) == 1
+def test_a_prompt_may_be_bounded_below_the_context(engine):
+    body = {"prompt": [5] * 11}
+    assert engine.prepare("completions", body, 11)
+    with pytest.raises(ApiError) as caught:
+        engine.prepare("completions", body, 10)
+    assert caught.value.code == "context_length_exceeded"
 
 
-def test_what_is_compiled_is_not_watched_from_within(model):
-    layers = list(model.model.layers)
-    assert list(_layers(model)) == layers
-    parts = copy.deepcopy(model)
-    parts.model.layers[0].mlp.compile(backend="eager")
-    assert len(list(_layers(parts))) == len(layers)
-    parts.model.layers[1].compile(backend="eager")
-    assert list(_layers(parts)) == [parts.model.layers[0]]
-    parts.compile(backend="eager")
-    assert list(_layers(parts)) == []
+# ---- several answers
 
 
-@pytest.fixture
-def looped(model):
-    """The tiny model with the compiled decode loop."""
-    from transformers import LlamaForCausalLM
-
-    from assay.methods.builtin.decode_loop import transform
-    from assay.methods.transform import TuneContext
-
-    plain = LlamaForCausalLM(model.config).eval()
-    plain.load_state_dict(model.state_dict())
-    context = TuneContext(goal="decode", prompt_tokens=8, new_tokens=8)
-    return transform.apply(plain, {"weights": "fp32", "cache": "float32"}, context)
+def test_answers_to_one_prompt_draw_from_seeds_of_their_own(engine):
+    made = answers(engine, n=4, temperature=1.5, seed=7, max_tokens=8, ignore_eos=True)
+    texts = [one.text for one in made]
+    assert len(set(texts)) == 4
+    assert texts == [one.text for one in answers(engine, n=4, temperature=1.5, seed=7, max_tokens=8, ignore_eos=True)]
+    assert texts[0] == run(engine, temperature=1.5, seed=7, max_tokens=8, ignore_eos=True)[0]
 
 
-def counted(looped, monkeypatch):
-    """The steps that the compiled loop is asked for, and whether transformers' own loop ran."""
-    steps, decoder = [], looped.decode_loop
-    original = decoder.run
-    monkeypatch.setattr(decoder, "run", lambda *args, **kw: (steps.append(args[3]), original(*args, **kw))[1])
-    return steps
+def test_seeds():
+    assert seed_of(7, 0) == 7
+    assert seed_of(2**64 - 1, 0) == 2**64 - 1
+    assert len({seed_of(seed, answer) for seed in (7, 8) for answer in range(50)}) == 99 + 1
+    assert seed_of(7, 3) == seed_of(7, 3)
+    assert all(0 <= seed_of(given, answer) < 2**63 for given in (None, 5, -(2**63)) for answer in (1, 2))
+    assert seed_of(None, 0) != seed_of(None, 0)
 
 
-def test_the_compiled_loop_serves_the_same_and_can_be_left(looped, model, tokenizer, monkeypatch):
-    engine, steps = Engine(looped, tokenizer, "looped"), counted(looped, monkeypatch)
-    assert run(engine, max_tokens=20, ignore_eos=True) == run(
-        Engine(model, tokenizer, "x"), max_tokens=20, ignore_eos=True
-    )
-    assert sum(steps) == 19
-    steps.clear()
-    leaving_after(engine, [], 3)
-    assert 0 < sum(steps) < 20
+def test_log_probabilities_are_in_step_with_the_text(engine, say):
+    """A piece says of its tokens what it says as text; those after a stop are never told."""
+    say("one two three four")
+    (made,) = answers(engine, logprobs=2, max_tokens=40, stop=["three"])
+    assert made.text == "one two "
+    shown = [engine.shown(one.info.token)[0] for one in made.scored]
+    assert "".join(shown).startswith("one two")
+    assert [made.text[: one.at] for one in made.scored] == ["".join(shown[:i]) for i in range(len(shown))]
+    assert all(len(one.info.top) == 2 for one in made.scored)
 
 
-def test_the_compiled_loop_stops_samples_and_repeats(looped, tokenizer, monkeypatch):
-    engine, steps = Engine(looped, tokenizer, "looped"), counted(looped, monkeypatch)
-    whole = run(engine, max_tokens=60, ignore_eos=True)[0]
-    stop = whole[len(whole) // 2 :][:2]
-    steps.clear()
-    text, finish, tokens = run(engine, max_tokens=60, ignore_eos=True, stop=stop)
-    assert (text, finish) == (whole[: whole.find(stop)], "stop")
-    assert sum(steps) + 1 == tokens < 60
-    options = {"temperature": 1.5, "max_tokens": 12, "ignore_eos": True}
-    assert run(engine, seed=3, **options) == run(engine, seed=3, **options) != run(engine, seed=4, **options)
+def test_a_token_of_half_a_character_has_bytes(engine, tokenizer):
+    lone = tokenizer.convert_tokens_to_ids("Ł")
+    assert engine.shown(lone) == ("bytes:\\x9f", b"\x9f")
+    assert engine.shown(tokenizer.eos_token_id)[0] == "<|im_end|>"
+
+
+# ---- between the threads
+
+
+def test_an_inbox_wakes_once_for_all_that_came():
+    calls = []
+
+    async def take():
+        loop = asyncio.get_running_loop()
+        told = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *given: (calls.append(given), told(*given))
+        inbox = Inbox(loop)
+        for number in range(5):
+            inbox.put(number, stand_in.Event())
+        first = [number for number, _, _ in await inbox.take()]
+        await asyncio.to_thread(inbox.put, 9, stand_in.Event())
+        return first, [number for number, _, _ in await inbox.take()], inbox
+
+    first, second, inbox = asyncio.run(take())
+    assert (first, second) == ([0, 1, 2, 3, 4], [9])
+    inbox.put(1, stand_in.Event())  # its loop has closed: nobody is there, and nothing fails
+
+
+def test_what_the_scheduler_does_not_take_is_told(engine, monkeypatch):
+    for error, status in (
+        (ValueError("too long for 10 pages"), 400),
+        (RuntimeError("stopped"), 503),
+        (MemoryError(), 503),
+    ):
+
+        def submit(*given, error=error):
+            raise error
+
+        monkeypatch.setattr(engine.scheduler, "submit", submit)
+        with pytest.raises(ApiError) as caught:
+            answers(engine)
+        assert caught.value.status == status
+    assert not engine.inboxes
 
 
 def test_what_goes_wrong_leaves_the_engine_usable(engine, model, monkeypatch):
-    monkeypatch.setattr(type(model), "generate", lambda *a, **k: 1 / 0)
-    own = model.generation_config
+    monkeypatch.setattr(type(model), "forward", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        engine._run(job(engine), print)
+        run(engine)
     monkeypatch.undo()
-    assert model.generation_config is own
     assert run(engine, max_tokens=2)[1:] == ("length", 2)
-    assert eventually(lambda: not any(layer._forward_pre_hooks for layer in model.model.layers))
+
+
+# ---- what it is
+
+
+def test_the_fingerprint_is_that_of_the_weights_and_the_recipe(model):
+    known = fingerprint(model)
+    assert known == fingerprint(copy.deepcopy(model))
+    assert known != fingerprint(model, "a recipe")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.add_(1)
+    assert fingerprint(other) != known
+    assert fingerprint(other.bfloat16()) != known

@@ -36,6 +36,7 @@ SMALL = {
     ("weight_only", "gpt2"),
     ("decode_loop", "qwen2"),
     ("sorted_batches", "t5"),
+    ("speculation", "mistral"),
     ("greenformers", "vit"),
 }
 LONG = 320  # tokens: several blocks of those that sparse attention chooses from
@@ -290,6 +291,11 @@ WRONG = {
         *({"batch_size": value} for value in (0, True, None)),
         {"prefill": None},
         {"sort_by_length": False},
+    ],
+    "speculation": [
+        *({"ngram": value} for value in (0, 17, 3.0, "3", True, None)),
+        *({"draft": value} for value in (0, 65, 8.0, "8", True, None)),
+        {"draft_model": "somewhere"},
     ],
     "compile": [{name: value} for name in ("mode", "region") for value in (None, "other")],
     "inference_hyperparameters": [

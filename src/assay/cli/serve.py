@@ -1,4 +1,4 @@
-"""`assay serve MODEL_OR_DIR`: an OpenAI-compatible server on loopback."""
+"""`assay serve MODEL_OR_DIR...`: an OpenAI-compatible server on loopback."""
 
 from __future__ import annotations
 
@@ -8,51 +8,201 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from assay.server.names import served_name
+
 SAY_EVERY = 5.0  # seconds between two lines while a model loads
-GRACE = 2  # seconds that answers have to end in when the server stops
+GRACE = 2  # seconds that answers have to tell their clients in when they are ended
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="An artefact of `assay tune`, or any MODEL.")],
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(help="Artefacts of `assay tune`, or any MODEL; served by their folders' names."),
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="NAME=MODEL_OR_DIR: one more, under a name of its own; may be repeated.")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=DIR: the first model with a LoRA adapter, under a name of its own; NAME@MODEL=DIR: another model with it. "
+            "May be repeated."
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to bind; anything but loopback needs an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to bind; 0 takes a free one.")] = 8000,
     api_key: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Key clients must send; better in ASSAY_API_KEY, which other users of the machine do not see."
+            help="Key clients must send, or several, each by an option; better in ASSAY_API_KEY (several with spaces between) or a "
+            "file, which other users of the machine do not see."
         ),
     ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File with a key a line; # begins a remark.")] = None,
     allow_download: Annotated[bool, typer.Option(help="Allow a hub id to be downloaded.")] = False,
+    allow_load: Annotated[
+        bool,
+        typer.Option(help="Let those who have a key load and unload models; they may read any model on this machine."),
+    ] = False,
+    max_running: Annotated[int, typer.Option(help="Answers that are made at a time, of each model.")] = 64,
+    prefill_chunk: Annotated[
+        int, typer.Option(help="Tokens of a prompt that run between two tokens of the others; a multiple of 16.")
+    ] = 256,
+    kv_gib: Annotated[
+        float | None,
+        typer.Option(help="GiB for the keys and values of each model; by default what its backend chooses."),
+    ] = None,
+    max_requests: Annotated[int, typer.Option(help="Requests that run or wait; further ones are sent away.")] = 256,
+    max_body: Annotated[
+        int | None, typer.Option(help="Bytes of a request; by default as many as the longest context needs.")
+    ] = None,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt; by default the model's context.")
+    ] = None,
+    request_timeout: Annotated[float, typer.Option(help="Seconds from a request to the end of its answer.")] = 600.0,
+    drain_seconds: Annotated[
+        float,
+        typer.Option(help="Seconds that answers have to end in after SIGTERM or Ctrl-C; a second signal ends them."),
+    ] = 30.0,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Website whose pages may call the server (* for any); may be repeated.")
+    ] = None,
+    root_path: Annotated[str, typer.Option(help="What a proxy puts before the paths, such as /llm.")] = "",
+    log_requests: Annotated[
+        bool, typer.Option(help="Log a line of JSON a request on stderr; never what is in it.")
+    ] = True,
 ) -> None:
-    """Serve MODEL_OR_DIR under /v1 of the OpenAI API."""
-    key = checked_key(api_key)
-    with bound(host, port, key) as listener:
-        address, number = listener.getsockname()[:2]
-        with saying(f"loading {model}"):
-            app = _load(model, key, allow_download)
-        shown = f"[{address}]" if listener.family is socket.AF_INET6 else address
-        with contextlib.suppress(KeyboardInterrupt):  # that is how it ends
-            typer.echo(f"serving {app.state.engine.name!r} on http://{shown}:{number}/v1 (Ctrl-C ends it)", err=True)
-            _run(app, listener)
-
-
-def checked_key(api_key: str | None) -> str | None:
-    """The key from the option or ASSAY_API_KEY, None for none. Raises InputError for one that no header can carry."""
+    """Serve models under /v1 of the OpenAI API."""
+    from assay import checks
     from assay.errors import InputError
 
-    key = os.environ.get("ASSAY_API_KEY") or None if api_key is None else api_key
-    if key is not None and (not key or not key.isascii() or not key.isprintable() or " " in key):
+    keys = checked_keys(api_key, api_key_file)
+    if allow_load and not keys:
+        raise InputError("--allow-load needs a key: set ASSAY_API_KEY, --api-key or --api-key-file")
+    try:
+        limits: dict[str, Any] = {
+            "requests": checks.whole("--max-requests", max_requests, low=1, high=100_000),
+            "body": None if max_body is None else checks.whole("--max-body", max_body, low=1),
+            "prompt_tokens": (
+                None if max_prompt_tokens is None else checks.whole("--max-prompt-tokens", max_prompt_tokens, low=1)
+            ),
+            "seconds": checks.number("--request-timeout", request_timeout, above=0),
+        }
+        checks.whole("--max-running", max_running, low=1, high=1024)
+        if checks.whole("--prefill-chunk", prefill_chunk, low=16) % 16:
+            raise ValueError(f"--prefill-chunk must be a multiple of 16, got {prefill_chunk}")
+        drain = checks.number("--drain-seconds", drain_seconds, low=0)
+        if kv_gib is not None:
+            checks.number("--kv-gib", kv_gib, above=0)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    wanted = named_models(models or [], model or [])
+    adapted = named_adapters(adapter or [], [name for name, _ in wanted])
+    with bound(host, port, keys) as listener:
+        _require_server()
+        running = _Running(
+            listener=listener,
+            keys=keys,
+            limits=limits,
+            options={"allow_load": allow_load, "cors_origins": cors_origin or [], "root_path": checked_root(root_path)},
+            held={
+                "max_running": max_running,
+                "prefill_chunk": prefill_chunk,
+                "kv_gib": kv_gib,
+                "allow_download": allow_download,
+            },
+            drain_seconds=drain,
+            log_requests=log_requests,
+        )
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C
+            running.run(lambda: _load(running.models, wanted, adapted))
+
+
+def checked_keys(given: list[str] | None, file: Path | None) -> list[str]:
+    """The keys from the options, the file and ASSAY_API_KEY; an empty list for none. Raises InputError for one no header can carry.
+
+    ASSAY_API_KEY counts only where no option names a key.
+    """
+    from assay.errors import InputError
+
+    keys = list(given or [])
+    if file is not None:
+        try:
+            lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--api-key-file {file}: cannot be read ({error})") from None
+        found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not found:
+            raise InputError(f"--api-key-file {file}: holds no key")
+        keys += found
+    if given is None and file is None:
+        keys = (os.environ.get("ASSAY_API_KEY") or "").split(" ")
+        keys = [key for key in keys if key]
+    if any(not key or not key.isascii() or not key.isprintable() or " " in key for key in keys):
         raise InputError("--api-key (or ASSAY_API_KEY) must be one word of printable ASCII characters")
-    return key
+    return keys
 
 
-def bound(host: str, port: int, api_key: str | None) -> socket.socket:
-    """A listening socket, opened before loading, so that nothing is loaded for a port that is taken; early clients wait.
+def named_models(plain: list[str], named: list[str]) -> list[tuple[str, str]]:
+    """Names and sources of the models to serve, in order. Raises InputError for none, a name twice, or one that is no name."""
+    from assay.errors import InputError
+
+    found = [(served_name(source), source) for source in plain]
+    found += [_pair("--model", "NAME=MODEL_OR_DIR", text) for text in named]
+    if not found:
+        raise InputError("name a model to serve: `assay serve MODEL_OR_DIR` or --model NAME=MODEL_OR_DIR")
+    names = [name for name, _ in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"two models would be served as {twice!r}; give one another name: --model NAME=MODEL_OR_DIR")
+    return found
+
+
+def named_adapters(given: list[str], models: list[str]) -> list[tuple[str, str, str]]:
+    """Names, folders and base models of adapters. Raises InputError for one that is not so given, a name twice, or an unknown base."""
+    from assay.errors import InputError
+
+    found: list[tuple[str, str, str]] = []
+    for text in given:
+        name, folder = _pair("--adapter", "NAME=DIR or NAME@MODEL=DIR", text)
+        name, _, base = name.partition("@")
+        base = base or models[0]
+        if base not in models:
+            raise InputError(f"--adapter {text}: no model {base!r} is served here")
+        if not name or name in models or name in [other for other, _, _ in found]:
+            raise InputError(f"--adapter {text}: give it a name of its own")
+        found.append((name, folder, base))
+    return found
+
+
+def _pair(option: str, form: str, text: str) -> tuple[str, str]:
+    from assay.errors import InputError
+
+    name, equals, value = text.partition("=")
+    if not name or not equals or not value:
+        raise InputError(f"{option} must be {form}, got {text!r}")
+    return name, value
+
+
+def checked_root(root_path: str) -> str:
+    """A prefix of paths: empty, or one that begins with a slash and does not end with one. Raises InputError for anything else."""
+    from assay.errors import InputError
+
+    root = root_path.rstrip("/")
+    if root and (
+        not root.startswith("/") or not root.isascii() or not root.isprintable() or " " in root or "?" in root
+    ):
+        raise InputError(f"--root-path must be a path such as /llm, got {root_path!r}")
+    return root
+
+
+def bound(host: str, port: int, keys: list[str]) -> socket.socket:
+    """A listening socket, opened before loading, so that nothing is loaded for a port that is taken.
 
     Raises InputError when the address is not one, is taken, must not be bound, or is open to others without a key.
     """
@@ -64,10 +214,10 @@ def bound(host: str, port: int, api_key: str | None) -> socket.socket:
         family, *_, address = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM)[0]
     except (OSError, UnicodeError) as error:
         raise InputError(f"--host {host!r} is no address of this machine: {error}") from None
-    if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback and api_key is None:
+    if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback and not keys:
         raise InputError(f"--host {host} is open to others: set --api-key or ASSAY_API_KEY, or stay on 127.0.0.1")
     try:
-        return socket.create_server(address[:2], family=family, backlog=128)
+        return socket.create_server(address[:2], family=family, backlog=1024)
     except OSError as error:
         reason = error.strerror or str(error)
         raise InputError(f"cannot serve on {host}:{port}: {reason}; --port 0 takes a free one") from None
@@ -90,37 +240,109 @@ def saying(what: str) -> Iterator[None]:
         done.set()
 
 
-def served_name(model: str) -> str:
-    """The model's name for clients: the name of its folder or file, with `.` and `..` resolved, or the last part of its id."""
-    path = os.path.abspath(os.path.expanduser(model))
-    name = os.path.basename(path) if os.path.exists(path) else model.rstrip("/").rpartition("/")[2]
-    return name.encode("utf-8", "replace").decode() or "model"
-
-
-def _load(model: str, api_key: str | None, allow_download: bool) -> Any:
+def _require_server() -> None:
     from assay.errors import MissingError
 
     try:
+        import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
-
-        from assay.server.app import create_app
     except ModuleNotFoundError as error:
         raise MissingError(f"serving needs {error.name}: pip install 'assay[serve]'") from None
-    from assay.tuner.artefact import load_tuned
-
-    loaded = load_tuned(model, allow_download=allow_download)
-    return create_app(loaded.model, loaded.tokenizer, name=served_name(model), api_key=api_key)
 
 
-def _run(app: Any, listener: socket.socket) -> None:
-    import uvicorn
+def _load(models: Any, wanted: list[tuple[str, str]], adapted: list[tuple[str, str, str]]) -> None:
+    for name, source in wanted:
+        with saying(f"loading {source}"):
+            engine = models.load(name, source)
+        if engine.backend_reason:
+            typer.echo(f"{name}: {engine.backend} ({engine.backend_reason})", err=True)
+    for name, folder, base in adapted:
+        with saying(f"loading the adapter {folder}"):
+            models.load_adapter(name, folder, base)
 
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: object) -> None:
-            app.state.engine.stop()  # what runs ends now, and its clients are told
-            super().handle_exit(sig, frame)  # type: ignore[arg-type]
 
-    config = uvicorn.Config(
-        app, http="h11", ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE
-    )
-    Server(config).run(sockets=[listener])
+class _Running:
+    """A server from its first connection, which comes before its models do, to its end.
+
+    The first SIGTERM or Ctrl-C lets what runs end within `drain_seconds`, while /ready and new requests are answered with 503; the
+    second ends everything at once. A model that cannot be loaded ends it too.
+    """
+
+    def __init__(
+        self,
+        *,
+        listener: socket.socket,
+        keys: list[str],
+        limits: dict[str, Any],
+        options: dict[str, Any],
+        held: dict[str, Any],
+        drain_seconds: float,
+        log_requests: bool,
+    ) -> None:
+        from assay.server import logs
+        from assay.server.app import Limits, create_app
+        from assay.server.models import Models
+
+        logs.configure(requests=log_requests)
+        self.listener, self.drain_seconds = listener, drain_seconds
+        self.models = Models(**held)
+        self.models.loading = True
+        self.app = create_app(self.models, api_keys=keys, limits=Limits(**limits), **options)
+        self.failed: BaseException | None = None
+
+    def run(self, load: Callable[[], None]) -> None:
+        """Serve until a signal ends it. Raises what `load`, in a thread, raised."""
+        import uvicorn
+
+        running, state = self, self.app.state.server
+
+        class Server(uvicorn.Server):
+            deadline: float | None = None  # when what runs is ended
+
+            def handle_exit(self, sig: int, frame: object) -> None:
+                if self.deadline is None and not running.models.loading:
+                    state.drain()
+                    self.deadline = time.monotonic() + running.drain_seconds
+                    return
+                state.stop()
+                self.should_exit = True
+                self._captured_signals.append(sig)  # raised again in the end, so that its parent sees what it died of
+
+            async def on_tick(self, counter: int) -> bool:
+                if running.failed is not None:
+                    self.should_exit = True
+                if self.deadline is not None and (not state.asking or time.monotonic() > self.deadline):
+                    state.stop()
+                    self.should_exit = True
+                return await super().on_tick(counter)
+
+        def load_all() -> None:
+            try:
+                load()
+                self.models.loading = False
+                self._say()
+            except BaseException as error:
+                self.failed = error
+
+        threading.Thread(target=load_all, name="assay-loader", daemon=True).start()
+        config = uvicorn.Config(
+            self.app,
+            http="h11",
+            ws="none",
+            log_config=None,
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=GRACE,
+        )
+        try:
+            Server(config).run(sockets=[self.listener])
+        finally:
+            state.close()
+        if self.failed is not None:
+            raise self.failed
+
+    def _say(self) -> None:
+        address, number = self.listener.getsockname()[:2]
+        shown = f"[{address}]" if self.listener.family is socket.AF_INET6 else address
+        names = ", ".join(repr(name) for name in self.models.names())
+        typer.echo(f"serving {names} on http://{shown}:{number}/v1 (Ctrl-C ends it)", err=True)

@@ -14,7 +14,7 @@ SOON = 1.0  # seconds after which something is said, if nothing was yet
 
 def tune(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id in the local cache, or smollm2-135m.")],
-    goal: Annotated[str, typer.Option(help="ttft | decode | throughput | memory | energy")],
+    goal: Annotated[str, typer.Option(help="ttft | decode | throughput | memory | energy | goodput")],
     prompt_tokens: Annotated[
         int | None, typer.Option(help="Length of the prompt; 512, or what the context has room for.")
     ] = None,
@@ -43,6 +43,12 @@ def tune(
             "that is generated greedily must match one but for case and white space; or lm_eval:TASK.",
         ),
     ] = None,
+    slo: Annotated[
+        str | None, typer.Option(help="Of the goal goodput: limits in ms, as in ttft=500,itl=50 (and e2e=9000).")
+    ] = None,
+    clients: Annotated[
+        int, typer.Option(help="Of the goal goodput: how many clients ask at a time, each waiting for its answer.")
+    ] = 8,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on where an interrupted run stopped; what failed is tried again.")
     ] = False,
@@ -53,7 +59,11 @@ def tune(
     allow_download: Annotated[bool, typer.Option(help="Allow a hub id to be downloaded.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Find, prove and save a cheaper version of MODEL."""
+    """Find, prove and save a cheaper version of MODEL.
+
+    For goodput, the requests a second that are answered within the limits of --slo, half the time goes into tuning for throughput, and
+    the other half into loading `assay serve` with what was found, as loaded, and with other settings.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -68,7 +78,9 @@ def tune(
     from assay.tuner.work import settings_for
 
     early.cancel()
-    wanted: Any = goal  # checked by Settings
+    limits = _limits(goal, slo, clients)
+    wanted: Any = goal if limits is None else "throughput"  # checked by Settings
+    part = minutes if limits is None else minutes / 2
     settings = settings_for(
         model,
         wanted,
@@ -92,19 +104,83 @@ def tune(
                 settings,
                 output,
                 max_drop=max_drop,
-                minutes=minutes,
+                minutes=part,
                 resume=resume,
                 memory_gib=memory_gib,
                 ray=ray,
                 say=say,
             )
+            document = outcome.document()
+            if limits is not None:
+                document["goodput"] = _served(model, output, settings, limits, clients, minutes - part, say)
         except KeyboardInterrupt as stop:  # typer would make an exit code of it and lose what it says
             raise InterruptedRun(str(stop)) from None
-    document = outcome.document()
     if json:
         print_json(document)
-    else:
-        print_summary(document, str(output))
+        return
+    print_summary(document, str(output))
+    if limits is not None:
+        print_goodput(document["goodput"], slo or "")
+
+
+def _limits(goal: str, slo: str | None, clients: int) -> Any:
+    """The limits of the goal goodput, None for other goals. Raises InputError where they are missing, or of no use."""
+    from assay import checks
+    from assay.errors import InputError
+    from assay.loadtest.report import slo_of
+    from assay.methods.transform import GOALS
+
+    if goal not in (*GOALS, "goodput"):
+        raise InputError(f"--goal must be one of {', '.join(GOALS)}, goodput; got {goal!r}")
+    if (goal == "goodput") != (slo is not None):
+        raise InputError("--goal goodput needs --slo, as in ttft=500,itl=50, and no other goal has one")
+    try:
+        checks.whole("--clients", clients, low=1, high=1024)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    return None if slo is None else slo_of(slo)
+
+
+def _served(
+    model: str, output: Path, settings: Any, limits: Any, clients: int, minutes: float, say: Any
+) -> dict[str, Any]:
+    """What serves best: the model as loaded or what was found, and with which of the settings that `assay serve` has."""
+    import inspect
+    import os
+    import tempfile
+
+    from assay.cli.serve import serve
+    from assay.tuner.goodput import SETTINGS, Clients, best_served, starter
+
+    known = {name: values for name, values in SETTINGS.items() if name in inspect.signature(serve).parameters}
+    asked = Clients(clients, settings.prompt_tokens, settings.new_tokens, int.from_bytes(os.urandom(3)))
+    models = {"as loaded": os.path.abspath(model) if os.path.exists(model) else model, "tuned": os.path.abspath(output)}
+    with tempfile.TemporaryDirectory(prefix="assay-goodput-") as folder:
+        return best_served(models, limits, asked, start=starter(Path(folder)), settings=known, minutes=minutes, say=say)
+
+
+def print_goodput(found: dict[str, Any], slo: str) -> None:
+    """How to serve, and what that was measured to gain."""
+    from rich.console import Console
+
+    out = Console()
+
+    def rate(server: dict[str, Any]) -> str:
+        value, share = server["goodput_per_second"], server["within_slo"]
+        return "none" if value is None else f"{value['value']:.2f} requests/s ({100 * share['value']:.0f} %)"
+
+    best, ratio = found["best"], found["ratio"]
+    _print(
+        out,
+        f"\ngoodput  {rate(found['proven'])} within {slo} for {found['clients']['count']} clients; as loaded, with default settings, "
+        f"{rate(found['baseline'])}",
+    )
+    if ratio is not None:
+        low, high = ("?" if ratio[bound] is None else f"{ratio[bound]:.2f}" for bound in ("low", "high"))
+        _print(out, f"         {ratio['value']:.2f}x ({low} to {high}), in {found['ratios']['pairs']} pairs of blocks")
+    if not found["helped"] and (best["name"] != "as loaded" or best["settings"]):
+        _print(out, "         That is not better for certain.")
+    _print(out, f"serve    {shlex.join(['assay', 'serve', best['model'], *best['options']])}")
 
 
 def print_summary(document: dict[str, Any], folder: str) -> None:

@@ -1,13 +1,11 @@
-"""The engine: a model, its tokenizer, and one thread that generates, first come, first served.
+"""The engine: a model, its tokenizer and its scheduler under one name; requests in, pieces of text out.
 
-A client gets text piece by piece as it is made, and may leave at any time. `Job.left` is checked between two layers of the
-prompt's forward pass and after every token, whichever loop generates (transformers' own or `methods.builtin.decode_loop`),
-because the streamer and the layers do the checking. Stop strings are searched for in the generated text only, and here rather
-than in transformers.
+The scheduler makes tokens in a thread of its own, for many requests at a time. Here requests become token ids and settings, in
+the reading thread, and tokens become text, in the event loop. Nothing here makes the scheduler wait: what it hands over is kept
+until the client takes it, and a client that leaves takes its rows with it.
 
-Sampling does exactly what was asked for: of the model's `generation_config` only the end tokens are used. Every request draws
-from its own generator, seeded with the request's `seed` or a fresh one. The same request with the same seed therefore gets the
-same answer, whatever ran before it, on the same machine with the same versions.
+Sampling does exactly what was asked for: of the model's `generation_config` only the end tokens are used. Every answer draws
+from its own generator, seeded with the request's `seed` (for the first answer) or a number made of it, or a fresh one.
 """
 
 from __future__ import annotations
@@ -15,327 +13,481 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import functools
+import hashlib
 import secrets
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from assay.server.protocol import ApiError, Ask, read
+from assay.server import request
+from assay.server.embeddings import why_no_embeddings
+from assay.server.errors import ApiError, going_down, overloaded
+from assay.server.metrics import Latencies
+from assay.server.request import Ask, EmbeddingAsk
+from assay.server.scheduler import Event, Scheduler, Settings, TokenInfo
+from assay.server.text import Stops, Text, silent_tokens
+from assay.server.tools import Call, ToolReader, call_schema, names_calls, names_tools
 from assay.workloads.context import context_length
 
-MOST_ASKING = 64  # requests that are read, wait or run at a time; further ones are sent away
 DEFAULT_NEW_TOKENS = 256
 UNKNOWN_CONTEXT = 2048  # for models that name no context, our choice
-UNFINISHED = "\ufffd"  # what a decoder puts for bytes that are no character (yet)
+REJECTIONS_BEFORE_MASK = 64  # tokens that a constraint refuses one by one before it looks at all of them
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token's log-probabilities, and where its text begins in the text it is part of."""
+
+    info: TokenInfo
+    at: int
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt as it is repeated before its answers: its text, and where each of its tokens begins in it."""
+
+    text: str
+    starts: tuple[int, ...] = ()
 
 
 @dataclass
 class Job:
-    """A request ready to run: token ids of its prompts, how many tokens each answer may have, and whether its client has left."""
+    """A request ready to run: token ids of its prompts, and the settings of each answer, prompt by prompt."""
 
     ask: Ask
     prompts: list[list[int]]
-    new_tokens: list[int]
-    left: bool = False
+    settings: list[Settings]
+    echoes: list[Echo] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+
+    def prompt_of(self, answer: int) -> int:
+        """The number of the prompt that an answer belongs to."""
+        return answer // self.ask.best_of
 
     def prompt_tokens(self) -> int:
         """Tokens of all prompts."""
         return sum(len(ids) for ids in self.prompts)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Piece:
-    """A piece of an answer; the last one of each answer says why it ended and how many tokens it took."""
+    """A piece of an answer; the last one of each says why it ended, how many tokens it took, and how many of the prompt were cached.
+
+    `echo` comes in the first piece, if the prompt is repeated; `prompt` then holds its tokens' log-probabilities.
+    """
 
     index: int
-    text: str
+    text: str = ""
+    scored: list[Scored] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    calls_before: int = 0  # in earlier pieces
+    echo: Echo | None = None
+    prompt: tuple[TokenInfo | None, ...] = ()
     finish: str | None = None
     tokens: int = 0
-
-
-class Cancelled(Exception):
-    """Nobody is waiting for this answer any more."""
-
-
-class _Met(Exception):
-    """The answer contains a stop string."""
+    cached: int = 0
+    logprob: float = 0.0  # the mean of its tokens', where they were asked for
 
 
 class Engine:
-    """A model and its tokenizer under a name. One request runs at a time; the others wait in order of arrival."""
+    """A model, its tokenizer and its scheduler under a name."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+    def __init__(self, model: Any, tokenizer: Any, scheduler: Scheduler, name: str, *, recipe: str = "") -> None:
+        self.model, self.tokenizer, self.scheduler, self.name = model, tokenizer, scheduler, name
+        self.created = int(time.time())
         self.context = context_of(model, tokenizer)
         self.vocabulary = model.get_input_embeddings().num_embeddings
         self.ends = _ends(model, tokenizer)
-        self.asking = 0
-        self.stopping = False
+        self.fingerprint = fingerprint(model, recipe)
+        self.backend = self.backend_reason = ""  # what runs the model, and why not something faster
+        self.latencies = Latencies()
+        self.no_embeddings = why_no_embeddings(model)
+        self.silent = silent_tokens(tokenizer)
         self._longest = max(map(len, tokenizer.get_vocab()))
-        # a fast tokenizer must not be used by two threads at a time
-        self._reader, self._reads_with = ThreadPoolExecutor(1, "assay-reader"), copy.deepcopy(tokenizer)
-        self._worker = ThreadPoolExecutor(1, "assay-generator")
+        self._reads_with = copy.deepcopy(tokenizer)  # a fast tokenizer must not be used by two threads at a time
+        self.inboxes: set[Inbox] = set()
 
-    def stop(self) -> None:
-        """Start nothing more and end what is running; its clients are told. May be called from a signal handler."""
-        self.stopping = True
+    # ---- in the thread that reads requests
 
-    @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
-        """A place in the queue. Raises ApiError 503, saying when to retry, when all are taken."""
-        if self.stopping:
-            raise _going_down()
-        if self.asking >= MOST_ASKING:
-            message = f"{self.asking} requests are waiting already; try again later"
-            raise ApiError(503, message, code="overloaded", headers={"Retry-After": "2"})
-        self.asking += 1
-        try:
-            yield
-        finally:
-            self.asking -= 1
+    def prepare(self, path: str, document: Mapping[str, Any], most: int | None = None) -> Job:
+        """The job in a request to one of the endpoints that generate; `most` bounds the tokens of a prompt.
 
-    async def read(self, body: bytes, *, chat: bool) -> Job:
-        """Check and tokenise a request, in a thread, so that a long one delays only other requests that are being read."""
-        return await asyncio.get_running_loop().run_in_executor(self._reader, self.prepare, body, chat)
-
-    def prepare(self, body: bytes, chat: bool) -> Job:
-        """The job in a request's body. Raises ApiError for what is malformed, unknown to the model, or over its context."""
-        ask = read(body, chat=chat, served=self.name)
-        if chat:
-            prompts = [self._chat_ids(ask.messages)]
+        Raises ApiError for what is malformed, unknown to the model, or over its context.
+        """
+        ask = READERS[path](document)
+        if ask.chat:
+            param, prompts = ("input" if path == "responses" else "messages"), [self._chat_ids(ask, path)]
         else:
-            prompts = [self._ids(prompt) if isinstance(prompt, str) else prompt for prompt in ask.prompts]
-        return Job(ask, prompts, [self._new_tokens(ask, ids) for ids in prompts])
+            param, prompts = "prompt", [self._ids(one, "prompt") for one in ask.prompts]
+        settings, constraint = [], self._constraint(ask)
+        for number, ids in enumerate(prompts):
+            self._check_ids(ids, param, most)
+            new = self._new_tokens(ask, ids, param)
+            for one in range(ask.best_of):
+                settings.append(self._settings(ask, new, number * ask.best_of + one, constraint))
+        echoes = [self._echo(ask, *pair) for pair in zip(ask.prompts, prompts, strict=True)] if ask.echo else []
+        return Job(ask, prompts, settings, echoes)
 
-    def _ids(self, text: str, **options: Any) -> list[int]:
+    def prepare_embeddings(
+        self, document: Mapping[str, Any], most: int | None = None
+    ) -> tuple[EmbeddingAsk, list[list[int]]]:
+        """What a request to /v1/embeddings asks, and the token ids of its texts."""
+        ask = request.embedding(document)
+        if self.no_embeddings:
+            raise ApiError(400, f"this model gives no embeddings: {self.no_embeddings}", param="model")
+        inputs = [self._ids(one, "input") for one in ask.inputs]
+        for ids in inputs:
+            self._check_ids(ids, "input", most)
+            if len(ids) > self.context:
+                raise _too_long(f"the text has {len(ids)} tokens; the context holds {self.context}", "input")
+        return ask, inputs
+
+    def _ids(self, prompt: str | list[int], param: str, **options: Any) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
         most = self.context * self._longest
-        if len(text) > most:
-            message = f"the prompt has {len(text)} characters; {self.context} tokens, the context, hold at most {most}"
-            raise ApiError(400, message, param="prompt", code="context_length_exceeded")
-        return list(self._reads_with(text, **options)["input_ids"])
+        if len(prompt) > most:
+            message = (
+                f"the prompt has {len(prompt)} characters; {self.context} tokens, the context, hold at most {most}"
+            )
+            raise _too_long(message, param)
+        return list(self._reads_with(prompt, **options)["input_ids"])
 
-    def _chat_ids(self, turns: list[dict[str, Any]]) -> list[int]:
-        from jinja2 import TemplateError
-
-        if not self._reads_with.chat_template:
-            raise ApiError(400, "this model has no chat template; use /v1/completions", param="messages")
-        try:
-            text = self._reads_with.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ApiError(400, f"the model's chat template refuses this: {error.message}", param="messages") from None
-        except Exception as error:  # a template is a program of the model's author
-            message = f"the model's chat template fails on this: {type(error).__name__}"
-            raise ApiError(400, message, param="messages") from error
-        return self._ids(text, add_special_tokens=False)
-
-    def _new_tokens(self, ask: Ask, ids: list[int]) -> int:
-        param = "messages" if ask.chat else "prompt"
+    def _check_ids(self, ids: list[int], param: str, most: int | None) -> None:
         if not ids:
             raise ApiError(400, "the prompt has no tokens", param=param)
         if bad := next((token for token in ids if not 0 <= token < self.vocabulary), None):
             message = f"token ids must lie in 0..{self.vocabulary - 1}, what the model knows, got {bad}"
             raise ApiError(400, message, param=param)
-        room, least = self.context - len(ids), ask.new_tokens or 1
+        if most is not None and len(ids) > most:
+            raise _too_long(f"the prompt has {len(ids)} tokens; this server takes {most}", param)
+
+    def _chat_ids(self, ask: Ask, path: str) -> list[int]:
+        from jinja2 import TemplateError
+
+        param = "input" if path == "responses" else "messages"
+        if not self._reads_with.chat_template:
+            raise ApiError(400, "this model has no chat template; use /v1/completions", param=param)
+        given = [dict(tool.given) for tool in ask.tools] or None
+        try:
+            template = self._reads_with.get_chat_template(tools=given)
+        except ValueError as error:  # of several templates none is the default
+            raise ApiError(400, f"the model's chat templates: {error}", param=param) from None
+        if ask.tools and not names_tools(template):
+            message = "tools are not supported by this model: its chat template does not name them"
+            raise ApiError(400, message, param="tools", code="unsupported_parameter")
+        used = next((i for i, turn in enumerate(ask.turns) if turn["role"] == "tool" or "tool_calls" in turn), None)
+        if used is not None and not names_calls(template):
+            message = "calls of tools are not supported by this model: its chat template does not name them"
+            raise ApiError(400, message, param=f"messages[{used}]", code="unsupported_parameter")
+        try:
+            text = self._reads_with.apply_chat_template(
+                ask.turns, tools=given, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise ApiError(400, f"the model's chat template refuses this: {error.message}", param=param) from None
+        except Exception as error:  # a template is a program of the model's author
+            message = f"the model's chat template fails on this: {type(error).__name__}"
+            raise ApiError(400, message, param=param) from error
+        return self._ids(text, param, add_special_tokens=False)
+
+    def _new_tokens(self, ask: Ask, ids: list[int], param: str) -> int:
+        room, least = self.context - len(ids), 1 if ask.new_tokens is None else ask.new_tokens
         if room < least:
-            message = f"the prompt has {len(ids)} tokens and {least} are asked for; the context holds {self.context}"
-            raise ApiError(400, message, param=param, code="context_length_exceeded")
-        new = ask.new_tokens or min(DEFAULT_NEW_TOKENS, room)
+            raise _too_long(
+                f"the prompt has {len(ids)} tokens and {least} are asked for; the context holds {self.context}", param
+            )
+        new = min(DEFAULT_NEW_TOKENS, room) if ask.new_tokens is None else ask.new_tokens
         if ask.min_tokens > new:
             raise ApiError(400, f"min_tokens must be at most {new}, got {ask.min_tokens}", param="min_tokens")
-        return new
+        return max(new, 1)  # where the prompt alone is asked for, a token is made and not shown
 
-    async def pieces(self, job: Job) -> AsyncIterator[Piece]:
-        """The answers of a job, piece by piece, once its turn has come. Closing the iterator ends the work.
-
-        Raises ApiError 503 when the server stops; what goes wrong in the model is raised as it is.
-        """
-        loop, made = asyncio.get_running_loop(), asyncio.Queue[Piece | None]()
-
-        def emit(piece: Piece) -> None:
-            loop.call_soon_threadsafe(made.put_nowait, piece)
-
-        def over(done: asyncio.Future[None]) -> None:
-            if not done.cancelled():
-                done.exception()  # retrieved, since asyncio would log it if nobody did
-            made.put_nowait(None)
-
-        work = loop.run_in_executor(self._worker, self._run, job, emit)
-        work.add_done_callback(over)
-        try:
-            while (piece := await made.get()) is not None:
-                yield piece
-            await work
-        finally:
-            job.left = True
-            work.cancel()  # what has not begun never will
-
-    # ---- in the thread that generates
-
-    def _run(self, job: Job, emit: Callable[[Piece], Any]) -> None:
-        seed = secrets.randbits(64) if job.ask.seed is None else job.ask.seed
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]), self._interruptible(job):
-            torch.manual_seed(seed)
-            for index, (ids, new) in enumerate(zip(job.prompts, job.new_tokens, strict=True)):
-                self._check(job)
-                listener = _Listener(self, job, ids, lambda text, index=index: emit(Piece(index, text)))  # type: ignore[misc]
-                with contextlib.suppress(_Met):
-                    self._generate(job.ask, ids, new, listener)
-                    listener.finish()
-                emit(Piece(index, "", "stop" if listener.ended() else "length", len(listener.tokens)))
-
-    def _check(self, job: Job) -> None:
-        if self.stopping:
-            raise _going_down()
-        if job.left:
-            raise Cancelled
-
-    @contextlib.contextmanager
-    def _interruptible(self, job: Job) -> Iterator[None]:
-        """Check before every layer whether the client is still there, because a long prompt is one long call."""
-        handles = [layer.register_forward_pre_hook(lambda *_: self._check(job)) for layer in _layers(self.model)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _generate(self, ask: Ask, ids: list[int], new: int, listener: _Listener) -> None:
-        from transformers import GenerationConfig
-
-        ends = listener.ends
-        sampling = {"do_sample": True, "temperature": ask.temperature, "top_p": ask.top_p, "top_k": 0}
-        config = GenerationConfig(
-            max_new_tokens=new,
-            min_new_tokens=ask.min_tokens or None,
-            eos_token_id=sorted(ends) or None,
-            pad_token_id=min(ends, default=0),
-            **(sampling if ask.temperature > 0 else {"do_sample": False}),
-        )
-        inputs = torch.tensor([ids], device=self.model.device)
-        own, self.model.generation_config = self.model.generation_config, GenerationConfig()
-        try:
-            self.model.generate(
-                input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=listener
-            )
-        finally:
-            self.model.generation_config = own
-
-
-class _Listener:
-    """The streamer passed to `generate`: counts tokens, turns them into text, looks for stop strings, and ends abandoned answers."""
-
-    def __init__(self, engine: Engine, job: Job, ids: list[int], emit: Callable[[str], Any]) -> None:
-        self.engine, self.job, self.emit = engine, job, emit
-        self.tokens: list[int] = []
-        self.stops = Stops(job.ask.stops)
-        self.text = Text(engine.tokenizer, ids)
+    def _settings(self, ask: Ask, new: int, answer: int, constraint: Any) -> Settings:
+        if bad := next((token for token in ask.logit_bias if token >= self.vocabulary), None):
+            message = f"logit_bias names token {bad}; the model knows 0..{self.vocabulary - 1}"
+            raise ApiError(400, message, param="logit_bias")
         # a stop that is one special token never shows in the text
-        vocabulary = engine.tokenizer.get_added_vocab()
-        self.ends = {vocabulary[stop] for stop in job.ask.stops if stop in vocabulary}
-        if not job.ask.ignore_eos:
-            self.ends |= engine.ends
-        self._prompt_seen = False
+        vocabulary = self._reads_with.get_added_vocab()
+        ends = {vocabulary[stop] for stop in ask.stops if stop in vocabulary}
+        if not ask.ignore_eos:
+            ends |= self.ends
+        logprobs = ask.logprobs
+        if logprobs is None and ask.best_of > ask.n:
+            logprobs = 0  # the best are chosen by them
+        elif logprobs is not None:
+            _ = self.token_bytes  # made here, not in the event loop
+        made = Settings(
+            max_tokens=new,
+            min_tokens=ask.min_tokens,
+            ends=frozenset(ends),
+            temperature=ask.temperature,
+            top_p=ask.top_p if ask.temperature > 0 else 1.0,  # 0 asks for greedy
+            top_k=ask.top_k,
+            seed=seed_of(ask.seed, answer),
+            logit_bias=dict(ask.logit_bias),
+            presence_penalty=ask.presence_penalty,
+            frequency_penalty=ask.frequency_penalty,
+            logprobs=logprobs,
+            prompt_logprobs=ask.echo and ask.logprobs is not None,
+        )
+        return made if constraint is None else replace(made, choose=self._chooser(ask, made, constraint))
 
-    def put(self, value: torch.Tensor) -> None:
-        """Called by generate: first with the prompt, then with each token."""
-        if self._prompt_seen:
-            self.engine._check(self.job)
-            token = int(value)
-            self.tokens.append(token)
-            self._say(self.text.add(token))
-        self._prompt_seen = True
+    def _constraint(self, ask: Ask) -> Any:
+        """What an answer must be, None for anything. Raises ApiError for a schema that cannot be held to."""
+        if ask.format is None and not ask.forced:
+            return None
+        from assay.methods.inference import awrs
 
-    def end(self) -> None:
-        """Called by generate when it is done."""
+        wanted = call_schema(ask.forced) if ask.forced else None if ask.format is None else ask.format.schema
+        try:
+            return awrs.json_object() if wanted is None else awrs.json_schema(wanted)
+        except Exception as error:  # the schema is the client's
+            param = "tool_choice" if ask.forced else "text.format" if ask.told else "response_format"
+            raise ApiError(400, f"this JSON schema cannot be held to: {str(error)[:300]}", param=param) from None
 
-    def finish(self) -> None:
-        """Send what was held back."""
-        self._say(self.text.rest())
-        if rest := self.stops.rest():
-            self.emit(rest)
+    def _chooser(self, ask: Ask, settings: Settings, constraint: Any) -> Callable[[Tensor, list[int]], int]:
+        from assay.methods.inference import awrs
 
-    def ended(self) -> bool:
-        """Whether the answer is over by a stop string or an end token, even on the last token allowed."""
-        return self.stops.met or bool(self.tokens and self.tokens[-1] in self.ends)
+        chooser = awrs.Chooser(
+            constraint,
+            self.token_bytes,
+            settings.ends,
+            temperature=ask.temperature,
+            top_p=ask.top_p,
+            seed=settings.seed,
+            rejections_before_mask=REJECTIONS_BEFORE_MASK,
+        )
 
-    def _say(self, text: str) -> None:
-        if sure := self.stops.add(text):
-            self.emit(sure)
-        if self.stops.met:
-            raise _Met
+        def choose(logits: Tensor, made: list[int]) -> int:
+            try:
+                return int(chooser(logits, made))
+            except Exception as error:
+                message = f"no token goes on with the answer in the form that was asked for ({type(error).__name__})"
+                raise ApiError(400, message, param="response_format", code="form_not_met") from error
+
+        return choose
+
+    @functools.cached_property
+    def token_bytes(self) -> Any:
+        """The bytes of every token. Raises ApiError where the tokenizer does not show them."""
+        from assay.methods.inference.awrs import TokenBytes
+
+        try:
+            return TokenBytes(self._reads_with)
+        except (TypeError, ValueError) as error:
+            raise ApiError(400, f"not supported by this model, whose tokenizer hides its bytes: {error}") from None
+
+    def _echo(self, ask: Ask, prompt: str | list[int], ids: list[int]) -> Echo:
+        if ask.logprobs is None:
+            return Echo(prompt if isinstance(prompt, str) else str(self._reads_with.decode(ids)))
+        text, starts, so_far = Text(self._reads_with, [], self.silent), [], 0
+        for token in ids:
+            starts.append(so_far)
+            so_far += len(text.add(token))
+        shown = prompt if isinstance(prompt, str) else str(self._reads_with.decode(ids))
+        return Echo(shown, tuple(starts))
+
+    # ---- in the event loop
+
+    def start(self, job: Job) -> Running:
+        """Hand a job to the scheduler. Raises ApiError for what it cannot take."""
+        return Running(self, job)
+
+    def shown(self, token: int) -> tuple[str, bytes]:
+        """A token as log-probabilities name it, and its bytes: its text, or `bytes:` and escapes where it is no whole character."""
+        try:
+            data = bytes(self.token_bytes.of(token))
+        except (LookupError, ValueError):
+            data = b""
+        if not data:
+            text = self.tokenizer.convert_ids_to_tokens(token)
+            data = text.encode() if isinstance(text, str) else b""
+        try:
+            return data.decode(), data
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data
+
+    def stop(self) -> None:
+        """End what is running at once; its clients are told. May be called from any thread."""
+        for inbox in list(self.inboxes):
+            inbox.put(0, going_down())
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """End the scheduler, once what runs has had `drain_s` seconds. Blocks."""
+        self.scheduler.stop(drain_s=drain_s)
 
 
-class Stops:
-    """Finds the string that is whole first in a text that comes in pieces, holding back what may be the beginning of one.
+class Running:
+    """The answers of a job on their way. Whoever starts one cancels it in the end: that frees what still runs."""
 
-    Of two that are whole at once, it is the longer; so the answer does not depend on how the text is cut into pieces.
-    """
+    def __init__(self, engine: Engine, job: Job) -> None:
+        self._engine, self._inbox = engine, Inbox(asyncio.get_running_loop())
+        self._answers = [Answer(engine, job, number) for number in range(len(job.settings))]
+        self._tickets: list[Any] = []
+        engine.inboxes.add(self._inbox)
+        try:
+            for number, settings in enumerate(job.settings):
+                tell = functools.partial(self._inbox.put, number)
+                self._tickets.append(engine.scheduler.submit(job.prompts[job.prompt_of(number)], settings, tell))
+        except BaseException as error:
+            self.cancel()
+            raise _not_taken(error) from None
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self.stops, self.held, self.met = stops, "", False
+    async def take(self) -> list[Piece]:
+        """The pieces that came since the last call, at least one; an empty list when all answers are over.
 
-    def add(self, text: str) -> str:
-        """What is certain to be part of the answer; after `met`, nothing."""
-        if self.met:
+        Raises ApiError 503 when the server stops; what goes wrong in the scheduler is raised as it is.
+        """
+        while not all(answer.over for answer in self._answers):
+            made: dict[int, list[Event]] = {}
+            for number, event, when in await self._inbox.take():
+                if isinstance(event, Exception):
+                    raise event
+                answer = self._answers[number]
+                self._engine.latencies.observe(answer.began, answer.last, when, len(event.tokens))
+                answer.last = when if event.tokens else answer.last
+                made.setdefault(number, []).append(event)
+            pieces = [piece for number, events in made.items() if (piece := self._answers[number].take(events))]
+            for piece in pieces:
+                if piece.finish:  # a stop string ends what the scheduler would go on with
+                    self._tickets[piece.index].cancel()
+            if pieces:
+                return pieces
+        return []
+
+    def cancel(self) -> None:
+        """Nobody waits for these answers any more."""
+        self._engine.inboxes.discard(self._inbox)
+        for ticket in self._tickets:
+            ticket.cancel()
+
+
+class Inbox:
+    """What the scheduler's thread hands to the event loop: one call wakes it for all that came since the last."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._there, self._rung = loop, asyncio.Event(), False
+        self._waiting: deque[tuple[int, Event | Exception, float]] = deque()
+
+    def put(self, number: int, event: Event | Exception) -> None:
+        """Called in the scheduler's thread: never blocks and never fails."""
+        self._waiting.append((number, event, time.monotonic()))
+        if not self._rung:
+            self._rung = True
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                self._loop.call_soon_threadsafe(self._there.set)
+
+    async def take(self) -> Iterable[tuple[int, Event | Exception, float]]:
+        """All that has come, at least the wake-up; once taken it is gone."""
+        await self._there.wait()
+        self._there.clear()
+        self._rung = False  # before what is there is taken: what comes from now on rings again
+        taken = []
+        while self._waiting:
+            taken.append(self._waiting.popleft())
+        return taken
+
+
+class Answer:
+    """One answer on its way from tokens to text: stops, calls of tools, and log-probabilities in step with the text."""
+
+    def __init__(self, engine: Engine, job: Job, index: int) -> None:
+        ask = job.ask
+        self.index, self.settings, self.began, self.last = index, job.settings[index], job.began, 0.0
+        self.over = False
+        self._hidden = ask.new_tokens == 0
+        self._text = Text(engine.tokenizer, job.prompts[job.prompt_of(index)], engine.silent)
+        self._stops = Stops(ask.stops)
+        self._tools = ToolReader({tool.name for tool in ask.tools}) if ask.tools else None
+        self._one_call, self._told = ask.one_call, 0
+        self._echo = job.echoes[job.prompt_of(index)] if job.echoes else None
+        self._infos = ask.logprobs is not None
+        self._waits_for_prompt = self.settings.prompt_logprobs
+        self._scored: list[Scored] = []
+        self._tokens, self._cached, self._made, self._said = 0, 0, 0, 0
+        self._logprob, self._newest = 0.0, -1
+
+    def take(self, events: list[Event]) -> Piece | None:
+        """The piece that new events make certain; None if they make none. Raises an event's error."""
+        if self.over:
+            return None
+        piece = Piece(self.index)
+        for event in events:
+            if event.error is not None:
+                raise event.error
+            self._cached = max(self._cached, event.cached_tokens)
+            if event.prompt_infos is not None:
+                piece.prompt, self._waits_for_prompt = tuple(event.prompt_infos), False
+            for at, token in enumerate(event.tokens):
+                piece.text += self._token(token, event.infos[at] if event.infos else None)
+                if self._stops.met:
+                    piece.finish = "stop"
+                    break
+            if event.finish and not piece.finish:
+                piece.text += self._stops.add(self._text.rest())
+                piece.text += self._stops.rest()
+                ended = self._stops.met or self._newest in self.settings.ends
+                piece.finish = "stop" if ended else event.finish
+            if piece.finish:
+                break
+        return self._whole(piece)
+
+    def _token(self, token: int, info: TokenInfo | None) -> str:
+        """The text that a token makes certain."""
+        self._tokens, self._newest = self._tokens + 1, token
+        if info is not None:
+            self._logprob += info.logprob
+        if self._hidden or token in self.settings.ends:
             return ""
-        self.held += text
-        found = [(at + len(stop), at) for stop in self.stops if (at := self.held.find(stop)) >= 0]
-        if found:
-            self.met, keep = True, len(self.held) - min(found)[1]
-        else:
-            beginnings = (n for stop in self.stops for n in range(1, len(stop)) if self.held.endswith(stop[:n]))
-            keep = max(beginnings, default=0)
-        sure, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return sure
+        if info is not None and self._infos:
+            self._scored.append(Scored(info, self._made))
+        new = self._text.add(token)
+        self._made += len(new)
+        return self._stops.add(new)
 
-    def rest(self) -> str:
-        """What was held back, when no more text comes."""
-        return "" if self.met else self.held
+    def _whole(self, piece: Piece) -> Piece | None:
+        """`piece` with all that goes with its text; None if nothing is in it."""
+        if self._hidden:
+            piece.text = ""
+        self._said += len(piece.text)
+        cut = piece.finish is not None and not self._stops.met
+        while self._scored and (cut or self._scored[0].at < self._said):
+            piece.scored.append(self._scored.pop(0))
+        if self._tools is not None:
+            piece.text = self._tools.add(piece.text) + (self._tools.rest() if piece.finish else "")
+            allowed = self._tools.calls[:1] if self._one_call else self._tools.calls
+            piece.calls, piece.calls_before, self._told = allowed[self._told :], self._told, len(allowed)
+            if piece.finish and allowed:
+                piece.finish = "tool_calls"
+        if self._echo is not None and (piece.finish or not self._waits_for_prompt):
+            piece.echo, self._echo = self._echo, None
+        if piece.finish:
+            self.over = True
+            piece.tokens, piece.cached = 0 if self._hidden else self._tokens, self._cached
+            piece.logprob = self._logprob / max(1, self._tokens)
+        return piece if piece.text or piece.finish or piece.calls or piece.echo or piece.scored else None
 
 
-class Text:
-    """Text of tokens that arrive one by one after a prompt. Pieces already returned never change; joined, they are the whole text.
+READERS: dict[str, Callable[[Mapping[str, Any]], Ask]] = {
+    "completions": request.completion,
+    "chat/completions": request.chat,
+    "responses": request.response,
+}
 
-    Some tokens before the new ones are decoded with them, since decoders treat the beginning of a text in their own ways (a
-    leading space), and bytes that do not make a character yet wait for the next token. Tokens without text, special ones, are
-    passed over, so that it is never they alone that are decoded before the next.
-    """
 
-    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
-        self.tokenizer = tokenizer
-        self.silent = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-        self.window = prompt[-4:]
-        self.clean = 0  # a place in the window where a character begins
-        self.given = len(self.window)  # tokens whose text was given
-        self.shown = len(self._decode())  # characters of the window's text that were given
-
-    def add(self, token: int) -> str:
-        """The text that this token makes certain."""
-        if token in self.silent:
-            return ""
-        self.window.append(token)
-        text = self._decode()
-        # a character has four bytes, so what stays broken for long is no character and is given as it is
-        if text.endswith(UNFINISHED) and len(self.window) < self.given + 16:
-            return ""
-        new, self.shown = text[self.shown :], max(self.shown, len(text))
-        if len(self.window) >= self.clean + 8:
-            self.window = self.window[self.clean :]
-            self.clean, self.shown = len(self.window), len(self._decode())
-        self.given = len(self.window)
-        return new
-
-    def rest(self) -> str:
-        """What waited, when no more tokens come."""
-        return self._decode()[self.shown :]
-
-    def _decode(self) -> str:
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return str(self.tokenizer.decode(self.window, **options))
+def seed_of(seed: int | None, answer: int) -> int:
+    """The seed of an answer: the request's own for the first, numbers made of it for the others, fresh ones without it."""
+    if seed is None:
+        return secrets.randbits(63)
+    if answer == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {answer}".encode()).digest()[:8], "big") >> 1
 
 
 def context_of(model: Any, tokenizer: Any) -> int:
@@ -343,6 +495,24 @@ def context_of(model: Any, tokenizer: Any) -> int:
     limit = context_length(model)
     usual = getattr(tokenizer, "model_max_length", 0)
     return limit if limit is not None else int(usual) if 0 < usual < 10**7 else UNKNOWN_CONTEXT
+
+
+def fingerprint(model: nn.Module, recipe: str = "") -> str:
+    """A name for a model and its recipe that is the same in every process: a hash of what it consists of.
+
+    It covers the names, shapes and types of all weights, some numbers of each, the settings that assay's transforms left on the
+    model, the recipe's text, and the version of torch.
+    """
+    settings = {name: getattr(value, "__name__", value) for name, value in getattr(model, "assay_settings", {}).items()}
+    found = hashlib.sha256(f"{torch.__version__} {recipe} {settings}".encode())
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            continue
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.numel() and tensor.device.type != "meta" and tensor.is_contiguous():
+            some = tensor.detach().reshape(-1)[:: max(1, tensor.numel() // 16)]
+            found.update(repr(some.double().tolist()).encode())
+    return f"fp_{found.hexdigest()[:12]}"
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:
@@ -354,14 +524,16 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
     return set()
 
 
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The members of the outermost lists of modules, except those inside what torch.compile has compiled as one piece."""
-    for child in module.children() if module._compiled_call_impl is None else ():
-        if not isinstance(child, nn.ModuleList):
-            yield from _layers(child)
-            continue
-        yield from (layer for layer in child if layer._compiled_call_impl is None)
+def _too_long(message: str, param: str) -> ApiError:
+    return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
-def _going_down() -> ApiError:
-    return ApiError(503, "the server is stopping", code="stopping", headers={"Retry-After": "10"})
+def _not_taken(error: BaseException) -> BaseException:
+    """What a client is told when the scheduler does not take its prompt."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, MemoryError):
+        return overloaded(f"there is no memory for this prompt ({type(error).__name__})")
+    if isinstance(error, ValueError | TypeError):
+        return ApiError(400, str(error), param="prompt", code="context_length_exceeded")
+    return going_down() if isinstance(error, RuntimeError) else error

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,11 +49,21 @@ def load(folder: Path | str) -> nn.Module:
     return load_tuned(folder).model
 
 
-def load_tuned(source: Path | str, *, allow_download: bool = False) -> LoadedModel:
-    """`load`, with the tokenizer; `source` may be any model that `load_model` accepts."""
+def load_tuned(
+    source: Path | str,
+    *,
+    allow_download: bool = False,
+    before_recipe: Callable[[nn.Module], Any] | None = None,
+) -> LoadedModel:
+    """`load`, with the tokenizer; `source` may be any model that `load_model` accepts.
+
+    `before_recipe` may change the loaded weights before a recipe is applied to them: an adapter is merged there.
+    """
     from assay.workloads.models import load_model
 
     loaded = load_model(source, dtype="auto", allow_download=allow_download)
+    if before_recipe is not None:
+        before_recipe(loaded.model)
     if (loaded.folder / RECIPE).is_file():
         recipe = Recipe.read(loaded.folder / RECIPE)
         calibration = read_calibration(loaded.folder / CALIBRATION)

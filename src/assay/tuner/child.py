@@ -488,4 +488,5 @@ def structure_hash(model: nn.Module) -> str:
     config: Any = model.config
     parts.append(json.dumps(config.to_dict(), sort_keys=True, default=str))  # attention's settings live there
     parts.append(repr(sorted(getattr(model, "assay_settings", {}).items())))
+    parts.append(repr(getattr(model, "speculation", None)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

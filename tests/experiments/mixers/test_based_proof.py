@@ -91,9 +91,9 @@ def test_the_compiled_loop_continues_as_the_attention_model_does():
     ids = byte_windows(48, 2)[0]
     states = room.longer(room.prefilled(model, ids).states, 48, 48, 8)
     decoder = room.Decoder(room.as_llama(model, 64), weights="fp32", cache="float32")
-    cache = room.loop_cache(decoder, states, 48, 8)
+    pool, sequences = room.loop_pages(decoder, states, 48, 8)
     expected = room.generate_from(model, room.StateCache([dict(state) for state in states]), ids[:, -1:], 6)
-    found = decoder.run(cache, range(2), ids[:, -1].tolist(), 6)[0]
+    found = decoder.run(pool, sequences, ids[:, -1].tolist(), 6)[0]
     assert found.tolist() == expected.tolist()
 
 

@@ -6,6 +6,7 @@ import copy
 import io
 import logging
 import pickle
+import random
 
 import pytest
 import torch
@@ -22,8 +23,6 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
     StoppingCriteria,
 )
 
@@ -31,6 +30,7 @@ from assay.methods.builtin import decode_loop as dl
 from assay.methods.builtin import weight_only
 from assay.methods.builtin.decode_loop import Decoder, Sampling, transform
 from assay.methods.core import kernels
+from assay.methods.core.generation.paged import Sequence, pages_for
 from assay.methods.transform import Transform, TuneContext
 
 CONTEXT = TuneContext(goal="decode", prompt_tokens=16, new_tokens=16)
@@ -49,7 +49,7 @@ SHAPE = {
     "bos_token_id": None,
 }
 
-compiled = pytest.mark.skipif(not kernels.load("llama_decode"), reason="no compiler")
+compiled = pytest.mark.skipif(not kernels.load("decode"), reason="no compiler")
 
 
 def tiny(model_class=LlamaForCausalLM, config_class=LlamaConfig, seed=0, **changes):
@@ -92,13 +92,19 @@ def fast(model):
 # ---- the kernel against the oracle
 
 
-def filled(decoder, lengths, seed=0):
-    cache = decoder.new_cache(len(lengths), 640)
+def filled(decoder, lengths, seed=0, room=40):
+    """A pool and sequences of these lengths, their pages in no order, with room for some tokens more."""
+    needed = [pages_for(n + room) for n in lengths]
+    pool = decoder.new_pool(sum(needed))
+    pages, sequences = pool.take(sum(needed)), []
+    random.Random(seed).shuffle(pages)
     torch.manual_seed(seed)
-    for slot, n in enumerate(lengths):
+    for n, count in zip(lengths, needed, strict=True):
+        sequence = Sequence([pages.pop() for _ in range(count)], n)
         shape = (decoder.layers, decoder.kv_heads, n, decoder.head_size)
-        cache.fill(slot, torch.randn(shape), torch.randn(shape))
-    return cache
+        pool.write(sequence.pages, 0, torch.randn(shape), torch.randn(shape))
+        sequences.append(sequence)
+    return pool, sequences
 
 
 @compiled
@@ -112,98 +118,116 @@ def test_kernel_agrees_with_the_oracle(model, weights, cache, threads):
     torch.set_num_threads(threads)
     try:
         for rows in ([3], [0, 1, 2], list(range(6))):
-            ours, theirs = filled(decoder, lengths), filled(decoder, lengths)
+            (pool, ours), (other, theirs) = filled(decoder, lengths), filled(decoder, lengths)
             fed = [tokens[row] for row in rows]
-            chosen, logits = decoder.run(ours, rows, fed, 1, want_logits=True)
-            expected = torch.stack([decoder.step_in_torch(theirs, r, t) for r, t in zip(rows, fed, strict=True)])
+            chosen, logits = decoder.run(pool, [ours[row] for row in rows], fed, 1, want_logits=True)
+            expected = torch.stack([decoder.step_in_torch(other, theirs[r], t) for r, t in zip(rows, fed, strict=True)])
             # a bfloat16 cache may round a key or value the other way, an int8 input flip by one
             tolerance = 1e-4 if cache == "float32" and weights in ("fp32", "bf16") else 0.05
             scale = float(expected.abs().max())
             torch.testing.assert_close(logits, expected, atol=tolerance * scale, rtol=0)
             assert torch.equal(chosen[:, 0], logits.argmax(1))
-            assert torch.equal(ours.lengths, theirs.lengths)
+            assert [s.length for s in ours] == [s.length for s in theirs]
     finally:
         torch.set_num_threads(before)
 
 
 @compiled
-@pytest.mark.parametrize("heads", [(1, 1), (2, 2), (3, 1), (5, 1), (7, 1), (4, 1), (6, 2)])
-@pytest.mark.parametrize("head_dim", [16, 48, 64, 128])
+@pytest.mark.parametrize(
+    "heads", [(1, 1), (2, 2), (3, 1), (5, 1), (6, 1), (7, 1), (4, 1), (6, 2), (8, 1), (9, 1), (16, 2)]
+)
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 96, 128, 256])
 def test_head_layouts(heads, head_dim):
     layout = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1], "hidden_size": 16 * heads[0]}
     made = tiny(**layout, head_dim=head_dim, num_hidden_layers=1)
     decoder = Decoder(made, **EXACT)
-    ours, theirs = filled(decoder, (40, 5)), filled(decoder, (40, 5))
-    _, logits = decoder.run(ours, [0, 1], [3, 4], 1, want_logits=True)
-    expected = torch.stack([decoder.step_in_torch(theirs, 0, 3), decoder.step_in_torch(theirs, 1, 4)])
+    (pool, ours), (other, theirs) = filled(decoder, (40, 5)), filled(decoder, (40, 5))
+    _, logits = decoder.run(pool, ours, [3, 4], 1, want_logits=True)
+    expected = torch.stack([decoder.step_in_torch(other, theirs[0], 3), decoder.step_in_torch(other, theirs[1], 4)])
     torch.testing.assert_close(logits, expected, atol=2e-4 * float(expected.abs().max()), rtol=0)
 
 
 @compiled
 def test_many_steps_in_one_call_are_single_steps(model):
     decoder = Decoder(model, weights="int4")
-    one, many = filled(decoder, (20, 7)), filled(decoder, (20, 7))
-    together, _ = decoder.run(many, [0, 1], [5, 6], 12)
+    (pool, one), (other, many) = filled(decoder, (20, 7)), filled(decoder, (20, 7))
+    together, _ = decoder.run(other, many, [5, 6], 12)
     tokens, steps = [5, 6], []
     for _ in range(12):
-        made, _ = decoder.run(one, [0, 1], tokens, 1)
+        made, _ = decoder.run(pool, one, tokens, 1)
         tokens = made[:, 0].tolist()
         steps.append(made)
     assert torch.equal(together, torch.cat(steps, 1))
-    assert one.lengths.tolist() == many.lengths.tolist() == [32, 19]
-
-
-@compiled
-def test_a_large_batch(model):
-    decoder = Decoder(model, **EXACT)
-    lengths = [1 + 3 * i % 40 for i in range(70)]
-    ours = filled(decoder, lengths)
-    alone = copy.deepcopy(ours)
-    chosen, _ = decoder.run(ours, list(range(70)), [1 + i for i in range(70)], 3)
-    for row in (0, 33, 69):
-        assert torch.equal(decoder.run(alone, [row], [1 + row], 3)[0][0], chosen[row])
-
-
-def test_cache_gives_back_what_was_put_in(model):
-    decoder = Decoder(model, **EXACT)
-    cache = decoder.new_cache(2, 50)
-    assert cache.capacity == 64
-    keys, values = torch.randn(3, 2, 37, 16), torch.randn(3, 2, 37, 16)
-    cache.fill(1, keys, values)
-    found = cache.read(1, 5, 37)
-    assert torch.equal(found[0], keys[:, :, 5:])
-    assert torch.equal(found[1], values[:, :, 5:])
-    assert cache.lengths.tolist() == [0, 37]
-    with pytest.raises(ValueError, match="at most 64 tokens"):
-        cache.fill(0, torch.randn(3, 2, 65, 16), torch.randn(3, 2, 65, 16))
+    assert [s.length for s in one] == [s.length for s in many] == [32, 19]
 
 
 @pytest.mark.parametrize("load", [kernels.load, lambda name: False])
 def test_run_says_what_is_wrong(model, load, monkeypatch):
     decoder = Decoder(model, **EXACT)
     monkeypatch.setattr(kernels, "load", load)
-    cache = filled(decoder, (10, 639))
-    with pytest.raises(ValueError, match="the cache holds 640 positions, not 641"):
-        decoder.run(cache, [0, 1], [5, 5], 2)
-    with pytest.raises(ValueError, match="rows must name different slots"):
-        decoder.run(cache, [0, 0], [5, 5], 1)
-    with pytest.raises(ValueError, match="rows must name different slots"):
-        decoder.run(cache, [2], [5], 1)
-    with pytest.raises(ValueError, match="tokens must lie in 0..100"):
-        decoder.run(cache, [0], [101], 1)
-    with pytest.raises(ValueError, match="tokens"):
-        decoder.run(cache, [0], [5, 5], 1)
-    with pytest.raises(ValueError, match="steps must be positive"):
-        decoder.run(cache, [0], [5], 0)
+    pool, (first, second) = filled(decoder, (10, 31), room=1)
+    for sequences, tokens, steps, message in (
+        ([first, second], [5, 5], 2, "the pages of a sequence hold 32 positions, not 33"),
+        ([first, first], [5, 5], 1, "sequences must not write to the same pages"),
+        ([first], [101], 1, r"tokens must lie in 0\.\.100, got 101"),
+        ([first], [5, 5], 1, "tokens must be one per sequence, got 2 for 1"),
+        ([first], [5], 0, "steps must be a whole number at least 1, got 0"),
+        ([], [], 1, "at least one sequence"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decoder.run(pool, sequences, tokens, steps)
+    with pytest.raises(ValueError, match="tokens must lie in 0"):
+        decoder.extend(pool, [(first, [5, -1])], logits="last")
+    with pytest.raises(ValueError, match="feeds must hold at least one token each"):
+        decoder.extend(pool, [(first, [])], logits="last")
+    with pytest.raises(ValueError, match="logits must be one of 'last', 'all', 'none', got 'first'"):
+        decoder.extend(pool, [(first, [5])], logits="first")
+    with pytest.raises(ValueError, match="hold 16 positions, not 17"):
+        decoder.extend(pool, [(first, [5] * 7)], logits="last")
+    pool.hold(first.pages)
+    with pytest.raises(ValueError, match="shared by 2 holders: copy it first"):
+        decoder.run(pool, [first], [5], 1)
+    pool.release(first.pages + first.pages)
+    with pytest.raises(ValueError, match="which is free"):
+        decoder.run(pool, [first], [5], 1)
+    with pytest.raises(ValueError, match="pool must be of 3 layers with 2 heads of 16, got 2 with 2 of 16"):
+        decoder.run(Decoder(tiny(num_hidden_layers=2), **EXACT).new_pool(1), [second], [5], 1)
+    assert (first.length, second.length) == (10, 31)
 
 
-@compiled
-def test_not_a_number_is_reported(model):
+def test_no_more_positions_than_the_model_has(model):
     decoder = Decoder(model, **EXACT)
-    cache = filled(decoder, (10,))
-    cache.values[0, 0, 0, 3] = torch.nan
+    pool, (sequence,) = filled(decoder, (699,))
+    decoder.run(pool, [sequence], [5], 1)
+    with pytest.raises(ValueError, match="the model has 700 positions"):
+        decoder.run(pool, [sequence], [5], 1)
+
+
+@pytest.mark.parametrize("load", [kernels.load, lambda name: False])
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+@pytest.mark.parametrize("part", ["keys", "values"])
+def test_not_a_number_is_reported(model, load, weights, part, monkeypatch):
+    decoder = Decoder(model, weights=weights)
+    monkeypatch.setattr(kernels, "load", load)
+    pool, (sequence,) = filled(decoder, (10,))
+    getattr(pool, part)[0, sequence.pages[0], 0, 3, 3] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
-        decoder.run(cache, [0], [5], 1)
+        decoder.run(pool, [sequence], [5], 1)
+    with pytest.raises(ValueError, match="not finite"):
+        decoder.extend(pool, [(sequence, [5, 6])], logits="last")
+    assert sequence.length == 10
+
+
+def test_what_was_never_written_is_not_read(model):
+    """Positions after a sequence's end, in the last page too, may hold anything."""
+    decoder = Decoder(model, **EXACT)
+    (clean, ours), (soiled, theirs) = filled(decoder, (20,)), filled(decoder, (20,))
+    for tensor, index in ((soiled.keys, (..., slice(4, 16))), (soiled.values, (..., slice(4, 16), slice(None)))):
+        tensor[:, theirs[0].pages[1]][index] = torch.nan
+    for page in theirs[0].pages[2:]:
+        soiled.keys[:, page], soiled.values[:, page] = torch.nan, torch.nan
+    found, expected = decoder.run(soiled, theirs, [5], 6)[0], decoder.run(clean, ours, [5], 6)[0]
+    assert torch.equal(found, expected)
 
 
 def test_decoder_says_what_is_wrong(model):
@@ -212,10 +236,10 @@ def test_decoder_says_what_is_wrong(model):
     with pytest.raises(ValueError, match="cache must be one of .bfloat16., .float32., got .int8."):
         Decoder(model, cache="int8")
     decoder = Decoder(model)
-    with pytest.raises(ValueError, match="capacity must be at most 700"):
-        decoder.new_cache(1, 701)
-    with pytest.raises(ValueError, match="slots must be a whole number at least 1, got 0"):
-        decoder.new_cache(0, 10)
+    with pytest.raises(ValueError, match="pages must be a whole number at least 1, got 0"):
+        decoder.new_pool(0)
+    assert decoder.page_bytes == decoder.new_pool(2).page_bytes == 3 * 2 * 16 * 16 * 2 * 2
+    assert (decoder.vocab, decoder.max_positions) == (101, 700)
 
 
 @pytest.mark.slow
@@ -224,7 +248,7 @@ def test_portable_loops_without_avx512(tmp_path):
     """The same file, compiled without AVX-512, agrees with the torch oracle (in a process of its own: same operators)."""
     check = """
 import torch
-assert kernels.load("llama_decode") and kernels.load("weight_only")
+assert kernels.load("decode") and kernels.load("weight_only")
 from assay.methods.core.quantize.formats import FORMATS, PANEL_FORMATS
 from assay.methods.core.quantize.groups import quantize_inputs
 torch.manual_seed(0)
@@ -239,10 +263,13 @@ from tests.methods.builtin import test_decode_loop as t
 model = t.tiny()
 for weights in PANEL_FORMATS:
     decoder = t.Decoder(model, weights=weights, cache="float32")
-    ours, theirs = t.filled(decoder, (15, 300)), t.filled(decoder, (15, 300))
-    _, logits = decoder.run(ours, [0, 1], [7, 8], 1, want_logits=True)
-    expected = torch.stack([decoder.step_in_torch(theirs, 0, 7), decoder.step_in_torch(theirs, 1, 8)])
+    (pool, ours), (other, theirs) = t.filled(decoder, (15, 300)), t.filled(decoder, (15, 300))
+    _, logits = decoder.run(pool, ours, [7, 8], 1, want_logits=True)
+    expected = torch.stack([decoder.step_in_torch(other, theirs[0], 7), decoder.step_in_torch(other, theirs[1], 8)])
     assert float((logits - expected).abs().max()) < 0.05 * float(expected.abs().max()), weights
+    for row, (length, token) in enumerate(((15, 7), (300, 8))):
+        pool, alone = t.filled(decoder, (15, 300))
+        assert torch.equal(decoder.run(pool, [alone[row]], [token], 1, want_logits=True)[1][0], logits[row]), weights
 """
     built_with(check, "-mno-avx512f", cache=tmp_path)
 
@@ -263,7 +290,7 @@ def test_compiled_draw_is_the_draw_in_torch(seed, n, temperature, top_k, top_p):
     torch.manual_seed(seed)
     logits, uniforms = torch.randn(4, n) * 3, torch.rand(4, dtype=torch.float64)
     sampling = Sampling(temperature, top_k, top_p)
-    drawn = torch.ops.assay.draw_tokens(logits, temperature, top_k, top_p, uniforms)
+    drawn = dl.draw(logits, sampling, uniforms)
     expected = dl.draw_in_torch(logits, sampling, uniforms)
     for row in (drawn != expected).nonzero().flatten().tolist():
         # only a random number that falls on an edge (to float32) may tell them apart: then its neighbour draws the same
@@ -315,15 +342,15 @@ def test_integer_weights_are_those_of_the_quantised_model(model, bits):
     quantised = weight_only.transform.apply(copy.deepcopy(model), {"bits": bits, "head_bits": 8}, CONTEXT)
     fast = looped(quantised, weights=f"int{bits}")
     decoder = fast.decode_loop
-    cache = decoder.new_cache(1, 40)
-    prompt = ids[:1]
+    pool, prompt = decoder.new_pool(2), ids[:1]
+    sequence = Sequence(pool.take(2), prompt.shape[1] - 1)
     past = DynamicCache()
     with torch.no_grad():
         quantised(prompt[:, :-1], cache=past)
         expected = quantised(prompt[:, -1:], cache=past).logits[0, -1]
     keys = torch.stack([layer.keys[0, :, :-1] for layer in past.layers])
-    cache.fill(0, keys, torch.stack([layer.values[0, :, :-1] for layer in past.layers]))
-    _, logits = decoder.run(cache, [0], prompt[0, -1:].tolist(), 1, want_logits=True)
+    pool.write(sequence.pages, 0, keys, torch.stack([layer.values[0, :, :-1] for layer in past.layers]))
+    _, logits = decoder.run(pool, [sequence], prompt[0, -1:].tolist(), 1, want_logits=True)
     torch.testing.assert_close(logits[0], expected, atol=0.03 * float(expected.abs().max()), rtol=0)
 
 
@@ -468,7 +495,7 @@ def test_sampling_repeats_with_the_seed(fast, load, monkeypatch):
 def test_sampling_takes_the_compiled_draw(fast, monkeypatch):
     """Temperature, top-k and top-p never come back to Python; another warper does."""
     calls = []
-    monkeypatch.setattr(dl.generate, "_stepwise_loop", lambda *args: calls.append(1) or args[2])
+    monkeypatch.setattr(dl.generate, "_stepwise_loop", lambda *args: calls.append(1) or args[3])
     ids, _ = ragged((6,))
     fast.generate(
         ids, max_new_tokens=3, do_sample=True, temperature=0.7, top_k=5, top_p=0.9, min_new_tokens=2, eos_token_id=3
@@ -598,7 +625,7 @@ def test_the_packed_prefill_of_the_settings_is_used(model, monkeypatch):
 def test_transform_protocol(model):
     assert isinstance(transform, Transform)
     assert transform.slot == "decode"
-    if kernels.load("llama_decode"):
+    if kernels.load("decode"):
         assert transform.applies_to(model, CONTEXT).applies
     assert [c["weights"] for c in transform.configs(model, CONTEXT)] == ["int4", "int8", "bf16"]
     for config in transform.configs(model, CONTEXT):
@@ -623,10 +650,9 @@ def test_applies_to_says_why_not():
         return fit.reason
 
     assert "families" in reason(GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50)))
-    assert "families" in reason(tiny(Qwen3ForCausalLM, Qwen3Config, head_dim=16))
-    assert "activation must be silu" in reason(tiny(hidden_act="gelu"))
-    assert "sliding-window" in reason(tiny(MistralForCausalLM, MistralConfig, sliding_window=8))
+    assert "activation must be silu or gelu_pytorch_tanh, not gelu" in reason(tiny(hidden_act="gelu"))
     assert "multiple of 16" in reason(tiny(head_dim=24))
+    assert "up to 256" in reason(tiny(head_dim=272))
     assert "biases of q, k and v only" in reason(tiny(mlp_bias=True))
     assert "multiples of 32" in reason(tiny(intermediate_size=80))
     dynamic = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}
@@ -699,9 +725,9 @@ def test_on_top_of_an_int8_prefill(model, smooth, fuse):
     made = quantize_linears(copy.deepcopy(model), smooth=smooth, calibration=calibration, fuse=fuse)
     made = transform.apply(made, EXACT, CONTEXT)
     original = Decoder(model, **EXACT)
-    ours, theirs = filled(original, (20,)), filled(original, (20,))
-    _, logits = made.decode_loop.run(ours, [0], [5], 1, want_logits=True)
-    _, expected = original.run(theirs, [0], [5], 1, want_logits=True)
+    (pool, ours), (other, theirs) = filled(original, (20,)), filled(original, (20,))
+    _, logits = made.decode_loop.run(pool, ours, [5], 1, want_logits=True)
+    _, expected = original.run(other, theirs, [5], 1, want_logits=True)
     assert float((logits - expected).square().mean() / expected.square().mean()) < 2e-3
     assert greedy(made, *ragged((6, 3))).shape == (2, 26)
     with pytest.raises(ValueError, match="needs ordinary linear layers"):
@@ -719,11 +745,6 @@ def test_bundled_model_speaks(smollm2):
 
 
 # ---- what it must not serve, and weights that move
-
-
-def test_every_field_of_the_configurations_is_known():
-    for config in (LlamaConfig, MistralConfig, Qwen2Config):
-        assert set(vars(config())) <= dl.fit.FIELDS
 
 
 @pytest.mark.parametrize(

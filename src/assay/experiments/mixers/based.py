@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from assay.experiments.core import Figure, Guard, Operator, Quality, Trained, Trial, experiment
 from assay.experiments.mixers.training import evaluate, in_parallel, over_seeds, train
 from assay.experiments.rates import chosen, searched
-from assay.methods.builtin.decode_loop import Decoder, KVCache
+from assay.methods.builtin.decode_loop import Decoder
+from assay.methods.core.generation.paged import PagePool, Sequence, pages_for
 from assay.methods.core.mixers.model import MixerConfig, MixerForCausalLM, StateCache
 from assay.workloads.sequences import associative_recall, batches_of, byte_windows
 
@@ -307,14 +308,17 @@ def as_llama(model: MixerForCausalLM, positions: int) -> nn.Module:
     return llama
 
 
-def loop_cache(decoder: Decoder, states: list[dict[str, Tensor]], context: int, room: int) -> KVCache:
-    """Attention's states as the compiled loop's cache."""
-    rows = len(states[0]["seen"])
-    cache = decoder.new_cache(rows, context + room)
-    for row in range(rows):
+def loop_pages(
+    decoder: Decoder, states: list[dict[str, Tensor]], context: int, room: int
+) -> tuple[PagePool, list[Sequence]]:
+    """Attention's states as the compiled loop's sequences."""
+    rows, count = len(states[0]["seen"]), pages_for(context + room)
+    pool = decoder.new_pool(rows * count)
+    sequences = [Sequence(pool.take(count), context) for _ in range(rows)]
+    for row, sequence in enumerate(sequences):
         keys, values = (torch.stack([state[name][row, :, :context] for state in states]) for name in ("k", "v"))
-        cache.fill(row, keys.to(cache.keys.dtype), values.to(cache.values.dtype))
-    return cache
+        pool.write(sequence.pages, 0, keys, values)
+    return pool, sequences
 
 
 @experiment(
@@ -364,7 +368,7 @@ def generation_throughput(
         for state in states["attention"]
     ]
     decoder = Decoder(as_llama(models["attention"], context + tokens), weights="bf16", cache="bfloat16")
-    cache = loop_cache(decoder, states["attention"], context, tokens)
+    pool, sequences = loop_pages(decoder, states["attention"], context, tokens)
     token = ids[:, -1:]
 
     def run(arm: str) -> Callable[[], Tensor]:
@@ -372,8 +376,9 @@ def generation_throughput(
         return lambda: generate_from(models[arm], StateCache([dict(state) for state in states[arm]]), token, tokens)
 
     def loop() -> Tensor:
-        cache.lengths.fill_(context)
-        return decoder.run(cache, range(batch), token[:, 0].tolist(), tokens)[0]
+        for sequence in sequences:
+            sequence.length = context
+        return decoder.run(pool, sequences, token[:, 0].tolist(), tokens)[0]
 
     scores: dict[str, list[dict[str, float]]] = {}
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from assay.methods.builtin.decode_loop.decoder import Decoder, KVCache, Sampling, draw, sample
+from assay.methods.builtin.decode_loop.choosing import Sampling, draw
+from assay.methods.builtin.decode_loop.decoder import Decoder, sample
+from assay.methods.core.generation.paged import PagePool, Sequence, pages_for
 
 logger = logging.getLogger(__name__)
 
@@ -65,23 +68,25 @@ class DecodeLoopMixin:
                 f"max_new_tokens {new_tokens} after a prompt of {max(lengths)} tokens passes the model's "
                 f"{decoder.max_positions} positions (max_position_embeddings)"
             )
-        cache = decoder.new_cache(len(input_ids), max(lengths) + new_tokens)
-        logits = _prefill(self, cache, input_ids, lengths, generation_config, model_kwargs)
+        needed = [pages_for(length + new_tokens) for length in lengths]
+        pool = decoder.new_pool(sum(needed))
+        rows = [Sequence(pool.take(count)) for count in needed]
+        logits = _prefill(self, pool, rows, input_ids, lengths, generation_config, model_kwargs)
         eos, pad = _eos(stopping_criteria), generation_config._pad_token_tensor
         choice = _plain_choice(logits_processor, generation_config, input_ids.shape[1], eos)
         ends = _Ends(eos, 0 if pad is None else int(pad), streamer)
         if choice is not None and _plain_stopping(stopping_criteria):
-            sequences = _compiled_loop(decoder, cache, input_ids, logits, new_tokens, choice, ends)
+            made = _compiled_loop(decoder, pool, rows, input_ids, logits, new_tokens, choice, ends)
         else:
             do_sample = generation_config.do_sample
-            sequences = _stepwise_loop(
-                decoder, cache, input_ids, logits, logits_processor, stopping_criteria, do_sample, ends
+            made = _stepwise_loop(
+                decoder, pool, rows, input_ids, logits, logits_processor, stopping_criteria, do_sample, ends
             )
         if getattr(past, "_is_user_defined", False):
-            _give_back(cache, past, lengths, columns + sequences.shape[1] - input_ids.shape[1] - 1)
+            _give_back(pool, rows, past, lengths, columns + made.shape[1] - input_ids.shape[1] - 1)
         if streamer is not None:
             streamer.end()
-        return sequences
+        return made
 
 
 @functools.cache
@@ -99,7 +104,7 @@ def _why_original(
     decoder: Decoder, input_ids: Tensor, config: Any, synced_gpus: bool, kwargs: Mapping[str, Any]
 ) -> str:
     from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     if config.return_dict_in_generate:
         return "return_dict_in_generate"
@@ -108,8 +113,10 @@ def _why_original(
     past: Any = kwargs.get("cache")
     if not kwargs.get("use_cache") or type(past) is not DynamicCache:
         return f"cache is {type(past).__name__}"
-    if past.offloading or any(type(layer) is not DynamicLayer for layer in past.layers):
+    if past.offloading or any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in past.layers):
         return "cache is offloaded or of another kind"
+    if any(getattr(layer, "record_past", False) for layer in past.layers):
+        return "cache keeps what has left the windows"
     known = {"attention_mask", "position_ids", "cache", "use_cache", "logits_to_keep"}
     if extra := {name for name, value in kwargs.items() if name not in known and value is not None}:
         return f"further inputs {sorted(extra)}"
@@ -191,9 +198,15 @@ def _eos(criteria: Any) -> list[int]:
 
 
 def _prefill(
-    model: Any, cache: KVCache, input_ids: Tensor, lengths: list[int], config: Any, kwargs: dict[str, Any]
+    model: Any,
+    pool: PagePool,
+    sequences: list[Sequence],
+    input_ids: Tensor,
+    lengths: list[int],
+    config: Any,
+    kwargs: dict[str, Any],
 ) -> Tensor:
-    """Run the prompts through the model, fill the cache, return the logits (rows, vocabulary) float32 after each prompt.
+    """Run the prompts through the model, fill their pages, return the logits (rows, vocabulary) float32 after each prompt.
 
     Prompts of different lengths are packed if the model's settings say so, else they go in groups of similar length.
     """
@@ -207,7 +220,7 @@ def _prefill(
     packs = loop.settings(model)["prefill"] is not None and mask is not None
     if not untouched or (len(groups) == 1 and not packs):
         outputs = model._prefill(input_ids, config, kwargs)
-        _fill(cache, outputs.cache, rows, lengths)
+        _fill(pool, sequences, outputs.cache, lengths)
         first: Tensor = outputs.logits[:, -1].to(torch.float32, copy=True)
         return first
     if packs:
@@ -218,12 +231,12 @@ def _prefill(
         part = None if mask is None or min(lengths[row] for row in group) == longest else mask[group, -longest:]
         done = loop.prefill(model, input_ids[group, -longest:], part)
         assert done.logits is not None
-        _fill(cache, done.cache, group, lengths)
+        _fill(pool, [sequences[row] for row in group], done.cache, [lengths[row] for row in group])
         logits[group] = done.logits.float()
     return logits
 
 
-def length_groups(lengths: Sequence[int], overhead: int = PREFILL_TOKENS) -> list[list[int]]:
+def length_groups(lengths: Listed[int], overhead: int = PREFILL_TOKENS) -> list[list[int]]:
     """Rows in groups of similar length that minimise padded tokens plus `overhead` tokens per group."""
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
     best = [0.0] + [float("inf")] * len(order)  # of the first n rows
@@ -240,30 +253,43 @@ def length_groups(lengths: Sequence[int], overhead: int = PREFILL_TOKENS) -> lis
     return groups[::-1]
 
 
-def _fill(cache: KVCache, past: Any, rows: list[int], lengths: list[int]) -> None:
-    keys = torch.stack([layer.keys for layer in past.layers]).to(cache.keys.dtype)
-    values = torch.stack([layer.values for layer in past.layers]).to(cache.values.dtype)
-    for i, row in enumerate(rows):
-        first = keys.shape[3] - lengths[row]
-        cache.fill(row, keys[:, i, :, first:], values[:, i, :, first:])
+def _fill(pool: PagePool, sequences: list[Sequence], past: Any, lengths: list[int]) -> None:
+    """Copy the rows of a left-padded cache into the pages. A layer that sees a window only has lost what lies before it: zeros."""
+
+    def held(tensor: Tensor, length: int) -> Tensor:
+        part = tensor[:, max(0, tensor.shape[1] - length) :].to(pool.keys.dtype)
+        return F.pad(part, (0, 0, length - part.shape[1], 0))
+
+    for row, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
+        keys = torch.stack([held(layer.keys[row], length) for layer in past.layers])
+        values = torch.stack([held(layer.values[row], length) for layer in past.layers])
+        pool.write(sequence.pages, 0, keys, values)
+        sequence.length = length
 
 
-def _give_back(cache: KVCache, past: Any, lengths: list[int], columns: int) -> None:
+def _give_back(pool: PagePool, sequences: list[Sequence], past: Any, lengths: list[int], columns: int) -> None:
     """Append what was decoded, up to `columns`, to the cache that the caller passed in; a row that ended early is filled with zeros."""
     missing = columns - past.get_seq_length()
     if missing < 1:
         return
     pieces = []
-    for row, length in enumerate(lengths):
-        stop = int(cache.lengths[row])
-        pieces.append([F.pad(t, (0, 0, 0, missing - (stop - length))) for t in cache.read(row, length, stop)])
+    for sequence, length in zip(sequences, lengths, strict=True):
+        short = missing - (sequence.length - length)
+        pieces.append([F.pad(t, (0, 0, 0, short)) for t in pool.read(sequence.pages, length, sequence.length)])
     keys, values = (torch.stack(column, 1) for column in zip(*pieces, strict=True))
     for number, layer in enumerate(past.layers):
         layer.update(keys[number].to(layer.keys.dtype), values[number].to(layer.values.dtype))
 
 
 def _compiled_loop(
-    decoder: Decoder, cache: KVCache, input_ids: Tensor, logits: Tensor, new_tokens: int, choice: _Choice, ends: _Ends
+    decoder: Decoder,
+    pool: PagePool,
+    sequences: list[Sequence],
+    input_ids: Tensor,
+    logits: Tensor,
+    new_tokens: int,
+    choice: _Choice,
+    ends: _Ends,
 ) -> Tensor:
     out = torch.full((len(input_ids), new_tokens), ends.pad, dtype=torch.int64)
     if choice.min_new_tokens > 0:
@@ -275,8 +301,8 @@ def _compiled_loop(
     while going and done < new_tokens:
         steps = 1 if ends.streamer is not None else min(CALL, new_tokens - done)
         no_end = max(0, min(steps, choice.min_new_tokens - done))
-        fed = out[going, done - 1].tolist()
-        tokens, _ = decoder.run(cache, going, fed, steps, eos=ends.eos, no_end=no_end, sampling=choice.sampling)
+        fed, rows = out[going, done - 1].tolist(), [sequences[row] for row in going]
+        tokens, _ = decoder.run(pool, rows, fed, steps, eos=ends.eos, no_end=no_end, sampling=choice.sampling)
         out[going, done : done + steps] = torch.where(tokens < 0, ends.pad, tokens)
         going = [
             row for row, last in zip(going, tokens[:, -1].tolist(), strict=True) if last >= 0 and last not in ends.eos
@@ -290,7 +316,8 @@ def _compiled_loop(
 
 def _stepwise_loop(
     decoder: Decoder,
-    cache: KVCache,
+    pool: PagePool,
+    sequences: list[Sequence],
     input_ids: Tensor,
     logits: Tensor,
     processors: Any,
@@ -312,4 +339,5 @@ def _stepwise_loop(
         if not bool(unfinished.any()):
             return input_ids
         going = unfinished.nonzero().flatten().tolist() if ends.eos else list(range(len(input_ids)))
-        _, logits[going] = decoder.run(cache, going, chosen[going].tolist(), 1, want_logits=True)
+        rows = [sequences[row] for row in going]
+        _, logits[going] = decoder.run(pool, rows, chosen[going].tolist(), 1, want_logits=True)

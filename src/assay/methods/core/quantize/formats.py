@@ -14,7 +14,7 @@ papers on ternary weights. So `pack` of a ternary format expects weights on thei
 
 Four layouts are in use:
 - panels of 32 outputs, each one stream that a core reads once a step, scales inside ("fp32", "bf16", "int8", "int4");
-  the kernels are `weight_only` and `llama_decode`, the layout is described in csrc/panels.h;
+  the kernels are `weight_only` and `decode`, the layout is described in csrc/panels.h;
 - panels of 64 outputs, with a separate scale per output ("w8a8"; csrc/w8a8.cpp);
 - rows of digits, with a separate scale per row ("ternary", "base3", "binary"; csrc/lowbit.cpp);
 - one byte per value with separate scales, for which there is no kernel ("E2" .. "E5", the 8-bit floats of arXiv 2208.09225).

@@ -1,0 +1,209 @@
+"""The models of a server by name: loaded at the start or while it runs, as they are or with a LoRA adapter."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from assay.errors import InputError
+from assay.server import adapters
+from assay.server.embeddings import POOLING
+from assay.server.engine import Engine
+from assay.server.errors import ApiError, no_model
+from assay.server.scheduler import Scheduler, backend_for
+
+AUTO = "auto"  # the name that stands for whatever the router chooses
+
+Router = Callable[[Mapping[str, Any]], str]
+
+
+class Models:
+    """Engines by name, in the order they came. The first is the one that clients get who name none.
+
+    `router` chooses the model for a request whose `model` is "auto": it is given the request's JSON object and returns a name. By
+    default that is the first model.
+    """
+
+    def __init__(
+        self,
+        *,
+        router: Router | None = None,
+        max_running: int = 64,
+        prefill_chunk: int = 256,
+        kv_gib: float | None = None,
+        allow_download: bool = False,
+    ) -> None:
+        self.router, self.kv_gib, self.allow_download = router, kv_gib, allow_download
+        self.max_running, self.prefill_chunk = max_running, prefill_chunk
+        self.loading = False
+        self._engines: dict[str, Engine] = {}
+        self._sources: dict[str, str] = {}  # where a model came from, for its adapters
+        self._parents: dict[str, str] = {}
+        self._changing = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._engines)
+
+    def engines(self) -> list[Engine]:
+        """All of them."""
+        return list(self._engines.values())
+
+    def add(self, name: str, model: Any, tokenizer: Any, *, scheduler: Any = None, recipe: str = "") -> Engine:
+        """Serve a model under a name. Raises InputError for a name that is taken or that no client can ask for."""
+        self._require_free(name)
+        if scheduler is None:
+            limit = {} if self.kv_gib is None else {"kv_gib": self.kv_gib}
+            backend: Any = backend_for(model, tokenizer, **limit)
+            scheduler = Scheduler(backend, max_running=self.max_running, prefill_chunk=self.prefill_chunk)
+        else:
+            backend = getattr(scheduler, "backend", None)
+        engine = Engine(model, tokenizer, scheduler, name, recipe=recipe)
+        engine.backend, engine.backend_reason = getattr(backend, "name", ""), getattr(backend, "reason", "")
+        self._engines[name] = engine
+        return engine
+
+    def load(self, name: str, source: str) -> Engine:
+        """Load MODEL_OR_DIR and serve it. Raises what `load_tuned` raises, and InputError for a bad name."""
+        from assay.tuner.artefact import RECIPE, load_tuned
+
+        with self._changing:
+            self._require_free(name)
+            loaded = load_tuned(source, allow_download=self.allow_download)
+            recipe = loaded.folder / RECIPE
+            text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
+            engine = self.add(name, loaded.model, loaded.tokenizer, recipe=text)
+            self._sources[name] = str(source)
+            return engine
+
+    def load_adapter(self, name: str, folder: str, base: str | None = None) -> Engine:
+        """Serve a model with a LoRA adapter, beside the model without it; `base` names that (None: the first).
+
+        Where the base is served as it is stored, the two share all weights but those that the adapter changes. Where a recipe was
+        applied to it, its weights are loaded once more, changed, and the recipe applied to them.
+        Raises InputError for a bad name, a base that is not here, or an adapter that is damaged, not understood or does not fit.
+        """
+        from assay.paths import expanded
+        from assay.tuner.artefact import load_tuned
+
+        with self._changing:
+            self._require_free(name)
+            base = self._first() if base is None else base
+            if base not in self._engines or base not in self._sources:
+                raise InputError(f"adapter {name!r}: there is no loaded model {base!r} here to add it to")
+            path = expanded(folder, "the adapter")
+            if not path.is_dir():
+                raise InputError(f"{path}: no such folder")
+            parent, text = self._engines[base], f"adapter {_identity(path)}"
+            stored = find_recipe(self._sources[base])
+            if stored is None:
+                model, tokenizer = adapters.shared_copy(parent.model), parent.tokenizer
+                adapters.merge(model, path)
+            else:
+                loaded = load_tuned(self._sources[base], before_recipe=lambda plain: adapters.merge(plain, path))
+                model, tokenizer, text = loaded.model, loaded.tokenizer, stored + text
+            engine = self.add(name, model, tokenizer, recipe=text)
+            self._parents[name] = base
+            return engine
+
+    def unload(self, name: str) -> Engine:
+        """Take a model away from clients. What runs on it goes on: the caller closes the engine. Raises ApiError 404 without one."""
+        with self._changing:
+            if name not in self._engines:
+                raise no_model(f"no model {name[:200]!r} here")
+            if children := [child for child, parent in self._parents.items() if parent == name]:
+                raise ApiError(
+                    409, f"the adapters {', '.join(children)} need this model; unload them first", param="model"
+                )
+            self._sources.pop(name, None)
+            self._parents.pop(name, None)
+            return self._engines.pop(name)
+
+    def of(self, document: Mapping[str, Any]) -> Engine:
+        """The engine a request is for. Raises ApiError 404 for a model that is not here, 503 while there is none."""
+        from assay.server.fields import checked, text
+
+        wanted = document.get("model")
+        name = "" if wanted is None else checked("model", text, wanted)
+        if not self._engines:
+            what = "the model is still loading" if self.loading else "no model is loaded"
+            raise ApiError(503, what, code="loading" if self.loading else "no_model", headers={"Retry-After": "5"})
+        if name == AUTO:
+            name = self.router(document) if self.router is not None else ""
+        if name == "":
+            return self._engines[self._first()]
+        if name not in self._engines:
+            known = ", ".join(map(repr, [*self._engines][:20]))
+            raise no_model(f"no model {name[:100]!r} here; this server has {known}")
+        return self._engines[name]
+
+    def card(self, name: str) -> dict[str, Any]:
+        """What /v1/models says of a model. Raises ApiError 404 if it is not here."""
+        engine = self._engines.get(name)
+        if engine is None:
+            raise no_model(f"no such model here; this server has {', '.join(map(repr, [*self._engines][:20]))}")
+        return {
+            "id": name,
+            "object": "model",
+            "created": engine.created,
+            "owned_by": "assay",
+            "context_length": engine.context,
+            "parent": self._parents.get(name),
+            "backend": engine.backend,
+            "backend_reason": engine.backend_reason,
+            "embeddings": engine.no_embeddings or POOLING,
+            "system_fingerprint": engine.fingerprint,
+        }
+
+    def names(self) -> list[str]:
+        """The names of all models."""
+        return list(self._engines)
+
+    def stop(self) -> None:
+        """End all that runs at once; its clients are told. May be called from any thread."""
+        for engine in self.engines():
+            engine.stop()
+
+    def close(self) -> None:
+        """End the schedulers. Blocks."""
+        for engine in self.engines():
+            engine.close()
+
+    def _first(self) -> str:
+        return next(iter(self._engines), "")
+
+    def _require_free(self, name: str) -> None:
+        if (
+            not isinstance(name, str)
+            or not re.fullmatch(r"[^\s\x00-\x1f\x7f](?s:.)*", name)
+            or not name.strip()
+            or name == AUTO
+        ):
+            raise InputError(f"a model's name must be a word other than {AUTO!r}, got {str(name)[:100]!r}")
+        if name in self._engines:
+            raise InputError(f"there is a model {name[:100]!r} already; give each a name of its own")
+
+
+def find_recipe(source: str) -> str | None:
+    """The text of the recipe in a model's folder; None where there is none."""
+    from assay.tuner.artefact import RECIPE
+    from assay.workloads.models import find_model
+
+    found = find_model(source)
+    file = found / RECIPE
+    return file.read_text(encoding="utf-8") if found.is_dir() and file.is_file() else None
+
+
+def _identity(folder: Path) -> str:
+    """What an adapter is known by in the fingerprint: a hash of its files."""
+    import hashlib
+
+    found = hashlib.sha256()
+    for name in (adapters.CONFIG, adapters.WEIGHTS):
+        file = folder / name
+        if file.is_file():
+            with open(file, "rb") as opened:
+                found.update(hashlib.file_digest(opened, "sha256").digest())
+    return found.hexdigest()
