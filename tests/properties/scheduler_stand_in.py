@@ -62,6 +62,7 @@ class Stats:
     cached_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
+    close_choices: int = 0
     batch_sizes: Mapping[int, int] = field(default_factory=dict)
 
 

@@ -63,7 +63,7 @@ def test_what_is_counted(client, say):
     assert value(found, "assay_time_to_first_token_seconds_count", **tiny) == 2
     assert value(found, "assay_inter_token_seconds_count", **tiny) == 2 * (steps - 1)
     assert value(found, "assay_batch_rows_count", **tiny) == value(found, "assay_steps_total", **tiny) == 2 * steps
-    for name in ("assay_rows_waiting", "assay_rows_running", "assay_preemptions_total", "assay_cached_tokens_total"):
+    for name in ("assay_rows_waiting", "assay_rows_running", "assay_preemptions_total", "assay_close_choices_total"):
         assert value(found, name, **tiny) == 0
     assert value(found, "assay_kv_tokens", **tiny) > 0
     assert value(found, "assay_model_info", backend="stand-in", **tiny) == 1

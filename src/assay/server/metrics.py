@@ -88,6 +88,12 @@ _STATS = (
     ("generated_tokens", "assay_generated_tokens_total", "counter", "Tokens generated."),
     ("preemptions", "assay_preemptions_total", "counter", "Answers that made room for others and were taken up again."),
     ("steps", "assay_steps_total", "counter", "Steps of the batch."),
+    (
+        "close_choices",
+        "assay_close_choices_total",
+        "counter",
+        "Choices that rounding in another batch might turn; torch only.",
+    ),
 )
 
 
