@@ -32,7 +32,7 @@ INDEX = """# What was measured
 | file | command that makes it (each line holds the one it came from) |
 | --- | --- |
 | `claims/<slug>.jsonl`, `machines.json` | `assay verify SLUG --scale small --into evidence` (`make evidence` for all) |
-| `demo.jsonl`; `demo-a.jsonl`, `demo-b.jsonl`, `demo-c.jsonl` | `make demo`, all of earlier code than today's, on four machines |
+| `demo.jsonl`; `demo-a.jsonl` to `demo-d.jsonl` | `make demo`; those with a letter are of earlier code, on four machines |
 | `bench.jsonl` | `make bench` |
 | `throughput.jsonl` | `assay tune smollm2-135m --goal throughput -o out/throughput` |
 | `memory.jsonl` | `assay tune smollm2-135m --goal memory -o out/memory` |
@@ -63,11 +63,16 @@ elsewhere. `free` is what a user had without assay, `exact` our own best code th
 {notes}"""
 
 
+def digits(value: float) -> str:
+    """Three digits, but whole thousands: `1,827`, not `1.83e+03`."""
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
 def shown(estimate: Estimate, unit: str) -> str:
     """`2.12x (2.04 to 2.51)`."""
     name = unit_name(unit)
-    text = f"{estimate.median:.3g}{name if name in ('x', '%') else f' {unit}'.rstrip()}"
-    return text if estimate.low == estimate.high else f"{text} ({estimate.low:.3g} to {estimate.high:.3g})"
+    text = f"{digits(estimate.median)}{name if name in ('x', '%') else f' {unit}'.rstrip()}"
+    return text if estimate.low == estimate.high else f"{text} ({digits(estimate.low)} to {digits(estimate.high)})"
 
 
 def over(record: Evidence, arm: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from benchmarks.pages import ROOT, all_pages, pages, readme
+from benchmarks.pages import ROOT, all_pages, digits, pages, readme
 
 from assay.evidence import hashes, shipped
 from assay.evidence.record import changed
@@ -63,3 +63,13 @@ def test_the_figures_of_the_readme_are_those_of_the_records():
     assert "77.7 times" not in text
     with pytest.raises(ValueError, match="must hold the two marks"):
         readme("# assay", records, demo)
+
+
+def test_numbers_are_written_out():
+    assert [digits(value) for value in (0.06534, 9.876, 999.4, 1827.3, -2371.6)] == [
+        "0.0653",
+        "9.88",
+        "999",
+        "1,827",
+        "-2,372",
+    ]

@@ -185,7 +185,10 @@ def test_stale_lists_what_to_measure_again(tmp_path, monkeypatch):
     from assay.evidence import shipped
 
     monkeypatch.setattr(shipped, "folder", lambda: tmp_path)
-    shipped.add([make(hashes={}), make(claim="other/thing")], tmp_path)
+    elsewhere = make(
+        claim="other/thing", hashes={}, fingerprint="another machine"
+    )  # history: the claim has a fresh record
+    shipped.add([make(hashes={}), make(claim="other/thing"), elsewhere], tmp_path)
     (row,) = json.loads(run("stale", "--json").stdout)["stale"]
     assert row["claim"] == "toy/speedup"
     assert row["command"] == "assay verify toy --scale small --into evidence"
