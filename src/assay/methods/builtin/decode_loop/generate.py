@@ -91,6 +91,7 @@ class DecodeLoopMixin:
 
 @functools.cache
 def with_loop(base: type) -> type:
+    """The class of a transformers model with the compiled loop in front; the same class at every call."""
     return type(
         base.__name__, (DecodeLoopMixin, base), {"__module__": base.__module__, "__qualname__": base.__qualname__}
     )

@@ -134,6 +134,7 @@ class SpeculationMixin:
 
 @functools.cache
 def with_speculation(base: type) -> type:
+    """The class of a transformers model with speculation in front; the same class at every call."""
     return type(
         base.__name__, (SpeculationMixin, base), {"__module__": base.__module__, "__qualname__": base.__qualname__}
     )

@@ -21,6 +21,11 @@ State = Hashable
 
 @runtime_checkable
 class Constraint(Protocol):
+    """What an answer must be, as two questions about its bytes, which may end within a character.
+
+    `prefix` says whether some continuation may be allowed; `complete` whether the answer may end here.
+    """
+
     def prefix(self, text: bytes) -> bool: ...
     def complete(self, text: bytes) -> bool: ...
 
