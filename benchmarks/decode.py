@@ -2,8 +2,10 @@
 
     python benchmarks/decode.py [--only SHAPE ...] [--weights int4 ...] [--rows 1 ...] [--context 128] [--out FILE]
 
-A step must read the packed weights once: the share is (their bytes / the machine's calibrated read bandwidth) over the time of a
-step, so 1 would be a loop that does nothing but read. Keys and values are not counted, so it is the lower for long contexts. Weights
+A step must read the packed weights once: the share is (their bytes / the read bandwidth) over the time of a step, so 1 would be a
+loop that does nothing but read. The bandwidth is that of the same seconds, the best of several reads of main memory by torch before and
+after each round, because a shared machine's changes by a factor of two within a minute. Keys and values are not counted, so the share is
+the lower for long contexts. Weights
 are random, which the time does not depend on; all but the first shape are cut to a few layers, with the whole vocabulary. With several
 rows tokens a second are of all of them. Medians over rounds of 32 steps each, in which the rows begin behind the same context.
 One JSON line a shape, with machine, versions, commit and command.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from datetime import UTC, datetime
@@ -23,12 +26,12 @@ import torch
 import transformers
 
 from assay.evidence.place import here
-from assay.measure.machine import calibrate
 from assay.measure.stats import positive_median
 from assay.methods.builtin.decode_loop import Decoder
 from assay.methods.core.generation.paged import Sequence, pages_for
 
 STEPS = 32
+READ_BYTES = 512 << 20  # far more than any cache
 # name: (configuration class, model class, sizes); named after the model whose shape it has
 SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "smollm2-1.7b": (
@@ -91,21 +94,35 @@ def decoder_of(shape: str, weights: str) -> Decoder:
     return Decoder(model, weights=weights)
 
 
-def seconds_a_step(decoder: Decoder, rows: int, context: int, rounds: int) -> list[float]:
-    """Of each round, after one that is not counted."""
+def rounds_of(decoder: Decoder, rows: int, context: int, rounds: int) -> list[tuple[float, float]]:
+    """Seconds a step, and bytes a second that torch reads around it, of each round after one that is not counted."""
     count = pages_for(context + STEPS)
     pool = decoder.new_pool(rows * count)
     pool.keys.normal_()
     pool.values.normal_()
     sequences = [Sequence(pool.take(count)) for _ in range(rows)]
-    times = []
+    memory = torch.ones(READ_BYTES // 4)
+    found, before = [], bandwidth(memory)
     for _ in range(rounds + 1):
         for sequence in sequences:
             sequence.length = context
         start = time.perf_counter()
         decoder.run(pool, sequences, [1] * rows, STEPS)
-        times.append((time.perf_counter() - start) / STEPS)
-    return times[1:]
+        seconds = (time.perf_counter() - start) / STEPS
+        after = bandwidth(memory)
+        found.append((seconds, (before + after) / 2))
+        before = after
+    return found[1:]
+
+
+def bandwidth(memory: torch.Tensor) -> float:
+    """Bytes a second of the fastest of six passes over `memory`."""
+    best = float("inf")
+    for read in (memory.sum, memory.amax) * 3:
+        start = time.perf_counter()
+        read()
+        best = min(best, time.perf_counter() - start)
+    return memory.nbytes / best
 
 
 def main() -> None:
@@ -118,19 +135,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=None, help="append the lines to this file too")
     options = parser.parse_args()
-    place, bandwidth = here(), calibrate(device="cpu").read_bandwidth
+    place = here()
     for shape in options.only:
         for weights in options.weights:
             print(f"{shape}, {weights} ...", file=sys.stderr)
             decoder = decoder_of(shape, weights)
             for rows in options.rows:
-                found = positive_median(seconds_a_step(decoder, rows, options.context, options.rounds))
-                least = decoder.weight_bytes() / bandwidth
+                seen = rounds_of(decoder, rows, options.context, options.rounds)
+                found = positive_median([seconds for seconds, _ in seen])
+                share = positive_median([decoder.weight_bytes() / read / seconds for seconds, read in seen])
+                read = statistics.median(read for _, read in seen)
                 row = {
                     "shape": shape, "weights": weights, "rows": rows, "context": options.context,
-                    "threads": torch.get_num_threads(), "weight_bytes": decoder.weight_bytes(), "read_bandwidth": bandwidth,
+                    "threads": torch.get_num_threads(), "weight_bytes": decoder.weight_bytes(), "read_bandwidth": read,
                     "tokens_per_second": {"median": rows / found.median, "low": rows / found.high, "high": rows / found.low},
-                    "share_of_bandwidth": {"median": least / found.median, "low": least / found.high, "high": least / found.low},
+                    "share_of_bandwidth": {"median": share.median, "low": share.low, "high": share.high},
                     "machine": place.machine, "commit": place.commit, "command": " ".join(["python", *sys.argv]),
                     "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 }  # fmt: skip

@@ -227,32 +227,34 @@ def demo_table(record: dict[str, Any]) -> str:
     )
 
 
-def _phrase(summary: Summary) -> str:
-    """A claim in a few words: its figure, and the ratios over what is free and over our own exact code."""
+def _row(summary: Summary, *, word: bool) -> str:
+    """A claim as a line of a table: its figure, the ratios over what is free and over our own exact code, and what to know besides."""
     record = summary.deciding
-    text = f"`{summary.claim}`"
-    if record.measured is None:
-        return text
-    text += f" {shown(record.measured, record.unit)}"
-    more = [f"{over(record, arm)} over {arm}" for arm in ("free", "exact") if arm in record.ratios]
-    text += f", {', '.join(more)}" if more else ""
-    said = [*([summary.word] if summary.verdict not in PAYS else []), *remarks(record)]
-    return f"{text} ({'; '.join(said)})" if said else text
+    figure = "" if record.measured is None else shown(record.measured, record.unit)
+    ratios = [over(record, arm) if arm in record.ratios else "" for arm in ("free", "exact")]
+    said = [*([summary.word] if word else []), *remarks(record)]
+    return f"| `{summary.claim}` | {figure} | {' | '.join(ratios)} | {'; '.join(said)} |\n"
 
 
 def claims_said(records: Sequence[Evidence]) -> str:
-    """One paragraph on what pays and one on what does not, and how much is older than its code."""
+    """A table of what pays and one of what does not, and how much is older than its code."""
     found = sorted(summaries(records), key=lambda s: (s.claim, s.fingerprint))
-    pays = [_phrase(s) for s in found if s.verdict in PAYS]
+    pays = [s for s in found if s.verdict in PAYS]
     other = (Verdict.COMPUTED, Verdict.NEEDS_HARDWARE, None, *PAYS)
-    not_here = [_phrase(s) for s in found if s.verdict not in other]
+    not_here = [s for s in found if s.verdict not in other]
     fresh = {s.claim for s in found if s.verdict is not None}
     stale = {s.claim for s in found if s.stale} - fresh
+    head = (
+        "| claim | here, 95 % interval | over what is free | over our exact code | |\n| --- | --- | --- | --- | --- |\n"
+    )
     parts = []
     if pays:
-        parts.append(f"**What holds** at small scale, here with 95 % intervals: {'; '.join(pays)}.\n")
+        parts.append(f"**What holds** at small scale:\n\n{head}{''.join(_row(s, word=False) for s in pays)}")
     if not_here:
-        parts.append(f"**What does not, or is not shown**: {'; '.join(not_here)}.\n")
+        rows = "".join(_row(s, word=True) for s in not_here)
+        parts.append(
+            f"<details><summary><b>What does not, or is not shown</b> ({len(not_here)} claims)</summary>\n\n{head}{rows}\n</details>\n"
+        )
     if stale:
         parts.append(
             f"{len(stale)} of {len(fresh | stale)} claims were measured with other code than today's and decide nothing until they are "

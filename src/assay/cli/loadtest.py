@@ -55,6 +55,10 @@ def loadtest(
     seed: Annotated[
         int | None, typer.Option(help="Of prompts, lengths and times. Left out, prompts are new to every server.")
     ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(help="Write what became of each request, as JSON lines that assay simulate reads (one server)."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     check: Annotated[
         bool,
@@ -69,15 +73,19 @@ def loadtest(
 
     from assay.cli.output import print_json
     from assay.cli.serve import checked_keys
+    from assay.errors import InputError
     from assay.loadtest import generator, report
     from assay.loadtest.client import server_at
     from assay.loadtest.traces import lengths_of, read_trace
+    from assay.paths import atomic_file
 
     for name, value in (("--concurrency", concurrency), ("--requests", requests), ("--blocks", blocks)):
         _checked(name, value, low=1, high=1 << 20)
     for name, number in (("--rate", rate), ("--seconds", seconds), ("--timeout", timeout)):
         _checked(name, number, above=0, high=1e6)
     _checked("--seed", seed, low=0, high=1 << 62)
+    if samples is not None and url2 is not None:
+        raise InputError("--samples is for one server: two take turns, and neither answers the whole trace")
     limits = None if slo is None else report.slo_of(slo)
     lines = () if trace is None else tuple(read_trace(trace))
     keys = checked_keys(None if api_key is None else [api_key], None)
@@ -105,6 +113,9 @@ def loadtest(
         seed=int.from_bytes(os.urandom(4)) if seed is None else seed,
     )
     tested = asyncio.run(generator.measure(servers, load, say=_say))
+    if samples is not None:
+        with atomic_file(samples) as temporary:
+            temporary.write_text(report.samples_text(tested[0]), encoding="utf-8")
     found = report.document(tested, load, limits)
     if json:
         print_json(found)

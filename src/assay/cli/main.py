@@ -16,7 +16,20 @@ def build() -> Any:
     """The typer application with every command."""
     import typer
 
-    from assay.cli import apply, doctor, evidence, loadtest, paper, papers, profile, search, serve, tune, verify
+    from assay.cli import (
+        apply,
+        doctor,
+        evidence,
+        loadtest,
+        paper,
+        papers,
+        profile,
+        search,
+        serve,
+        simulate,
+        tune,
+        verify,
+    )
 
     app = typer.Typer(
         name="assay",
@@ -25,7 +38,7 @@ def build() -> Any:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
-    for module in (papers, paper, search, verify, profile, tune, apply, serve, loadtest, doctor):
+    for module in (papers, paper, search, verify, profile, tune, apply, serve, loadtest, simulate, doctor):
         name = module.__name__.rsplit(".", 1)[1]
         app.command(name=name)(getattr(module, name))
     app.add_typer(evidence.app, name="evidence")

@@ -8,6 +8,7 @@ which those that share a server are only roughly: the ratio of two servers, from
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -191,6 +192,29 @@ def document(tested: Sequence[Measured], load: Load, slo: Slo | None) -> dict[st
     }
     found["warnings"] = [*_warnings(found, load)]
     return found
+
+
+def samples_text(tested: Measured) -> str:
+    """What became of each request that was answered, a JSON line each: what `assay simulate` reads as a measured trace.
+
+    `at` is in seconds after the first request, `ttft` and `e2e` are in seconds; prompts that the server did not count have no line.
+    """
+    samples = [sample for block in tested.blocks for sample in block.samples]
+    start = min((sample.intended for sample in samples), default=0.0)
+    lines = []
+    for sample in sorted(samples, key=lambda sample: sample.intended):
+        answer = sample.answer
+        if answer is None or not answer.prompt_tokens or not answer.tokens:
+            continue
+        line = {
+            "at": round(sample.intended - start, 6),
+            "prompt_tokens": answer.prompt_tokens,
+            "new_tokens": answer.tokens,
+            "ttft": round(sample.ttft or 0.0, 6),
+            "e2e": round(sample.end - sample.intended, 6),
+        }
+        lines.append(json.dumps(line) + "\n")
+    return "".join(lines)
 
 
 def met(found: dict[str, Any]) -> bool:

@@ -27,6 +27,7 @@ from torch import nn
 from assay.errors import InputError
 from assay.methods.builtin.dtype import DTYPES, cast, dtype_of
 from assay.methods.core.generation.loop import plain_generation
+from assay.methods.core.models.own import register_own
 from assay.methods.transform import TuneContext
 from assay.paths import atomic_dir
 from assay.tuner.outcome import Outcome, finite
@@ -59,8 +60,9 @@ def load_tuned(
 
     `before_recipe` may change the loaded weights before a recipe is applied to them: an adapter is merged there.
     """
-    from assay.workloads.models import load_model
+    from assay.workloads.models import find_model, load_model
 
+    register_own(find_model(source, allow_download))
     loaded = load_model(source, dtype="auto", allow_download=allow_download)
     if before_recipe is not None:
         before_recipe(loaded.model)
@@ -186,10 +188,11 @@ def apply_to(source: str, recipe_path: Path, folder: Path, *, allow_download: bo
     Calibration text is tokenised again with this model's tokenizer: the ids stored with the recipe belong to another vocabulary.
     Raises InputError when the recipe does not fit the model or the folder holds something else; OSError as `write`.
     """
-    from assay.workloads.models import load_model
+    from assay.workloads.models import find_model, load_model
 
     check_output(folder)
     recipe = Recipe.read(recipe_path)
+    register_own(find_model(source, allow_download))
     loaded = load_model(source, dtype="auto", allow_download=allow_download)
     calibration = calibration_for(loaded)
     _check_runs(apply_recipe(loaded.model, recipe, context_of(recipe, calibration)), calibration[0][:, :16], recipe)
