@@ -25,7 +25,8 @@ from assay.evidence.place import here
 from assay.measure.clock import compare_many
 from assay.measure.stats import positive_median
 from assay.server.backends import Backend, Budget, TorchBackend, backend_for
-from assay.server.scheduler import Scheduler, Settings
+from assay.server.rows import Settings
+from assay.server.scheduler import Scheduler
 from assay.workloads.models import load_model
 from assay.workloads.text import mixed_prompts
 
@@ -81,7 +82,7 @@ class Nothing:
 
     name = reason = "nothing"
     vocab, positions, rows, threads, close_choices = 1000, None, None, None, 0
-    pieces, shares = True, False
+    pieces, shares, speculation = True, False, None
 
     def __init__(self) -> None:
         self.pool = Budget(1 << 16)

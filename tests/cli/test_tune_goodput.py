@@ -10,6 +10,7 @@ import pytest
 from assay.cli import tune as command
 from assay.cli.main import main
 from assay.loadtest.report import Slo
+from assay.tuner import goodput
 from assay.tuner.work import Settings
 
 
@@ -45,6 +46,17 @@ def world(monkeypatch):
         asked.models, asked.slo, asked.clients, asked.serving = models, slo, clients, options
         return found()
 
+    def identity(settings):
+        return {
+            "settings": {"goal": settings.goal},
+            "model": "1",
+            "workload": "",
+            "eval": "",
+            "machine": "",
+            "assay": "",
+        }
+
+    monkeypatch.setattr("assay.tuner.goodput.identity", identity)
     monkeypatch.setattr("assay.tuner.tune.tune", tuned)
     monkeypatch.setattr("assay.tuner.goodput.best_served", served)
     monkeypatch.setattr("assay.tuner.work.settings_for", lambda model, goal, *_, **__: Settings(model, goal))
@@ -76,6 +88,27 @@ def test_half_the_time_each_for_tuning_and_for_serving(world, capsys, tmp_path, 
     assert world.slo == Slo(ttft=0.5, itl=0.05)
     assert (world.clients.count, world.clients.prompt_tokens, world.clients.new_tokens) == (4, 512, 32)
     assert world.models == {"as loaded": str(tmp_path / "model"), "tuned": str(tmp_path / "out")}
+
+
+def test_an_interrupted_run_goes_on_with_what_was_tuned(world, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["tune", "m", "--goal", "goodput", "--slo", "ttft=500", "-o", "out", "--json"]
+    served = goodput.best_served
+
+    def interrupted(*given, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(goodput, "best_served", interrupted)
+    assert main(words) == 130
+    assert "1 measurements are kept in .out.goodput.jsonl" in " ".join(capsys.readouterr().err.split())
+    monkeypatch.setattr(goodput, "best_served", served)
+    del world.settings
+    assert main([*words, "--resume"]) == 0
+    assert json.loads(capsys.readouterr().out)["goal"] == "throughput"
+    assert not hasattr(world, "settings")  # nothing was tuned again
+    assert not (tmp_path / ".out.goodput.jsonl").exists()
+    assert main(words) == 0
+    assert world.settings.goal == "throughput"
 
 
 def test_only_settings_that_serve_has_are_tried(world, capsys, monkeypatch, tmp_path):

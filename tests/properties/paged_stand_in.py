@@ -7,6 +7,7 @@ position before it, in exact arithmetic: `toy_answer` says what it answers, in p
 
 from __future__ import annotations
 
+import contextlib
 import types
 from typing import Any
 
@@ -17,6 +18,23 @@ from transformers.cache_utils import DynamicCache
 
 from assay.methods.builtin.decode_loop import Sampling, draw_in_torch
 from assay.methods.core.generation import paged
+
+
+@contextlib.contextmanager
+def _lengths_kept(sequences):
+    """Within this context, what raises leaves all lengths as they were."""
+    before = [sequence.length for sequence in sequences]
+    try:
+        yield
+    except Exception:
+        for sequence, length in zip(sequences, before, strict=True):
+            sequence.length = length
+        raise
+
+
+def _check(scores):
+    if not bool(scores.max().isfinite()):
+        raise ValueError("the logits are not finite: the weights or the keys and values hold NaN or infinity")
 
 
 class Decoder:
@@ -49,30 +67,36 @@ class Decoder:
                 raise ValueError(f"{len(sequence.pages)} pages have no room for {sequence.length} + {steps} positions")
         answers = torch.full((len(sequences), steps), -1)
         logits = torch.empty(len(sequences) if want_logits else 0, self.vocab)
-        for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
-            how = sampling[row] if isinstance(sampling, list) else sampling
-            for step in range(steps):
-                scores = self._step(pool, sequence, token)
-                if want_logits:
-                    logits[row] = scores
-                if step < no_end:
-                    scores[list(eos)] = -torch.inf
-                if how is None:
-                    token = int(scores.argmax())
-                else:
-                    token = int(draw_in_torch(scores[None], how, uniforms[row, step : step + 1]))
-                answers[row, step] = token
-                if token in eos:
-                    break
+        with _lengths_kept(sequences):
+            for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+                how = sampling[row] if isinstance(sampling, list) else sampling
+                for step in range(steps):
+                    scores = self._step(pool, sequence, token)
+                    _check(scores)
+                    if want_logits:
+                        logits[row] = scores
+                    if step < no_end:
+                        scores[list(eos)] = -torch.inf
+                    if how is None:
+                        token = int(scores.argmax())
+                    else:
+                        token = int(draw_in_torch(scores[None], how, uniforms[row, step : step + 1]))
+                    answers[row, step] = token
+                    if token in eos:
+                        break
         return answers, logits
 
     def extend(self, pool, feeds, *, logits):
-        assert logits == "none"
+        assert logits in ("none", "all")
         self.calls.append(("extend", sum(len(tokens) for _, tokens in feeds)))
-        for sequence, tokens in feeds:
-            for token in tokens:
-                self._step(pool, sequence, token)
-        return torch.empty(0, self.vocab)
+        made = []
+        with _lengths_kept([sequence for sequence, _ in feeds]):
+            for sequence, tokens in feeds:
+                for token in tokens:
+                    made.append(self._step(pool, sequence, token))
+                    if logits == "all":
+                        _check(made[-1])
+        return torch.stack(made) if logits == "all" else torch.empty(0, self.vocab)
 
     def _step(self, pool, sequence, token) -> Tensor:
         cache, at = DynamicCache(), sequence.length
@@ -100,6 +124,7 @@ class Toy(nn.Module):
         self.embedding = nn.Embedding(self.VOCAB, 16)
         self.broken: Exception | None = None  # raised by the next pass
         self.strange = False  # the next logits are NaN
+        self.poison: int | None = None  # a token after which all logits are
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
@@ -120,6 +145,8 @@ class Toy(nn.Module):
         logits = (state[:, None] * torch.arange(1, self.VOCAB + 1) % 101).float() / 8
         if self.strange:
             logits, self.strange = logits * torch.nan, False
+        if self.poison is not None:
+            logits[((tokens == self.poison).cumsum(0) > 0)[-new:]] = torch.nan
         return types.SimpleNamespace(
             logits=logits[None, -logits_to_keep:] if logits_to_keep else logits[None], cache=cache
         )
@@ -137,7 +164,7 @@ def toy_logits(tokens: list[int]) -> list[float]:
 
 
 def toy_answer(ids: list[int], settings: Any) -> list[int]:
-    """The answer of `Toy` to a prompt alone, by the rules of `assay.server.scheduler.Settings`, written down once more."""
+    """The answer of `Toy` to a prompt alone, by the rules of `assay.server.rows.Settings`, written down once more."""
     made: list[int] = []
     numbers = np.random.Generator(np.random.Philox(key=settings.seed % 2**64)).random(settings.max_tokens)
     while len(made) < settings.max_tokens:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from assay.server.scheduler import Stopped
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -62,6 +64,8 @@ class Stats:
     cached_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     close_choices: int = 0
     batch_sizes: Mapping[int, int] = field(default_factory=dict)
 
@@ -106,7 +110,7 @@ class Scheduler:
         row = Row(list(ids), settings, on_event)
         with self._changed:
             if self._stopped or self._draining:
-                raise RuntimeError("the scheduler has stopped")
+                raise Stopped("the scheduler has stopped")
             self._rows.append(row)
             self._counts["prompt_tokens"] += len(ids)
             self._changed.notify()
@@ -157,7 +161,7 @@ class Scheduler:
         except Exception as error:
             row.over_with(Event(error=error))
             return
-        self._counts["generated_tokens"] += 1
+        self._counts["generated_tokens"] += len(event.tokens)
         if event.finish:
             row.over_with(event)
         else:
@@ -173,14 +177,16 @@ class Scheduler:
         fed = torch.tensor([row.ids if first else row.made[-1:]])
         logits = model(input_ids=fed, cache=row.cache, use_cache=True).logits[0].float()
         own = logits[-1].log_softmax(-1)
-        token = self._choose(logits[-1].clone(), row)
-        row.made.append(token)
-        over = "stop" if token in settings.ends else "length" if len(row.made) >= settings.max_tokens else None
         before = None
         if first and settings.prompt_logprobs:
             shares = logits[:-1].log_softmax(-1)
             told = [_info(one, token, settings) for one, token in zip(shares, row.ids[1:], strict=True)]
             before = (None, *told)
+        if not settings.max_tokens:
+            return Event(prompt_infos=before, finish="length")
+        token = self._choose(logits[-1].clone(), row)
+        row.made.append(token)
+        over = "stop" if token in settings.ends else "length" if len(row.made) >= settings.max_tokens else None
         infos = () if settings.logprobs is None else (_info(own, token, settings),)
         return Event(tokens=(token,), infos=infos, prompt_infos=before, finish=over)
 

@@ -22,12 +22,13 @@ from assay.server.backends import (
     CompiledBackend,
     TorchBackend,
     backend_for,
-    chosen,
     kv_pages,
     stacked,
     why_whole,
 )
-from assay.server.scheduler import Scheduler, Settings
+from assay.server.choosing import chosen
+from assay.server.rows import Settings
+from assay.server.scheduler import Scheduler
 from properties.architectures import CAUSAL, build
 from properties.paged_stand_in import Decoder, Toy, paged
 from tiny import tiny_model, token_ids
@@ -249,6 +250,60 @@ def test_preempted_rows_of_a_torch_model_come_back_with_the_same_answer():
     for prompt, events in zip(prompts, told, strict=True):
         assert tokens_of(events) == without_cache(model, prompt, 35)[0]
     assert backend.pool.free == 8
+
+
+@pytest.mark.parametrize("kind", [{}, {"temperature": 0.7, "seed": 1}])
+def test_a_row_of_a_torch_model_whose_logits_are_not_finite_ends_alone(kind):
+    model = build("llama")
+    prompts = [
+        torch.randint(3, 160, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+        for length in (5, 9, 12)
+    ]
+
+    def said():
+        scheduler, told = Scheduler(TorchBackend(model), start=False, prefill_chunk=16), [[] for _ in prompts]
+        for prompt, events in zip(prompts, told, strict=True):
+            scheduler.submit(prompt, Settings(max_tokens=10, **kind), events.append)
+        while scheduler.turn():
+            pass
+        return told
+
+    expected = [tokens_of(events) for events in said()]
+    known = {token for i in (0, 2) for token in prompts[i] + expected[i]} | set(prompts[1])
+    at = next(at for at, token in enumerate(expected[1][:-1]) if token not in known)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[expected[1][at]] = torch.nan
+    told = said()
+    assert [tokens_of(told[0]), tokens_of(told[2])] == [expected[0], expected[2]]
+    assert tokens_of(told[1]) == expected[1][: at + 1]
+    assert isinstance(told[1][-1].error, FloatingPointError)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "short_factor": [1.0] * 8,
+            "long_factor": [30.0] * 8,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_a_rotary_embedding_that_changes_with_the_length_is_no_business_of_other_rows(rope):
+    """transformers turns all rows of a pass as the longest of them asks for."""
+    model = tiny_model(max_position_embeddings=32 if rope["rope_type"] == "dynamic" else 128, rope_parameters=rope)
+    prompts = [token_ids(length=length, seed=length)[0].tolist() for length in (60, 8)]
+    told = answers(TorchBackend(model, positions=128), prompts, [8, 8])
+    (alone,) = answers(TorchBackend(model, positions=128), prompts[1:], [8])
+    assert tokens_of(told[1]) == tokens_of(alone) == without_cache(model, prompts[1], 8)[0]
+    infos = [[info.logprob for event in events for info in event.infos] for events in (told[1], alone)]
+    assert infos[0] == pytest.approx(infos[1], abs=1e-4)
+    assert "changes with the length" in TorchBackend(model).reason
 
 
 def test_recurrent_states_run_one_row_at_a_time():

@@ -21,10 +21,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from assay.methods.builtin import speculation
 from assay.methods.builtin.decode_loop import transform
 from assay.methods.core import kernels
 from assay.methods.transform import TuneContext
-from assay.server.scheduler import Scheduler, Settings, backend_for
+from assay.server.backends import backend_for
+from assay.server.rows import Settings
+from assay.server.scheduler import Scheduler
 
 pytestmark = pytest.mark.skipif(not kernels.compiler(), reason="needs a C++ compiler")
 
@@ -93,6 +96,62 @@ def test_a_batch_of_rows_answers_as_generate_does(family):
     for ids, tokens in zip(prompts_of(), found, strict=True):
         wanted = model.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=0)
         assert tokens == wanted[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("kind", [{}, {"temperature": 0.8, "seed": 5}, {"logprobs": 1}])
+def test_a_row_whose_logits_are_not_finite_ends_alone(kind):
+    model = make("llama")
+    asked = [(ids, Settings(max_tokens=16, **kind)) for ids in prompts_of()]
+
+    def said():
+        scheduler = Scheduler(backend_for(model, kv_gib=0.1), prefill_chunk=64)
+        found = answers(scheduler, asked)
+        scheduler.stop(drain_s=1)
+        assert scheduler.backend.pool.free == scheduler.backend.pool.pages
+        return found
+
+    expected = said()
+    found = [set(ids + tokens) for (ids, _), tokens in zip(asked, expected, strict=True)]
+    for bad, tokens in enumerate(expected):
+        others = set().union(*(each for i, each in enumerate(found) if i != bad)) | set(asked[bad][0])
+        at = next((at for at, token in enumerate(tokens[:-1]) if token not in others), None)
+        if at is not None:
+            break
+    with torch.no_grad():
+        model.get_input_embeddings().weight[expected[bad][at]] = torch.nan
+    broken = said()
+    assert isinstance(broken[bad][-1], FloatingPointError)
+    assert broken[bad][:-1] == expected[bad][: at + 1]
+    assert [tokens for i, tokens in enumerate(broken) if i != bad] == [
+        tokens for i, tokens in enumerate(expected) if i != bad
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("weights", ["fp32", "int4"])
+def test_drafts_change_no_token(family, weights):
+    """A recipe with a speculation step: a greedy row alone is guessed for, and says what it says without."""
+    plain = transform.apply(
+        make(family), {"weights": weights}, TuneContext(goal="decode", prompt_tokens=8, new_tokens=8)
+    )
+    asked = [(ids[:20] * 3 + ids, Settings(max_tokens=60)) for ids in prompts_of()[:4]]
+    asked.append((asked[0][0], Settings(max_tokens=30, temperature=1.0, seed=1)))
+
+    def said(together=False):
+        scheduler = Scheduler(backend_for(plain, kv_gib=0.1), prefill_chunk=64)
+        found = answers(scheduler, asked) if together else [answers(scheduler, [one])[0] for one in asked]
+        scheduler.stop(drain_s=1)
+        assert scheduler.backend.pool.free == scheduler.backend.pool.pages
+        return found, scheduler.stats()
+
+    expected, stats = said()
+    assert stats.drafted_tokens == 0
+    speculation.attach(plain, draft=6)
+    found, stats = said()
+    assert found == expected
+    assert 0 < stats.accepted_tokens <= stats.drafted_tokens
+    assert stats.steps == stats.generated_tokens - len(asked) - stats.accepted_tokens
+    assert said(together=True)[0] == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral, window"])

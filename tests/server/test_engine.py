@@ -14,6 +14,7 @@ from transformers import AutoConfig, GenerationConfig
 from assay.server.answer import joined
 from assay.server.engine import Inbox, context_of, fingerprint, seed_of
 from assay.server.errors import ApiError
+from assay.server.scheduler import Stopped
 
 # ---- a job
 
@@ -192,6 +193,8 @@ def test_prompt_and_answer_stay_within_the_context(engine, tokenizer):
         error = refused(engine, **fields)
         assert (error.param, error.code) == ("prompt", "context_length_exceeded")
     assert refused(engine, prompt=[[5], [5] * 2048]).param == "prompt"
+    whole = job(engine, prompt=[5] * 2048, max_tokens=0, echo=True, logprobs=0)  # a prompt that is only scored fits too
+    assert whole.settings[0].max_tokens == 0
     assert "no tokens" in refused(engine, prompt=[[]]).message
     assert refused(engine, min_tokens=5, max_tokens=4).param == "min_tokens"
 
@@ -243,6 +246,21 @@ def test_token_ids_lie_in_the_models_vocabulary(engine_of, tokenizer):
         "299" in refused(engine, prompt="function statement expression", max_tokens=1).message
     )  # the tokenizer knows 512
     assert run(engine, prompt=[0, 299], max_tokens=2)[2] == 2
+
+
+def test_ends_lie_in_the_models_vocabulary(engine_of, tokenizer):
+    """A tokenizer and a configuration may name tokens that the model has no row for."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).eval()
+    small.generation_config.eos_token_id = [2, 300, 511]
+    engine = engine_of(small, tokenizer)
+    engine._reads_with.add_tokens(["<|beyond|>"])
+    assert engine._reads_with.get_added_vocab()["<|beyond|>"] >= 300
+    ends = job(engine, prompt=[5], stop=["<|beyond|>"], max_tokens=2).settings[0].ends
+    assert 2 in ends
+    assert max(ends) < 300
 
 
 def test_a_model_may_know_more_tokens_than_its_tokenizer(engine_of, tokenizer):
@@ -325,6 +343,43 @@ def test_a_prompt_may_be_bounded_below_the_context(engine):
     assert caught.value.code == "context_length_exceeded"
 
 
+@pytest.mark.parametrize("seed", [-1, -(2**63), 2**64 - 1])
+def test_a_seed_of_an_answer_in_a_form_may_be_negative(engine, seed):
+    """OpenAI's seeds are whole numbers of 64 bits with a sign."""
+    form = {"type": "json_schema", "json_schema": {"name": "c", "schema": {"enum": ["red", "green", "blue"]}}}
+    asked = {"messages": [{"role": "user", "content": "hi"}], "response_format": form, "seed": seed, "temperature": 1.0}
+    made = [engine.prepare("chat/completions", asked).settings[0] for _ in range(2)]
+    flat = torch.zeros(engine.vocabulary)
+    assert made[0].choose(flat, []) == made[1].choose(flat, [])
+
+
+def test_an_answer_in_a_form_takes_the_most_probable_token_at_a_top_p_of_zero(engine):
+    form = {"type": "json_schema", "json_schema": {"name": "c", "schema": {"enum": ["red", "green", "blue"]}}}
+    asked = {"messages": [{"role": "user", "content": "hi"}], "response_format": form, "temperature": 2.0, "top_p": 0}
+    made = engine.prepare("chat/completions", asked).settings[0]
+    scores = torch.randn(engine.vocabulary, generator=torch.Generator().manual_seed(0))
+    assert len({made.choose(scores, []) for _ in range(9)}) == 1
+
+
+def test_a_model_without_an_end_has_no_answers_in_a_form(engine):
+    engine.ends = set()
+    form = {"type": "json_object"}
+    error = refused(engine, chat=True, response_format=form)
+    assert (error.param, "end" in error.message) == ("response_format", True)
+    given = {"input": "hi", "text": {"format": form}}
+    with pytest.raises(ApiError) as caught:
+        engine.prepare("responses", given)
+    assert caught.value.param == "text.format"
+
+
+@pytest.mark.parametrize("parameters", [{"title": "\ud800"}, {"properties": {"\udfff": {}}}])
+def test_half_a_character_in_a_tool_is_refused(engine, parameters):
+    engine._reads_with.chat_template = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}"
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", **parameters}}}
+    error = refused(engine, chat=True, tools=[tool])
+    assert (error.param, "surrogate" in error.message) == ("messages", True)
+
+
 # ---- several answers
 
 
@@ -385,19 +440,44 @@ def test_an_inbox_wakes_once_for_all_that_came():
 
 
 def test_what_the_scheduler_does_not_take_is_told(engine, monkeypatch):
-    for error, status in (
-        (ValueError("too long for 10 pages"), 400),
-        (RuntimeError("stopped"), 503),
-        (MemoryError(), 503),
+    raised = []
+
+    def submit(*given):
+        raise raised[-1]
+
+    monkeypatch.setattr(engine.scheduler, "submit", submit)
+    for error, status, code in (
+        (ValueError("too long for 10 pages"), 400, "context_length_exceeded"),
+        (Stopped("stopping"), 503, "stopping"),
+        (MemoryError(), 503, "overloaded"),
     ):
-
-        def submit(*given, error=error):
-            raise error
-
-        monkeypatch.setattr(engine.scheduler, "submit", submit)
+        raised.append(error)
         with pytest.raises(ApiError) as caught:
             answers(engine)
-        assert caught.value.status == status
+        assert (caught.value.status, caught.value.code) == (status, code)
+    raised.append(RuntimeError("a fault of the server"))  # torch's own, say
+    with pytest.raises(RuntimeError, match="a fault of the server"):
+        answers(engine)
+    assert not engine.inboxes
+
+
+def test_what_ends_an_answer_on_its_way_is_told(engine, monkeypatch):
+    raised = []
+
+    def broken(*given):
+        raise raised[-1]
+
+    monkeypatch.setattr(type(engine.scheduler), "_next", broken)
+    for error, status, code in (
+        (Stopped("stopping"), 503, "stopping"),
+        (MemoryError(), 503, "overloaded"),
+        (FloatingPointError("the model's logits are not finite"), 500, "not_finite"),
+    ):
+        raised.append(error)
+        with pytest.raises(ApiError) as caught:
+            answers(engine)
+        assert (caught.value.status, caught.value.code) == (status, code)
+        assert not caught.value.message.startswith("the server failed")
     assert not engine.inboxes
 
 

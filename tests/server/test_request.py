@@ -108,6 +108,8 @@ BAD_VALUES = [
     ("echo", 1),
     ("top_k", -2),
     ("top_k", 1.5),
+    ("top_k", 2**31),
+    ("top_k", 10**400),
     ("presence_penalty", 2.1),
     ("frequency_penalty", -2.1),
     ("frequency_penalty", "1"),
@@ -169,6 +171,7 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(field, value):
         b'{"prompt": "x", "temperature": -Infinity}',
         b'{"prompt": "x", "temperature": 1e400}',
         b'{"prompt": "x", "top_p": -1e400}',
+        b'{"prompt": "x", "metadata": {"a": [1e999]}}',
         b'{"prompt": "x", "prompt": "y"}',
         b'{"prompt": "x", "metadata": {"a": 1, "a": 2}}',
         b'{"prompt": "x", "seed": ' + b"9" * 6000 + b"}",
@@ -178,7 +181,7 @@ def test_a_bad_value_is_refused_by_the_name_of_its_field(field, value):
         b"[" * 500_000,
         b"\xef\xbb\xbf{}",
     ],
-    ids=range(20),
+    ids=range(21),
 )
 def test_what_is_no_request_is_refused(body):
     assert refused(body).status == 400
@@ -327,6 +330,7 @@ def test_what_does_not_go_with_a_form():
     form = {"messages": TURNS, "response_format": {"type": "json_object"}}
     assert refused(form | {"ignore_eos": True}, reader=request.chat).param == "ignore_eos"
     assert refused(form | {"min_tokens": 3}, reader=request.chat).param == "min_tokens"
+    assert refused(form | {"top_k": 5}, reader=request.chat).param == "top_k"
     assert refused(form | {"tools": TOOLS, "tool_choice": "required"}, reader=request.chat).param == "tool_choice"
 
 

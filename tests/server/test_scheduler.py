@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from types import SimpleNamespace
 
@@ -10,9 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from assay.methods.builtin.speculation import Speculation
 from assay.methods.core.generation.loop import set_settings
+from assay.server import scheduler
 from assay.server.backends import CompiledBackend
-from assay.server.scheduler import Event, Scheduler, Settings, Stopped
+from assay.server.guessing import Guesses
+from assay.server.rows import Event, Row, Settings
+from assay.server.scheduler import Scheduler, Stopped
 from properties.paged_stand_in import Toy, paged, toy_answer, toy_logits
 
 PAGE = paged.PAGE
@@ -320,6 +325,141 @@ def test_several_steps_a_call_where_nobody_waits():
     assert [len(event.tokens) for event in client.events[4:]] == [1] * 11
 
 
+def test_a_call_takes_no_more_steps_than_its_time_allows(monkeypatch):
+    world, client = made(steps=4), Client()
+    monkeypatch.setattr(scheduler, "BURST", 1.0)
+    took = iter([0.0, 2.0, 2.0, 2.9, 3.0, 3.0, 3.0, 3.0])  # begin and end of each call: 0.5 s a step, then 0.45, then 0
+    monkeypatch.setattr(scheduler.time, "monotonic", lambda: next(took, 4.0))
+    world.scheduler.submit(prompt(9), Settings(max_tokens=12), client)
+    run(world.scheduler)
+    assert [len(event.tokens) for event in client.events] == [1, 4, 2, 2, 3]
+
+
+# ---- drafts
+
+
+class Oracle:
+    """Drafts as good as a test says: of the right next tokens, each is wrong with some chance."""
+
+    answers: dict = {}
+    drafted = 0
+
+    def __init__(self, speculation):
+        self.chance, self.most = random.Random(speculation.ngram), speculation.draft
+
+    def next(self, row):
+        right = self.answers[tuple(row.ids)][len(row.made) :][: self.chance.randint(0, self.most)]
+        most = row.settings.max_tokens - len(row.made) - 1
+        draft = [token if self.chance.random() < 0.7 else (token + 1) % Toy.VOCAB for token in right][:most]
+        Oracle.drafted += len(draft)
+        return draft
+
+    def seen(self, drafted, accepted):
+        assert 0 <= accepted <= drafted > 0
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(STEPS, st.integers(6, 9), st.integers(1, 5), st.integers(1, 8), st.integers(0, 99))
+def test_drafts_change_no_answer(steps, pages, max_running, most, seed):
+    world = made(pages, max_running=max_running)
+    world.backend.speculation = Speculation(seed, most)
+    rows, before = [], scheduler.Guesses
+    scheduler.Guesses, Oracle.answers = Oracle, {}
+    try:
+        for step in steps:
+            if step[0] == "turns":
+                for _ in range(step[1]):
+                    world.scheduler.turn()
+            elif step[0] == "cancel" and rows:
+                rows[step[1] % len(rows)][3].cancel()
+            elif step[0] == "submit":
+                _, length, family, new, kind = step
+                how = Settings(max_tokens=new, **kind)
+                ids, client = prompt(length, family, seed=length % 3), Client()
+                if -(-(length + max(new - 1, 0)) // PAGE) > pages:
+                    continue
+                plain = Settings(max_tokens=new)
+                Oracle.answers[tuple(ids)] = max(Oracle.answers.get(tuple(ids), []), toy_answer(ids, plain), key=len)
+                rows.append((ids, how, client, world.scheduler.submit(ids, how, client)))
+        run(world.scheduler)
+    finally:
+        scheduler.Guesses = before
+    for ids, how, client, ticket in rows:
+        answer = toy_answer(ids, how)
+        assert client.tokens == answer[: len(client.tokens)] if ticket._row.left else client.tokens == answer
+    stats = world.scheduler.stats()
+    assert stats.accepted_tokens <= stats.drafted_tokens
+    settle(world.scheduler)
+
+
+def test_only_a_greedy_row_that_runs_alone_is_guessed_for(monkeypatch):
+    monkeypatch.setattr(scheduler, "Guesses", Oracle)
+    ids, other = prompt(20), prompt(20, family=1)
+    greedy = Settings(max_tokens=30)
+    monkeypatch.setattr(Oracle, "answers", {tuple(each): toy_answer(each, greedy) for each in (ids, other)})
+
+    def drafted(*asked):
+        world = made()
+        world.backend.speculation = Speculation(3, 6)
+        clients = [Client() for _ in asked]
+        for (each, how), client in zip(asked, clients, strict=True):
+            world.scheduler.submit(each, how, client)
+        run(world.scheduler)
+        assert [client.tokens for client in clients] == [toy_answer(*one) for one in asked]
+        stats = world.scheduler.stats()
+        assert (stats.drafted_tokens > 0) == ("extend" in [name for name, _ in world.backend.decoder.calls])
+        return stats
+
+    stats = drafted((ids, greedy))
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
+    assert stats.steps < 29
+    stats = drafted((ids, greedy), (other, greedy))
+    assert stats.drafted_tokens <= 6  # before the second came
+    assert stats.batch_sizes[2] > 20
+    for how in (
+        Settings(max_tokens=30, temperature=1.0),
+        Settings(max_tokens=30, logprobs=0),
+        Settings(max_tokens=30, logit_bias={3: 1.0}),
+        Settings(max_tokens=30, choose=lambda logits, made: int(logits.argmax())),
+    ):
+        assert drafted((ids, how)).drafted_tokens == 0
+    end = frozenset(toy_answer(ids, greedy)[9:10])
+    assert drafted((ids, Settings(max_tokens=30, ends=end))).generated_tokens <= 10
+
+
+def test_a_draft_without_finite_logits_is_not_the_answers_fault(monkeypatch):
+    ids, how = prompt(20), Settings(max_tokens=12)
+    answer = toy_answer(ids, how)
+    poison = next(token for token in range(Toy.VOCAB) if token not in ids + answer)
+
+    class Bad(Oracle):
+        def next(self, row):
+            return [poison]
+
+    monkeypatch.setattr(scheduler, "Guesses", Bad)
+    world, client = made(), Client()
+    world.backend.speculation, world.toy.poison = Speculation(3, 6), poison
+    world.scheduler.submit(ids, how, client)
+    run(world.scheduler)
+    assert client.tokens == answer
+    assert world.scheduler.stats().drafted_tokens == 0
+    settle(world.scheduler)
+
+
+def test_guesses_are_looked_up_in_what_the_row_has():
+    ids = [5, 6, 7, 8, 9, 5, 6, 7]
+    row = Row.of(ids, Settings(max_tokens=6, ends=frozenset({9})), Client())
+    guesses = Guesses(Speculation(3, 8))
+    assert guesses.next(row) in ([8], [8, 9])
+    for _ in range(20):
+        guesses.seen(4, 4)  # they pay: as long as they may be
+    assert guesses.next(row) == [8, 9]  # and nothing behind an end
+    row.made = [8, 8, 5, 6]
+    assert guesses.next(row) == [7]  # one token less than may be made
+    row.made = [8, 8, 5, 6, 7]
+    assert guesses.next(row) == []
+
+
 # ---- settings
 
 
@@ -401,6 +541,7 @@ def test_settings_are_checked():
         ({"max_tokens": 3, "temperature": 1e-6}, "temperature"),
         ({"max_tokens": 3, "top_p": 0.0}, "top_p"),
         ({"max_tokens": 3, "top_k": -1}, "top_k"),
+        ({"max_tokens": 3, "top_k": 10**400}, "top_k"),
         ({"max_tokens": 3, "seed": 1 << 64}, "seed"),
         ({"max_tokens": 3, "logit_bias": {1: float("inf")}}, "logit_bias"),
         ({"max_tokens": 3, "logit_bias": {-1: 1.0}}, "logit_bias"),
@@ -512,19 +653,32 @@ def test_a_constraint_that_raises_or_answers_nonsense_ends_its_row_only():
 
 
 def test_logits_that_are_not_finite_end_their_row_only():
-    world, bad, good = made(), Client(), Client()
-    for client in (bad, good):  # the toy computes the rows in turn
-        world.scheduler.submit(prompt(5), Settings(max_tokens=9, logprobs=0), client)
-    world.scheduler.turn()
-    world.toy.strange = True
-    run(world.scheduler)
-    assert isinstance(bad.error, FloatingPointError)
-    assert good.tokens == toy_answer(prompt(5), Settings(max_tokens=9))
-    broken = Client()
+    world, broken = made(), Client()
     world.toy.strange = True
     world.scheduler.submit(prompt(5, family=1), Settings(max_tokens=9), broken)  # in a prompt, of plain rows too
     run(world.scheduler)
     assert isinstance(broken.error, FloatingPointError)
+    settle(world.scheduler)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+@pytest.mark.parametrize("kind", [{}, {"temperature": 1.5, "seed": 3}, {"logprobs": 1}, {"frequency_penalty": 0.5}])
+def test_a_row_whose_logits_are_not_finite_ends_alone(kind, at_once):
+    """In a step that computes several rows in one call, which can only say that one of them failed."""
+    asked = [(prompt(5 + family, family), Settings(max_tokens=12, **kind)) for family in range(4)]
+    expected = [toy_answer(ids, how) for ids, how in asked]
+    others = {token for i, (ids, _) in enumerate(asked) if i != 2 for token in ids + expected[i]}
+    poison = next(token for token in expected[2][3:] if token not in others | set(asked[2][0] + expected[2][:3]))
+    world, clients = made(steps=at_once), [Client() for _ in asked]
+    world.toy.poison = poison
+    for (ids, how), client in zip(asked, clients, strict=True):
+        world.scheduler.submit(ids, how, client)
+    run(world.scheduler)
+    assert [client.tokens for i, client in enumerate(clients) if i != 2] == expected[:2] + expected[3:]
+    assert isinstance(clients[2].error, FloatingPointError)
+    told = expected[2][: expected[2].index(poison) + 1]
+    assert clients[2].tokens == (told if at_once == 1 else told[: len(clients[2].tokens)])
+    assert world.scheduler.stats().failed == 1
     settle(world.scheduler)
 
 
@@ -609,6 +763,32 @@ def test_stopping_ends_what_is_not_done():
     assert isinstance(client.error, Stopped)
     assert client.tokens == toy_answer(prompt(5), Settings(max_tokens=400))[: len(client.tokens)]
     assert scheduler.backend.pool.free == 32
+
+
+def test_stopping_does_not_wait_for_a_long_prompt():
+    toy, pieces, first, go_on = Toy(), [], threading.Event(), threading.Event()
+    backend = CompiledBackend(toy, toy.decoder(), pages=32)
+    prefill = backend.prefill
+
+    def slow(sequence, ids, wanted):
+        pieces.append(len(ids))
+        first.set()
+        assert go_on.wait(30)
+        return prefill(sequence, ids, wanted)
+
+    backend.prefill = slow
+    scheduler, client = Scheduler(backend, prefill_chunk=16), Client()
+    scheduler.submit(prompt(400), Settings(max_tokens=5), client)
+    assert first.wait(30)
+    stopping = threading.Thread(target=scheduler.stop)
+    stopping.start()
+    while not scheduler._stopping:
+        pass
+    go_on.set()
+    stopping.join(30)
+    assert len(pieces) == 1  # of 25
+    assert isinstance(client.error, Stopped)
+    assert backend.pool.free == 32
 
 
 def test_events_come_in_the_schedulers_thread_and_a_client_may_submit_from_there():

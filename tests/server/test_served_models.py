@@ -12,6 +12,7 @@ from clients import answer, eventually
 from fastapi.testclient import TestClient
 
 from assay.errors import InputError
+from assay.methods.core import kernels
 from assay.server.app import create_app
 from assay.server.errors import ApiError
 from assay.server.models import Models
@@ -368,6 +369,29 @@ def test_what_runs_on_a_model_that_is_unloaded_ends_in_its_own_time(serving, app
     assert (status, made["usage"]["completion_tokens"]) == (200, 60)
 
 
+def test_who_waits_for_a_model_that_was_unloaded_is_told_when_the_server_stops(serving, app_of, model):
+    model.delay = 0.02
+    server = serving(app=app_of(api_keys=["k"], allow_load=True))
+    key = ["Authorization: Bearer k"]
+    running = server.send({"prompt": "x", "max_tokens": 1500, "ignore_eos": True}, headers=key)
+    assert eventually(lambda: model.forwards > 2)
+    assert server.ask({"model": "tiny"}, path="/v1/models/unload", headers=key)[0] == 200
+    server.app.state.server.stop()
+    status, body = answer(running)
+    assert (status, body["error"]["code"]) == (503, "stopping")
+
+
+def test_a_model_may_be_unloaded_while_one_is_looked_for(models, folders):
+    models.load("a", str(folders[0]))
+    engine = models.engines()[0]
+    models.router = lambda document: "" if models.unload("a") else ""
+    assert models.of({"model": "auto"}) is engine  # it was there when the request came
+    engine.close()
+    with pytest.raises(ApiError) as caught:
+        models.of({"model": "auto"})
+    assert caught.value.status == 503
+
+
 def test_the_client_sees_it_too(serving, app_of):
     server = serving(app=app_of(api_keys=["k"], allow_load=True))
     with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="k", max_retries=0) as client:
@@ -391,3 +415,37 @@ transform = "dtype"
 [steps.config]
 dtype = "bfloat16"
 """
+
+LOOP = """
+format = 1
+goal = "decode"
+
+[[steps]]
+transform = "decode_loop"
+
+[steps.config]
+weights = "int8"
+
+[[steps]]
+transform = "speculation"
+
+[steps.config]
+ngram = 2
+draft = 4
+"""
+
+
+@pytest.mark.skipif(not kernels.compiler(), reason="needs a C++ compiler")
+def test_a_recipe_that_speculates_does_so_when_it_is_served(tmp_path, models, folders):
+    for name, recipe in (("plain", LOOP[: LOOP.rindex("[[steps]]")]), ("guessing", LOOP)):
+        shutil.copytree(folders[0], tmp_path / name)
+        (tmp_path / name / "recipe.toml").write_text(recipe)
+        models.load(name, str(tmp_path / name))
+    client = TestClient(create_app(models))
+    body = {"prompt": "one two three " * 8, "max_tokens": 60, "ignore_eos": True}
+    made = [client.post("/v1/completions", json=body | {"model": name}).json() for name in ("plain", "guessing")]
+    assert made[0]["choices"][0]["text"] == made[1]["choices"][0]["text"]
+    plain, guessing = (engine.scheduler.stats() for engine in models.engines())
+    assert plain.drafted_tokens == 0 < guessing.accepted_tokens
+    assert guessing.steps < plain.steps == 59
+    assert "a row alone is guessed for" in models.card("guessing")["backend_reason"]

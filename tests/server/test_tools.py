@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from assay.methods.inference.awrs import json_schema
 from assay.server.messages import Tool
 from assay.server.tools import ToolReader, call_schema
 
@@ -39,6 +40,7 @@ def cut(text, size):
         ('{"name": "sub", "arguments": {}}', '{"name": "sub", "arguments": {}}', []),
         ('{"name": "add", "arguments": [1]}', '{"name": "add", "arguments": [1]}', []),
         ('{"name": "add", "arguments": {"a": NaN}}', '{"name": "add", "arguments": {"a": NaN}}', []),
+        ('{"name": "add", "arguments": {"a": 1e999}}', '{"name": "add", "arguments": {"a": 1e999}}', []),
         ('{"name": ["add"]}', '{"name": ["add"]}', []),
         ('{"name": "add", "argu', '{"name": "add", "argu', []),  # cut off by the limit of tokens
         ("[1, 2]", "[1, 2]", []),
@@ -70,8 +72,39 @@ def test_ids_of_calls_are_their_own():
 
 def test_the_schema_of_a_call_that_must_be():
     add, now = Tool("add", {"type": "object", "properties": {"a": {"type": "integer"}}}, {}), Tool("now", {}, {})
-    one = call_schema([add])
+    one, both = call_schema([add]), call_schema([add, now])
     assert one["properties"]["name"]["enum"] == ["add"]
-    assert one["properties"]["arguments"] == add.parameters
+    assert one["$defs"]["add"] == add.parameters
     assert one["required"] == ["name", "arguments"]
-    assert call_schema([add, now])["anyOf"] == [one, call_schema([now])]
+    assert len(both["anyOf"]) == 2
+    for call in ({"name": "add", "arguments": {"a": 3}}, {"name": "now", "arguments": {}}):
+        assert json_schema(both).complete(json.dumps(call).encode())
+        assert json_schema(one).complete(json.dumps(call).encode()) == (call["name"] == "add")
+    assert not json_schema(both).complete(b'{"name": "add", "arguments": {"a": "x"}}')
+
+
+def test_a_tools_schema_may_refer_to_parts_of_itself():
+    """As Pydantic writes those of nested models."""
+    point = {
+        "type": "object",
+        "properties": {"x": {"type": "integer"}},
+        "required": ["x"],
+        "additionalProperties": False,
+    }
+    tree = {
+        "type": "object",
+        "properties": {"to": {"$ref": "#/$defs/Point"}, "$ref": {"const": "#"}, "next": {"$ref": "#"}},
+        "additionalProperties": False,
+        "$defs": {"Point": point},
+    }
+    other = {"type": "object", "properties": {"to": {"$ref": "#/$defs/Point"}}, "$defs": {"Point": {"type": "string"}}}
+    form = json_schema(call_schema([Tool("go", tree, {}), Tool("say.it-now", other, {})]))
+
+    def fits(name, arguments):
+        return form.complete(json.dumps({"name": name, "arguments": arguments}).encode())
+
+    assert fits("go", {"to": {"x": 1}, "$ref": "#", "next": {"to": {"x": 2}}})
+    assert fits("say.it-now", {"to": "there"})
+    assert not fits("go", {"to": "there"})
+    assert not fits("go", {"next": {"to": 1}})
+    assert not fits("say.it-now", {"to": {"x": 1}})

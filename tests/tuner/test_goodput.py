@@ -161,6 +161,75 @@ def test_the_time_is_kept(monkeypatch):
     assert len(world.loads) == 2 + 2 * 8
 
 
+# ---- going on where a run was interrupted
+
+
+@pytest.fixture
+def journal_in(tmp_path, monkeypatch):
+    """Makes the journal of a run that writes to a folder."""
+    head = {"settings": {}, "model": "1", "workload": "", "eval": "", "machine": "here", "assay": "0"}
+    monkeypatch.setattr(goodput, "identity", lambda settings: {**head, "settings": {}})
+
+    def make(resume=False, slo=SLO):
+        return goodput.journal_of(tmp_path / "out", None, slo, 2, resume, lambda text: None)
+
+    return make
+
+
+def test_looks_of_an_interrupted_run_are_not_taken_again(monkeypatch, journal_in):
+    broken = {"tuned"}
+    world = World(monkeypatch, lambda candidate: [0.5], broken=lambda candidate: candidate.name in broken)
+    load, most = world.load, [2]
+
+    def interrupted(process, requests, clients):
+        if len(world.loads) == most[0]:
+            raise KeyboardInterrupt
+        return load(process, requests, clients)
+
+    monkeypatch.setattr(goodput, "_load", interrupted)
+
+    def go_on(resume):
+        settings = {"max_running": (4, 8)}
+        return best_served(MODELS, SLO, CLIENTS, start=None, settings=settings, journal=journal_in(resume))
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on(False)
+    assert world.loads == ["as loaded", "as loaded, max_running 4"]
+    world.loads.clear()
+    broken.clear()
+    most[0] = 10**6
+    found = go_on(True)
+    looked, proof = world.loads[:2], world.loads[2:]
+    assert looked == ["tuned", "as loaded, max_running 8"]  # what failed is tried again
+    assert "as loaded" in proof  # the proof's pairs belong together
+    assert [row["label"] for row in found["looked"]] == ["as loaded", "tuned", "as loaded, max_running 4", *looked[1:]]
+    assert [row["error"] for row in found["looked"]] == [""] * 4
+    with pytest.raises(InputError, match="other settings"):
+        journal_in(True, Slo(ttft=2.0))
+    assert not journal_in(False).old
+
+
+def test_what_was_tuned_is_tuned_once_as_long_as_it_is_there(tmp_path, journal_in):
+    calls, out = [], tmp_path / "out"
+
+    def tune():
+        out.mkdir(exist_ok=True)
+        (out / "recipe.toml").write_text(f"# {len(calls)}")
+        calls.append(1)
+        return {"goal": "throughput", "path": out}
+
+    def document(resume):
+        return goodput.tuned(journal_in(resume), out, tune)
+
+    assert document(False) == document(True) == {"goal": "throughput", "path": str(out)}
+    assert len(calls) == 1
+    (out / "recipe.toml").write_text("# another one's")
+    document(True)
+    assert len(calls) == 2
+    document(False)
+    assert len(calls) == 3
+
+
 def test_the_command_that_serves():
     command = serve_command(Candidate("tuned", "dir", {"max_running": 8}), 8123)
     assert command[1:] == ["-m", "assay", "serve", "dir", "--port", "8123", "--max-running", "8"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,7 +100,7 @@ def tune(
             if not console.is_terminal:
                 _print(console, text)
 
-        try:
+        def found() -> dict[str, Any]:
             outcome = run(
                 settings,
                 output,
@@ -110,9 +111,13 @@ def tune(
                 ray=ray,
                 say=say,
             )
-            document = outcome.document()
-            if limits is not None:
-                document["goodput"] = _served(model, output, settings, limits, clients, minutes - part, say)
+            return outcome.document()
+
+        try:
+            if limits is None:
+                document = found()
+            else:
+                document = _for_goodput(found, model, output, settings, limits, clients, resume, minutes - part, say)
         except KeyboardInterrupt as stop:  # typer would make an exit code of it and lose what it says
             raise InterruptedRun(str(stop)) from None
     if json:
@@ -141,8 +146,32 @@ def _limits(goal: str, slo: str | None, clients: int) -> Any:
     return None if slo is None else slo_of(slo)
 
 
+def _for_goodput(
+    tune: Callable[[], dict[str, Any]],
+    model: str,
+    output: Path,
+    settings: Any,
+    limits: Any,
+    clients: int,
+    resume: bool,
+    minutes: float,
+    say: Any,
+) -> dict[str, Any]:
+    """The document of tuning, and in `goodput` what serves best; a journal beside `output` keeps what an interruption would lose."""
+    from assay.tuner.goodput import journal_of, tuned
+
+    journal = journal_of(output, settings, limits, clients, resume, say)
+    document = tuned(journal, output, tune)
+    try:
+        document["goodput"] = _served(model, output, settings, limits, clients, minutes, say, journal)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{journal.count()} measurements are kept in {journal.path}") from None
+    journal.path.unlink(missing_ok=True)
+    return document
+
+
 def _served(
-    model: str, output: Path, settings: Any, limits: Any, clients: int, minutes: float, say: Any
+    model: str, output: Path, settings: Any, limits: Any, clients: int, minutes: float, say: Any, journal: Any
 ) -> dict[str, Any]:
     """What serves best: the model as loaded or what was found, and with which of the settings that `assay serve` has."""
     import inspect
@@ -156,7 +185,16 @@ def _served(
     asked = Clients(clients, settings.prompt_tokens, settings.new_tokens, int.from_bytes(os.urandom(3)))
     models = {"as loaded": os.path.abspath(model) if os.path.exists(model) else model, "tuned": os.path.abspath(output)}
     with tempfile.TemporaryDirectory(prefix="assay-goodput-") as folder:
-        return best_served(models, limits, asked, start=starter(Path(folder)), settings=known, minutes=minutes, say=say)
+        return best_served(
+            models,
+            limits,
+            asked,
+            start=starter(Path(folder)),
+            settings=known,
+            minutes=minutes,
+            say=say,
+            journal=journal,
+        )
 
 
 def print_goodput(found: dict[str, Any], slo: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from assay.server.engine import Engine, Job, Piece, Scored
 from assay.server.errors import ApiError
-from assay.server.scheduler import TokenInfo
+from assay.server.rows import TokenInfo
 
 LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON has not
 

@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 from assay.errors import AssayError
 from assay.server import fields, metrics, schema
 from assay.server.answer import FORMS, Tally, dumps, joined
-from assay.server.embeddings import embed
+from assay.server.embeddings import embed, passes
 from assay.server.engine import Engine, Job, Piece
 from assay.server.errors import ApiError, going_down, overloaded
 from assay.server.middleware import Observed, Record, told
@@ -317,23 +317,26 @@ class _Embed(_Posted):
     """/v1/embeddings"""
 
     async def answer(self, body: bytes, record: Record, send: Send) -> dict[str, Any]:
-        """The embeddings of all texts. Between two of them it may end, if the client has left."""
+        """The embeddings of all texts, of several in one pass. Between two passes it may end, if the client has left."""
         engine, ask, inputs = await self.read(self.prepared, body)
         read = sum(map(len, inputs))
         record.fields |= {"model": engine.name, "prompt_tokens": read}
-        loop, data = asyncio.get_running_loop(), []
+        loop, embedder = asyncio.get_running_loop(), self.server.embedder
+        shown: dict[int, Any] = {}
         try:
             async with asyncio.timeout(self.server.limits.seconds):
-                for number, ids in enumerate(inputs):
+                alike = bool(await loop.run_in_executor(embedder, lambda: engine.why_alike))
+                for group in passes([len(ids) for ids in inputs], alike=alike):
                     if self.server.stopping:
                         raise going_down()
-                    vector = await loop.run_in_executor(self.server.embedder, embed, engine.model, ids)
-                    shown: Any = vector
-                    if ask.base64:
-                        shown = base64.b64encode(np.asarray(vector, "<f4").tobytes()).decode()
-                    data.append({"object": "embedding", "index": number, "embedding": shown})
+                    texts = [inputs[number] for number in group]
+                    for number, vector in zip(
+                        group, await loop.run_in_executor(embedder, embed, engine.model, texts), strict=True
+                    ):
+                        shown[number] = _embedding(number, vector, ask.base64)
         except TimeoutError:
             raise ApiError(504, "the embeddings were not ready in time", code="timeout") from None
+        data = [{"object": "embedding", "index": number, "embedding": shown[number]} for number in range(len(inputs))]
         usage = {"prompt_tokens": read, "total_tokens": read}
         return {"object": "list", "data": data, "model": engine.name, "usage": usage}
 
@@ -346,6 +349,14 @@ class _Embed(_Posted):
             return engine, ask, inputs
         except RecursionError:
             raise ApiError(400, "the body is nested too deeply") from None
+
+
+def _embedding(number: int, vector: list[float], base64_wanted: bool) -> Any:
+    """The numbers of an embedding as they are sent. Raises ApiError 500 where they are not finite."""
+    numbers = np.asarray(vector, "<f4")
+    if not np.isfinite(numbers).all():
+        raise ApiError(500, f"the model gives no finite numbers for input[{number}]", param="input", code="not_finite")
+    return base64.b64encode(numbers.tobytes()).decode() if base64_wanted else vector
 
 
 class _Load(_Posted):

@@ -20,12 +20,14 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from assay import checks
 from assay.errors import InputError
 from assay.methods.builtin.attention_backend import NAME as DENSE_KERNEL
-from assay.methods.builtin.decode_loop import Decoder, Sampling, draw_in_torch
+from assay.methods.builtin.decode_loop import Decoder, Sampling
+from assay.methods.builtin.speculation import Speculation, SpeculationMixin
 from assay.methods.core import kernels
 from assay.methods.core.attention.integration import windows
 from assay.methods.core.generation import loop
 from assay.methods.core.generation.cache import Span, cut, keys_and_values, left_padded_mask
 from assay.methods.core.generation.paged import PAGE, OutOfPages, Sequence
+from assay.server.choosing import chosen, not_finite
 from assay.workloads.context import context_length
 
 GIB = 1 << 30
@@ -36,6 +38,8 @@ MOST_SEQUENCES = 64  # nobody gains from room for more sequences of full length 
 UNBOUNDED = 1 << 20  # tokens of budget for a model whose state does not grow
 # Two logits closer than this may change places when a model of this dtype computes a row in another batch; our choice, held by a test.
 CLOSE = {torch.float64: 2.0**-20, torch.float32: 2.0**-10, torch.float16: 2.0**-4, torch.bfloat16: 2.0**-2}
+
+NOT_FINITE = "the logits are not finite"  # what the loop says of a call with such a row
 
 Wanted = Literal["none", "last", "all"]
 
@@ -52,6 +56,7 @@ class Backend(Protocol):
     pieces: bool  # whether a prompt may be run in pieces
     shares: bool  # whether equal beginnings of prompts may share pages; needs pieces
     threads: int | None  # intra-op threads the model was tuned for
+    speculation: Speculation | None  # how a row that runs alone is guessed for; needs verify
     close_choices: int  # greedy choices so far that another batch might have made otherwise
 
     def begin(self, pages: list[int], length: int = 0) -> Sequence:
@@ -66,6 +71,9 @@ class Backend(Protocol):
     def extend(self, sequence: Sequence, tokens: Listed[int]) -> None:
         """Append tokens that `run` made before, as if it made them again."""
 
+    def verify(self, sequence: Sequence, tokens: Listed[int]) -> Tensor:
+        """Append tokens in one pass; the logits (len(tokens), vocab) after each, to the bit those of `run`."""
+
     def run(
         self,
         sequences: list[Sequence],
@@ -77,21 +85,9 @@ class Backend(Protocol):
         want_logits: bool,
     ) -> tuple[Tensor, Tensor]:
         """Feed a token to each sequence and continue, `steps` times: the answers (rows, steps) int64, and the logits of the last step
-        (rows, vocab) if wanted. Greedy where a row has no sampling; `uniforms` (rows, steps) float64 decide the others.
+        (rows, vocab) if wanted. Greedy where a row has no sampling; `uniforms` (rows, steps) float64 decide the others. A row whose
+        logits are not finite answers -1, and the others as ever.
         """
-
-
-def chosen(logits: Tensor, sampling: Listed[Sampling | None] | None, uniforms: Tensor | None) -> Tensor:
-    """A token (rows,) int64 for each row of logits (rows, vocab): the best, or drawn by the row's number in `uniforms` (rows,)."""
-    tokens = logits.argmax(1)
-    groups: dict[Sampling, list[int]] = {}
-    for row, how in enumerate(sampling or ()):
-        if how is not None:
-            groups.setdefault(how, []).append(row)
-    for how, rows in groups.items():
-        assert uniforms is not None
-        tokens[rows] = draw_in_torch(logits[rows], how, uniforms[rows])
-    return tokens
 
 
 class CompiledBackend:
@@ -125,6 +121,9 @@ class CompiledBackend:
             else "prompts run in pieces and share their beginnings"
         )
         self.reason = f"compiled decode loop: {reason}; {how}"
+        self.speculation = speculation_of(model)
+        if self.speculation is not None:
+            self.reason += f"; a row alone is guessed for, {self.speculation.draft} tokens at most"
         self._own_prefill = own_prefill(model)
         self._past: tuple[Sequence, DynamicCache] | None = None  # of the prompt that is being run
 
@@ -178,9 +177,19 @@ class CompiledBackend:
                 cache.update(keys[None].to(dtype), values[None].to(dtype), layer)
         return cache
 
-    @torch.inference_mode()
     def extend(self, sequence: Sequence, tokens: Listed[int]) -> None:
-        self.decoder.extend(self.pool, [(sequence, list(tokens))], logits="none")
+        self._extended(sequence, tokens, "none")
+
+    def verify(self, sequence: Sequence, tokens: Listed[int]) -> Tensor:
+        return self._extended(sequence, tokens, "all")
+
+    @torch.inference_mode()
+    def _extended(self, sequence: Sequence, tokens: Listed[int], wanted: Wanted) -> Tensor:
+        try:
+            logits: Tensor = self.decoder.extend(self.pool, [(sequence, list(tokens))], logits=wanted)
+        except ValueError as error:
+            raise not_finite() if NOT_FINITE in str(error) else error from None
+        return logits
 
     @torch.inference_mode()
     def run(
@@ -193,9 +202,30 @@ class CompiledBackend:
         uniforms: Tensor | None,
         want_logits: bool,
     ) -> tuple[Tensor, Tensor]:
-        how = {"sampling": sampling, "uniforms": uniforms, "want_logits": want_logits}
-        made: tuple[Tensor, Tensor] = self.decoder.run(self.pool, sequences, tokens, steps, **how)
-        return made
+        try:
+            how = {"sampling": sampling, "uniforms": uniforms, "want_logits": want_logits}
+            made: tuple[Tensor, Tensor] = self.decoder.run(self.pool, sequences, tokens, steps, **how)
+        except ValueError as error:
+            if NOT_FINITE not in str(error):
+                raise
+        else:
+            return made
+        if len(sequences) == 1:
+            return torch.full((1, steps), -1), torch.full((int(want_logits), self.vocab), torch.nan)
+        # no length has changed: each row alone gives the same bits, and shows which it was
+        alone = [
+            self.run(
+                [sequence],
+                [token],
+                steps,
+                sampling=None if sampling is None else sampling[i : i + 1],
+                uniforms=None if uniforms is None else uniforms[i : i + 1],
+                want_logits=want_logits,
+            )
+            for i, (sequence, token) in enumerate(zip(sequences, tokens, strict=True))
+        ]
+        answers, logits = (torch.cat(part) for part in zip(*alone, strict=True))
+        return answers, logits
 
 
 class Budget:
@@ -244,6 +274,7 @@ class TorchBackend:
 
     name = "torch"
     shares = False
+    speculation: Speculation | None = None
 
     def __init__(
         self, model: nn.Module, *, kv_gib: float | None = None, positions: int | None = None, reason: str = ""
@@ -256,6 +287,7 @@ class TorchBackend:
         self.bound = CLOSE.get(_dtype(model), max(CLOSE.values()))
         self.close_choices = 0
         self.vocab, odd, token_bytes = _probe(self.model)
+        odd = odd or why_changing(model)
         self._batches = not odd
         self.rows: int | None = 1 if odd else None
         whole = why_whole(model) or odd
@@ -313,6 +345,11 @@ class TorchBackend:
         logits: Tensor = out.logits[0]
         return logits
 
+    def verify(self, sequence: Any, tokens: Listed[int]) -> Tensor:
+        raise NotImplementedError(
+            "a pass over several tokens may sum otherwise than one over each: nothing is guessed here"
+        )
+
     @torch.inference_mode()
     def run(
         self,
@@ -337,8 +374,9 @@ class TorchBackend:
                 sequence.length += 1
             best = logits.topk(2).values
             self.close_choices += int(((best[:, 0] - best[:, 1] < self.bound) & greedy).sum())
-            answers[:, step] = chosen(logits, sampling, None if uniforms is None else uniforms[:, step])
-            tokens = answers[:, step].tolist()
+            made = chosen(logits, sampling, None if uniforms is None else uniforms[:, step])
+            answers[:, step] = made.where(torch.isfinite(logits.amax(1)), -1)
+            tokens = made.tolist()
         return answers, logits if want_logits else logits[:0]
 
     def _together(self, sequences: list[Any], tokens: list[int]) -> Tensor:
@@ -397,6 +435,24 @@ def stacked(parts: list[tuple[Any, Span]]) -> DynamicCache:
 # ------------------------------------------------------------------------------------------------------- what a model has
 
 
+def speculation_of(model: nn.Module) -> Speculation | None:
+    """How the model's recipe speculates, if it does."""
+    return model.speculation if isinstance(model, SpeculationMixin) else None
+
+
+def why_changing(model: nn.Module) -> str:
+    """Why rows of other lengths change a row's answer, and pieces that of a prompt; empty where they do not.
+
+    transformers turns all rows of a pass by the frequencies for the longest of them, where these change with the length.
+    """
+    for module in model.modules():
+        kind = getattr(module, "rope_type", "")
+        kinds = kind.values() if isinstance(kind, dict) else [kind]
+        if changing := sorted({str(one) for one in kinds if "dynamic" in str(one) or one == "longrope"}):
+            return f"its rotary embedding of type {changing[0]!r} changes with the length"
+    return ""
+
+
 def own_prefill(model: nn.Module) -> loop.PrefillFactory | None:
     """The prefill in the model's settings, except for models with windows: it fills caches that forget, and no page may be missing."""
     make: loop.PrefillFactory | None = loop.settings(model)["prefill"]
@@ -407,6 +463,11 @@ def why_whole(model: nn.Module) -> str:
     """Why a prompt may not be run in pieces; empty when it may."""
     if own_prefill(model) is not None:
         return "the model's settings have a prefill of their own"
+    return why_whole_attention(model)
+
+
+def why_whole_attention(model: nn.Module) -> str:
+    """Why what a token attends to may depend on the tokens behind it; empty when it does not."""
     config: Any = getattr(model, "config", None)
     name = str(getattr(config.get_text_config(), "_attn_implementation", None)) if config is not None else ""
     if name.startswith("assay_") and name != DENSE_KERNEL:

@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from assay.server import request
-from assay.server.embeddings import why_no_embeddings
+from assay.server.embeddings import why_alike, why_no_embeddings
 from assay.server.errors import ApiError, going_down, overloaded
 from assay.server.metrics import Latencies
 from assay.server.request import Ask, EmbeddingAsk
-from assay.server.scheduler import Event, Scheduler, Settings, TokenInfo
+from assay.server.rows import Event, Settings, TokenInfo
+from assay.server.scheduler import Scheduler, Stopped
 from assay.server.text import Stops, Text, silent_tokens
 from assay.server.tools import Call, ToolReader, call_schema, names_calls, names_tools
 from assay.workloads.context import context_length
@@ -103,7 +104,7 @@ class Engine:
         self.created = int(time.time())
         self.context = context_of(model, tokenizer)
         self.vocabulary = model.get_input_embeddings().num_embeddings
-        self.ends = _ends(model, tokenizer)
+        self.ends = {token for token in _ends(model, tokenizer) if 0 <= token < self.vocabulary}
         self.fingerprint = fingerprint(model, recipe)
         self.backend = self.backend_reason = ""  # what runs the model, and why not something faster
         self.latencies = Latencies()
@@ -195,6 +196,10 @@ class Engine:
         except Exception as error:  # a template is a program of the model's author
             message = f"the model's chat template fails on this: {type(error).__name__}"
             raise ApiError(400, message, param=param) from error
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # in what was not looked at word by word, such as the parameters of a tool
+            raise ApiError(400, f"{param} or tools hold half a surrogate pair", param=param) from None
         return self._ids(text, param, add_special_tokens=False)
 
     def _new_tokens(self, ask: Ask, ids: list[int], param: str) -> int:
@@ -206,7 +211,7 @@ class Engine:
         new = min(DEFAULT_NEW_TOKENS, room) if ask.new_tokens is None else ask.new_tokens
         if ask.min_tokens > new:
             raise ApiError(400, f"min_tokens must be at most {new}, got {ask.min_tokens}", param="min_tokens")
-        return max(new, 1)  # where the prompt alone is asked for, a token is made and not shown
+        return new
 
     def _settings(self, ask: Ask, new: int, answer: int, constraint: Any) -> Settings:
         if bad := next((token for token in ask.logit_bias if token >= self.vocabulary), None):
@@ -214,7 +219,7 @@ class Engine:
             raise ApiError(400, message, param="logit_bias")
         # a stop that is one special token never shows in the text
         vocabulary = self._reads_with.get_added_vocab()
-        ends = {vocabulary[stop] for stop in ask.stops if stop in vocabulary}
+        ends = {token for stop in ask.stops if (token := vocabulary.get(stop, -1)) in range(self.vocabulary)}
         if not ask.ignore_eos:
             ends |= self.ends
         logprobs = ask.logprobs
@@ -244,12 +249,14 @@ class Engine:
             return None
         from assay.methods.inference import awrs
 
+        if not self.ends:
+            raise ApiError(400, "this model has no end token, so no answer in a form would end", param=_form(ask))
         wanted = call_schema(ask.forced) if ask.forced else None if ask.format is None else ask.format.schema
         try:
             return awrs.json_object() if wanted is None else awrs.json_schema(wanted)
         except Exception as error:  # the schema is the client's
-            param = "tool_choice" if ask.forced else "text.format" if ask.told else "response_format"
-            raise ApiError(400, f"this JSON schema cannot be held to: {str(error)[:300]}", param=param) from None
+            message = f"this JSON schema cannot be held to: {str(error)[:300]}"
+            raise ApiError(400, message, param=_form(ask)) from None
 
     def _chooser(self, ask: Ask, settings: Settings, constraint: Any) -> Callable[[Tensor, list[int]], int]:
         from assay.methods.inference import awrs
@@ -259,8 +266,8 @@ class Engine:
             self.token_bytes,
             settings.ends,
             temperature=ask.temperature,
-            top_p=ask.top_p,
-            seed=settings.seed,
+            top_p=settings.top_p,
+            seed=settings.seed % (1 << 64),  # it may be negative
             rejections_before_mask=REJECTIONS_BEFORE_MASK,
         )
 
@@ -269,7 +276,7 @@ class Engine:
                 return int(chooser(logits, made))
             except Exception as error:
                 message = f"no token goes on with the answer in the form that was asked for ({type(error).__name__})"
-                raise ApiError(400, message, param="response_format", code="form_not_met") from error
+                raise ApiError(400, message, param=_form(ask), code="form_not_met") from error
 
         return choose
 
@@ -282,6 +289,11 @@ class Engine:
             return TokenBytes(self._reads_with)
         except (TypeError, ValueError) as error:
             raise ApiError(400, f"not supported by this model, whose tokenizer hides its bytes: {error}") from None
+
+    @functools.cached_property
+    def why_alike(self) -> str:
+        """Why texts of different lengths are not embedded in one pass; found when it is first asked for, by running the model."""
+        return why_alike(self.model)
 
     def _echo(self, ask: Ask, prompt: str | list[int], ids: list[int]) -> Echo:
         if ask.logprobs is None:
@@ -342,7 +354,8 @@ class Running:
     async def take(self) -> list[Piece]:
         """The pieces that came since the last call, at least one; an empty list when all answers are over.
 
-        Raises ApiError 503 when the server stops; what goes wrong in the scheduler is raised as it is.
+        Raises ApiError 503 when the server stops or has no memory, and 500 where the model's numbers are not finite; what else goes
+        wrong in the scheduler is raised as it is.
         """
         while not all(answer.over for answer in self._answers):
             made: dict[int, list[Event]] = {}
@@ -401,7 +414,6 @@ class Answer:
         ask = job.ask
         self.index, self.settings, self.began, self.last = index, job.settings[index], job.began, 0.0
         self.over = False
-        self._hidden = ask.new_tokens == 0
         self._text = Text(engine.tokenizer, job.prompts[job.prompt_of(index)], engine.silent)
         self._stops = Stops(ask.stops)
         self._tools = ToolReader({tool.name for tool in ask.tools}) if ask.tools else None
@@ -420,7 +432,7 @@ class Answer:
         piece = Piece(self.index)
         for event in events:
             if event.error is not None:
-                raise event.error
+                raise _told(event.error)
             self._cached = max(self._cached, event.cached_tokens)
             if event.prompt_infos is not None:
                 piece.prompt, self._waits_for_prompt = tuple(event.prompt_infos), False
@@ -443,7 +455,7 @@ class Answer:
         self._tokens, self._newest = self._tokens + 1, token
         if info is not None:
             self._logprob += info.logprob
-        if self._hidden or token in self.settings.ends:
+        if token in self.settings.ends:
             return ""
         if info is not None and self._infos:
             self._scored.append(Scored(info, self._made))
@@ -453,8 +465,6 @@ class Answer:
 
     def _whole(self, piece: Piece) -> Piece | None:
         """`piece` with all that goes with its text; None if nothing is in it."""
-        if self._hidden:
-            piece.text = ""
         self._said += len(piece.text)
         cut = piece.finish is not None and not self._stops.met
         while self._scored and (cut or self._scored[0].at < self._said):
@@ -469,7 +479,7 @@ class Answer:
             piece.echo, self._echo = self._echo, None
         if piece.finish:
             self.over = True
-            piece.tokens, piece.cached = 0 if self._hidden else self._tokens, self._cached
+            piece.tokens, piece.cached = self._tokens, self._cached
             piece.logprob = self._logprob / max(1, self._tokens)
         return piece if piece.text or piece.finish or piece.calls or piece.echo or piece.scored else None
 
@@ -524,16 +534,29 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
     return set()
 
 
+def _form(ask: Ask) -> str:
+    """The field of the request that asks for an answer in a form."""
+    return "tool_choice" if ask.forced else "text.format" if ask.told else "response_format"
+
+
 def _too_long(message: str, param: str) -> ApiError:
     return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 def _not_taken(error: BaseException) -> BaseException:
     """What a client is told when the scheduler does not take its prompt."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, MemoryError):
-        return overloaded(f"there is no memory for this prompt ({type(error).__name__})")
     if isinstance(error, ValueError | TypeError):
         return ApiError(400, str(error), param="prompt", code="context_length_exceeded")
-    return going_down() if isinstance(error, RuntimeError) else error
+    return _told(error)
+
+
+def _told(error: BaseException) -> BaseException:
+    """What a client is told of an error of the scheduler; itself where nothing is known of it, which is a failure of the server."""
+    if isinstance(error, Stopped):
+        return going_down()
+    if isinstance(error, MemoryError):
+        return overloaded(f"there is no memory for this prompt ({type(error).__name__})")
+    if isinstance(error, FloatingPointError):
+        message = "the model gives no finite numbers for this answer: its weights or what it makes of the prompt hold NaN or infinity"
+        return ApiError(500, message, code="not_finite")
+    return error

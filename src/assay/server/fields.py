@@ -7,6 +7,7 @@ given, and is allowed for any that is not required, unknown ones included.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -82,10 +83,16 @@ def refused(*neutral: Any) -> Field:
 
 
 def document(body: bytes) -> dict[str, Any]:
-    """The JSON object in the body of a request. Raises ApiError 400 for anything else, doubled names and NaN included."""
+    """The JSON object in the body of a request. Raises ApiError 400 for anything else: doubled names, NaN and 1e999 are none."""
 
     def no_constant(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
+
+    def finite(digits: str) -> float:
+        found = float(digits)
+        if not math.isfinite(found):
+            raise ValueError(f"{digits[:40]} is larger than any number here")
+        return found
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made: dict[str, Any] = {}
@@ -96,7 +103,9 @@ def document(body: bytes) -> dict[str, Any]:
         return made
 
     try:
-        found = json.loads(body.decode(), parse_constant=no_constant, object_pairs_hook=no_duplicates)
+        found = json.loads(
+            body.decode(), parse_constant=no_constant, parse_float=finite, object_pairs_hook=no_duplicates
+        )
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     except ValueError as error:

@@ -88,6 +88,8 @@ _STATS = (
     ("generated_tokens", "assay_generated_tokens_total", "counter", "Tokens generated."),
     ("preemptions", "assay_preemptions_total", "counter", "Answers that made room for others and were taken up again."),
     ("steps", "assay_steps_total", "counter", "Steps of the batch."),
+    ("drafted_tokens", "assay_drafted_tokens_total", "counter", "Tokens guessed, where the recipe speculates."),
+    ("accepted_tokens", "assay_accepted_tokens_total", "counter", "Of those, the ones that the model made its own."),
     (
         "close_choices",
         "assay_close_choices_total",

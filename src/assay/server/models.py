@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from assay.errors import InputError
 from assay.server import adapters
+from assay.server.backends import backend_for
 from assay.server.embeddings import POOLING
 from assay.server.engine import Engine
 from assay.server.errors import ApiError, no_model
-from assay.server.scheduler import Scheduler, backend_for
+from assay.server.scheduler import MOST_STEPS, Scheduler
 
 AUTO = "auto"  # the name that stands for whatever the router chooses
 
@@ -42,6 +44,7 @@ class Models:
         self._engines: dict[str, Engine] = {}
         self._sources: dict[str, str] = {}  # where a model came from, for its adapters
         self._parents: dict[str, str] = {}
+        self._leaving: weakref.WeakSet[Engine] = weakref.WeakSet()  # unloaded; some answers may still be made
         self._changing = threading.Lock()
 
     def __len__(self) -> int:
@@ -57,7 +60,9 @@ class Models:
         if scheduler is None:
             limit = {} if self.kv_gib is None else {"kv_gib": self.kv_gib}
             backend: Any = backend_for(model, tokenizer, **limit)
-            scheduler = Scheduler(backend, max_running=self.max_running, prefill_chunk=self.prefill_chunk)
+            scheduler = Scheduler(
+                backend, max_running=self.max_running, prefill_chunk=self.prefill_chunk, steps=MOST_STEPS
+            )
         else:
             backend = getattr(scheduler, "backend", None)
         engine = Engine(model, tokenizer, scheduler, name, recipe=recipe)
@@ -119,7 +124,9 @@ class Models:
                 )
             self._sources.pop(name, None)
             self._parents.pop(name, None)
-            return self._engines.pop(name)
+            engine = self._engines.pop(name)
+            self._leaving.add(engine)
+            return engine
 
     def of(self, document: Mapping[str, Any]) -> Engine:
         """The engine a request is for. Raises ApiError 404 for a model that is not here, 503 while there is none."""
@@ -127,17 +134,18 @@ class Models:
 
         wanted = document.get("model")
         name = "" if wanted is None else checked("model", text, wanted)
-        if not self._engines:
+        engines = dict(self._engines)  # as they are now: others may be loaded or unloaded meanwhile
+        if not engines:
             what = "the model is still loading" if self.loading else "no model is loaded"
             raise ApiError(503, what, code="loading" if self.loading else "no_model", headers={"Retry-After": "5"})
         if name == AUTO:
             name = self.router(document) if self.router is not None else ""
         if name == "":
-            return self._engines[self._first()]
-        if name not in self._engines:
-            known = ", ".join(map(repr, [*self._engines][:20]))
+            return next(iter(engines.values()))
+        if name not in engines:
+            known = ", ".join(map(repr, [*engines][:20]))
             raise no_model(f"no model {name[:100]!r} here; this server has {known}")
-        return self._engines[name]
+        return engines[name]
 
     def card(self, name: str) -> dict[str, Any]:
         """What /v1/models says of a model. Raises ApiError 404 if it is not here."""
@@ -163,7 +171,7 @@ class Models:
 
     def stop(self) -> None:
         """End all that runs at once; its clients are told. May be called from any thread."""
-        for engine in self.engines():
+        for engine in [*self.engines(), *self._leaving]:
             engine.stop()
 
     def close(self) -> None:

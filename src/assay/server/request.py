@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from assay import checks
+from assay.methods.builtin.decode_loop.choosing import MOST_K
 from assay.server import fields, messages
 from assay.server.errors import ApiError
 from assay.server.fields import Field, Fields
@@ -224,7 +225,7 @@ _METADATA = {"type": "object", "maxProperties": 16, "additionalProperties": {"ty
 
 
 def _top_k(name: str, value: Any) -> int:
-    return max(0, checks.whole(name, value, low=-1))
+    return max(0, checks.whole(name, value, low=-1, high=MOST_K))
 
 
 _STOPS = {"type": "string", "minLength": 1, "maxLength": STOP_CHARACTERS}
@@ -245,7 +246,9 @@ SAMPLING: Fields = {
 _COMMON: Fields = SAMPLING | {
     "min_tokens": fields.whole(0, low=0),
     "ignore_eos": fields.flag(False),
-    "top_k": Field(_top_k, {"type": "integer", "minimum": -1, "description": "-1 and 0: all tokens"}, 0),
+    "top_k": Field(
+        _top_k, {"type": "integer", "minimum": -1, "maximum": MOST_K, "description": "-1 and 0: all tokens"}, 0
+    ),
     "seed": fields.whole(None, low=-(2**63), high=2**64 - 1),
     "logit_bias": Field(_biases, _BIASES, {}),
     "presence_penalty": fields.number(0.0, low=-2, high=2),
@@ -440,7 +443,7 @@ def _tools(known: tuple[Tool, ...], choice: str | tuple[str] | None) -> tuple[tu
 
 
 def _free_of(given: Mapping[str, Any], name: str) -> None:
-    """Raise ApiError for what would have to go on after an answer that is complete in its form."""
-    for other in ("ignore_eos", "min_tokens"):
+    """Raise ApiError for what would have to go on after an answer that is complete in its form, and for what no such answer heeds."""
+    for other in ("ignore_eos", "min_tokens", "top_k"):
         if given[other]:
             raise ApiError(400, f"{other} does not go with {name}", param=other)

@@ -11,8 +11,8 @@ so neither preemption nor other rows change an answer. Rows that are submitted w
 share its pages; so do the n answers of one request, since a prompt is run before the next row is looked at.
 
 Greedy rows and rows that sample with temperature, top-k and top-p are the backend's to choose; rows with log-probabilities, penalties,
-a bias, a least length or a constraint are chosen here, from logits. Penalties are OpenAI's: mu[j] - c[j] * frequency - (c[j] > 0) *
-presence, c counting the answer's own tokens.
+a bias, a least length or a constraint are chosen here, from logits (`choosing`). A greedy row that runs alone is guessed for where the
+recipe speculates (`guessing`).
 """
 
 from __future__ import annotations
@@ -23,96 +23,25 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from assay import checks
-from assay.methods.builtin.decode_loop import Sampling
-from assay.methods.core.generation.paged import PAGE, Sequence
+from assay.methods.builtin.speculation import verify
+from assay.methods.core.generation.paged import PAGE, pages_for
 from assay.methods.core.generation.prefixes import Prefixes
-from assay.server.backends import Backend, backend_for, chosen
-
-__all__ = ["Backend", "Event", "Scheduler", "Settings", "Stats", "Stopped", "Ticket", "TokenInfo", "backend_for"]
+from assay.server.backends import Backend
+from assay.server.choosing import choose, infos_of, not_finite, uniforms_of
+from assay.server.guessing import Guesses
+from assay.server.rows import Event, Row, Settings, TokenInfo
 
 logger = logging.getLogger(__name__)
 
-COLDEST = 1e-5  # a temperature above 0 and under this is refused: dividing by it may overflow
 MOST_STEPS = 4  # steps to a call of the backend, at most: nobody is let in or leaves meanwhile
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How one answer's tokens are chosen. Greedy at temperature 0; the seed is any whole number of 64 bits.
-
-    `ends` are the tokens that end an answer, from its `min_tokens`-th token on. `logprobs` asks for the log-probability of each token
-    and the n best beside it, in the model's own distribution (temperature 1, no penalties or bias), `prompt_logprobs` for the same of
-    the prompt's tokens. `choose` replaces the choice: (logits (vocab,) float32 after bias and penalties, tokens made so far) -> token.
-    Raises ValueError or TypeError naming the setting that is wrong.
-    """
-
-    max_tokens: int
-    min_tokens: int = 0
-    ends: frozenset[int] = frozenset()
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logprobs: int | None = None
-    prompt_logprobs: bool = False
-    choose: Callable[[Tensor, list[int]], int] | None = None
-
-    def __post_init__(self) -> None:
-        checks.whole("max_tokens", self.max_tokens, low=0)
-        checks.whole("min_tokens", self.min_tokens, low=0, high=self.max_tokens)
-        for token in self.ends:
-            checks.whole("ends", token, low=0)
-        if 0 < checks.number("temperature", self.temperature, low=0) < COLDEST:
-            raise ValueError(f"temperature must be 0 (greedy) or at least {COLDEST}, got {self.temperature}")
-        checks.number("top_p", self.top_p, above=0, high=1)
-        checks.whole("top_k", self.top_k, low=0)
-        checks.whole("seed", self.seed, low=-(1 << 63), high=(1 << 64) - 1)
-        for token, bias in self.logit_bias.items():
-            checks.whole("logit_bias", token, low=0)
-            checks.number("logit_bias", bias)
-        checks.number("presence_penalty", self.presence_penalty)
-        checks.number("frequency_penalty", self.frequency_penalty)
-        if self.logprobs is not None:
-            checks.whole("logprobs", self.logprobs, low=0)
-        checks.flag("prompt_logprobs", self.prompt_logprobs)
-        if self.choose is not None and not callable(self.choose):
-            raise TypeError(f"choose must be a function or None, got {checks.shown(self.choose)}")
-
-
-@dataclass(frozen=True)
-class TokenInfo:
-    """A token, its log-probability, and the most probable tokens with theirs, best first."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a row has to say: new tokens (an end token included), and with the last of them why it ended; or an error.
-
-    `infos` has one entry a token where log-probabilities were asked for. `prompt_infos` comes with the first event where asked for, one
-    entry a token of the prompt, None for the first. `cached_tokens` are those of the prompt that were not computed anew.
-    """
-
-    tokens: tuple[int, ...] = ()
-    infos: tuple[TokenInfo, ...] = ()
-    prompt_infos: tuple[TokenInfo | None, ...] | None = None
-    finish: Literal["stop", "length"] | None = None
-    error: Exception | None = None
-    cached_tokens: int = 0
+BURST = 0.025  # seconds that such a call may take, about: what comes at once then still reads as a steady stream; our choice
 
 
 @dataclass(frozen=True)
@@ -121,7 +50,8 @@ class Stats:
 
     `kv_used` and `kv_total` are tokens of the budget; `kv_kept`, part of `kv_used`, are prefixes kept for later. Each row submitted is
     waiting, running (its prompt may still be run), finished, cancelled or failed. `generated_tokens` are those made, `recomputed_tokens`
-    those that preempted rows had to run when they came back. `batch_sizes` counts decode steps by their rows.
+    those that preempted rows had to run when they came back, `accepted_tokens` those of `drafted_tokens` that the model made its own.
+    `batch_sizes` counts decode steps by their rows.
     """
 
     waiting: int
@@ -139,6 +69,8 @@ class Stats:
     recomputed_tokens: int
     preemptions: int
     steps: int
+    drafted_tokens: int
+    accepted_tokens: int
     close_choices: int
     batch_sizes: Mapping[int, int]
 
@@ -147,45 +79,10 @@ class Stopped(RuntimeError):
     """The scheduler is stopping: it takes nothing more, and what it could not finish ends with this."""
 
 
-@dataclass(eq=False)
-class _Row:
-    ids: list[int]
-    settings: Settings
-    on_event: Callable[[Event], None]
-    sampling: Sampling | None
-    uniforms: Any  # (max_tokens,) float64 in [0, 1) where it samples
-    special: bool  # its tokens are chosen here, from logits
-    made: list[int] = field(default_factory=list)
-    sequence: Sequence | None = None
-    first: Tensor | None = None  # logits (1, vocab) after the prompt, for rows with the same one
-    adjust: Tensor | None = None  # (vocab,) what bias and penalties add
-    seen: set[int] = field(default_factory=set)  # tokens that a presence penalty has met
-    prompt_infos: list[TokenInfo | None] | None = None  # until they are told
-    cached: int = 0
-    known: bool = False  # its prompt has been counted
-    left: bool = False
-
-    def tokens(self) -> int:
-        """Tokens in memory before the next step: the prompt and all that was made but the last."""
-        return len(self.ids) + max(0, len(self.made) - 1)
-
-    def pages(self) -> int:
-        """The most pages it can come to use."""
-        return _pages(len(self.ids) + max(0, self.settings.max_tokens - 1))
-
-    def held_back(self) -> bool:
-        """Whether it may not end yet."""
-        return len(self.made) < self.settings.min_tokens and bool(self.settings.ends)
-
-    def wants_prompt(self) -> bool:
-        """Whether all of its prompt's logits are needed."""
-        return self.settings.prompt_logprobs and not self.made
-
-
 class Ticket:
     """A row that was submitted."""
 
-    def __init__(self, scheduler: Scheduler, row: _Row) -> None:
+    def __init__(self, scheduler: Scheduler, row: Row) -> None:
         self._scheduler, self._row = scheduler, row
 
     def cancel(self) -> None:
@@ -199,7 +96,8 @@ class Scheduler:
 
     At most `max_running` rows at a time. Prompts are run in pieces of `prefill_chunk` tokens, a multiple of the page, cut at multiples
     of it from the prompt's start; that many tokens, one piece at least, go between two decode steps. `steps` (1 to 4) lets the
-    backend take so many steps a call while nobody waits and it chooses all tokens: fewer calls, but tokens come in bursts. With
+    backend take so many steps a call while nobody waits, it chooses all tokens, and the call takes about 25 ms at most by the pace of the
+    last one: fewer calls, but tokens come in bursts. With
     `start=False` there is no thread: call `turn`.
     Raises ValueError or TypeError for numbers out of range.
     """
@@ -214,12 +112,13 @@ class Scheduler:
         if self.chunk % PAGE:
             raise ValueError(f"prefill_chunk must be a multiple of {PAGE}, the page, got {prefill_chunk}")
         self.steps = checks.whole("steps", steps, low=1, high=MOST_STEPS)
+        self._pace = 0.0  # seconds a step, by the last call
         self._prefixes = Prefixes(backend.pool) if backend.shares else None
-        self._inbox: deque[_Row] = deque()  # what other threads submit
-        self._queue: deque[_Row] = deque()
-        self._filling: _Row | None = None  # its prompt is being run
-        self._running: list[_Row] = []  # in the order they were let in
-        self._blocked: _Row | None = None  # the first of the queue, when it did not fit and no page was freed since
+        self._inbox: deque[Row] = deque()  # what other threads submit
+        self._queue: deque[Row] = deque()
+        self._filling: Row | None = None  # its prompt is being run
+        self._running: list[Row] = []  # in the order they were let in
+        self._blocked: Row | None = None  # the first of the queue, when it did not fit and no page was freed since
         self._counts: Counter[str] = Counter()
         self._batch_sizes: Counter[int] = Counter()
         self._wake = threading.Condition()
@@ -259,7 +158,7 @@ class Scheduler:
         if positions is not None and total > positions:
             asked = f"{len(ids)} of the prompt and max_tokens {settings.max_tokens}"
             raise ValueError(f"ids and max_tokens must fit the model's {positions} positions, got {asked}")
-        row = _row(ids, settings, on_event)
+        row = Row.of(ids, settings, on_event)
         if row.pages() > self.backend.pool.pages:
             budget = f"{self.backend.pool.pages} pages of {PAGE} tokens"
             raise ValueError(
@@ -278,7 +177,8 @@ class Scheduler:
         """Take nothing more, finish what is there within `drain_s` seconds, end the rest with Stopped, and return when all is done."""
         drain_s = checks.number("drain_s", drain_s, low=0)
         with self._wake:
-            self._stopping, self._deadline = True, time.monotonic() + drain_s
+            self._deadline = time.monotonic() + drain_s  # first: the thread reads both without the lock
+            self._stopping = True
             self._wake.notify()
         if self._thread is None:
             while time.monotonic() < self._deadline and self.turn():
@@ -290,7 +190,8 @@ class Scheduler:
     def stats(self) -> Stats:
         """A snapshot; its numbers are of one moment up to the step that may be going on."""
         pool, counts = self.backend.pool, self._counts
-        names = "submitted finished cancelled failed prompt_tokens cached_tokens generated_tokens recomputed_tokens preemptions steps"
+        names = "submitted finished cancelled failed prompt_tokens cached_tokens generated_tokens recomputed_tokens preemptions steps "
+        names += "drafted_tokens accepted_tokens"
         return Stats(
             waiting=len(self._inbox) + len(self._queue),
             running=len(self._running) + (self._filling is not None),
@@ -316,10 +217,14 @@ class Scheduler:
             with self._wake:
                 while not (going or self._inbox or self._stopping):
                     self._wake.wait()
-            if self._stopping and (time.monotonic() >= self._deadline or not (going or self._inbox)):
+            if self._over() or (self._stopping and not (going or self._inbox)):
                 break
             going = self.turn()
         self._end_all(Stopped("the scheduler is stopping"))
+
+    def _over(self) -> bool:
+        """Whether nothing more is to be done, finished or not."""
+        return self._stopping and time.monotonic() >= self._deadline
 
     @torch.inference_mode()
     def turn(self) -> bool:
@@ -344,10 +249,10 @@ class Scheduler:
                 self._drop(row)
                 self._counts["cancelled"] += 1
 
-    def _let_in(self) -> list[_Row]:
+    def _let_in(self) -> list[Row]:
         return self._running + ([self._filling] if self._filling is not None else [])
 
-    def _drop(self, row: _Row) -> None:
+    def _drop(self, row: Row) -> None:
         """Out of wherever it is, and its pages free."""
         if row is self._filling:
             self._filling = None
@@ -357,14 +262,14 @@ class Scheduler:
             self._queue.remove(row)
         self._release(row)
 
-    def _release(self, row: _Row) -> None:
+    def _release(self, row: Row) -> None:
         if row.sequence is not None:
             self.backend.end(row.sequence)
             self.backend.pool.release(row.sequence.pages)
         row.sequence = row.first = None
         self._blocked = None
 
-    def _fail(self, rows: list[_Row], error: Exception) -> None:
+    def _fail(self, rows: list[Row], error: Exception) -> None:
         for row in rows:
             self._drop(row)
             self._counts["failed"] += 1
@@ -377,7 +282,7 @@ class Scheduler:
         if self._prefixes is not None:
             self._prefixes.clear()
 
-    def _tell(self, row: _Row, event: Event) -> None:
+    def _tell(self, row: Row, event: Event) -> None:
         try:
             row.on_event(event)
         except Exception:
@@ -397,8 +302,8 @@ class Scheduler:
         if row is self._blocked:
             return False
         twin, shared, start = self._found(row)
-        need = _pages(row.tokens()) - len(shared)
-        reserve = min(len(self._running) + 1, row.pages() - _pages(row.tokens())) if self._running else 0
+        need = pages_for(row.tokens()) - len(shared)
+        reserve = min(len(self._running) + 1, row.pages() - pages_for(row.tokens())) if self._running else 0
         if shared:
             pool.hold(shared)
         if not self._make_free(need + reserve):
@@ -412,7 +317,7 @@ class Scheduler:
         if twin is not None and len(row.ids) % PAGE:  # the prompt's last page, which both go on writing
             assert twin.sequence is not None
             pages.append(pool.copy(twin.sequence.pages[len(shared)]))
-        pages += pool.take(_pages(row.tokens()) - len(pages))
+        pages += pool.take(pages_for(row.tokens()) - len(pages))
         row.prompt_infos = [None] if row.wants_prompt() else None
         row.first = None if twin is None else twin.first
         if not row.known:
@@ -423,7 +328,7 @@ class Scheduler:
             self._counts["recomputed_tokens"] += row.tokens() - start
         return True
 
-    def _found(self, row: _Row) -> tuple[_Row | None, list[int], int]:
+    def _found(self, row: Row) -> tuple[Row | None, list[int], int]:
         """Pages that hold the beginning of a row's prompt, how many tokens that is, and the row that has the same prompt, if any.
 
         The beginning ends at a multiple of the chunk, so that what is computed after it is the same as without it, and before the last
@@ -451,7 +356,7 @@ class Scheduler:
     def _fill(self) -> None:
         """Run prompts: a chunk of tokens while rows are decoding, else until one is."""
         spent = 0
-        while True:
+        while not self._over():
             if self._filling is None and not self._admit():
                 return
             row = self._filling
@@ -468,7 +373,7 @@ class Scheduler:
             elif not self._running:
                 self._clear()
 
-    def _piece(self, row: _Row) -> list[int]:
+    def _piece(self, row: Row) -> list[int]:
         """The next tokens of a row's prompt, or of what it had made before it was preempted."""
         assert row.sequence is not None
         length, prompt = row.sequence.length, len(row.ids)
@@ -476,7 +381,7 @@ class Scheduler:
             return row.made[length - prompt : -1][: self.chunk]
         return row.ids[length : (length // self.chunk + 1) * self.chunk] if self.backend.pieces else row.ids[length:]
 
-    def _run_piece(self, row: _Row, piece: list[int]) -> bool:
+    def _run_piece(self, row: Row, piece: list[int]) -> bool:
         """Run a piece; False when that failed, which ends the row."""
         assert row.sequence is not None
         length, prompt = row.sequence.length, len(row.ids)
@@ -490,7 +395,7 @@ class Scheduler:
             )
             if row.prompt_infos is not None:
                 following = row.ids[length + 1 : length + len(piece) + 1]
-                row.prompt_infos += _infos(logits[: len(following)], following, row.settings.logprobs or 0)
+                row.prompt_infos += infos_of(logits[: len(following)], following, row.settings.logprobs or 0)
             if last:
                 row.first = logits[-1:].clone()
         except Exception as error:
@@ -499,7 +404,7 @@ class Scheduler:
             return False
         return True
 
-    def _filled(self, row: _Row) -> None:
+    def _filled(self, row: Row) -> None:
         """A prompt is there: it is kept for others, those with the same prompt that come next join it, and all make their first token."""
         assert row.sequence is not None
         self._filling = None
@@ -520,7 +425,7 @@ class Scheduler:
         if starting := [row for row in new if row.settings.max_tokens]:
             self._choose(starting, torch.cat([row.first for row in starting if row.first is not None]))
 
-    def _twins(self, row: _Row, other: _Row) -> bool:
+    def _twins(self, row: Row, other: Row) -> bool:
         return (
             self._prefixes is not None
             and not (other.made or other.left or other.wants_prompt())
@@ -530,6 +435,8 @@ class Scheduler:
     # ---- decoding
 
     def _step(self) -> None:
+        if (draft := self._guess()) and self._verify(self._running[0], draft):
+            return
         steps = self._steps_now()
         self._make_room(steps)
         rows = list(self._running)
@@ -538,13 +445,14 @@ class Scheduler:
         ours = [row.special or row.held_back() for row in rows]  # whose tokens are chosen here
         sampling = [None if own else row.sampling for row, own in zip(rows, ours, strict=True)]
         drawn = any(how is not None for how in sampling)
+        began = time.monotonic()
         try:
             answers, logits = self.backend.run(
                 [row.sequence for row in rows if row.sequence is not None],
                 [row.made[-1] for row in rows],
                 steps,
                 sampling=sampling if drawn else None,
-                uniforms=_uniforms(rows, steps) if drawn else None,
+                uniforms=uniforms_of(rows, steps) if drawn else None,
                 want_logits=any(ours),
             )
             tokens = answers.tolist()
@@ -552,6 +460,7 @@ class Scheduler:
             logger.warning("a step failed; its rows end", exc_info=True)
             self._fail(rows, error)
             return
+        self._pace = (time.monotonic() - began) / steps
         self._counts["steps"] += steps
         self._batch_sizes[len(rows)] += steps
         for row, mine, made in zip(rows, ours, tokens, strict=True):
@@ -561,31 +470,65 @@ class Scheduler:
             self._choose([rows[i] for i in own], logits[own])
 
     def _steps_now(self) -> int:
-        """Steps of the next call: more than one only where nobody waits, the backend chooses all tokens, and pages are free."""
-        if self.steps == 1 or self._queue or self._inbox or self._filling is not None:
+        """Steps of the next call: more than one only where nobody waits, the backend chooses all tokens, and pages and time allow it."""
+        most = min(self.steps, int(BURST / max(self._pace, 1e-9)))
+        if most <= 1 or self._queue or self._inbox or self._filling is not None:
             return 1
         if any(row.special or row.held_back() for row in self._running):
             return 1
-        steps = min(self.steps, *(row.settings.max_tokens - len(row.made) for row in self._running))
-        return steps if self._short(steps) <= self.backend.pool.free else 1
+        steps = min(most, *(row.settings.max_tokens - len(row.made) for row in self._running))
+        return steps if self._lacking(steps) <= self.backend.pool.free else 1
 
-    def _short(self, steps: int) -> int:
+    def _guess(self) -> list[int]:
+        """A draft for the only row that runs, if the recipe speculates, the row is greedy, and there are pages for it."""
+        if self.backend.speculation is None or len(self._running) != 1:
+            return []
+        (row,) = self._running
+        if row.sampling is not None or row.special or row.held_back():
+            return []
+        if row.guesses is None:
+            row.guesses = Guesses(self.backend.speculation)
+        draft: list[int] = row.guesses.next(row)
+        return draft if draft and self._make_free(row.lacks(1 + len(draft))) else []
+
+    def _verify(self, row: Row, draft: list[int]) -> bool:
+        """Let the model decide about a draft: a pass over all of it, of which what it would have made itself is kept.
+
+        False, and nothing has changed, where the logits are not finite: that may be the draft's fault.
+        """
+        assert row.sequence is not None
+        self._make_room(1 + len(draft))
+        before = row.sequence.length
+        try:
+            logits = self.backend.verify(row.sequence, [row.made[-1], *draft])
+        except FloatingPointError:
+            row.guesses.seen(len(draft), 0)
+            return False
+        except Exception as error:
+            logger.warning("a draft failed; its row ends", exc_info=True)
+            self._fail([row], error)
+            return True
+        made = verify(logits, draft, None, None, None)
+        row.sequence.length = before + len(made)
+        row.guesses.seen(len(draft), len(made) - 1)
+        self._counts["steps"] += 1
+        self._batch_sizes[1] += 1
+        self._counts["drafted_tokens"] += len(draft)
+        self._counts["accepted_tokens"] += len(made) - 1
+        self._take(row, made)
+        return True
+
+    def _lacking(self, steps: int) -> int:
         """Pages that running rows lack for so many steps."""
-        return sum(
-            max(0, _pages(row.sequence.length + steps) - len(row.sequence.pages))
-            for row in self._running
-            if row.sequence is not None
-        )
+        return sum(row.lacks(steps) for row in self._running)
 
     def _make_room(self, steps: int) -> None:
         """Give every running row the pages for the next steps, at the cost of unused prefixes, then of the row let in last."""
-        while not self._make_free(self._short(steps)):
+        while not self._make_free(self._lacking(steps)):
             self._preempt()
         for row in self._running:
             assert row.sequence is not None
-            lacking = _pages(row.sequence.length + steps) - len(row.sequence.pages)
-            if lacking > 0:
-                row.sequence.pages += self.backend.pool.take(lacking)
+            row.sequence.pages += self.backend.pool.take(row.lacks(steps))
 
     def _preempt(self) -> None:
         row = self._filling if self._filling is not None else self._running[-1]
@@ -595,54 +538,29 @@ class Scheduler:
 
     # ---- tokens
 
-    def _take(self, row: _Row, tokens: list[int]) -> None:
-        """What the backend chose for a row, which may end before the last of it."""
+    def _take(self, row: Row, tokens: list[int]) -> None:
+        """What the backend chose for a row, which may end before the last of it; -1 where its logits were not finite."""
         for i, token in enumerate(tokens):
-            if not 0 <= token < self.backend.vocab:
-                self._fail([row], FloatingPointError(f"the model chose no token of its vocabulary but {token}"))
+            if token < 0:
+                if i:
+                    self._give(row, tokens[:i], [])
+                self._fail([row], not_finite())
                 return
             if token in row.settings.ends:
                 tokens = tokens[: i + 1]
                 break
         self._give(row, tokens, [])
 
-    def _choose(self, rows: list[_Row], logits: Tensor) -> None:
-        """Choose a token for each row from the model's logits (rows, vocab), which are left as they are."""
-        adjusted = logits
-        if any(row.held_back() or _adjusts(row.settings) or row.settings.choose is not None for row in rows):
-            adjusted = logits.clone()
-            for row, scores in zip(rows, adjusted, strict=True):
-                _adjust(row, scores)
-        finite = torch.isfinite(adjusted.amax(1)).tolist()
-        sampling = [None if row.settings.choose is not None else row.sampling for row in rows]
-        drawn = any(how is not None for how in sampling)
-        tokens = chosen(adjusted, sampling, _uniforms(rows, 1)[:, 0] if drawn else None).tolist()
-        failed: dict[int, Exception] = {}
-        for i, row in enumerate(rows):
-            try:
-                if not finite[i]:
-                    raise FloatingPointError("the model's logits are not finite")
-                if row.settings.choose is not None:
-                    token = row.settings.choose(adjusted[i], list(row.made))
-                    tokens[i] = checks.whole("choose", token, low=0, high=self.backend.vocab - 1)
-            except Exception as error:
-                failed[i] = error
-        telling = [i for i, row in enumerate(rows) if row.settings.logprobs is not None and i not in failed]
-        infos: dict[int, TokenInfo] = {}
-        if telling:
-            most = max(rows[i].settings.logprobs or 0 for i in telling)
-            found = _infos(logits[telling], [tokens[i] for i in telling], most)
-            infos = dict(zip(telling, found, strict=True))
-        for i, row in enumerate(rows):
-            if i in failed:
-                self._fail([row], failed[i])
-                continue
-            _count(row, tokens[i])
-            info = infos.get(i)
-            told = [] if info is None else [TokenInfo(info.token, info.logprob, info.top[: row.settings.logprobs])]
-            self._give(row, [tokens[i]], told)
+    def _choose(self, rows: list[Row], logits: Tensor) -> None:
+        """Choose a token for each row from the model's logits (rows, vocab)."""
+        for row, found in zip(rows, choose(rows, logits), strict=True):
+            if isinstance(found, Exception):
+                self._fail([row], found)
+            else:
+                token, told = found
+                self._give(row, [token], told)
 
-    def _give(self, row: _Row, tokens: list[int], infos: list[TokenInfo]) -> None:
+    def _give(self, row: Row, tokens: list[int], infos: list[TokenInfo]) -> None:
         """Hand new tokens to a row's client; the row leaves when they were its last."""
         row.made += tokens
         self._counts["generated_tokens"] += len(tokens)
@@ -657,63 +575,3 @@ class Scheduler:
             self._drop(row)
             self._counts["finished"] += 1
         self._tell(row, Event(tuple(tokens), tuple(infos), prompt, finish, None, row.cached))
-
-
-def _row(ids: list[int], settings: Settings, on_event: Callable[[Event], None]) -> _Row:
-    samples = settings.temperature > 0 and settings.choose is None
-    sampling = Sampling(settings.temperature, settings.top_k, settings.top_p) if samples else None
-    stream = np.random.Generator(np.random.Philox(key=settings.seed % (1 << 64))) if samples else None
-    uniforms = None if stream is None else stream.random(settings.max_tokens)
-    special = settings.logprobs is not None or settings.choose is not None or _adjusts(settings)
-    return _Row(ids, settings, on_event, sampling, uniforms, special)
-
-
-def _pages(tokens: int) -> int:
-    return -(-tokens // PAGE)
-
-
-def _uniforms(rows: list[_Row], steps: int) -> Tensor:
-    """(rows, steps) float64: the numbers that decide each row's next tokens, zero where nothing is drawn."""
-    table = np.zeros((len(rows), steps))
-    for line, row in zip(table, rows, strict=True):
-        if row.uniforms is not None:
-            line[:] = row.uniforms[len(row.made) : len(row.made) + steps]
-    return torch.from_numpy(table)
-
-
-def _adjusts(settings: Settings) -> bool:
-    return bool(settings.logit_bias or settings.presence_penalty or settings.frequency_penalty)
-
-
-def _adjust(row: _Row, scores: Tensor) -> None:
-    """Add bias and penalties to a row's logits (vocab,), and take its end tokens out while it may not end."""
-    settings = row.settings
-    if _adjusts(settings):
-        if row.adjust is None:
-            row.adjust = torch.zeros(len(scores))
-            for token, bias in settings.logit_bias.items():
-                row.adjust[token] = bias
-        scores += row.adjust
-    if row.held_back():
-        scores[list(settings.ends)] = -torch.inf
-
-
-def _count(row: _Row, token: int) -> None:
-    """The penalties of one more token."""
-    settings = row.settings
-    if row.adjust is not None and (settings.presence_penalty or settings.frequency_penalty):
-        row.adjust[token] -= settings.frequency_penalty + (0.0 if token in row.seen else settings.presence_penalty)
-        row.seen.add(token)
-
-
-def _infos(logits: Tensor, tokens: list[int], most: int) -> list[TokenInfo]:
-    """What the model's logits (rows, vocab) say of one token a row, and of the `most` best beside it."""
-    if not tokens:
-        return []
-    known = torch.tensor(tokens)
-    total = logits.logsumexp(1, keepdim=True)
-    found = (logits.gather(1, known[:, None]) - total)[:, 0].tolist()
-    best = logits.topk(most)
-    values, indices = (best.values - total).tolist(), best.indices.tolist()
-    rows = zip(tokens, found, indices, values, strict=True)
-    return [TokenInfo(token, logprob, tuple(zip(top, at, strict=True))) for token, logprob, top, at in rows]

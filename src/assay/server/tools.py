@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,8 @@ class ToolReader:
             arguments = json.loads(arguments, parse_constant=_no_constant)
         if name not in self.names or not isinstance(arguments, dict):
             raise ValueError("no call")
-        return Call(f"call_{uuid.uuid4().hex[:24]}", name, json.dumps(arguments, ensure_ascii=False))
+        told = json.dumps(arguments, ensure_ascii=False, allow_nan=False)  # 1e999 is read as infinity
+        return Call(f"call_{uuid.uuid4().hex[:24]}", name, told)
 
 
 def _no_constant(name: str) -> None:
@@ -117,14 +118,40 @@ def names_calls(template: str) -> bool:
 
 
 def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
-    """The JSON schema of a call of one of the `tools`, for an answer that must be one."""
+    """The JSON schema of a call of one of the `tools`, for an answer that must be one.
+
+    The tools' own schemas are among its `$defs`, and what they refer to within themselves is found there.
+    """
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"type": "string", "enum": [tool.name]}, "arguments": dict(tool.parameters)},
+            "properties": {
+                "name": {"type": "string", "enum": [tool.name]},
+                "arguments": {"$ref": f"#/$defs/{tool.name}"},
+            },
             "required": ["name", "arguments"],
             "additionalProperties": False,
         }
         for tool in tools
     ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+    own = {tool.name: _within(tool.parameters, f"#/$defs/{tool.name}") for tool in tools}
+    return {**(calls[0] if len(calls) == 1 else {"anyOf": calls}), "$defs": own}
+
+
+def _within(schema: Any, place: str) -> Any:
+    """A schema as part of another, at `place`: what it refers to within itself is looked for there."""
+    if isinstance(schema, list):
+        return [_within(one, place) for one in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    moved: dict[str, Any] = {}
+    for word, part in schema.items():
+        if word in ("enum", "const", "default", "examples"):  # values, no schemas
+            moved[word] = part
+        elif word in ("properties", "$defs", "definitions") and isinstance(part, Mapping):  # schemas by any names
+            moved[word] = {name: _within(one, place) for name, one in part.items()}
+        elif word == "$ref" and isinstance(part, str) and part.startswith("#"):
+            moved[word] = place + part[1:]
+        else:
+            moved[word] = _within(part, place)
+    return moved

@@ -5,6 +5,9 @@ load. So the recipe is found, and its quality proven, for throughput, as `assay.
 started with the model as loaded and with the tuned one, and with one of its settings after the other changed. Each gets a block of
 requests from a number of clients, which only chooses. What was chosen is proven against the model as loaded with default settings
 (`prove`): both run at once, one stopped while the other is loaded, a block each in turn, and the ratio has the interval of those pairs.
+
+A journal beside that of tuning (`journal_of`) keeps what was tuned and each look, so that an interrupted run goes on from there; the
+proof is made anew, since its pairs belong together.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import json
 import os
 import sys
 import time
@@ -26,6 +30,9 @@ from assay.loadtest.generator import Block, Load, Measured, drive, order
 from assay.loadtest.process import ServerProcess, free_port
 from assay.loadtest.report import Slo, comparison, figures
 from assay.loadtest.traces import Lengths, Prompts, Request, alike, made_up
+from assay.tuner.artefact import RECIPE
+from assay.tuner.journal import Journal, file_hash, identity, model_hash
+from assay.tuner.work import Settings
 
 START_SECONDS = 300.0  # that a server has to load its model
 LOOKING = 0.5  # share of the time that choosing may take
@@ -56,6 +63,7 @@ class Candidate:
 
 
 Start = Callable[[Candidate], ServerProcess]
+Look = Callable[[Candidate], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,33 @@ def starter(folder: Path) -> Start:
     return start
 
 
+def journal_of(output: Path, settings: Settings, slo: Slo, clients: int, resume: bool, say: Say) -> Journal:
+    """The journal of a run for goodput, whose recipe is tuned with `settings`. Raises as `Journal` and `identity`."""
+    head = identity(settings)
+    head["settings"] |= {"slo": vars(slo), "clients": clients}
+    return Journal(output.parent / f".{output.name}.goodput.jsonl", head, resume, 0.0, say)
+
+
+def tuned(journal: Journal, output: Path, tune: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The document of tuning: that of the interrupted run, if what it saved in `output` is there as it was, else that of `tune()`."""
+    known = journal.old.get("tuned")
+    if known is None or known["artefact"] != _contents(str(output)):
+        document = json.loads(json.dumps(tune(), default=str))
+        known = {"document": document, "artefact": _contents(str(output))}
+        journal.add("tuned", known)
+    found: dict[str, Any] = known["document"]
+    return found
+
+
+def _contents(model: str) -> str:
+    """What a model is known by: the hashes of its files and its recipe, or its name where it is no folder."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    recipe = folder / RECIPE
+    return f"{model_hash(folder)} {file_hash(recipe) if recipe.is_file() else ''}".strip()
+
+
 def best_served(
     models: Mapping[str, str],
     slo: Slo,
@@ -108,22 +143,26 @@ def best_served(
     settings: Mapping[str, tuple[int, ...]] = SETTINGS,
     minutes: float = 10.0,
     say: Say = lambda _: None,
+    journal: Journal | None = None,
 ) -> dict[str, Any]:
     """The settings, and which of the `models` (names and what to serve, the first as loaded), that give the best goodput; as JSON.
 
     `best` is what was chosen, `helped` whether it is better than the first model with default settings for certain (the low end of
     the ratio's interval is above 1), `ratio` that interval, None where not every block had a request within the limits; `looked` holds all
-    that was tried. Raises InputError when there are no models, and AssayError when the first one cannot be served.
+    that was tried. Looks that are in the `journal` are not taken again. Raises InputError when there are no models, and AssayError
+    when the first one cannot be served.
     """
     if not models:
         raise InputError("there must be a model to serve")
     begin = time.monotonic()
     baseline, *others = (Candidate(name, model) for name, model in models.items())
     looked: list[dict[str, Any]] = []
-    best = max((_looked(one, clients, slo, start, looked, say) for one in (baseline, *others)), key=_score)
-    if _score(best) < (0, 0):
-        raise AssayError(f"{baseline.model} cannot be served: {looked[0]['error']}")
-    chosen = _with_settings(best, settings, clients, slo, start, looked, begin + 60 * LOOKING * minutes, say)
+    look = functools.partial(_looked, clients=clients, slo=slo, start=start, looked=looked, say=say, journal=journal)
+    best = look(baseline)
+    if best["error"]:
+        raise AssayError(f"{baseline.model} cannot be served: {best['error']}")
+    best = max([best, *map(look, others)], key=_score)
+    chosen = _with_settings(best, settings, look, begin + 60 * LOOKING * minutes, say)
     pair = [baseline] if chosen == baseline else [baseline, chosen]
     tested = prove(pair, clients, start, begin + 60 * minutes, say)
     rows = [figures(one, Load(concurrency=clients.count, requests=clients.count), slo) for one in tested]
@@ -149,14 +188,7 @@ def best_served(
 
 
 def _with_settings(
-    best: dict[str, Any],
-    settings: Mapping[str, tuple[int, ...]],
-    clients: Clients,
-    slo: Slo,
-    start: Start,
-    looked: list[dict[str, Any]],
-    deadline: float,
-    say: Say,
+    best: dict[str, Any], settings: Mapping[str, tuple[int, ...]], look: Look, deadline: float, say: Say
 ) -> Candidate:
     """The best candidate with one setting after the other changed to the value that is best for it, while there is time."""
     for name, values in settings.items():
@@ -166,7 +198,7 @@ def _with_settings(
                 say("no time is left to look at further settings")
                 return _chosen(best)
             one = Candidate(so_far.name, so_far.model, {**so_far.settings, name: value})
-            best = max(best, _looked(one, clients, slo, start, looked, say), key=_score)
+            best = max(best, look(one), key=_score)
     return _chosen(best)
 
 
@@ -181,23 +213,37 @@ def _score(found: dict[str, Any]) -> tuple[float, float]:
 
 
 def _looked(
-    candidate: Candidate, clients: Clients, slo: Slo, start: Start, looked: list[dict[str, Any]], say: Say
+    candidate: Candidate,
+    *,
+    clients: Clients,
+    slo: Slo,
+    start: Start,
+    looked: list[dict[str, Any]],
+    say: Say,
+    journal: Journal | None,
 ) -> dict[str, Any]:
     """A look at a candidate, noted in `looked`: one block, or why there is none."""
-    requests = (each[0] for each in clients.requests(len(looked), 1))
-    row: dict[str, Any] = {"label": candidate.label(), "goodput": -1.0, "tokens_per_second": -1.0, "error": ""}
-    say(f"serving {candidate.label()}")
-    try:
-        with _serving(candidate, start) as process:
-            block = _load(process, requests, clients)
-        row["goodput"] = sum(map(slo.met, block.samples)) / block.seconds
-        row["tokens_per_second"] = sum(s.answer.tokens for s in block.samples if s.answer is not None) / block.seconds
-    except AssayError as error:
-        row["error"] = str(error)
-    said = row["error"] or f"{row['goodput']:.2f} requests/s within the limits, {row['tokens_per_second']:.0f} tokens/s"
+
+    def row() -> dict[str, Any]:
+        requests = (each[0] for each in clients.requests(len(looked), 1))
+        say(f"serving {candidate.label()}")
+        try:
+            with _serving(candidate, start) as process:
+                block = _load(process, requests, clients)
+        except AssayError as error:
+            return {"goodput": -1.0, "tokens_per_second": -1.0, "error": str(error), "status": "failed"}
+        goodput = sum(map(slo.met, block.samples)) / block.seconds
+        tokens = sum(s.answer.tokens for s in block.samples if s.answer is not None)
+        return {"goodput": goodput, "tokens_per_second": tokens / block.seconds, "error": "", "status": "ok"}
+
+    key = f"look at {candidate.label()} of {_contents(candidate.model)}"
+    found = {"label": candidate.label()} | (row() if journal is None else journal.get(key, row))
+    said = found["error"] or (
+        f"{found['goodput']:.2f} requests/s within the limits, {found['tokens_per_second']:.0f} tokens/s"
+    )
     say(f"{candidate.label()}: {said}")
-    looked.append(row)
-    return {**row, "candidate": candidate}
+    looked.append(found)
+    return {**found, "candidate": candidate}
 
 
 def prove(candidates: list[Candidate], clients: Clients, start: Start, deadline: float, say: Say) -> list[Measured]:

@@ -278,6 +278,8 @@ def test_what_run_says_of_ways_to_choose(model):
             run(**more)
     for settings, error in (
         ({"temperature": 0}, ValueError),
+        ({"temperature": 1e-39}, ValueError),  # its inverse is no float32
+        ({"top_k": 10**400}, ValueError),
         ({"temperature": float("nan")}, ValueError),
         ({"top_k": -1}, ValueError),
         ({"top_k": 2.5}, TypeError),
@@ -295,6 +297,7 @@ def test_draw_takes_a_way_for_each_row(load, monkeypatch):
     logits, uniforms = torch.randn(3, 50), torch.rand(3, dtype=torch.float64)
     ways = [None, Sampling(0.5, top_k=1), Sampling(2.0, top_p=0.0)]
     assert torch.equal(dl.draw(logits, ways, uniforms), logits.argmax(1))
+    assert torch.equal(dl.draw(logits, Sampling(1e-30), uniforms), logits.argmax(1))
     assert torch.equal(dl.draw(logits, None), logits.argmax(1))
     mixed = dl.draw(logits, [None, Sampling(), Sampling(1.3)], uniforms)
     assert mixed[0] == logits[0].argmax()

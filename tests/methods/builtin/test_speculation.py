@@ -288,6 +288,7 @@ def test_probabilities_of_a_sampling():
     kept = torch.tensor([1.0, -torch.inf, -torch.inf, 2.0, -torch.inf]).double().softmax(0)
     torch.testing.assert_close(probabilities(logits, Sampling(top_k=2)), kept)
     torch.testing.assert_close(probabilities(logits, Sampling(top_p=0.8)), kept)  # 0.64 + 0.24 passes 0.8
+    assert probabilities(logits, Sampling(top_p=0.0)).tolist() == [0, 0, 0, 1, 0]  # as transformers' own warper has it
 
 
 def test_verify_says_what_is_wrong():

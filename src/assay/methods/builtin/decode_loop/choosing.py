@@ -11,12 +11,16 @@ from torch import Tensor
 from assay import checks
 from assay.methods.core import kernels
 
+COLDEST = 1e-30
+MOST_K = (1 << 31) - 1  # which no vocabulary reaches
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How a token is drawn: temperature first, then top-k (0: off), then top-p (1: off).
 
-    Raises TypeError or ValueError for a temperature that is not above 0, a top-k below 0 and a top-p outside 0..1.
+    Raises TypeError or ValueError for a temperature below 1e-30, by which float32 cannot divide (near 0, greedy is what is meant), a
+    top-k outside 0..2^31 - 1 and a top-p outside 0..1.
     """
 
     temperature: float = 1.0
@@ -24,8 +28,8 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        checks.number("temperature", self.temperature, above=0)
-        checks.whole("top_k", self.top_k, low=0)
+        checks.number("temperature", self.temperature, low=COLDEST)
+        checks.whole("top_k", self.top_k, low=0, high=MOST_K)
         checks.number("top_p", self.top_p, low=0, high=1)
 
 

@@ -96,14 +96,14 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
     """What a token is drawn from: (vocabulary,) float64, temperature first, then top-k (0: off), then top-p (1: off).
 
-    Tokens that tie with the last one kept are kept too. Raises ValueError for a temperature or top-p that is not above 0, a top-p
-    above 1, a negative top-k, and logits that are NaN or leave no token.
+    Tokens that tie with the last one kept are kept too, and the most probable one whatever top-p is. Raises ValueError for a
+    temperature that is not above 0, a top-p outside 0..1, a negative top-k, and logits that are NaN or leave no token.
 
     >>> probabilities(torch.tensor([0.0, 0.0, -50.0]), Sampling(top_k=2)).tolist()
     [0.5, 0.5, 0.0]
     """
     temperature = checks.number("temperature", sampling.temperature, above=0)
-    top_p = checks.number("top_p", sampling.top_p, above=0, high=1)
+    top_p = checks.number("top_p", sampling.top_p, low=0, high=1)
     top_k = checks.whole("top_k", sampling.top_k, low=0)
     scores = logits.double() / temperature
     if 0 < top_k < len(scores):
