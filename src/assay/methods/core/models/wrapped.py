@@ -111,6 +111,10 @@ class WrappedForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # a mixture of experts in the base runs its own way; transformers looks for it in this module
+
     def __init__(self, config: WrappedConfig, base: nn.Module | None = None):
         super().__init__(config)
         self.base: Any = AutoModelForCausalLM.from_config(config.base) if base is None else base
