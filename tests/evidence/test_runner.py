@@ -357,6 +357,21 @@ def run_here(monkeypatch, function, *, seed=0, seconds=60.0, operator=TOY, guard
     return point.run_point("toy_experiments", "toy/loss", {}, seed, seconds, **more)
 
 
+def test_a_scale_bounds_how_long_is_timed(monkeypatch):
+    given, real = [], point.compare_many
+
+    def noted(arms, *, rounds, max_seconds):
+        given.append(max_seconds)
+        return real(arms, rounds=2)
+
+    monkeypatch.setattr(point, "compare_many", noted)
+    monkeypatch.setattr(point, "LONGEST", {"small": 5.0})
+    for scale in ("small", "full"):
+        run_here(monkeypatch, lambda: Trial(lambda: sum(range(99)), lambda: sum(range(99))), scale=scale, seconds=60.0)
+    assert given[0] == 5.0
+    assert 30.0 < given[1] <= 36.0
+
+
 def test_a_point_is_repeatable(monkeypatch):
     """The seed is set before the experiment is built."""
     values = []

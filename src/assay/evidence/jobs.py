@@ -67,6 +67,7 @@ def measure(job: Job) -> Outcome:
                 "seconds": max(share / (1 if not runs else PROCESSES - len(runs)), 1.0),
                 "rounds": len(_rounds(runs)) if runs else 0,
                 "first": not runs,
+                "scale": job.scale,
             },
             timeout_s=max(left, 1.0),
             memory_bytes=job.memory_bytes,

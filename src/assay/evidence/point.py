@@ -19,15 +19,23 @@ from assay.experiments.core import CONTROLS
 from assay.measure.clock import OthersWatch, compare_many, load_average
 from assay.methods.core import kernels
 
-LONGEST = 150.0
-"""Seconds that one process times at most, warming up included: more would say little more, and a paper has five minutes at `small`."""
+LONGEST = {"smoke": 10.0, "small": 35.0}
+"""Seconds that one of a trial's processes times at most, warming up included, by scale: all of a paper has five minutes at `small`."""
 
 
 def run_point(
-    module: str, claim: str, point: dict[str, Any], seed: int, seconds: float, rounds: int = 0, first: bool = True
+    module: str,
+    claim: str,
+    point: dict[str, Any],
+    seed: int,
+    seconds: float,
+    rounds: int = 0,
+    first: bool = True,
+    scale: str = "full",
 ) -> dict[str, Any]:
-    """Run the experiment of `claim`, found in `module`, at one point; `seconds` is the time limit of the whole.
+    """Run the experiment of `claim`, found in `module`, at one point.
 
+    `seconds` is the time limit of the whole; `scale` bounds the timing of a trial besides (`LONGEST`).
     Returns the fields of an Evidence record that the run decides; for a trial also "samples", the seconds of every arm, round by
     round. A trial runs `rounds` rounds (0: its own share); only the `first` process measures its quality and details.
     `details["paths"]` tells which path each operator of ours took, compiled kernel or fallback, and how often. Raises whatever the
@@ -42,7 +50,7 @@ def run_point(
     made = found.run(**point)
     built = time.monotonic() - start
     if isinstance(made, Trial):
-        seen = _timed(made, found, 0.6 * (seconds - built), rounds)
+        seen = _timed(made, found, min(LONGEST.get(scale, math.inf), 0.6 * (seconds - built)), rounds)
         if first:
             seen |= _judged(made, found)
     elif isinstance(made, Figure):

@@ -60,6 +60,8 @@ class StoreError(AssayError):
 
 @dataclass(frozen=True)
 class Imported:
+    """How many records of a file were new."""
+
     added: int
     known: int  # were there already
 

@@ -33,6 +33,8 @@ class Verdict(StrEnum):
 
 
 class Frozen(BaseModel):
+    """What records are made of: unchangeable, with no field that is not declared and no NaN or infinity."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 

@@ -55,6 +55,8 @@ PAYS = (Verdict.REPRODUCED, Verdict.DIRECTION_HOLDS)
 
 @dataclass(frozen=True)
 class Judgement:
+    """A verdict, and which rule led to it."""
+
     verdict: Verdict
     reason: str  # one line
 

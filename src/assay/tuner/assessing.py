@@ -70,6 +70,7 @@ class Asked:
 
 
 def assess_one(run: Run, asked: Asked) -> Row:
+    """The row of one recipe (see `assess`)."""
     return next(iter(assess(run, [asked])))[1]
 
 

@@ -28,14 +28,17 @@ def test_the_experiment_loads_and_its_deciding_point_is_the_papers():
 
 @pytest.mark.slow
 def test_random_routing_in_its_place_changes_the_verdict(monkeypatch):
-    honest = record_of(CLAIM, POINT)
+    point = POINT | {
+        "steps": 360
+    }  # after 120 it still depends on the seeds whether positions do better than random routing
+    honest = record_of(CLAIM, point)
     assert honest.refuted is False
     assert honest.measured.median < min(1, honest.controls["deleted"], honest.controls["random"])
     network = room.network
     monkeypatch.setattr(
         room, "network", lambda arm, *sizes: network("random routing" if arm == "position" else arm, *sizes)
     )
-    assert verdict_of(CLAIM, POINT) is Verdict.REFUTED
+    assert verdict_of(CLAIM, point) is Verdict.REFUTED
 
 
 def test_arms_that_were_not_trained_void_the_comparison():

@@ -2,20 +2,25 @@
 
 import dataclasses
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from tests.properties.sabotage import PAYS, record_of, verdict_of
 from tests.tiny import tiny_model, tiny_tokenizer
 
 from assay.evidence.types import Verdict
 from assay.evidence.verdict import judge
+from assay.experiments import experiments_of
 from assay.experiments.inference import awrs as room
+from assay.methods.inference.awrs import Draw, Rules, TokenBytes, functions
 
-SPEED = {"constraint": "regex", "prompt": "friendly", "answers": 1, "tokens": 3, "spots": 3, "draws": 300}
+MODEL = {"model": room.MODEL}
+SPEED = {"constraint": "regex", "prompt": "friendly", "answers": 1, "tokens": 3, "spots": 3, "draws": 300} | MODEL
 COUNTS = SPEED | {"answers": 3}
-BIAS = {"constraint": "python", "prompt": "both", "spots": 3, "draws": 300}
+BIAS = {"constraint": "python", "prompt": "both", "spots": 3, "draws": 300} | MODEL
 
 
 @pytest.fixture(autouse=True)
@@ -41,16 +46,35 @@ def without_its_factor(log_p, test, rng, **options):
     return dataclasses.replace(found, log_weight=-math.log(len(found.rejected) + 1))
 
 
+def unasked(log_p, test, rng, **options):
+    """The first token drawn, whatever the constraint would say."""
+    return DRAW(log_p, lambda token: True, rng, **options)
+
+
+def most_probable(log_p, test, rng, **options):
+    """Tokens in decreasing order of probability instead of a random one: as few evaluations, and always the same token."""
+    token = next(filter(test, (int(place) for place in np.argsort(-log_p))))
+    return Draw(token, 0.0, 1)
+
+
 DRAW = room.draw
 
 
-def test_tokens_in_any_order_are_noticed(monkeypatch):
+def test_tokens_that_are_not_the_models_are_noticed(monkeypatch):
     assert verdict_of("awrs/speedup-masking", SPEED) in PAYS
-    monkeypatch.setattr(room, "draw", in_any_order)
-    assert verdict_of("awrs/speedup-masking", SPEED) is Verdict.DOES_NOT_PAY
+    for broken in (in_any_order, unasked, most_probable):
+        monkeypatch.setattr(room, "draw", broken)
+        record = record_of("awrs/speedup-masking", SPEED)
+        assert judge(record).verdict not in PAYS, broken
+        assert record.quality.candidate > record.quality.baseline + record.quality.margin, broken
 
 
-@pytest.mark.parametrize("broken", [everything, in_any_order])
+def test_the_rival_at_the_same_budget_is_told_from_the_method():
+    quality = record_of("awrs/speedup-masking", SPEED).quality
+    assert quality.controls["rival"] > quality.baseline + quality.margin > quality.high
+
+
+@pytest.mark.parametrize("broken", [everything, in_any_order, unasked])
 def test_evaluations_that_are_not_saved_are_noticed(monkeypatch, broken):
     assert verdict_of("awrs/evaluations", COUNTS) in PAYS
     monkeypatch.setattr(room, "draw", broken)
@@ -71,20 +95,21 @@ def test_a_biased_weight_is_noticed(monkeypatch, broken):
 
 
 def test_the_arms_choose_what_the_constraint_allows():
-    here = room.setting("json")
+    here = room.setting("json", room.MODEL)
     begun = room.Answers(here, room.places(here, "json", "friendly", 2), 4)
     for i, path in enumerate(begun.paths):
         text = here.tokens.text(path)
         assert here.make().prefix(text)
         chosen = []
-        for make in (lambda rules: room.Drawn(rules, 0, "paper"), lambda rules: room.Masked(rules, 0)):
-            follower = make(here.rules())
+        arms = (partial(room.Drawn, variant="paper"), room.Masked, room.Replaced, room.Once)
+        for make in arms:
+            follower = make(here.rules(), 0)
 
             def choose(logits, made, follower=follower, chosen=chosen):
                 chosen.append((made, follower(logits, made)))
 
             begun.run_one(i, choose)
-        assert len(chosen) == 2 * len(path)
+        assert len(chosen) == len(arms) * len(path)
         for made, token in chosen:
             assert token in here.ends or here.make().prefix(here.tokens.text([*made, token]))
         assert begun.caches[i].get_seq_length() == len(begun.begun[i].ids) - 1  # put back as it was
@@ -96,3 +121,35 @@ def test_misplaced_probability():
     assert room.misplaced(spot, [0] * 7) == pytest.approx(3 / 7)
     assert room.misplaced(spot, [2] * 7) == pytest.approx(1)
     assert room.misplaced(spot, [None] * 7) == pytest.approx(1)
+
+
+def test_draws_with_replacement_are_weighed_without_bias():
+    """The free baseline is a fair one: E[w 1{x}] = p(x), and its repeated draws cost no evaluation."""
+    p = np.array([0.5, 0.3, 0.15, 0.05])
+    letters = TokenBytes.from_pieces([b"a", b"b", b"c", b"d", b""], special=[4])
+    constraint = functions(lambda text: all(byte in b"bd" for byte in text), lambda text: False)
+    mean, evaluations = np.zeros(4), []
+    for seed in range(1500):
+        follower = room.Replaced(Rules(constraint, letters, [4]), seed)
+        token = follower(torch.tensor([*np.log(p), -math.inf]), [])
+        mean[token] += math.exp(follower.log_weight) / 1500
+        evaluations.append(follower.evaluations)
+    assert np.abs(mean - [0, 0.3, 0, 0.05]).max() < 0.05
+    assert max(evaluations) <= 4
+
+
+def test_draws_with_replacement_end_in_a_mask(monkeypatch):
+    monkeypatch.setattr(room, "MOST_DRAWS", 50)
+    letters = TokenBytes.from_pieces([b"a", b"b", b""], special=[2])
+    follower = room.Replaced(Rules(functions(lambda text: text == b"b", bool), letters, [2]), 0)
+    assert follower(torch.tensor([0.0, -60.0, -math.inf]), []) == 1
+    assert follower.log_weight == pytest.approx(-60)
+
+
+def test_the_second_model_is_off_the_grid():
+    first, second = (room.setting("json", model).model for model in (room.MODEL, room.MOVED))
+    apart = (first.lm_head.weight - second.lm_head.weight).abs() / first.lm_head.weight.abs()
+    assert 0 < float(apart.detach().median()) < 0.05
+    for claim in ("speedup-masking", "evaluations", "weight-bias"):
+        found = next(one for one in experiments_of("awrs") if one.claim == f"awrs/{claim}")
+        assert any(point["model"] == room.MOVED for point in found.points["full"])

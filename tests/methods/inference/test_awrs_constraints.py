@@ -8,6 +8,7 @@ import json
 import random
 import re
 import textwrap
+import warnings
 
 import jsonschema
 import pytest
@@ -91,11 +92,38 @@ def test_a_prefix_promises_a_completion():
         (r"\p{L}", "regular expression"),
         ("[^\\s\\S]", "match some text"),
         ("(a{200}){500}", "states"),
+        ("(a?){20000}", "steps"),
+        ("(|a|b){5000}c", "steps"),
+        ("(a?){9000}?|b", "steps"),
+        ("(" * 400 + "a" + ")*" * 400, "regular expression"),
+        ("\ud800", "match some text"),
     ],
 )
 def test_what_a_regex_cannot_be_is_named(pattern, said):
     with pytest.raises(ValueError, match=said):
         regex(pattern)
+
+
+def test_surrogates_are_no_characters():
+    """UTF-8 does not spell them, so that no text goes on through them."""
+    constraint = regex("a\ud800|b[\ud800-\udfff]|c[\ud7ff-\ue000]|d[^a]")
+    assert not constraint.prefix(b"a")
+    assert not constraint.prefix(b"b")
+    assert {chr(code) for code in (0xD7FF, 0xE000) if constraint.complete(b"c" + chr(code).encode())} == {
+        "\ud7ff",
+        "\ue000",
+    }
+    assert not constraint.prefix(b"d\xed\xa0")
+    assert constraint.complete("d\ue000".encode())
+
+
+def test_optional_parts_that_are_repeated():
+    constraint = regex("(a?b?){40}")
+    assert constraint.complete(b"ab" * 40)
+    assert not constraint.prefix(b"ab" * 40 + b"a")
+    assert constraint.complete(b"")
+    with pytest.raises(ValueError, match="steps with its lengths"):
+        json_schema({"type": "string", "pattern": "^(a?b?){60}$", "maxLength": 100})
 
 
 def test_a_pattern_is_text():
@@ -155,6 +183,20 @@ CASES = [
      ["{}", '{"x":1,"y":2}', '{"a/é\\"":null}', '{"a/é":3}'], ['{"x":null}', '{"a/é\\"":1}']),
     ({"type": "object", "properties": {"b": False}}, ['{"ba":1}', '{"a":1}'], ['{"b":1}']),
     ({"type": "string", "pattern": "b$", "maxLength": 3}, ['"b"', '"aab"', '"\\u0062"'], ['"ba"', '"aaab"', '""']),
+    # two properties whose places in the schema would look the same if names were not escaped
+    ({"type": "object", "properties": {"a": {"type": "object", "properties": {"b": {"type": "integer"}}},
+                                       "a/properties/b": {"type": "string"}, "a~1properties~1b": {"type": "null"}}},
+     ['{"a":{"b":1},"a/properties/b":"x"}', '{"a~1properties~1b":null}'],
+     ['{"a/properties/b":1}', '{"a":{"b":"x"}}', '{"a~1properties~1b":1}']),
+    # references into references, through escaped names, lists and a ring of two
+    ({"$defs": {"a/b": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/c~d"}]},
+                "c~d": {"type": "array", "items": {"$ref": "#/$defs/a~1b"}, "maxItems": 2}},
+      "type": "object", "properties": {"x": {"$ref": "#/$defs/a~1b/anyOf/1"}, "y": {"$ref": "#/$defs/c~0d/items"}}},
+     ['{"x":[null,[]]}', '{"y":null}', '{"y":[[[null]],null]}'], ['{"x":null}', '{"x":[null,null,null]}', '{"y":[1]}']),
+    # a name that JSON can only write with escapes
+    ({"type": "object", "properties": {"\x01\n": {"type": "integer"}}, "additionalProperties": False},
+     ['{"\\u0001\\n":1}'], ['{"\\u0001":1}', '{"\\u0002\\n":1}']),
+    ({"enum": [{"a": [True]}, {"a": [1]}], "const": {"a": [1.0]}}, ['{"a": [1]}'], ['{"a": [true]}']),
 ]  # fmt: skip
 
 
@@ -301,6 +343,34 @@ def test_the_impossible_is_no_way_to_go():
     assert not json_schema({"type": "integer", "minimum": 15, "maximum": 20}).prefix(b"3")
 
 
+def test_every_key_has_a_spelling():
+    """Control characters have to be escaped in keys; nothing else may be."""
+    constraint = json_object()
+    for code in (*range(0x100), 0xD7FF, 0xE000, 0x1F600):
+        text = json.dumps({chr(code) + "k": 1}, ensure_ascii=False).encode()
+        assert all(constraint.prefix(text[:n]) for n in range(len(text))), text
+        assert constraint.complete(text), text
+    for spelt in (
+        b'{"\\u0041":1}',
+        b'{"\\/":1}',
+        b'{"\\u000a":1}',
+        b'{"\\u001F":1}',
+        b'{"\x01":1}',
+        b'{"\\u00":1}',
+        b'{"\\x":1}',
+    ):
+        assert not constraint.complete(spelt), spelt
+
+
+def test_deep_nesting_is_refused_or_read():
+    schema = {"type": "integer"}
+    for _ in range(2000):
+        schema = {"items": schema}
+    with pytest.raises(ValueError, match="nested"):
+        json_schema(schema)
+    assert json_schema({}).complete(b"[" * 3000 + b"]" * 3000)
+
+
 def test_space_is_bounded():
     constraint = json_object()
     assert constraint.complete(b"{" + b" " * 40 + b"}")
@@ -335,11 +405,20 @@ def test_every_beginning_of_real_code_is_a_prefix():
     assert all(map(python().prefix, (source[:n] for n in range(0, len(source), 3))))
 
 
+@pytest.mark.parametrize("ending", ["\r\n", "\f\n", " \t\n"])
+def test_programs_with_other_line_endings(ending):
+    encoded = PROGRAMS[2].replace("\n", ending).encode()
+    constraint = python()
+    assert constraint.complete(encoded)
+    for n in range(len(encoded) + 1):
+        assert constraint.prefix(encoded[:n]), encoded[:n]
+
+
 @pytest.mark.parametrize(
     "text",
     ["x = = ", "1 2", "x y", "def 1", "return)", "(]", "if x\n", "x = \n", "x = # no value", "  x", "if x:\ny", "if x:\n    a\n  b", "'a\nb",  # noqa: E501
      "for x on", "lambda x y", "class (", "else:", "a = b c", "import 3", "x = 5 + * ", "\xff", "$", "0x1g", "print 'a' 3", "f(a b",
-     "def f(x):\n    return x\n  )", "x = 'a' 3", "from x import )", "try:\n    a\nb "],
+     "def f(x):\n    return x\n  )", "# \0", "'\0", "x = 'a' 3", "from x import )", "try:\n    a\nb "],
 )  # fmt: skip
 def test_what_no_program_begins_with(text):
     assert not python().prefix(text.encode("latin-1") if text == "\xff" else text.encode())
@@ -347,13 +426,23 @@ def test_what_no_program_begins_with(text):
 
 def test_programs_are_complete_when_they_parse():
     constraint = python()
-    for text in ("", "# only a comment\n", "def f():", "x = (1", "x = '", "\0", "x = 1\n  y", "(" * 5000):
+    for text in ("", "# only a comment\n", "# \0", "def f():", "x = (1", "x = '", "\0", "x = 1\n  y", "(" * 5000):
         assert not constraint.complete(text.encode()), text
     assert constraint.complete(b"x = 1")
     assert not constraint.complete(b"x = '\xff'")
     assert not constraint.complete("x = 'é'".encode()[:-2])
     assert constraint.prefix("x = 'é".encode()[:-1])
     assert not constraint.prefix(b"(" * 5000)
+
+
+def test_warnings_of_the_parser_are_neither_printed_nor_verdicts():
+    constraint, text = python(), b"x = 0x1for x in y\ny = '\\d' if 1or 2 else 3\n"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("error")
+        assert constraint.complete(b"x = '\\d' if 1or 2 else 3\n")
+        assert constraint.prefix(b"x = '\\d' if 1or 2")
+        assert constraint.prefix(text) == constraint.prefix(text)
+    assert not seen
 
 
 SHOP = """

@@ -187,6 +187,43 @@ def test_variances_are_ordered_as_documented():
 # --------------------------------------------------------------------------------------------------------- the real draws
 
 
+def law(p, allowed):
+    """The probability of each (token, weight) of the paper's estimator, from its description alone: orders without replacement, twice."""
+
+    def first(left, gone, probability):
+        """(token, rejected set, probability) of one round over the tokens `left`."""
+        total = sum(p[t] for t in left)
+        for token in left:
+            chance = probability * p[token] / total
+            if token in allowed:
+                yield token, gone, chance
+            else:
+                yield from first(left - {token}, gone | {token}, chance)
+
+    found = {}
+    for token, one, chance in first(frozenset(range(len(p))), frozenset(), Fraction(1)):
+        for _, both, joint in first(frozenset(range(len(p))) - one, one, chance):
+            weight = (1 - sum((p[t] for t in one), Fraction(0))) / (len(both) + 1)
+            found[token, weight] = found.get((token, weight), 0) + joint
+    return found
+
+
+def test_the_joint_law_of_token_and_weight():
+    """Not through our own code: every outcome is as probable as the formula says, and the weights are its weights."""
+    allowed, rng = {1, 3}, np.random.default_rng(8)
+    expected = law(FOUR, allowed)
+    assert sum(expected.values()) == 1
+    for token in range(4):
+        mean = sum(w * chance for (x, w), chance in expected.items() if x == token)
+        assert mean == (FOUR[token] if token in allowed else 0)
+    log_p = np.log(np.array(FOUR, dtype=float))
+    seen = dict.fromkeys(expected, 0)
+    for _ in range(4000):
+        found = draw(log_p, allowed.__contains__, rng)
+        seen[found.token, exact(found.log_weight)] += 1  # a weight that the formula does not know is a KeyError
+    assert chisquare(list(seen.values()), [4000 * float(one) for one in expected.values()]).pvalue > 1e-3
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_tokens_follow_the_distribution_over_the_allowed_ones(variant):
     p = np.array([0.3, 0.22, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02])
@@ -349,13 +386,15 @@ def test_tensors_are_left_alone_and_seeds_repeat():
         ({"max_rejections": 0, "variant": "recursive"}, ValueError, "max_rejections"),
         ({"max_rejections": 3}, ValueError, "max_rejections"),
         ({"test": lambda token: 1}, TypeError, "test"),
+        ({"test": [True, False]}, TypeError, "test"),
+        ({"rng": 3}, TypeError, "rng"),
+        ({"log_p": torch.zeros(0)}, ValueError, "log_p"),
     ],
 )
 def test_bad_input_is_named(change, error, named):
-    given = {"log_p": np.log([0.5, 0.5]), "test": lambda token: True} | change
-    log_p, test = given.pop("log_p"), given.pop("test")
+    given = {"log_p": np.log([0.5, 0.5]), "test": lambda token: True, "rng": np.random.default_rng(0)} | change
     if error is None:
-        assert draw(log_p, test, np.random.default_rng(0), **given).token in (0, 1)
+        assert draw(**given).token in (0, 1)
         return
     with pytest.raises(error, match=named):
-        draw(log_p, test, np.random.default_rng(0), **given)
+        draw(**given)

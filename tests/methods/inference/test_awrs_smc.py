@@ -140,6 +140,17 @@ def test_sequences_are_complete_or_dead():
         assert found.calls > 0
 
 
+def test_a_weight_that_no_float_holds_is_dead():
+    """Behind e^800 draws with replacement the end is drawn, but its weight is zero: the particle has not stopped, it is dead."""
+
+    class Sure:
+        logits = torch.tensor([[0.0, -math.inf, -800.0, -math.inf]], dtype=torch.float64)
+
+    rules = Rules(functions(lambda text: False, lambda text: True), LETTERS, [END])
+    found = smc(Sure(), rules, np.random.default_rng(0), particles=2, max_new_tokens=3, variant="geometric")
+    assert {(one.finish, one.log_weight) for one in found.sequences} == {("dead", -math.inf)}
+
+
 def test_nothing_is_left_where_nothing_is_allowed():
     rules = Rules(functions(lambda text: len(text) < 2, lambda text: False), LETTERS, [END])
     found = smc(Table(), rules, np.random.default_rng(0), particles=4, max_new_tokens=3)

@@ -79,6 +79,51 @@ def test_pieces_of_sentencepiece(decoder):
     assert [tokens.of(i) for i in range(6)] == [b"", b" the", b"\n", "é".encode(), b"\xf0", b"  "]
 
 
+def test_other_signs_for_the_space():
+    vocabulary = {"<unk>": 0, "_a": 1, "▁": 2, "<0xC3>": 3}
+    assert TokenBytes(wrapped(decoders.Metaspace(replacement="_"), vocabulary)).pieces == [
+        b"",
+        b" a",
+        "▁".encode(),
+        b"\xc3",
+    ]
+    replaced = decoders.Sequence([decoders.Replace("_", " "), decoders.ByteFallback()])
+    assert TokenBytes(wrapped(replaced, vocabulary)).pieces == [b"", b" a", "▁".encode(), b"\xc3"]
+    with pytest.raises(ValueError, match="Replace"):
+        TokenBytes(wrapped(decoders.Sequence([decoders.Replace("_", "-"), decoders.ByteFallback()]), vocabulary))
+
+
+def test_characters_of_several_tokens():
+    """A vocabulary without é but with its bytes: they are drawn one by one, and no text ends between them."""
+    vocabulary = {
+        "<unk>": 0,
+        "<s>": 1,
+        "▁": 2,
+        '"': 3,
+        "<0xC3>": 4,
+        "<0xA9>": 5,
+        "<0xA8>": 6,
+        '▁"': 7,
+        "a": 8,
+        "<0xFF>": 9,
+    }
+    tokens = TokenBytes(
+        wrapped(decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]), vocabulary)
+    )
+    assert tokens.text([3, 4, 5, 3]) == '"é"'.encode()
+    for seed in range(20):
+        choose = Chooser(json_schema({"type": "string", "minLength": 2, "maxLength": 3}), tokens, [1], seed=seed)
+        made = []
+        while (token := choose(torch.zeros(len(vocabulary)), made)) != 1:
+            made.append(token)
+        text = tokens.text(made).decode()
+        assert text[0] == text[-1] == '"'
+        assert set(text[1:-1]) <= set("éèa ")
+        assert 2 <= len(text) - 2 <= 3
+    mask = Rules(regex("é|è"), tokens, [1]).mask(0, 12)
+    assert np.flatnonzero(mask).tolist() == [4]
+
+
 def test_added_tokens_spell_themselves():
     tokenizer = tiny_tokenizer(300)
     tokenizer.add_tokens(["<é>"])
@@ -134,6 +179,14 @@ def test_a_mask_tests_no_token_whose_beginning_is_refused():
     assert asked == [b"a", b"ab", b"b"]
 
 
+@pytest.mark.parametrize("size", [3, 5, 9])
+def test_barred_tokens(size):
+    letters = TokenBytes.from_pieces([b"a", b"", b"b", b"", b""], special=[3, 4])
+    rules = Rules(regex("[ab]*"), letters, [3, 7])
+    expected = [not letters.of(token) and token not in (3, 7) for token in range(size)]
+    assert rules.barred(size).tolist() == expected
+
+
 def test_masks_are_kept_for_states():
     letters = TokenBytes.from_pieces([b"a", b"b", b""], special=[2])
     rules = Rules(regex("[ab]*"), letters, [2])
@@ -150,6 +203,7 @@ def test_masks_are_kept_for_states():
         ({"token_bytes": [b"a"]}, TypeError, "token_bytes"),
         ({"ends": []}, ValueError, "ends"),
         ({"ends": [1.5]}, TypeError, "ends"),
+        ({"ends": 2}, TypeError, "ends"),
         ({"temperature": -1}, ValueError, "temperature"),
         ({"temperature": math.nan}, ValueError, "temperature"),
         ({"top_p": 0}, ValueError, "top_p"),

@@ -229,8 +229,12 @@ def test_tables_made_in_inference_mode_serve_training():
 def test_the_learned_dft_starts_as_the_dft(heads, n):
     u, _, _, _ = data(length=n // 2)
     dft = ButterflyDFT(heads=heads).double()
-    torch.testing.assert_close(dft(u, n), torch.fft.fft(u, n))
-    torch.testing.assert_close(dft.float()(u.float(), n), torch.fft.fft(u.float(), n), atol=1e-4, rtol=1e-4)
+    exact = torch.fft.fft(u, n)
+    largest = float(
+        exact.abs().max()
+    )  # a coefficient near zero is a difference of large ones; the angles are stored in float32
+    torch.testing.assert_close(dft(u, n), exact, atol=1e-6 * largest, rtol=0)
+    torch.testing.assert_close(dft.float()(u.float(), n), exact.to(torch.complex64), atol=2e-5 * largest, rtol=0)
 
 
 def test_the_learned_dft_learns_and_its_additive_form_starts_near():

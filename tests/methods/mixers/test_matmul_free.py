@@ -577,7 +577,7 @@ def test_a_gate_that_is_nearly_shut_still_lets_something_in(dtype):
     assert (left > 0).all()
     assert (left.diff(dim=0) < 0).all()
     torch.testing.assert_close(left.double(), rooms(matrix.double()), rtol=1e-5, atol=0)
-    torch.testing.assert_close(1 - left, lower_bounds(matrix), atol=1e-6, rtol=0)
+    torch.testing.assert_close(1 - left, lower_bounds(matrix), atol=3e-6, rtol=0)  # sums of 24 float32 numbers
 
 
 def test_the_recurrence_says_which_path_it_took_and_casts_nothing():

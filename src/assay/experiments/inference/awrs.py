@@ -3,9 +3,11 @@
 SmolLM2-135M answers under three constraints of rising cost (a regular expression, a JSON schema, Python that parses), behind prompts
 that ask for such an answer (friendly) and behind prompts that ask for a poem (adversarial), from fixed beginnings on. Every arm takes
 a decoding step and chooses a token, with what its constraint costs to set up, along the same recorded answer. Masking tests each of
-49,152 tokens and is the paper's baseline; `exact` is our mask by a walk down the trie of token bytes; `free` is llguidance's mask, where
-a grammar can say the constraint (what Python parses, none says). The paper's estimator decides; one round without weights stands beside
-it, and so does the chooser that makes a mask after 64 refusals.
+49,152 tokens and is the paper's baseline; `exact` is our mask by a walk down the trie of token bytes; `free` is llguidance's mask where
+a grammar can say the constraint. None says what Python parses: there it is rejection as textbooks have it, tokens drawn with
+replacement until two are allowed, whose weight 1 / (draws - 1) is unbiased too. The paper's estimator decides; one round without
+weights stands beside it, and so does the chooser that makes a mask after 64 refusals. A second model, whose weights are off the grid
+of the file that SmolLM2 comes from, has points of its own.
 
 The quality is how much probability ends up on the wrong tokens: of many draws, compared with the model's distribution over the
 allowed tokens, which a mask knows. Whether the weights are right too is a claim of its own.
@@ -25,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from assay.experiments.attention.common import off_grid
 from assay.experiments.core import Figure, Guard, Operator, Quality, Trial, experiment
 from assay.measure.stats import Interval, student_interval
 from assay.methods.core.generation.loop import prefill
@@ -45,7 +48,10 @@ from assay.methods.inference.awrs.tokens import Position
 from assay.workloads.models import load_model
 
 MODEL = "smollm2-135m"
+MOVED = "smollm2-135m, each weight moved by 2 %"
+BEGUN = "smollm2-135m, its first two layers"  # for `smoke`
 NEVER = 10**9  # rejections before a mask
+MOST_DRAWS = 10_000  # with replacement, before a mask
 BINS = 8  # the most probable allowed tokens, each by itself; the others together
 PATTERN = r"[A-Z][a-z]+ [A-Z][a-z]+, \d{4}-\d{2}-\d{2}, [a-z]+@[a-z]+\.(com|org)"
 SCHEMA: dict[str, Any] = {
@@ -103,16 +109,27 @@ class Setting:
         return Rules(self.make(), self.tokens, self.ends)
 
 
-def setting(constraint: str) -> Setting:
+def setting(constraint: str, model: str) -> Setting:
+    """The named constraint with one of the models."""
     loaded = load_model(MODEL)
+    module = {MODEL: lambda whole: whole, MOVED: off_grid, BEGUN: first_layers}[model](loaded.model)
     known: dict[str, tuple[Callable[[], Constraint], tuple[str, str] | None]] = {
         "python": (python, None),
         "json": (partial(json_schema, SCHEMA), ("json_schema", json.dumps(SCHEMA))),
         "regex": (partial(regex, PATTERN), ("regex", PATTERN)),
     }
     make, grammar = known[constraint]
-    ends = end_tokens(loaded.model, loaded.tokenizer)
-    return Setting(loaded.model, TokenBytes(loaded.tokenizer), ends, make, grammar, loaded.tokenizer)
+    ends = end_tokens(module, loaded.tokenizer)
+    return Setting(module, TokenBytes(loaded.tokenizer), ends, make, grammar, loaded.tokenizer)
+
+
+def first_layers(model: Any, count: int = 2) -> Any:
+    """The model, cut down in place to its first layers: for a look at whether everything runs."""
+    model.model.layers = model.model.layers[:count]
+    model.config.num_hidden_layers = count
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:count]
+    return model
 
 
 def places(here: Setting, constraint: str, prompt: str, count: int) -> list[Place]:
@@ -157,7 +174,13 @@ class Follower(ABC):
     def __init__(self, rules: Rules, seed: int) -> None:
         self.rules, self.rng = rules, np.random.default_rng(seed)
         self.position: Position | None = None
-        self.calls = 0
+        self.log_weight = 0.0
+        self._calls = 0
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the constraint so far, those for masks included."""
+        return self._calls + self.rules.mask_calls
 
     def __call__(self, logits: Tensor, made: list[int]) -> int:
         if self.position is None:
@@ -168,7 +191,7 @@ class Follower(ABC):
         else:
             self.position = self.position.behind(made[-1])
         chosen = self.choose(log_probabilities(self.rules, logits), self.position)
-        self.calls += self.position.calls
+        self._calls += self.position.calls
         self.position.calls = 0
         if chosen is None:
             raise DeadEnd(f"nothing may follow {self.rules.token_bytes.text(made)!r}")
@@ -177,13 +200,18 @@ class Follower(ABC):
     @abstractmethod
     def choose(self, log_p: Floats, position: Position) -> int | None: ...
 
+    def masked(self, log_p: Floats, position: Position) -> int | None:
+        chosen, log_mass = by_mask(log_p, self.rules.mask(position.state, len(log_p)), self.rng)
+        self.log_weight += log_mass
+        return chosen
+
 
 class Drawn(Follower):
     """A token and its weight by one of the estimators."""
 
     def __init__(self, rules: Rules, seed: int, variant: Any) -> None:
         super().__init__(rules, seed)
-        self.variant, self.log_weight = variant, 0.0
+        self.variant = variant
 
     def choose(self, log_p: Floats, position: Position) -> int | None:
         found = draw(log_p, position.allows, self.rng, variant=self.variant)
@@ -191,11 +219,33 @@ class Drawn(Follower):
         return found.token
 
 
+class Once(Follower):
+    """The first allowed token of one round, without a weight."""
+
+    def choose(self, log_p: Floats, position: Position) -> int | None:
+        return next(filter(position.allows, Proposals(log_p, self.rng).walk()), None)
+
+
+class Replaced(Follower):
+    """Tokens drawn with replacement until two are allowed: the first, with the weight 1 / (draws - 1). Ten lines without assay."""
+
+    def choose(self, log_p: Floats, position: Position) -> int | None:
+        edges = np.exp(log_p).cumsum()
+        allowed: list[int] = []
+        for drawn in range(1, MOST_DRAWS + 1):
+            token = int(edges.searchsorted(self.rng.random() * edges[-1], side="right"))
+            allowed += [token] if position.allows(token) else []
+            if len(allowed) == 2:
+                self.log_weight += math.log(edges[-1] / (drawn - 1))
+                return allowed[0]
+        return self.masked(log_p, position)
+
+
 class Masked(Follower):
     """A token by our mask, and its weight, the allowed mass."""
 
     def choose(self, log_p: Floats, position: Position) -> int | None:
-        return by_mask(log_p, self.rules.mask(position.state, len(log_p)), self.rng)[0]
+        return self.masked(log_p, position)
 
 
 class Grammar:
@@ -232,6 +282,7 @@ def by_mask(log_p: Floats, mask: Any, rng: np.random.Generator) -> tuple[int | N
 
 
 def log_probabilities(rules: Rules, logits: Tensor) -> Floats:
+    """Of the next token; tokens that spell nothing and end nothing are ruled out, and their mass is lost."""
     log_p = vector("logits", logits)
     log_p -= log_sum(log_p)
     log_p[rules.barred(len(log_p))] = -np.inf
@@ -288,8 +339,9 @@ class Answers:
         for i in range(len(self.begun)):
             self.run_one(i, make())
 
-    def run_one(self, i: int, choose: Choose) -> None:
-        path, made = self.paths[i], self.begun[i].made
+    def run_one(self, i: int, choose: Choose, most: int | None = None) -> None:
+        """The same of one answer, or of its first `most` tokens."""
+        path, made = self.paths[i][:most], self.begun[i].made
         for n, logits in enumerate(self._logits(i, path, len(path))):
             choose(logits, made + path[:n])
 
@@ -301,6 +353,7 @@ MISPLACED = Guard("share of the probability that drawn tokens misplace", 0.1, re
 
 @torch.no_grad()
 def next_log_p(here: Setting, rules: Rules, place: Place) -> Floats:
+    """The log-probabilities of the token behind a place."""
     ids = torch.tensor([place.ids], device=here.model.device)
     return log_probabilities(rules, here.model(input_ids=ids, logits_to_keep=1).logits[0, -1])
 
@@ -316,6 +369,12 @@ class Spot:
     @property
     def log_mass(self) -> float:
         return log_sum(self.log_p[self.allowed])
+
+    def only(self, tokens: Any) -> tuple[Floats, Any]:
+        """The distribution with nothing allowed but what is allowed among `tokens`."""
+        mask = np.zeros(len(self.log_p), dtype=bool)
+        mask[tokens] = self.allowed[tokens]
+        return self.log_p, mask
 
 
 def spots_of(here: Setting, constraint: str, count: int) -> list[Spot]:
@@ -347,20 +406,22 @@ def misplaced(spot: Spot, tokens: Sequence[int | None]) -> float:
 def faithfulness(here: Setting, constraint: str, count: int, draws: int, seed: int = 0) -> Quality:
     """How much probability is misplaced by `draws` draws at each of several spots, beside what as many draws by mask misplace.
 
-    Deleted: the constraint is not asked. Random: any allowed token. Rival: rejection without weights, whose tokens are the same ones.
+    Deleted: the constraint is not asked. Random: any allowed token. Rival: the most probable tokens are tested, as many as the draw
+    tested, and one of the allowed ones among them is taken. (Rejection without weights takes the very tokens of the method.)
     """
     rng = np.random.default_rng(seed)
     seen: dict[str, list[float]] = {}
     for spot in spots_of(here, constraint, count):
         within = np.exp(np.where(spot.allowed, spot.log_p - spot.log_mass, -np.inf))
         anything = np.exp(spot.log_p - log_sum(spot.log_p))
-        chooser = [draw(spot.log_p, spot.position.allows, rng).token for _ in range(draws)]
+        found = [draw(spot.log_p, spot.position.allows, rng) for _ in range(draws)]
+        order = np.argsort(-spot.log_p)
         arms: dict[str, Sequence[int | None]] = {
-            "candidate": chooser,
+            "candidate": [one.token for one in found],
             "baseline": rng.choice(len(within), draws, p=within / within.sum()).tolist(),
             "deleted": rng.choice(len(anything), draws, p=anything / anything.sum()).tolist(),
             "random": rng.choice(np.flatnonzero(spot.allowed), draws).tolist(),
-            "rival": chooser,
+            "rival": [by_mask(*spot.only(order[: one.calls]), rng)[0] for one in found],
         }
         for name, tokens in arms.items():
             seen.setdefault(name, []).append(misplaced(spot, tokens))
@@ -372,7 +433,7 @@ def faithfulness(here: Setting, constraint: str, count: int, draws: int, seed: i
         low=mean["baseline"] + lost.low,
         high=mean["baseline"] + lost.high,
         controls={name: mean[name] for name in ("deleted", "random", "rival")},
-        rival="rejection without weights",
+        rival="the most probable tokens, as many as a draw tests",
     )
 
 
@@ -380,7 +441,7 @@ def faithfulness(here: Setting, constraint: str, count: int, draws: int, seed: i
 
 TOKEN = Operator(
     "choosing a token under a constraint",
-    free="llguidance's mask, where a grammar says the constraint",
+    free="llguidance's mask where a grammar says the constraint, else tokens drawn with replacement until two are allowed",
     exact="our mask by a walk down the trie of token bytes",
 )
 PAPER = {
@@ -395,45 +456,56 @@ DECLARED: dict[str, Any] = {
     "paper": PAPER,
     "departures": {
         "constraint": "Python that parses, for slow constraints of the paper's kind (text-to-SQL, molecules), whose data are not offline",
-        "model": "SmolLM2-135M-Instruct in float32",
+        "model": "SmolLM2-135M-Instruct in float32, and a copy of it off the grid of its 4-bit file",
         "particles": "one: the time of one sequence's tokens, since particles only multiply it",
     },
     "minutes": 5,
 }
 
 
-def _point(constraint: str, prompt: str, **sizes: int) -> dict[str, Any]:
-    return {"constraint": constraint, "prompt": prompt, **sizes}
+def _point(constraint: str, prompt: str, model: str = MODEL, **sizes: int) -> dict[str, Any]:
+    return {"constraint": constraint, "prompt": prompt, "model": model, **sizes}
 
 
-SPEED: dict[str, list[dict[str, Any]]] = {
-    "smoke": [_point("json", "friendly", answers=1, tokens=1, spots=2, draws=100)],
-    "small": [
-        _point("python", "friendly", answers=1, tokens=1, spots=3, draws=400),
-        _point("json", "friendly", answers=1, tokens=4, spots=3, draws=400),
-        _point("regex", "friendly", answers=1, tokens=4, spots=3, draws=400),
-        _point("json", "adversarial", answers=1, tokens=2, spots=3, draws=400),
-    ],
-    "full": [
-        _point(constraint, prompt, answers=8, tokens=16, spots=8, draws=2000)
-        for constraint in ("python", "json", "regex")
-        for prompt in ("friendly", "adversarial")
-    ],
-}
+def _choosing(small: list[dict[str, Any]], *, smoke_answers: int, full_tokens: int) -> dict[str, Any]:
+    """What both claims about choosing tokens declare. The first point of a scale decides: the slow constraint, friendly."""
+    ways = [(MODEL, prompt) for prompt in ("friendly", "adversarial")] + [(MOVED, "friendly")]
+    points = {
+        "smoke": [_point("json", "friendly", BEGUN, answers=smoke_answers, tokens=1, spots=1, draws=50)],
+        "small": small,
+        "full": [
+            _point(constraint, prompt, model, answers=8, tokens=full_tokens, spots=8, draws=2000)
+            for constraint in ("python", "json", "regex")
+            for model, prompt in ways
+        ],
+    }
+    decides = {scale: grid[0] for scale, grid in points.items()}
+    return {**DECLARED, "guard": MISPLACED, "points": points, "decides": decides}
+
+
+def _begun(constraint: str, prompt: str, model: str, answers: int, tokens: int) -> tuple[Setting, Answers]:
+    here = setting(constraint, model)
+    return here, Answers(here, places(here, constraint, prompt, answers), tokens)
 
 
 @experiment(
     "awrs/speedup-masking",
-    points=SPEED,
-    decides={"small": SPEED["small"][0], "full": SPEED["full"][0]},
     refuted_if="drawing and testing tokens takes longer than testing the whole vocabulary",
-    guard=MISPLACED,
-    **DECLARED,
+    **_choosing(
+        [
+            _point("python", "friendly", answers=1, tokens=1, spots=3, draws=400),
+            _point("json", "friendly", answers=1, tokens=1, spots=2, draws=200),
+            _point("regex", "adversarial", answers=1, tokens=1, spots=2, draws=200),
+        ],
+        smoke_answers=1,
+        full_tokens=16,
+    ),
 )
-def speedup_masking(constraint: str, prompt: str, answers: int, tokens: int, spots: int, draws: int) -> Trial:
+def speedup_masking(
+    constraint: str, prompt: str, model: str, answers: int, tokens: int, spots: int, draws: int
+) -> Trial:
     """A token with its weight by the paper's estimator, against masking; decoding step and setting up the constraint included."""
-    here = setting(constraint)
-    begun = Answers(here, places(here, constraint, prompt, answers), tokens)
+    here, begun = _begun(constraint, prompt, model, answers, tokens)
     grammar = grammar_tokenizer(here)
 
     def arm(make: Callable[[], Choose]) -> Callable[[], None]:
@@ -442,94 +514,90 @@ def speedup_masking(constraint: str, prompt: str, answers: int, tokens: int, spo
     def chooser(limit: int) -> Choose:
         return Chooser(here.make(), here.tokens, here.ends, rejections_before_mask=limit)
 
+    replaced, by_grammar = arm(lambda: Replaced(here.rules(), 0)), arm(lambda: Grammar(here, grammar, 0))
+    arms = {
+        "rejection without weights": arm(lambda: chooser(NEVER)),
+        "without weights, a mask after 64 refusals": arm(lambda: chooser(64)),
+        "the recursive estimator": arm(lambda: Drawn(here.rules(), 0, "recursive")),
+    }
+    if here.grammar is not None:
+        arms["drawn with replacement until two are allowed"] = replaced
+    free = replaced if here.grammar is None else by_grammar if grammar is not None else None
     return Trial(
         baseline=arm(lambda: Drawn(here.rules(), 0, "masking")),
         candidate=arm(lambda: Drawn(here.rules(), 0, "paper")),
         exact=arm(lambda: Masked(here.rules(), 0)),
-        free=arm(lambda: Grammar(here, grammar, 0)) if grammar is not None else None,
-        arms={
-            "rejection without weights": arm(lambda: chooser(NEVER)),
-            "without weights, a mask after 64 refusals": arm(lambda: chooser(64)),
-            "the recursive estimator": arm(lambda: Drawn(here.rules(), 0, "recursive")),
-        },
+        free=free,
+        arms=arms,
         quality=lambda: faithfulness(here, constraint, spots, draws),
         details={
             "vocabulary": len(here.tokens),
             "tokens": [len(path) for path in begun.paths],
-            "free": "llguidance" if grammar is not None else "no grammar says it, or llguidance is not installed",
+            "free": "with replacement" if free is replaced else "llguidance" if free else "llguidance is not installed",
         },
     )
 
 
-EVALUATIONS: dict[str, list[dict[str, Any]]] = {
-    "smoke": [_point("json", "friendly", answers=2, tokens=4, spots=2, draws=100)],
-    "small": [
-        _point("python", "friendly", answers=6, tokens=8, spots=3, draws=400),
-        _point("python", "adversarial", answers=4, tokens=4, spots=3, draws=400),
-        _point("json", "friendly", answers=6, tokens=16, spots=3, draws=400),
-        _point("regex", "adversarial", answers=4, tokens=8, spots=3, draws=400),
-    ],
-    "full": [
-        _point(constraint, prompt, answers=8, tokens=64, spots=8, draws=2000)
-        for constraint in ("python", "json", "regex")
-        for prompt in ("friendly", "adversarial")
-    ],
-}
-
-
 @experiment(
     "awrs/evaluations",
-    points=EVALUATIONS,
-    decides={"small": EVALUATIONS["small"][0], "full": EVALUATIONS["full"][0]},
     refuted_if="the constraint is evaluated at least as often as there are tokens in the vocabulary",
-    guard=MISPLACED,
-    **DECLARED,
+    **_choosing(
+        [
+            _point("python", "friendly", answers=4, tokens=6, spots=3, draws=400),
+            _point("json", "friendly", MOVED, answers=4, tokens=8, spots=2, draws=200),
+            _point("regex", "adversarial", answers=4, tokens=6, spots=2, draws=200),
+        ],
+        smoke_answers=2,
+        full_tokens=64,
+    ),
 )
-def evaluations(constraint: str, prompt: str, answers: int, tokens: int, spots: int, draws: int) -> Figure:
+def evaluations(constraint: str, prompt: str, model: str, answers: int, tokens: int, spots: int, draws: int) -> Figure:
     """Evaluations of the constraint that masking makes for a token (the whole vocabulary) over those of the paper's estimator.
 
-    The interval is Student's over prompts, of the logarithm. `exact` counts the evaluations of our mask (of an automaton: trie nodes).
+    The interval is Student's over prompts, of the logarithm. `exact` counts the evaluations of our mask for the first token of each
+    answer (of an automaton: nodes of the trie); `free` those of draws with replacement, a token drawn again being known.
     """
-    here = setting(constraint)
-    begun = Answers(here, places(here, constraint, prompt, answers), tokens)
+    here, begun = _begun(constraint, prompt, model, answers, tokens)
 
-    def saved(variant: str) -> list[float]:
-        """For each answer, the vocabulary over evaluations a token."""
+    def saved(make: Callable[[Rules, int], Follower], most: int | None = None) -> Interval:
+        """Over the answers, how many times as large as the evaluations a token the vocabulary is."""
         ratios = []
         for i, path in enumerate(begun.paths):
-            rules = here.rules()
-            follower = Masked(rules, i) if variant == "exact" else Drawn(rules, i, variant)
-            begun.run_one(i, follower)
-            calls = rules.mask_calls if variant == "exact" else follower.calls
-            ratios.append(len(here.tokens) * len(path) / max(calls, 1))
-        return ratios
-
-    def mean(ratios: Sequence[float]) -> Interval:
+            follower = make(here.rules(), i)
+            begun.run_one(i, follower, most)
+            ratios.append(len(here.tokens) * len(path[:most]) / max(follower.evaluations, 1))
         logs = student_interval(np.log(ratios))
         return Interval(math.exp(logs.median), math.exp(logs.low), math.exp(logs.high), logs.n)
 
-    paper = saved("paper")
-    found = mean(paper)
+    found = saved(partial(Drawn, variant="paper"))
+    replaced = saved(Replaced).median
     return Figure(
         found.median,
         "x",
         low=found.low,
         high=found.high,
         baseline=1.0,
-        exact=mean(saved("exact")).median,
+        free=replaced if here.grammar is None else None,
+        exact=saved(Masked, 1).median,
         arms={
-            "the recursive estimator": mean(saved("recursive")).median,
-            "the geometric estimator": mean(saved("geometric")).median,
+            "one round without weights": saved(Once).median,
+            "the recursive estimator": saved(partial(Drawn, variant="recursive")).median,
+            "the geometric estimator": saved(partial(Drawn, variant="geometric")).median,
+            "drawn with replacement until two are allowed": replaced,
         },
         quality=faithfulness(here, constraint, spots, draws),
-        details={"vocabulary": len(here.tokens), "evaluations_a_token": [len(here.tokens) / one for one in paper]},
+        details={"vocabulary": len(here.tokens), "tokens": [len(path) for path in begun.paths]},
     )
 
 
 BIAS: dict[str, list[dict[str, Any]]] = {
-    "smoke": [_point("json", "both", spots=2, draws=100)],
-    "small": [_point("json", "both", spots=4, draws=800)],
-    "full": [_point(constraint, "both", spots=8, draws=20_000) for constraint in ("json", "regex", "python")],
+    "smoke": [_point("json", "both", BEGUN, spots=1, draws=50)],
+    "small": [_point("json", "both", spots=4, draws=600)],
+    "full": [
+        _point(constraint, "both", model, spots=8, draws=20_000)
+        for constraint in ("json", "regex", "python")
+        for model in (MODEL, MOVED)
+    ],
 }
 
 
@@ -551,23 +619,27 @@ BIAS: dict[str, list[dict[str, Any]]] = {
         }
     ),
 )
-def weight_bias(constraint: str, prompt: str, spots: int, draws: int) -> Figure:
+def weight_bias(constraint: str, prompt: str, model: str, spots: int, draws: int) -> Figure:
     """How far the mean weight lies from the allowed mass, in per cent of it, with Student's interval over spots.
+
+    The other estimators and the mistaken weights stand beside it with a quarter of the draws.
 
     10 % is our choice: a few hundred draws at each of eight spots tell it from the biased rivals, which are off by a quarter and more.
     Deleted: every token weighs one. Random: the factor is that of as many other tokens. Rival: only the second round's rejections count.
     """
-    here = setting(constraint)
+    here = setting(constraint, model)
     found = spots_of(here, constraint, spots)
     rng = np.random.default_rng(0)
     names = ("paper", "recursive", "geometric", "random", "rival", "deleted")
     ratios: dict[str, list[float]] = {name: [] for name in names}
     for spot in found:
         weights: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(draws):
-            for variant in ("paper", "recursive", "geometric"):
-                drawn = draw(spot.log_p, spot.position.allows, rng, variant=variant)
-                weights[variant].append(drawn.log_weight)
+        for number in range(draws):
+            weights["paper"].append(draw(spot.log_p, spot.position.allows, rng).log_weight)
+            if number % 4:
+                continue
+            for variant in ("recursive", "geometric"):
+                weights[variant].append(draw(spot.log_p, spot.position.allows, rng, variant=variant).log_weight)
             for name, log_weight in _mistaken(spot, rng).items():
                 weights[name].append(log_weight)
         for name in names:

@@ -17,6 +17,7 @@ depends_on = None
 
 
 def upgrade() -> None:
+    """Bring records of version 1 to version 2 and drop the stored verdicts: they are computed when records are read."""
     connection = op.get_bind()
     sqlite = connection.dialect.name == "sqlite"
     if sqlite:
@@ -45,4 +46,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Raises NotImplementedError."""
     raise NotImplementedError("evidence is append-only: there is no way back")

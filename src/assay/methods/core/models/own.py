@@ -32,7 +32,18 @@ def register_own(folder: str | Path) -> bool:
     if found is None:
         return False
     importlib.import_module(found)
+    _name_causal_models()
     return True
+
+
+def _name_causal_models() -> None:
+    """Enter assay's causal models in transformers' table of names, which `AutoModelForCausalLM.register` leaves out."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    for config, model in AutoModelForCausalLM._model_mapping._extra_content.items():
+        if config.model_type.startswith(PREFIX):
+            MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type] = model.__name__
 
 
 def _room(slug: str) -> str | None:

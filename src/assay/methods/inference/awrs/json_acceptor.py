@@ -8,6 +8,7 @@ could go on with them for ever, or since they make a key ambiguous: white space 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from assay.methods.inference.awrs.schemas import Array, Number, Object, Spec, Te
 MOST_SPACE = 40
 SPACE, DIGITS, QUOTE, BACKSLASH = b" \t\n\r", b"0123456789", 0x22, 0x5C
 ESCAPES = dict(zip(b'"\\/bfnrt', b'"\\/\b\f\n\r\t', strict=True))
-KEY_ESCAPES = b'"\\bfnrt'
+KEY_ESCAPES = tuple(json.dumps(chr(code))[1:-1].encode() for code in (*range(0x20), QUOTE, BACKSLASH))
 
 Stack = tuple[Any, ...]  # (frame, stack below), or () where the value is read
 
@@ -27,7 +28,8 @@ def json_schema(schema: Mapping[str, Any]) -> Constraint:
     """JSON texts that are valid under `schema`: every complete text is, and every valid value has a spelling that is accepted.
 
     Taken from JSON Schema: `type` (one or several), `properties`, `required`, `additionalProperties`, `items`, `minItems`,
-    `maxItems`, `minLength`, `maxLength`, `pattern` (ASCII classes, as in ECMAScript; what `regex` cannot do is refused),
+    `maxItems`, `minLength`, `maxLength`, `pattern` (in Python's syntax under `re.ASCII`: \\d and \\w are ECMAScript's, \\s knows the
+    spaces of ASCII only; what `regex` cannot do is refused),
     `minimum`, `maximum`, `exclusiveMinimum`, `exclusiveMaximum`, `enum`, `const`, `anyOf`, `$ref` to `#`, `#/$defs/...` and
     `#/definitions/...`, and what only describes (`title`, `default` ...). As in JSON Schema, a keyword says nothing about values of
     other types. Any other keyword is refused by name, and so are keywords beside `anyOf` and `$ref`.
@@ -235,8 +237,8 @@ class Json(Automaton):
         if pending is not None:
             pending += bytes((byte,))
             if pending[0] == BACKSLASH:
-                fits = len(pending) == 1 or pending[1] in KEY_ESCAPES
-                pending = (pending if len(pending) == 1 else b"") if fits else None
+                fits = any(escape.startswith(pending) for escape in KEY_ESCAPES)
+                pending = None if not fits else b"" if pending in KEY_ESCAPES else pending
             else:
                 spelt = spelt_in_json(pending)
                 pending = None if spelt is None else b"" if spelt[1] else pending

@@ -13,6 +13,7 @@ import codeop
 import keyword
 import re
 import sqlite3
+import warnings
 from collections.abc import Iterator
 
 from assay import checks
@@ -37,13 +38,16 @@ def python() -> Constraint:
 
 
 class Python:
+    """See `python`."""
+
     def prefix(self, text: bytes) -> bool:
         source = _decoded(text)
-        return source is not None and _python_begins(source)
+        return source is not None and "\0" not in source and _python_begins(source)
 
     def complete(self, text: bytes) -> bool:
         try:
-            return bool(ast.parse(text.decode()).body)
+            with warnings.catch_warnings(action="ignore"):  # what Python only warns of parses, under `-W error` too
+                return bool(ast.parse(text.decode()).body)
         except (SyntaxError, ValueError, MemoryError, RecursionError):
             return False
 
@@ -115,7 +119,8 @@ def _python_endings(source: str) -> Iterator[str]:
 def _viable(source: str) -> bool:
     """Whether Python's parser reads `source` to its end, its last word taken as whole: it then runs into what is appended."""
     try:
-        compile(source + " \\\n", "<text>", "exec", ast.PyCF_ONLY_AST | _INCOMPLETE, dont_inherit=True)
+        with warnings.catch_warnings(action="ignore"):
+            compile(source + " \\\n", "<text>", "exec", ast.PyCF_ONLY_AST | _INCOMPLETE, dont_inherit=True)
     except SyntaxError as error:
         return error.msg == "incomplete input"
     except (ValueError, MemoryError, RecursionError):
@@ -167,6 +172,8 @@ _HOPELESS = (
 
 
 class Sql:
+    """See `sql`."""
+
     ROWS = 1000
     LONGEST = 1_000_000
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import importlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from assay import checks
 from assay.methods.inference.awrs.constraints import Automaton, Constraint
 
 MOST_STATES = 50_000  # before it is determinised
+MOST_ARCS = 200_000  # a step looks at all that leave its states: a tenth of a second
 LAST = 0x10FFFF
 SURROGATES = (0xD800, 0xDFFF)
 Span = tuple[int, int]
@@ -42,7 +43,7 @@ def regex(pattern: str) -> Constraint:
     Exact: `prefix` holds of a text if and only if some continuation matches. Anchors may stand at the two ends, where they mean
     nothing. Raises TypeError for anything but text, and ValueError for a pattern that does not compile or that needs what an
     automaton does not have (look-around, back references, atomic groups, possessive repeats, word boundaries), that matches nothing,
-    or that expands to more than 50,000 states.
+    or that expands to more than 50,000 states or 200,000 steps between them.
 
     >>> date = regex(r"\\d{4}-\\d\\d")
     >>> date.prefix(b"20"), date.complete(b"2025-04"), date.prefix(b"2a")
@@ -106,12 +107,12 @@ def utf8_span(piece: bytes) -> tuple[int, int, bool] | None:
 
 
 class Spans:
-    """A set of characters: sorted spans of code points, ends included."""
+    """A set of characters: sorted spans of code points, ends included. Surrogates are no characters: UTF-8 does not spell them."""
 
     def __init__(self, spans: Iterable[Span]) -> None:
         self.lows: list[int] = []
         self.highs: list[int] = []
-        for low, high in sorted(spans):
+        for low, high in sorted(part for span in spans for part in _without_surrogates(span)):
             if self.highs and low <= self.highs[-1] + 1:
                 self.highs[-1] = max(self.highs[-1], high)
             else:
@@ -125,6 +126,13 @@ class Spans:
 
     def __bool__(self) -> bool:
         return bool(self.lows)
+
+
+def _without_surrogates(span: Span) -> Iterator[Span]:
+    low, high = span
+    for part in ((low, min(high, SURROGATES[0] - 1)), (max(low, SURROGATES[1] + 1), high)):
+        if part[0] <= part[1]:
+            yield part
 
 
 @dataclass(frozen=True)
@@ -178,14 +186,14 @@ def characters(
     """The automaton of `pattern`; with `search` of the texts in which it is found, of `least` to `most` characters. Errors: see `regex`."""
     if not isinstance(pattern, str):
         raise TypeError(f"pattern must be text, got {checks.shown(pattern)}")
+    edge: Edge = "free" if search else "bound"
     try:
         parsed = _parser.parse(pattern, flags)
+        builder = _Builder(pattern, parsed.state)
+        start = builder.state()
+        end = builder.sequence(parsed, start, parsed.state.flags, edge, edge)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"pattern must be a regular expression, got {checks.shown(pattern)}: {error}") from None
-    edge: Edge = "free" if search else "bound"
-    builder = _Builder(pattern, parsed.state)
-    start = builder.state()
-    end = builder.sequence(parsed, start, parsed.state.flags, edge, edge)
     graph = _counted(_without_empty_steps(builder, start, end), pattern, least, most)
     if graph is None:
         raise ValueError(
@@ -198,13 +206,13 @@ class _Builder:
     """States with arcs for characters and empty steps, after Thompson."""
 
     def __init__(self, pattern: str, state: Any) -> None:
-        self._pattern, self._state = pattern, state
+        self.pattern, self._state = pattern, state
         self.arcs: list[list[tuple[Spans, int]]] = []
         self.empty: list[list[int]] = []
 
     def state(self) -> int:
         if len(self.arcs) >= MOST_STATES:
-            raise ValueError(f"pattern must need at most {MOST_STATES} states: {checks.shown(self._pattern)}")
+            raise ValueError(f"pattern must need at most {MOST_STATES} states: {checks.shown(self.pattern)}")
         self.arcs.append([])
         self.empty.append([])
         return len(self.arcs) - 1
@@ -252,7 +260,7 @@ class _Builder:
             what = "word boundaries" if "BOUNDARY" in str(value) else "anchors inside a pattern"
         else:
             what = _REFUSED.get(name, name)
-        raise ValueError(f"pattern must do without {what}: {checks.shown(self._pattern)}")
+        raise ValueError(f"pattern must do without {what}: {checks.shown(self.pattern)}")
 
     def _repeat(self, low: int, high: Any, inner: Any, at: int, flags: int) -> int:
         for _ in range(low):
@@ -277,7 +285,7 @@ class _Builder:
     def _refuse_anchor(self, edge: Edge, flags: int) -> None:
         if edge == "inside" or flags & re.MULTILINE:
             where = "anchors under (?m)" if flags & re.MULTILINE else "anchors inside a pattern"
-            raise ValueError(f"pattern must do without {where}: {checks.shown(self._pattern)}")
+            raise ValueError(f"pattern must do without {where}: {checks.shown(self.pattern)}")
 
 
 def _anchor(item: Any, end: str) -> bool:
@@ -325,6 +333,7 @@ def _code_point(place: int) -> int:
 def _without_empty_steps(builder: _Builder, start: int, end: int) -> Graph:
     arcs: list[tuple[tuple[Spans, int], ...]] = []
     final = set()
+    looked = 0
     for state in range(len(builder.arcs)):
         reached, todo = {state}, [state]
         while todo:
@@ -332,6 +341,9 @@ def _without_empty_steps(builder: _Builder, start: int, end: int) -> Graph:
                 if target not in reached:
                     reached.add(target)
                     todo.append(target)
+        looked += len(reached)
+        if looked > MOST_ARCS:  # optional parts repeated, each of which may be left out: (a?){500}
+            raise ValueError(f"pattern must need at most {MOST_ARCS} steps: {checks.shown(builder.pattern)}")
         arcs.append(tuple(arc for place in sorted(reached) for arc in builder.arcs[place] if arc[0]))
         if end in reached:
             final.add(state)
@@ -344,17 +356,23 @@ def _counted(graph: Graph, pattern: str, least: int, most: int | None) -> Graph 
     numbers = {(graph.start, 0): 0}
     arcs: list[list[tuple[Spans, int]]] = []
     todo = [(graph.start, 0)]
+    total = 0
     for place, count in todo:  # grows as it is walked
         found = []
         for spans, target in graph.arcs[place] if most is None or count < most else ():
             after = (target, min(count + 1, cap))
             if after not in numbers:
                 if len(numbers) >= MOST_STATES:
-                    raise ValueError(f"pattern must need at most {MOST_STATES} states with its lengths: {pattern!r}")
+                    raise ValueError(
+                        f"pattern must need at most {MOST_STATES} states with its lengths: {checks.shown(pattern)}"
+                    )
                 numbers[after] = len(todo)
                 todo.append(after)
             found.append((spans, numbers[after]))
         arcs.append(found)
+        total += len(found)
+        if total > MOST_ARCS:
+            raise ValueError(f"pattern must need at most {MOST_ARCS} steps with its lengths: {checks.shown(pattern)}")
     final = {numbers[key] for key in todo if key[0] in graph.final and key[1] >= least}
     alive = _reaching(arcs, final)
     if 0 not in alive:

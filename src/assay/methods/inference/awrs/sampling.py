@@ -66,8 +66,8 @@ def draw(
 
     `max_rejections` bounds the rejections of "recursive", "geometric" and "as_released". They stay unbiased, with more weights of zero.
 
-    Raises TypeError or ValueError for log-probabilities that are no vector of floats or hold NaN or +inf, an unknown variant, `accepts`
-    below 2 and a bound that the variant does not take.
+    Raises TypeError or ValueError for log-probabilities that are no vector of floats or hold NaN or +inf, a test that is no function, an
+    unknown variant, `accepts` below 2 and a bound that the variant does not take.
 
     When NOT to use it: where every token's verdict is cheap to have at once (a compiled grammar's mask).
 
@@ -78,6 +78,10 @@ def draw(
     """
     checks.choice("variant", variant, VARIANTS)
     accepts = checks.whole("accepts", accepts, low=2)
+    if not callable(test):
+        raise TypeError(f"test must be a function of a token, got {checks.shown(test)}")
+    if not isinstance(rng, np.random.Generator):
+        raise TypeError(f"rng must be a numpy.random.Generator, got {checks.shown(rng)}")
     if max_rejections is not None:
         max_rejections = checks.whole("max_rejections", max_rejections, low=1)
         if variant in ("paper", "masking", "twisted"):

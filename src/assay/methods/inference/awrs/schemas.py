@@ -34,7 +34,10 @@ def specs_of(schema: Mapping[str, Any]) -> list[list[Spec]]:
     """What a value may be, for the whole schema first and then for each part of it. Errors: see `json_schema`."""
     if not isinstance(schema, Mapping):
         raise TypeError(f"schema must be a mapping, got {checks.shown(schema)}")
-    return _Compiler(schema).compiled()
+    try:
+        return _Compiler(schema).compiled()
+    except RecursionError:
+        raise ValueError("schema must be nested less deeply: Python's stack ends before it does") from None
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,8 @@ class Number:
 
 @dataclass
 class Array:
+    """Lists of `least` to `most` items; each is what the node `item` may be."""
+
     item: int
     least: int = 0
     most: int | None = None
@@ -326,7 +331,7 @@ class _Compiler:
         other = self._any() if others is True else self._node(others, f"{place}/additionalProperties")
         names = list(dict.fromkeys([*properties, *required]))
         nodes: list[int | None] = [
-            self._node(properties[name], f"{place}/properties/{name}") if name in properties else other
+            self._node(properties[name], f"{place}/properties/{_pointed(name)}") if name in properties else other
             for name in names
         ]
         try:
@@ -334,6 +339,11 @@ class _Compiler:
         except UnicodeEncodeError:
             raise ValueError(f"properties at {place} must have names that are Unicode text, got {names!r}") from None
         return Object(spelt, nodes, frozenset(names.index(name) for name in required), other)
+
+
+def _pointed(name: str) -> str:
+    """A name as a part of a JSON pointer, so that no two places look the same."""
+    return name.replace("~", "~0").replace("/", "~1")
 
 
 def _number(whole: bool, schema: Mapping[str, Any], place: str) -> Number:
@@ -361,7 +371,11 @@ def _is_of(value: Any, kind: str) -> bool:
 
 def _same(a: Any, b: Any) -> bool:
     """Equality of JSON values: 1 is 1.0, and no truth value."""
-    return isinstance(a, bool) == isinstance(b, bool) and a == b
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(value, b[name]) for name, value in a.items())
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
 
 
 def _without_the_impossible(found: list[list[Spec]]) -> None:

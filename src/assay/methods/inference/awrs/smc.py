@@ -148,7 +148,7 @@ def smc(
                 max_rejections=max_rejections,
             )
             one.log_weight += found.log_weight
-            if found.token is None:
+            if found.token is None or one.log_weight == -math.inf:  # a weight may be too small for a float
                 one.finish = "dead"
             elif found.token in rules.ends:
                 one.finish = "stop"

@@ -12,7 +12,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -78,6 +78,11 @@ class TokenBytes:
         return b"".join(map(self.of, tokens))
 
     @cached_property
+    def silent(self) -> Bools:
+        """Of each token, whether it spells nothing."""
+        return np.array([not piece for piece in self.pieces])
+
+    @cached_property
     def levels(self) -> list[Level]:
         """The trie of all pieces, level by level: its nodes' parents and bytes, and the tokens that end there."""
         lengths = np.array([len(piece) for piece in self.pieces])
@@ -109,6 +114,8 @@ class TokenBytes:
 
 @dataclass(frozen=True)
 class Level:
+    """One level of the trie: its nodes' parents (numbered within the level above) and bytes, and the tokens that end at which nodes."""
+
     parents: NDArray[np.int64]
     byte: NDArray[np.int64]
     tokens: NDArray[np.int64]
@@ -126,6 +133,8 @@ class Rules:
         if not isinstance(token_bytes, TokenBytes):
             raise TypeError(f"token_bytes must be a TokenBytes, got {checks.shown(token_bytes)}")
         self.token_bytes = token_bytes
+        if not isinstance(ends, Iterable):
+            raise TypeError(f"ends must be token ids, got {checks.shown(ends)}")
         self.ends = frozenset(checks.whole("ends", token, low=0) for token in ends)
         if not self.ends:
             raise ValueError("ends must hold at least one token, got none: nothing could end a sequence")
@@ -139,8 +148,11 @@ class Rules:
     def barred(self, size: int) -> Bools:
         """Of a vocabulary of `size` rows, the tokens that never follow: they spell nothing and end nothing."""
         if size not in self._barred:
-            ends = self.ends
-            self._barred[size] = np.array([not self.token_bytes.of(t) and t not in ends for t in range(size)])
+            found = np.ones(size, dtype=bool)
+            common = min(size, len(self.token_bytes))
+            found[:common] = self.token_bytes.silent[:common]
+            found[[token for token in self.ends if token < size]] = False
+            self._barred[size] = found
         return self._barred[size]
 
     def mask(self, state: State, size: int) -> Bools:
@@ -242,14 +254,23 @@ def token_mask(constraint: Any, token_bytes: TokenBytes, state: Any) -> tuple[Bo
 def _spelling(tokenizer: dict[str, Any]) -> Any:
     """How a piece of the vocabulary becomes bytes, by the tokenizer's decoder."""
     decoder = tokenizer.get("decoder") or {}
-    kinds = [one["type"] for one in decoder.get("decoders", [decoder]) if "type" in one]
+    steps = [one for one in decoder.get("decoders", [decoder]) if "type" in one]
+    kinds = [one["type"] for one in steps]
     if "ByteLevel" in kinds:
         letters = _byte_letters()
         return lambda piece: (
             bytes(letters[letter] for letter in piece) if set(piece) <= letters.keys() else piece.encode()
         )
-    if "Metaspace" in kinds or ("Replace" in kinds and "ByteFallback" in kinds):
-        return _sentencepiece
+    for one in steps:
+        if one["type"] == "Metaspace":
+            return partial(_sentencepiece, space=one["replacement"])
+        if (
+            one["type"] == "Replace"
+            and one["content"] == " "
+            and "ByteFallback" in kinds
+            and "String" in one["pattern"]
+        ):
+            return partial(_sentencepiece, space=one["pattern"]["String"])
     raise ValueError(
         f"tokenizer must decode byte-level or SentencePiece pieces, got a decoder of {', '.join(kinds) or 'none'}"
     )
@@ -262,7 +283,7 @@ def _byte_letters() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-def _sentencepiece(piece: str) -> bytes:
+def _sentencepiece(piece: str, space: str) -> bytes:
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return bytes((int(piece[3:5], 16),))
-    return piece.replace("\u2581", " ").encode()
+    return piece.replace(space, " ").encode()

@@ -211,7 +211,6 @@ class ParScaleForCausalLM(WrappedForCausalLM):
 
     config_class = ParScaleConfig
     # transformers asks the wrapping class whether its experts can be chosen; it is the base that has them
-    _can_set_experts_implementation_cached_value = True
 
     def __init__(self, config: ParScaleConfig, base: nn.Module | None = None):
         super().__init__(config, base)
