@@ -16,6 +16,8 @@ import torch
 torch.set_num_threads(1)
 from assay.tuner.artefact import load_tuned
 from assay.server.backends import backend_for
+from assay.server.engine import Engine
+from assay.server.errors import ApiError
 from assay.server.rows import Settings
 from assay.server.scheduler import Scheduler
 
@@ -33,7 +35,13 @@ for folder in sys.argv[2:]:
     scheduler.submit(json.loads(sys.argv[1]), Settings(max_tokens=6), heard)
     done.wait(60)
     scheduler.stop()
-    answers[folder] = [type(loaded.model).__name__, tokens, errors]
+    engine = Engine(loaded.model, loaded.tokenizer, scheduler, "m")
+    try:
+        engine.prepare_embeddings({"model": "m", "input": "hello"})
+        embedded = "yes"
+    except ApiError as error:
+        embedded = "refused" if "no embeddings" in error.message else error.message
+    answers[folder] = [type(loaded.model).__name__, tokens, errors, embedded in ("yes", "refused")]
 print(json.dumps(answers))
 """
 
@@ -41,6 +49,8 @@ print(json.dumps(answers))
 def rooms():
     """A small model of every room, by slug."""
     from assay.methods.inference.encdec_gemma import EncDecForCausalLM, decoder_to_encdec
+    from assay.methods.inference.hamburger import HamburgerForCausalLM
+    from assay.methods.inference.kv_prediction import KVPredictor
     from assay.methods.inference.ladder_residual import to_ladder
     from assay.methods.inference.parscale import ParScaleForCausalLM
 
@@ -49,6 +59,8 @@ def rooms():
 
     return {
         "encdec_gemma": EncDecForCausalLM.of(decoder_to_encdec(base())),
+        "hamburger": HamburgerForCausalLM.from_base(base()),
+        "kv_prediction": KVPredictor.from_base(base(), auxiliary=0.5),
         "ladder_residual": to_ladder(base(), 1),
         "parscale": ParScaleForCausalLM.from_base(base(), parscale_n=2),
     }
@@ -63,7 +75,7 @@ def test_stored_models_are_served(tmp_path):
         model.eval().save_pretrained(folder)
         tiny.tiny_tokenizer(512, 512).save_pretrained(folder)
         made = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, pad_token_id=0)[0].tolist()
-        wanted[str(folder)] = [type(model).__name__, made[-6:], []]
+        wanted[str(folder)] = [type(model).__name__, made[-6:], [], True]
     done = subprocess.run(
         [sys.executable, "-c", SERVE, json.dumps(prompt), *wanted], capture_output=True, text=True, timeout=200, check=False
     )  # fmt: skip
