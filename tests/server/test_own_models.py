@@ -7,8 +7,9 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
+
+import tiny
 
 SERVE = """
 import json, sys, threading
@@ -16,6 +17,7 @@ import torch
 torch.set_num_threads(1)
 from assay.tuner.artefact import load_tuned
 from assay.server.backends import backend_for
+from assay.server.embeddings import embed
 from assay.server.engine import Engine
 from assay.server.errors import ApiError
 from assay.server.rows import Settings
@@ -37,8 +39,8 @@ for folder in sys.argv[2:]:
     scheduler.stop()
     engine = Engine(loaded.model, loaded.tokenizer, scheduler, "m")
     try:
-        engine.prepare_embeddings({"model": "m", "input": "hello"})
-        embedded = "yes"
+        _, texts = engine.prepare_embeddings({"model": "m", "input": "hello"})
+        embedded = "yes" if len(embed(loaded.model, texts)[0]) else "empty"
     except ApiError as error:
         embedded = "refused" if "no embeddings" in error.message else error.message
     answers[folder] = [type(loaded.model).__name__, tokens, errors, embedded in ("yes", "refused")]
@@ -52,6 +54,7 @@ def rooms():
     from assay.methods.inference.hamburger import HamburgerForCausalLM
     from assay.methods.inference.kv_prediction import KVPredictor
     from assay.methods.inference.ladder_residual import to_ladder
+    from assay.methods.inference.mor import MoRForCausalLM
     from assay.methods.inference.parscale import ParScaleForCausalLM
 
     def base(**changes):
@@ -62,6 +65,7 @@ def rooms():
         "hamburger": HamburgerForCausalLM.from_base(base()),
         "kv_prediction": KVPredictor.from_base(base(), auxiliary=0.5),
         "ladder_residual": to_ladder(base(), 1),
+        "mor": MoRForCausalLM.from_base(base(num_hidden_layers=3), recursions=2),
         "parscale": ParScaleForCausalLM.from_base(base(), parscale_n=2),
     }
 

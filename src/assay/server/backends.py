@@ -463,7 +463,9 @@ def why_whole(model: nn.Module) -> str:
     """Why a prompt may not be run in pieces; empty when it may."""
     if own_prefill(model) is not None:
         return "the model's settings have a prefill of their own"
-    if own := getattr(model, "whole_prompts", ""):  # said by a model that reads a prompt otherwise than what comes behind it
+    if own := getattr(
+        model, "whole_prompts", ""
+    ):  # said by a model that reads a prompt otherwise than what comes behind it
         return str(own)
     return why_whole_attention(model)
 

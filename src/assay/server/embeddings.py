@@ -18,7 +18,7 @@ MOST_TOKENS = 4096  # of a pass, padding included, unless one text alone has mor
 def why_no_embeddings(model: Any) -> str:
     """Why a model has no embeddings to give; empty if it has."""
     body = getattr(model, "base_model", model)
-    if body is model:
+    if body is model or body.get_output_embeddings() is not None:  # a model around a model has a pass of its own
         return f"{type(model).__name__} does not show what lies below its head"
     return ""
 
