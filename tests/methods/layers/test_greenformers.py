@@ -542,7 +542,10 @@ def test_padding_does_not_calibrate():
 
 def test_auto_fact_limits_ranks_and_splits_as_released():
     model = nn.Sequential(nn.Linear(30, 20), nn.Linear(30, 4), nn.Linear(30, 20))
-    weight = model[0].weight.detach().clone()
+    u, _, v = torch.linalg.svd(model[0].weight.detach(), full_matrices=False)
+    weight = u * 0.5 ** torch.arange(20) @ v  # a spectrum that falls, as the solver's random subspace wants it
+    with torch.no_grad():
+        model[0].weight.copy_(weight)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         out = auto_fact(model, rank=5, solver="svd", submodules=[model[0], model[1]])
