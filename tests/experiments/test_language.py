@@ -39,6 +39,14 @@ def test_kept_and_found_again(tmp_path, monkeypatch):
     assert len(calls) == 4
 
 
+def test_the_shared_core_counts(tmp_path, monkeypatch):
+    monkeypatch.setenv("ASSAY_CACHE_DIR", str(tmp_path))
+    seen, real = [], language._digest
+    monkeypatch.setattr(language, "_digest", lambda module: seen.append(module.__name__) or real(module))
+    made({"a": 1})
+    assert "assay.methods.core.models" in seen
+
+
 def test_the_floor_is_that_of_a_table_of_pairs():
     inputs, targets = language.heldout(64, 4)
     floor = language.bigram_floor(inputs, targets)

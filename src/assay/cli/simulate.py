@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -76,25 +77,32 @@ def simulate(
                 times = simulator.calibrated(seen.measured, max_running=max_running, chunk=chunk, clients=clients)
             except ValueError as error:
                 raise InputError(f"{trace}: {error}") from None
-            servers = Fleet((simulator.Server("measured", times, max_running, chunk=chunk),), {})
+            servers = Fleet((simulator.Server("measured", times, max_running, chunk=chunk),), {}, _digest(trace))
             if output is not None:
                 with atomic_file(output) as temporary:
                     temporary.write_text(
-                        fleet_text(times, max_running=max_running, chunk=chunk, source=str(trace)), encoding="utf-8"
+                        fleet_text(
+                            times, max_running=max_running, chunk=chunk, source=str(trace), fitted_to=_digest(trace)
+                        ),
+                        encoding="utf-8",
                     )
         else:
             assert fleet is not None
             servers = read_fleet(fleet)
         requests = [replace(request, at=request.at / faster) for request in seen.requests]
         say(f"simulating {len(requests)} requests on {len(servers.servers)} servers")
-        found = simulator.simulate(requests, servers.servers, clients=clients)
+        try:
+            found = simulator.simulate(requests, servers.servers, clients=clients)
+        except ValueError as error:
+            raise InputError(str(error)) from None
     document = described(found, servers, limits)
     document["trace"] = {"file": str(trace), "requests": len(requests), "faster": faster, "clients": clients}
     if seen.measured and faster == 1:
         document["measured"] = simulator.summary(seen.measured)
         document["errors"] = simulator.errors(document["predicted"], document["measured"])
-        if not calibrate:  # what the times were fitted to is no prediction
-            document["past"] = _past(document["errors"])
+        if servers.fitted_to != _digest(trace):  # what the times were fitted to is no prediction
+            key = hashlib.sha256(repr((_digest(trace), servers, clients, limit)).encode()).hexdigest()[:32]
+            document["past"] = _past(key, document["errors"])
     if calibrate:
         document["times"] = vars(servers.servers[0].times)
     if json:
@@ -132,25 +140,33 @@ def described(found: Any, fleet: Any, limits: Any = None) -> dict[str, Any]:
     return {"predicted": predicted, "servers": servers, "refused": len(found.refused)}
 
 
-def _past(errors: dict[str, float]) -> dict[str, Any]:
-    """Keep the errors of this prediction, and say how far off all of them were: the mean of their sizes, by figure."""
+def _past(key: str, errors: dict[str, float]) -> dict[str, Any]:
+    """Keep the errors of this prediction, once, and say how far off all of them were: the mean of their sizes, by figure."""
     import json
 
     from assay.paths import data_dir
 
     file = data_dir() / "predictions.jsonl"
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(errors) + "\n")
-    seen: dict[str, list[float]] = {}
-    lines = file.read_text(encoding="utf-8").splitlines()
-    for line in lines:
+    kept: dict[str, dict[str, float]] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
-            kept = json.loads(line)
-        except ValueError:  # cut off by a crash
+            found = json.loads(line)
+            kept[found["key"]] = {name: float(value) for name, value in found["errors"].items()}
+        except (ValueError, TypeError, KeyError, AttributeError):  # cut off by a crash, or somebody else's
             continue
-        for name, value in kept.items():
+    if key not in kept:
+        with file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"key": key, "errors": errors}) + "\n")
+        kept[key] = errors
+    seen: dict[str, list[float]] = {}
+    for one in kept.values():
+        for name, value in one.items():
             seen.setdefault(name, []).append(abs(value))
-    return {"predictions": len(lines), "mean_error": {name: sum(v) / len(v) for name, v in seen.items()}}
+    return {"predictions": len(kept), "mean_error": {name: sum(v) / len(v) for name, v in seen.items()}}
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.expanduser().read_bytes()).hexdigest()
 
 
 def _print(document: dict[str, Any]) -> None:

@@ -197,20 +197,21 @@ def document(tested: Sequence[Measured], load: Load, slo: Slo | None) -> dict[st
 def samples_text(tested: Measured) -> str:
     """What became of each request that was answered, a JSON line each: what `assay simulate` reads as a measured trace.
 
-    `at` is in seconds after the first request, `ttft` and `e2e` are in seconds; prompts that the server did not count have no line.
+    `at` is in seconds after the first request, `ttft` and `e2e` are in seconds; prompts that the server did not count, and answers
+    without text, have no line.
     """
     samples = [sample for block in tested.blocks for sample in block.samples]
     start = min((sample.intended for sample in samples), default=0.0)
     lines = []
     for sample in sorted(samples, key=lambda sample: sample.intended):
         answer = sample.answer
-        if answer is None or not answer.prompt_tokens or not answer.tokens:
+        if answer is None or sample.ttft is None or not answer.prompt_tokens or not answer.tokens:
             continue
         line = {
             "at": round(sample.intended - start, 6),
             "prompt_tokens": answer.prompt_tokens,
             "new_tokens": answer.tokens,
-            "ttft": round(sample.ttft or 0.0, 6),
+            "ttft": round(sample.ttft, 6),
             "e2e": round(sample.end - sample.intended, 6),
         }
         lines.append(json.dumps(line) + "\n")

@@ -221,3 +221,14 @@ def test_the_trainer_takes_a_step(tmp_path):
     assert result.training_loss > 0
     same = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
     assert same == set()
+
+
+def test_a_mask_that_contradicts_the_groups_is_refused():
+    model, ids = grafted(), token_ids(2, 12, seed=1)
+    groups = group_ids(SIZES).expand(2, -1)
+    mask = torch.ones_like(ids)
+    plain = model(ids, groups=groups, attention_mask=mask).logits
+    torch.testing.assert_close(plain, model(ids, groups=groups).logits, rtol=0, atol=0)
+    mask[0, :2] = 0
+    with pytest.raises(ValueError, match="attention_mask must be 1 where groups"):
+        model(ids, groups=groups, attention_mask=mask)

@@ -268,3 +268,30 @@ def test_logits_of_the_whole_prompt_leave_the_answer_as_it_is():
     )
     assert whole.shape[0] == len(PROMPTS[0])
     assert torch.equal(whole[-1:], last)
+
+
+def test_generation_without_a_cache_is_refused():
+    """It would give other text: every pass would predict the keys of the answer too."""
+    with pytest.raises(ValueError, match="use_cache must be True"):
+        predictor().generate(token_ids(length=5), max_new_tokens=2, use_cache=False)
+
+
+def test_a_batchs_share_of_the_loss_does_not_depend_on_what_is_not_asked():
+    model, ids = predictor(), token_ids(2, 12)
+    labels = ids.clone()
+    labels[:, :9] = -100
+    asked = int((labels[:, 1:] != -100).sum())
+    whole, share = model(ids, labels=labels).loss, model(ids, labels=labels, num_items_in_batch=asked).loss
+    torch.testing.assert_close(share, whole)
+
+
+def test_the_trainer_counts_what_is_asked(tmp_path):
+    model = predictor().train()
+    data = [{"input_ids": row, "labels": row} for row in token_ids(4, 12)]
+    wanted = float(model(token_ids(4, 12), labels=token_ids(4, 12)).loss)
+    options = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=4, logging_steps=1, report_to=[], learning_rate=0.0, use_cpu=True
+    )  # fmt: skip
+    trainer = Trainer(model, options, train_dataset=data)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(wanted, rel=1e-3)

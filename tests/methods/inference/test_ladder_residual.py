@@ -604,3 +604,17 @@ def test_the_pending_form_by_itself(base):
         stream = run_pending(ladder.parts, ladder.parts.begin(ids), ladder.steps, Alone())
         found = ladder.parts.logits(ladder.parts.norm(stream))
     assert torch.equal(found, logits(ladder, ids))
+
+
+@torch.no_grad()
+def test_desyncs_shares_follow_the_bases_attention_and_mode():
+    model = tiny_model(num_hidden_layers=3, attention_dropout=0.5, attn_implementation="eager")
+    ladder = to_ladder(model, block="desync")
+    ids = token_ids(1, 9)
+    wanted = ladder(ids).logits
+    ladder.set_attn_implementation("sdpa")
+    torch.testing.assert_close(ladder(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    ladder.train()
+    ladder(ids)
+    ladder.eval()
+    torch.testing.assert_close(ladder(ids).logits, wanted, rtol=1e-4, atol=1e-4)

@@ -644,3 +644,15 @@ def test_depthwise_batching_refuses_what_it_cannot_do():
         generate_depthwise(tiny_mor(), [[1]], [1, 2])
     with pytest.raises(ValueError, match="empty prompt"):
         generate_depthwise(tiny_mor(), [[1], []], 1)
+
+
+@torch.no_grad()
+def test_positions_with_gaps_are_one_sequence_under_a_mask_of_ones():
+    """Without a mask transformers takes them for several packed ones; with one of ones the model must do as its base."""
+    from tests.properties.architectures import build, inputs
+
+    base = build("llama")
+    ids = inputs("llama", tokens=5)["input_ids"]
+    given = {"attention_mask": torch.ones_like(ids), "position_ids": torch.tensor([[0, 1, 2, 10, 11]])}
+    model = MoRForCausalLM.from_base(base, recursions=1, router="none", sharing="cycle")
+    torch.testing.assert_close(model(ids, **given).logits, base(ids, **given).logits)

@@ -61,7 +61,7 @@ Task = Mapping[str, Any]
 def base_model(task: Task, seed: int, rate: float | None = None) -> Any:
     """A base trained from scratch, the same for all arms of a seed."""
     return trained(
-        {"arm": "scratch", "seed": seed, **task},
+        {"arm": "scratch", "seed": seed, "heads": HEADS, "batch": BATCH, **task},
         partial(small_llama, width=task["width"], layers=task["layers"], heads=HEADS, seed=seed),
         partial(byte_batches, task["length"], BATCH, seed=seed),
         steps=task["steps"],
@@ -86,7 +86,14 @@ def trained_on(arm: str, task: Task, seed: int, rate: float | None = None) -> An
     """The base of a seed, trained on as `arm` says: as it is, or grafted with groups of one kind."""
     base = base_model(task, seed)
     return trained(
-        {"arm": arm, "seed": seed, "rate of base": chosen("hamburger/base", "base").rate, **task},
+        {
+            "arm": arm,
+            "seed": seed,
+            "heads": HEADS,
+            "batch": BATCH,
+            "rate of base": chosen("hamburger/base", "base").rate,
+            **task,
+        },
         partial(grafted, arm, base, task, seed),
         partial(byte_batches, task["length"], BATCH, seed=10**6 + seed),
         steps=task["grafting"],

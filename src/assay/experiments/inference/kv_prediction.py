@@ -106,6 +106,8 @@ def fitted(
     """`build()` trained for `steps`: at the arm's own rate, and kept; or, for a search, at `rate`."""
     ignored = ("windows", "steps") if search == BASES else ("windows",)
     key = {"arm": arm, "seed": seed, **{name: value for name, value in task.items() if name not in ignored}}
+    if search != BASES:  # what these are trained on and from
+        key["rates of the bases"] = [chosen(BASES, kind).rate for kind in ("base", "sibling")]
     length, batch, of = length_of(task), task["batch"], task["of"]
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:

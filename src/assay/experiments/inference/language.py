@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from assay.experiments.mixers import training
+from assay.methods.core import models
 from assay.paths import atomic_file, cache_dir
 from assay.workloads import sequences, text
 from assay.workloads.sequences import byte_windows, text_bytes
@@ -81,7 +82,8 @@ def trained(
 
     The weights are kept in the cache folder and found again by whoever asks for the same: `key` (JSON-able; what build, batches and loss
     depend on), steps, rate, options, the versions of torch and transformers, the bundled text, and the source of the modules `sources`
-    (the method and the experiment), of the trainer and of this one. Runs on one thread; `training.in_parallel` runs several at once.
+    (the method and the experiment), of the trainer, `core.models` and this one. Runs on one thread; `training.in_parallel` runs several
+    at once.
     """
     described = {
         "key": key,
@@ -90,7 +92,7 @@ def trained(
         "options": {name: value if isinstance(value, str | int | float | bool) else repr(value) for name, value in options.items()},
         "versions": [importlib.metadata.version(name) for name in ("torch", "transformers")],
         "text": text.text_hash(),
-        "sources": [_digest(module) for module in (*sources, training, sequences, _here())],
+        "sources": [_digest(module) for module in (*sources, training, sequences, models, _here())],
     }  # fmt: skip
     name = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
     file = cache_dir() / "trained" / f"{name}.safetensors"
@@ -157,12 +159,9 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def _digest(module: ModuleType) -> str:
     """Of the module's source, and of all modules of a package."""
-    import pkgutil
-
-    digest = hashlib.sha256(inspect.getsource(module).encode())
-    for child in pkgutil.walk_packages(getattr(module, "__path__", []), f"{module.__name__}."):
-        digest.update(inspect.getsource(importlib.import_module(child.name)).encode())
-    return digest.hexdigest()
+    file = Path(str(module.__file__))
+    files = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+    return hashlib.sha256(b"".join(one.read_bytes() for one in files)).hexdigest()
 
 
 def _here() -> ModuleType:

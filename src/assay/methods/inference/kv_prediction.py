@@ -426,6 +426,7 @@ class KVPredictor(WrappedForCausalLM):
         )  # fmt: skip
         widths = [[(site.keys, site.values) for site in sites] for sites in (self.auxiliary_sites, self.sites)]
         self.predictor = Predictor(config.layer_map, *widths)
+        self.loss_type = "ForCausalLM"  # by which the Trainer counts what is asked: labels are shifted
         self.post_init()
         self.train(self.training)
 
@@ -602,7 +603,7 @@ class KVPredictor(WrappedForCausalLM):
 
         Means over the positions that are asked; consistency over all positions but padding, of the absolute differences of normed keys
         and of values, each averaged over its width, added, and averaged over layers ("as_released": summed). With `num_items_in_batch`
-        all are sums divided by it.
+        each is this batch's share of it.
         """
         return self._supervised(input_ids, attention_mask, position_ids, labels, num_items_in_batch)[1]
 
@@ -614,7 +615,7 @@ class KVPredictor(WrappedForCausalLM):
         with recorded(self.auxiliary_sites) as raw:
             small = self.auxiliary(input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False)
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.auxiliary.parameters())
-        if trains and not raw[0][0].requires_grad:
+        if trains and not any(part.requires_grad for pair in raw for part in pair):
             raise ValueError("gradient checkpointing must be that with use_reentrant=False: the other loses the keys")
         predicted = self.predictor(raw)
         logits = self._over(predicted, ids, mask, places)
@@ -622,12 +623,12 @@ class KVPredictor(WrappedForCausalLM):
         for name, found in (("base", logits), ("auxiliary", small.logits)):
             terms[name], terms[f"{name}_z"] = _cross_entropy(found, labels, items)
         if self.config.consistency:
-            terms["consistency"] = self._consistency(predicted, ids, mask, places, items)
+            terms["consistency"] = self._consistency(predicted, ids, mask, places)
+            if items is not None:  # this batch's share of all that is asked, as the cross-entropies have it
+                terms["consistency"] = terms["consistency"] * (labels[:, 1:] != IGNORED).sum() / items
         return logits, terms
 
-    def _consistency(
-        self, predicted: list[Pair], ids: Tensor, mask: Tensor | None, places: Tensor | None, items: Any
-    ) -> Tensor:
+    def _consistency(self, predicted: list[Pair], ids: Tensor, mask: Tensor | None, places: Tensor | None) -> Tensor:
         with torch.no_grad():
             true = read(self.parts, self.sites, ids, mask, places)
         there = torch.ones_like(ids) if mask is None else mask
@@ -637,7 +638,7 @@ class KVPredictor(WrappedForCausalLM):
             off = (normed(site, keys).float() - normed(site, true_keys).float()).abs().mean(-1)
             off = off + (values.float() - true_values.float()).abs().mean(-1)
             total = total + (off * there).sum()
-        total = total / (there.sum() if items is None else items)
+        total = total / there.sum()
         return total if self.config.variant == "as_released" else total / len(self.sites)
 
     def _loss(self, terms: Mapping[str, Tensor]) -> Tensor:
@@ -645,6 +646,13 @@ class KVPredictor(WrappedForCausalLM):
         loss = terms["base"] + config.z_loss * terms["base_z"]
         loss = loss + config.auxiliary_weight * (terms["auxiliary"] + config.z_loss * terms["auxiliary_z"])
         return loss + config.consistency * terms["consistency"] if config.consistency else loss
+
+    def prepare_inputs_for_generation(self, *args: Any, use_cache: bool | None = True, **kwargs: Any) -> dict[str, Any]:
+        """As transformers'. Raises ValueError for `use_cache=False`: the keys of answers would be predicted too."""
+        if use_cache is False:
+            raise ValueError("use_cache must be True: without a cache every pass would predict the answer's keys too")
+        prepared: dict[str, Any] = super().prepare_inputs_for_generation(*args, use_cache=use_cache, **kwargs)
+        return prepared
 
     def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         """transformers' prefill of a prompt. Raises ValueError for one in chunks: only the first would be predicted."""

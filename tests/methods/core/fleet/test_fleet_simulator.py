@@ -47,7 +47,6 @@ def test_a_prompt_holds_up_who_decodes_by_a_chunk_at_most():
 def test_every_request_is_answered_once_and_never_faster_than_alone(servers):
     requests = crowd()
     found = simulate(requests, [Server(f"s{i}", TIMES, max_running=8) for i in range(servers)])
-    assert sorted(map(id, (one.request for one in found.served))) != []
     assert sorted(one.request.at for one in found.served) == sorted(request.at for request in requests)
     for one in found.served:
         (alone,) = simulate([one.request], [Server("x", TIMES)]).served
@@ -61,16 +60,15 @@ def test_every_request_is_answered_once_and_never_faster_than_alone(servers):
     assert sum(turn.rows for turn in found.turns) == sum(request.new_tokens - 1 for request in requests)
 
 
-def test_littles_law():
-    requests = poisson(8.0, 400.0, [(50, 20), (200, 10)], seed=1)
-    found = simulate(requests, [Server("a", TIMES)])
-    seconds = found.seconds
-    changes = sorted([(one.request.at, 1) for one in found.served] + [(one.end, -1) for one in found.served])
-    area, inside, before = 0.0, 0, 0.0
-    for at, change in changes:
-        area, inside, before = area + inside * (at - before), inside + change, at
-    mean = float(np.mean([one.e2e for one in found.served]))
-    assert area / seconds == pytest.approx(len(requests) / seconds * mean, rel=1e-6)
+def test_the_wait_is_that_of_a_queue_with_equal_services():
+    """One row at a time and prompts of one length: Pollaczek and Khinchin's mean wait, rho s / (2 (1 - rho))."""
+    service, rate = 0.1, 6.0
+    requests = poisson(rate, 4000.0, [(100, 1)], seed=1)
+    found = simulate(requests, [Server("a", StepTimes(prefill=service / 100, step=1e-9), max_running=1)])
+    waited = float(np.mean([one.ttft for one in found.served])) - service
+    rho = rate * service
+    assert waited == pytest.approx(rho * service / (2 * (1 - rho)), rel=0.1)
+    assert found.busy("a") == pytest.approx(rho, rel=0.05)
 
 
 def test_more_servers_and_faster_ones_never_hurt_the_last_answer():
@@ -94,6 +92,25 @@ def test_priorities_go_first():
     requests = [Request(0.0, 400, 2), *(Request(0.01, 400, 2) for _ in range(3)), Request(0.02, 400, 2, priority=1)]
     served = simulate(requests, [Server("a", TIMES, max_running=1)]).served
     assert [one.request.priority for one in served] == [0, 1, 0, 0, 0]
+
+
+def test_a_long_backlog_ends_and_keeps_its_order():
+    found = simulate([Request(0.0, 5, 2) for _ in range(20_000)], [Server("a", TIMES, max_running=4)])
+    assert len(found.served) == 20_000
+    firsts = [one.first for one in found.served]
+    assert firsts == sorted(firsts)
+
+
+def test_what_is_left_to_do_is_counted_down():
+    left = []
+
+    def watching(request, able):
+        left.append([one.load for one in able])
+        return min(able, key=lambda one: one.load)
+
+    requests = [Request(0.0, 100, 10), Request(0.0, 50, 5), Request(1000.0, 1, 1)]
+    simulate(requests, [Server("a", TIMES), Server("b", TIMES)], router=watching)
+    assert left == [[0, 0], [110, 0], [0, 0]]
 
 
 def test_tenants_and_routers():

@@ -59,6 +59,8 @@ def test_our_own_lines_and_what_was_measured(tmp_path):
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "has no requests"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,2\n", "line 2"),
         ("Timestamp,Request tokens,Response tokens\n1,x,2\n", "line 2"),
+        ("Timestamp,Request tokens,Response tokens\n1,3.7,2\n", "whole numbers"),
+        ("ContextTokens,GeneratedTokens,TIMESTAMP\n1,2\n", "line 2"),
         ('{"at": 0, "prompt_tokens": 0, "new_tokens": 1}', "line 1: prompt_tokens"),
         ('{"at": 0, "new_tokens": 1}', "must have prompt_tokens"),
         ('{"prompt_tokens": 1, "new_tokens": 1}', "must have at"),

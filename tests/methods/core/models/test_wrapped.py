@@ -102,6 +102,16 @@ def test_what_was_exchanged_in_the_base_is_not_drawn_anew():
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, weight)
 
 
+@torch.no_grad()
+def test_a_module_exchanged_after_first_use_is_used():
+    wrapped = ScaledForCausalLM.from_base(build("llama"), scale=1.0)
+    ids = inputs("llama")["input_ids"]
+    before = wrapped(ids).logits
+    wrapped.base.lm_head = nn.Linear(128, 160, bias=False)
+    wrapped.base.lm_head.weight.copy_(2 * build("llama").lm_head.weight)
+    torch.testing.assert_close(wrapped(ids).logits, 2 * before)
+
+
 def test_new_modules_have_the_bases_dtype():
     wrapped = ScaledForCausalLM.from_base(build("llama").bfloat16())
     assert wrapped.extra.weight.dtype == wrapped.dtype == torch.bfloat16

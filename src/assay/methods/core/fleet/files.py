@@ -41,10 +41,11 @@ MOST = 10_000  # servers
 
 @dataclass(frozen=True)
 class Fleet:
-    """Servers, and the device of each by the server's name where the file names one."""
+    """Servers, the device of each by the server's name where the file names one, and the digest of the trace that times were fitted to."""
 
     servers: tuple[Server, ...]
     devices: dict[str, Device]
+    fitted_to: str = ""
 
 
 def read_fleet(path: Path | str) -> Fleet:
@@ -65,7 +66,10 @@ def read_fleet(path: Path | str) -> Fleet:
 
 
 def _fleet(found: Mapping[str, Any]) -> Fleet:
-    _only(found, ("servers", "devices"), "a fleet file")
+    _only(found, ("servers", "devices", "fitted_to"), "a fleet file")
+    fitted_to = found.get("fitted_to", "")
+    if not isinstance(fitted_to, str):
+        raise TypeError(f"fitted_to must be a text, got {checks.shown(fitted_to)}")
     devices: dict[str, Device] = {}
     for table in _tables(found, "devices"):
         made = _made(Device, table, "devices", ("name", "flops", "bandwidth", "memory"))
@@ -98,15 +102,16 @@ def _fleet(found: Mapping[str, Any]) -> Fleet:
         raise ValueError("a fleet file must have at least one [[servers]]")
     if len({server.name for server in servers}) < len(servers):
         raise ValueError("servers must have names of their own")
-    return Fleet(tuple(servers), of)
+    return Fleet(tuple(servers), of, fitted_to)
 
 
-def fleet_text(times: StepTimes, *, max_running: int, chunk: int, source: str) -> str:
-    """A fleet file of one server with these times, said to be found in `source`."""
+def fleet_text(times: StepTimes, *, max_running: int, chunk: int, source: str, fitted_to: str) -> str:
+    """A fleet file of one server with these times, said to be found in `source`, whose digest is `fitted_to`."""
     inside = ", ".join(f"{name} = {value!r}" for name, value in asdict(times).items())
     comment = "".join(letter if letter.isprintable() else "?" for letter in source)
     return (
-        f"# times found in {comment}\n[[servers]]\nname = \"measured\"\ncount = 1\nmax_running = {max_running}\n"
+        f"# times found in {comment}\nfitted_to = \"{fitted_to}\"\n\n"
+        f"[[servers]]\nname = \"measured\"\ncount = 1\nmax_running = {max_running}\n"
         f"chunk = {chunk}\ntimes = {{ {inside} }}\n"
     )  # fmt: skip
 

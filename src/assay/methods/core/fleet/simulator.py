@@ -111,31 +111,36 @@ class Running:
     """A server while it is simulated; a router may read it."""
 
     server: Server
-    waiting: deque[_Row] = field(default_factory=deque)
+    waiting: list[tuple[int, int, _Row]] = field(
+        default_factory=list
+    )  # a heap: the highest priority first, then who came first
     filling: deque[_Row] = field(default_factory=deque)
     rows: list[_Row] = field(default_factory=list)
     held: int = 0  # tokens of keys and values that rows may come to hold
 
-    @property
-    def load(self) -> int:
-        """Tokens that are still to be run or made here."""
-        rows = [*self.waiting, *self.filling, *self.rows]
-        return sum(row.most - row.context for row in rows)
+    load: int = 0  # tokens that are still to be run or made here
+    come: int = 0  # requests so far
+
+    def take(self, request: Request) -> None:
+        """Queue a request."""
+        row = _Row(request)
+        heapq.heappush(self.waiting, (-request.priority, self.come, row))
+        self.come, self.load = self.come + 1, self.load + row.most
 
     def admit(self) -> None:
         """Let waiting rows in, the first of the highest priority first, while there is a place and room for all they may hold."""
         while self.waiting and len(self.filling) + len(self.rows) < self.server.max_running:
-            row = max(self.waiting, key=lambda row: row.request.priority)
+            row = self.waiting[0][2]
             if self.held + row.most > self.server.kv_tokens and self.held:
                 return
-            self.waiting.remove(row)
+            heapq.heappop(self.waiting)
             self.filling.append(row)
             self.held += row.most
 
     def turn(self, now: float) -> tuple[Turn, list[Served]]:
         """One turn from `now` on, and what was finished in it."""
         self.admit()
-        prompt = seen = 0
+        prompt = seen = started = 0
         while self.filling:
             row = self.filling[0]
             piece = min(row.request.prompt_tokens - row.done, self.server.chunk - row.done % self.server.chunk)
@@ -145,6 +150,7 @@ class Running:
             prompt, row.done = prompt + piece, row.done + piece
             if row.done == row.request.prompt_tokens:
                 self.rows.append(self.filling.popleft())
+                started += 1
                 row.made, row.first = 1, now + self.server.times.seconds(prompt, 0, seen)
         middle = now + self.server.times.seconds(prompt, 0, seen)
         stepping = [row for row in self.rows if row.made < row.request.new_tokens]
@@ -152,6 +158,7 @@ class Running:
         end = now + self.server.times.seconds(prompt, len(stepping), seen + context)
         for row in stepping:
             row.made += 1
+        self.load -= prompt + started + len(stepping)
         served = []
         for row in [row for row in self.rows if row.made >= row.request.new_tokens]:
             self.rows.remove(row)
@@ -189,7 +196,7 @@ class Simulated:
     def busy(self, server: str) -> float:
         """The share of the time in which a server worked."""
         worked = sum(turn.end - turn.start for turn in self.turns if turn.server == server)
-        return worked / self.seconds if self.seconds else 0.0
+        return min(worked / self.seconds, 1.0) if self.seconds else 0.0  # sums of floats may pass the end
 
     def rows(self, server: str) -> float:
         """Rows a decoding step of a server, on average."""
@@ -252,8 +259,8 @@ def simulate(
                 if clients is not None and queue:
                     send(now)
                 continue
-            chosen = router(what, able)
-            chosen.waiting.append(_Row(what))
+            chosen = able[0] if len(able) == 1 else router(what, able)
+            chosen.take(what)
             if id(chosen) not in awake:
                 awake.add(id(chosen))
                 push(now, "turn", chosen)
@@ -323,6 +330,8 @@ def calibrated(
     """
     if len(measured) < len(FITTED):
         raise ValueError(f"measured must hold at least {len(FITTED)} requests, got {len(measured)}")
+    if not all(one.end >= one.first > one.request.at for one in measured):
+        raise ValueError("measured must have times to the first token above 0, and none to the last below them")
     measured = sorted(measured, key=lambda one: one.request.at)
     requests = [one.request for one in measured]
     seen = np.log(np.maximum([(one.ttft, one.e2e) for one in measured], 1e-9))
@@ -398,7 +407,7 @@ def _first_guess(measured: Sequence[Served]) -> StepTimes:
     pace = (new - 1) / np.maximum(end - first, 1e-9)
     rows, wanted = [], []
     for i in range(len(measured)):
-        if not ((at < first[i]) & (end > at[i])).sum() > 1:
+        if first[i] > at[i] and not ((at < first[i]) & (end > at[i])).sum() > 1:
             rows.append([prompt[i], 0.0, 0.0, 0.0])
             wanted.append(first[i] - at[i])
         if new[i] > 1 and end[i] > first[i]:

@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,13 @@ def read_trace(path: Path | str, *, limit: int | None = None) -> Trace:
             for number, row in rows:
                 try:
                     line = row()
-                except (ValueError, TypeError, KeyError, OverflowError) as error:
+                except (
+                    ValueError,
+                    TypeError,
+                    KeyError,
+                    OverflowError,
+                    AttributeError,
+                ) as error:  # a short line gives None
                     raise InputError(f"{file}, line {number}: {_said(error)}") from None
                 if line is not None:
                     found.append(line)
@@ -145,7 +151,7 @@ def _csv(stream: Any) -> Iterator[tuple[int, Any]]:
 def _azure(row: dict[str, Any]) -> Line | None:
     text = row["TIMESTAMP"].strip().rstrip("Z").split("+")[0]
     whole, _, part = text.partition(".")  # Azure writes seven decimals, one more than datetime reads
-    at = datetime.fromisoformat(whole).timestamp() + float(f"0.{part or 0}")
+    at = datetime.fromisoformat(whole).replace(tzinfo=UTC).timestamp() + float(f"0.{part or 0}")
     return _counted(at, row["ContextTokens"], row["GeneratedTokens"])
 
 
@@ -154,10 +160,17 @@ def _burst(row: dict[str, Any]) -> Line | None:
 
 
 def _counted(at: float, prompt: str, new: str, tenant: str = "") -> Line | None:
-    prompt_tokens, new_tokens = int(float(prompt)), int(float(new))
+    prompt_tokens, new_tokens = _whole(prompt), _whole(new)
     if prompt_tokens < 1 or new_tokens < 1:
         return None
     return Request(at, prompt_tokens, new_tokens, tenant), None, None
+
+
+def _whole(text: str) -> int:
+    value = float(text)
+    if not value.is_integer():
+        raise ValueError(f"tokens must be whole numbers, got {text!r}")
+    return int(value)
 
 
 def _json_lines(stream: Any) -> Iterator[tuple[int, Any]]:

@@ -60,13 +60,31 @@ class Parts:
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.body = model, model.config, model.model
-        self.embed: Any = self.body.embed_tokens
-        self.norm: Any = self.body.norm
-        self.head: Any = self.model.lm_head
-        self.layers: list[Any] = list(self.body.layers[: self.config.num_hidden_layers])
         self.kinds: list[str] = kinds_of(self.config)
         self._norms = _norms(self.layers[0]) if self.layers else "before"
         self._by_kind = "layer_type" in inspect.signature(self.body.rotary_emb.forward).parameters
+
+    # looked up at every use: adapters and quantisers exchange modules
+
+    @property
+    def embed(self) -> Any:
+        """The embedding of tokens."""
+        return self.body.embed_tokens
+
+    @property
+    def norm(self) -> Any:
+        """The last norm."""
+        return self.body.norm
+
+    @property
+    def head(self) -> Any:
+        """The output layer."""
+        return self.model.lm_head
+
+    @property
+    def layers(self) -> list[Any]:
+        """The layers that run."""
+        return list(self.body.layers[: self.config.num_hidden_layers])
 
     def begin(
         self,

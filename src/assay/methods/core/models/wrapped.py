@@ -151,7 +151,6 @@ class WrappedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.base.set_input_embeddings(value)
-        self.__dict__.pop("parts", None)
 
     def get_output_embeddings(self) -> nn.Module:
         found: nn.Module = self.base.get_output_embeddings()
@@ -159,7 +158,6 @@ class WrappedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.base.set_output_embeddings(value)
-        self.__dict__.pop("parts", None)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -163,6 +163,8 @@ class HamburgerForCausalLM(WrappedForCausalLM):
             for name, given in (("cache", cache), ("position_ids", position_ids), ("use_cache", use_cache or None)):
                 if given is not None:
                     raise ValueError(f"{name} must be left out where groups are given: they are computed all at once")
+            if attention_mask is not None and not torch.equal(attention_mask.bool(), groups >= 0):
+                raise ValueError("attention_mask must be 1 where groups has a number and 0 elsewhere, or be left out")
             return self._grouped(input_ids, groups, documents, labels, logits_to_keep, num_items_in_batch)
         if documents is not None:
             raise ValueError("documents must be left out where no groups are given")

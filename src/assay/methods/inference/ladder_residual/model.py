@@ -185,8 +185,12 @@ class LadderForCausalLM(WrappedForCausalLM):
         """The stream after the last layer."""
         config: Any = self.config
         desync = config.block == "desync"
-        if desync and over.cache is not None:
-            _make_room(over.cache, config.num_hidden_layers * config.ranks)
+        if desync:
+            for share in self._shares:  # made once; the base may have changed its mode and its attention since
+                share.model.train(self.base.training)
+                share.config._attn_implementation = self.base.config._attn_implementation
+            if over.cache is not None:
+                _make_room(over.cache, config.num_hidden_layers * config.ranks)
         carry: Carry = (over.hidden,) * (config.ranks if desync else 2)
         twice = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for index in range(config.num_hidden_layers):

@@ -268,12 +268,10 @@ class MoRForCausalLM(WrappedForCausalLM):
             checks.tensor("attention_mask", attention_mask, shape=(batch, seen + tokens), dtype="any")
             if ((attention_mask != 0) & (attention_mask != 1)).any():
                 raise ValueError("attention_mask must hold 0 and 1 only")
-            if attention_mask.all():
-                attention_mask = None
         if cache is None and use_cache and not self.training:
             cache = self.new_cache(batch)
         run = self.parts.begin(input_ids, attention_mask, position_ids, cache, inputs_embeds)
-        valid = None if attention_mask is None else attention_mask[:, seen:].bool()
+        valid = None if attention_mask is None or attention_mask.all() else attention_mask[:, seen:].bool()
         if cache is None and self.config.kv != "recursion":
             cache = self.new_cache(batch)  # for this pass only
         return run, valid, cache
