@@ -77,7 +77,9 @@ def test_a_short_answer_does_not_wait_for_a_long_one(server):
     stream = server.send(LONG | {"stream": True})
     read_until(stream, b"data: ")
     assert server.ask(SHORT)[0] == 200
-    assert eventually(lambda: server.app.state.server.asking == 1)  # the long one still runs; the short one is let go after its answer
+    assert eventually(
+        lambda: server.app.state.server.asking == 1
+    )  # the long one still runs; the short one is let go after its answer
 
 
 def test_health_answers_while_everybody_waits_and_more_are_sent_away(serving, model):
