@@ -166,6 +166,10 @@ def test_equal_steps_are_equal_flops():
 def test_decoding_behind_a_read_prompt_can_be_repeated():
     model = language.small_llama(width=32, layers=2, heads=2).eval()
     for found in (model, room.decoder_to_encdec(model, decoder_start_token_id=room.START).eval()):
-        run = room.decoding(found, torch.randint(2, 256, (1, 9)), 3)
+        run, seen = room.decoding(found, torch.randint(2, 256, (1, 9)), 3), []
+        found.register_forward_hook(lambda _module, _inputs, out, seen=seen: seen.append(out.logits))
         run()
         run()
+        assert len(seen) == 6
+        torch.testing.assert_close(seen[3:], seen[:3])  # the same steps behind the same prompt
+        assert not torch.allclose(seen[0], seen[2])  # and each behind one token more
