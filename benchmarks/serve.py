@@ -29,6 +29,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -38,7 +39,7 @@ from typing import Any
 from assay.errors import AssayError
 from assay.loadtest.process import ServerProcess, free_port, last_line
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / "build" / "serve"
 PEERS = Path(__file__).parent / "peers"
 MODEL = "smollm2-135m"
@@ -423,11 +424,18 @@ def _nll(source: str, dtype: str | None) -> dict[str, Any]:
 
 
 def isolated(function: str, **arguments: Any) -> Any:
-    """One of the functions here in a process of its own; {"error": ...} where it fails."""
+    """One of the functions here in a process of its own; {"error": ...}, and a line that says so, where it fails."""
     from assay.measure.isolate import run_isolated
 
-    found = run_isolated(f"benchmarks.serve:{function}", arguments, timeout_s=1800)
-    return found.value if found.ok else {"error": found.error}
+    folder = str(Path(__file__).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    with contextlib.chdir(tempfile.gettempdir()):  # a child imports nothing from the current folder, which may be that one
+        found = run_isolated(f"{Path(__file__).stem}:{function}", arguments, timeout_s=1800)
+    if found.ok:
+        return found.value
+    tell(f"{function} failed: {found.error}")
+    return {"error": found.error}
 
 
 # The run --------------------------------------------------------------------------------------------------------------
@@ -527,9 +535,8 @@ def rounds(running: list[Running], points: list[Point], journal: Journal, minute
                 journal.add(**where, block=block)
         if any(one.peer.name == ASSAY for one in running) and not journal.has(round=round_, point="in process"):
             found = isolated("in_process", folder=str(artefact), seed=round_)
-            journal.add(
-                round=round_, point="in process", server=ASSAY, seconds=found if isinstance(found, list) else []
-            )
+            if isinstance(found, list):
+                journal.add(round=round_, point="in process", server=ASSAY, seconds=found)
         took, spent = time.monotonic() - start, time.monotonic() - begin
         if round_ + 1 >= ROUNDS and spent + took > 60 * minutes:
             return

@@ -11,11 +11,13 @@ One JSON line a target, with machine, versions, commit and command.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import sys
+import tempfile
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -160,7 +162,13 @@ def floor_of(settings: Settings) -> dict[str, float]:
 def other(function: str, settings: Settings, ram: int) -> dict[str, Any]:
     """One of the functions below in a process of its own."""
     arguments = {"settings": dataclasses.asdict(settings)}
-    result = run_isolated(f"benchmarks.speed:{function}", arguments, timeout_s=900, memory_bytes=int(0.85 * ram))
+    folder = str(Path(__file__).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    with contextlib.chdir(tempfile.gettempdir()):  # a child imports nothing from the current folder, which may be that one
+        result = run_isolated(
+            f"{Path(__file__).stem}:{function}", arguments, timeout_s=900, memory_bytes=int(0.85 * ram)
+        )
     return dict(result.value) if result.status == "ok" else {"status": result.status, "error": result.error}
 
 

@@ -265,3 +265,11 @@ def test_wrong_options_are_refused(monkeypatch, capsys, words):
         serve.main()
     err = capsys.readouterr().err
     assert f"argument {words[0]}" in err or "arguments --minutes and --threads must be positive" in err
+
+
+@pytest.mark.parametrize("folder", [serve.ROOT, serve.ROOT / "benchmarks"])
+def test_functions_run_in_a_process_of_their_own_wherever_one_stands(monkeypatch, folder):
+    # Their module once could not be imported there, and a whole record had no quality.
+    monkeypatch.chdir(folder)
+    found = serve.isolated("in_process", folder="/nowhere at all", seed=0)
+    assert "nowhere at all" in found["error"], found

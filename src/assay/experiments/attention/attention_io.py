@@ -66,6 +66,7 @@ def exponent(capacities: list[int], words: list[int]) -> float:
 
 
 def best_words(algorithm: Algorithm, n: int, d: int, capacity: int) -> int:
+    """Words an algorithm moves at the tile sizes that are best for it."""
     return count(algorithm, n, d, best_tile(algorithm, n, d, capacity)).words
 
 

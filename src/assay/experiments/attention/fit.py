@@ -141,6 +141,7 @@ def training_step(arm: str, size: int, patch: int, repeats: int = 3) -> float:
 
 
 def measured_step(arm: str, size: int, patch: int) -> dict[str, float]:
+    """`training_step` in a process of its own: its seconds, and the bytes it took beyond those the process began with."""
     found = run_isolated(
         "assay.experiments.attention.fit:training_step", {"arm": arm, "size": size, "patch": patch}, timeout_s=240
     )

@@ -67,6 +67,7 @@ class Scaled(nn.Module):
 
 
 def network(arm: str, n: int, dim: int) -> nn.Module:
+    """The transformer of an arm; the control arms' attention is fixed: uniform, or drawn at random."""
     model = AlgorithmicTransformer(n, routing=ARMS[arm], dim=dim, hidden=dim)
     if arm in ("no routing", "random routing"):
         layers: Any = model.layers
@@ -76,6 +77,7 @@ def network(arm: str, n: int, dim: int) -> nn.Module:
 
 
 def squared_error(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The mean over all samples and outputs."""
     return (model(x) - y).square().mean()
 
 

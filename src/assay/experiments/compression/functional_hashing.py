@@ -90,6 +90,7 @@ def _repeats(keys: list[str]) -> list[bool]:
 
 
 def random_tree(rng: random.Random, depth: int = 3) -> str:
+    """The text of an expression in x and y at most `depth` operations deep."""
     if depth == 0 or rng.random() < 0.2:
         return rng.choice(["x", "y", "1.0", "2.0"])
     operation = rng.choice(["+", "-", "*", "max", "-u", "abs"])
@@ -101,6 +102,7 @@ def random_tree(rng: random.Random, depth: int = 3) -> str:
 
 
 def compiled(text: str) -> Callable[[float, float], float]:
+    """The function that the text of an expression is."""
     function: Callable[[float, float], float] = eval(  # noqa: S307 - made by random_tree
         f"lambda x, y: {text}", {"__builtins__": {"max": max, "abs": abs}}
     )

@@ -39,10 +39,12 @@ def small_llama(
     vocab: int = BYTES,
     **settings: Any,
 ) -> Any:
-    """A Llama of transformers with new weights: SwiGLU of 8 / 3 the width, tied head, context 2048, in train mode.
+    """A Llama of transformers with new weights: SwiGLU of 8 / 3 the width, context 2048, in train mode.
 
-    The weights are as wide as their fan-in asks (`width` ** -0.5): the 0.02 of large models learns nothing in a few hundred steps.
-    `settings` go into its configuration.
+    Weights are as wide as their fan-in asks (`width` ** -0.5; the 0.02 of large models learns nothing in a few hundred steps), the two
+    matrices of a layer that write to the residual stream narrower by (2 `layers`) ** -0.5, so that depth does not drown the tokens in
+    the noise of untrained layers; embeddings are standard normal. `settings` go into its configuration; with `tie_word_embeddings`,
+    which is off, embeddings are as wide as the head asks.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,7 +58,7 @@ def small_llama(
             "num_key_value_heads": kv_heads or heads,
             "max_position_embeddings": 2048,
             "initializer_range": width**-0.5,
-            "tie_word_embeddings": True,
+            "tie_word_embeddings": False,
             "bos_token_id": None,
             "eos_token_id": None,
             **settings,
@@ -64,7 +66,13 @@ def small_llama(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).train()
+        model: Any = LlamaForCausalLM(config).train()
+        for layer in model.model.layers:
+            for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                writer.weight.data *= (2 * layers) ** -0.5
+        if not config.tie_word_embeddings:
+            nn.init.normal_(model.model.embed_tokens.weight)
+    return model
 
 
 def trained(

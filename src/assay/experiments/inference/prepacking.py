@@ -48,11 +48,13 @@ def batches(prompts: Prompts, batch: int, *, by_length: bool = False) -> list[Pr
 
 
 def run_padded(model: Any, prompts: Prompts, batch: int, by_length: bool = False) -> None:
+    """Prefill of all prompts, each batch padded to its longest."""
     for group in batches(prompts, batch, by_length=by_length):
         padded_prefill(model, *left_pad(group, padding_token(model)))
 
 
 def run_alone(model: Any, prompts: Prompts, batch: int) -> None:
+    """Prefill of all prompts one by one, their caches stacked a batch."""
     for group in batches(prompts, batch):
         alone_prefill(model, group)
 
@@ -80,6 +82,7 @@ def _left_stacked(pieces: Sequence[Tensor]) -> Tensor:
 
 
 def run_packed(prefill: PrepackedPrefill, prompts: Prompts, batch: int) -> None:
+    """Prefill of all prompts, each batch packed."""
     for group in batches(prompts, batch):
         prefill(group)
 

@@ -61,6 +61,7 @@ def in_words(n: int) -> str:
 
 
 def padded(texts: list[str], filler: int) -> Tensor:
+    """The texts as bytes and an end, (texts, longest), filled up with `filler` on the right."""
     rows = [[b + FIRST for b in text.encode()] + [END] for text in texts]
     width = max(len(row) for row in rows)
     return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
@@ -77,6 +78,7 @@ def numbers(part: str, n: int = LARGEST, seed: int | None = None) -> tuple[Tenso
 
 
 def batches(seed: int, rows: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of numbers to train on, other ones in every step and for every seed."""
     step = 0
     while True:
         yield numbers("train", rows, 10**6 * seed + step)
@@ -84,6 +86,7 @@ def batches(seed: int, rows: int = 32) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def as_inputs(source: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """What the model's forward takes: a filled-up place of the source is masked."""
     return {"input_ids": source, "attention_mask": (source != PAD).long(), "labels": labels}
 
 
@@ -133,6 +136,7 @@ SIZE = {"student_width": 64, "student_layers": 1, "teacher_steps": 400, "steps":
 
 
 def bart(width: int, layers: int, seed: int) -> Any:
+    """A new BART over bytes."""
     torch.manual_seed(seed)
     make: Any = BartConfig
     config = make(
@@ -158,11 +162,13 @@ def bart(width: int, layers: int, seed: int) -> Any:
 
 
 def task_loss(model: nn.Module, source: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the labels."""
     loss: Tensor = model(**as_inputs(source, labels)).loss
     return loss
 
 
 def trained_teacher(width: int, layers: int, steps: int, seed: int, rate: float) -> Any:
+    """A BART that has learnt to write numbers."""
     teacher = bart(width, layers, seed)
     train(teacher, batches(seed), steps=steps, lr=rate, weight_decay=0.0, loss=task_loss)
     return teacher.eval()
@@ -170,6 +176,7 @@ def trained_teacher(width: int, layers: int, steps: int, seed: int, rate: float)
 
 @cache
 def teacher_of(width: int, layers: int, steps: int, seed: int) -> Any:
+    """The teacher at its searched rate; made once."""
     return trained_teacher(width, layers, steps, seed, chosen(TEACHERS, "teacher").rate)
 
 
@@ -187,6 +194,7 @@ def arms_of(weights: int) -> dict[str, dict[str, Any]]:
 
 
 def weights_of(arm: str) -> int:
+    """Bits a weight of an arm."""
     return 1 if "1-1-8" in arm else 2
 
 
@@ -205,6 +213,7 @@ def student_of(teacher: Any, weights: int, *, method: str = "tbt") -> Any:
 def trained_student(
     teacher: Any, weights: int, steps: int, seed: int, rate: float, *, distil: bool, method: str = "tbt"
 ) -> Any:
+    """A quantised copy of the teacher, trained by distillation from it or on the task alone."""
     student = student_of(teacher, weights, method=method)
     compare = DistillationLoss()
 
@@ -280,6 +289,7 @@ def rouges(weights: int, width: int, layers: int, teacher_steps: int, steps: int
 
 
 def rate_of(arm: str) -> Rate:
+    """The searched rate of an arm."""
     return chosen(TEACHERS, arm) if arm == "teacher" else chosen(STUDENTS, arm)
 
 
@@ -310,6 +320,7 @@ def controls_of(found: dict[str, list[float]], weights: int) -> dict[str, list[f
 
 
 def mean(values: list[float]) -> float:
+    """The arithmetic mean."""
     return float(np.mean(values))
 
 

@@ -318,6 +318,7 @@ def vit_accuracy(model: nn.Module, split: Split, rate: float, epochs: int, seed:
 
 @cache
 def tile_split(train: int, seed: int, judged: Part) -> Split:
+    """Tiles of the cells to train on, and 2,000 of the part to be judged by."""
     return (*tiles(train, "train", seed=seed), *tiles(2000, judged, seed=1_000_000))
 
 

@@ -68,6 +68,7 @@ def network(arm: str, hidden_size: int, layers: int, bits: int, extra: int, seed
 
 
 def random_signs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A pre-hook that keeps the magnitudes of the inputs and draws their signs, so that the rows looked up are random."""
     x: Tensor = inputs[0]
     return (x.abs() * (2 * torch.randint_like(x, 2) - 1), *inputs[1:])
 
@@ -93,6 +94,7 @@ def bytes_read(model: MixerForCausalLM) -> int:
 def trained_network(
     arm: str, rate: float, steps: int, seed: int, hidden_size: int, layers: int, bits: int, extra: int
 ) -> MixerForCausalLM:
+    """A byte-level model of the arm, trained on the bundled code."""
     model = network(arm, hidden_size, layers, bits, extra, seed)
     train(model, byte_batches(WINDOW, 16, seed=seed), steps=steps, lr=rate)
     return model.eval()
@@ -147,6 +149,7 @@ def activations() -> dict[str, tuple[nn.Linear, Tensor, Tensor]]:
 
 @torch.no_grad()
 def seen(model: nn.Module, name: str, windows: list[Tensor]) -> tuple[nn.Linear, Tensor, Tensor]:
+    """A linear layer of the model with what came into it on each of two sets of windows, (tokens, features)."""
     layer: Any = model.get_submodule(name)
     kept: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0].flatten(0, -2)))

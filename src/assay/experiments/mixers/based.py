@@ -114,10 +114,12 @@ def recall_scores(
 
 
 def of(scores: Mapping[str, list[dict[str, float]]], arm: str, name: str = "accuracy") -> list[float]:
+    """One score of all runs of an arm."""
     return [score[name] for score in scores[arm]]
 
 
 def mean(values: list[float]) -> float:
+    """The arithmetic mean."""
     return sum(values) / len(values)
 
 

@@ -136,6 +136,7 @@ def pixels_loss(arm: str, rate: float) -> float:
 
 
 def lesson_of(arm: str, seed: int, lesson: str) -> dict[str, Any]:
+    """`lesson_at` with the searched rate."""
     return lesson_at(arm, chosen("long_convs/pixels", arm).rate, seed, lesson)
 
 

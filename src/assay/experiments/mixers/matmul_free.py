@@ -91,6 +91,7 @@ def save_widened(model: MatmulFreeForCausalLM, path: Path) -> None:
 
 
 def load_widened(path: Path) -> MatmulFreeForCausalLM:
+    """The model that `save_widened` stored."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -117,6 +118,7 @@ def store(model: MatmulFreeForCausalLM, kind: Stored, folder: Path) -> Path:
 
 
 def loaded(kind: Stored, path: Path) -> MatmulFreeForCausalLM:
+    """The model that `store` stored."""
     if kind == "bf16":
         found: MatmulFreeForCausalLM = MatmulFreeForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval()
         return found
@@ -236,6 +238,7 @@ def inference_memory(width: int, layers: int, vocab: int, tokens: int, size: int
 
 
 def mean(values: Sequence[float]) -> float:
+    """The arithmetic mean."""
     return sum(values) / len(values)
 
 
@@ -350,6 +353,7 @@ def recomputed(block: Any, forward: Any, x: Tensor, state: None, mask: Tensor | 
 
 
 def loss_of(model: MatmulFreeForCausalLM, ids: Tensor, way: Way) -> Tensor:
+    """The language-modelling loss, in bfloat16 where the way asks for it."""
     with torch.autocast("cpu", torch.bfloat16, enabled=way == "bfloat16"):
         loss: Tensor = model(ids, labels=ids).loss
     return loss

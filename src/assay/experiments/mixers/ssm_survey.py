@@ -146,10 +146,12 @@ def scan_at_random(model: nn.Module) -> None:
 
 
 def lesson_at(arm: str, rate: float, seed: int, lesson: str) -> dict[str, Any]:
+    """What an arm learns from a lesson at one rate, and what it knows with its scan at random."""
     return learned(lambda *sizes: network(arm, *sizes), rate, seed, lesson, scan_at_random)
 
 
 def lesson_of(arm: str, seed: int, lesson: str) -> dict[str, Any]:
+    """`lesson_at` with the searched rate."""
     return lesson_at(arm, chosen("ssm_survey/pixels", arm).rate, seed, lesson)
 
 

@@ -172,6 +172,7 @@ def fastest(runs: Iterable[Run]) -> dict[tuple[int, int], float]:
 
 
 def positive(seconds: float, p: int, o: int) -> float:
+    """The seconds of a cell as a float; ValueError with the cell if they are not a number above 0."""
     try:
         return checks.number("seconds", seconds, above=0)
     except ValueError as error:
@@ -280,5 +281,6 @@ def _context_sum(p: Any, o: Any) -> Any:
 
 
 def require(value: str, allowed: tuple[str, ...], name: str) -> None:
+    """ValueError unless `value` is among those allowed."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

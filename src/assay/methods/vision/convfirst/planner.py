@@ -21,6 +21,7 @@ TILES = (8, 16, 24, 32, 48, 64, 96, 128)
 
 
 def at_least_one(**values: int) -> None:
+    """ValueError or TypeError, naming the argument, unless each value is a whole number from 1."""
     for name, value in values.items():
         checks.whole(name, value, low=1)
 
