@@ -38,6 +38,8 @@ INDEX = """# What was measured
 | `memory.jsonl` | `assay tune smollm2-135m --goal memory -o out/memory` |
 | `mixers.jsonl` | `python benchmarks/mixers.py --out evidence/mixers.jsonl --chart evidence/mixers.html` (the picture: `mixers.png`) |
 | `attention.jsonl` | `python benchmarks/attention.py --out evidence/attention.jsonl`, on two machines |
+| `serve.jsonl` | `make bench-serve`, or the command in its lines for some of the servers |
+| `continuous.jsonl` | `python benchmarks/continuous.py --tokens 32 --rounds 3 --out evidence/continuous.jsonl` |
 
 One JSON line a point, with the hashes of the code that ran, versions, threads, load, seed, commit and command. The rules of a verdict are
 written in `src/assay/evidence/verdict.py`, those of a proof in `docs/measuring.md`. A claim whose records are all `stale` was measured with

@@ -267,7 +267,9 @@ class TorchBackend:
     transformers' own ContinuousBatchingManager is not used. On a CPU it packs all rows into one and attends under a dense mask over the
     cached tokens of all of them, copied out of its pool in every layer, so that the attention of a step grows with the square of the
     rows; it takes SDPA, eager and flash attention only, draws all requests from one random stream, lets a request choose temperature,
-    top-k and top-p and nothing else, and one exception ends it for all. `benchmarks/continuous.py` times the two side by side.
+    top-k and top-p and nothing else, and one exception ends it for all. Side by side on two cores, 16 prompts of SmolLM2-135M in bfloat16
+    with 32 tokens each: it makes 76 tokens a second, this backend 1.22 times as many (1.07 to 1.50), the compiled one 2.09 times (1.81 to
+    2.60) (`python benchmarks/continuous.py --tokens 32 --rounds 3 --out evidence/continuous.jsonl`).
 
     Raises ValueError for models that do not continue prompts of token ids or keep no cache.
     """
