@@ -430,7 +430,9 @@ def isolated(function: str, **arguments: Any) -> Any:
     folder = str(Path(__file__).resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)
-    with contextlib.chdir(tempfile.gettempdir()):  # a child imports nothing from the current folder, which may be that one
+    with contextlib.chdir(
+        tempfile.gettempdir()
+    ):  # a child imports nothing from the current folder, which may be that one
         found = run_isolated(f"{Path(__file__).stem}:{function}", arguments, timeout_s=1800)
     if found.ok:
         return found.value

@@ -165,7 +165,9 @@ def other(function: str, settings: Settings, ram: int) -> dict[str, Any]:
     folder = str(Path(__file__).resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)
-    with contextlib.chdir(tempfile.gettempdir()):  # a child imports nothing from the current folder, which may be that one
+    with contextlib.chdir(
+        tempfile.gettempdir()
+    ):  # a child imports nothing from the current folder, which may be that one
         result = run_isolated(
             f"{Path(__file__).stem}:{function}", arguments, timeout_s=900, memory_bytes=int(0.85 * ram)
         )

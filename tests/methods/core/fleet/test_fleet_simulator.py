@@ -176,6 +176,55 @@ def test_times_of_noisy_measurements_predict_another_load():
     assert max(abs(wrong["itl p50"]), abs(wrong["e2e p95"])) < 0.25, wrong
 
 
+@pytest.mark.parametrize("steps", [4, 1000])
+def test_several_steps_a_turn_are_the_same_work_and_only_who_comes_meanwhile_waits(steps):
+    requests = crowd()
+    one = simulate(requests, [Server("a", TIMES, max_running=8)])
+    many = simulate(requests, [Server("a", TIMES, max_running=8, steps=steps)])
+    assert len(many.turns) < 0.6 * len(one.turns)
+    for found in (one, many):
+        assert sum(turn.prompt for turn in found.turns) == sum(request.prompt_tokens for request in requests)
+        assert sum(turn.rows * turn.steps for turn in found.turns) == sum(one.new_tokens - 1 for one in requests)
+    alone = [simulate([Request(0.0, 700, 50)], [Server("a", TIMES, steps=n)]) for n in (1, steps)]
+    assert alone[1].seconds == pytest.approx(
+        alone[0].seconds + TIMES.turn * (len(alone[1].turns) - len(alone[0].turns))
+    )
+    assert alone[1].rows("a") == 1.0
+    with pytest.raises(ValueError, match="steps"):
+        Server("a", TIMES, steps=0)
+
+
+def test_a_watch_sees_every_turn_and_changes_nothing_by_looking():
+    seen = []
+    plain = simulate(crowd(), [Server("a", TIMES), Server("b", TIMES)])
+    found = simulate(
+        crowd(),
+        [Server("a", TIMES), Server("b", TIMES)],
+        watch=lambda *what: seen.append((what[0], len(what[2]))),
+        every=0.5,
+    )
+    assert found == plain
+    assert [at for at, _ in seen] == [0.5 * n for n in range(1, len(seen) + 1)]
+    assert found.seconds - 0.5 <= seen[-1][0] <= found.seconds + 0.5
+    for at, turns in seen:
+        assert sum(turn.start < at for turn in found.turns) <= turns <= sum(turn.start <= at for turn in found.turns)
+
+
+def test_a_watch_may_change_the_times_of_later_turns():
+    slow = StepTimes(prefill=1e-3, step=1.0)
+
+    def watch(now, fleet, turns):
+        if now == 2.0:
+            fleet[0].times = slow
+
+    found = simulate([Request(0.0, 1, 10)], [Server("a", StepTimes(prefill=1e-3, step=0.5))], watch=watch, every=1.0)
+    lasting = [round(turn.end - turn.middle, 9) for turn in found.turns]
+    assert lasting == [0.5] * 4 + [1.0] * 5
+    assert simulate([], [Server("a", slow)], watch=watch).turns == ()
+    with pytest.raises(ValueError, match="every"):
+        simulate([], [Server("a", slow)], watch=watch, every=0)
+
+
 def test_descriptors():
     device = Device("d", flops=1e12, bandwidth=1e11, memory=1e10, idle_watts=40, peak_watts=100)
     assert device.seconds(1e12, 1e10) == 1.0

@@ -1,8 +1,9 @@
 """Requests through a fleet of servers, event by event: when each gets its tokens, without running any model.
 
 A server is simulated as `assay serve` runs: in turns. A turn runs prompts up to a chunk of tokens (all of them while nobody decodes), then
-one decoding step of all running rows; a row is let in when there is a place and its keys and values fit. How long a turn takes is said
-by `StepTimes`, whose four numbers are measured (`calibrated` finds them in what a server was seen to do).
+one decoding step of all running rows (or several: `Server.steps`); a row is let in when there is a place and its keys and values fit. How
+long a turn takes is said by `StepTimes`, whose four numbers are measured (`calibrated` finds them in what a server was seen to do).
+A `watch` sees the fleet at even times and may change its servers' times, as a power controller does.
 
     found = simulate(trace.requests, [Server("a", times), Server("b", times)])
     report = summary(found)
@@ -52,15 +53,23 @@ class StepTimes:
 
     def seconds(self, prompt: int, rows: int, context: int) -> float:
         """Seconds of a turn over `prompt` tokens of prompts and a step of `rows` rows that see `context` tokens together."""
-        stepped = self.step + self.row * rows if rows else 0.0
-        return self.turn + self.prefill * prompt + stepped + self.context * context
+        return self.prompting(prompt, 0 if rows else context) + self.stepping(rows, context if rows else 0)
+
+    def prompting(self, prompt: int, seen: int) -> float:
+        """Seconds until the step of a turn begins, with `prompt` tokens of prompts that see `seen` cached ones together."""
+        return self.turn + self.prefill * prompt + self.context * seen
+
+    def stepping(self, rows: int, context: int, steps: int = 1) -> float:
+        """Seconds of `steps` decoding steps of `rows` rows that see `context` tokens together, all the steps added."""
+        return (self.step + self.row * rows) * steps + self.context * context if rows else 0.0
 
 
 @dataclass(frozen=True)
 class Server:
     """A server of a fleet: its times, how many rows run at once, how many tokens of keys and values it holds, its chunk of prompts.
 
-    `tenants` are those it serves; none means all.
+    `tenants` are those it serves; none means all. `steps` is how many decoding steps a turn may take together, until a row ends: who comes
+    meanwhile waits for all of them (engines schedule so, and a long trace is simulated so many times as fast).
     """
 
     name: str
@@ -69,9 +78,10 @@ class Server:
     kv_tokens: int = 1 << 30
     chunk: int = 256
     tenants: tuple[str, ...] = ()
+    steps: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_running", "kv_tokens", "chunk"):
+        for name in ("max_running", "kv_tokens", "chunk", "steps"):
             checks.whole(name, getattr(self, name), low=1)
 
 
@@ -94,7 +104,7 @@ class _Row:
 @dataclass(frozen=True, slots=True)
 class Turn:
     """A turn of a server: from `start` to `middle` it runs `prompt` tokens of prompts, which see `seen` cached ones together, and
-    from there to `end` a step of `rows` rows, which see `context`."""
+    from there to `end` `steps` steps of `rows` rows, which see `context`, all the steps added."""
 
     server: str
     start: float
@@ -104,13 +114,15 @@ class Turn:
     seen: int
     rows: int
     context: int
+    steps: int = 1
 
 
 @dataclass(eq=False)
 class Running:
-    """A server while it is simulated; a router may read it."""
+    """A server while it is simulated; a router may read it, and a watch may set the `times` of the turns that begin after it."""
 
     server: Server
+    times: StepTimes = field(init=False)
     waiting: list[tuple[int, int, _Row]] = field(
         default_factory=list
     )  # a heap: the highest priority first, then who came first
@@ -120,6 +132,9 @@ class Running:
 
     load: int = 0  # tokens that are still to be run or made here
     come: int = 0  # requests so far
+
+    def __post_init__(self) -> None:
+        self.times = self.server.times
 
     def take(self, request: Request) -> None:
         """Queue a request."""
@@ -151,21 +166,22 @@ class Running:
             if row.done == row.request.prompt_tokens:
                 self.rows.append(self.filling.popleft())
                 started += 1
-                row.made, row.first = 1, now + self.server.times.seconds(prompt, 0, seen)
-        middle = now + self.server.times.seconds(prompt, 0, seen)
+                row.made, row.first = 1, now + self.times.prompting(prompt, seen)
+        middle = now + self.times.prompting(prompt, seen)
         stepping = [row for row in self.rows if row.made < row.request.new_tokens]
-        context = sum(row.context for row in stepping)
-        end = now + self.server.times.seconds(prompt, len(stepping), seen + context)
+        steps = min([self.server.steps, *(row.request.new_tokens - row.made for row in stepping)])
+        context = steps * sum(row.context for row in stepping) + len(stepping) * steps * (steps - 1) // 2
+        end = middle + self.times.stepping(len(stepping), context, steps)
         for row in stepping:
-            row.made += 1
-        self.load -= prompt + started + len(stepping)
+            row.made += steps
+        self.load -= prompt + started + len(stepping) * steps
         served = []
         for row in [row for row in self.rows if row.made >= row.request.new_tokens]:
             self.rows.remove(row)
             self.held -= row.most
             last = end if row in stepping else row.first
             served.append(Served(row.request, row.first, last, self.server.name))
-        return Turn(self.server.name, now, middle, end, prompt, seen, len(stepping), context), served
+        return Turn(self.server.name, now, middle, end, prompt, seen, len(stepping), context, steps), served
 
     @property
     def idle(self) -> bool:
@@ -173,6 +189,8 @@ class Running:
 
 
 Router = Callable[[Request, Sequence[Running]], Running]
+Watch = Callable[[float, Sequence[Running], Sequence[Turn]], None]
+"""Called with the time, the servers, and all turns begun so far (their ends may still lie ahead)."""
 
 
 def least_loaded(request: Request, servers: Sequence[Running]) -> Running:
@@ -200,8 +218,8 @@ class Simulated:
 
     def rows(self, server: str) -> float:
         """Rows a decoding step of a server, on average."""
-        steps = [turn.rows for turn in self.turns if turn.server == server and turn.rows]
-        return sum(steps) / len(steps) if steps else 0.0
+        turns = [turn for turn in self.turns if turn.server == server and turn.rows]
+        return sum(turn.rows * turn.steps for turn in turns) / sum(turn.steps for turn in turns) if turns else 0.0
 
 
 def simulate(
@@ -210,9 +228,12 @@ def simulate(
     *,
     router: Router = least_loaded,
     clients: int | None = None,
+    watch: Watch | None = None,
+    every: float = 1.0,
 ) -> Simulated:
     """Run all requests through the servers until the last is answered.
 
+    `watch` is called `every` so many seconds, the first time after as many, while anything is still to come.
     `router` chooses a server when a request comes, among those that serve its tenant.
     With `clients` the loop is closed: so many clients send the requests in order, each its next when it has its answer, whatever
     their times say. Raises ValueError for no servers, for two of one name, and for more than 20 million turns.
@@ -241,12 +262,20 @@ def simulate(
     else:
         for _ in range(min(checks.whole("clients", clients, low=1), len(queue))):
             send(0.0)
+    if watch is not None:
+        push(checks.number("every", every, above=0), "watch", 1)
     done: list[Served] = []
     refused: list[Request] = []
     awake: set[int] = set()
     turns: list[Turn] = []
     while events:
         now, _, kind, what = heapq.heappop(events)
+        if kind == "watch":
+            assert watch is not None
+            if events:
+                watch(now, fleet, turns)
+                push((what + 1) * every, "watch", what + 1)
+            continue
         if kind == "request":
             able = [
                 one

@@ -284,9 +284,14 @@ class DecodingTimes(StepTimes):
     step: float = 1.0
     system: System | None = None
 
-    def seconds(self, prompt: int, rows: int, context: int) -> float:
+    def prompting(self, prompt: int, seen: int) -> float:
+        """None: prompts are run elsewhere."""
+        return 0.0
+
+    def stepping(self, rows: int, context: int, steps: int = 1) -> float:
+        """Seconds of so many steps, each at the mean of their contexts."""
         assert self.system is not None
-        return self.system.step(rows, float(context)).seconds if rows else 0.0
+        return steps * self.system.step(rows, context / steps).seconds if rows else 0.0
 
 
 def server(name: str, system: System, *, most_rows: int = 4096) -> Server:

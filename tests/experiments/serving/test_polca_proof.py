@@ -1,0 +1,120 @@
+"""What POLCA's experiment says if the policy is broken, or the world another one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from tests.properties.sabotage import PAYS, record_of, verdict_of
+
+from assay.evidence.types import Verdict
+from assay.evidence.verdict import judge
+from assay.experiments import experiments_of
+from assay.experiments.serving import polca as room
+from assay.methods.serving.polca import HIGH, LOW, Ladder, MeasuredPhases, Replay, Step, no_capping
+
+CLAIM = "polca/more-servers"
+POINT = {
+    "world": "that of 2023, few arms",
+    "response": room.MEASURED,
+    "base": 20,
+    "seconds": 700,
+    "seeds": 4,
+    "step": 1,
+    "rounds": 1,
+}
+TWO = "two thresholds"
+KNOWN: dict = {}
+make, measured = room._Trace.of, room.measured_phases
+
+
+def trace(workload, base, seed, spec, lengths):
+    """Made once: no clock is lowered in the uncapped runs, so that they are the same whatever the response to one."""
+    key = (workload, base, seed, spec.max_running)
+    if key not in KNOWN:
+        KNOWN[key] = make(workload, base, seed, spec, lengths)
+    return replace(KNOWN[key], spec=spec, known={})
+
+
+def phases(prompt, token):
+    return MeasuredPhases((1, 2), *[(beta / 0.5 + 1 - beta, 1.0) for beta in (prompt, token)])
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    """A device that waits for memory, whatever machine tests; lengths without a tokenizer; few arms."""
+    monkeypatch.setattr(room, "measured_phases", lambda rounds: phases(0.3, 0.05))
+    monkeypatch.setattr(room, "document_lengths", lambda: None)
+    monkeypatch.setattr(room._Trace, "shown", lambda self, goodputs: {})
+    monkeypatch.setattr(room, "MOST", 0.5)
+    monkeypatch.setitem(room.WORLDS, POINT["world"], room.WORLDS[room.OF_2023])
+    monkeypatch.setattr(room._Trace, "of", trace)
+
+
+def test_the_policy_holds_where_the_paper_says_it_does():
+    record = record_of(CLAIM, POINT)
+    assert judge(record).verdict is Verdict.REPRODUCED
+    assert record.measured.low > record.free > 0
+    assert record.quality.controls["deleted"] > 1
+    assert record.quality.controls["random"] > 1
+    assert record.quality.high <= 1
+
+
+def broken(policy, monkeypatch):
+    monkeypatch.setitem(room.POLICIES, TWO, policy)
+    return verdict_of(CLAIM, POINT)
+
+
+def test_without_thresholds_it_does_not(monkeypatch):
+    assert broken(lambda base, added, spec: no_capping(), monkeypatch) not in PAYS
+
+
+@pytest.mark.slow
+def test_with_caps_at_random_times_it_does_not(monkeypatch):
+    chance = np.random.default_rng(0)
+    schedule = [(10.0 * n, int(level)) for n, level in enumerate(chance.integers(0, 4, 60))]
+    assert broken(lambda base, added, spec: Replay(schedule), monkeypatch) not in PAYS
+
+
+@pytest.mark.slow
+def test_with_high_priority_capped_first_it_does_not(monkeypatch):
+    swapped = Ladder([Step(0.8, {HIGH: 1275.0}), Step(0.89, {HIGH: 1110.0}), Step(0.89, {HIGH: 1110.0, LOW: 1305.0})])
+    assert broken(lambda base, added, spec: swapped, monkeypatch) not in PAYS
+
+
+@pytest.mark.slow
+def test_where_phases_bear_a_lower_clock_as_badly_as_on_recalled_hardware_it_costs_too_much():
+    assert verdict_of(CLAIM, {**POINT, "response": room.RECALLED}) not in PAYS
+
+
+def test_phases_measured_on_a_busy_machine_are_refused(monkeypatch):
+    busy = MeasuredPhases((1, 2), (1.0, 0.95), (1.0, 1.0))
+    monkeypatch.setattr(room, "load_model", lambda name: SimpleNamespace(model=None))
+    monkeypatch.setattr(room.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(room, "measure_phases", lambda model, **settings: busy)
+    with pytest.raises(RuntimeError, match="the machine is busy"):
+        measured(5)
+    monkeypatch.setattr(room, "measure_phases", lambda model, **settings: replace(busy, prompt_seconds=(1.0, 0.5)))
+    assert measured(5).prompt_beta == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [world for world in room.WORLDS if world != room.OF_2023])
+def test_in_a_world_that_rises_together_or_draws_more_it_does_not(world):
+    assert verdict_of(CLAIM, {**POINT, "response": room.RECALLED, "world": world}) not in PAYS
+
+
+def test_a_turned_schedule_caps_as_long_at_another_time():
+    levels = ((0.0, 0), (100.0, 1), (150.0, 3), (200.0, 0))
+    turned = room.turned(levels, 400.0, 250.0)
+    assert turned == [(0.0, 1), (0.0, 3), (50.0, 0), (250.0, 0), (350.0, 1)]
+    assert Replay(turned).level(10.0, 0.0, 0, 0) == 3
+
+
+def test_the_deciding_points_are_named():
+    (found,) = experiments_of("polca")
+    assert {scale: point["world"] for scale, point in found.decides.items()} == dict.fromkeys(
+        ("smoke", "small", "full"), room.OF_2023
+    )
