@@ -13,7 +13,6 @@ from transformers.cache_utils import DynamicCache
 
 from assay.measure.cost import count_cost
 from assay.methods.core.generation.cache import keys_and_values
-from assay.methods.inference import kv_prediction as room
 from assay.methods.inference.kv_prediction import (
     KVPredictionConfig,
     KVPredictor,
@@ -25,6 +24,7 @@ from assay.methods.inference.kv_prediction import (
     pruned,
     pruned_map,
 )
+from assay.methods.inference.kv_prediction import model as room
 
 IDS = token_ids(2, 12)
 

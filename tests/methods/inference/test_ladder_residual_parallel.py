@@ -8,6 +8,7 @@ import json
 import os
 import threading
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -28,6 +29,7 @@ from assay.methods.inference.ladder_residual import (
     Timeline,
     Wire,
     all_reduce_seconds,
+    links,
     module_costs,
     schedule,
     shard,
@@ -629,6 +631,59 @@ def test_the_timeline_shows_what_overlaps(two):
     assert usual.seconds >= 2 * LAYERS * 0.0499
     assert "-" in ladder.text()
     assert json.loads(ladder.to_json())
+
+
+class LateClock:
+    """A clock by which a look takes a microsecond and a sleep ends `late` after what was asked for."""
+
+    def __init__(self, late):
+        self.now, self.late, self.slept = 1000.0, late, []
+
+    def perf_counter(self):
+        self.now += 1e-6
+        return self.now
+
+    def sleep(self, seconds):
+        self.slept.append(seconds)
+        self.now += seconds + self.late
+
+
+@pytest.mark.parametrize("late", [0.0, 6e-5, 2.5e-4])
+@pytest.mark.parametrize("wait", [1e-4, 6e-4, 5e-2])
+def test_waiting_ends_when_it_is_due_however_late_sleeps_end(monkeypatch, late, wait):
+    clock = LateClock(late)
+    monkeypatch.setattr(links, "time", clock)
+    due = clock.now + wait
+    links.wait_until(due)
+    assert due <= clock.now < due + 3e-6
+    assert bool(clock.slept) == (wait > links.SPIN)
+    assert sum(clock.slept) <= max(wait - links.SPIN, 0)
+    now = clock.now
+    links.wait_until(due)
+    assert clock.now < now + 3e-6  # what is past is not waited for
+
+
+@pytest.mark.parametrize("late", [0.0, 2.5e-4])
+def test_both_orders_wait_as_long_as_the_link_takes(monkeypatch, late):
+    """Asked for at once, or after a module's computing: a message is there at its due moment, and late sleeps lengthen neither."""
+    clock = LateClock(late)
+    monkeypatch.setattr(links, "time", clock)
+    work = SimpleNamespace(is_completed=lambda: True, wait=lambda: None)
+    x, latency = torch.ones(2), 1e-3
+    for computed in (0.0, 0.4e-3, 0.95e-3):
+        start = clock.now
+        message = links._Message(work, x, start, latency)
+        clock.now += computed
+        assert message.wait() is x
+        assert start + latency <= clock.now < start + latency + 5e-6
+        assert message.end == start + latency
+    start = clock.now
+    message = links._Message(work, x, start, latency)
+    clock.now += 3e-3
+    slept = len(clock.slept)
+    message.wait()
+    assert clock.now < start + 3e-3 + 5e-6
+    assert len(clock.slept) == slept
 
 
 def test_sums_have_no_gradient(two):

@@ -26,6 +26,7 @@ from assay.methods.inference.mor import (
     routing,
     sources,
 )
+from assay.methods.inference.mor.cache import Place
 from assay.methods.inference.mor.plan import SHARINGS
 from assay.methods.inference.mor.tokens import Tokens
 
@@ -594,6 +595,27 @@ def test_lanes_stay_full_where_the_plain_step_has_empty_rows():
     assert sum(calls) == found.rows
     assert calls[: len(calls) // 2] == [4] * (len(calls) // 2)
     assert len([n for n in found.depths if n]) > 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("router", "copied"), [("none", False), ("expert", True)])
+def test_lanes_at_one_recursion_are_looked_at_in_place(monkeypatch, router, copied):
+    """Full depth pays nothing for the batching: the layers attend to the stored keys themselves. Lanes at different recursions cannot."""
+    model = tiny_mor(router=router, recursions=3)
+    prompts = [[2 + lane, 3] for lane in range(4)]
+    found = set()
+    read = Place.read
+
+    def recorded(self, slot):
+        keys, values = read(self, slot)
+        stored = self.stage.keys[slot]
+        found.add(keys.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr())
+        return keys, values
+
+    monkeypatch.setattr(Place, "read", recorded)
+    generate_depthwise(model, prompts, 5, lanes=4)
+    assert copied in found
+    assert copied or found == {False}
 
 
 def test_an_answer_ends_with_its_last_token():

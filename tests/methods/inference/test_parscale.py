@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tests.properties.architectures import CAUSAL, build, inputs
 from tests.tiny import tiny_model, token_ids
 from torch import nn
@@ -522,6 +523,62 @@ def test_adapters_switch_the_number_of_streams(tmp_path):
         save_adapter(streams(parscale_n=1), tmp_path / "one")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_knows_its_base_in_another_dtype(tmp_path, dtype):
+    base, ids = tiny_model(), token_ids(2, 6)
+    save_adapter(streams(base), tmp_path)
+    halved = copy.deepcopy(base).to(dtype)
+    loaded = load_adapter(halved, tmp_path)
+    assert loaded.base is halved
+    assert torch.equal(logits_of(loaded, ids), logits_of(streams(base).to(dtype), ids))
+
+
+def test_an_adapter_refuses_another_base(tmp_path):
+    base = tiny_model()
+    save_adapter(streams(base), tmp_path / "made")
+    twin = tiny_model(seed=1)  # the same sizes, other weights
+    before = set(vars(twin))
+    with pytest.raises(InputError, match="llama model that the adapter"):
+        load_adapter(twin, tmp_path / "made")
+    assert set(vars(twin)) == before
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for weight in tuned.model.layers[1].mlp.down_proj.parameters():
+            weight.mul_(1.02)
+    with pytest.raises(InputError, match="weights differ"):
+        load_adapter(tuned, tmp_path / "made")
+    for name, changed in (
+        ("rope_parameters", {"rope_theta": 5e5}),
+        ("rms_norm_eps", {"rms_norm_eps": 1e-3}),
+        ("hidden_act", {"hidden_act": "gelu"}),
+        ("num_hidden_layers", {"num_hidden_layers": 1}),
+        ("model_type", {"kind": "Qwen2"}),
+    ):
+        with pytest.raises(InputError, match=name):
+            load_adapter(tiny_model(**changed), tmp_path / "made")
+    file = tmp_path / "made" / room.WEIGHTS
+    save_file({name: value for name, value in load_file(file).items() if name != room.SAMPLE}, file)
+    with pytest.raises(InputError, match="weights differ"):
+        load_adapter(base, tmp_path / "made")
+    settings = json.loads((tmp_path / "made" / room.SETTINGS).read_text())
+    (tmp_path / "made" / room.SETTINGS).write_text(json.dumps({**settings, "base": None}))
+    with pytest.raises(InputError, match="describe"):
+        load_adapter(base, tmp_path / "made")
+
+
+def test_an_adapter_refuses_the_base_as_it_was_before_it_trained(tmp_path):
+    before = tiny_model()
+    model = prepare_training(streams(copy.deepcopy(before)), "two_stage")
+    ids = token_ids(2, 8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    save_adapter(model, tmp_path)
+    with pytest.raises(InputError, match="weights differ"):
+        load_adapter(before, tmp_path)
+    torch.testing.assert_close(logits_of(load_adapter(model.base, tmp_path), ids), logits_of(model, ids))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_released_layout(tmp_path, tied):
     model, ids = streams(tiny_model("Qwen2", tie_word_embeddings=tied, rope_theta=1e6)), token_ids(2, 6)
@@ -634,6 +691,7 @@ def test_bad_arguments():
         (ValueError, "1 sequences", {"input_ids": ids[:1], "cache": cache}),
         (TypeError, "past_key_values", {"input_ids": ids, "past_key_values": cache}),
         (ValueError, "output_hidden_states", {"input_ids": ids, "output_hidden_states": True}),
+        (ValueError, "output_router_logits", {"input_ids": ids, "output_router_logits": True}),
         (ValueError, "attention_mask", {"input_ids": ids, "attention_mask": {"full_attention": None}}),
         (ValueError, "logits_to_keep", {"input_ids": ids, "labels": ids, "logits_to_keep": 1}),
         (ValueError, "return_dict", {"input_ids": ids, "return_dict": False}),
@@ -642,6 +700,30 @@ def test_bad_arguments():
             model(**given)
     model.base.set_attn_implementation("flex_attention")
     with pytest.raises(ValueError, match="flex_attention"):
+        model(input_ids=ids)
+
+
+def test_the_loss_that_balances_experts_is_refused_by_name():
+    asking = build("mixtral", output_router_logits=True)
+    before = [set(vars(module)) for module in asking.modules()]
+    with pytest.raises(ValueError, match="output_router_logits"):
+        ParScaleForCausalLM.from_base(asking, parscale_n=2)
+    assert [set(vars(module)) for module in asking.modules()] == before
+    ids = inputs("mixtral", 2, 8)["input_ids"]
+    one = ParScaleForCausalLM.from_base(asking, parscale_n=1)
+    assert torch.equal(one(input_ids=ids).aux_loss, asking(input_ids=ids).aux_loss)
+
+    model = streams(build("mixtral"))
+    with pytest.raises(ValueError, match="output_router_logits"):
+        model(input_ids=ids, output_router_logits=True)
+    assert model(input_ids=ids, output_router_logits=False).logits.isfinite().all()
+    for name in ("output_router_logits", "output_hidden_states"):  # switched on later
+        setattr(model.base.config, name, True)
+        with pytest.raises(ValueError, match=name):
+            model(input_ids=ids)
+        setattr(model.base.config, name, False)
+    model.config.output_hidden_states = True
+    with pytest.raises(ValueError, match="output_hidden_states"):
         model(input_ids=ids)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from tests.tiny import tiny_model, token_ids
 from transformers import Qwen2Config
 
 from assay.methods.inference import parscale
-from assay.methods.inference.parscale import ParScaleConfig, ParScaleForCausalLM
+from assay.methods.inference.parscale import ParScaleConfig, ParScaleForCausalLM, published
 from assay.methods.inference.parscale import law as law_module
 from assay.methods.inference.parscale.cost import A100, Machine, Shape, added_parameters, cost, increases
 from assay.methods.inference.parscale.law import ParallelScalingLaw, averaged_excess, huber_objective
@@ -263,6 +265,16 @@ def test_the_papers_increases(fits):
     many = increases(shape, fits["stack"].equivalent(8), streams=8, batch=64)
     assert many["latency"] < 1  # and there is no idle arithmetic left
     assert A100.bandwidth == pytest.approx(1.8351e12)
+
+
+def test_tables_that_docstrings_name_are_there():
+    named = {
+        name
+        for file in Path(parscale.__file__).parent.glob("*.py")
+        for name in re.findall(r"`published\.(\w+)`", file.read_text(encoding="utf-8"))
+    }
+    assert named >= {"WIDTHS", "COMMON", "PARAMETERS"}
+    assert all(hasattr(published, name) for name in named)
 
 
 def test_bad_sizes_are_refused():

@@ -1,16 +1,17 @@
 """Ladder Residual: does a transformer whose sums over ranks are hidden behind computing decode faster, and is it as good?
 
 Times are of real processes, one a rank, one thread each, which decode with random weights in lockstep over gloo. This machine's loopback
-is no link between devices: its messages use the very cores that compute. So each message is given the latency that it had in the paper, as
-a share of a module's computing, and that latency is slept, which takes no processor time; what gloo takes besides is in every arm.
+is no link between devices: its messages use the very cores that compute. So what the paper's link took, as a share of a module's
+computing, is added to every message as a latency during which nothing is computed for it. The gain at that share is therefore a
+simulation of the paper's link, with everything else real, and the row says so; two more arms show what is gained over the link as it is.
 
-Quality is of small byte-level models of the same kinds, trained from scratch alike, three seeds each, judged on unseen documents.
+Quality is of small models of bytes of the same kinds (`ladder_residual_models`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,17 +19,13 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
-from assay.experiments.core import Guard, Operator, Quality, Trained, Trial, experiment
-from assay.experiments.inference.language import bigram_floor, heldout, nll, small_llama, trained, validation
-from assay.experiments.mixers.training import in_parallel, over_seeds
-from assay.experiments.rates import chosen, searched
+from assay.experiments.core import Guard, Operator, Trial, experiment
+from assay.experiments.inference.ladder_residual_models import ARMS, TASK, as_trained, conversion, losses, quality
+from assay.experiments.inference.language import small_llama
 from assay.measure import clock
-from assay.measure.clock import OthersWatch
+from assay.measure.clock import OthersWatch, compare
 from assay.methods.core import kernels
-from assay.methods.core.models.decoder import Pass
-from assay.methods.inference import ladder_residual
 from assay.methods.inference.ladder_residual import (
     GroupLink,
     LadderForCausalLM,
@@ -39,9 +36,7 @@ from assay.methods.inference.ladder_residual import (
     schedule,
     shard,
     simulate,
-    to_ladder,
 )
-from assay.workloads.sequences import byte_batches
 
 # Tokens a second of the 70B model on eight GPUs at batch 1, from the data behind the paper's figure: standard, standard without
 # peer-to-peer links, and without communication. What they imply of a message's time as a share of a module's computing:
@@ -49,142 +44,10 @@ STANDARD, WITHOUT_LINKS, UPPER_BOUND = 77.39, 51.66, 110.59
 SHARE = round(UPPER_BOUND / STANDARD - 1, 2)
 SHARE_WITHOUT_LINKS = round(UPPER_BOUND / WITHOUT_LINKS - 1, 2)
 
-# ------------------------------------------------------------------------------------------------------------------- quality
-
-ARMS = ("standard", "ladder", "parallel", "desync", "random reads", "no communication")
-SEEDS = (0, 1, 2)
-BATCH = 16
-WINDOWS = 256  # of each of the texts that models are judged on
-RANKS = 2  # of desync and of the model without communication
-TASK: dict[str, int] = {"width": 64, "layers": 6, "heads": 4, "length": 64, "steps": 250}
-SEARCH: dict[str, int] = {**TASK, "steps": 100}
-
-
-class RandomReads(LadderForCausalLM):
-    """The control: every module reads the stream as it was before some earlier module, drawn once; the ladder takes the one before it.
-
-    A message has at least as long to travel as in the ladder.
-    """
-
-    def _streams(self, over: Pass) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        streams = [over.hidden]
-        for module in range(2 * len(self.parts.layers)):
-            at = int(torch.randint(max(module, 1), (1,), generator=generator))
-            index, attention = module // 2, module % 2 == 0
-            read = streams[at]
-            made = self.parts.attention(index, read, over) if attention else self.parts.feed_forward(index, read)
-            streams.append(streams[-1] + made)
-        return streams[-1]
-
-
-def language_model(arm: str, seed: int, task: Mapping[str, int]) -> Any:
-    """A model of bytes with new weights; all arms of a seed start from the same. "no communication" is one rank's share by itself."""
-    base = small_llama(width=task["width"], layers=task["layers"], heads=task["heads"], seed=seed)
-    if arm == "standard":
-        return base
-    if arm == "no communication":
-        return shard(base, 0, RANKS)
-    if arm == "random reads":
-        return RandomReads.from_base(base)
-    block: Any = arm
-    return to_ladder(base, block=block, ranks=RANKS)
-
-
-def trained_model(arm: str, seed: int, rate: float, task: Mapping[str, int]) -> Any:
-    torch.set_num_threads(1)
-    return trained(
-        {"arm": arm, "seed": seed, "task": dict(task), "batch": BATCH, "ranks": RANKS},
-        lambda: language_model(arm, seed, task),
-        lambda: byte_batches(task["length"], BATCH, seed=1 + seed),
-        steps=task["steps"],
-        rate=rate,
-        sources=[ladder_residual, sys.modules[__name__]],
-    )
-
-
-@searched("ladder_residual/bytes", arms=ARMS, grid=(2.5e-3, 5e-3, 1e-2, 2e-2))
-def byte_loss(arm: str, rate: float) -> float:
-    """Nats a byte on documents kept for the choice, after a shorter training."""
-    return float(nll(trained_model(arm, 0, rate, SEARCH), *validation(SEARCH["length"], WINDOWS)).mean())
-
-
-def loss_of(arm: str, seed: int, task: Mapping[str, int]) -> float:
-    """Nats a byte on unseen documents."""
-    model = trained_model(arm, seed, chosen("ladder_residual/bytes", arm).rate, task)
-    return float(nll(model, *heldout(task["length"], WINDOWS)).mean())
-
-
-def losses(arms: tuple[str, ...], task: Mapping[str, int]) -> dict[str, list[float]]:
-    """`loss_of` of each arm, seed by seed."""
-    runs = [(arm, seed, dict(task)) for arm in arms for seed in SEEDS]
-    found: dict[str, list[float]] = {arm: [] for arm in arms}
-    for (arm, _, _), loss in zip(runs, in_parallel(loss_of, runs), strict=True):
-        found[arm].append(loss)
-    return found
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def quality(found: Mapping[str, list[float]]) -> Quality:
-    """The ladder's loss against the standard's, Student's t over the seeds' differences, between the controls."""
-    base = mean(found["standard"])
-    lost = over_seeds([ours - theirs for ours, theirs in zip(found["ladder"], found["standard"], strict=True)])
-    return Quality(
-        base + lost.median,
-        base,
-        base + lost.low,
-        base + lost.high,
-        controls={
-            "deleted": mean(found["no communication"]),
-            "random": mean(found["random reads"]),
-            "rival": mean(found["parallel"]),
-            "desync, every second module summed": mean(found["desync"]),
-        },
-        rival="parallel attention and MLP, half as many messages",
-    )
-
-
-def as_trained(found: Mapping[str, list[float]], task: Mapping[str, int]) -> dict[str, Trained]:
-    floor = bigram_floor(*heldout(task["length"], WINDOWS))
-    rates = {arm: chosen("ladder_residual/bytes", arm) for arm in found}
-    return {
-        arm: Trained(scores, floor, "a table of pairs of bytes", rates[arm].rate, rates[arm].rates)
-        for arm, scores in found.items()
-    }
-
-
-def converted(task: Mapping[str, int]) -> dict[str, float]:
-    """Nats a byte of the standard model of the first seed, and with the upper half of its layers made ladder layers, before and after a
-    fifth of the training again at a third of the rate, all parameters, as the paper retrains.
-    """
-    rate = chosen("ladder_residual/bytes", "standard").rate
-    upper, steps = task["layers"] // 2, max(1, task["steps"] // 5)
-
-    def build() -> nn.Module:
-        return to_ladder(trained_model("standard", SEEDS[0], rate, task).train(), upper)
-
-    after = trained(
-        {"converted": upper, "task": dict(task)},
-        build,
-        lambda: byte_batches(task["length"], BATCH, seed=1001),
-        steps=steps,
-        rate=rate / 3,
-        sources=[ladder_residual, sys.modules[__name__]],
-    )
-    test = heldout(task["length"], WINDOWS)
-    return {
-        "layers": upper,
-        "before": float(nll(trained_model("standard", SEEDS[0], rate, task), *test).mean()),
-        "converted": float(nll(build().eval(), *test).mean()),
-        "steps": steps,
-        "trained on": float(nll(after, *test).mean()),
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------------- time
+# Perplexity on wikitext of the paper's 3.5B models, standard and ladder, whose performance it calls comparable: of the two sizes that it
+# trained, the one that loses. What they imply of the share of the loss that may be lost:
+PERPLEXITY, LADDERS_PERPLEXITY = 14.48, 14.90
+MARGIN = round(math.log(LADDERS_PERPLEXITY) / math.log(PERPLEXITY) - 1, 4)
 
 TIMED: dict[str, dict[str, Any]] = {  # what is timed: the layers' blocks
     "standard": {"ladder_layers": []},
@@ -192,9 +55,16 @@ TIMED: dict[str, dict[str, Any]] = {  # what is timed: the layers' blocks
     "parallel": {"block": "parallel"},
     "desync": {"block": "desync"},
     "no communication": {},
+    "standard, no latency added": {"ladder_layers": []},
+    "ladder, no latency added": {},
 }
-WHOLE = "one rank with the whole model"
+BARE = ("standard, no latency added", "ladder, no latency added")
+DRAWN = ("standard", "ladder", "parallel", "no communication", *BARE)
+WHOLE = "one process with the whole model"
 CALIBRATION = 5  # runs without communication, by which a module's time is known
+
+
+# ----------------------------------------------------------------------------------------------------------------- on a rank
 
 
 def prepare(here: Rank, shape: Mapping[str, int], prompt: int) -> None:
@@ -211,28 +81,36 @@ def prepare(here: Rank, shape: Mapping[str, int], prompt: int) -> None:
 
 
 def set_links(here: Rank, latency: float) -> None:
-    link = GroupLink(latency=latency)
+    link, bare = GroupLink(latency=latency), GroupLink(latency=0.0)
     for arm, model in here.kept["arms"].items():
         if arm != WHOLE:
-            model.link = Silent(link) if arm == "no communication" else link
+            model.link = bare if arm in BARE else Silent(link) if arm == "no communication" else link
 
 
 @torch.no_grad()
 def decode(here: Rank, arm: str, tokens: int) -> float:
-    """Seconds for `tokens` greedy steps behind the prompt, which all ranks begin together. The cache is then as before."""
+    """Seconds for `tokens` greedy steps behind the prompt, which all ranks begin together. The cache is then as before.
+
+    The whole model has as many threads as there are ranks, which have a core each.
+    """
     model = here.kept["arms"].get(arm)
-    if model is not None and arm not in here.kept["caches"]:
-        here.kept["caches"][arm] = model(here.kept["prompt"], use_cache=True, logits_to_keep=1).cache
-    dist.barrier()
-    if model is None:
-        return 0.0
-    cache, token = here.kept["caches"][arm], here.kept["prompt"][:, -1:]
-    start = time.perf_counter()
-    for _ in range(tokens):
-        token = model(token, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
-    seconds = time.perf_counter() - start
-    cache.crop(-tokens)
-    return seconds
+    threads = torch.get_num_threads()
+    torch.set_num_threads(here.world if arm == WHOLE else threads)
+    try:
+        if model is not None and arm not in here.kept["caches"]:
+            here.kept["caches"][arm] = model(here.kept["prompt"], use_cache=True, logits_to_keep=1).cache
+        dist.barrier()
+        if model is None:
+            return 0.0
+        cache, token = here.kept["caches"][arm], here.kept["prompt"][:, -1:]
+        start = time.perf_counter()
+        for _ in range(tokens):
+            token = model(token, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        seconds = time.perf_counter() - start
+        cache.crop(-tokens)
+        return seconds
+    finally:
+        torch.set_num_threads(threads)
 
 
 def calibrate(here: Rank, tokens: int) -> float:
@@ -256,6 +134,9 @@ def draw(here: Rank, arms: tuple[str, ...]) -> dict[str, str]:
 
 def used(_here: Rank) -> dict[str, int]:
     return kernels.paths()
+
+
+# ------------------------------------------------------------------------------------------------------- in this process
 
 
 class RanksWatch(OthersWatch):
@@ -287,10 +168,26 @@ def predicted(lines: Mapping[str, Timeline], layers: int, latency: float, arm: s
     return usual / simulate(schedule(layers, TIMED[arm].get("block", "ladder")), compute, latency).seconds
 
 
+def without_latency(
+    run: Callable[[str], Callable[[], Any]], lines: Mapping[str, Timeline], layers: int
+) -> dict[str, Any]:
+    """What the ladder gains over the link as it is, in pairs of its own, and what such a message takes when it is awaited at once."""
+    usual, ladder = BARE
+    found = compare(run(usual), run(ladder), pairs=12)
+    message = lines[usual].total("wait") / (2 * layers)
+    return {
+        "gain": {"median": found.speedup.median, "low": found.speedup.low, "high": found.speedup.high},
+        "noisy": found.noisy,
+        "message_seconds": message,
+        "predicted": predicted(lines, layers, message, "ladder"),
+    }
+
+
 OPERATOR = Operator(
-    "decoding with layers split over ranks that sum every module's output", free="one rank with the whole model"
+    "decoding with layers split over ranks that sum every module's output",
+    free="one process with the whole model and as many threads as there are ranks",
 )
-GUARD = Guard("nats a byte on unseen documents", 0.015)
+GUARD = Guard("nats a byte on unseen documents", MARGIN)
 DECLARED: dict[str, Any] = {
     "operator": OPERATOR,
     "guard": GUARD,
@@ -301,8 +198,9 @@ DECLARED: dict[str, Any] = {
         "heads": "heads of 64, as many as the width asks",
         "prompt": "shorter: at batch 1 a step reads weights, hardly the cache",
         "tokens": "a few tokens behind the prompt: every step costs about the same",
-        "task": "models of bytes of a few hundred steps in place of 1B to 3B parameters and 100B tokens",
-        "link": "latency that is slept behind a message over loopback, as long a share of a module's computing as the paper's had",
+        "task": "models of bytes of some hundred steps in place of 1B to 3B parameters and 100B tokens; "
+        "at full with the learning rates that were found at small",
+        "link": "latency that is added to a message over loopback, as long a share of a module's computing as the paper's had",
     },
     "minutes": 90,
 }
@@ -317,8 +215,16 @@ PAPER = {
     "link": "eight GPUs with NVLink",
     "task": "1.2B and 3.5B parameters, 100B tokens of FineWeb-Edu",
 }
-TINY_TASK = {"width": 32, "layers": 2, "heads": 2, "length": 32, "steps": 20}
+TINY_TASK = {"width": 32, "layers": 2, "heads": 2, "length": 32, "steps": 10}
 FULL_TASK = {"width": 128, "layers": 8, "heads": 4, "length": 256, "steps": 800}
+
+
+def simulated(share: float) -> str:
+    """What is measured in place of the claim's figure."""
+    return (
+        f"overlap of an injected latency at the paper's own share of communication ({share:g} of a module's computing) between two "
+        "processes: a simulation of the paper's link; what the two gain without it stands beside"
+    )
 
 
 def points(communication: float) -> dict[str, list[dict[str, Any]]]:
@@ -342,8 +248,9 @@ def decoding(
 ) -> Trial:
     """Greedy steps of the ladder against those of the same modules with every sum awaited, on ranks that last as long as the trial.
 
-    A message takes `communication` times what a module computes, by a calibration in each process. The details show a step of some arms
-    on a timeline, what its model predicts, and what converting a trained model instead costs.
+    A message takes `communication` times what a module computes, by a calibration in each process, but in the arms without added latency.
+    The details show a step of some arms on a timeline, what its model predicts, what is gained without added latency, and what converting
+    a trained model costs beside training it on as it is.
     """
     count_ranks_as_ours()
     group = Ranks(ranks, timeout=600)
@@ -363,19 +270,21 @@ def decoding(
         return scores
 
     def details() -> dict[str, Any]:
-        drawn = group.run(draw, ("standard", "ladder", "parallel", "no communication"))[0]
+        lines = {arm: Timeline.from_json(line) for arm, line in group.run(draw, DRAWN)[0].items()}
+        bare = without_latency(run, lines, layers)
         paths = group.run(used)[0]
         group.close()
-        lines = {arm: Timeline.from_json(line) for arm, line in drawn.items()}
         return {
             "module_seconds": module,
             "latency_seconds": latency,
             "tokens": tokens,
-            "hidden": {arm: line.hidden for arm, line in lines.items()},
-            "timeline": {arm: line.text().splitlines() for arm, line in lines.items()},
+            "no_latency_added": bare,
             "predicted": {arm: predicted(lines, layers, latency, arm) for arm in ("ladder", "parallel")},
+            "waiting_share": {arm: line.total("wait") / line.seconds for arm, line in lines.items()},
+            "hidden": {arm: line.hidden for arm, line in lines.items() if arm not in BARE},
+            "timeline": {arm: line.text().splitlines() for arm, line in lines.items()},
             "losses": judged(),
-            "conversion": converted(task),
+            "conversion": conversion(task),
             "rank_paths": paths,
         }
 
@@ -387,6 +296,7 @@ def decoding(
             "parallel attention and MLP": run("parallel"),
             "desync, every second module summed": run("desync"),
             "no communication, the upper bound": run("no communication"),
+            **{arm: run(arm) for arm in BARE},
         },
         quality=lambda: quality(judged()),
         trained=lambda: as_trained(judged(), task),
@@ -399,6 +309,7 @@ def decoding(
     "ladder_residual/decode-speedup",
     points=points(SHARE),
     paper={**PAPER, "communication": SHARE},
+    measured_here=simulated(SHARE),
     refuted_if="with messages as long, by a module's computing, as on the paper's NVLink, the ladder decodes slower than blocking sums, "
     "the whole interval below 1x",
     **DECLARED,
@@ -406,7 +317,9 @@ def decoding(
 def decode_speedup(**point: Any) -> Trial:
     """Decoding at the share of communication that the paper's eight GPUs with NVLink had: a message takes 0.43 of a module's computing.
 
-    The margin of quality, 1.5 % of the loss, is about half as much again as the paper's 3.5B model loses (1.1 %).
+    The margin of quality, 1.07 % of the loss, is what the paper itself calls comparable: of the two sizes that it trained, the 3.5B model
+    loses, from a perplexity of 14.48 to one of 14.90 on wikitext. What is free, the whole model in one process, is no choice for the
+    paper's 70B model, which no single GPU holds; for models that fit, as here, it is.
     """
     return decoding(**point)
 
@@ -415,10 +328,14 @@ def decode_speedup(**point: Any) -> Trial:
     "ladder_residual/decode-speedup-no-p2p",
     points=points(SHARE_WITHOUT_LINKS),
     paper={**PAPER, "link": "eight GPUs, peer-to-peer off", "communication": SHARE_WITHOUT_LINKS},
+    measured_here=simulated(SHARE_WITHOUT_LINKS),
     refuted_if="with messages as long, by a module's computing, as in the paper without peer-to-peer links, the ladder decodes slower than "
     "blocking sums, the whole interval below 1x",
     **DECLARED,
 )
 def decode_speedup_no_p2p(**point: Any) -> Trial:
-    """Decoding at the paper's share of communication without peer-to-peer links: a message takes 1.14 of a module's computing."""
+    """Decoding at the paper's share of communication without peer-to-peer links: a message takes 1.14 of a module's computing.
+
+    The margin of quality and what is free are those of `decode_speedup`.
+    """
     return decoding(**point)

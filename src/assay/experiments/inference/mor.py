@@ -1,8 +1,12 @@
 """Mixture-of-Recursions: operations and memory of training, and throughput of generation, against a vanilla Llama of as many layers.
 
-The quality is that of byte-level models trained here on real code, with everything equal but what is compared; each kind of model has the
-learning rate that suits it best (`assay.experiments.rates`). Held-out text is judged under threshold routing, which is causal; the
-likelihood under top-k, which looks ahead, stands beside it, and so do arms that were trained with as many operations.
+The quality is that of byte-level models trained here on real code, for as many steps on the same batches, each arm at the learning rate
+that suits it best (`assay.experiments.rates`). Held-out text is judged under threshold routing, which is causal; the likelihood under
+top-k, which looks ahead, stands beside it.
+
+Arms: "one recursion" runs the stored layers once (the method deleted); "random routing" keeps the learned gates and draws which tokens go
+on; "gate only" sends all tokens through all recursions, gated; "recursive" does so without a gate; "shallow" is a vanilla model of as many
+operations; "fewer steps" is the vanilla model, trained with as many operations in all.
 """
 
 from __future__ import annotations
@@ -26,59 +30,74 @@ from assay.measure.memory import peak_memory_of_child
 from assay.methods.builtin.decode_loop import Decoder
 from assay.methods.core.generation.paged import Sequence, pages_for
 from assay.methods.inference import mor
+from assay.methods.inference.mor import routing
+from assay.methods.inference.mor.plan import tokens_of
 from assay.workloads.sequences import byte_batches
 
 SEARCH = "mor/language-model"
-SEEDS = (0, 1, 2)
-WINDOWS = 64  # held-out windows that are judged
-RECIPE: dict[str, int] = {"width": 64, "layers": 6, "recursions": 2, "steps": 300, "length": 64, "batch": 8}
-FULL: dict[str, int] = {"width": 128, "layers": 10, "recursions": 2, "steps": 1000, "length": 128, "batch": 8}
-DEEP: dict[str, int] = {**FULL, "recursions": 4}
-SMOKE: dict[str, int] = {"width": 32, "layers": 4, "recursions": 2, "steps": 20, "length": 64, "batch": 8}
-
-# An arm: the kind of model, and whether it is trained for as many operations as Mixture-of-Recursions instead of as many tokens
-ARMS: dict[str, tuple[str, bool]] = {
-    "vanilla": ("vanilla", False),
-    "mor": ("mor", False),
-    "random routing": ("random", False),
-    "one recursion": ("one recursion", False),
-    "shallow": ("shallow", False),
-    "vanilla, equal operations": ("vanilla", True),
-    "recursive, equal operations": ("recursive", True),
-    "token-choice": ("token", False),
-}
-SAME_TOKENS = [arm for arm in ARMS if arm in ("vanilla", "mor", "random routing", "one recursion", "shallow")]
-KINDS = ("vanilla", "recursive", "mor", "token", "random", "one recursion", "shallow")
-
-
-class RandomScores(nn.Module):
-    """A router that knows nothing: scores that are above 0 with the given probability, whatever the token."""
-
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self.shift = torch.tensor(share).clamp(1e-4, 1 - 1e-4).logit().item()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.rand(*x.shape[:-1], 1, device=x.device).clamp(1e-6, 1 - 1e-6).logit() + self.shift
+SEEDS = (0, 1, 2, 3, 4)  # of what the verdict compares; the first three of the other arms
+Recipe = Mapping[str, Any]
+RECIPE: dict[str, Any] = {
+    "width": 64, "layers": 4, "recursions": 2, "sharing": "middle_cycle", "steps": 500, "length": 64, "batch": 8,
+    "windows": 512,  # of held-out text that are judged
+}  # fmt: skip
+FULL: dict[str, Any] = {**RECIPE, "width": 128, "layers": 10, "steps": 2000, "length": 128}
+DEEP: dict[str, Any] = {**FULL, "recursions": 4}
+SMOKE: dict[str, Any] = {**RECIPE, "width": 32, "steps": 10, "windows": 64}
+ARMS = (
+    "vanilla",
+    "mor",
+    "random routing",
+    "one recursion",
+    "shallow",
+    "fewer steps",
+    "recursive",
+    "gate only",
+)
+CONTROLS = {"deleted": "one recursion", "random": "random routing", "rival": "shallow"}
 
 
-def language_model(kind: str, recipe: Mapping[str, int], seed: int) -> Any:
-    """A new model. "vanilla" has `layers` layers; recursive ones store the first, the last, and as many between as `recursions` rounds
-    make that depth of. "one recursion" is those stored layers run once; "shallow" a vanilla model with as many operations as "mor"."""
-    width, layers, recursions = recipe["width"], recipe["layers"], recipe["recursions"]
-    block = (layers - 2) // recursions
-    depth = {"vanilla": layers, "shallow": 2 + round(block * sum(mor.hierarchical(recursions)))}.get(kind, 2 + block)
-    base = language.small_llama(width=width, layers=depth, heads=width // 16, seed=seed, intermediate_size=3 * width)
+class RandomChoice(mor.MoRForCausalLM):
+    """Mixture-of-Recursions whose routers weigh the outputs of the blocks and do not choose: which tokens go on is drawn, as many."""
+
+    def choose(
+        self, recursion: int, share: float, scores: Tensor, predicted: Tensor, alive: Tensor, lengths: Tensor
+    ) -> Tensor:
+        drawn = torch.rand_like(scores)
+        if self.training or self.config.inference == "top_k":
+            counts = torch.tensor([tokens_of(share, n) for n in lengths.tolist()], device=scores.device)
+            return routing.best(drawn, alive, counts)
+        return alive & (drawn < share / self.config.shares[recursion - 1])
+
+
+def depths_of(recipe: Recipe) -> tuple[int, float]:
+    """How many layers are stored, and how many have as many operations as Mixture-of-Recursions."""
+    ends = 2 if recipe["sharing"].startswith("middle") else 0
+    block = (recipe["layers"] - ends) // recipe["recursions"]
+    return ends + block, ends + block * sum(mor.hierarchical(recipe["recursions"]))
+
+
+def language_model(arm: str, recipe: Recipe, seed: int) -> Any:
+    """A new model of an arm (see the module)."""
+    width, recursions = recipe["width"], recipe["recursions"]
+    stored, equal = depths_of(recipe)
+    depth = {"vanilla": recipe["layers"], "fewer steps": recipe["layers"], "shallow": int(equal)}.get(arm, stored)
+    inner = 3 * width
+    if arm == "shallow":  # a part of a layer goes into the MLPs: a layer has 4 + 3 * 3 matrices of width x width
+        inner += round((equal - depth) * 13 * width / (3 * depth))
+    base = language.small_llama(width=width, layers=depth, heads=width // 16, seed=seed, intermediate_size=inner)
     torch.manual_seed(seed)
-    if kind in ("vanilla", "shallow", "one recursion"):
+    settings: dict[str, dict[str, Any]] = {
+        "mor": {},
+        "recursive": {"router": "none"},
+        # the auxiliary loss teaches routers a choice that is not theirs here
+        "random routing": {"aux_weight": 0.0},
+        "gate only": {"aux_weight": 0.0, "capacities": [1.0] * recursions},
+    }
+    if arm not in settings:
         return base
-    router = {"recursive": "none", "token": "token"}.get(kind, "expert")
-    model = mor.MoRForCausalLM.from_base(base, recursions=recursions, router=router)
-    if kind == "random":
-        shares = model.config.shares
-        for r, before in enumerate([1.0, *shares[:-1]]):
-            model.routers.main[r] = RandomScores(shares[r] / before)
-    return model
+    kind = RandomChoice if arm == "random routing" else mor.MoRForCausalLM
+    return kind.from_base(base, recursions=recursions, sharing=recipe["sharing"], **settings[arm])
 
 
 def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -89,35 +108,36 @@ def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     return loss if aux is None else loss + aux
 
 
-def trained_model(kind: str, recipe: Mapping[str, int], seed: int, rate: float, steps: int) -> Any:
+def trained_model(arm: str, recipe: Recipe, seed: int, rate: float) -> Any:
     return language.trained(
-        {"kind": kind, **recipe, "seed": seed},
-        lambda: language_model(kind, recipe, seed),
+        {"arm": arm, **recipe, "seed": seed},
+        lambda: language_model(arm, recipe, seed),
         lambda: byte_batches(recipe["length"], recipe["batch"], seed=seed),
-        steps=steps,
+        steps=steps_of(arm, recipe),
         rate=rate,
         loss=loss_of,
         sources=[mor, sys.modules[__name__]],
     )
 
 
-@searched(SEARCH, arms=KINDS, grid=(3e-3, 1e-2, 3e-2))
-def rate_loss(kind: str, rate: float) -> float:
+@searched(SEARCH, arms=ARMS, grid=(3e-3, 1e-2, 3e-2))
+def rate_loss(arm: str, rate: float) -> float:
     """Nats a byte on documents kept for the choice, at the size and for the steps of `small`."""
     torch.set_num_threads(1)
-    model = trained_model(kind, RECIPE, 100, rate, RECIPE["steps"])
-    return float(language.nll(model, *language.validation(RECIPE["length"], WINDOWS)).mean())
+    model = trained_model(arm, RECIPE, 100, rate)
+    torch.manual_seed(0)  # for random choices
+    return float(language.nll(model, *language.validation(RECIPE["length"], RECIPE["windows"])).mean())
 
 
-def training_macs(kind: str, recipe: Mapping[str, int]) -> int:
+def training_macs(arm: str, recipe: Recipe) -> int:
     """MACs of one training step, forward and backward, counted as it runs."""
-    return _training_macs(kind, tuple(sorted(recipe.items())))
+    return _training_macs(arm, tuple(sorted(recipe.items())))
 
 
 @cache
-def _training_macs(kind: str, sizes: tuple[tuple[str, int], ...]) -> int:
+def _training_macs(arm: str, sizes: tuple[tuple[str, Any], ...]) -> int:
     recipe = dict(sizes)
-    model = language_model(kind, recipe, 0)
+    model = language_model(arm, recipe, 0)
     inputs, targets = next(iter(byte_batches(recipe["length"], recipe["batch"], seed=0)))
     with counting(model) as counter:
         loss_of(model, inputs, targets).backward()
@@ -127,31 +147,25 @@ def _training_macs(kind: str, sizes: tuple[tuple[str, int], ...]) -> int:
     return cost.macs
 
 
-def steps_of(arm: str, recipe: Mapping[str, int]) -> int:
+def steps_of(arm: str, recipe: Recipe) -> int:
     """Steps of training: the recipe's, or as many as cost what Mixture-of-Recursions's do."""
-    kind, equal = ARMS[arm]
-    return (
-        max(1, round(recipe["steps"] * training_macs("mor", recipe) / training_macs(kind, recipe)))
-        if equal
-        else recipe["steps"]
-    )
+    steps: int = recipe["steps"]
+    return round(steps * training_macs("mor", recipe) / training_macs(arm, recipe)) if arm == "fewer steps" else steps
 
 
-def model_of(arm: str, seed: int, recipe: Mapping[str, int]) -> Any:
+def model_of(arm: str, seed: int, recipe: Recipe) -> Any:
     """The trained model of an arm."""
-    kind = ARMS[arm][0]
-    return trained_model(kind, recipe, seed, chosen(SEARCH, kind).rate, steps_of(arm, recipe))
+    return trained_model(arm, recipe, seed, chosen(SEARCH, arm).rate)
 
 
-def arm_score(arm: str, seed: int, recipe: dict[str, int]) -> dict[str, float]:
+def arm_score(arm: str, seed: int, recipe: dict[str, Any]) -> dict[str, float]:
     """One model on held-out text: nats a byte as it is used, and with top-k routing; recursions a token; parameters; steps."""
-    model = model_of(arm, seed, recipe)
-    return evaluated(model, recipe) | {"steps": float(steps_of(arm, recipe))}
+    return evaluated(model_of(arm, seed, recipe), recipe) | {"steps": float(steps_of(arm, recipe))}
 
 
-def evaluated(model: Any, recipe: Mapping[str, int]) -> dict[str, float]:
-    inputs, targets = language.heldout(recipe["length"], WINDOWS)
-    torch.manual_seed(0)  # for random routers
+def evaluated(model: Any, recipe: Recipe) -> dict[str, float]:
+    inputs, targets = language.heldout(recipe["length"], recipe["windows"])
+    torch.manual_seed(0)  # for random choices
     found = {
         "nll": float(language.nll(model, inputs, targets).mean()),
         "parameters": float(sum(p.numel() for p in model.parameters())),
@@ -159,17 +173,18 @@ def evaluated(model: Any, recipe: Mapping[str, int]) -> dict[str, float]:
     if isinstance(model, mor.MoRForCausalLM):
         with torch.no_grad():
             found["depth"] = float(torch.cat([model(part).depths for part in inputs.split(16)]).double().mean())
-        if model.config.router == "expert":
+        if model.config.router == "expert" and min(model.config.shares) < 1:
             model.config.inference = "top_k"
             found["nll_top_k"] = float(language.nll(model, inputs, targets).mean())
             model.config.inference = "threshold"
     return found
 
 
-def scores(arms: list[str], recipe: Mapping[str, int]) -> dict[str, list[dict[str, float]]]:
-    """`arm_score` of each arm under each seed."""
-    runs = [(arm, seed, dict(recipe)) for arm in arms for seed in SEEDS]
-    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
+def scores(recipe: Recipe) -> dict[str, list[dict[str, float]]]:
+    """`arm_score` of each arm under its seeds."""
+    often = {arm: len(SEEDS) if arm in ("vanilla", "mor", *CONTROLS.values()) else 3 for arm in ARMS}
+    runs = [(arm, seed, dict(recipe)) for arm in ARMS for seed in SEEDS[: often[arm]]]
+    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     for (arm, _, _), score in zip(runs, in_parallel(arm_score, runs), strict=True):
         found[arm].append(score)
     return found
@@ -183,23 +198,22 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def quality_of(found: Mapping[str, list[dict[str, float]]], baseline: str) -> Quality:
+def quality_of(found: Mapping[str, list[dict[str, float]]]) -> Quality:
     """Mixture-of-Recursions against the vanilla arm, with Student's t over the seeds' differences."""
-    lost = paired(of(found, "mor"), of(found, baseline))
-    base = mean(of(found, baseline))
-    named = {"deleted": "one recursion", "random": "random routing", "rival": "shallow"}
-    controls = {name: mean(of(found, arm)) for name, arm in named.items()}
-    others = {arm: mean(of(found, arm)) for arm in found if arm not in (*named.values(), "mor", baseline)}
+    lost = paired(of(found, "mor"), of(found, "vanilla"))
+    base = mean(of(found, "vanilla"))
+    controls = {name: mean(of(found, arm)) for name, arm in CONTROLS.items()}
+    others = {arm: mean(of(found, arm)) for arm in found if arm not in (*CONTROLS.values(), "mor", "vanilla")}
     if "nll_top_k" in found["mor"][0]:
         others["mor, top-k routing (looks ahead)"] = mean(of(found, "mor", "nll_top_k"))
     rival = "a vanilla model with fewer layers and as many operations"
     return Quality(base + lost.median, base, base + lost.low, base + lost.high, controls | others, rival)
 
 
-def as_trained(found: Mapping[str, list[dict[str, float]]], recipe: Mapping[str, int]) -> dict[str, Trained]:
+def as_trained(found: Mapping[str, list[dict[str, float]]], recipe: Recipe) -> dict[str, Trained]:
     """All arms, with the floor of a table of pairs of bytes."""
-    floor = language.bigram_floor(*language.heldout(recipe["length"], WINDOWS))
-    rates = {arm: chosen(SEARCH, ARMS[arm][0]) for arm in found}
+    floor = language.bigram_floor(*language.heldout(recipe["length"], recipe["windows"]))
+    rates = {arm: chosen(SEARCH, arm) for arm in found}
     return {arm: Trained(of(found, arm), floor, "a bigram table", rates[arm].rate, rates[arm].rates) for arm in found}
 
 
@@ -208,10 +222,11 @@ GUARD = Guard(
 )  # what the paper's best model gains at equal operations: 2.7824 to 2.7511
 TRAINED_HERE = {
     "width": "a model of 315M parameters cannot be trained here",
-    "layers": "fewer: the first and the last, which are not shared, weigh more, so that less is saved",
-    "steps": "as many as fit into the minutes of a scale; the same tokens for every arm but those of equal operations",
+    "layers": "fewer, for the same reason",
+    "steps": "as many as fit into the minutes of a scale, on code; the same tokens for every arm but 'fewer steps'",
     "length": "shorter, so that attention weighs less, whose operations fall with the square of a capacity",
     "batch": "smaller, for the same reason as the width",
+    "rate": "searched at the size and steps of small, and used at the others too",
 }
 PAPER: dict[str, Any] = {
     "recursions": 2, "sharing": "middle_cycle", "router": "expert", "width": 960, "layers": 32, "length": 2048,
@@ -224,6 +239,9 @@ TRAINING = Operator(
 )
 
 
+# ---------------------------------------------------------------------------------------------------------------------- operations
+
+
 @experiment(
     "mor/training-flops",
     points={"smoke": [{"recipe": SMOKE}], "small": [{"recipe": RECIPE}], "full": [{"recipe": FULL}]},
@@ -232,65 +250,79 @@ TRAINING = Operator(
     paper=PAPER,
     departures=TRAINED_HERE,
     refuted_if="a training step of Mixture-of-Recursions does as many operations as the vanilla model's, or more",
+    computed="it follows from the widths, layers and capacities of the paper's 360M model; models of it are not trained here",
     minutes=240,
 )
-def training_flops(recipe: dict[str, int]) -> Figure:
-    """Per cent of the operations of a training step, forward and backward, that two recursions save on as many layers of a vanilla model.
+def training_flops(recipe: dict[str, Any]) -> Figure:
+    """Per cent of the operations of training that two recursions save on the paper's 360M model: arithmetic on its sizes.
 
-    They are counted as the step runs, routers and all, so the figure is exact. The quality is that after the same tokens. What the same
-    count is for the paper's 360M model, by the formula that a test holds to the counter, stands in the details.
+    Every product is done once forward and twice backward, so that what is saved of a forward pass is saved of training. The count of real
+    training steps, forward and backward, is in the details for the models that are trained here; the quality is theirs.
     """
-    found = scores(list(ARMS), recipe)
-    macs = {kind: training_macs(kind, recipe) for kind in KINDS if kind not in ("token", "random")}
-
-    def saved(kind: str) -> float:
-        return 100 * (1 - macs[kind] / macs["vanilla"])
-
+    found = scores(recipe)
+    macs = {arm: training_macs(arm, recipe) for arm in ARMS}
     return Figure(
-        saved("mor"),
+        saved_at_360m("mor"),
         "%",
         baseline=0.0,
         free=0.0,
-        arms={"recursive": saved("recursive"), "shallow": saved("shallow")},
-        quality=quality_of(found, "vanilla"),
+        arms={arm: saved_at_360m(arm) for arm in ("recursive", "gate only", "shallow")},
+        quality=quality_of(found),
         trained=as_trained(found, recipe),
-        details={"macs_a_step": macs, "arms": found, "saved_at_360M_percent": saved_at_360m()},
+        details={
+            "counted_macs_a_step": macs,
+            "counted_saving_percent": {arm: 100 * (1 - macs[arm] / macs["vanilla"]) for arm in ARMS},
+            "arms": found,
+        },
     )
 
 
-def saved_at_360m() -> float:
-    """Per cent of the MACs of a forward pass over 2048 tokens that two recursions save on SmolLM-360M's shape, by the formula."""
+def saved_at_360m(arm: str) -> float:
+    """Per cent of the MACs of a forward pass over 2048 tokens that an arm saves on SmolLM-360M's shape, by the formula.
+
+    The shallow model has 24 layers, half a layer less than has as many operations.
+    """
     from transformers import LlamaConfig
 
     sizes = {"hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 15, "num_key_value_heads": 5}
     shape: dict[str, Any] = {**sizes, "vocab_size": 49152}
-    vanilla = mor.MoRConfig(LlamaConfig(num_hidden_layers=32, **shape), recursions=1, router="none")
-    ours = mor.MoRConfig(LlamaConfig(num_hidden_layers=17, **shape), recursions=2)
-    return 100 * (1 - mor.forward_macs(ours, 2048) / mor.forward_macs(vanilla, 2048))
+    stored, equal = depths_of({"layers": 32, "recursions": 2, "sharing": "middle_cycle"})
+    plain = {"vanilla": 32, "shallow": int(equal)}
+    settings: dict[str, Any] = {"mor": {}, "recursive": {"router": "none"}, "gate only": {"capacities": [1.0, 1.0]}}
+
+    def macs(arm: str) -> int:
+        base = LlamaConfig(num_hidden_layers=plain.get(arm, stored), **shape)
+        if arm in plain:
+            config = mor.MoRConfig(base, recursions=1, router="none")
+        else:
+            config = mor.MoRConfig(base, recursions=2, **settings[arm])
+        return mor.forward_macs(config, 2048)
+
+    return 100 * (1 - macs(arm) / macs("vanilla"))
 
 
-# ------------------------------------------------------------------------------------------------------------------------ memory
+# -------------------------------------------------------------------------------------------------------------------------- memory
 
 
-def two_steps(way: str, width: int, layers: int, recursions: int, batch: int, length: int) -> None:
+def two_steps(way: str, sizes: dict[str, Any]) -> None:
     """Two steps of training with AdamW, the second with its moments: run in a process of its own to see its peak memory."""
     torch.set_num_threads(1)
-    recipe = {"width": width, "layers": layers, "recursions": recursions}
-    model = language_model("vanilla" if way == "recomputed" else way, recipe, 0)
-    if way == "recomputed":
+    arm, _, recomputed = way.partition(", ")
+    model = language_model(arm, sizes, 0)
+    if recomputed:
         model.activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    stream = iter(byte_batches(length, batch, seed=0))
+    stream = iter(byte_batches(sizes["length"], sizes["batch"], seed=0))
     for _ in range(2):
         optimizer.zero_grad()
         loss_of(model, *next(stream)).backward()
         optimizer.step()
 
 
-def peak_of(way: str, sizes: Mapping[str, int]) -> int:
+def peak_of(way: str, sizes: Recipe) -> int:
     """Bytes of memory that a fresh process takes for two steps of training, beyond its imports."""
-    found = peak_memory_of_child("assay.experiments.inference.mor:two_steps", {"way": way, **sizes}, timeout_s=1200)
-    return found.extra_bytes
+    kwargs = {"way": way, "sizes": dict(sizes)}
+    return peak_memory_of_child("assay.experiments.inference.mor:two_steps", kwargs, timeout_s=1200).extra_bytes
 
 
 @experiment(
@@ -306,45 +338,47 @@ def peak_of(way: str, sizes: Mapping[str, int]) -> int:
     departures={
         **TRAINED_HERE,
         "width": "the paper's at full for memory, whose models need no training; narrower at small, and where quality is trained",
-        "layers": "the paper's at full for memory; 10 at small, and 6 or 10 where quality is trained",
+        "layers": "the paper's at full for memory; 10 at small, and fewer where quality is trained",
     },
     refuted_if="training Mixture-of-Recursions takes as much memory as training the vanilla model, or more",
     minutes=240,
     memory_gib=20.0,
 )
-def peak_memory(width: int, layers: int, batch: int, length: int, repeats: int, recipe: dict[str, int]) -> Figure:
+def peak_memory(width: int, layers: int, batch: int, length: int, repeats: int, recipe: dict[str, Any]) -> Figure:
     """Per cent of a training process's peak memory that two recursions save on a vanilla model of as many layers, in float32 with AdamW.
 
     `repeats` processes of either, with Student's t over their savings. Free recomputes the vanilla model's layers in the backward pass, as
-    transformers do on request, which costs time and no quality. The quality is that of the smaller models of `recipe`.
+    transformers do on request, which costs a third more operations and no quality; Mixture-of-Recursions recomputed is an arm. The quality
+    is that of the smaller models of `recipe`.
     """
-    sizes = {"width": width, "layers": layers, "recursions": 2, "batch": batch, "length": length}
-    often = {"vanilla": repeats, "mor": repeats, "recomputed": 1}
-    if repeats > 2:
-        often |= {"recursive": 1, "shallow": 1}
-    peaks = {way: [peak_of(way, sizes) for _ in range(n)] for way, n in often.items()}
+    sizes = {
+        "width": width, "layers": layers, "recursions": 2, "sharing": "middle_cycle", "batch": batch, "length": length,
+    }  # fmt: skip
+    often = {"vanilla": repeats, "mor": repeats, "vanilla, recomputed": 1}
+    arms = ("mor, recomputed", "recursive", "shallow") if repeats > 2 else ()
+    peaks = {way: [peak_of(way, sizes) for _ in range(n)] for way, n in (often | dict.fromkeys(arms, 1)).items()}
     usual = mean([float(peak) for peak in peaks["vanilla"]])
     saved = over_seeds([100 * (1 - b / a) for a, b in zip(peaks["vanilla"], peaks["mor"], strict=True)])
-    found = scores(SAME_TOKENS, recipe)
+    found = scores(recipe)
     return Figure(
         saved.median,
         "%",
         low=saved.low,
         high=saved.high,
         baseline=0.0,
-        free=100 * (1 - peaks["recomputed"][0] / usual),
-        arms={way: 100 * (1 - peaks[way][0] / usual) for way in ("recursive", "shallow") if way in peaks},
-        quality=quality_of(found, "vanilla"),
+        free=100 * (1 - peaks["vanilla, recomputed"][0] / usual),
+        arms={way: 100 * (1 - peaks[way][0] / usual) for way in arms},
+        quality=quality_of(found),
         trained=as_trained(found, recipe),
         details={"peak_bytes": peaks, "arms": found},
     )
 
 
-# -------------------------------------------------------------------------------------------------------------------- generation
+# ---------------------------------------------------------------------------------------------------------------------- generation
 
 GENERATION = Operator(
     "generation for many requests by a decoder",
-    free="the vanilla model in bfloat16 by torch, finished rows replaced by the next request",
+    free="the vanilla model in bfloat16 by transformers' own forward pass, token by token in inference mode",
     exact="the vanilla model in bfloat16 by assay's compiled decode loop, the same requests",
 )
 
@@ -370,9 +404,12 @@ def by_loop(decoder: Decoder, prompts: list[list[int]], tokens: int, lanes: int)
     return answers
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def step_by_step(model: Any, prompts: list[list[int]], tokens: int, lanes: int) -> list[list[int]]:
-    """Batches of rows, one token of each a step; in a step, recursions after the first run the rows that are still in them."""
+    """Batches of rows, one token of each a step, by the forward pass of any model of transformers and its own cache.
+
+    Of Mixture-of-Recursions: in a step, recursions after the first run the rows that are still in them.
+    """
     answers: list[list[int]] = []
     for start in range(0, len(prompts), lanes):
         out = model(torch.tensor(prompts[start : start + lanes]), use_cache=True, logits_to_keep=1)
@@ -388,7 +425,7 @@ def step_by_step(model: Any, prompts: list[list[int]], tokens: int, lanes: int) 
     "mor/inference-throughput",
     points={
         "smoke": [{"lanes": 4, "requests": 8, "prompt": 8, "tokens": 4, "recipe": SMOKE}],
-        "small": [{"lanes": 32, "requests": 64, "prompt": 16, "tokens": 32, "recipe": RECIPE}],
+        "small": [{"lanes": 128, "requests": 256, "prompt": 16, "tokens": 32, "recipe": RECIPE}],
         "full": [{"lanes": 32, "requests": 128, "prompt": 16, "tokens": 256, "recipe": DEEP}],
     },
     operator=GENERATION,
@@ -398,27 +435,27 @@ def step_by_step(model: Any, prompts: list[list[int]], tokens: int, lanes: int) 
         "recursions": "two at small, whose models are those of the other claims",
         "tokens": "32 an answer at small; all answers are equally long, where the paper's lengths vary around 256",
         "prompt": "a few bytes of real code, so that the routers see what they were trained on",
-        "lanes": "the paper's smaller batch; with the largest that memory holds its models gain more",
+        "lanes": "the paper's smaller batch at full; at small more, as in its other setting: with few rows, calls are what costs",
     },
     guard=GUARD,
-    refuted_if="generation with depth-wise batching is slower than with the vanilla model in the same batch, the whole interval below 1x",
+    refuted_if="generation with depth-wise batching is slower than the vanilla model in the same batch, the whole interval below 1x",
     minutes=240,
 )
-def inference_throughput(lanes: int, requests: int, prompt: int, tokens: int, recipe: dict[str, int]) -> Trial:
-    """All requests answered, `lanes` at a time: the vanilla model, and Mixture-of-Recursions with depth-wise continuous batching.
+def inference_throughput(lanes: int, requests: int, prompt: int, tokens: int, recipe: dict[str, Any]) -> Trial:
+    """All requests answered, prompts included, `lanes` at a time: the vanilla model token by token, and Mixture-of-Recursions with
+    depth-wise continuous batching, which routes by the threshold. Both were trained on as many tokens of real code.
 
-    Both go through the same code and cache, whose vanilla setting runs every layer on every row once a token; prompts included. Both were
-    trained with as many operations, on real code, and route by the threshold. Arms: the recursive model with all recursions,
-    and Mixture-of-Recursions without depth-wise batching.
+    At the widths of `small` much of a step's time is that of calling its operators, and with one shared layer between two that stand alone
+    depth-wise batching calls no fewer: what it can save there is arithmetic, an eighth at most. Arms: the shallow vanilla model of as many
+    operations; the recursive model, all of whose tokens take all recursions; Mixture-of-Recursions without depth-wise batching.
     """
-    vanilla, ours = model_of("vanilla, equal operations", 0, recipe), model_of("mor", 0, recipe)
-    plain = mor.MoRForCausalLM.from_base(vanilla, recursions=1, router="none")
-    whole = mor.MoRForCausalLM.from_base(ours.base, recursions=recipe["recursions"], router="none")
-    half = mor.MoRForCausalLM.from_base(
-        model_of("vanilla, equal operations", 0, recipe).bfloat16(), recursions=1, router="none"
-    )
+    vanilla, shallow, ours = (model_of(arm, 0, recipe) for arm in ("vanilla", "shallow", "mor"))
+    whole, half = model_of("recursive", 0, recipe), model_of("vanilla", 0, recipe).bfloat16()
     decoder = Decoder(vanilla, weights="bf16", cache="bfloat16")
     asked = prompts_of(requests, prompt)
+
+    def plain(model: Any) -> Callable[[], list[list[int]]]:
+        return lambda: step_by_step(model, asked, tokens, lanes)
 
     def depthwise(model: Any) -> Callable[[], mor.Generated]:
         return lambda: mor.generate_depthwise(model, asked, tokens, lanes=lanes)
@@ -427,33 +464,35 @@ def inference_throughput(lanes: int, requests: int, prompt: int, tokens: int, re
 
     def judged() -> dict[str, list[dict[str, float]]]:
         if not kept:
-            kept.update(scores([arm for arm in ARMS if arm != "vanilla"], recipe))
+            kept.update(scores(recipe))
         return kept
 
     def details() -> dict[str, Any]:
-        made = {"vanilla": depthwise(plain)(), "mor": depthwise(ours)()}
-        caches = {
-            name: model(torch.tensor(asked[:lanes]), use_cache=True).cache.bytes()
-            for name, model in (("vanilla", plain), ("mor", ours))
-        }
+        made = depthwise(ours)()
+        with torch.inference_mode():
+            held = ours(torch.tensor(asked[:lanes]), use_cache=True).cache
+        base = ours.base.config
+        pair = 2 * base.num_key_value_heads * base.hidden_size // base.num_attention_heads * 4
         return {
             "tokens": requests * tokens,
-            "ticks": {name: found.ticks for name, found in made.items()},
-            "depths": {name: found.depths for name, found in made.items()},
-            "cache_bytes_behind_prompts": caches,
+            "ticks": made.ticks,
+            "depths": made.depths,
+            "recursions_a_token": made.rows / (requests * tokens),
+            "cache_bytes_behind_prompts": {"vanilla": lanes * prompt * recipe["layers"] * pair, "mor": held.bytes()},
             "arms": judged(),
         }
 
     return Trial(
-        baseline=depthwise(plain),
+        baseline=plain(vanilla),
         candidate=depthwise(ours),
-        free=depthwise(half),
+        free=plain(half),
         exact=lambda: by_loop(decoder, asked, tokens, lanes),
         arms={
+            "shallow": plain(shallow),
             "recursive, all recursions": depthwise(whole),
-            "mor without depth-wise batching": lambda: step_by_step(ours, asked, tokens, lanes),
+            "mor without depth-wise batching": plain(ours),
         },
-        quality=lambda: quality_of(judged(), "vanilla, equal operations"),
+        quality=lambda: quality_of(judged()),
         trained=lambda: as_trained(judged(), recipe),
         details=details,
     )

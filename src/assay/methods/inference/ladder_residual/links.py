@@ -16,6 +16,20 @@ from torch import Tensor
 
 from assay import checks
 
+SPIN = 3e-4
+"""Seconds before a moment at which `wait_until` stops sleeping: sleeps end late, on Linux by a tenth of a millisecond (our choice)."""
+
+
+def wait_until(due: float) -> None:
+    """Return at the moment `due` of `time.perf_counter`, or at once if it is past: sleep until shortly before it, then look at the clock.
+
+    A sleep alone ends late by what waking takes, and only whoever waits would pay for that: an order of modules that waits for every
+    message would seem slower than the link makes it, beside one whose messages have arrived before they are asked for.
+    """
+    while (left := due - time.perf_counter()) > 0:
+        if left > SPIN:
+            time.sleep(left - SPIN)
+
 
 class Handle(Protocol):
     """A sum under way, from `start` to `end` by `time.perf_counter`; `end` is known after `wait`."""
@@ -73,9 +87,10 @@ class GroupLink:
     """The ranks of a process group of `torch.distributed` (None: the default one), each an all-reduce that does not block.
 
     `latency` (seconds) and `bandwidth` (bytes a second, None: unlimited) imitate a slower link: a message's wait returns no earlier
-    than latency + bytes / bandwidth after its start on this rank, and the difference is slept, which takes no processor time. A message
-    starts when it is sent and the imitated one before it has arrived, as the collectives of one communicator do. What the group itself
-    needs is not added but covered. Raises RuntimeError when no group was set up, ValueError for times below 0.
+    than latency + bytes / bandwidth after its start on this rank. The difference is slept, which takes no processor time, but for the last
+    moment (`wait_until`). A message starts when it is sent and the imitated one before it has arrived, as the collectives of one
+    communicator do. What the group itself needs is not added but covered. Raises RuntimeError when no group was set up, ValueError for
+    times below 0.
     """
 
     def __init__(self, group: Any = None, *, latency: float = 0.0, bandwidth: float | None = None) -> None:
@@ -110,7 +125,6 @@ class _Message:
         early = self._work.is_completed() and self._due > self.start
         self._work.wait()
         now = time.perf_counter()
-        if (left := self._due - now) > 0:
-            time.sleep(left)
+        wait_until(self._due)
         self.end = self._due if early else max(now, self._due)
         return self._x

@@ -17,6 +17,10 @@ from transformers.cache_utils import Cache
 from assay import checks
 
 LEAST_ROOM = 32  # entries by which storage grows at least
+Rows = (
+    Tensor | slice
+)  # of a batch: their numbers (A,), or as many as follow one another, of which views are taken and no copies
+ALL = slice(None)
 
 
 class Stage:
@@ -28,33 +32,37 @@ class Stage:
         self.keys: dict[int, Tensor] = {}  # (batch, heads, room, head dim)
         self.values: dict[int, Tensor] = {}
 
-    def reserve(self, columns: Tensor, rows: Tensor | None = None, counts: Tensor | None = None) -> Place:
-        """Room for tokens at `columns` (A, K) behind what `rows` (A,) hold (None: all rows), of which the first `counts` (A,) count."""
-        start = self.lengths if rows is None else self.lengths[rows]
+    def reserve(self, columns: Tensor, rows: Rows = ALL, counts: Tensor | None = None) -> Place:
+        """Room for tokens at `columns` (A, K) behind what `rows` hold, of which the first `counts` (A,) count."""
+        start = self.lengths[rows]
         places = start[:, None] + torch.arange(columns.shape[1], device=columns.device)
         need = int(places.max()) + 1 if places.numel() else 0
-        even = rows is None and need == int(start.min()) + columns.shape[1] if len(start) else True
+        even = isinstance(rows, slice) and (not len(start) or need == int(start.min()) + columns.shape[1])
         self.columns = _with_room(self.columns, need, 1)
-        at = torch.arange(len(self.lengths), device=columns.device) if rows is None else rows
+        at = self.numbers(rows)
         self.columns[at[:, None], places] = columns
         added = columns.shape[1] if counts is None else counts
         self.lengths = self.lengths.index_put((at,), start + added)
         return Place(self, rows, at, places, need, even)
 
-    def look(self, rows: Tensor | None = None) -> Place:
+    def look(self, rows: Rows = ALL) -> Place:
         """What these rows hold, without room for more."""
-        at = torch.arange(len(self.lengths), device=self.lengths.device) if rows is None else rows
+        at = self.numbers(rows)
         return Place(self, rows, at, at[:, None], 0, False)
+
+    def numbers(self, rows: Rows) -> Tensor:
+        """The numbers of these rows."""
+        return rows if isinstance(rows, Tensor) else torch.arange(len(self.lengths), device=self.lengths.device)[rows]
 
     def write(self, kept: Tensor | None, new: Tensor, place: Place) -> Tensor:
         """A slot's tensor with `new` (A, heads, K, head dim) at its place."""
         if kept is None:
-            if place.even and place.need == new.shape[2]:
+            if place.even and place.need == new.shape[2] and len(new) == len(self.lengths):
                 return new  # the first entries of all rows: nothing to copy
             kept = new.new_zeros(len(self.lengths), new.shape[1], place.need + LEAST_ROOM, new.shape[3])
         kept = _with_room(kept, place.need, 2)
         if place.even:
-            kept[:, :, place.need - new.shape[2] : place.need] = new
+            kept[place.rows, :, place.need - new.shape[2] : place.need] = new
         else:
             kept[place.at[:, None], :, place.places] = new.transpose(1, 2)
         return kept
@@ -72,17 +80,14 @@ class Stage:
         there = torch.arange(self.columns.shape[1], device=self.columns.device) < self.lengths[:, None]
         self.lengths = (there & (self.columns < columns)).sum(1)
 
-    def put(self, row: int, other: Stage, source: int) -> None:
-        """The entries of row `source` of `other` in place of those of `row`."""
-        self.lengths[row] = 0
-        count = int(other.lengths[source])
-        if not count:
-            return
-        only = slice(source, source + 1)
-        place = self.reserve(other.columns[only, :count], torch.tensor([row], device=self.lengths.device))
+    def put(self, rows: Tensor, other: Stage) -> None:
+        """What `other` holds, row by row, in place of what these `rows` (A,) hold."""
+        self.lengths[rows] = 0
+        longest = int(other.lengths.max())
+        place = self.reserve(other.columns[:, :longest], rows, other.lengths)
         for mine, theirs in ((self.keys, other.keys), (self.values, other.values)):
             for slot, kept in theirs.items():
-                mine[slot] = self.write(mine.get(slot), kept[only, :, :count], place)
+                mine[slot] = self.write(mine.get(slot), kept[:, :, :longest], place)
 
 
 def _with_room(kept: Tensor, need: int, dim: int) -> Tensor:
@@ -97,19 +102,24 @@ def _with_room(kept: Tensor, need: int, dim: int) -> Tensor:
     return longer
 
 
+def taken(kept: Tensor, rows: Rows) -> Tensor:
+    """These rows of a slot; whole rows at a time, which is quicker than their entries alone."""
+    return kept[rows] if isinstance(rows, slice) else kept.index_select(0, rows)
+
+
 class Place:
     """Where a stage's layers put the keys and values of some tokens, and what they then see: all entries of these rows."""
 
-    def __init__(self, stage: Stage, rows: Tensor | None, at: Tensor, places: Tensor, need: int, even: bool) -> None:
+    def __init__(self, stage: Stage, rows: Rows, at: Tensor, places: Tensor, need: int, even: bool) -> None:
         self.stage, self.rows, self.at, self.places, self.need, self.even = stage, rows, at, places, need, even
-        held = stage.lengths[at]
+        held = stage.lengths[rows]
         self.seen = int(held.max()) if len(held) else 0  # entries of the longest of these rows
         self._held = held
 
     @property
     def columns(self) -> Tensor:
         """(A, entries)"""
-        return self.stage.columns[self.at, : self.seen]
+        return self.stage.columns[self.rows, : self.seen]
 
     @property
     def valid(self) -> Tensor | None:
@@ -126,8 +136,8 @@ class Place:
 
     def read(self, slot: int) -> tuple[Tensor, Tensor]:
         """The (keys, values) of these rows, (A, heads, entries, head dim) each."""
-        found = (held[slot][:, :, : self.seen] for held in (self.stage.keys, self.stage.values))
-        keys, values = (kept if self.rows is None else kept[self.rows] for kept in found)
+        held = self.stage.keys[slot], self.stage.values[slot]
+        keys, values = (taken(kept, self.rows)[:, :, : self.seen] for kept in held)
         return keys, values
 
 
@@ -138,13 +148,11 @@ class Shared:
     place: the newest of every token.
     """
 
-    def __init__(self, stage: Stage, rows: Tensor | None, entries: int, places: list[Place] | None = None) -> None:
+    def __init__(self, stage: Stage, rows: Rows, entries: int, places: list[Place] | None = None) -> None:
         self.stage, self.rows, self.entries, self.places = stage, rows, entries, places
 
     def update(self, keys: Tensor, values: Tensor, slot: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        found = [held[slot][:, :, : self.entries] for held in (self.stage.keys, self.stage.values)]
-        if self.rows is not None:
-            found = [kept[self.rows] for kept in found]
+        found = [taken(held[slot], self.rows)[:, :, : self.entries] for held in (self.stage.keys, self.stage.values)]
         if self.places is not None:
             self.places[-1].update(keys, values, slot)
             for place in self.places:
@@ -161,44 +169,6 @@ def _over(kept: Tensor, new: Tensor, place: Place) -> Tensor:
         kept = torch.cat([kept, kept[:, :, :1]], 2)
     found = kept.scatter(2, columns[:, None, :, None].expand(-1, kept.shape[1], -1, kept.shape[3]), new)
     return found if valid is None else found[:, :, :-1]
-
-
-class Mixed:
-    """Rows at different recursions side by side: each group of rows has a place of its own."""
-
-    def __init__(self, groups: list[tuple[Tensor, Place]], rows: int) -> None:
-        self.groups, self.rows = groups, rows
-        self.seen = max(place.seen for _, place in groups)
-
-    def update(self, keys: Tensor, values: Tensor, slot: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if len(self.groups) == 1:
-            return self.groups[0][1].update(keys, values, slot)
-        found = [x.new_zeros(self.rows, x.shape[1], self.seen, x.shape[3]) for x in (keys, values)]
-        for chosen, place in self.groups:
-            for whole, part in zip(found, place.update(keys[chosen], values[chosen], slot), strict=True):
-                whole[chosen, :, : place.seen] = part
-        return found[0], found[1]
-
-    def joined(self, part: Callable[[Place], Tensor], fill: Any) -> Tensor:
-        """(rows, entries) of what `part` gives of each place, `fill` behind the shorter."""
-        first = part(self.groups[0][1])
-        found = torch.full((self.rows, self.seen), fill, dtype=first.dtype, device=first.device)
-        for chosen, place in self.groups:
-            found[chosen, : place.seen] = part(place)
-        return found
-
-    @property
-    def columns(self) -> Tensor:
-        return self.joined(lambda place: place.columns, 0)
-
-    @property
-    def valid(self) -> Tensor | None:
-        def there(place: Place) -> Tensor:
-            found = place.valid
-            return torch.ones_like(place.columns, dtype=torch.bool) if found is None else found
-
-        found = self.joined(there, False)
-        return None if bool(found.all()) else found
 
 
 class MoRCache(Cache):
@@ -306,16 +276,6 @@ class MoRCache(Cache):
     def update(self, *_: Any, **__: Any) -> Any:
         """Raises TypeError: which rows of a layer are written is known to the model only."""
         raise TypeError("a MoRCache is filled by the forward pass of its model only")
-
-    def put(self, row: int, other: MoRCache, source: int = 0) -> None:
-        """What row `source` of `other` holds, in place of `row`."""
-        for name, stage in other.stages.items():
-            self.stage(name).put(row, stage, source)
-
-    def clear(self, row: int) -> None:
-        """Forget a row."""
-        for stage in self.stages.values():
-            stage.lengths[row] = 0
 
     def _select(self, index: Tensor | Callable[[Tensor], Tensor]) -> None:
         for stage in self.stages.values():

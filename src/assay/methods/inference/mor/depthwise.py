@@ -20,7 +20,7 @@ from torch import Tensor
 from assay import checks
 from assay.methods.core.generation.loop import checked_prompts
 from assay.methods.core.models.decoder import Pass
-from assay.methods.inference.mor.cache import Mixed, MoRCache, Place
+from assay.methods.inference.mor.cache import MoRCache, Place, Stage
 from assay.methods.inference.mor.model import MoRForCausalLM
 from assay.methods.inference.mor.routing import scored
 
@@ -36,7 +36,7 @@ class Generated:
     depths: list[int] = field(default_factory=list)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate_depthwise(
     model: MoRForCausalLM,
     prompts: Sequence[Sequence[int]],
@@ -69,44 +69,59 @@ def generate_depthwise(
 
 
 class _Lanes:
-    """The state of all lanes; a lane's `depth` is the recursion that comes next, from 0, and -1 before its token has been begun."""
+    """The state of all lanes; a lane's `depth` is the recursion that comes next, from 0, and -1 before its token has been begun.
+
+    Keys and values of all recursions stand in one stage, `inner`, in which recursion d of lane b has row d * lanes + b: lanes at different
+    recursions are so many of its rows. Rows that follow one another, all lanes at one recursion, are looked at in place.
+    """
 
     def __init__(
         self, model: MoRForCausalLM, prompts: list[list[int]], counts: list[int], lanes: int, eos: set[int]
     ) -> None:
         self.model, self.parts, self.plan = model, model.parts, model.plan
-        self.kind, self.recursions = model.config.router, model.config.recursions
+        self.kind, self.recursions, self.lanes = model.config.router, model.config.recursions, lanes
         self.queue = list(enumerate(prompts))[::-1]
         self.counts, self.eos = counts, eos
         self.made = Generated([[] for _ in prompts], depths=[0] * self.recursions)
         reference = self.parts.embed.weight
         self.device = reference.device
-        self.store: MoRCache = model.new_cache(lanes)
-        self.request = [-1] * lanes
+        self.first, self.inner, self.last = (Stage(n * lanes, self.device) for n in (1, self.recursions, 1))
+        self.request, self.depth, self.wanted = [-1] * lanes, [-1] * lanes, [1] * lanes
         self.token = torch.zeros(lanes, dtype=torch.int64, device=self.device)
         self.column = torch.zeros(lanes, dtype=torch.int64, device=self.device)
-        self.depth = torch.full((lanes,), -1, dtype=torch.int64, device=self.device)
         self.x = reference.new_zeros(lanes, 1, model.config.hidden_size)
-        self.entry = self.x.clone()  # token-choice: the stream before the recursions, the chosen depth, its gate
-        self.wanted = torch.ones(lanes, dtype=torch.int64, device=self.device)
+        self.entry = self.x.clone()  # token-choice: the stream before the recursions, and its gate
         self.gate = reference.new_ones(lanes, 1, 1)
+        self.unmasked = dict.fromkeys(self.parts.kinds)  # masks are made here, of the entries that there are
+        self.additive = self.parts.config._attn_implementation == "eager"
         if self.kind == "expert":
             routers = model.routers
             choosing = routers.auxiliary if len(routers.auxiliary) else routers.main
-            self.gates, self.choosers = list(routers.main), list(choosing)
+            self.gates, self.choosers, self.shares = list(routers.main), list(choosing), model.config.shares
 
     def run(self) -> Generated:
-        self.admit(list(range(len(self.request))))
+        self.admit(list(range(self.lanes)))
         while any(request >= 0 for request in self.request):
             self.tick()
         return self.made
+
+    def at(self, rows: list[int]) -> slice | Tensor:
+        """Ascending or any rows as an index; a slice, which copies nothing, where they follow one another."""
+        if rows == list(range(rows[0], rows[0] + len(rows))):
+            return slice(rows[0], rows[0] + len(rows))
+        return torch.tensor(rows, device=self.device)
+
+    def inside(self, lanes: list[int]) -> list[int]:
+        """Their rows of `inner`."""
+        return [self.depth[lane] * self.lanes + lane for lane in lanes]
 
     def admit(self, lanes: list[int]) -> None:
         """The next requests into these lanes, as long as there are any; prompts of one length are run together."""
         alike: dict[int, list[tuple[int, list[int]]]] = {}
         for lane in lanes:
             self.request[lane] = -1
-            self.store.clear(lane)
+            self.first.lengths[lane] = self.last.lengths[lane] = 0
+            self.inner.lengths[lane :: self.lanes] = 0
             if not self.queue:
                 continue
             self.request[lane], prompt = self.queue.pop()
@@ -116,124 +131,137 @@ class _Lanes:
             if length:
                 ids = torch.tensor([prompt for _, prompt in members], device=self.device)
                 begun = self.model(ids, use_cache=True, logits_to_keep=1).cache
-                for row, (lane, _) in enumerate(members):
-                    self.store.put(lane, begun, row)
+                self.take(begun, torch.tensor([lane for lane, _ in members], device=self.device))
+
+    def take(self, begun: MoRCache, lanes: Tensor) -> None:
+        """What the rows of `begun` hold into `lanes`."""
+        for name, stage in begun.stages.items():
+            if isinstance(name, int):
+                self.inner.put(name * self.lanes + lanes, stage)
+            else:
+                (self.first if name == "first" else self.last).put(lanes, stage)
 
     def tick(self) -> None:
         """Begin new tokens, run the shared layers once for every lane, end the tokens that are through."""
-        live = torch.tensor([lane for lane, request in enumerate(self.request) if request >= 0], device=self.device)
-        run = self.parts.begin(self.token[live][:, None], position_ids=self.column[live][:, None])
-        new = (self.depth[live] < 0).nonzero()[:, 0]
-        if len(new):
-            self.x[live[new]] = self.through(self.plan.first, run.hidden[new], run, live, new, "first")
-            self.enter(live[new])
+        live = [lane for lane, request in enumerate(self.request) if request >= 0]
+        rows = self.at(live)
+        run = self.parts.begin(self.token[rows][:, None], self.unmasked, position_ids=self.column[rows][:, None])
+        new = [i for i, lane in enumerate(live) if self.depth[lane] < 0]
+        if new:
+            lanes = [live[i] for i in new]
+            self.enter(lanes, self.through(self.plan.first, self.first, lanes, picked(run.hidden, new), run, new))
         self.shared(run, live)
         self.made.ticks += 1
         self.made.rows += len(live)
-        done = self.leaving(live).nonzero()[:, 0]
-        if len(done):
-            self.finish(run, live, done)
+        done = self.leaving(live)
+        if done:
+            self.finish(run, [live[i] for i in done], done)
 
-    def through(self, layers: Sequence[int], x: Tensor, run: Pass, live: Tensor, chosen: Tensor, stage: str) -> Tensor:
-        """`chosen` of the live lanes through layers that run once a token."""
+    def through(
+        self, layers: Sequence[int], stage: Stage, rows: list[int], x: Tensor, run: Pass, chosen: list[int]
+    ) -> Tensor:
+        """`x` (A, 1, D), the streams of the `chosen` of the lanes in `run`, through some layers; `rows` of a stage hold their entries."""
         if not layers:
             return x
-        rows = live[chosen]
-        place = self.store.stage(stage).reserve(self.column[rows][:, None], rows)
-        return self.layers(layers, x, self.part(run, chosen, place, self.column[rows]))
-
-    def layers(self, layers: Sequence[int], x: Tensor, run: Pass) -> Tensor:
+        columns = picked(run.position_ids, chosen)
+        part = self.part(run, chosen, columns, stage.reserve(columns, self.at(rows)))
         for slot, index in enumerate(layers):
-            x = self.parts.layer(index, x, run, slot=slot)
+            x = self.parts.layer(index, x, part, slot=slot)
         return x
 
-    def part(self, run: Pass, chosen: Tensor, place: Place | Mixed, column: Tensor) -> Pass:
+    def part(self, run: Pass, chosen: list[int], columns: Tensor, place: Place) -> Pass:
         """The pass of some lanes, each with all its entries in view, or as many as a window shows."""
-        columns, valid = place.columns, place.valid
         masks: dict[str, Any] = {}
-        for kind, given in run.masks.items():
-            allowed = valid
+        for kind in run.masks:
+            allowed = place.valid
             window = getattr(self.parts.config, "sliding_window", None) if kind == "sliding_attention" else None
             if window is not None:
-                near = columns > (column - window)[:, None]
-                allowed = near if valid is None else near & valid
-            if given is not None and given.dtype != torch.bool:
-                there = torch.ones_like(columns, dtype=torch.bool) if allowed is None else allowed
-                masks[kind] = torch.zeros_like(there, dtype=given.dtype).masked_fill(
-                    ~there, torch.finfo(given.dtype).min
-                )[:, None, None]
-            else:
-                masks[kind] = None if allowed is None else allowed[:, None, None]
-        rotary = {kind: (cos[chosen], sin[chosen]) for kind, (cos, sin) in run.rotary.items()}
-        return Pass(run.hidden, run.position_ids[chosen], masks, rotary, place)
+                near = place.columns > columns - window
+                allowed = near if allowed is None else near & allowed
+            if allowed is not None and self.additive:
+                least = torch.finfo(run.hidden.dtype).min
+                allowed = torch.zeros_like(allowed, dtype=run.hidden.dtype).masked_fill(~allowed, least)
+            masks[kind] = None if allowed is None else allowed[:, None, None]
+        rotary = {kind: (picked(cos, chosen), picked(sin, chosen)) for kind, (cos, sin) in run.rotary.items()}
+        return Pass(run.hidden, columns, masks, rotary, place)
 
-    def enter(self, rows: Tensor) -> None:
+    def enter(self, lanes: list[int], x: Tensor) -> None:
         """Tokens at the entry of the recursions."""
-        self.depth[rows] = 0
+        rows = self.at(lanes)
+        self.x[rows] = x
         if self.kind == "token":
-            x = self.x[rows]
             self.entry[rows] = x
             probabilities, choices = self.model.chosen_depths(self.model.routers.scores(x)[:, 0])
-            self.wanted[rows] = choices + 1
             self.gate[rows] = self.model._gate(probabilities.gather(-1, choices[:, None]), x)
+            for lane, choice in zip(lanes, choices.tolist(), strict=True):
+                self.wanted[lane] = choice + 1
+        for lane in lanes:
+            self.depth[lane] = 0
 
-    def shared(self, run: Pass, live: Tensor) -> None:
+    def shared(self, run: Pass, live: list[int]) -> None:
         """The shared layers over all lanes, each at its own recursion; recursions of other layers ("sequence") one after the other."""
-        depth, x = self.depth[live], self.x[live]
-        gate = self.model._gate(self.scores(self.gates, x, depth).sigmoid(), x) if self.kind == "expert" else None
-        present = depth.unique().tolist()
-        members = {d: (depth == d).nonzero()[:, 0] for d in present}
-        places = {d: self.store.stage(d).reserve(self.column[live[m]][:, None], live[m]) for d, m in members.items()}
-        everyone = torch.arange(len(live), device=self.device)
+        rows, inside = self.at(live), self.inside(live)
+        x, depths = self.x[rows], [self.depth[lane] for lane in live]
+        gate = self.model._gate(self.scores(self.gates, x, depths).sigmoid(), x) if self.kind == "expert" else None
         if len(set(self.plan.groups)) == 1:
-            mixed = Mixed([(members[d], places[d]) for d in present], len(live))
-            y = self.layers(self.plan.groups[0], x, self.part(run, everyone, mixed, self.column[live]))
+            y = self.through(self.plan.groups[0], self.inner, inside, x, run, list(range(len(live))))
         else:
             y = torch.empty_like(x)
-            for d, chosen in members.items():
-                part = self.part(run, chosen, places[d], self.column[live[chosen]])
-                y[chosen] = self.layers(self.plan.groups[d], x[chosen], part)
-        self.x[live] = y if gate is None else x + gate * y
-        self.depth[live] = depth + 1
+            for d in sorted(set(depths)):
+                chosen = [i for i, depth in enumerate(depths) if depth == d]
+                own = [inside[i] for i in chosen]
+                y[chosen] = self.through(self.plan.groups[d], self.inner, own, picked(x, chosen), run, chosen)
+        self.x[rows] = y if gate is None else x + gate * y
+        for lane in live:
+            self.depth[lane] += 1
 
-    def scores(self, routers: list[Any], x: Tensor, depth: Tensor) -> Tensor:
+    def scores(self, routers: list[Any], x: Tensor, depths: list[int]) -> Tensor:
         """(lanes, 1) of the router of each lane's recursion."""
         found = x.new_empty(len(x), 1, dtype=torch.float32)
-        for d in depth.unique().tolist():
-            found[depth == d] = scored(routers[d], x[depth == d])[..., 0]
+        for d in set(depths):
+            chosen = [i for i, depth in enumerate(depths) if depth == d]
+            if len(chosen) == len(x):
+                return scored(routers[d], x)[..., 0]
+            found[chosen] = scored(routers[d], x[chosen])[..., 0]
         return found
 
-    def leaving(self, live: Tensor) -> Tensor:
-        """Which of the live lanes are through."""
-        depth = self.depth[live]
-        through = depth >= self.recursions
+    def leaving(self, live: list[int]) -> list[int]:
+        """Which of the live lanes are through, by their place among them."""
+        depths = [self.depth[lane] for lane in live]
+        on = [depth < self.recursions for depth in depths]
         if self.kind == "token":
-            return through | (depth >= self.wanted[live])
-        if self.kind == "none":
-            return through
-        inside = (~through).nonzero()[:, 0]
-        if len(inside):
-            on = self.scores(self.choosers, self.x[live[inside]], depth[inside])[:, 0] > 0
-            shares = torch.tensor(self.model.config.shares, device=self.device)
-            through[inside] = ~(on | (shares[depth[inside]] >= 1))
-        return through
+            on = [depth < self.wanted[lane] for depth, lane in zip(depths, live, strict=True)]
+        elif self.kind == "expert":
+            asked = [i for i, depth in enumerate(depths) if on[i] and self.shares[depth] < 1]
+            if asked:
+                x = picked(self.x[self.at(live)], asked)
+                above = self.scores(self.choosers, x, [depths[i] for i in asked])[:, 0] > 0
+                for i, goes in zip(asked, above.tolist(), strict=True):
+                    on[i] = goes
+        return [i for i, goes in enumerate(on) if not goes]
 
-    def finish(self, run: Pass, live: Tensor, done: Tensor) -> None:
-        """The last layers and the head for lanes that are through; their next tokens, or the next requests."""
-        rows = live[done]
+    def finish(self, run: Pass, lanes: list[int], done: list[int]) -> None:
+        """The last layers and the head for `lanes`, the `done` ones of the run; their next tokens, or the next requests."""
+        rows = self.at(lanes)
         x = self.x[rows]
         if self.kind == "token":
             x = self.entry[rows] + self.gate[rows] * x
-        x = self.through(self.plan.last, x, run, live, done, "last")
+        x = self.through(self.plan.last, self.last, lanes, x, run, done)
         tokens = self.parts.logits(self.parts.norm(x))[:, -1].argmax(-1)
-        for depth in self.depth[rows].tolist():
-            self.made.depths[depth - 1] += 1
-        self.token[rows], self.column[rows], self.depth[rows] = tokens, self.column[rows] + 1, -1
+        self.token[rows] = tokens
+        self.column[rows] += 1
         free = []
-        for lane, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+        for lane, token in zip(lanes, tokens.tolist(), strict=True):
+            self.made.depths[self.depth[lane] - 1] += 1
+            self.depth[lane] = -1
             answer = self.made.tokens[self.request[lane]]
             answer.append(token)
             if token in self.eos or len(answer) == self.counts[self.request[lane]]:
                 free.append(lane)
         if free:
             self.admit(free)
+
+
+def picked(x: Tensor, places: list[int]) -> Tensor:
+    """`x` at these of its places, which ascend: itself where they are all."""
+    return x if len(places) == len(x) else x[places]

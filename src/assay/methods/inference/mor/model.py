@@ -17,7 +17,7 @@ from assay import checks
 from assay.methods.core.models.decoder import Pass
 from assay.methods.core.models.wrapped import WrappedConfig, WrappedForCausalLM
 from assay.methods.inference.mor import routing
-from assay.methods.inference.mor.cache import MoRCache, Place, Shared
+from assay.methods.inference.mor.cache import ALL, MoRCache, Place, Rows, Shared
 from assay.methods.inference.mor.plan import Plan, checked_capacities, layer_plan, tokens_of
 from assay.methods.inference.mor.tokens import Tokens, mask_for
 
@@ -286,9 +286,8 @@ class MoRForCausalLM(WrappedForCausalLM):
         if store is not None:
             columns = torch.arange(store.seen, store.seen + x.shape[1], device=x.device).expand(len(x), -1)
             if self._shares(stage):
-                place = Shared(
-                    store.stage(0), None, store.seen + x.shape[1], self._updates(store, stage, columns, None, None)
-                )
+                entries = store.seen + x.shape[1]
+                place = Shared(store.stage(0), ALL, entries, self._updates(store, stage, columns, ALL, None))
             else:
                 place = store.stage(stage).reserve(columns)
         return self._layers(layers, x, replace(run, cache=place))
@@ -298,7 +297,7 @@ class MoRForCausalLM(WrappedForCausalLM):
     ) -> Tensor:
         """`tokens` of `x` through some layers: (A, K, D). No other token is computed."""
         seen = 0 if store is None else store.seen
-        rows = None if len(tokens.rows) == len(x) else tokens.rows
+        rows = ALL if len(tokens.rows) == len(x) else tokens.rows
         columns = tokens.columns + seen
         place: Any = None
         key_columns, key_valid, alone = (
@@ -335,7 +334,7 @@ class MoRForCausalLM(WrappedForCausalLM):
         return self.config.kv != "recursion" and isinstance(stage, int) and stage > 0
 
     def _updates(
-        self, store: MoRCache, stage: str | int, columns: Tensor, rows: Tensor | None, counts: Tensor | None
+        self, store: MoRCache, stage: str | int, columns: Tensor, rows: Rows, counts: Tensor | None
     ) -> list[Place] | None:
         """With "update": what the recursions after the first hold of these rows, room for the new tokens in the last."""
         if self.config.kv != "update":
@@ -369,11 +368,8 @@ class MoRForCausalLM(WrappedForCausalLM):
             predicted = self.routers.predicted(x, r) if self.routers.auxiliary else scores
             if everyone and share >= 1:
                 chosen = alive
-            elif self.training or config.inference == "top_k":
-                counts = torch.tensor([tokens_of(share, n) for n in lengths.tolist()], device=x.device)
-                chosen, everyone = routing.best(scores, alive, counts), False
             else:
-                chosen, everyone = alive & (predicted > 0), False
+                chosen, everyone = self.choose(r, share, scores, predicted, alive, lengths), False
             if self.training:
                 losses.append(config.aux_weight * routing.membership_loss(predicted, chosen, alive))
                 if config.z_weight:
@@ -390,6 +386,19 @@ class MoRForCausalLM(WrappedForCausalLM):
             alive = chosen
             depths = depths + chosen
         return x, depths, sum(losses, start=x.new_zeros((), dtype=torch.float32)) if losses else None
+
+    def choose(
+        self, recursion: int, share: float, scores: Tensor, predicted: Tensor, alive: Tensor, lengths: Tensor
+    ) -> Tensor:
+        """(B, S) bool: which of the `alive` tokens go into a recursion (from 0) under expert-choice.
+
+        In training, and under "top_k", those of the best `scores`, a `share` of the `lengths` (B,) that rows have without padding; else all
+        whose `predicted` score is above the threshold.
+        """
+        if self.training or self.config.inference == "top_k":
+            counts = torch.tensor([tokens_of(share, n) for n in lengths.tolist()], device=scores.device)
+            return routing.best(scores, alive, counts)
+        return alive & (predicted > 0)
 
     def _token(
         self, x: Tensor, run: Pass, store: MoRCache | None, alive: Tensor

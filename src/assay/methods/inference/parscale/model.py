@@ -15,7 +15,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,8 @@ RECIPES = ("scratch", "two_stage", "frozen")
 Model = TypeVar("Model", bound="ParScaleForCausalLM")
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 FORMAT = "assay_parscale_adapter"
+SAMPLE = "base_sample"  # the name of what tells a base from others
+ROUNDING = 2.0**-8  # of a weight, twice that of bfloat16
 
 
 class ParScaleConfig(WrappedConfig):
@@ -53,7 +55,8 @@ class ParScaleConfig(WrappedConfig):
     `parscale_n` streams (1 is the base model itself), `parscale_n_tokens` prefix tokens in every layer, `parscale_attn_smooth` the share
     of the weights that is spread evenly over the streams (0.1 is the paper's recipe; the released configurations default to 0.01).
     With `parscale_prefix_hidden` above 0 the prefixes are the outputs of an MLP of that width, which makes them easier to train;
-    `fold_prefixes` stores its outputs in its place. Raises TypeError and ValueError for values out of range.
+    `fold_prefixes` stores its outputs in its place. Raises TypeError and ValueError for values out of range, and ValueError for several
+    streams around a base whose configuration asks for what they do not return (`output_router_logits`, for one).
 
     >>> config = ParScaleConfig(parscale_n=4)
     >>> config.parscale_n_tokens, config.parscale_attn_smooth
@@ -76,6 +79,8 @@ class ParScaleConfig(WrappedConfig):
         self.parscale_attn_smooth = checks.number("parscale_attn_smooth", parscale_attn_smooth, low=0, high=1)
         self.parscale_prefix_hidden = checks.whole("parscale_prefix_hidden", parscale_prefix_hidden, low=0)
         super().__init__(base, **kwargs)
+        if self.parscale_n > 1:
+            _check_flags(self.base)
 
 
 def head_sizes(config: Any) -> tuple[int, int]:
@@ -203,7 +208,8 @@ class ParScaleForCausalLM(WrappedForCausalLM):
     SDPA or eager attention. The prefixes are new parameters, so a wrapped model says something else until it is trained.
 
     Raises ValueError for another attention, a mask of more than one kind, a cache of another number of streams or sequences, and what
-    it does not return (hidden states, attention weights); TypeError for a cache that holds no streams.
+    it does not return (hidden states, attention weights, router logits and the loss made of them), asked for as an argument or in a
+    configuration; TypeError for a cache that holds no streams.
 
     When NOT to use it: where compute is scarce. Each token costs all streams' operations, in training too, and the cache grows with
     their number; at large batches or on processors without idle arithmetic a larger model is cheaper.
@@ -218,6 +224,13 @@ class ParScaleForCausalLM(WrappedForCausalLM):
             self.prefixes: Any = ProjectedPrefixes(config) if config.parscale_prefix_hidden else Prefixes(config)
             self.aggregator = Aggregator(config.parscale_n, config.hidden_size, config.parscale_attn_smooth)
         self.post_init()
+
+    @classmethod
+    def from_base(cls, model: nn.Module, **settings: Any) -> Self:
+        """Wrap `model`, as every wrapped model does; what the configuration refuses is refused before anything changes."""
+        if isinstance(base := getattr(model, "config", None), PretrainedConfig):
+            cls.config_class(base=base, **settings)
+        return super().from_base(model, **settings)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -254,6 +267,8 @@ class ParScaleForCausalLM(WrappedForCausalLM):
                 **kwargs,
             )
         _check_arguments(kwargs)
+        _check_flags(self.config)
+        _check_flags(self.config.base)
         streams = self.stream_states(
             input_ids,
             attention_mask,
@@ -350,14 +365,28 @@ def _checkpoints(layers: list[Any]) -> bool:
     return any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
 
 
+NOT_RETURNED = {
+    "output_hidden_states": "several streams have no such thing in common",
+    "output_attentions": "several streams have no such thing in common",
+    "output_router_logits": "the loss that balances experts is not defined over several streams",
+}
+
+
 def _check_arguments(kwargs: Mapping[str, Any]) -> None:
     if kwargs.get("past_key_values") is not None:
         raise TypeError("past_key_values is called cache since transformers 5.24")
-    for name in ("output_hidden_states", "output_attentions"):
+    for name, why in NOT_RETURNED.items():
         if (given := kwargs.get(name)) is not None and given is not False:
-            raise ValueError(f"{name} must be left out: several streams have no such thing in common")
+            raise ValueError(f"{name} must be left out: {why}")
     if kwargs.get("return_dict") is False:
         raise ValueError("return_dict must be left out or True: the output has names")
+
+
+def _check_flags(config: Any) -> None:
+    """What would be asked for as an argument may stand in the configuration too."""
+    for name, why in NOT_RETURNED.items():
+        if getattr(config, name, False):
+            raise ValueError(f"{name} must be off in the configuration of {config.model_type}: {why}")
 
 
 # ------------------------------------------------------------------------------------------------------------------ training
@@ -404,24 +433,27 @@ def fold_prefixes(model: Model) -> Model:
 
 
 def save_adapter(model: ParScaleForCausalLM, folder: Path | str) -> None:
-    """Write what the streams add to the base, and nothing of it: two files, whole or not at all. `load_adapter` reads them.
+    """Write what the streams add to the base, and of it only what tells it from others: two files, whole or not at all.
 
-    Raises ValueError for one stream, which adds nothing.
+    `load_adapter` reads them. A base that was trained with the streams ("scratch", "two_stage") must be stored too. Raises ValueError for
+    one stream, which adds nothing.
     """
     config: Any = model.config
     if config.parscale_n == 1:
         raise ValueError("parscale_n must be above 1: one stream adds nothing to its base")
     own = {name: value.detach().contiguous() for name, value in _own(model).items()}
     with atomic_dir(folder) as temporary:
-        save_file(own, temporary / WEIGHTS)
-        text = json.dumps({"format": FORMAT, **_settings(config), **_sizes(config)}, indent=1)
+        save_file({**own, SAMPLE: sample_of(model.base)}, temporary / WEIGHTS)
+        text = json.dumps({"format": FORMAT, **_settings(config), "base": _described(config.base)}, indent=1)
         (temporary / SETTINGS).write_text(text, encoding="utf-8")
 
 
 def load_adapter(base: nn.Module, folder: Path | str) -> ParScaleForCausalLM:
     """The streams of `save_adapter` around `base`, whose weights are used and not copied; several adapters may share one base.
 
-    Raises InputError for a folder that holds no such adapter or one of another base, ValueError as `from_base`.
+    The base must be the one that the adapter was stored with, in any floating-point dtype: its sizes, what else of its configuration
+    changes what it computes, and a few weights of each matrix are compared. Quantise it, or give it other adapters, afterwards.
+    Raises InputError for a folder that holds no such adapter, or one of another base, before anything changes; ValueError as `from_base`.
     """
     folder = Path(folder)
     try:
@@ -429,22 +461,38 @@ def load_adapter(base: nn.Module, folder: Path | str) -> ParScaleForCausalLM:
         kept = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder} must hold an adapter of ParScale: {error}") from None
-    if not isinstance(known, dict) or known.get("format") != FORMAT:
+    if not isinstance(known, dict) or known.get("format") != FORMAT or not isinstance(known.get("base"), dict):
         raise InputError(f"{folder / SETTINGS} must describe an adapter of ParScale")
     asked = {name: known[name] for name in _settings(ParScaleConfig()) if name in known}
     try:
-        config = ParScaleConfig(base=base.config, **asked)  # type: ignore[arg-type]
+        ParScaleConfig(base=base.config, **asked)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise InputError(f"{folder / SETTINGS}: {error}") from None
-    for name, size in _sizes(config).items():
-        if known.get(name) != size:
-            raise InputError(f"base must have {name} {known.get(name)}, as the adapter, got {size}")
+    for name, value in _described(base.config).items():
+        if known["base"].get(name) != value:
+            raise InputError(f"base must have {name} {known['base'].get(name)}, as the adapter's, got {value}")
+    stored, found = kept.pop(SAMPLE, None), sample_of(base)
+    if stored is None or stored.shape != found.shape or not torch.allclose(found, stored, rtol=ROUNDING, atol=1e-6):
+        kind = known["base"]["model_type"]
+        raise InputError(f"base must be the {kind} model that the adapter in {folder} was made for: its weights differ")
     model = ParScaleForCausalLM.from_base(base, **asked)
     wanted = _own(model)
     if kept.keys() != wanted.keys() or any(kept[name].shape != wanted[name].shape for name in wanted):
         raise InputError(f"{folder / WEIGHTS} does not hold the tensors that its settings ask for")
     model.load_state_dict(kept, strict=False)
     return model
+
+
+@torch.no_grad()
+def sample_of(base: nn.Module) -> Tensor:
+    """Four weights of every matrix of a model, evenly spaced, float32 on the CPU: a model is known by them in whatever dtype."""
+    found = []
+    for _, weight in sorted(base.named_parameters()):
+        if weight.ndim > 1:
+            flat = weight.flatten()
+            places = [i * (len(flat) - 1) // 3 for i in range(4)]
+            found.append(flat[places].float().cpu())
+    return torch.cat(found)
 
 
 def _own(model: nn.Module) -> dict[str, Tensor]:
@@ -457,10 +505,16 @@ def _settings(config: ParScaleConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _sizes(config: ParScaleConfig) -> dict[str, Any]:
-    heads, dim = head_sizes(config.base)
-    sizes = {"base_type": config.base.model_type, "hidden_size": config.hidden_size}
-    return {**sizes, "layers": config.num_hidden_layers, "kv_heads": heads, "head_dim": dim}
+def _described(base: Any) -> dict[str, Any]:
+    """Of a base's configuration what decides about its sizes and about what it computes, as JSON keeps it."""
+    kv_heads, head_dim = head_sizes(base)
+    names = (
+        "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
+        "hidden_activation", "rms_norm_eps", "rope_parameters", "sliding_window", "layer_types", "tie_word_embeddings",
+    )  # fmt: skip
+    found = {name: getattr(base, name, None) for name in names}
+    described: dict[str, Any] = json.loads(json.dumps({**found, "kv_heads": kv_heads, "head_dim": head_dim}))
+    return described
 
 
 AutoConfig.register("assay_parscale", ParScaleConfig, exist_ok=True)

@@ -1,8 +1,8 @@
 """The released checkpoints' layout: Qwen2 with `prefix_k` and `prefix_v` in each attention and an `aggregate_layer` beside the layers.
 
 The official code is for inference and an older transformers (`trust_remote_code`); here its weights are read into
-`ParScaleForCausalLM` and written back, from safetensors only. Sizes that were checked against the released parameter counts are in
-`published.SHAPES`.
+`ParScaleForCausalLM` and written back, from safetensors only. `published.WIDTHS` and `published.COMMON` have the sizes of the paper's
+models, which give the parameter counts of its table (`published.PARAMETERS`).
 """
 
 from __future__ import annotations
