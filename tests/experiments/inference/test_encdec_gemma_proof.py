@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
 import pytest
 import torch
-from tests.properties.sabotage import PAYS, record_of, verdict_of
+from tests.properties.sabotage import record_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from assay.evidence.types import Verdict
@@ -22,6 +23,7 @@ from assay.workloads.sequences import byte_batches, byte_windows, text_bytes
 
 GAIN, LARGE, LATENCY = (f"encdec_gemma/{name}" for name in ("instruction-tuned-gain", "9b-2b-gain", "9b-2b-latency"))
 TIMED = {"prompt": 16, "answer": 2, **room.TIMED_SMOKE, "setting": arms.SMALL}
+ALONE = [name for name in arms.LATENCY_ARMS if not arms.ARMS[name].encoder]
 
 
 def test_experiments_load():
@@ -101,11 +103,56 @@ def test_a_decoder_that_does_not_read_its_prompt_is_noticed(monkeypatch, folder,
 
 @pytest.mark.slow
 def test_a_fast_answer_that_ignores_its_prompt_is_noticed(monkeypatch, folder, honest, broken):
-    """Times are granted: a thousand times slower is the baseline."""
+    """Times are granted: a thousand times slower is the baseline. Even so a model without an encoder is the better one."""
     given(monkeypatch, folder, honest)
-    assert verdict_of(LATENCY, TIMED) in PAYS
+    before = record_of(LATENCY, TIMED)
     given(monkeypatch, folder, {**honest, "large encoder": broken["large encoder"]})
-    assert verdict_of(LATENCY, TIMED) not in PAYS
+    after = record_of(LATENCY, TIMED)
+    assert before.quality.baseline == max(arms.mean(arms.of(honest, name)) for name in ALONE)
+    assert judge(before).verdict is Verdict.DOES_NOT_PAY
+    assert judge(after).verdict is Verdict.REFUTED
+    assert after.quality.high < before.quality.low
+
+
+def test_the_latencys_quality_is_over_the_best_model_without_an_encoder(monkeypatch):
+    asked = []
+    likelihoods = {name: 0.1 + 0.001 * place for place, name in enumerate(arms.LATENCY_ARMS)}
+
+    def scores_of(names, setting):
+        asked.append(names)
+        return {
+            name: [
+                {
+                    "likelihood": likelihoods[name] * (1 + 0.01 * seed),
+                    "nll": -math.log(likelihoods[name]),
+                    "another prompt": 0.06,
+                    "nothing read": 0.05,
+                }
+                for seed in arms.SEEDS
+            ]
+            for name in names
+        }
+
+    monkeypatch.setattr(room, "scores_of", scores_of)
+    monkeypatch.setattr(arms, "HELD_OUT", 64)
+    trial = room.latency(**{**TIMED, "setting": arms.SMOKE})
+    assert set(trial.trained()) == set(arms.LATENCY_ARMS) - set(arms.NEW)  # whether the quality was asked for or not
+    quality = trial.quality()
+    assert asked == [arms.LATENCY_ARMS]
+    assert quality.baseline == pytest.approx(1.01 * max(likelihoods[name] for name in ALONE))
+    for control, arm in (
+        ("deleted", "large causal encoder"),
+        ("random", "large encoder of new weights"),
+        ("rival", "prefix LM, longer"),
+        ("tuned longest", "tuned longest"),
+    ):
+        assert quality.controls[control] == pytest.approx(1.01 * likelihoods[arm])
+    assert (quality.controls["another prompt"], quality.controls["nothing read"]) == pytest.approx((0.06, 0.05))
+
+
+def test_answers_that_are_as_likely_behind_another_prompt_are_none():
+    for other, refuted in ((0.09, False), (0.1, True), (0.2, True), (math.nan, True)):
+        assert room.reads_nothing({"quality": {"low": 0.1, "controls": {"another prompt": other}}}) == refuted
 
 
 @pytest.mark.slow
@@ -136,7 +183,8 @@ def test_a_score_tells_what_reading_is_worth(monkeypatch, tmp_path):
 # ---- the arms and their budgets
 
 
-def test_the_large_encoder_is_first_read_by_new_cross_attention_alone(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("name", "pretrained"), [("large encoder", 2), ("large encoder of new weights", 1)])
+def test_the_large_encoder_is_first_read_by_new_cross_attention_alone(monkeypatch, tmp_path, name, pretrained):
     monkeypatch.setattr(language, "cache_dir", lambda: tmp_path)
     setting = {**arms.SMOKE, "adapt": 16}
     seen = []
@@ -150,30 +198,34 @@ def test_the_large_encoder_is_first_read_by_new_cross_attention_alone(monkeypatc
         return losses
 
     monkeypatch.setattr(language.training, "train", watched)
-    model = arms.tuned("large encoder", 0, setting)
+    model = arms.tuned(name, 0, setting)
     everything = {name for name, _ in model.named_parameters()}
     *sources, warm, prefixes, task = seen
-    assert len(sources) == 2
+    assert len(sources) == pretrained
     assert warm == (set(cross_parameters(model)), 2)
     assert prefixes == (everything, 14)  # the warm-up's steps are taken off
     assert task == (everything, setting["tune"])
 
 
-def test_no_stage_sees_the_windows_of_another(monkeypatch, tmp_path):
+def test_each_stage_of_each_seed_draws_its_windows_anew(monkeypatch, tmp_path):
     monkeypatch.setattr(language, "cache_dir", lambda: tmp_path)
     seen = []
 
     def watched(length, batch, *, seed):
-        seen.append(seed)
-        return byte_batches(length, batch, seed=seed)
+        first = True
+        for windows, targets in byte_batches(length, batch, seed=seed):
+            if first:
+                seen.append((seed, windows.clone()))
+            first = False
+            yield windows, targets
 
     monkeypatch.setattr(arms, "byte_batches", watched)
     for seed in (0, 1):
-        arms.tuned("random cross-attention", seed, arms.SMOKE)
-        arms.tuned("pretrained further", seed, arms.SMOKE)
-    stages, again = seen[:4], seen[6:10]
-    assert seen[4:6] == stages[2:]  # arms share the windows of their stages
-    assert len({*stages, *again}) == 8
+        arms.tuned("random cross-attention", seed, arms.SMOKE)  # all four stages
+        arms.tuned("pretrained further", seed, arms.SMOKE)  # two, whose windows arms share
+    assert [seed for seed, _ in seen] == [0, 1, 2, 3, 2, 3, 10, 11, 12, 13, 12, 13]
+    for (one, windows), (other, more) in itertools.combinations(seen, 2):
+        assert torch.equal(windows, more) == (one == other)
     assert len({arms.data_seed(stage, seed) for stage in arms.STAGES for seed in (*arms.SEEDS, arms.CHOICE_SEED)}) == 16
 
 
@@ -295,6 +347,7 @@ def test_the_searches_found_what_the_claims_say_of_them():
     for ahead in ("large causal encoder", "large encoder of new weights", "prefix LM, longer", "tuned longest"):
         assert best[ahead] < best["large encoder"]
     assert best["large encoder"] < best["decoder-only"] - 0.02
+    assert 0.06 < best["large encoder"] - best["tuned longest"] < 0.08  # 7 % more likely
 
 
 # ---- what the task is

@@ -223,8 +223,8 @@ def test_learning_rates_of_the_largest_scale_are_searched_at_its_sizes(monkeypat
     assert arms.rates_of(("streams",), TINY) == {"streams": RATE}
 
 
-def test_the_search_tells_the_controls_apart():
-    """By the losses of the search: a larger model is better than streams that cannot differ, and than random ones, beyond the margin."""
+def test_in_the_search_a_larger_model_is_better_than_any_streams_and_they_are_alike():
+    """Its losses tell sizes apart beyond the margin, but not trained streams from those that cannot differ or were drawn."""
     known = json.loads(rates.FILE.read_text(encoding="utf-8"))[arms.SEARCH]
     assert set(known["arms"]) == set(arms.ARMS)
     assert tuple(known["grid"]) == arms.GRID
@@ -232,8 +232,10 @@ def test_the_search_tells_the_controls_apart():
     for arm, found in known["arms"].items():
         assert min(arms.GRID) < found["rate"] < max(arms.GRID), arm
         assert found["losses"][f"{found['rate']:g}"] == best[arm]
-    for arm in ("identical prefixes", "random prefixes"):
+    for arm in ("streams", "identical prefixes", "random prefixes"):
         assert best[arm] - best["larger"] > room.LOSS.margin
+        assert abs(best[arm] - best["streams"]) < room.LOSS.margin / 2
+        assert best[arm] > best["as many parameters"]  # what the record then says is that they do not act
     assert best["as many parameters"] > best["larger"]
 
 

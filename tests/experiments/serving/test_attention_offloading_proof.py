@@ -147,7 +147,7 @@ def imitated(monkeypatch):
                     self.timeline.add(lane, clock.now - WAY, clock.now, slot, layer)
             return super()._take(device, slot, layer)
 
-    real_run, real_whole = slicing.Part.run, room.Sides.whole
+    real_run, real_whole, real_alone = slicing.Part.run, room.Sides.whole, room.Sides.alone
 
     def run(part, values):
         clock.now += WORK
@@ -157,14 +157,19 @@ def imitated(monkeypatch):
         clock.now += ALONE
         return real_whole(sides, threads)
 
+    def alone(sides):
+        clock.now += ALONE
+        return real_alone(sides)
+
     loaded = SimpleNamespace(model=tiny_model(num_hidden_layers=4, num_key_value_heads=2), tokenizer=None)
     monkeypatch.setattr(room, "load_model", lambda name: loaded)
     monkeypatch.setattr(room, "heldout_windows", lambda tokenizer, window, n: token_ids(n, window))
     monkeypatch.setattr(room, "AttentionWorkers", Imitated)
-    monkeypatch.setattr(room, "count_workers_as_ours", lambda: None)
+    monkeypatch.setattr(room, "count_children_as_ours", lambda: None)
     monkeypatch.setattr(decoder, "time", clock)
     monkeypatch.setattr(slicing.Part, "run", run)
     monkeypatch.setattr(room.Sides, "whole", whole)
+    monkeypatch.setattr(room.Sides, "alone", alone)
     threads = torch.get_num_threads()
     yield clock
     torch.set_num_threads(threads)
@@ -174,7 +179,9 @@ def timed_record(clock):
     """The record of the overlap with the times that the clock shows."""
     found = CLAIMS["overlap-saving"]
     trial = found.run(**POINT)
-    arms = {"baseline": trial.baseline, "candidate": trial.candidate, "free": trial.free, AGAIN: trial.candidate}
+    arms = {name: getattr(trial, name) for name in ("baseline", "candidate", "free", "exact")} | {
+        AGAIN: trial.candidate
+    }
     seconds = {}
     for arm, run in {**arms, **trial.arms}.items():
         start = clock.now
@@ -234,10 +241,59 @@ def test_a_merge_that_is_not_exact_is_noticed(monkeypatch, imitated, merge):
         verdict_of(OVERLAP, POINT)
 
 
-def test_one_process_that_is_faster_is_what_is_free(imitated, monkeypatch):
-    monkeypatch.setattr(room.Sides, "whole", lambda sides, threads: sides.logits)
-    record, _ = timed_record(imitated)
+@pytest.mark.parametrize(("arm", "run"), [
+    ("free", lambda sides, threads: sides.logits), ("exact", lambda sides: sides.logits)
+])  # fmt: skip
+def test_one_process_that_is_faster_is_what_is_free(imitated, monkeypatch, arm, run):
+    monkeypatch.setattr(room.Sides, {"free": "whole", "exact": "alone"}[arm], run)
+    record, seconds = timed_record(imitated)
+    assert seconds[arm] == 0
     assert judge(record).verdict is Verdict.DOES_NOT_PAY
+    assert getattr(room.DECODING, arm) in judge(record).reason
+
+
+def test_the_exact_arm_is_the_model_and_appends_in_place(imitated):
+    sides = room.Sides(**POINT)
+    assert sides.error(sides.alone()) < 1e-2 * room.GUARD.margin
+    held = sides.local.pool.holders[0]._layers[sides.local.slot][0]
+    assert held.keys.shape[2] >= POINT["context"] + POINT["tokens"]  # room for what is decoded
+    before = held.keys.data_ptr()
+    sides.alone()
+    assert held.keys.data_ptr() == before
+    assert sides.local.length == POINT["context"]
+
+
+def test_a_slice_is_that_of_a_layer_between_two():
+    """The first has no layer before it, and behind the last one there is the head."""
+    sides = object.__new__(room.Sides)
+    sides.shape, sides.tokens = SimpleNamespace(layers=3), 2
+    line = room.Timeline()
+    for start, layer in ((0.0, 0), (20.0, 1), (40.0, 2), (60.0, 3), (80.0, 0), (100.0, 1), (120.0, 2), (140.0, 3)):
+        line.add("model", start, start + {0: 5.0, 1: 2.0, 2: 2.0, 3: 9.0}[layer], 0, layer)
+        line.add("wait", start + 10, start + 15, 0, layer)
+    sides.timeline, sides.split = (lambda run: line), None
+    assert sides.calibrate() == (2.0, (5 + 2 + 2 + 9) - 3 * 2.0)
+
+
+def test_what_can_run_meanwhile_is_a_share_of_a_layer(imitated):
+    """However large the vocabulary is."""
+    sides = room.Sides(**POINT)
+    sides.link, sides.slice_seconds, sides.head_seconds = room.Link(1e30, 0.0), 1.0, 0.0
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64
+    whole, early = (room.foretold_seconds(sides, 1.0, overlap) for overlap in (False, True))
+    assert whole - early == pytest.approx(3 * 2 * 64 * 32 / layer)
+
+
+def test_the_details_show_it_without_an_imitated_link_too(imitated, monkeypatch):
+    links = []
+    monkeypatch.setattr(room.AttentionWorkers, "set_link", lambda pool, link: links.append(link))
+    sides = room.Sides(**POINT)
+    links.clear()
+    found = room.described(sides)
+    assert links == [*[sides.link] * 3, None, None, sides.link]
+    assert {"one after the other, no link imitated", "overlapped, no link imitated"} < set(found["runs"])
+    assert set(found["errors"]) == {"one after the other", "two halves in turn", "in one process"}
+    assert "sleep" in CLAIMS["overlap-saving"].measured_here
 
 
 def test_messages_are_as_long_by_a_slice_as_the_papers():

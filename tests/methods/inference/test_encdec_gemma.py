@@ -206,6 +206,51 @@ def test_gemma_2_with_a_causal_encoder_is_ours_since_t5gemma_has_none():
     assert isinstance(made, EncDecForSeq2SeqLM)
 
 
+def test_padding_is_what_the_mask_says_and_not_what_looks_like_it():
+    """T5Gemma's encoder takes pad tokens for padding where it has no mask; its conversion reads them."""
+    made = stirred(decoder_to_encdec(source("Gemma2")))
+    ours = from_t5gemma(made)
+    ids, answer = token_ids(batch=2, length=11), token_ids(batch=2, length=5, seed=1)
+    ids[0, -3:] = made.config.encoder.pad_token_id
+    mask = (ids != made.config.encoder.pad_token_id).long()
+    theirs, found = made.model.encoder(ids).last_hidden_state, ours.encoder(ids, mask).last_hidden_state
+    assert torch.allclose(found[mask.bool()], theirs[mask.bool()], atol=1e-5)
+    read = ours.encoder(ids).last_hidden_state
+    assert torch.allclose(read, made.model.encoder(ids, torch.ones_like(ids)).last_hidden_state, atol=1e-5)
+    assert not torch.allclose(read[0, :-3], theirs[0, :-3], atol=1e-2)
+    masked = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": answer}
+    assert torch.allclose(ours(**masked).logits, made(**masked).logits, atol=1e-5)
+
+
+def test_two_gemma_2_models_of_different_sizes():
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    wide, narrow = source("Gemma2", hidden_size=96, num_hidden_layers=3, layer_types=kinds), source("Gemma2", seed=1)
+    made = decoder_to_encdec(wide, narrow, cross_init="random")
+    assert isinstance(made, T5GemmaForConditionalGeneration)
+    assert [len(part.layers) for part in (made.model.encoder, made.model.decoder)] == [3, 2]
+    assert made.model.decoder.layers[1].cross_attn.k_proj.weight.shape == (32, 96)
+    for part, model in ((made.model.encoder, wide), (made.model.decoder, narrow)):
+        assert torch.equal(part.embed_tokens.weight, model.model.embed_tokens.weight)
+        for ours, theirs in zip(part.layers, model.model.layers, strict=True):
+            assert torch.equal(ours.mlp.up_proj.weight, theirs.mlp.up_proj.weight)
+            assert torch.equal(ours.pre_self_attn_layernorm.weight, theirs.input_layernorm.weight)
+    ids, answer = token_ids(batch=2, length=11), token_ids(batch=2, length=5, seed=1)
+    found = silent(copy.deepcopy(made))(input_ids=ids, decoder_input_ids=answer).logits
+    assert torch.allclose(found, narrow(answer).logits, atol=1e-5)
+    arguments = {"input_ids": ids, "decoder_input_ids": answer}
+    assert torch.allclose(from_t5gemma(stirred(made))(**arguments).logits, made(**arguments).logits, atol=1e-5)
+    with pytest.raises(ValueError, match="cross_init must be 'random' where the encoder \(96\)"):
+        decoder_to_encdec(wide, narrow)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_t5gemma_with_dropout_is_refused_with_its_rate(part):
+    made = decoder_to_encdec(source("Gemma2"))
+    getattr(made.config, part).dropout_rate = 0.25
+    with pytest.raises(ValueError, match="dropout_rate of 0, got 0.25"):
+        from_t5gemma(made)
+
+
 def test_t5gemma_with_random_cross_attention():
     torch.manual_seed(3)
     model = source("Gemma2")
@@ -465,14 +510,42 @@ def test_the_loss_is_that_of_the_labels_shifted_behind_the_start_token():
 
 def test_gradient_checkpointing_gives_the_same_gradients():
     ids = token_ids(batch=2, length=11)
-    found = []
+    found, runs = [], []
     for checkpointed in (False, True):
         model = decoder_to_encdec(source()).train()
+        for part in ("encoder", "decoder"):
+            layer = getattr(model, part).body.layers[0].mlp
+            layer.register_forward_pre_hook(lambda *_, part=part: runs.append((len(found), part)))
         if checkpointed:
             model.gradient_checkpointing_enable()
         model(input_ids=ids, labels=ids).loss.backward()
         found.append([parameter.grad for parameter in model.parameters()])
     assert all(a is not None and torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+    once = [(0, "encoder"), (0, "decoder")]
+    assert runs == [*once, (1, "encoder"), (1, "decoder"), (1, "decoder"), (1, "encoder")]  # layers ran again
+
+
+def test_a_cache_is_refused_where_layers_run_twice():
+    model, ids = decoder_to_encdec(source()).train(), token_ids(batch=2, length=11)
+    model.gradient_checkpointing_enable()
+    cache = model.new_cache()
+    with pytest.raises(ValueError, match="cache must be left out under gradient checkpointing"):
+        model(input_ids=ids, labels=ids, cache=cache)
+    assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        model(input_ids=ids, decoder_input_ids=ids, cache=cache)  # nothing runs twice
+    assert cache.get_seq_length() == 11
+
+
+def test_other_embeddings_are_those_that_are_read():
+    model, ids = decoder_to_encdec(source()), token_ids(batch=2, length=11)
+    before = model.encoder(ids).last_hidden_state
+    other = torch.nn.Embedding.from_pretrained(model.get_input_embeddings().weight.roll(1, 0))
+    model.set_input_embeddings(other)
+    assert model.get_input_embeddings() is other
+    found = model.encoder(ids).last_hidden_state
+    assert torch.equal(found, model.encoder(inputs_embeds=other(ids)).last_hidden_state)
+    assert not torch.allclose(found, before, atol=1e-2)
 
 
 # -------------------------------------------------------------------------------------------------------- other architectures
@@ -553,6 +626,10 @@ def test_what_does_not_fit_is_refused_by_name():
         decoder_to_encdec(model, source(vocab_size=64))
     with pytest.raises(ValueError, match="decoder_start_token_id must be"):
         decoder_to_encdec(model, decoder_start_token_id=97)
+    for kind in ("Llama", "Gemma2"):
+        for other, given in ((torch.bfloat16, "torch.bfloat16 on cpu"), ("meta", "torch.float32 on meta")):
+            with pytest.raises(ValueError, match=f"dtype and the device of model, torch.float32 on cpu, got {given}"):
+                decoder_to_encdec(source(kind), source(kind).to(other))
     with pytest.raises(ValueError, match="every must be"):
         fewer_layers(model, 0)
     with pytest.raises(TypeError, match="T5GemmaForConditionalGeneration, got Llama"):

@@ -114,6 +114,10 @@ def test_collators_say_what_is_wrong():
         PrefixLMCollator(0, share=1.0)
     with pytest.raises(ValueError, match="sentinels must be at least 17"):
         UL2Collator(0, [100], denoisers=[Denoiser("X", 0.5, 3)])([list(range(100))])
+    with pytest.raises(ValueError, match="sentinels must differ.* got 100 more than once"):
+        UL2Collator(0, [100, 101, 100])
+    with pytest.raises(ValueError, match="modes must be one of 'R', 'X', 'S', got 'Q'"):
+        UL2Collator(0, [100], modes={"R": 5, "Q": 6})
     with pytest.raises(ValueError, match="denoisers must hold"):
         UL2Collator(0, [100], denoisers=[])
     with pytest.raises(ValueError, match="rate must be"):
@@ -137,6 +141,23 @@ def test_a_teachers_logits_are_those_of_the_suffix_it_reads():
     gap[:, 0] = -100
     with pytest.raises(ValueError, match="a suffix without gaps"):
         teacher_logits(teacher, batch["input_ids"], batch["attention_mask"], gap)
+
+
+def test_labels_may_end_in_columns_that_nobody_asks_for():
+    teacher = tiny_model()
+    batch = PrefixLMCollator(0, share=0.5)([token_ids(length=length)[0].tolist() for length in (4, 9)])
+    ids, mask, labels = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
+    found = teacher_logits(teacher, ids, mask, torch.cat([labels, torch.full((2, 20), -100)], 1))
+    assert torch.equal(found[:, : labels.shape[1]], teacher_logits(teacher, ids, mask, labels))
+    assert not found[:, labels.shape[1] :].any()
+    assert not teacher_logits(teacher, ids, mask, torch.full_like(labels, -100)).any()
+
+
+def test_a_suffix_without_a_prefix_is_refused():
+    ids = token_ids(batch=2, length=4)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]])
+    with pytest.raises(ValueError, match="input_ids must have a token in each row"):
+        teacher_logits(tiny_model(), ids, mask, ids)
 
 
 def test_distillation_is_the_divergence_at_the_suffix():

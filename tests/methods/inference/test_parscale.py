@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.properties.architectures import CAUSAL, build, inputs
 from tests.tiny import tiny_model, token_ids
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM, Trainer, TrainingArguments
 from transformers.cache_utils import DynamicCache
 
 from assay.errors import InputError
@@ -128,6 +128,19 @@ def test_the_fused_path_equals_an_explicit_mask(name, tokens):
 
 def causal(tokens: int, rows: int):
     return torch.ones(rows, 1, tokens, tokens, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_one_mask_serves_all_rows(implementation):
+    model, ids = streams(), token_ids(3, 7)
+    model.set_attn_implementation(implementation)
+    mask = torch.zeros(1, 1, 7, 7).masked_fill(~causal(7, 1), -torch.inf)
+    mask[..., 6, 2:4] = -torch.inf
+    found = logits_of(model, ids, attention_mask=mask)
+    torch.testing.assert_close(
+        found, logits_of(model, ids, attention_mask=mask.repeat(3, 1, 1, 1)), rtol=1e-5, atol=1e-5
+    )
+    assert not torch.allclose(found[:, 6], logits_of(model, ids)[:, 6], atol=1e-3)
 
 
 def test_a_sliding_window_does_not_leave_the_prefix_behind():
@@ -363,6 +376,54 @@ def test_what_a_cache_is_asked_for():
         )
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+@torch.no_grad()
+def test_a_cache_keeps_the_prefixes_it_was_made_with(name):
+    model, ids = streams(build(name)), inputs(name, 2, 20)["input_ids"]
+    other = copy.deepcopy(model)
+    ours, theirs = ([made.new_cache(), made(input_ids=ids, use_cache=True).cache] for made in (model, other))
+    for layer in model.prefixes.layers:
+        layer.keys.add_(1.0)
+        layer.values.add_(1.0)
+    for found, wanted in zip(ours, theirs, strict=True):  # one that is empty, one that holds a prompt
+        torch.testing.assert_close(
+            model(input_ids=ids[:, :1], cache=found).logits, other(input_ids=ids[:, :1], cache=wanted).logits
+        )
+    assert not torch.allclose(logits_of(model, ids), logits_of(other, ids), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("mistral", {}), ("gemma3", {"layer_types": ["full_attention", "sliding_attention"]})]
+)
+@torch.no_grad()
+def test_a_window_is_cut_as_far_as_it_remembers(name, changes):
+    model, ids = streams(build(name, **changes)), inputs(name, 2, 30)["input_ids"]  # windows of 16
+
+    def next_is_that_of(cache, tokens):
+        fresh = model(input_ids=ids[:, :tokens], use_cache=True).cache
+        found, wanted = (model(input_ids=ids[:, tokens : tokens + 1], cache=c).logits for c in (cache, fresh))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+    short, long, recorded = model.new_cache(), model.new_cache(), model.new_cache()
+    model(input_ids=ids[:, :9], cache=short)
+    with pytest.raises(ValueError, match="tokens_to_remove must be a whole number at least -9"):
+        short.crop(-10)
+    assert short.get_seq_length() == 9
+    short.crop(-4)
+    next_is_that_of(short, 5)
+
+    model(input_ids=ids[:, :29], cache=long)
+    with pytest.raises(ValueError, match="a window of 16 has left tokens behind"):
+        long.crop(-1)
+    assert long.get_seq_length() == 29
+    next_is_that_of(long, 29)  # no layer was cut
+
+    recorded.activate_past_recording()
+    model(input_ids=ids[:, :29], cache=recorded)
+    recorded.crop(-3)
+    next_is_that_of(recorded, 26)
+
+
 def test_what_is_shared_is_computed_once():
     """Embedding and head see each token once, the body once a stream, and a prompt's aggregator its last token alone."""
     model, ids, seen = streams(), token_ids(2, 6), {}
@@ -422,7 +483,8 @@ def test_gradient_checkpointing_changes_no_gradient(name, frozen):
     model = streams(build(name))
     prepare_training(model, "frozen" if frozen else "scratch")
     ids = inputs(name, 2, 20)["input_ids"]
-    grads = []
+    grads, runs = [], []
+    model.base.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(len(grads)))
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable()
@@ -430,9 +492,22 @@ def test_gradient_checkpointing_changes_no_gradient(name, frozen):
         loss = model.train()(input_ids=ids, labels=ids).loss
         loss.backward()
         grads.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert runs == [0, 1, 1]  # the second time a layer ran again
     assert len(grads[0]) == len(grads[1]) > 3
     for plain, replayed in zip(*grads, strict=True):
         torch.testing.assert_close(replayed, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_is_refused_where_layers_run_twice():
+    model, ids = streams().train(), token_ids(2, 6)
+    model.gradient_checkpointing_enable()
+    cache = model.new_cache()
+    with pytest.raises(ValueError, match="cache must be left out under gradient checkpointing"):
+        model(input_ids=ids, labels=ids, cache=cache)
+    assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        model(input_ids=ids, cache=cache)  # nothing runs twice
+    assert cache.get_seq_length() == 6
 
 
 def test_trainer_takes_a_step(tmp_path):
@@ -523,6 +598,45 @@ def test_adapters_switch_the_number_of_streams(tmp_path):
         save_adapter(streams(parscale_n=1), tmp_path / "one")
 
 
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("gemma2", {"final_logit_softcapping": 5.0}),
+        ("gemma2", {"attn_logit_softcapping": 5.0}),
+        ("gemma2", {"query_pre_attn_scalar": 64}),
+        ("mixtral", {"num_experts_per_tok": 1}),
+        ("SmolLM3", {"no_rope_layers": [1, 0]}),
+    ],
+)
+def test_an_adapter_knows_what_no_weight_tells(tmp_path, name, changes):
+    """Bases with the same weights that compute something else."""
+
+    def made(**changes):
+        return build(name, **changes) if name in CAUSAL else tiny_model(name, **{"no_rope_layers": [1, 1], **changes})
+
+    save_adapter(streams(made()), tmp_path)
+    with pytest.raises(InputError, match=f"base must have {next(iter(changes))}"):
+        load_adapter(made(**changes), tmp_path)
+    assert load_adapter(made(), tmp_path).config.parscale_n == P
+
+
+def test_a_refused_adapter_leaves_its_base_alone(tmp_path):
+    base = tiny_model()
+    base.lm_head = nn.Linear(64, 97, bias=False)  # exchanged: transformers has not marked it as initialised
+    twin = copy.deepcopy(base)
+    save_adapter(streams(base), tmp_path)
+    settings = json.loads((tmp_path / room.SETTINGS).read_text())
+    (tmp_path / room.SETTINGS).write_text(json.dumps({**settings, "parscale_n": P + 1}))
+    before = [set(vars(module)) for module in twin.modules()]
+    with pytest.raises(InputError, match="tensors"):
+        load_adapter(twin, tmp_path)
+    assert [set(vars(module)) for module in twin.modules()] == before
+    with pytest.raises(TypeError, match="base must be a model of transformers, got Linear"):
+        load_adapter(nn.Linear(2, 2), tmp_path)
+    with pytest.raises(InputError, match="base must have model_type llama, as the adapter's, got mamba"):
+        load_adapter(build("mamba"), tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_adapter_knows_its_base_in_another_dtype(tmp_path, dtype):
     base, ids = tiny_model(), token_ids(2, 6)
@@ -551,6 +665,8 @@ def test_an_adapter_refuses_another_base(tmp_path):
         ("rope_parameters", {"rope_theta": 5e5}),
         ("rms_norm_eps", {"rms_norm_eps": 1e-3}),
         ("hidden_act", {"hidden_act": "gelu"}),
+        ("attention_bias", {"attention_bias": True}),
+        ("mlp_bias", {"mlp_bias": True}),
         ("num_hidden_layers", {"num_hidden_layers": 1}),
         ("model_type", {"kind": "Qwen2"}),
     ):
@@ -596,6 +712,8 @@ def test_released_layout(tmp_path, tied):
     assert tensors["model.aggregate_layer.0.weight"].shape == (64, P * 64)
     with pytest.raises(InputError, match="prefix_k"):
         from_released(fields, {k: v for k, v in tensors.items() if "prefix_k" not in k})
+    with pytest.raises(InputError, match="must hold tensors, got none"):
+        from_released(fields, {})
     with pytest.raises(InputError, match="strange"):
         from_released(fields, {**tensors, "strange": torch.zeros(1)})
     with pytest.raises(InputError, match="shape"):
@@ -735,4 +853,15 @@ def test_embeddings_in_the_place_of_ids():
 
 def test_known_to_transformers():
     assert AutoConfig.for_model("assay_parscale").parscale_n == 1
-    assert Qwen2Config().model_type == ParScaleConfig(base=Qwen2Config()).base.model_type
+    sizes = {
+        "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 97,
+    }  # fmt: skip
+    config = AutoConfig.for_model("assay_parscale", base={"model_type": "qwen2", **sizes}, parscale_n=2)
+    assert isinstance(config.base, Qwen2Config)
+    assert config.hidden_size == config.get_text_config().hidden_size == 48
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert type(model) is ParScaleForCausalLM
+    assert type(model.base) is Qwen2ForCausalLM
+    assert model.aggregator.first.weight.shape == (48, 96)

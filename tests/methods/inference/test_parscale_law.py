@@ -143,8 +143,10 @@ def test_it_is_an_estimator_of_scikit_learn():
     assert ParallelScalingLaw(starts=2).fit(np.asarray(inputs, dtype=np.float32), losses).k_ == pytest.approx(
         law.k_, rel=1e-2
     )
-    best = GridSearchCV(ParallelScalingLaw(starts=2), {"delta": [1e-3, 1e-1]}, cv=3).fit(inputs, losses)
-    assert best.best_params_["delta"] in (1e-3, 1e-1)
+    found = GridSearchCV(ParallelScalingLaw(starts=2), {"delta": [1e-3, 1e-1]}, cv=3).fit(inputs, losses)
+    assert np.isfinite(found.cv_results_["mean_test_score"]).all()  # a fit that fails scores NaN
+    alone = ParallelScalingLaw(starts=2, **found.best_params_).fit(inputs, losses)
+    assert found.best_estimator_.k_ == pytest.approx(alone.k_, rel=1e-6)
     assert parscale.ParallelScalingLaw is ParallelScalingLaw
     with pytest.raises(AttributeError, match="nothing"):
         _ = parscale.nothing
@@ -220,13 +222,26 @@ def test_costs_are_those_of_real_tensors():
     base = tiny_model()
     model = ParScaleForCausalLM.from_base(base, parscale_n=3, parscale_n_tokens=5)
     shape, ids = Shape.of(base.config), token_ids(2, 6)
-    found = cost(shape, streams=3, prefix=5, batch=2, prompt=6, new=0, bytes_each=4)
+    found = cost(shape, streams=3, prefix=5, batch=2, prompt=6, new=4, bytes_each=4)
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).cache
+        for _ in range(3):  # the prompt gives the first token of four, and the last one is not read
+            model(input_ids=ids[:, :1], cache=cache)
     own = [p for name, p in model.named_parameters() if not name.startswith("base.")]
     assert found.weights == sum(p.nbytes for p in base.parameters())
     assert found.added == sum(p.nbytes for p in own)
     assert found.cache == cache.bytes()
+    assert cost(shape, streams=3, prefix=5, new=0).cache == cost(shape, streams=3, prefix=5, new=1).cache
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("Llama", {}), ("Llama", {"attention_bias": True}), ("Llama", {"mlp_bias": True}), ("Qwen2", {}), ("Mistral", {})],
+)
+def test_a_shape_has_all_parameters(kind, changes):
+    model = tiny_model(kind, **changes)
+    shape = Shape.of(model.config)
+    assert shape.body + shape.embedding == sum(p.numel() for p in model.parameters())
 
 
 def test_seconds_by_the_roofline():
@@ -240,6 +255,21 @@ def test_seconds_by_the_roofline():
     cached = 2 * 2 * 2 * 16 * 2 / 1e6
     assert many - one == pytest.approx(3 * cached + (4 * 64 * 65 + 64) * 2 / 1e6)  # weights are read once
     assert cost(shape, streams=4, prefix=7).cache - cost(shape, streams=4, prefix=0).cache == 4 * 7 * 2 * 2 * 2 * 16 * 2
+
+
+def test_seconds_of_decoding_by_the_roofline():
+    """Three steps after the prompt for an answer of four tokens, each behind one token more."""
+    shape, mixing, head = Shape(64, 128, 2, 4, 2, 100), 3 * 64 * 65 + 64, 100 * 64
+    sizes = {"streams": 3, "prefix": 7, "batch": 2, "prompt": 5}
+    seen = [7 + 5 + step + 1 for step in range(3)]
+    found = cost(shape, **sizes, new=4, machine=Machine(1e30, 1e6)).decoding
+    token = 2 * 2 * 2 * 16 * 2  # bytes: keys and values, layers, heads of them, head dim
+    assert found == pytest.approx(sum(2 * (shape.body + mixing + head) + 3 * 2 * keys * token for keys in seen) / 1e6)
+    found = cost(shape, **sizes, new=4, machine=Machine(1e6, 1e30)).decoding
+    pairs = 4 * 2 * 4 * 16  # operations of a query and a key in all layers and heads
+    each = [2 * (3 * 2 * shape.body + 2 * mixing + 2 * head) + 3 * 2 * keys * pairs for keys in seen]
+    assert found == pytest.approx(sum(each) / 1e6)
+    assert cost(shape, **sizes, new=1).decoding == cost(shape, **sizes, new=0).decoding == 0
 
 
 def test_a_larger_shape_has_the_parameters_asked_for():

@@ -244,14 +244,17 @@ def test_in_bfloat16():
 
 @pytest.mark.parametrize("name", REACHED)
 def test_architectures_are_cut(name):
-    """Beyond the windows of those that have some."""
+    """Beyond the windows of those that have some; then with a row that is padded on the left, beside one that is not."""
     model = build(name)
     ids = inputs(name, 2, 24)["input_ids"]
+    mask = torch.ones_like(ids)
     decoder = SplitDecoder(model, LocalPool(2))
-    batch = decoder.open(ids[:, :20])
-    for tokens in ids.T[20:]:
-        decoder.step(batch, tokens)
-    assert torch.allclose(batch.logits, own_logits(model, ids), rtol=1e-3, atol=1e-3)
+    for padding in (0, 5):
+        mask[0, :padding] = 0
+        batch = decoder.open(ids[:, :20], mask[:, :20])
+        for tokens in ids.T[20:]:
+            decoder.step(batch, tokens)
+        assert torch.allclose(batch.logits, own_logits(model, ids, mask), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", [name for name in CAUSAL if name not in REACHED])
@@ -282,6 +285,39 @@ def test_batches_take_turns(llama, split):
     assert [tuple(one.shape) for one in logits] == [(2, 97), (4, 97), (2, 97)]
     with pytest.raises(ValueError, match="tokens must be given for each of the 3 batches, got 1"):
         decoder.step_together(batches, [prompts[0][:, 0]])
+
+
+def test_what_is_wrong_with_one_batch_is_said_before_any_goes_on(llama, split):
+    prompts = [token_ids(2, 9), token_ids(3, 5, seed=1)]
+    decoder = split(LocalPool(slots=3))
+    batches = [decoder.open(ids) for ids in prompts]
+    good = [token_ids(2, 1)[:, 0], token_ids(3, 1)[:, 0]]
+    for wrong, error, words in (
+        (torch.tensor([5, 97, 5]), ValueError, "tokens must be at least 0 and below the vocabulary's 97"),
+        (torch.tensor([5, -1, 5]), ValueError, "tokens must be at least 0"),
+        (token_ids(2, 1)[:, 0], ValueError, "tokens must have shape"),
+        (torch.tensor([5.0, 5.0, 5.0]), TypeError, "tokens must hold whole numbers"),
+    ):
+        with pytest.raises(error, match=words):
+            decoder.step_together(batches, [good[0], wrong])
+    first = batches[0]
+    for run in (
+        lambda: decoder.step_together([first, first], [good[0]] * 2),
+        lambda: decoder.generate([first, first], 3),
+    ):
+        with pytest.raises(ValueError, match="batches must each be given once"):
+            run()
+    gone = decoder.open(token_ids(2, 4))
+    decoder.close(gone)
+    decoder.open(token_ids(2, 4))  # in its slot
+    for run in (
+        lambda: decoder.step_together([first, gone], [good[0]] * 2),
+        lambda: decoder.generate([first, gone], 3),
+    ):
+        with pytest.raises(ValueError, match="batches must be open"):
+            run()
+    for found, ids in zip(decoder.generate(batches, NEW), prompts, strict=True):
+        assert torch.equal(found, own_tokens(llama, ids))
 
 
 def test_the_other_batch_runs_while_attention_is_under_way(llama, split):
@@ -344,6 +380,16 @@ def test_steps_are_taken_back(llama, split):
     assert torch.equal(decoder.generate([batch], 4)[0], first)
 
 
+def test_no_row_loses_its_first_token(split):
+    decoder = split(LocalPool(2))
+    batch = decoder.open(PADDED, MASK)  # one row has a single token
+    decoder.generate([batch], 3)
+    with pytest.raises(ValueError, match="tokens must be a whole number at least 0 and at most 2, got 3"):
+        decoder.rewind(batch, 3)
+    decoder.rewind(batch, 2)
+    assert torch.equal(batch.tokens, PADDED)
+
+
 def test_a_prompt_that_was_run_elsewhere(llama, split):
     from transformers.cache_utils import DynamicCache
 
@@ -369,6 +415,18 @@ def test_weights_that_change_after_the_first_use_count():
     model.model.layers[2].mlp.down_proj = torch.nn.Linear(96, 64, bias=False).double().requires_grad_(False)
     batch = decoder.open(ids)
     assert torch.equal(decoder.generate([batch], NEW)[0], own_tokens(model, ids))
+
+
+def test_another_dtype_after_the_first_use_counts():
+    model, ids = tiny_model(num_key_value_heads=4), token_ids(2, 6)
+    decoder = SplitDecoder(model, LocalPool())
+    batch = decoder.open(ids)
+    decoder.generate([batch], NEW)
+    model.double()
+    decoder.restore(batch)
+    decoder.step(batch, ids[:, 0])
+    assert batch.logits.dtype == torch.float64
+    assert torch.allclose(batch.logits, own_logits(model, batch.tokens), rtol=1e-9, atol=1e-9)
 
 
 def test_bad_prompts_are_named(llama, split):
@@ -422,10 +480,25 @@ def test_generate_with_the_attention_elsewhere(llama, count, partition):
     assert not pool._batches
 
 
+def test_generate_sends_all_at_once(llama):
+    """A model's own code makes query, key and value together: one message a device, and one attention, are enough."""
+
+    class Whole(LocalPool):
+        def ask(self, *rest):
+            raise AssertionError("nothing overlaps")
+
+    expected = llama.generate(PADDED, attention_mask=MASK, max_new_tokens=NEW, do_sample=False)
+    with offloaded(llama, Whole(2)) as cache:
+        found = llama.generate(PADDED, attention_mask=MASK, max_new_tokens=NEW, do_sample=False, cache=cache)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("name", REACHED)
 def test_architectures_generate_with_the_attention_elsewhere(name):
     model, ids = build(name), inputs(name, 2, 20)["input_ids"]
-    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "attention_mask": mask}
     expected = model.generate(ids, **options)
     with offloaded(model, LocalPool(2)) as cache:
         assert torch.equal(model.generate(ids, cache=cache, **options), expected)
@@ -498,6 +571,25 @@ def test_real_processes_inside_generate(llama, workers):
         assert torch.equal(
             llama.generate(PADDED, attention_mask=MASK, max_new_tokens=NEW, do_sample=False, cache=cache), expected
         )
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_what_nobody_took_is_gone_with_its_batch(llama, workers, real):
+    """A new batch in the slot does not get the old one's answer."""
+    pool = workers if real else LocalPool(2)
+    q, k, v = (torch.randn(2, 4, 1, 16, dtype=torch.float64) for _ in range(3))
+    for again in (False, True):
+        for anew in (lambda: pool.close_batch(0), lambda: None):  # opening one over another closes it too
+            pool.open(0, heads=4, kv_heads=4, starts=[0, 0], windows=[0])
+            pool.whole(0, 0, q, k, v, 0.25)
+            if again and real:
+                pool.paths()  # the answer has been read
+            anew()
+            pool.open(0, heads=4, kv_heads=4, starts=[0, 0], windows=[0])
+            with pytest.raises(ValueError, match="nothing was asked of layer 0 in slot 0"):
+                pool.take(0, 0)
+            pool.whole(0, 0, q, k, -v, 0.25)
+            assert torch.equal(pool.take(0, 0), -v)
 
 
 def test_long_prompts_are_handed_over_in_pieces(llama, split, workers):

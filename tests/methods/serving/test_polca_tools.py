@@ -56,7 +56,8 @@ def test_no_sample_below_the_second_threshold_passes_the_budget_before_a_cap_can
 def test_rises_by_hand():
     trace = PowerTrace(np.array([5.0, 1.0, 2.0, 9.0, 3.0, 4.0]), 10.0)
     assert rises(trace, 20).tolist() == [0.0, 8.0, 7.0, 0.0, 1.0, 0.0]
-    assert rises(trace, 19).tolist() == [0.0, 1.0, 7.0, 0.0, 1.0, 0.0]
+    assert rises(trace, 10).tolist() == [0.0, 1.0, 7.0, 0.0, 1.0, 0.0]
+    assert rises(trace, 11).tolist() == rises(trace, 20).tolist()  # it ends between two samples: the later one counts
     found = thresholds(trace, budget=100, delay=20)
     assert found.t2 == pytest.approx(0.92)
     assert found.headroom == pytest.approx(100 / 9 - 1)
@@ -70,14 +71,25 @@ def test_rises_by_hand():
         PowerTrace(np.array([1.0, np.nan]), 1.0)
 
 
+def test_a_trace_coarser_than_the_delay_still_shows_how_far_the_draw_rises():
+    trace = PowerTrace(np.array([5.0, 1.0, 2.0, 9.0, 3.0, 4.0]), 60.0)
+    found = thresholds(trace, budget=100)
+    assert found.t2 == pytest.approx(0.93)
+    assert found.t1 < found.t2
+    assert violations(trace, found.t2, budget=100) == 0
+    assert violations(trace, 1.0, budget=8) == 1
+
+
 def test_thresholds_of_an_uncapped_row_keep_its_capped_twin_from_the_brake():
     """The use the calculator is for: record the row as it is, and let it cap itself with what the record says."""
     row = RowSpec(base=16, added=4, brake_mhz=None)
     requests = synthetic(Workload(seconds=600, day=600), row, seed=4).requests
     uncapped = simulate_row(requests, row, no_capping())
-    budget = 1.01 * float(uncapped.watts.max())
+    budget = 0.98 * float(uncapped.watts.max())
     found = thresholds(PowerTrace(uncapped.watts, 2.0), budget=budget)
-    capped = simulate_row(requests, replace(row, budget_watts=budget, brake_mhz=288.0), found.policy())
+    braking = replace(row, budget_watts=budget, brake_mhz=288.0)
+    assert simulate_row(requests, braking, no_capping()).brakes > 0
+    capped = simulate_row(requests, braking, found.policy())
     assert capped.brakes == 0
     assert capped.seconds_above == 0
     assert capped.actions
@@ -168,6 +180,17 @@ def test_the_recorder_records_and_its_file_is_read_again(tmp_path, monkeypatch):
         recorded_until(recorder, 3)
     assert recorder.seconds[0] == 0
     assert recorder.seconds[-1] < 0.2
+
+
+def test_what_is_left_of_the_last_interval_is_no_sample(tmp_path):
+    """Leaving the block reads once more, some microseconds after the thread did."""
+    recorder = PowerRecorder([counter(1)], interval=0.1)
+    recorder.seconds, recorder.joules = [0.0, 0.1, 0.2, 0.20001], {"gpu": [0.0, 4.0, 8.0, 9.0]}
+    recorder.write(tmp_path / "power.csv")
+    assert read_power_trace(tmp_path / "power.csv").watts.tolist() == [40.0, 40.0]
+    recorder.seconds[-1] = 0.28  # most of an interval is one
+    recorder.write(tmp_path / "power.csv")
+    assert (tmp_path / "power.csv").read_text().splitlines()[-1] == "0.280000,12.5,12.5"
 
 
 def test_a_machine_without_counters_runs_the_work_and_says_why(monkeypatch, tmp_path):

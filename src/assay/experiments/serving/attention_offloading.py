@@ -11,19 +11,16 @@ network, so that messages are given the times they had in the paper, as shares o
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
+from assay.experiments.children import count_children_as_ours
 from assay.experiments.core import Figure, Guard, Operator, Quality, Trial, experiment
-from assay.measure import clock
-from assay.measure.clock import OthersWatch
 from assay.measure.stats import student_interval
 from assay.methods.core.fleet.hardware import Link
 from assay.methods.core.fleet.traces import Request, Streams
@@ -295,24 +292,6 @@ PAPER_CONTEXT = 4096
 STEPS = 3  # by which a layer's time is known
 
 
-class WorkersWatch(OthersWatch):
-    """As the clock's own, which takes for the work of others what children of this process use as long as they live: workers are ours."""
-
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        now, busy, own = OthersWatch._now()
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = child.cpu_times()
-                own += times.user + times.system
-        return now, busy, own
-
-
-def count_workers_as_ours() -> None:
-    """From now on this process's clock does not take its workers for others."""
-    vars(clock)["OthersWatch"] = WorkersWatch
-
-
 def paper_link(shape: Shape, rows: int, slice_seconds: float) -> Link:
     """A link whose messages take as long, by a layer's slice, as the paper's did: Llama-65B on two H100s and four H20s, full of requests
     of 4,096 tokens. Latency and the sending of a batch's keys and values are kept as shares of the slice, that of queries not: G differs.
@@ -345,6 +324,7 @@ class Sides:
         self.decoder = SplitDecoder(self.model, self.pool)
         half = rows // 2
         self.batch = self.adopted(self.pool, slice(0, rows))
+        self.local = self.adopted(LocalPool(), slice(0, rows))
         self.halves = [self.adopted(self.pool, slice(0, half)), self.adopted(self.pool, slice(half, rows))]
         self.slice_seconds, self.head_seconds = self.calibrate()
         self.link = paper_link(self.shape, rows, self.slice_seconds)
@@ -383,6 +363,12 @@ class Sides:
         self.decoder.overlap = True
         return torch.cat(self.decoded(self.halves))
 
+    def alone(self) -> Tensor:
+        """The same slices in this process, on all cores, with the keys and values that the memory device had, in room made beforehand."""
+        torch.set_num_threads(self.cores)
+        self.decoder.overlap = False
+        return self.decoded([self.local])[0]
+
     def decoded(self, batches: list[Batch]) -> list[Tensor]:
         """The logits of the last of `tokens` steps; the batches are then as before."""
         before = [batch.logits for batch in batches]
@@ -414,13 +400,17 @@ class Sides:
         return line
 
     def calibrate(self) -> tuple[float, float]:
-        """Seconds of a layer's slice here, and of the head behind the last, the medians of some runs without an imitated link."""
-        slices, heads = [], []
+        """Seconds of a layer's slice here, and of what a token takes beside them (the head, mostly), the medians of some runs without an
+        imitated link.
+
+        The first slice has no layer behind it, and what follows the last layer has the head: a slice is what lies between.
+        """
+        layers, slices, heads = self.shape.layers, [], []
         for _ in range(STEPS):
             noted = [event for event in self.timeline(lambda: self.split(True)).events if event.lane == "model"]
-            head = sum(event.seconds for event in noted if event.layer == self.shape.layers)
-            heads.append(head / self.tokens)
-            slices.append((sum(event.seconds for event in noted) - head) / (self.shape.layers * self.tokens))
+            between = sum(event.seconds for event in noted if 0 < event.layer < layers)
+            slices.append(between / ((layers - 1) * self.tokens))
+            heads.append(sum(event.seconds for event in noted) / self.tokens - layers * slices[-1])
         return sorted(slices)[STEPS // 2], sorted(heads)[STEPS // 2]
 
     def error(self, logits: Tensor) -> float:
@@ -462,6 +452,7 @@ def _weighted(parts: Sequence[Partial], weights: Sequence[float]) -> Partial:
 DECODING = Operator(
     "a decoding step whose attention runs in another process",
     free="one process with weights and cache, on all cores",
+    exact="the same slices in one process on all cores, with keys and values in room made beforehand",
 )
 GUARD = Guard(
     "largest difference of logits from the model in one process, as a share of the largest", 1e-3, relative=False
@@ -493,8 +484,10 @@ FULL = {"rows": 32, "context": 2048, "layers": 30, "tokens": 8}
         "link": "messages between two processes, slept as long, by a slice's time, as the paper's took",
     },
     guard=GUARD,
+    measured_here="time a token saved between two processes of this machine, whose messages sleep as long, by a slice of a layer, as the "
+    "paper's were under way",
     refuted_if="beginning attention before key and value are there makes a token take longer, the whole interval",
-    memory_gib=8,
+    memory_gib=16,
     minutes=60,
 )
 def overlap_saving(rows: int, context: int, layers: int, tokens: int) -> Trial:
@@ -502,7 +495,7 @@ def overlap_saving(rows: int, context: int, layers: int, tokens: int) -> Trial:
 
     The margin, a thousandth of the largest logit, is a hundred times float32's rounding and far below what a wrong merge does.
     """
-    count_workers_as_ours()
+    count_children_as_ours()
     sides = Sides(rows, context, layers, tokens)
 
     def quality() -> Quality:
@@ -524,6 +517,7 @@ def overlap_saving(rows: int, context: int, layers: int, tokens: int) -> Trial:
         baseline=lambda: sides.split(False),
         candidate=lambda: sides.split(True),
         free=lambda: sides.whole(sides.cores),
+        exact=sides.alone,
         arms={
             "two halves of the batch in turn": sides.in_turn,
             "one process on one core": lambda: sides.whole(1),
@@ -536,13 +530,16 @@ def overlap_saving(rows: int, context: int, layers: int, tokens: int) -> Trial:
 def described(sides: Sides) -> dict[str, Any]:
     """What crossed, against the closed form; what lay beside what; what the cost model says of the measured times."""
     rows, tokens = len(sides.ids), sides.tokens
-    runs: dict[str, Callable[[], Any]] = {
-        "one after the other": lambda: sides.split(False),
-        "overlapped": lambda: sides.split(True),
-        "two halves in turn": sides.in_turn,
+    runs: dict[str, tuple[Callable[[], Any], Link | None]] = {
+        "one after the other": (lambda: sides.split(False), sides.link),
+        "overlapped": (lambda: sides.split(True), sides.link),
+        "two halves in turn": (sides.in_turn, sides.link),
+        "one after the other, no link imitated": (lambda: sides.split(False), None),
+        "overlapped, no link imitated": (lambda: sides.split(True), None),
     }
     found: dict[str, Any] = {}
-    for name, run in runs.items():
+    for name, (run, link) in runs.items():
+        sides.pool.set_link(link)
         sides.pool.meter.clear()
         line = sides.timeline(run)
         links = [lane for lane in line.lanes if lane.startswith("link")]
@@ -555,9 +552,10 @@ def described(sides: Sides) -> dict[str, Any]:
             "memory_busy": line.busy("memory 0") / line.seconds,
             "both_busy": line.together("model", "memory 0") / line.seconds,
             "link_in_use": line.busy(*links) / line.seconds,
-            "link_beside_computing": line.together(links[0], "model", "memory 0") / max(line.busy(links[0]), 1e-12),
+            "link_beside_computing": line.together("link 0 out", "model", "memory 0") / max(line.busy("link 0 out"), 1e-12),
             "timeline": line.within(line.start, line.start + line.seconds / tokens / 4).text(96).splitlines(),
-        }
+        }  # fmt: skip
+    sides.pool.set_link(sides.link)
     usual, early = found["one after the other"], found["overlapped"]
     measured_attention = early["memory_busy"] * early["milliseconds_a_token"] / 1e3 / sides.shape.layers
     foretold = {overlap: foretold_seconds(sides, measured_attention, overlap) for overlap in (False, True)}
@@ -587,6 +585,7 @@ def described(sides: Sides) -> dict[str, Any]:
         "errors": {
             "one after the other": sides.error(sides.split(False)),
             "two halves in turn": sides.error(sides.in_turn()),
+            "in one process": sides.error(sides.alone()),
         },
         "paths_of_worker": sides.pool.paths(),
     }
@@ -601,6 +600,7 @@ def foretold_seconds(sides: Sides, attention: float, overlap: bool) -> float:
     work, delay = sides.slice_seconds, 2 * link.latency
     if not overlap:
         return sides.shape.layers * (work + query + late + attention + output + delay) + sides.head_seconds
-    projected = sides.shape.keys_values_share() * work
+    layer = sum(parameter.numel() for parameter in sides.model.model.layers[0].parameters())
+    projected = min(1.0, sides.shape.numbers_kept() * sides.shape.width / layer) * work
     hidden = max(attention, max(projected - query, 0.0) + late)
     return sides.shape.layers * (work - projected + query + hidden + output + delay) + sides.head_seconds

@@ -2,8 +2,9 @@
 
 Byte models stand for Gemma 2 2B and 9B, of about the same ratio. They are pretrained on code from left to right, then adapted on prefixes
 and suffixes of code, then tuned to a task that stands for instructions: the prompt is code with a hole, the answer the bytes that
-stood in it. Arms that are compared get equal FLOPs for adapting and tuning, as `flops` counts them; every stage of every arm has a
-learning rate of its own, and each of three seeds draws the pretrained model, what is new, and the windows of each stage.
+stood in it. Arms that are compared get equal FLOPs for adapting and tuning, as `flops` counts them (a large encoder against a small one:
+equal steps); every stage of every arm has a learning rate of its own, and each of three seeds draws the pretrained model, what is new, and
+the windows of each stage.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ ARMS = {
 NEW = tuple(name for name, arm in ARMS.items() if arm.weights != "pretrained")
 GAIN_ARMS = tuple(name for name, arm in ARMS.items() if arm.encoder != "large" and arm.budget == "adapted")
 LARGE_ARMS = ("adapted", *(name for name in ARMS if name not in GAIN_ARMS))
-LATENCY_ARMS = ("decoder-only", "prefix LM", *(name for name in LARGE_ARMS if ARMS[name].encoder))
+LATENCY_ARMS = ("decoder-only", "prefix LM", *LARGE_ARMS)
 
 Setting = Mapping[str, int]
 
@@ -153,7 +154,7 @@ STAGES = ("pretrain", "warm-up", "adapt", "tune")
 
 
 def data_seed(stage: str, seed: int) -> int:
-    """No stage sees the windows of another, nor a seed those of another."""
+    """Each stage of each seed draws its windows anew."""
     return 10 * seed + STAGES.index(stage)
 
 
@@ -259,14 +260,14 @@ def rates_before(name: str, rate: float | None) -> list[float]:
 
 
 def adapted(name: str, seed: int, setting: Setting, rate: float | None = None) -> Any:
-    """An arm's model when the task begins. New cross-attention of pretrained models is first trained alone, an eighth of the steps."""
+    """An arm's model when the task begins. New cross-attention of a pretrained decoder is first trained alone, an eighth of the steps."""
     arm, steps = ARMS[name], steps_of(name, setting)["adapt"]
     model = begun(arm, seed, setting)
     if not steps:
         return model
     rates = rates_before(name, rate)
     key = {"arm": name, "setting": dict(setting), "rates": rates}
-    if arm.cross == "random" and arm.weights == "pretrained":
+    if arm.cross == "random" and arm.weights != "new":
         first = max(1, steps // 8)
         freeze_but_cross(model)
         model = stage("warm-up", key, model, seed, first, rates[-1], arm).requires_grad_(True)

@@ -107,15 +107,19 @@ def published_fits() -> dict[str, Any]:
     minutes=360,
 )
 def parameter_equivalent(width: int, layers: int, length: int, steps: int, streams: int, prefix: int) -> Figure:
-    """How many times their own parameters one stream needs for the streams' loss, at equal tokens, told as eight streams.
+    """How many times as many parameters as the streams one stream needs for their loss, at equal tokens, told as of eight streams.
 
-    The streams' own parameters are all they have, prefixes and aggregator too: gains are over one stream of as many. The interval is
+    The streams' parameters are all they have, prefixes and aggregator too: gains are over one stream of as many. The interval is
     Fieller's over seeds, for the gain divided by the slope of loss against size. Controls, in the same unit and each trained: the same
     prefix for all streams (which are then one), random prefixes that stay as they are, and one stream trained for as many
     operations, which is also what is free; where that lies beyond the largest model trained, its figure is an extrapolation. Beside
     them the averaged predictions of as many models trained apart, which hold as many times the parameters. The details hold the
     gain over one stream without that subtraction, and the fit of the law to the paper's own 48 losses: k, R² and what eight
     streams are worth there.
+
+    What to expect of `small`: in the search of rates the same prefix for all streams, and random ones, do as well as prefixes that were
+    trained apart. Streams that do not differ are one stream with parameters that it has no use for: a figure below 1 says that they do
+    not act at this size, not what acting streams are worth.
     """
     task = {
         "width": width, "layers": layers, "length": length, "steps": steps, "streams": streams, "prefix": prefix,

@@ -68,8 +68,9 @@ class StepTimes:
 class Server:
     """A server of a fleet: its times, how many rows run at once, how many tokens of keys and values it holds, its chunk of prompts.
 
-    `tenants` are those it serves; none means all. `steps` is how many decoding steps a turn may take together, until a row ends: who comes
-    meanwhile waits for all of them (engines schedule so, and a long trace is simulated so many times as fast).
+    `tenants` are those it serves; none means all. `steps` is how many decoding steps a turn may take together, until a row ends and while
+    no prompt is half run: who comes meanwhile waits for all of them (engines schedule so, and a long trace is simulated so many times as
+    fast).
     """
 
     name: str
@@ -169,7 +170,8 @@ class Running:
                 row.made, row.first = 1, now + self.times.prompting(prompt, seen)
         middle = now + self.times.prompting(prompt, seen)
         stepping = [row for row in self.rows if row.made < row.request.new_tokens]
-        steps = min([self.server.steps, *(row.request.new_tokens - row.made for row in stepping)])
+        most = 1 if self.filling else self.server.steps  # a prompt that is being run waits for one step, not for all
+        steps = min([most, *(row.request.new_tokens - row.made for row in stepping)])
         context = steps * sum(row.context for row in stepping) + len(stepping) * steps * (steps - 1) // 2
         end = middle + self.times.stepping(len(stepping), context, steps)
         for row in stepping:
@@ -233,7 +235,7 @@ def simulate(
 ) -> Simulated:
     """Run all requests through the servers until the last is answered.
 
-    `watch` is called `every` so many seconds, the first time after as many, while anything is still to come.
+    `watch` is called every `every` seconds, the first time at `every`, as long as anything is still to come.
     `router` chooses a server when a request comes, among those that serve its tenant.
     With `clients` the loop is closed: so many clients send the requests in order, each its next when it has its answer, whatever
     their times say. Raises ValueError for no servers, for two of one name, and for more than 20 million turns.

@@ -14,7 +14,7 @@ Llama (Llama, Mistral, Qwen, Gemma 3, ...) an `EncDecForSeq2SeqLM`.
 Source: the paper, and T5Gemma's architecture as transformers has it. `our choice`: the norms of a copied cross-attention are copied too,
 and train in the warm-up.
 
-When NOT to use it: without training, which is what makes the adapted model better; for models of experts with sinks and the like, which
+When NOT to use it: without training, which is what makes the adapted model better; for models whose attention has sinks or the like, which
 are refused; where prompts grow turn by turn, since each turn is encoded from its beginning.
 """
 

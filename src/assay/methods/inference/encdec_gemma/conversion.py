@@ -56,14 +56,14 @@ def decoder_to_encdec(
     which needs an encoder as wide as the decoder. "random" draws it anew, as the paper does where the sizes differ: then train it
     alone first (`CrossAttentionWarmup`). The result has the models' dtype and device, and is in eval mode.
 
-    For two Gemma 2 models it is transformers' own `T5GemmaForConditionalGeneration`, else an `EncDecForSeq2SeqLM`; so also with
-    `encoder_attention` "causal", the paper's ablation, which T5Gemma does not have, and with another `decoder_start_token_id` than the
-    decoder's BOS, with which answers begin unless it is given. For a decoder of fewer layers see `fewer_layers`.
+    Answers begin with `decoder_start_token_id` (None: with the decoder's BOS). Two Gemma 2 models give transformers' own
+    `T5GemmaForConditionalGeneration`, unless they ask for what it does not have: `encoder_attention` "causal", the paper's ablation, or
+    another start than BOS. All else is an `EncDecForSeq2SeqLM`. For a decoder of fewer layers see `fewer_layers`.
 
     What is gained needs training (`PrefixLMCollator`, `UL2Collator`, `distilled_loss`): without it the answers are worse than the
     model's own. The follow-up's merged attention and shared embeddings are transformers' T5Gemma 2, and not here.
-    Raises ValueError for models whose parts are not understood, vocabularies or widths that do not fit, and arguments out of range;
-    TypeError for what is no model.
+    Raises ValueError for models whose parts are not understood, vocabularies, widths, dtypes or devices that do not fit, and arguments out
+    of range; TypeError for what is no model.
     """
     checks.choice("cross_init", cross_init, INITS)
     checks.choice("encoder_attention", encoder_attention, READS)
@@ -96,6 +96,11 @@ def _checked(model: Any, decoder: Any, cross_init: str) -> tuple[Any, Any]:
         raise ValueError(
             f"cross_init must be 'random' where the encoder ({source.hidden_size}) is not as wide as the decoder ({target.hidden_size}): "
             "self-attention has no keys and values of that width to copy"
+        )
+    ours, theirs = (found.get_input_embeddings().weight for found in (model, decoder))
+    if (ours.dtype, ours.device) != (theirs.dtype, theirs.device):
+        raise ValueError(
+            f"decoder must have the dtype and the device of model, {ours.dtype} on {ours.device}, got {theirs.dtype} on {theirs.device}"
         )
     if why := why_not_cross(decoder.model):
         raise ValueError(f"decoder must have an attention that can be had twice: {why}")
@@ -227,13 +232,14 @@ def _as_t5gemma(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def from_t5gemma(model: nn.Module) -> EncDecForSeq2SeqLM:
     """The same model as an `EncDecForSeq2SeqLM`, its weights copied: so a released T5Gemma is served (`EncDecForCausalLM.of`).
 
+    Without a mask T5Gemma's encoder does not look at pad tokens; here padding is what `attention_mask` says, and without one there is none.
     Raises TypeError for another model, ValueError for one with dropout, which the parts of Gemma 2 do not have.
     """
     if not isinstance(model, T5GemmaForConditionalGeneration):
         raise TypeError(f"model must be a T5GemmaForConditionalGeneration, got {type(model).__name__}")
     config: Any = model.config
-    if config.dropout_rate or config.encoder.dropout_rate or config.decoder.dropout_rate:
-        raise ValueError(f"model must have a dropout_rate of 0, got {config.dropout_rate}")
+    if rate := max(part.dropout_rate for part in (config, config.encoder, config.decoder)):
+        raise ValueError(f"model must have a dropout_rate of 0, got {rate}")
     shapes = {}
     for name in ("encoder", "decoder"):
         found = getattr(config, name)

@@ -284,7 +284,7 @@ class Encoder(nn.Module):
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutput:
-        """States (B, m, width) after the last norm. `attention_mask` (B, m) is 0 on padding, wherever it stands: positions count tokens.
+        """States (B, m, width) after the last norm. `attention_mask` (B, m) is 0 on padding, on either side: positions count tokens.
 
         Raises ValueError for a mask with other numbers, and unless one of `input_ids` and `inputs_embeds` is given.
         """
@@ -333,7 +333,15 @@ class Decoder(nn.Module):
         cache: EncoderDecoderCache | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Hidden states (B, n, width) after the last norm. `states` (B, m, encoder width) may be None once `cache` holds what is read."""
+        """Hidden states (B, n, width) after the last norm. `states` (B, m, encoder width) may be None once `cache` holds what is read.
+
+        Raises ValueError for a cache under gradient checkpointing.
+        """
+        replayed = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if replayed and cache is not None:
+            raise ValueError(
+                "cache must be left out under gradient checkpointing: layers that run twice would fill it twice"
+            )
         own = None if cache is None else cache.self_attention_cache
         run = self.parts.begin(input_ids, attention_mask, position_ids, own, inputs_embeds)
         x = run.hidden
@@ -346,7 +354,7 @@ class Decoder(nn.Module):
             config=self.parts.config, inputs_embeds=x, attention_mask=encoder_mask, encoder_hidden_states=seen
         )
         for index in range(len(self.parts.layers)):
-            if self.gradient_checkpointing and self.training:
+            if replayed:
                 x = self._gradient_checkpointing_func(self._layer, index, x, run, states, mask, cache)  # type: ignore[operator]
             else:
                 x = self._layer(index, x, run, states, mask, cache)
@@ -414,7 +422,6 @@ class EncDecForSeq2SeqLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.encoder.body.embed_tokens = value
-        self.encoder.__dict__.pop("parts", None)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -458,8 +465,8 @@ class EncDecForSeq2SeqLM(PreTrainedModel, GenerationMixin):
 
         `labels` (B, n) stand at the place that predicts them, -100 where nothing is asked, and are the answer where none is given (shifted
         right). The loss is their mean, or the sum over `num_items_in_batch` where the Trainer gives one. `attention_mask` (B, m) is 0 on
-        padding. Raises ValueError for what is missing, and for what the model does not have (hidden states, attention weights), TypeError
-        for a cache of another kind.
+        padding. Raises ValueError for what is missing, for a cache under gradient checkpointing, and for what the model does not have
+        (hidden states, attention weights), TypeError for a cache of another kind.
         """
         _refuse(kwargs)
         if cache is not None and not isinstance(cache, EncoderDecoderCache):

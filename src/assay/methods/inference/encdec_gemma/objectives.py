@@ -81,8 +81,8 @@ class UL2Collator:
 
     Every sequence draws one of `denoisers`: regular spans ("R"), extreme ones ("X"), or the sequential task ("S"), which hides the last
     tokens and has no sentinel. `sentinels` are token ids kept for this, in order; `modes` gives a token for a denoiser's name to stand
-    first in what the encoder reads. Raises ValueError for a sequence of less than two tokens, and for one that asks for more
-    spans than there are sentinels.
+    first in what the encoder reads. Raises ValueError for a sentinel that is given twice, for a mode that no denoiser has, for a sequence
+    of less than two tokens, and for one that asks for more spans than there are sentinels.
     """
 
     def __init__(
@@ -97,10 +97,16 @@ class UL2Collator:
     ):
         self.pad = checks.whole("pad_token_id", pad_token_id, low=0)
         self.sentinels = [checks.whole("sentinels", token, low=0) for token in sentinels]
+        if len(set(self.sentinels)) < len(self.sentinels):
+            twice = next(token for token in self.sentinels if self.sentinels.count(token) > 1)
+            raise ValueError(f"sentinels must differ, or spans could not be told apart, got {twice} more than once")
         if not denoisers:
             raise ValueError("denoisers must hold at least one, got none")
         self.denoisers = tuple(denoisers)
         self.modes = {name: checks.whole("modes", token, low=0) for name, token in (modes or {}).items()}
+        known = list(dict.fromkeys(task.mode for task in self.denoisers))
+        for name in self.modes:
+            checks.choice("modes", name, known)
         self.end = [] if eos_token_id is None else [checks.whole("eos_token_id", eos_token_id, low=0)]
         self.generator = generator
 
@@ -179,25 +185,28 @@ def teacher_logits(teacher: nn.Module, input_ids: Tensor, attention_mask: Tensor
     """What a decoder-only teacher predicts at the places of `labels` (B, n), having read prefix and suffix causally: (B, n, vocabulary).
 
     The teacher has the students' tokens. Its head is run on suffixes alone. Places that ask nothing (-100) have zeros; what asks something
-    stands first in its row. Raises ValueError for labels of which a row asks something behind a place that asks nothing.
+    stands first in its row. Raises ValueError for labels of which a row asks something behind a place that asks nothing, and for a row that
+    asks something and has no prefix.
     """
     checks.tensor("labels", labels, shape=(len(input_ids), "tokens"), dtype=torch.int64)
     asked = labels != -100
     if (asked[:, 1:] & ~asked[:, :-1]).any():
         raise ValueError("labels must ask for the first tokens of each row: a suffix without gaps")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if (asked.any(1) & ~mask.any(1)).any():
+        raise ValueError("input_ids must have a token in each row that asks something: nothing predicts the first one")
     rows = [
         prefix[seen.bool()].tolist() + suffix[wanted].tolist()
         for prefix, seen, suffix, wanted in zip(input_ids, mask, labels, asked, strict=True)
     ]
     ids, both = left_pad(rows, 0, input_ids.device)
-    keep = labels.shape[1] + 1
+    most = int(asked.sum(1).max())
     logits = teacher(
-        input_ids=ids, attention_mask=both, position_ids=position_ids(both), use_cache=False, logits_to_keep=keep
+        input_ids=ids, attention_mask=both, position_ids=position_ids(both), use_cache=False, logits_to_keep=most + 1
     ).logits[:, :-1]
     found = logits.new_zeros(*labels.shape, logits.shape[-1])
     # rows end together, so the last of a row's places stands last
-    found[asked] = logits[asked.flip(1)]
+    found[asked] = logits[asked[:, :most].flip(1)]
     return found
 
 

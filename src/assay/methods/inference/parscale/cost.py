@@ -32,7 +32,10 @@ A100 = Machine(0.7 * 312e12, 0.9 * 2039e9)
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a decoder with SwiGLU; `bias`: in its queries, keys and values (Qwen2). Widths may be fractions (`grown`)."""
+    """The sizes of a decoder with SwiGLU. Widths may be fractions (`grown`).
+
+    Biases: `bias` in queries, keys and values (Qwen2), `output_bias` in what attention writes, `mlp_bias` in all three of the MLP.
+    """
 
     width: float
     intermediate: float
@@ -43,15 +46,18 @@ class Shape:
     head_dim: float = 0.0  # 0: width / heads
     tied: bool = True
     bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
 
     @classmethod
     def of(cls, config: Any) -> Shape:
         """The sizes in a configuration of transformers' Llama, Qwen2 and the like."""
         kv_heads, head_dim = head_sizes(config)
+        asked = bool(getattr(config, "attention_bias", False))
         return cls(
             config.hidden_size, config.intermediate_size, config.num_hidden_layers, config.num_attention_heads, kv_heads,
             config.vocab_size, head_dim, bool(config.tie_word_embeddings),
-            config.model_type == "qwen2" or bool(getattr(config, "attention_bias", False)),
+            config.model_type == "qwen2" or asked, asked, bool(getattr(config, "mlp_bias", False)),
         )  # fmt: skip
 
     @property
@@ -63,8 +69,9 @@ class Shape:
     def body(self) -> float:
         """Parameters without embedding and head."""
         queries, keys = self.heads * self.head, 2 * self.kv_heads * self.head
-        attention = self.width * (2 * queries + keys) + self.bias * (queries + keys)
-        return self.layers * (attention + 3 * self.width * self.intermediate + 2 * self.width) + self.width
+        attention = self.width * (2 * queries + keys) + self.bias * (queries + keys) + self.output_bias * self.width
+        mlp = 3 * self.width * self.intermediate + self.mlp_bias * (2 * self.intermediate + self.width)
+        return self.layers * (attention + mlp + 2 * self.width) + self.width
 
     @property
     def embedding(self) -> float:
@@ -136,7 +143,8 @@ def cost(
 ) -> Cost:
     """What answering `batch` prompts of `prompt` tokens with `new` tokens costs.
 
-    `prefix` tokens count for more than one stream only. Raises ValueError and TypeError for counts out of range.
+    The prompt gives the first of them, each step another; the last one is not read. `prefix` tokens count for more than one stream only.
+    Raises ValueError and TypeError for counts out of range.
     """
     streams, batch = checks.whole("streams", streams, low=1), checks.whole("batch", batch, low=1)
     prompt, new = checks.whole("prompt", prompt, low=1), checks.whole("new", new, low=0)
@@ -146,10 +154,11 @@ def cost(
     added = added_parameters(shape, streams, prefix) * bytes_each
     layer = rows * prompt * (2 * shape.width + 2 * shape.intermediate) * bytes_each  # stream, its norm, gate and up
     logits = batch * shape.vocab * bytes_each  # of the last token
-    steps = [_seconds(shape, rows, batch, streams, prefix + prompt + i, 1, bytes_each, machine) for i in range(new)]
+    read = max(new - 1, 0)  # of the answer
+    steps = [_seconds(shape, rows, batch, streams, prefix + prompt + i, 1, bytes_each, machine) for i in range(read)]
     return Cost(
         weights=(shape.body + shape.embedding) * bytes_each,
-        cache=rows * (prompt + new + prefix) * each,
+        cache=rows * (prompt + read + prefix) * each,
         added=added,
         activations=max(layer, logits),
         prefill=_seconds(shape, rows, batch, streams, prefix, prompt, bytes_each, machine),

@@ -46,7 +46,7 @@ Model = TypeVar("Model", bound="ParScaleForCausalLM")
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 FORMAT = "assay_parscale_adapter"
 SAMPLE = "base_sample"  # the name of what tells a base from others
-ROUNDING = 2.0**-8  # of a weight, twice that of bfloat16
+ROUNDING = 2.0**-8  # of a weight: the most that bfloat16 rounds
 
 
 class ParScaleConfig(WrappedConfig):
@@ -198,6 +198,16 @@ class Aggregator(nn.Module):
         return (weights * streams).sum(0).to(streams.dtype)
 
 
+def own_modules(config: ParScaleConfig) -> dict[str, nn.Module]:
+    """New modules that several streams add to a base, by their names in the model; none for one stream."""
+    if config.parscale_n == 1:
+        return {}
+    return {
+        "prefixes": ProjectedPrefixes(config) if config.parscale_prefix_hidden else Prefixes(config),
+        "aggregator": Aggregator(config.parscale_n, config.hidden_size, config.parscale_attn_smooth),
+    }
+
+
 class ParScaleForCausalLM(WrappedForCausalLM):
     """A decoder run as `parscale_n` streams (arXiv 2505.10475): each has its own learned prefix in every layer, a small MLP mixes the
     streams' last hidden states (after the final norm), and one head follows.
@@ -207,22 +217,22 @@ class ParScaleForCausalLM(WrappedForCausalLM):
     own forward pass, bit for bit, with its own cache. `from_base` wraps a model: any decoder that `core.models.decoder` understands, with
     SDPA or eager attention. The prefixes are new parameters, so a wrapped model says something else until it is trained.
 
-    Raises ValueError for another attention, a mask of more than one kind, a cache of another number of streams or sequences, and what
-    it does not return (hidden states, attention weights, router logits and the loss made of them), asked for as an argument or in a
-    configuration; TypeError for a cache that holds no streams.
+    Raises ValueError for another attention, a mask of more than one kind, a cache of another number of streams or sequences, any cache
+    under gradient checkpointing, and what it does not return (hidden states, attention weights, router logits and the loss made of
+    them), asked for as an argument or in a configuration; TypeError for a cache that holds no streams.
 
     When NOT to use it: where compute is scarce. Each token costs all streams' operations, in training too, and the cache grows with
     their number; at large batches or on processors without idle arithmetic a larger model is cheaper.
     """
 
     config_class = ParScaleConfig
-    # transformers asks the wrapping class whether its experts can be chosen; it is the base that has them
+    prefixes: Any
+    aggregator: Any
 
     def __init__(self, config: ParScaleConfig, base: nn.Module | None = None):
         super().__init__(config, base)
-        if config.parscale_n > 1:
-            self.prefixes: Any = ProjectedPrefixes(config) if config.parscale_prefix_hidden else Prefixes(config)
-            self.aggregator = Aggregator(config.parscale_n, config.hidden_size, config.parscale_attn_smooth)
+        for name, module in own_modules(config).items():
+            self.add_module(name, module)
         self.post_init()
 
     @classmethod
@@ -237,10 +247,11 @@ class ParScaleForCausalLM(WrappedForCausalLM):
         return False  # `forward` makes the cache: a plain one has no place for prefixes
 
     def new_cache(self) -> StreamCache:
-        """An empty cache for any number of sequences, with the prefixes as they are now. Raises ValueError for one stream."""
+        """An empty cache for any number of sequences, with copies of the prefixes as they are now. Raises ValueError for one stream."""
         if self.config.parscale_n == 1:
             raise ValueError("parscale_n must be above 1: one stream keeps the base model's own cache")
-        return StreamCache(self.prefixes(), self.parts.kinds, getattr(self.parts.config, "sliding_window", None))
+        prefixes = [(keys.clone(), values.clone()) for keys, values in self.prefixes()]
+        return StreamCache(prefixes, self.parts.kinds, getattr(self.parts.config, "sliding_window", None))
 
     def forward(
         self,
@@ -309,17 +320,25 @@ class ParScaleForCausalLM(WrappedForCausalLM):
             inputs_embeds = parts.embed(input_ids)
         batch, tokens = inputs_embeds.shape[:2]
         if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim not in (2, 4)):
-            raise ValueError("attention_mask must be one tensor of (batch, tokens) or of (batch, 1, queries, keys)")
+            raise ValueError(
+                "attention_mask must be one tensor of (batch, tokens) or of (batch or 1, 1, queries, keys)"
+            )
         implementation = parts.layers[0].self_attn.config._attn_implementation
         if why := why_no_attention(implementation):
             raise ValueError(why)
         replayed = self.training and torch.is_grad_enabled() and _checkpoints(parts.layers)
+        if replayed and cache is not None:
+            raise ValueError(
+                "cache must be left out under gradient checkpointing: layers that run twice would fill it twice"
+            )
         if use_cache is None:
             use_cache = bool(getattr(parts.config, "use_cache", True)) and not self.training
         cache = self._cache(cache, batch, bool(use_cache) and not replayed)
         reader = Reader(self.prefixes()) if cache is None else cache
 
-        rows = None if attention_mask is None else repeated(attention_mask, count)
+        rows = attention_mask
+        if rows is not None and not (rows.ndim == 4 and len(rows) == 1):  # one for all rows serves all streams too
+            rows = repeated(rows, count)
         places = position_ids if position_ids is None or len(position_ids) == 1 else repeated(position_ids, count)
         run = parts.begin(None, rows, places, cache, repeated(inputs_embeds, count))
         masks = {
@@ -453,8 +472,11 @@ def load_adapter(base: nn.Module, folder: Path | str) -> ParScaleForCausalLM:
 
     The base must be the one that the adapter was stored with, in any floating-point dtype: its sizes, what else of its configuration
     changes what it computes, and a few weights of each matrix are compared. Quantise it, or give it other adapters, afterwards.
-    Raises InputError for a folder that holds no such adapter, or one of another base, before anything changes; ValueError as `from_base`.
+    Raises TypeError for a base that is no model of transformers, InputError for a folder that holds no such adapter, or one of another
+    base, before anything changes; ValueError as `from_base`.
     """
+    if not isinstance(settings := getattr(base, "config", None), PretrainedConfig):
+        raise TypeError(f"base must be a model of transformers, got {type(base).__name__}")
     folder = Path(folder)
     try:
         known = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
@@ -465,20 +487,27 @@ def load_adapter(base: nn.Module, folder: Path | str) -> ParScaleForCausalLM:
         raise InputError(f"{folder / SETTINGS} must describe an adapter of ParScale")
     asked = {name: known[name] for name in _settings(ParScaleConfig()) if name in known}
     try:
-        ParScaleConfig(base=base.config, **asked)  # type: ignore[arg-type]
+        config = ParScaleConfig(base=settings, **asked)
     except (TypeError, ValueError) as error:
         raise InputError(f"{folder / SETTINGS}: {error}") from None
-    for name, value in _described(base.config).items():
+    kind = known["base"].get("model_type")
+    if settings.model_type != kind:  # another kind of model need not have the other fields
+        raise InputError(f"base must have model_type {kind}, as the adapter's, got {settings.model_type}")
+    for name, value in _described(settings).items():
         if known["base"].get(name) != value:
             raise InputError(f"base must have {name} {known['base'].get(name)}, as the adapter's, got {value}")
     stored, found = kept.pop(SAMPLE, None), sample_of(base)
     if stored is None or stored.shape != found.shape or not torch.allclose(found, stored, rtol=ROUNDING, atol=1e-6):
-        kind = known["base"]["model_type"]
         raise InputError(f"base must be the {kind} model that the adapter in {folder} was made for: its weights differ")
-    model = ParScaleForCausalLM.from_base(base, **asked)
-    wanted = _own(model)
-    if kept.keys() != wanted.keys() or any(kept[name].shape != wanted[name].shape for name in wanted):
+    with torch.device("meta"):
+        wanted = {
+            f"{part}.{name}": value.shape
+            for part, module in own_modules(config).items()
+            for name, value in module.state_dict().items()
+        }
+    if {name: value.shape for name, value in kept.items()} != wanted:
         raise InputError(f"{folder / WEIGHTS} does not hold the tensors that its settings ask for")
+    model = ParScaleForCausalLM.from_base(base, **asked)
     model.load_state_dict(kept, strict=False)
     return model
 
@@ -510,7 +539,9 @@ def _described(base: Any) -> dict[str, Any]:
     kv_heads, head_dim = head_sizes(base)
     names = (
         "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act",
-        "hidden_activation", "rms_norm_eps", "rope_parameters", "sliding_window", "layer_types", "tie_word_embeddings",
+        "hidden_activation", "rms_norm_eps", "rope_parameters", "sliding_window", "layer_types", "no_rope_layers", "attention_bias",
+        "mlp_bias", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention",
+        "num_experts_per_tok", "norm_topk_prob", "tie_word_embeddings",
     )  # fmt: skip
     found = {name: getattr(base, name, None) for name in names}
     described: dict[str, Any] = json.loads(json.dumps({**found, "kv_heads": kv_heads, "head_dim": head_dim}))

@@ -65,6 +65,8 @@ def from_released(
     Raises InputError for a configuration that `released_config` refuses, and for tensors that are missing, of another shape, or unknown.
     """
     config = released_config(fields)
+    if not tensors:
+        raise InputError("the checkpoint must hold tensors, got none")
     dtype = dtype or next(iter(tensors.values())).dtype
     model = ParScaleForCausalLM(config)
     cast(Any, model).to(dtype)

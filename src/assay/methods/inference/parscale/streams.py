@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from assay import checks
 from assay.methods.core.models.decoder import Parts
 
 Prefix = tuple[Tensor, Tensor]  # keys and values of one layer, (streams, key-value heads, prefix tokens, head dim)
@@ -49,12 +50,6 @@ class PrefixLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[-2] - self.prefix[0].shape[-2]
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Raises ValueError for more tokens than there are: the prefix stays."""
-        if -tokens_to_remove > self.get_seq_length():
-            raise ValueError(f"tokens_to_remove must be at least {-self.get_seq_length()}, got {tokens_to_remove}")
-        super().crop(tokens_to_remove)
-
 
 class SlidingPrefixLayer(DynamicSlidingWindowLayer):
     """A layer that keeps the last tokens of a window; the prefix does not leave it."""
@@ -72,8 +67,8 @@ class SlidingPrefixLayer(DynamicSlidingWindowLayer):
 class StreamCache(Cache):
     """The cache of several streams: lengths and orders are those of the sequences, rows those of all their streams.
 
-    `reorder_cache` and `batch_select_indices` take indices of sequences and move all streams of each; `crop` and
-    `batch_repeat_interleave` are transformers'. Made by `ParScaleForCausalLM.new_cache`.
+    `reorder_cache` and `batch_select_indices` take indices of sequences and move all streams of each; `batch_repeat_interleave` is
+    transformers'. Made by `ParScaleForCausalLM.new_cache`.
     """
 
     def __init__(self, prefixes: Sequence[Prefix], kinds: Sequence[str], sliding_window: int | None) -> None:
@@ -95,6 +90,24 @@ class StreamCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(self._rows(indices))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens, their number below zero as transformers gives it, in all layers.
+
+        Raises ValueError, before any layer changes, for more tokens than there are (prefixes stay), and where a window has left behind
+        what would come into it again; transformers' `activate_past_recording` keeps that.
+        """
+        length = self.get_seq_length()
+        count = -checks.whole("tokens_to_remove", tokens_to_remove, low=-length, high=0)
+        for layer in self.layers:
+            if count and isinstance(layer, SlidingPrefixLayer):
+                held, needed = cast(Any, layer).keys.shape[-2], min(layer.sliding_window - 1, length - count) + count
+                if held < needed:
+                    raise ValueError(
+                        f"tokens_to_remove must be 0: a window of {layer.sliding_window} has left tokens behind that would come into it "
+                        f"again, got {tokens_to_remove}; call activate_past_recording before the tokens are read"
+                    )
+        super().crop(tokens_to_remove)
 
     def _rows(self, indices: Tensor) -> Tensor:
         """The rows of all streams of the sequences `indices`: numbers, or a bool for each."""

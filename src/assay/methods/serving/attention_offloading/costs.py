@@ -214,7 +214,7 @@ class Split:
         A batch goes through its layers one after the other: the slice of the model, the query to the memory devices, attention, the
         output back. With `overlap`, keys and values are projected and sent while attention looks at the earlier tokens. No token comes
         faster than that chain, than all batches' slices on the replicas, their attention on the memory devices, and their bytes on the
-        network.
+        network. What is no layer's (the head) counts as spread evenly over the layers: a small part of large models, not of small ones.
         """
         rows = checks.whole("rows", rows, low=0)
         share = math.ceil(rows / self.batches)  # of the largest batch

@@ -23,6 +23,7 @@ from assay.methods.serving.attention_offloading.slicing import Part, Slice, Slic
 from assay.methods.serving.attention_offloading.timeline import Timeline
 
 PROBE = 4  # tokens
+CLOSED = -1  # the slot of a batch that was closed
 KINDS = {"full_attention", "sliding_attention"}
 
 
@@ -55,7 +56,8 @@ class SplitDecoder:
     `overlap` lets attention begin at the earlier tokens when the query is there; without it, query, key and value are sent together.
     `timeline`, when set, takes what happens here (lanes "model" and "wait") and in the pool.
     The model is run on a few tokens both ways: what does not give the same is refused, and so are soft caps, sinks and chunks, with
-    ValueError. Weights that change in place take effect at once; where parameters were exchanged the slices are made anew.
+    ValueError. Weights that change in place take effect at once; where parameters were exchanged, or have another dtype, the slices are
+    made anew. What open batches hold stays as it was: after `model.bfloat16()` `restore` them.
     """
 
     def __init__(self, model: nn.Module, pool: Pool, *, overlap: bool = True) -> None:
@@ -73,7 +75,7 @@ class SplitDecoder:
         self._kv_heads = getattr(config, "num_key_value_heads", None) or self._heads
         self._windows = [window or 0 for window in windows(model)]
         self._sliced: dict[int, Sliced] = {}
-        self._parameters: tuple[Tensor, ...] = ()
+        self._parameters: list[tuple[Tensor, torch.dtype]] = []
         self._check()
 
     # ------------------------------------------------------------------------------------------------------------- batches
@@ -110,8 +112,9 @@ class SplitDecoder:
         return batch
 
     def close(self, batch: Batch) -> None:
-        """Forget a batch's keys and values."""
+        """Forget a batch's keys and values. It cannot be decoded any more, but `restore` opens it again."""
         batch.pool.close_batch(batch.slot)
+        batch.slot = CLOSED  # its slot may be another's next
 
     @torch.no_grad()
     def restore(self, batch: Batch, pool: Pool | None = None) -> None:
@@ -127,8 +130,11 @@ class SplitDecoder:
         self._fill(batch, batch.length)
 
     def rewind(self, batch: Batch, tokens: int) -> None:
-        """Forget the last tokens of a batch; its `logits` are then those of none. Raises ValueError where a window has let tokens go."""
-        tokens = checks.whole("tokens", tokens, low=0, high=batch.length - 1)
+        """Forget the last tokens of a batch; its `logits` are then those of none. Each row keeps its first token.
+
+        Raises ValueError for more than that, and where a window has let tokens go.
+        """
+        tokens = checks.whole("tokens", tokens, low=0, high=batch.length - 1 - int(batch.starts.max()))
         batch.pool.rewind(batch.slot, tokens)
         batch.tokens = batch.tokens[:, : batch.length - tokens]
 
@@ -184,26 +190,33 @@ class SplitDecoder:
 
     def step(self, batch: Batch, tokens: Tensor) -> Tensor:
         """Run a token of each row, int64 (rows,): the logits of the next one, (rows, vocabulary)."""
-        for _ in self._advance(batch, tokens):
-            pass
-        return batch.logits
+        return self.step_together([batch], [tokens])[0]
 
     def step_together(self, batches: Sequence[Batch], tokens: Sequence[Tensor]) -> list[Tensor]:
         """A step of several batches in turn: while one's attention is under way the others' slices run. Their logits, in order.
 
-        Raises ValueError unless there is one tensor of tokens a batch.
+        Raises ValueError unless there is one tensor of tokens a batch, for a token outside the vocabulary, and for a batch that is closed
+        or given twice; no batch has then gone on.
         """
         if len(batches) != len(tokens):
             raise ValueError(f"tokens must be given for each of the {len(batches)} batches, got {len(tokens)}")
+        self._ready(batches)
+        known = self.model.get_input_embeddings().weight.shape[0]
+        for batch, ids in zip(batches, tokens, strict=True):
+            checks.tensor("tokens", ids, shape=(batch.rows,), dtype="integer")
+            if not bool(((ids >= 0) & (ids < known)).all()):
+                raise ValueError(f"tokens must be at least 0 and below the vocabulary's {known}, got {ids.tolist()}")
         _in_turn([self._advance(batch, ids) for batch, ids in zip(batches, tokens, strict=True)])
         return [batch.logits for batch in batches]
 
     def generate(self, batches: Sequence[Batch], new_tokens: int) -> list[Tensor]:
         """The `new_tokens` most likely tokens of each row, int64 (rows, new_tokens) a batch; batches run in turn.
 
-        The last one has been chosen and not been run, as in transformers. End tokens are not looked for.
+        The last one has been chosen and not been run, as in transformers. End tokens are not looked for. Raises ValueError for a batch that
+        is closed or given twice, before anything runs.
         """
         count = checks.whole("new_tokens", new_tokens, low=1)
+        self._ready(batches)
         found: list[list[Tensor]] = [[] for _ in batches]
 
         def run(batch: Batch, into: list[Tensor]) -> Iterator[None]:
@@ -215,13 +228,21 @@ class SplitDecoder:
         _in_turn([run(batch, into) for batch, into in zip(batches, found, strict=True)])
         return [torch.stack(tokens, 1) for tokens in found]
 
+    def _ready(self, batches: Sequence[Batch]) -> None:
+        """Refuse what would stop half-way, with some batches a layer further than others."""
+        if len({id(batch) for batch in batches}) < len(batches):
+            raise ValueError("batches must each be given once")
+        for batch in batches:
+            if not batch.pool.is_open(batch.slot):
+                raise ValueError("batches must be open: one was closed, or its pool was")
+            self._slices(batch.rows)
+
     @torch.no_grad()
     def _advance(self, batch: Batch, tokens: Tensor) -> Iterator[None]:
         """One token of a batch; yields whenever its attention is under way."""
-        ids = checks.tensor("tokens", tokens, shape=(batch.rows,), dtype="integer")
         cuts = self._slices(batch.rows)
         places = batch.length - batch.starts
-        values = {cuts.inputs[0]: ids[:, None], cuts.inputs[1]: places[:, None]}
+        values = {cuts.inputs[0]: tokens[:, None], cuts.inputs[1]: places[:, None]}
         pool, slot = batch.pool, batch.slot
         for number, one in enumerate(cuts.slices):
             if one.layer < 0:
@@ -246,7 +267,7 @@ class SplitDecoder:
             for name in one.done:
                 values.pop(name, None)
         batch.logits = values[cuts.logits][:, -1]
-        batch.tokens = torch.cat([batch.tokens, ids[:, None]], 1)
+        batch.tokens = torch.cat([batch.tokens, tokens[:, None]], 1)
 
     def _run(self, part: Part | None, values: dict[str, Tensor], slot: int, layer: int) -> None:
         if part is None:
@@ -268,13 +289,14 @@ class SplitDecoder:
         return list(self._sliced.values())[-1].slices
 
     def _slices(self, rows: int) -> Sliced:
-        """The slices for so many rows, made once and again when parameters were exchanged."""
-        parameters = tuple(self.model.parameters())
-        if len(parameters) != len(self._parameters) or any(
-            a is not b for a, b in zip(parameters, self._parameters, strict=True)
+        """The slices for so many rows, made once and again when parameters were exchanged or have another dtype."""
+        found = [(parameter, parameter.dtype) for parameter in self.model.parameters()]
+        if len(found) != len(self._parameters) or any(
+            one is not other or dtype != before
+            for (one, dtype), (other, before) in zip(found, self._parameters, strict=True)
         ):
             self._sliced.clear()
-            self._parameters = parameters
+            self._parameters = found
         if rows not in self._sliced:
             made = sliced(trace(self.model, rows), rows)
             layers = [one.layer for one in made.slices[:-1]]

@@ -150,7 +150,6 @@ def _entry(
         gone = max(0, tokens - (layer.window - 1)) if layer.window else 0
         layer.pool.fill(layer.slot, layer.number, key[:, :, gone:], value[:, :, gone:], dropped=gone)
     else:
-        layer.pool.ask(layer.slot, layer.number, query, scale)
-        layer.pool.give(layer.slot, layer.number, key, value)
-        output = layer.pool.take(layer.slot, layer.number)
+        layer.pool.whole(layer.slot, layer.number, query, key, value, scale)
+        output = layer.pool.take(layer.slot, layer.number).to(query.device)
     return output.transpose(1, 2).contiguous(), None

@@ -90,7 +90,7 @@ class Pool(ABC):
     def open(
         self, slot: int, *, heads: int, kv_heads: int, starts: Sequence[int], windows: Sequence[int], tokens: int = 0
     ) -> None:
-        """Begin a batch of len(starts) rows: the first token of each row, the window of each layer (0: none).
+        """Begin a batch of len(starts) rows: the first token of each row, the window of each layer (0: none). One that lay there is closed.
 
         Raises ValueError for a slot that there is not, no rows, and heads that cannot be shared.
         """
@@ -99,6 +99,7 @@ class Pool(ABC):
         if not rows:
             raise ValueError("starts must hold at least one row")
         parts = shares(self.count, self.partition, rows, heads, kv_heads)
+        self.close_batch(slot)
         for share in parts:
             self._open(share.device, slot, Spec(tuple(starts[share.rows]), tuple(windows), tokens))
         self._batches[slot] = _Batch(parts, rows, heads, kv_heads, len(windows))
@@ -153,6 +154,10 @@ class Pool(ABC):
         batch = self._batches.pop(slot, None)
         for share in batch.shares if batch is not None else ():
             self._close(share.device, slot)
+
+    def is_open(self, slot: int) -> bool:
+        """Whether a batch lies in a slot."""
+        return slot in self._batches
 
     def _batch(self, slot: int) -> _Batch:
         if slot not in self._batches:
@@ -225,6 +230,8 @@ class LocalPool(Pool):
 
     def _close(self, device: int, slot: int) -> None:
         self.holders[device].close(slot)
+        for key in [key for key in self._out if key[:2] == (device, slot)]:
+            del self._out[key]
 
 
 def gathered(pool: Pool, slot: int) -> list[tuple[Tensor, Tensor]]:

@@ -67,7 +67,11 @@ class Shape(ModelShape):
         return Sent(self.heads * self.head_dim, self.numbers_kept(), self.heads * self.head_dim)
 
     def keys_values_share(self) -> float:
-        """The share of a layer's parameters that projects keys and values, and can run while the query is on its way."""
+        """The share of all parameters that projects keys and values, and can run while the query is on its way.
+
+        It is a layer's share too where embeddings and head are a small part of the model, as in large ones; not in a model of a few hundred
+        million parameters, whose layers have a larger share.
+        """
         return min(1.0, self.numbers_kept() * self.width * self.layers / self.parameters)
 
 
@@ -95,7 +99,10 @@ class LatentShape(Shape):
 
 
 def shape_of(model: Any) -> Shape:
-    """The shape of a decoder of transformers, sizes of numbers included. Nothing is run."""
+    """The shape of a decoder of transformers, sizes of numbers included. Nothing is run.
+
+    For dense decoders: of experts all parameters count, though a token needs few.
+    """
     from assay.methods.core.attention.integration import windows
 
     config = model.config.get_text_config()

@@ -245,6 +245,10 @@ class AttentionWorkers(Pool):
 
     def _close(self, device: int, slot: int) -> None:
         self._send(device, HEADER.pack(CLOSE, slot, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0, 0.0))
+        self._expect(device, ACK)
+        self._sent.pop((device, slot), None)
+        for key in [key for key in self._done if key[:2] == (device, slot)]:  # answers that nobody took
+            del self._done[key]
 
     def _put(
         self,
@@ -406,7 +410,7 @@ def _answer(
         return b""
     if kind == CLOSE:
         holder.close(slot)
-        return b""
+        return bytes([ACK])
     if kind == REWIND:
         holder.rewind(slot, number)
         return bytes([ACK])

@@ -4,8 +4,8 @@ After "POLCA: Power Oversubscription in LLM Cloud Providers" (2023) and its exte
 for LLMs in the Cloud" (ASPLOS 2024). Serving draws its peak in short prompt phases and less while it makes tokens, and a row of many
 servers averages that out. So a row provisioned for all peaks at once has room for more servers, if something catches the moments when
 it has not: above a first threshold low-priority servers run at a lower clock, above a second one at a lower one still, and if that does
-not suffice high-priority servers are slowed a little too. Caps take tens of seconds to act; a brake that slows everybody down acts at
-once, and is to be avoided altogether.
+not suffice high-priority servers are slowed a little too. Caps take tens of seconds to act; a brake that slows everybody down acts
+within seconds, and is to be avoided altogether.
 
     row = RowSpec(base=40, added=12)
     trace = synthetic(Workload(), row)                                  # made up, and says so

@@ -111,14 +111,19 @@ class PowerRecorder:
         return PowerTrace(np.diff(total) / self.interval, self.interval, ", ".join(self.joules))
 
     def write(self, path: Path | str) -> None:
-        """A CSV file with `seconds` (of each interval's end), `watts` and each counter's watts. Raises MissingError as `trace` does."""
+        """A CSV file with `seconds` (of each interval's end), `watts` and each counter's watts. Raises MissingError as `trace` does.
+
+        The last interval ends with the work, not after `interval`: where it has not even half of that it is left out.
+        """
         if len(self.seconds) < 2:
             raise MissingError(self.missing or self.stopped or "nothing was recorded")
         gaps = np.maximum(np.diff(self.seconds), 1e-9)
-        watts = {name: np.diff(values) / gaps for name, values in self.joules.items()}
+        if len(gaps) > 1 and gaps[-1] < self.interval / 2:  # counters step: a few microseconds draw 0 W, or 100 kW
+            gaps = gaps[:-1]
+        watts = {name: np.diff(values)[: len(gaps)] / gaps for name, values in self.joules.items()}
         with atomic_file(Path(path)) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream)
             writer.writerow(["seconds", "watts", *watts])
-            for place, at in enumerate(self.seconds[1:]):
+            for place, at in enumerate(self.seconds[1 : len(gaps) + 1]):
                 drawn = [float(values[place]) for values in watts.values()]
                 writer.writerow([f"{at:.6f}", f"{sum(drawn):.6g}", *(f"{one:.6g}" for one in drawn)])

@@ -143,7 +143,7 @@ def simulate_row(
     """Run requests, whose tenant is their server's number, through a row under a policy.
 
     `groups` says for each server which of the policy's settings it gets; None: those of its priority. `seconds` is how long the draw is
-    recorded at least. A changed clock counts from a server's next turn on (a few steps later at most).
+    recorded at least. A changed clock counts from a server's next turn on: after at most a prompt and `steps` steps.
     Raises ValueError for a request whose tenant is no server, and for groups of another length.
     """
     names = {str(number) for number in range(row.servers)}
@@ -387,7 +387,8 @@ def gates_used(result: RowResult, reference: RowResult, gates: Mapping[tuple[int
 
 
 def goodput(result: RowResult, reference: RowResult, *, high: float = 0.05, low: float = 0.5) -> float:
-    """Answers a second, until the last of them, that took no more than 5 % (low priority: 50 %) longer than the same in `reference`."""
+    """Good answers a second, until the last one of `reference` to the same requests: those that took at most 5 % (low priority: 50 %)
+    longer than there."""
     wanted = {one.request for one in result.served}
     alike: dict[Request, deque[float]] = {}
     for one in sorted(reference.served, key=lambda one: one.end):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -126,7 +127,10 @@ class Thresholds:
 
 
 def rises(trace: PowerTrace, delay: float) -> np.ndarray:
-    """By how many watts the draw rises at most within `delay` seconds of each sample (0 where it only falls)."""
+    """By how many watts the draw rises at most within `delay` seconds of each sample (0 where it only falls).
+
+    Where the delay ends between two samples the later one counts too: nothing is known of what lies before it.
+    """
     ahead = _samples(trace, delay)
     padded = np.concatenate([trace.watts, np.full(ahead, -np.inf)])
     highest = np.lib.stride_tricks.sliding_window_view(padded, ahead + 1).max(axis=1)
@@ -171,5 +175,5 @@ def violations(trace: PowerTrace, threshold: float, *, budget: float, delay: flo
 
 
 def _samples(trace: PowerTrace, delay: float) -> int:
-    """Samples within a delay, its end included."""
-    return int(checks.number("delay", delay, above=0) / trace.interval + 1e-9)
+    """Samples until a delay is over: it ends at the last of them or before."""
+    return math.ceil(checks.number("delay", delay, above=0) / trace.interval - 1e-9)
