@@ -10,7 +10,7 @@ from assay.workloads.sequences import byte_batches
 
 
 def model():
-    return language.small_llama(width=32, layers=2, heads=2)
+    return language.small_llama(width=32, layers=2, heads=2, tie_word_embeddings=True)
 
 
 def made(key, steps=3, sources=(language,)):
