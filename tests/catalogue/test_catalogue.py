@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from assay.catalogue import FAMILIES, FORMS, QUANTITIES, SAVES, get, get_claim, papers
+from assay.catalogue import FAMILIES, FORMS, MODELS, QUANTITIES, RELATIONS, SAVES, get, get_claim, lineage, papers
 from assay.catalogue import search as searching
 from assay.cli.papers import page
 from assay.errors import InputError
@@ -28,6 +28,8 @@ def test_entry(paper):
     assert paper.family in FAMILIES
     assert paper.saves
     assert set(paper.saves) <= set(SAVES)
+    assert paper.models
+    assert set(paper.models) <= set(MODELS)
     assert 30 <= len(paper.summary) <= 400
     assert paper.arxiv is None or re.fullmatch(r"\d{4}\.\d{4,5}", paper.arxiv)
     assert paper.year is None or 2010 <= paper.year <= 2026
@@ -42,7 +44,7 @@ def test_entry(paper):
 
 
 FILES = sorted(Path(str(resources.files("assay.catalogue") / "papers")).iterdir())
-PAPER_KEYS = {"slug", "number", "title", "year", "arxiv", "family", "summary", "saves", "code", "claims"}
+PAPER_KEYS = {"slug", "number", "title", "year", "arxiv", "family", "summary", "saves", "models", "code", "claims"}
 CLAIM_KEYS = {"id", "metric", "value", "unit", "baseline", "conditions", "better", "form", "quantity", "baseline_value"}
 
 
@@ -59,13 +61,14 @@ def test_file(file):
     for entry in document["paper"]:
         assert entry["family"] == file.stem, f"{entry['slug']} stands in {file.name}"
         assert set(entry) <= PAPER_KEYS, entry["slug"]
-        assert {"slug", "number", "title", "family", "summary", "saves"} <= set(entry), entry["slug"]
+        assert {"slug", "number", "title", "family", "summary", "saves", "models"} <= set(entry), entry["slug"]
         kinds = {
             "slug": str,
             "number": int,
             "title": str,
             "summary": str,
             "saves": list,
+            "models": list,
             "year": int,
             "arxiv": str,
             "code": str,
@@ -83,6 +86,17 @@ def test_file(file):
             assert claim.get("form", "ratio") in FORMS, where
             assert claim.get("quantity", "time") in QUANTITIES, where
             assert all(type(claim.get(key, "")) is str for key in CLAIM_KEYS - {"value", "baseline_value"}), where
+
+
+def test_lineage_names_papers_and_says_where_it_stands():
+    known = {paper.slug for paper in papers()}
+    pairs = [(edge.paper, edge.other) for edge in lineage()]
+    assert len(pairs) == len(set(pairs)) > 0
+    for edge in lineage():
+        assert {edge.paper, edge.other} <= known
+        assert edge.paper != edge.other
+        assert edge.relation in RELATIONS
+        assert len(edge.source) > 10
 
 
 def test_ids_are_those_of_one_paper():

@@ -63,7 +63,12 @@ def test_bad_usage_is_one_line_with_its_code(capsys, tmp_path, monkeypatch, argu
     assert found == code
     *progress, last = err.strip().splitlines()
     assert says in last
-    assert progress in ([], ["assay: searching the catalogue"], ["assay: loading the experiments"])
+    signs = (
+        "assay: searching the catalogue",
+        "assay: loading the experiments",
+        "tuning smollm2-135m for ",
+    )  # of life, where it takes long
+    assert all(line.startswith(signs) for line in progress)
     assert out == ""
 
 

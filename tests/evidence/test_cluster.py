@@ -12,6 +12,7 @@ from assay.errors import InputError, MissingError
 from assay.evidence import cluster, place
 from assay.evidence.cluster import RayCluster
 from assay.evidence.jobs import Job, Outcome
+from assay.evidence.record import changed
 from assay.evidence.runner import verify
 from assay.evidence.store import Store
 from assay.evidence.types import Verdict
@@ -145,7 +146,8 @@ def test_a_local_cluster(tmp_path, monkeypatch):
     told = {
         (record.claim, tuple(record.point.values())): (
             record.status,
-            judge(record).verdict if record.status == "ok" else None,
+            # whoever else uses this machine says nothing about the cluster
+            judge(changed(record, noisy=False, noise="")).verdict if record.status == "ok" else None,
         )
         for record in records
     }

@@ -347,6 +347,42 @@ def test_remarks_say_which_arm_is_better():
     assert remarks(rival) == ["sinks and window keeps as much quality at this budget (top-1 0.9)"]
 
 
+def test_remarks_name_the_deletion_and_the_draw_that_do_as_well():
+    """Also where they keep less than the baseline and the metric is sensitive to both: here the method itself lost more."""
+    lossy = {
+        "metric": "nats a byte",
+        "higher_is_better": False,
+        "baseline": 1.806,
+        "candidate": 1.858,
+        "low": 1.85,
+        "high": 1.866,
+    }
+    controls = {"deleted": 1.838, "random": 1.858, "rival": 1.859, "gate only": 1.845}
+    found = make(quality=QUALITY | lossy | {"controls": controls})
+    assert judge(found).verdict is N
+    assert remarks(found) == [
+        "the method deleted keeps as much quality at this budget (nats a byte 1.838)",
+        "a random choice keeps as much quality at this budget (nats a byte 1.858)",
+        "gate only keeps as much quality at this budget (nats a byte 1.845)",
+    ]
+    assert remarks(make(**quality(controls={"deleted": 0.5, "random": 0.6, "rival": 0.85}))) == []
+
+
+def test_remarks_name_the_controls_of_a_figure_that_is_a_quality():
+    gain = {"kind": "figure", "form": "points", "unit": "points", "paper_unit": "points", "quality": None}
+    gain |= {"measured": estimate(4.0, 5.0, 6.0)}
+    assert remarks(make(**gain, controls={"deleted": 1.0, "random": 4.0, "rival": 3.0})) == [
+        "a random choice does as well (4 points)"
+    ]
+    assert remarks(make(**gain, controls={"deleted": 4.5, "random": 2.0})) == [
+        "the method deleted does as well (4.5 points)"
+    ]
+    less = gain | {"higher_is_better": False}
+    assert remarks(make(**less, controls={"deleted": 7.0, "random": 6.0})) == [
+        "a random choice does as well (6 points)"
+    ]
+
+
 def of(*records, stale=()):
     (found,) = summaries(records, is_stale=lambda record: record.id in stale)
     return found

@@ -54,5 +54,15 @@ def test_the_floor_is_that_of_a_table_of_pairs():
     assert floor < language.bigram_floor(inputs, torch.randint(0, 256, targets.shape)) - 1
 
 
+def test_a_table_of_pairs_by_hand():
+    """Pairs 0-1 (twice), 1-0, 1-2; tokens behind another 0, 1, 1, 2: a pair counts, and a share of one pair more by its second token."""
+    found = language.bigram_table(torch.tensor([0, 1, 0, 1, 2]), 3).exp()
+    alone = torch.tensor([2, 3, 2]) / 7
+    counts = torch.tensor([[0, 2, 0], [1, 0, 1], [0, 0, 0]])
+    expected = (counts + alone) / torch.tensor([[3], [3], [1]])
+    torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.sum(1), torch.ones(3, dtype=torch.float64))
+
+
 def test_parts_of_the_text_differ():
     assert not torch.equal(language.heldout(64, 4)[0], language.validation(64, 4)[0])

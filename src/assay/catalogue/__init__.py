@@ -15,6 +15,10 @@ from typing import Any
 from assay.errors import InputError
 
 SAVES = ("time", "memory", "energy", "communication", "data", "money", "tokens")
+MODELS = (
+    "language", "encoder", "encoder-decoder", "vision", "diffusion", "multimodal", "graph", "any network", "no model",
+)  # fmt: skip
+"""What kind of model a paper works on; "language" are decoders, "any network" whatever has weights."""
 FAMILIES = (
     "attention", "mixers", "layers", "inference", "serving", "compression", "reasoning", "code", "moe", "training",
     "hardware", "federated", "multimodal", "vision", "generation", "alignment", "graphs", "estimators", "science",
@@ -30,6 +34,8 @@ FORMS = {
     "about": "two-sided: as good as, comparable, about so many",
 }
 QUANTITIES = ("time", "memory", "quality", "count")
+RELATIONS = {"builds on": "is built on by", "compares with": "is compared with by", "covers": "is covered by"}
+"""How one paper speaks of another, and how the other sees it."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Paper:
     family: str
     summary: str
     saves: tuple[str, ...]
+    models: tuple[str, ...]
     claims: tuple[Claim, ...]
     year: int | None = None
     arxiv: str | None = None
@@ -76,6 +83,23 @@ class Paper:
     @property
     def module(self) -> str:
         return f"assay.methods.{self.family}.{self.slug}"
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One paper of the catalogue speaks of another: `paper` `relation` `other`, as `source` says."""
+
+    paper: str
+    relation: str
+    other: str
+    source: str
+
+
+@cache
+def lineage() -> tuple[Edge, ...]:
+    """What is known of how the papers of the catalogue follow from each other; far from all of it."""
+    file = resources.files(__package__) / "lineage.toml"
+    return tuple(Edge(**entry) for entry in tomllib.loads(file.read_text(encoding="utf-8"))["edge"])
 
 
 @cache
@@ -138,6 +162,7 @@ def _paper(entry: dict[str, Any]) -> Paper:
         entry["family"],
         entry["summary"],
         tuple(entry["saves"]),
+        tuple(entry["models"]),
         claims,
         **fields,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import re
@@ -37,21 +38,32 @@ def search(question: str, *, limit: int = 10, say: Callable[[str], None] | None 
 
     Raises InputError for an empty question or a limit below 1.
     """
+    _check(question, limit)
+    folder = model_folder()
+    if folder is None:
+        return by_words(question, limit=limit)
+    if say is not None:
+        say("loading the language model (the first search also embeds the catalogue)")
+    texts = [document(paper) for paper in papers()]
+    return _best(embed(folder, [question])[0] @ embedded(folder, texts).T, "embedding", limit)
+
+
+def by_words(question: str, *, limit: int = 10) -> list[Hit]:
+    """The papers that share rare words with a question, best first: at once, and without a model. Raises InputError like `search`."""
+    _check(question, limit)
+    return _best(bm25(question, [document(paper) for paper in papers()]), "bm25", limit)
+
+
+def _check(question: str, limit: int) -> None:
     if not question.strip():
         raise InputError("the question is empty; ask e.g. `assay search 'long prompts slow on CPU'`")
     if limit < 1:
         raise InputError(f"--limit must be at least 1, got {limit}")
-    known = papers()
-    texts = [document(paper) for paper in known]
-    folder = model_folder()
-    if folder is not None:
-        if say is not None:
-            say("loading the language model (the first search also embeds the catalogue)")
-        scores, method = embed(folder, [question])[0] @ embedded(folder, texts).T, "embedding"
-    else:
-        scores, method = bm25(question, texts), "bm25"
+
+
+def _best(scores: np.ndarray, method: str, limit: int) -> list[Hit]:
     order = np.argsort(-scores, kind="stable")[:limit]
-    return [Hit(known[i], float(scores[i]), method) for i in order]
+    return [Hit(papers()[i], float(scores[i]), method) for i in order]
 
 
 def document(paper: Paper) -> str:
@@ -94,15 +106,8 @@ def embedded(folder: Path, texts: Sequence[str]) -> np.ndarray:
 def embed(folder: Path, texts: Sequence[str]) -> np.ndarray:
     """Mean-pooled, normalised MiniLM embeddings, (len(texts), 384)."""
     import torch
-    from tokenizers import Tokenizer
-    from transformers import AutoModel
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    model: Any = AutoModel.from_pretrained(str(folder), use_safetensors=True).eval()
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(256)
-    tokenizer.no_padding()
+    model, tokenizer = _model(folder)
     vectors = []
     with torch.inference_mode():
         for text in texts:
@@ -110,6 +115,21 @@ def embed(folder: Path, texts: Sequence[str]) -> np.ndarray:
             states = model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
             vectors.append(torch.nn.functional.normalize(states.mean(1), dim=-1)[0])
     return torch.stack(vectors).numpy()
+
+
+@functools.cache
+def _model(folder: Path) -> tuple[Any, Any]:
+    """The language model and its tokenizer, loaded once a process."""
+    from tokenizers import Tokenizer
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = AutoModel.from_pretrained(str(folder), use_safetensors=True).eval()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(256)
+    tokenizer.no_padding()
+    return model, tokenizer
 
 
 def bm25(question: str, texts: Sequence[str], *, k1: float = 1.5, b: float = 0.75) -> np.ndarray:

@@ -27,6 +27,7 @@ def build() -> Any:
         search,
         serve,
         simulate,
+        site,
         tune,
         verify,
     )
@@ -38,7 +39,7 @@ def build() -> Any:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
-    for module in (papers, paper, search, verify, profile, tune, apply, serve, loadtest, simulate, doctor):
+    for module in (papers, paper, search, verify, profile, tune, apply, serve, loadtest, simulate, site, doctor):
         name = module.__name__.rsplit(".", 1)[1]
         app.command(name=name)(getattr(module, name))
     app.add_typer(evidence.app, name="evidence")

@@ -56,13 +56,16 @@ def of_this_process(claim: str) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """The versions of the packages that decide about figures, of those that are installed."""
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[f"package {name}"] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    found = {f"package {name}": _version(name) for name in VERSIONS}
+    return {name: version for name, version in found.items() if version is not None}
+
+
+@functools.cache
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def is_stale(record: Evidence) -> bool:

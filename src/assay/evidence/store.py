@@ -172,6 +172,12 @@ class Store:
             found = list(connection.execute(query).scalars())
         return [parse(text, f"a record in {self.name}") for text in reversed(found)]
 
+    def rows(self, *, after: int = 0) -> list[tuple[int, str]]:
+        """The rows behind the row `after`, oldest first: their number, and the record as text, unchecked."""
+        query = sa.select(table.c.seq, table.c.record).where(table.c.seq > after).order_by(table.c.seq)
+        with self._errors("read"), self._begin() as connection:
+            return [(row.seq, row.record) for row in connection.execute(query)]
+
     def get(self, id: str) -> Evidence:
         """The record whose id is or begins with `id`. Raises InputError when there is none, or more than one."""
         with self._errors("read"), self._begin() as connection:

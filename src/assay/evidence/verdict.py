@@ -51,6 +51,7 @@ BOUND = 1.25
 MATERIAL = 0.05
 SCALES = ("smoke", "small", "full")
 PAYS = (Verdict.REPRODUCED, Verdict.DIRECTION_HOLDS)
+CONTROL_NAMES = {"deleted": "the method deleted", "random": "a random choice", "rival": "the cheapest rival"}
 
 
 @dataclass(frozen=True)
@@ -272,9 +273,9 @@ def judge_quality(record: Evidence, *, needed: bool = True) -> Judgement | None:
     margin = allowed_loss(quality)
     for name in ("deleted", "random"):
         if name in quality.controls and loss(quality, quality.controls[name]) <= margin:
-            text = "with the method deleted" if name == "deleted" else "with a random choice"
             shown = f"{quality.controls[name]:.4g} against {quality.baseline:.4g}"
-            return Judgement(Verdict.QUALITY_NOT_SHOWN, f"the {quality.metric} is not sensitive: {text} it is {shown}")
+            text = f"the {quality.metric} is not sensitive: with {CONTROL_NAMES[name]} it is {shown}"
+            return Judgement(Verdict.QUALITY_NOT_SHOWN, text)
     ends = [end if end is not None else quality.candidate for end in (quality.low, quality.high)]
     losses = sorted(loss(quality, end) for end in ends)
     against = f"{quality.candidate:.4g} against {quality.baseline:.4g}, where {margin:.2g} may be lost"
@@ -294,11 +295,9 @@ def _judge_controls(record: Evidence) -> Judgement | None:
             if not record.higher_is_better:
                 better = record.measured.high < record.controls[name]
             if not better:
-                text = "the method deleted" if name == "deleted" else "a random choice"
-                return Judgement(
-                    Verdict.QUALITY_NOT_SHOWN,
-                    f"{text} does as well ({figure(record.controls[name], record.unit)}): the figure is not the method's",
-                )
+                seen = figure(record.controls[name], record.unit)
+                text = f"{CONTROL_NAMES[name]} does as well ({seen}): the figure is not the method's"
+                return Judgement(Verdict.QUALITY_NOT_SHOWN, text)
     return None
 
 
@@ -330,7 +329,7 @@ def void_training(record: Evidence) -> str:
 
 
 def remarks(record: Evidence) -> list[str]:
-    """What a reader must not miss: every recorded arm that does better than the paper's method."""
+    """What a reader must not miss: the recorded arms that do better than the paper's method, and the controls that do as well."""
     found = []
     usual = {"baseline", "free", "exact", "candidate again"}
     for arm, ratio in record.ratios.items():
@@ -338,19 +337,16 @@ def remarks(record: Evidence) -> list[str]:
             found.append(f"{arm} is faster ({1 / ratio.median:.3g}x)")
     if record.measured is not None and record.kind == "figure":
         for name, value in record.arms.items():
-            worst = record.measured.low if record.higher_is_better else record.measured.high
-            if (value > record.measured.high) if record.higher_is_better else (value < min(worst, record.measured.low)):
+            if value > record.measured.high if record.higher_is_better else value < record.measured.low:
                 found.append(f"{name} does better ({figure(value, record.unit)})")
-        rival = record.controls.get("rival")
-        if rival is not None and (
-            rival >= record.measured.low if record.higher_is_better else rival <= record.measured.high
-        ):
-            found.append(f"the cheapest rival does as well ({figure(rival, record.unit)})")
+        for name, value in record.controls.items():
+            if value >= record.measured.low if record.higher_is_better else value <= record.measured.high:
+                found.append(f"{CONTROL_NAMES.get(name, name)} does as well ({figure(value, record.unit)})")
     quality = record.quality
     if quality is not None and quality.baseline is not None:
         for name, value in quality.controls.items():
-            if name not in ("deleted", "random") and loss(quality, value) <= loss(quality, quality.candidate):
-                who = f"{quality.rival or 'the cheapest rival'}" if name == "rival" else name
+            if loss(quality, value) <= loss(quality, quality.candidate):
+                who = quality.rival if name == "rival" and quality.rival else CONTROL_NAMES.get(name, name)
                 found.append(f"{who} keeps as much quality at this budget ({quality.metric} {value:.4g})")
     return found
 

@@ -181,8 +181,7 @@ def calibrate(
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {device!r}")
     here = machine()
-    name = f"{here.fingerprint}-{torch.__version__}-{device}-{here.threads}-{METHOD}.json"
-    file = cache_dir() / "calibration" / name
+    file = _file(here, device)
     known = _load(file)
     idle = here.load < 0.25 * here.cores
     if known is not None and not force and not (known.noisy and idle):
@@ -199,6 +198,17 @@ def calibrate(
         with atomic_file(file) as temporary:
             temporary.write_text(json.dumps(found.as_dict(), indent=1))
     return found
+
+
+def stored_calibration(device: str = "cpu") -> Calibration | None:
+    """What `calibrate` found before on this machine, with this torch and thread count; None if it has not been called. Measures nothing."""
+    return _load(_file(machine(), device))
+
+
+def _file(here: Machine, device: str) -> Path:
+    import torch
+
+    return cache_dir() / "calibration" / f"{here.fingerprint}-{torch.__version__}-{device}-{here.threads}-{METHOD}.json"
 
 
 def _quiet(_: str) -> None:

@@ -12,7 +12,7 @@ from tests.properties.sabotage import record_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from assay.evidence.types import Verdict
-from assay.evidence.verdict import judge
+from assay.evidence.verdict import allowed_loss, judge
 from assay.experiments import experiments_of, rates
 from assay.experiments.inference import encdec_gemma as room
 from assay.experiments.inference import language
@@ -103,15 +103,23 @@ def test_a_decoder_that_does_not_read_its_prompt_is_noticed(monkeypatch, folder,
 
 @pytest.mark.slow
 def test_a_fast_answer_that_ignores_its_prompt_is_noticed(monkeypatch, folder, honest, broken):
-    """Times are granted: a thousand times slower is the baseline. Even so a model without an encoder is the better one."""
+    """Times are granted: a thousand times slower is the baseline. Even so a model without an encoder is better by more than the margin, and
+    the record says of answers that ignore their prompts that they are as likely behind another."""
     given(monkeypatch, folder, honest)
     before = record_of(LATENCY, TIMED)
     given(monkeypatch, folder, {**honest, "large encoder": broken["large encoder"]})
     after = record_of(LATENCY, TIMED)
     assert before.quality.baseline == max(arms.mean(arms.of(honest, name)) for name in ALONE)
     assert judge(before).verdict is Verdict.DOES_NOT_PAY
-    assert judge(after).verdict is Verdict.REFUTED
-    assert after.quality.high < before.quality.low
+    assert judge(after).verdict is Verdict.DOES_NOT_PAY
+    assert all(
+        ours > theirs
+        for ours, theirs in zip(*(arms.of(found, "large encoder") for found in (honest, broken)), strict=True)
+    )
+    for record, read in ((before, True), (after, False)):
+        quality, margin = record.quality, allowed_loss(record.quality)
+        assert (quality.candidate - quality.controls["another prompt"] > margin) == read
+        assert quality.baseline - quality.candidate > margin
 
 
 def test_the_latencys_quality_is_over_the_best_model_without_an_encoder(monkeypatch):
@@ -150,9 +158,28 @@ def test_the_latencys_quality_is_over_the_best_model_without_an_encoder(monkeypa
     assert (quality.controls["another prompt"], quality.controls["nothing read"]) == pytest.approx((0.06, 0.05))
 
 
-def test_answers_that_are_as_likely_behind_another_prompt_are_none():
-    for other, refuted in ((0.09, False), (0.1, True), (0.2, True), (math.nan, True)):
-        assert room.reads_nothing({"quality": {"low": 0.1, "controls": {"another prompt": other}}}) == refuted
+@pytest.mark.parametrize("spread", [0.0, 0.05])
+@pytest.mark.parametrize("other", [0.06, 0.2])
+def test_only_its_time_refutes_a_latency(monkeypatch, spread, other):
+    """Neither seeds that differ, nor a model that was trained so badly that it does not read, speak against the paper."""
+    scores = {
+        name: [
+            {
+                "likelihood": 0.11 + spread * (seed - 1),
+                "nll": -math.log(0.11),
+                "another prompt": other,
+                "nothing read": other,
+            }
+            for seed in arms.SEEDS
+        ]
+        for name in arms.LATENCY_ARMS
+    }
+    monkeypatch.setattr(room, "scores_of", lambda names, setting: scores)
+    monkeypatch.setattr(room, "tuned", lambda name, seed, setting: language.small_llama(width=32, layers=1).eval())
+    monkeypatch.setattr(room, "speedup", lambda baseline, candidate: {})
+    monkeypatch.setattr(arms, "HELD_OUT", 64)
+    record = record_of(LATENCY, {**TIMED, "setting": arms.SMOKE})
+    assert judge(record).verdict is not Verdict.REFUTED
 
 
 @pytest.mark.slow
@@ -344,8 +371,9 @@ def test_the_searches_found_what_the_claims_say_of_them():
     for ahead in ("causal encoder", "tuned longer", "tuned without adapting"):
         assert best[ahead] < best["adapted"]
     assert best["large encoder"] < best["adapted"]
-    for ahead in ("large causal encoder", "large encoder of new weights", "prefix LM, longer", "tuned longest"):
+    for ahead in ("large causal encoder", "prefix LM, longer", "tuned longest"):
         assert best[ahead] < best["large encoder"]
+    assert abs(best["large encoder of new weights"] - best["large encoder"]) < 0.005
     assert best["large encoder"] < best["decoder-only"] - 0.02
     assert 0.06 < best["large encoder"] - best["tuned longest"] < 0.08  # 7 % more likely
 

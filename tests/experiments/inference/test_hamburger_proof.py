@@ -2,7 +2,8 @@
 
 The models are trained in seconds, on a text that is what the method hopes for: each word is a key, the symbol that the row's head has for
 it, and two bytes that follow from that. The symbol has to be looked up in the head by the key, so groups that hold both lose it, and
-the next key follows from the symbol, so mergers that forget it do too.
+the next key follows from the symbol, so mergers that forget it do too. The head stands behind the prompt, so that a cache of the prompt
+and the last bytes loses it as well.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from tests.properties.sabotage import PAYS, record_of, verdict_of
 from transformers import DynamicCache
 
+from assay.evidence.types import Verdict
 from assay.evidence.verdict import judge
 from assay.experiments import experiments_of
 from assay.experiments.inference import hamburger as room
@@ -21,28 +23,31 @@ from assay.experiments.inference.hamburger import arms, decoding, losses
 from assay.experiments.inference.language import small_llama
 from assay.experiments.rates import FILE, Rate
 from assay.methods.core.generation.eviction import evicted, kept, recency
-from assay.methods.inference.hamburger import CompositionalEmbedder, HamburgerForCausalLM, MicroStepDecoder
+from assay.methods.inference.hamburger import CompositionalEmbedder, HamburgerForCausalLM, MicroStepDecoder, group_ids
 
 PROMPT = losses.PROMPT
 TINY = {
-    "width": 32, "layers": 1, "micro_layers": 1, "max_steps": 4, "length": 39, "batch": 16, "steps": 250, "grafting": 110,
+    "width": 32, "layers": 1, "micro_layers": 1, "max_steps": 4, "length": 71, "batch": 12, "steps": 250, "grafting": 110,
     "windows": 64, "toy": 2,
 }  # fmt: skip
 POINT = {**TINY, "replays": 1, "timed_width": 128}
 CLAIMS = ["hamburger/kv-entries", "hamburger/decode-speedup"]
 RATES = {"hamburger/base": Rate(1e-2, (5e-3, 1e-2, 2e-2)), "hamburger/grafting": Rate(7e-3, (3e-3, 7e-3, 1.5e-2))}
-KEYS, EACH, SYMBOL, TWIN, CHANCE = 8, 4, 64, 96, 0.4
+KEYS, EACH, SYMBOL, TWIN, CHANCE = 8, 4, 64, 96, 0.3
+LEADS, LEAD = 16, 128
 
 
 def toy_rows(rows, length, seed):
-    """Rows of bytes: a symbol for each of eight keys, then words (key, its symbol, the symbol's twin, a dot), some at random."""
+    """Rows of bytes: a prompt of noise, a symbol for each of eight keys, then words (key, its symbol, the symbol's twin, a dot), some
+    at random."""
     draw = torch.Generator().manual_seed(seed)
-    words = (length + 1 - KEYS) // 4
+    words = (length + 1 - PROMPT - KEYS) // 4
+    lead = LEAD + torch.randint(LEADS, (rows, PROMPT), generator=draw)
     head = EACH * torch.arange(KEYS) + torch.randint(EACH, (rows, KEYS), generator=draw)
     any_key = torch.randint(KEYS, (rows, words), generator=draw)
     any_symbol = torch.randint(KEYS * EACH, (rows, words), generator=draw)
     chance = torch.rand(2, rows, words, generator=draw) < CHANCE
-    made, symbol = [head + SYMBOL], any_symbol[:, 0]
+    made, symbol = [lead, head + SYMBOL], any_symbol[:, 0]
     for word in range(words):
         key = torch.where(chance[0, :, word], any_key[:, word], symbol % KEYS)
         symbol = torch.where(chance[1, :, word], any_symbol[:, word], head.gather(1, key[:, None])[:, 0])
@@ -173,7 +178,28 @@ def test_groups_of_one_save_no_entries(use, honest, monkeypatch):
     found = seen()
     monkeypatch.undo()
     use({**honest, "hamburger": found["hamburger"]})
-    assert verdict_of("hamburger/kv-entries", POINT) not in PAYS
+    assert verdict_of("hamburger/kv-entries", POINT) is Verdict.REFUTED
+
+
+def test_a_cache_of_the_prompt_and_the_last_bytes_that_does_as_well_refutes(use, honest):
+    scores = [{**one, "evicted": one["nll"] - 0.01} for one in honest["hamburger"]]
+    use({**honest, "hamburger": scores})
+    assert verdict_of("hamburger/kv-entries", POINT) is Verdict.REFUTED
+
+
+@pytest.mark.parametrize(
+    ("evicted", "high", "refuted"),
+    [
+        ([0.7, 0.7, 0.7], 1.5, False),
+        ([0.6, 0.6, 0.6], 1.5, True),  # as well as ours
+        ([0.5, 0.5, 0.5], 1.5, True),
+        ([0.5, 0.9, 0.5], 1.5, False),  # it may be worse
+        ([0.7, 0.7, 0.7], 1.0, True),
+    ],
+)
+def test_what_refutes(evicted, high, refuted):
+    ours = [{"nll": 0.6, "evicted": loss} for loss in evicted]
+    assert losses.refutes({"measured": {"high": high}, "details": {"arms": {"hamburger": ours}}}) is refuted
 
 
 def test_the_search_tells_the_method_from_its_controls():
@@ -205,7 +231,7 @@ def rows(n=6):
 def test_every_way_produces_the_text():
     ways = decoding.Decoding(TINY, 2, 128)
     expected = [row[0, PROMPT:].tolist() for row in ways.rows]
-    for made in (ways.plain(), ways.free(), ways.exact(), ways.in_8_bits()):
+    for made in (ways.plain(), ways.plain_compiled(), ways.free(), ways.exact(), ways.in_8_bits()):
         assert made == expected
     made = ways.groups()
     assert [one.tokens[0] for one in made] == expected
@@ -218,6 +244,40 @@ def test_every_way_produces_the_text():
     assert counted["kv_entries"]["hamburger"] < counted["kv_entries"]["base"]
     assert counted["passes of the base"]["hamburger"] == sum(len(one.groups[0]) for one in made)
     assert counted["kv_bytes_an_entry"] == 2 * 128 * 4  # keys and values of one layer, float32
+    assert counted["bytes an entry"] == pytest.approx(losses.per_entry(groups))
+
+
+def test_the_rows_that_are_timed_are_typical():
+    groups = torch.tensor([[0, 1, 2, 3], [0, 1, 1, 1], [0, 1, 2, 2], [0, 1, 1, 2]])
+    groups = torch.cat([groups, torch.arange(4).expand(4, -1)])  # 4, 2, 3, 3, 4, 4, 4, 4 groups
+    assert decoding.typical(groups, 1).tolist() == [4]
+    assert decoding.typical(groups, 2).tolist() == [3, 6]
+    assert decoding.typical(groups, 8).tolist() == [1, 2, 3, 0, 4, 5, 6, 7]
+
+
+def test_typical_rows_are_timed(monkeypatch):
+    ids = losses.windows(TINY)
+    groups = torch.stack([group_ids([1] * (8 + row) + [4] * ((64 - row) // 4) + [1] * (-row % 4)) for row in range(64)])
+    monkeypatch.setattr(decoding, "decoded", lambda model, ids: (0.0, groups))
+    ways = decoding.Decoding(TINY, 2, 128)
+    assert torch.equal(torch.cat(ways.rows), ids[[16, 48]])
+    assert [sum(ends) for ends in ways.ends] == (groups[[16, 48]].amax(1) + 1).tolist()
+
+
+def test_the_head_of_the_timed_model_weighs_what_the_papers_does():
+    base = decoding.Decoding(TINY, 1, 384).base
+    layers = sum(p.numel() for p in base.model.layers.parameters())
+    assert base.lm_head.weight.numel() / layers == pytest.approx(0.25, abs=0.02)  # Llama-3.2-1B's has 0.27
+
+
+def test_all_bases_are_there_before_anything_starts_from_one(monkeypatch):
+    batches = []
+    monkeypatch.setattr(losses, "in_parallel", lambda function, runs: batches.append({run[0] for run in runs}))
+    monkeypatch.setattr(losses, "seed_scores", lambda seed, task: dict.fromkeys(losses.ARMS, {"nll": 0.0}))
+    losses._scores.__wrapped__((("width", 1),))
+    first, *rest = batches
+    assert first == {"base"}
+    assert set.union(*rest) == set(losses.ARMS[1:])
 
 
 def test_the_lean_loop_computes_what_the_base_does():
@@ -307,6 +367,47 @@ def test_the_shortest_window_that_is_no_worse():
     assert losses.enough(base, ids, 0.0) == answer
 
 
-def test_weights_of_8_bits_cost_little():
+def test_8_bits_are_the_nearest_that_a_scale_allows():
+    x = torch.cat([torch.randn(50, 16) * torch.logspace(-3, 3, 50)[:, None], torch.zeros(1, 16)])
+    found = losses.in_8_bits(x)
+    scale = (x.abs().amax(-1, keepdim=True) / 127).bfloat16().float()
+    steps = found[:-1] / scale[:-1]
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-3)
+    assert steps.abs().max().round() == 127
+    off = (found - x).abs() / x.abs().amax(-1, keepdim=True).clamp_min(1e-9)
+    assert 0.25 / 127 < off.max() < 1.0 / 127  # half a step, or what a scale that was rounded down cuts off
+    assert not found[-1].any()
+    assert losses.in_8_bits(torch.tensor([1.0, torch.nan])).isnan().all()
+
+
+def test_weights_of_8_bits_cost_little_and_are_of_8_bits():
     base, ids = small_base(), rows(3)
-    assert losses.in_8_bits(base, ids) == pytest.approx(losses.told_nll(base, ids), rel=0.02)
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    rounded = losses.narrow(base)
+    for name, value in base.state_dict().items():
+        assert torch.equal(value, before[name])
+        changed = rounded.state_dict()[name]
+        if "proj" in name or "lm_head" in name:
+            assert not torch.equal(changed, value), name
+            torch.testing.assert_close(changed, losses.in_8_bits(value), rtol=0, atol=0)
+        else:
+            assert torch.equal(changed, value), name
+    found, exact = losses.told_nll(rounded, ids), losses.told_nll(base, ids)
+    assert found != exact
+    assert found == pytest.approx(exact, rel=0.02)
+
+
+@torch.no_grad()
+def test_entries_of_8_bits_are_what_a_cache_of_8_bits_gives_step_by_step():
+    base, ids = small_base(), rows(3)
+    cache = losses.NarrowCache(config=base.config)
+    made = [base(ids[:, :PROMPT], cache=cache, use_cache=True).logits[:, -1:]]
+    for place in range(PROMPT, ids.shape[1] - 1):
+        made.append(base(ids[:, place : place + 1], cache=cache, use_cache=True).logits)
+    expected = losses.nats(torch.cat(made, 1), ids[:, PROMPT:])
+    found, exact = losses.narrow_entries_nll(base, ids), losses.told_nll(base, ids)
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert abs(found - exact) > 1e-7
+    assert found == pytest.approx(exact, rel=0.02)
+    for layer in cache.layers:
+        torch.testing.assert_close(layer.keys, losses.in_8_bits(layer.keys), rtol=1e-5, atol=1e-6)

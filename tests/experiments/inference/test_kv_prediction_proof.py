@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -12,10 +13,13 @@ from tests.properties.sabotage import PAYS, record_of, verdict_of
 from assay.evidence.types import Verdict
 from assay.evidence.verdict import judge, remarks
 from assay.experiments import experiments_of, rates
+from assay.experiments.core import CONTROLS
 from assay.experiments.inference import kv_prediction as room
+from assay.experiments.inference import language
 from assay.experiments.inference.kv_prediction import arms, far
+from assay.experiments.mixers import training
 from assay.experiments.rates import Rate
-from assay.methods.inference.kv_prediction import prompt_cost
+from assay.methods.inference.kv_prediction import KVPredictor, prompt_cost
 
 CLAIMS = {"lp": "kv_prediction/ttft-lp050", "c": "kv_prediction/ttft-c270"}
 MARGINS = {found.claim: found.guard.margin for found in experiments_of("kv_prediction")}
@@ -58,9 +62,27 @@ def test_the_beginning_comes_again_and_then_the_code_goes_on():
         far.windows("heldout", task, 10**6)
 
 
+def seen_in(text, rows):
+    """Which of (n, words) rows stand somewhere in a text (words,): by a hash of all places, which finds no fewer."""
+    n = rows.shape[1]
+    weights = torch.randint(-(2**62), 2**62, (n,), generator=torch.Generator().manual_seed(0))
+    places = sum(text[word : len(text) - n + 1 + word] * weight for word, weight in enumerate(weights.tolist()))
+    return torch.isin((rows * weights).sum(1), places)
+
+
 def test_text_that_is_judged_was_not_trained_on():
-    parts = [{tuple(row) for row in far.ids_of(part).unfold(0, 40, 40).tolist()} for part in ("prompts", "heldout")]
-    assert len(parts[0] & parts[1]) < 0.01 * len(parts[1])
+    """No window's words of the code, all together, stand anywhere in the other two parts, at any place."""
+    length = room.TASK["apart"] + room.TASK["fresh"]
+    text = far.ids_of("heldout")
+    there = text.unfold(0, length, 1)[[0, 7, 1001]]
+    assert seen_in(text, there).all()
+    assert not seen_in(text, there.flip(1)).any()
+    judged = arms.heldout(room.TASK)
+    code = torch.cat([judged.prompts[:, : room.TASK["apart"]], judged.texts[:, judged.copied :]], 1)
+    assert code.shape == (len(arms.SEEDS) * room.TASK["windows"], length)
+    assert seen_in(text, code).all()
+    for part in ("prompts", "calibration"):
+        assert seen_in(far.ids_of(part), code).double().mean() < 0.01
 
 
 def test_each_seed_is_judged_by_windows_of_its_own():
@@ -145,31 +167,44 @@ def test_the_auxiliaries_of_both_kinds_are_what_the_paper_makes_of_the_base():
 # --------------------------------------------------------------------------------------------------- what would refute
 
 
-def quality(**changed):
-    controls = {
-        "deleted": 6.0,
-        "random": 7.0,
-        "rival": 4.2,
-        "last tokens": 5.0,
-        "random tokens": 5.0,
-        "attended tokens": 5.0,
-    }
-    found = {"candidate": 4.1, "baseline": 4.0, "low": 4.05, "high": 4.15, "margin": 0.05}
-    own = {name: changed.pop(name) for name in list(changed) if name in found}
-    return {"quality": found | own | {"controls": controls | changed}}
+LOSSES = {
+    "base on": 4.0,
+    "predicted": 4.1,
+    "constant": 6.0,
+    "no prompt": 5.8,
+    "random": 7.0,
+    "alone": 4.2,
+    "last tokens": 5.0,
+    "random tokens": 5.0,
+    "attended tokens": 5.0,
+}
+
+
+def record(unsure="", **changed):
+    """What `refutes` reads of a record, of three seeds that agree but about the arm that is `unsure`."""
+    losses = {**LOSSES, **changed}
+    nats = {arm: {"all": [value - 0.01, value, value + 0.01]} for arm, value in losses.items()}
+    if unsure:
+        nats[unsure]["all"] = [losses[unsure] - 1, losses[unsure], losses[unsure] + 1]
+    found = arms.quality_of(arms.losses_of(nats))
+    return {"quality": {"baseline": found.baseline, "low": found.low, "margin": 0.05}, "details": {"nats": nats}}
 
 
 def test_a_rival_that_does_as_well_refutes_unless_quality_is_lost_anyway():
-    assert not arms.refutes(quality())
+    assert not arms.refutes(record())
     for name in arms.RIVALS:
-        assert arms.refutes(quality(**{name: 4.1}))
-        assert arms.refutes(quality(**{name: 3.9}, high=4.5))
-        assert not arms.refutes(quality(**{name: 3.9}, low=4.3, candidate=4.4, high=4.5))
+        assert arms.refutes(record(**{name: 3.9}))
+        assert arms.refutes(record(**{name: 4.1}))
+        assert not arms.refutes(record(unsure=name, **{name: 3.9}))
+        assert not arms.refutes(record(**{name: 3.9}, predicted=4.4))
 
 
-def test_knowing_nothing_of_the_prompt_refutes():
-    assert arms.refutes(quality(low=6.0, candidate=6.1, high=6.2))
-    assert not arms.refutes(quality(low=5.7, candidate=5.8, high=5.9))
+@pytest.mark.parametrize("name", arms.UNKNOWING)
+def test_knowing_nothing_of_the_prompt_refutes(name):
+    least = min(LOSSES[arm] for arm in arms.UNKNOWING)
+    assert not arms.refutes(record(predicted=least - 0.1))
+    assert arms.refutes(record(**{name: 5.5}, predicted=5.6))
+    assert not arms.refutes(record(unsure=name, **{name: 5.5}, predicted=5.6))
 
 
 def test_the_search_shows_that_what_is_judged_depends_on_the_prompt():
@@ -196,13 +231,139 @@ def test_every_arm_is_judged_and_the_rivals_are_named(at_once):
     """All arms, trained for a moment: the record has each, and nothing pays that was hardly trained."""
     record = record_of(CLAIMS["lp"], point({**room.SMOKE, "base_steps": 3, "steps": 2, "windows": 6}))
     assert set(record.quality.controls) == {
-        "deleted", "random", *arms.RIVALS, "no prompt", "no consistency", "shuffled layers",
+        "deleted", "random", "rival", *arms.RIVALS[1:], "no prompt", "no consistency", "shuffled layers",
     }  # fmt: skip
     assert set(record.trained) == {"base", "base on", "predicted", "alone"}
     assert record.details["reduction"]["macs"] > 1
-    assert set(record.details["nats fewer than what costs no more"]) == {"alone", *arms.RIVALS[1:]}
+    assert set(record.details["nats fewer than what costs no more"]) == set(arms.RIVALS)
+    assert len(record.details["nats"]["predicted, 4 times the steps"]["all"]) == 3
     assert judge(record).verdict not in PAYS
-    assert isinstance(remarks(record), list)
+    named = {"rival": record.quality.rival}
+    controls = {named.get(arm, arm): nats for arm, nats in record.quality.controls.items() if arm not in CONTROLS[:2]}
+    better = {arm for arm, nats in controls.items() if nats <= record.quality.candidate}
+    assert better
+    assert {arm for arm in controls if any(text.startswith(f"{arm} keeps") for text in remarks(record))} == better
+
+
+KEYS, EACH, PAIRS = 8, 4, 8
+SYMBOL = KEYS  # words below are keys, those from here on symbols, four of each key
+
+
+def pairs(rows, seed):
+    """Rows of words: a symbol for each of eight keys, then keys by chance, each with its symbol."""
+    draw = torch.Generator().manual_seed(seed)
+    head = SYMBOL + EACH * torch.arange(KEYS) + torch.randint(EACH, (rows, KEYS), generator=draw)
+    keys = torch.randint(KEYS, (rows, PAIRS), generator=draw)
+    return torch.cat([head, torch.stack([keys, head.gather(1, keys)], 2).flatten(1)], 1)
+
+
+def toy_windows(part, task, n):
+    """Prompts that end with the first key, whose symbol stands in them as those of all further keys do."""
+    rows = pairs(n, 10**6)
+    return far.Windows(rows[:, : KEYS + 1], rows[:, KEYS + 1 :], 1)
+
+
+def toy_batches(task, seed):
+    while True:
+        seed += 1
+        rows = pairs(task["batch"], seed)
+        yield rows[:, :-1], rows[:, 1:]
+
+
+@pytest.fixture(scope="module")
+def looking_up():
+    """A base of two layers that has learnt to look up symbols."""
+    model = arms.language_model(32, 2, 0)
+    training.train(model, toy_batches({"batch": 32}, 0), steps=200, lr=1e-2)
+    return model.eval()
+
+
+@pytest.fixture
+def toy(at_once, monkeypatch, looking_up):
+    """The experiment on that base: the prediction is by the base itself, so nothing is lost, and what costs no more is a base
+    that is less sure, and prompts of a few words."""
+
+    def alone(kind, task, seed):
+        model = copy.deepcopy(looking_up)
+        with torch.no_grad():
+            model.model.norm.weight.mul_(0.85)
+        return model
+
+    def predicted(kind, task, seed, rate=None, *, consistency=1.0):
+        model = KVPredictor.from_base(copy.deepcopy(looking_up), auxiliary=copy.deepcopy(looking_up))
+        model.predictor.identity_()
+        return model.eval()
+
+    def floor(judged):
+        table = language.bigram_table(pairs(2000, 1).flatten(), far.VOCABULARY)
+        before = torch.cat([judged.prompts[:, -1:], judged.texts[:, :-1]], 1)
+        return float(-table[before, judged.texts].mean())
+
+    lazily = arms.lazily
+    for name, value in {
+        "base_of": lambda task, seed, rate=None: copy.deepcopy(looking_up),
+        "base_on": lambda task, seed, rate=None: looking_up,
+        "alone_of": alone,
+        "predictor_of": predicted,
+        "affordable": lambda model, tokens: 3,
+        "lazily_affordable": lambda model, tokens, full: 3,
+        "lazily": lambda base, judged, kept, full: lazily(base, judged, kept, 0),
+    }.items():
+        monkeypatch.setattr(arms, name, value)
+    for name, value in {"windows": toy_windows, "batches": toy_batches, "bigram_floor": floor}.items():
+        monkeypatch.setattr(far, name, value)
+
+
+TOY = point({**room.SMOKE, "layers": 2, "steps": 4, "windows": 32})
+
+
+def is_constant(kind, task, seed, rate=None, *, consistency=1.0):
+    return arms.constant_of(task, seed)
+
+
+def random_maps(model):
+    model.predictor.reset_parameters()
+    return model
+
+
+@pytest.mark.parametrize("kind", arms.KINDS)
+def test_a_prediction_that_loses_nothing_pays(toy, kind):
+    record = record_of(CLAIMS[kind], TOY)
+    assert judge(record).verdict in PAYS, judge(record).reason
+
+
+@pytest.mark.parametrize("broken", ["constant", "for other layers", "random maps"])
+def test_a_broken_prediction_is_noticed(toy, monkeypatch, broken):
+    own = arms.predictor_of
+    change = {"for other layers": arms.shuffled, "random maps": random_maps}.get(broken)
+    monkeypatch.setattr(
+        arms, "predictor_of", is_constant if change is None else lambda *args, **how: change(own(*args, **how))
+    )
+    record = record_of(CLAIMS["lp"], TOY)
+    assert judge(record).verdict not in PAYS
+    assert record.refuted or arms.certainly_lost(record.quality.model_dump())
+
+
+@torch.no_grad()
+def test_the_prediction_may_be_compiled_too(monkeypatch):
+    """The same parts of both models as of the base that it is timed against, in a copy."""
+    compiled = []
+
+    def noted(forward, *, dynamic):
+        compiled.append(forward.__self__)
+        return forward
+
+    predictor, _ = room.timed("c", room.WORDS)
+    monkeypatch.setattr(torch, "compile", noted)
+    monkeypatch.setattr(room, "timed", lambda kind, model: (predictor, "a tokenizer"))
+    monkeypatch.setattr(room, "prompts_of", lambda tokenizer, batch, tokens: far.ids_of("heldout")[:32].view(2, 16))
+    trial = room.trial("c", "a model", 2, 16, room.SMOKE)
+    theirs = {id(module) for module in predictor.modules()}
+    layers = len(predictor.base.model.layers) + len(predictor.auxiliary.model.layers)
+    assert len(compiled) == 3 * layers
+    assert not theirs & {id(module) for module in compiled}
+    assert torch.equal(trial.arms["the prediction, its MLPs and norms compiled"](), trial.candidate())
+    assert torch.equal(trial.free(), trial.baseline())
 
 
 @pytest.mark.slow
@@ -215,12 +376,9 @@ def test_a_predictor_that_predicts_nothing_or_for_other_layers_is_noticed(monkey
     honest = verdict_of(CLAIMS[kind], point(room.TASK))
     assert honest in (*PAYS, Verdict.DOES_NOT_PAY)
 
-    def constant(kind, task, seed, rate=None, *, consistency=1.0):
-        return arms.constant_of(task, seed)
-
     def shuffled(*args, **settings):
         return arms.shuffled(own(*args, **settings))
 
-    for broken in (constant, shuffled):
+    for broken in (is_constant, shuffled):
         monkeypatch.setattr(arms, "predictor_of", broken)
         assert verdict_of(CLAIMS[kind], point(room.TASK)) not in (*PAYS, honest), broken.__name__

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +24,6 @@ from assay.evidence.verdict import judge, judge_quality, remarks
 from assay.experiments import experiments_of, rates
 from assay.experiments.inference import ladder_residual as room
 from assay.experiments.inference import ladder_residual_models as models
-from assay.measure.clock import OthersWatch
 from assay.measure.stats import Interval
 from assay.methods.inference.ladder_residual import (
     LadderForCausalLM,
@@ -94,7 +91,8 @@ class VirtualMessage:
 
 @pytest.fixture
 def imitated(monkeypatch):
-    """A rank in this process; an attention and an MLP take 1 second each, on the rank that holds the whole model 2."""
+    """A rank in this process; an attention and an MLP take 1 second each. So do the whole model's: they are as many times larger as their
+    process has more threads than a rank."""
     clock = Clock()
 
     class InProcess:
@@ -111,14 +109,11 @@ def imitated(monkeypatch):
                     if arm in ("standard", room.WHOLE):  # the others share the standard's modules
                         for layer in model.parts.layers if arm != room.WHOLE else model.model.layers:
                             for module in (layer.self_attn, layer.mlp):
-                                module.register_forward_hook(self.tick(2.0 if arm == room.WHOLE else 1.0))
+                                module.register_forward_hook(self.tick)
             return found
 
-        def tick(self, seconds):
-            def hook(*_):
-                clock.now += seconds
-
-            return hook
+        def tick(self, *_):
+            clock.now += 1.0
 
     def compare(baseline, candidate, pairs):
         ratio = clock.once(baseline) / clock.once(candidate)
@@ -127,7 +122,7 @@ def imitated(monkeypatch):
     monkeypatch.setattr(room, "Ranks", InProcess)
     monkeypatch.setattr(room, "GroupLink", lambda latency: VirtualLink(latency, clock))
     monkeypatch.setattr(room, "dist", SimpleNamespace(barrier=lambda: None))
-    monkeypatch.setattr(room, "count_ranks_as_ours", lambda: None)
+    monkeypatch.setattr(room, "count_children_as_ours", lambda: None)
     monkeypatch.setattr(room, "compare", compare)
     for module in (room, links, pending, timeline):
         monkeypatch.setattr(module, "time", clock)
@@ -156,6 +151,11 @@ def timed_record(claim, clock):
     return record
 
 
+def judged_where_no_process_holds_the_model(record):
+    """The judgement without what is free for models that one process holds, which is no choice for the paper's."""
+    return judge(record.model_copy(update={"ratios": {arm: x for arm, x in record.ratios.items() if arm != "free"}}))
+
+
 def test_the_experiments_are_those_of_the_catalogue():
     found = {e.claim: e for e in experiments_of("ladder_residual")}
     assert set(found) == set(CLAIMS)
@@ -176,7 +176,10 @@ def test_messages_that_are_awaited_at_once_are_noticed(monkeypatch, imitated, un
     assert record.details["predicted"]["ladder"] == pytest.approx(record.measured.median)
     assert record.details["hidden"]["ladder"] > 0.7
     assert record.details["hidden"]["standard"] == pytest.approx(0)
-    honest = judge(record)
+    assert record.ratios["free"].median == pytest.approx(modules / ladder)
+    assert judge(record).verdict is Verdict.DOES_NOT_PAY  # one process with as many threads waits for nobody
+    assert room.OPERATOR.free in judge(record).reason
+    honest = judged_where_no_process_holds_the_model(record)
     assert honest.verdict is Verdict.QUALITY_NOT_SHOWN  # the times alone would do
     assert "no quality was measured" in honest.reason
     assert any("no communication" in remark for remark in remarks(record))
@@ -186,7 +189,9 @@ def test_messages_that_are_awaited_at_once_are_noticed(monkeypatch, imitated, un
     broken = timed_record(claim, imitated)
     assert broken.measured.median == pytest.approx(1.0)
     assert broken.details["hidden"]["ladder"] == pytest.approx(0)
-    assert judge(broken).verdict is Verdict.DOES_NOT_PAY
+    found = judged_where_no_process_holds_the_model(broken)
+    assert found.verdict is Verdict.DOES_NOT_PAY
+    assert "no difference from the paper's baseline" in found.reason
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
@@ -225,28 +230,9 @@ def test_the_whole_model_has_a_thread_for_every_rank(monkeypatch):
     assert seen == [1, 1, 1]
 
 
-def test_ranks_are_not_others():
-    """What a living child computes is of this measurement."""
-    code = "import sys\nfor line in sys.stdin:\n    sum(range(10**7))\n    print(1, flush=True)"
-    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        before = [watch._now()[2] for watch in (OthersWatch, room.RanksWatch)]
-        child.stdin.write("go\n")
-        child.stdin.flush()
-        child.stdout.readline()
-        plain, ranks = (
-            watch._now()[2] - then for watch, then in zip((OthersWatch, room.RanksWatch), before, strict=True)
-        )
-    finally:
-        child.kill()
-        child.communicate()
-    assert ranks > plain + 0.02
-    assert isinstance(room.RanksWatch().stop()[0], float)
-
-
 @pytest.mark.slow
 def test_real_processes_are_timed(monkeypatch, untrained):
-    monkeypatch.setattr(room, "count_ranks_as_ours", lambda: None)
+    monkeypatch.setattr(room, "count_children_as_ours", lambda: None)
     found = found_experiment(CLAIMS[0])
     trial = found.run(**found.points["smoke"][0])
     for run in (trial.baseline, trial.candidate, trial.free, *trial.arms.values()):
@@ -333,7 +319,7 @@ def test_the_controls_are_compared_over_their_own_seeds():
     seen = models.quality(found)
     assert seen.baseline == pytest.approx(2.8)
     assert seen.candidate == pytest.approx(2.9)
-    assert seen.controls["random"] == pytest.approx(2.8)
+    assert seen.controls == {name: pytest.approx(2.8) for name in seen.controls}
 
 
 @pytest.mark.slow
@@ -350,7 +336,7 @@ def test_a_fast_model_that_reads_at_random_is_noticed(monkeypatch, imitated, cla
     broken = {**found, "ladder": reads}
     monkeypatch.setattr(room, "losses", lambda arms, task: broken)
     sabotaged = judge_quality(record_of(claim, POINTS[claim]))
-    assert honest is None or honest.verdict is Verdict.UNDECIDED  # no worse than seeds allow to say
+    assert honest is None or honest.verdict is not Verdict.DOES_NOT_PAY  # not shown to be worse
     assert sabotaged is not None
     assert sabotaged.verdict is Verdict.DOES_NOT_PAY
 

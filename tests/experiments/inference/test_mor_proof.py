@@ -13,7 +13,7 @@ import torch
 from tests.properties.sabotage import PAYS, record_of, verdict_of
 
 from assay.evidence.types import Verdict
-from assay.evidence.verdict import judge
+from assay.evidence.verdict import judge, remarks
 from assay.experiments import experiments_of
 from assay.experiments.inference import mor as room
 from assay.experiments.rates import FILE, Rate, chosen
@@ -121,6 +121,39 @@ def test_the_search_tells_the_controls_from_the_vanilla_model():
         assert losses[arm] > least, name
 
 
+def test_the_search_does_not_tell_the_router_from_a_draw():
+    """What routers learn to choose is worth less than the margin here, and the stored layers, run once, do better than with them."""
+    losses = searched()
+    assert abs(losses["random routing"] - losses["mor"]) < room.GUARD.margin * losses["mor"]
+    assert losses["one recursion"] < losses["mor"]
+
+
+def test_the_deletion_that_does_better_stands_in_every_row(monkeypatch, granted):
+    """With the search's losses: the stored layers run once save more than Mixture-of-Recursions does, and lose less."""
+    given(monkeypatch)
+    monkeypatch.setattr(room, "peak_of", lambda way, sizes: int(1e9 * {"vanilla": 1.0, "mor": 0.8}.get(way, 0.6)))
+    operations = record_of("mor/training-flops", {"recipe": TINY})
+    memory = record_of("mor/peak-memory", {**MEMORY, "repeats": 3})
+    speed = record_of("mor/inference-throughput", SPEED)
+    for record in (operations, memory, speed):
+        assert any(remark.startswith("the method deleted keeps as much quality") for remark in remarks(record))
+    assert any(remark.startswith("one recursion does better (41.") for remark in remarks(operations))
+    assert "one recursion does better (40%)" in remarks(memory)
+    assert {"one recursion", "random routing"} <= set(speed.ratios)
+
+
+def test_arms_of_fewer_seeds_are_held_against_the_vanilla_model_under_the_same_ones():
+    found = {arm: [{"nll": loss} for loss in (2.0, 2.0, 2.0)] for arm in room.ARMS}
+    for arm in ("vanilla", *room.CONTROLS.values()):
+        found[arm] = [{"nll": loss} for loss in (2.0, 2.0, 2.0, 4.0, 4.0)]
+    found["mor"] = [{"nll": loss + 0.1} for loss in (2.0, 2.0, 2.0, 4.0, 4.0)]
+    seen = room.quality_of(found)
+    assert seen.baseline == pytest.approx(2.8)
+    assert seen.candidate == pytest.approx(2.9)
+    assert seen.controls == {name: pytest.approx(2.8) for name in seen.controls}
+    assert {"recursive", "gate only", "fewer steps", "deleted", "random", "rival"} == set(seen.controls)
+
+
 @pytest.mark.parametrize(("claim", "point"), [("mor/peak-memory", MEMORY), ("mor/inference-throughput", SPEED)])
 def test_the_verdict_follows_the_quality(monkeypatch, granted, claim, point):
     """It would pay if it were as good as the vanilla model; it does not as it is, nor deleted, nor with a random choice."""
@@ -193,6 +226,14 @@ def test_random_routing_keeps_the_gates_and_draws_who_goes_on(monkeypatch):
     torch.testing.assert_close(random.train()(ids).logits, ours(ids).logits)
     random(ids).logits.square().mean().backward()
     assert all(router.weight.grad.abs().sum() > 0 for router in random.routers.main), "the gate must be learned"
+
+
+def test_random_routing_draws_under_depth_wise_batching_too():
+    model = room.language_model("random routing", TINY, 0).eval()
+    torch.manual_seed(0)
+    one, two = (method.generate_depthwise(model, room.prompts_of(16, 4), 16, lanes=16) for _ in range(2))
+    assert (one.tokens, one.depths) != (two.tokens, two.depths)
+    assert (one.depths[1] + two.depths[1]) / 512 == pytest.approx(0.5, abs=0.1)
 
 
 def test_gates_alone_send_every_token_through_all_recursions():

@@ -76,6 +76,27 @@ def test_answers_that_come_too_late_are_no_more_servers(monkeypatch):
     assert judge(found).verdict is Verdict.REFUTED
 
 
+def test_the_guard_speaks_of_the_row_of_the_figure(monkeypatch):
+    """A fifth more servers within the allowances is a gain, though with the paper's 30 % answers would come too late."""
+    most = {TWO: 20.0, f"{TWO}{room.ONLY}": 35.0, room.NONE: 10.0, room.LIMIT: 15.0}
+    monkeypatch.setattr(room._Trace, "most", lambda self, name, step, kept=False: most[name])
+    monkeypatch.setattr(
+        room._Trace,
+        "controls",
+        lambda self, added, all_of_them: {
+            TWO: added / 5 - 0.1 * self.seed,
+            "deleted": 3.0,
+            "random": 2.0,
+            "rival": 1.5,
+        },
+    )
+    found = record_of(CLAIM, {**POINT, "seconds": 60, "seeds": 2})
+    assert found.details["used_at_30_percent"][TWO] == pytest.approx([1.2, 1.1])
+    assert found.quality.candidate == pytest.approx(0.75)
+    assert found.quality.high == 1.0  # by two traces alone it would be 1.4, but the search lets none pass 1
+    assert judge(found).verdict is Verdict.DIRECTION_HOLDS
+
+
 def test_every_run_is_made_once(monkeypatch):
     one = make(room.Workload(seconds=240.0, day=240.0), 6, 0, room.ServerSpec(), None)
     ran = []
@@ -88,7 +109,7 @@ def test_every_run_is_made_once(monkeypatch):
     monkeypatch.setattr(room, "simulate_row", noting)
     for kept in (True, False):
         one.most(TWO, 1, kept=kept)
-    one.controls(all_of_them=True)
+    one.controls(one.paper, all_of_them=True)
     said = shown(one, goodputs=True)
     assert 0 < said["joules_above_idle_over_uncapped"] < 1.5
     assert said["goodput_per_second"][TWO]["0 %"] > 0
@@ -133,7 +154,7 @@ def test_on_the_recalled_hardware_the_allowances_decide(monkeypatch):
     honest = record_of(CLAIM, point)
     assert judge(honest).verdict is Verdict.DOES_NOT_PAY
     assert "is better" in judge(honest).reason
-    assert honest.quality.low > 1
+    assert honest.quality.high <= 1 < np.mean(honest.details["used_at_30_percent"][TWO])
     monkeypatch.setitem(room.POLICIES, TWO, lambda base, added, spec: no_capping())
     uncapped = record_of(CLAIM, point)
     assert uncapped.measured.median > honest.measured.high

@@ -105,6 +105,18 @@ def test_its_cache_is_cut_reordered_and_repeated(causal):
         cache.reset()
 
 
+def test_an_answer_longer_than_a_window_is_not_cut_in_some_layers():
+    kinds = ["full_attention", "sliding_attention"]
+    causal = EncDecForCausalLM.of(from_t5gemma(encdec("Gemma2", sliding_window=4, layer_types=kinds)))
+    cache = causal(token_ids(length=11)).cache
+    for token in token_ids(length=6, seed=1).split(1, 1):
+        causal(token, cache=cache)
+    with pytest.raises(ValueError, match="a window of 4 has left tokens behind"):
+        cache.crop(-1)
+    own = cache.inner.self_attention_cache
+    assert [layer.get_seq_length() for layer in own.layers] == [7, 7]
+
+
 def test_what_a_causal_model_could_and_this_one_cannot(causal):
     ids = token_ids(length=11)
     cache = causal(ids).cache

@@ -106,6 +106,34 @@ def test_entropies_are_those_of_the_prediction_before():
     padded = token_entropies(model, ids, mask)
     alone = token_entropies(model, ids[1:, 3:])
     assert torch.allclose(padded[1, 4:], alone[0, 1:], atol=1e-4)
+    assert padded[1, :4].isinf().all()  # the first token stands behind padding, which predicts nothing
+    assert padded[0, 1:].isfinite().all()
+
+
+class Says:
+    """A model whose logits are given."""
+
+    def __init__(self, logits):
+        self.logits = logits
+
+    def __call__(self, **_):
+        return self
+
+
+def test_a_model_that_says_nan_is_not_certain():
+    logits = torch.zeros(1, 4, 8)
+    logits[0, 1, 3] = torch.nan
+    found = token_entropies(Says(logits), token_ids(1, 4))
+    assert found[0, 1:].isnan().tolist() == [False, True, False]
+    with pytest.raises(ValueError, match="NaN"):
+        grouped(found)
+
+
+def test_tokens_that_are_ruled_out_add_no_entropy():
+    logits = torch.zeros(1, 3, 8)
+    logits[..., 4:] = -torch.inf
+    found = token_entropies(Says(logits), token_ids(1, 3))
+    assert found[0, 1:].tolist() == pytest.approx([math.log(4)] * 2)
 
 
 def test_prompts_are_not_merged_and_padding_is_no_group():
@@ -359,6 +387,17 @@ def test_defaults_are_the_released_ones():
     assert shapes["k_proj.weight"] == shapes["v_proj.weight"] == (2048, 3072)
     assert shapes["q_proj.weight"] == shapes["out_proj.weight"] == (2048, 2048)
     assert {name for name in shapes if name.endswith("bias")} == {f"{n}_proj.bias" for n in ("q", "k", "v", "out")}
+
+
+def test_micro_steps_are_layers_of_the_bases_own_kind():
+    """A Llama with biases and another activation has them in its micro steps; another model's fields mean other things there."""
+    base = tiny_model(attention_bias=True, attention_dropout=0.25, mlp_bias=True, hidden_act="gelu")
+    own, micro = base.model.layers[0], grafted(base).micro.layers[0]
+    ours, theirs = ({name: p.shape for name, p in layer.named_parameters()} for layer in (micro, own))
+    assert ours == theirs
+    assert type(micro.mlp.act_fn) is type(own.mlp.act_fn)
+    assert micro.self_attn.attention_dropout == 0.25
+    assert not any("bias" in name for name, _ in grafted(tiny_model("Qwen2")).micro.layers[0].named_parameters())
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from tests.tiny import tiny_model, token_ids
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from assay.methods.builtin.speculation import Counts, ModelEngine, speculate
+from assay.methods.core.generation.cache import position_ids
 from assay.methods.inference.hamburger import GroupDrafter, HamburgerCache, HamburgerForCausalLM, decode, group_ids
-from assay.methods.inference.hamburger.segments import positions
 from assay.server.backends import backend_for
 
 
@@ -38,7 +38,7 @@ def stepped(model, ids, prompt, attention_mask=None):
     """The logits behind each token of the rows, one token at a time behind the prompt; and the cache."""
     more = {}
     if attention_mask is not None:
-        more = {"attention_mask": attention_mask[:, :prompt], "position_ids": positions(attention_mask)[:, :prompt]}
+        more = {"attention_mask": attention_mask[:, :prompt], "position_ids": position_ids(attention_mask)[:, :prompt]}
     out = model(ids[:, :prompt], use_cache=True, **more)
     made = [out.logits]
     for place in range(prompt, ids.shape[1]):
@@ -123,7 +123,7 @@ def test_groups_of_one_are_smollm2(smollm2_slice, dtype):
         more = (
             {}
             if attention_mask is None
-            else {"attention_mask": attention_mask, "position_ids": positions(attention_mask)}
+            else {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask)}
         )
         expected = base(ids, cache=theirs, use_cache=True, **more)
         found = model(ids, use_cache=True, **more)
@@ -132,7 +132,7 @@ def test_groups_of_one_are_smollm2(smollm2_slice, dtype):
             token = expected.logits[:, -1:].argmax(-1)
             if attention_mask is not None:
                 attention_mask = torch.cat([attention_mask, torch.ones(2, 1, dtype=torch.int64)], 1)
-                more = {"attention_mask": attention_mask, "position_ids": positions(attention_mask)[:, -1:]}
+                more = {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask)[:, -1:]}
             expected = base(token, cache=theirs, use_cache=True, **more)
             found = model(token, cache=found.cache, use_cache=True, **more)
             assert torch.equal(found.logits, expected.logits), step
@@ -390,6 +390,8 @@ def test_what_the_forward_pass_refuses():
         (ValueError, "cache must be left out", lambda: model(ids, cache=cache, groups=torch.arange(6).expand(2, -1))),
         (ValueError, "documents must be left out", lambda: model(ids, documents=ids)),
         (ValueError, "output_hidden_states", lambda: model(ids, output_hidden_states=True)),
+        (ValueError, "return_dict", lambda: model(ids, return_dict=False)),
+        (ValueError, "inputs_embeds", lambda: model(inputs_embeds=torch.zeros(2, 6, 64))),
         (TypeError, "input_ids", lambda: model(ids.float())),
         (ValueError, "use_cache must be True", lambda: model.generate(ids, use_cache=False, max_new_tokens=2)),
         (ValueError, "stateful", lambda: model.generate(ids[:1], assistant_model=tiny_model(), max_new_tokens=4)),
@@ -408,7 +410,7 @@ def test_attention_that_cannot_be_told_what_to_see_is_refused():
     ids, mask = padded([6, 3])
     assert decode(eager, ids, mask, max_new_tokens=12).tokens == decode(model, ids, mask, max_new_tokens=12).tokens
     eager.base.config._attn_implementation = "flex_attention"
-    cache = model(ids, use_cache=True, attention_mask=mask, position_ids=positions(mask)).cache
+    cache = model(ids, use_cache=True, attention_mask=mask, position_ids=position_ids(mask)).cache
     with pytest.raises(ValueError, match="'sdpa' or 'eager'"):
         eager(ids[:, -1:], cache=cache, prompt=True)
 

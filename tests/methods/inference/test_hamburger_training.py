@@ -198,11 +198,16 @@ def test_without_peft_low_rank_updates_say_what_is_missing(monkeypatch):
 
 def test_gradient_checkpointing_gives_the_same_gradients():
     model, batch = grafted(), lesson(tiny_model(), token_ids(2, 24, seed=3), ratio=0.9)
+    runs = []
+    for layer in (*model.base.model.layers, *model.micro.layers):
+        layer.mlp.register_forward_pre_hook(lambda module, *_: runs.append(module))
     training_loss(model, batch).backward()
-    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    expected, once = {name: p.grad.clone() for name, p in model.named_parameters()}, len(runs)
+    assert once == len(set(runs)) == 4
     model.zero_grad()
     model.activation_checkpointing_enable()
     training_loss(model, batch).backward()
+    assert len(runs) == 3 * once  # each layer twice more: it was run again for its gradient
     for name, parameter in model.named_parameters():
         assert torch.allclose(parameter.grad, expected[name], atol=1e-5), name
 

@@ -66,6 +66,8 @@ def test_kept_layers_are_those_of_the_papers_table():
     assert kept_layers(28, 0.25) == list(range(0, 28, 4))
     assert kept_layers(30, 0.25) == list(range(0, 30, 4))
     assert kept_layers(5, 1) == [0, 1, 2, 3, 4]
+    for share in (1e-12, 4e-4, 1e-3):
+        assert kept_layers(30, share) == [0]
 
 
 def test_a_removed_layer_is_served_by_the_kept_one_before_it():
@@ -581,6 +583,7 @@ def test_a_configuration_that_is_none_is_refused():
         ({"input_ids": IDS, "labels": IDS[:, 1:]}, ValueError, "labels"),
         ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 1}, ValueError, "logits_to_keep"),
         ({"input_ids": IDS, "output_hidden_states": True}, ValueError, "output_hidden_states"),
+        ({"input_ids": IDS, "return_dict": False}, ValueError, "return_dict"),
         ({"inputs_embeds": torch.zeros(1, 3, 64)}, ValueError, "inputs_embeds"),
         ({"input_ids": IDS, "past_key_values": DynamicCache()}, TypeError, "cache"),
     ],
@@ -588,6 +591,13 @@ def test_a_configuration_that_is_none_is_refused():
 def test_bad_input_is_refused(given, error, words):
     with pytest.raises(error, match=words):
         predictor()(**given)
+
+
+def test_a_vocabulary_of_one_of_the_two_cannot_be_changed():
+    model = predictor()
+    with pytest.raises(NotImplementedError, match="before they are wrapped"):
+        model.resize_token_embeddings(120)
+    assert model.get_input_embeddings().num_embeddings == model.auxiliary.get_input_embeddings().num_embeddings == 97
 
 
 def test_labels_behind_a_cache_are_refused():

@@ -178,8 +178,12 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     ids = token_ids(2, 12)
     plain, saving = predictor(), predictor()
     saving.activation_checkpointing_enable({"use_reentrant": False})
-    for model in (plain, saving):
+    runs = {plain: [], saving: []}
+    for model, seen in runs.items():
+        for layer in model.auxiliary.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda module, *_, seen=seen: seen.append(module))
         model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert len(runs[saving]) == 2 * len(runs[plain]) == 4  # layers ran again for their gradients
     for (name, one), (_, other) in zip(plain.named_parameters(), saving.named_parameters(), strict=True):
         assert (one.grad is None) == (other.grad is None), name
         if one.grad is not None:

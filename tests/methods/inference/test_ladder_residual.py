@@ -349,6 +349,27 @@ def test_training_desync_trains_the_base():
     assert not torch.equal(before, logits(ladder, ids))
 
 
+def test_desync_computes_with_the_modules_that_the_base_has_now():
+    """Layers exchanged after the first pass: others of their kind are read, and an adapter in the place of one is refused by name."""
+    model, ids = double(), token_ids(2, 9)
+    ladder = to_ladder(model, block="desync")
+    before, layer = logits(ladder, ids), model.model.layers[1]
+    assert torch.equal(logits(ladder, ids), before)
+    for module, name in ((layer.self_attn, "q_proj"), (layer.mlp, "down_proj"), (layer, "input_layernorm")):
+        other = copy.deepcopy(getattr(module, name))
+        other.weight.data.mul_(1.5)
+        setattr(module, name, other)
+        after = logits(ladder, ids)
+        assert not torch.allclose(after, before, rtol=1e-2, atol=1e-2), name
+        assert torch.equal(after, logits(to_ladder(model, block="desync"), ids))
+        before = after
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["v_proj"]), model)
+    with pytest.raises(ValueError, match=r"model must be made of plain linear projections, got .*v_proj"):
+        logits(ladder, ids)
+
+
 # ----------------------------------------------------------------------------------------------------- a transformers model
 
 
@@ -578,6 +599,12 @@ def test_the_layers_as_the_released_configuration_takes_them():
 def test_bad_settings_are_named(base, settings, error, words):
     with pytest.raises(error, match=words):
         to_ladder(base, **settings)
+
+
+def test_layers_are_called_layers(base):
+    for given in ((2,), ()):
+        with pytest.raises(TypeError, match=r"ladder_layers is called layers here, got \[0\]"):
+            to_ladder(base, *given, ladder_layers=[0])
 
 
 def test_desync_needs_the_whole_text_in_every_layer():

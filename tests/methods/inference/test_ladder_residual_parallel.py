@@ -420,6 +420,7 @@ def test_a_timeline_is_drawn_and_stored():
         ('[{"lane": "bus", "name": "a", "start": 0, "end": 1}]', "lane must be one of"),
         ('[{"lane": "link", "name": "a", "start": 0}]', "text must be a list of events"),
         ("{", "Expecting"),
+        ('[{"lane": "link", "name": "a", "start": 2, "end": 1}]', "end must not lie before start"),
     ],
 )
 def test_no_timeline_is_made_of_other_text(text, words):
@@ -440,6 +441,9 @@ def test_bad_schedules_are_named():
         simulate(schedule(1), {"attention": 1.0, "mlp": 1.0}, float("nan"))
     with pytest.raises(ValueError, match="end must not lie before start"):
         Timeline().add("link", "attention 0", 1.0, 0.5)
+    for end in (0.5, float("nan")):
+        with pytest.raises(ValueError, match="end must not lie before start"):
+            Event("link", "attention 0", 1.0, end)
     with pytest.raises(ValueError, match="width must be a whole number at least 1, got 0"):
         Timeline().text(0)
 
@@ -490,6 +494,26 @@ def test_the_calculator_is_ordered_as_it_must_be():
     assert 1 < half.speedup < step_cost(BIG, 8, device, Wire(1e-4, 3e11)).speedup
     prompt = step_cost(BIG, 8, device, Wire(2e-5, 3e11), tokens=1024)
     assert prompt.message_seconds > step_cost(BIG, 8, device, Wire(2e-5, 3e11)).message_seconds
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks"),
+    [
+        ({}, 3),
+        ({"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 3}, 2),
+        ({"intermediate_size": 98}, 4),
+    ],
+)
+def test_what_shard_refuses_has_no_price(changes, ranks):
+    """In the words of `shard`, but for the name of the argument."""
+    model = tiny_model(**changes)
+    with pytest.raises(ValueError, match="world must divide") as refusal:
+        shard(model, 0, ranks)
+    words = str(refusal.value).replace("world", "ranks")
+    with pytest.raises(ValueError, match=words):
+        module_costs(model.config, ranks)
+    with pytest.raises(ValueError, match=words):
+        step_cost(model.config, ranks, Device(5e14, 2e12), Wire(1e-5, 3e11))
 
 
 def test_a_sum_takes_the_shorter_way():
@@ -551,6 +575,16 @@ def refused_gradient(here):
         GroupLink().all_reduce(torch.ones(2, requires_grad=True))
     except RuntimeError as error:
         return str(error)
+
+
+def refused_devices(here):
+    found = []
+    for how in ({"latency": 1e-3}, {"bandwidth": 1e6}):
+        try:
+            GroupLink(**how).all_reduce(torch.ones(2, device="meta"))
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 def kept(here, value=None):
@@ -690,6 +724,12 @@ def test_sums_have_no_gradient(two):
     assert two.run(refused_gradient) == ["sums over ranks have no gradient: run the model under torch.no_grad()"] * 2
 
 
+def test_no_slower_link_is_imitated_on_an_accelerator(two):
+    """Where a wait holds up a stream of the device and not the processor, whose sleeping nobody would see."""
+    words = "x must be on the CPU where a slower link is imitated, got a tensor on meta"
+    assert two.run(refused_devices) == [[words] * 2] * 2
+
+
 def test_ranks_keep_what_they_are_given(two):
     two.run(kept, value=5)
     assert two.run(kept) == [(0, 2, 5, 1), (1, 2, 5, 1)]
@@ -706,6 +746,17 @@ def test_links_need_a_group():
 
 def gone(pids):
     return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+
+
+def test_ranks_that_are_not_ready_in_time_are_ended(monkeypatch, tmp_path):
+    """A process takes longer than that to import torch."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("assay.methods.inference.ladder_residual.ranks.STARTING", 0.05)
+    before = {child.pid for child in psutil.Process().children()}
+    with pytest.raises(TimeoutError, match="rank 0 gave no answer within 0.05 s"):
+        Ranks(1, timeout=0.05)
+    assert gone({child.pid for child in psutil.Process().children()} - before)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

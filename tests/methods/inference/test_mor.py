@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from tests.methods.inference.mor_models import LAYERS, tiny_mor
@@ -355,6 +356,26 @@ def test_losses_are_their_formulas():
     assert float(routing.z_loss(torch.tensor([[1.0, 2.0]]))) == pytest.approx(math.log(math.e + math.e**2) ** 2)
 
 
+@pytest.mark.parametrize("settings", [{"causality": "aux_router"}, {"router": "token", "recursions": 3}])
+def test_autocast_does_not_round_scores(settings):
+    """Neither what chooses nor what weighs; and what training asks of them goes on working."""
+    model = tiny_mor(training=True, **settings)
+    x = torch.randn(2, TOKENS, 64, generator=torch.Generator().manual_seed(0))
+
+    def scores():
+        predicted = [model.routers.predicted(x, 1)] if model.routers.auxiliary else []
+        return [model.routers.scores(x), *predicted]
+
+    wanted = scores()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = scores()
+        loss = model(token_ids(2, TOKENS)).aux_loss
+    assert all(torch.equal(one, two) for one, two in zip(wanted, found, strict=True))
+    loss.backward()
+    routers = model.routers.auxiliary or model.routers.main
+    assert all(router.weight.grad.isfinite().all() for router in routers)
+
+
 @pytest.mark.parametrize("causality", ["aux_loss", "aux_router"])
 def test_training_teaches_the_threshold_what_top_k_chooses(causality):
     """After a few steps on the auxiliary loss alone, the share of tokens above the threshold is near the capacity."""
@@ -481,11 +502,11 @@ def test_rows_that_are_through_are_not_computed_at_decode():
     assert any(len(kind) > 1 for kind in kinds), "all rows had one depth: nothing was tested"
 
 
-@pytest.mark.parametrize("router", ["expert", "none"])
+@pytest.mark.parametrize("settings", [{"router": "expert"}, {"router": "none"}, {"causality": "aux_router"}])
 @pytest.mark.parametrize("kv", ["recursion", "share"])
 @torch.no_grad()
-def test_counted_macs_are_the_formula(router, kv):
-    model = tiny_mor(recursions=3, router=router, inference="top_k", kv=kv)
+def test_counted_macs_are_the_formula(settings, kv):
+    model = tiny_mor(recursions=3, inference="top_k", kv=kv, **settings)
     for tokens in (1, 7, 24):
         tables = count_cost(model.base.model.rotary_emb, torch.zeros(1), torch.arange(tokens)[None]).macs
         assert count_cost(model, token_ids(1, tokens)).macs == forward_macs(model.config, tokens) + tables
@@ -624,6 +645,27 @@ def test_an_answer_ends_with_its_last_token():
     assert generate_depthwise(model, [[5, 6]], 6, eos=[whole[2]]).tokens[0] == whole[: whole.index(whole[2]) + 1]
 
 
+def test_an_answer_ends_with_the_models_own_last_token():
+    """As `generate` has it; other tokens, one or several, in its place; with an empty list no token ends anything."""
+    model = tiny_mor()
+    whole = generate_depthwise(model, [[5, 6]], 6).tokens[0]
+    for own in (whole[2], [whole[2], 95]):
+        model.generation_config.eos_token_id = own
+        ended = generate_depthwise(model, [[5, 6]], 6).tokens[0]
+        assert ended == whole[: whole.index(whole[2]) + 1]
+        assert ended == model.generate(torch.tensor([[5, 6]]), max_new_tokens=6, do_sample=False)[0, 2:].tolist()
+        assert generate_depthwise(model, [[5, 6]], 6, eos=[]).tokens[0] == whole
+        for other in (whole[0], [whole[0]], np.int64(whole[0])):
+            assert generate_depthwise(model, [[5, 6]], 6, eos=other).tokens[0] == whole[:1]
+
+
+def test_numbers_of_numpy_are_numbers():
+    model = tiny_mor()
+    wanted = generate_depthwise(model, [[5, 6], [7]], 3).tokens
+    for count in (np.int64(3), np.array(3), torch.tensor(3), [np.int64(3)] * 2, np.array([3, 3])):
+        assert generate_depthwise(model, [[5, 6], [7]], count).tokens == wanted
+
+
 # ---- bad input
 
 
@@ -666,6 +708,20 @@ def test_depthwise_batching_refuses_what_it_cannot_do():
         generate_depthwise(tiny_mor(), [[1]], [1, 2])
     with pytest.raises(ValueError, match="empty prompt"):
         generate_depthwise(tiny_mor(), [[1], []], 1)
+    with pytest.raises(TypeError, match="model must be a MoRForCausalLM, got LlamaForCausalLM"):
+        generate_depthwise(tiny_model(), [[1]], 1)
+    with pytest.raises(TypeError, match="new_tokens must be a whole number at least 1, got 1.5"):
+        generate_depthwise(tiny_mor(), [[1]], 1.5)
+    with pytest.raises(TypeError, match="eos must be a whole number at least 0, got 'end'"):
+        generate_depthwise(tiny_mor(), [[1]], 1, eos=["end"])
+
+
+def test_the_formula_of_macs_wants_tokens():
+    config = tiny_mor().config
+    with pytest.raises(ValueError, match="tokens must be a whole number at least 1, got 0"):
+        forward_macs(config, 0)
+    with pytest.raises(TypeError, match="tokens must be a whole number at least 1, got 2.5"):
+        forward_macs(config, 2.5)
 
 
 @torch.no_grad()

@@ -109,6 +109,30 @@ def test_beams_follow_their_own_entries():
 
 
 @torch.no_grad()
+def test_a_cache_that_nobody_placed_goes_where_the_tokens_are():
+    model, ids = tiny_mor(recursions=3), token_ids(2, 6)
+    cache = MoRCache()
+    found = model(ids, cache=cache, use_cache=True)
+    assert (cache.rows, cache.device) == (2, ids.device)
+    assert torch.equal(found.logits, model(ids).logits)
+    placed = MoRCache(2, "cpu")
+    model(ids, cache=placed, use_cache=True)
+    assert placed.device == "cpu"
+    assert all(stage.lengths.device == ids.device for stage in cache.stages.values())
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_cache_that_nobody_placed_on_an_accelerator():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    model, ids = tiny_mor(recursions=3).cuda(), token_ids(2, 6).cuda()
+    cache = MoRCache()
+    found = [model(piece, cache=cache, use_cache=True).logits for piece in ids.split([4, 1, 1], 1)]
+    torch.testing.assert_close(torch.cat(found, 1), model(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
 def test_cache_operations():
     model = tiny_mor(recursions=3)
     ids = token_ids(3, 8)
@@ -205,10 +229,25 @@ def test_the_loss_has_both_parts():
     assert out.aux_loss.item() > 0
     out.loss.backward()
     assert all(router.weight.grad.abs().sum() > 0 for router in model.routers.main)
-    halves = [model(half, labels=half, num_items_in_batch=torch.tensor(16)) for half in ids.split(1)]
-    plain = sum(half.loss - half.aux_loss * 9 / 16 for half in halves)
-    torch.testing.assert_close(plain, expected)
     assert model.eval()(ids, labels=ids).aux_loss is None
+
+
+def test_parts_of_a_batch_have_their_shares_of_the_auxiliary_loss():
+    """Shares of what is predicted, as the Trainer counts it, which is without the first tokens: together they are one."""
+    model = tiny_mor(training=True, aux_weight=0.5)
+    ids = token_ids(2, 9)
+    labels = ids.clone()
+    labels[0, 5:] = -100
+    asked = [int(row[1:].ne(-100).sum()) for row in labels]
+    assert asked == [4, 8]
+    parts = [
+        model(row, labels=label, num_items_in_batch=torch.tensor(12))
+        for row, label in zip(ids.split(1), labels.split(1), strict=True)
+    ]
+    out = model(ids, labels=labels)
+    plain = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    aux = sum(part.aux_loss * count / 12 for part, count in zip(parts, asked, strict=True))
+    torch.testing.assert_close(sum(part.loss for part in parts), plain + aux)
 
 
 def test_trainer_takes_a_step(tmp_path):

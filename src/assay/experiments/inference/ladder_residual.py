@@ -10,21 +10,19 @@ Quality is of small models of bytes of the same kinds (`ladder_residual_models`)
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
+from assay.experiments.children import count_children_as_ours
 from assay.experiments.core import Guard, Operator, Trial, experiment
 from assay.experiments.inference.ladder_residual_models import ARMS, TASK, as_trained, conversion, losses, quality
 from assay.experiments.inference.language import small_llama
-from assay.measure import clock
-from assay.measure.clock import OthersWatch, compare
+from assay.measure.clock import compare
 from assay.methods.core import kernels
 from assay.methods.inference.ladder_residual import (
     GroupLink,
@@ -139,24 +137,6 @@ def used(_here: Rank) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------------- in this process
 
 
-class RanksWatch(OthersWatch):
-    """As the clock's own, which takes for the work of others what children of this process use as long as they live: the ranks are ours."""
-
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        now, busy, own = OthersWatch._now()
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = child.cpu_times()
-                own += times.user + times.system
-        return now, busy, own
-
-
-def count_ranks_as_ours() -> None:
-    """From now on this process's clock does not take its ranks for others."""
-    vars(clock)["OthersWatch"] = RanksWatch
-
-
 def predicted(lines: Mapping[str, Timeline], layers: int, latency: float, arm: str) -> float:
     """The gain over the standard that the model of the timeline gives, from what modules took without communication and the latency."""
     noted = [event for event in lines["no communication"].events if event.lane == "compute"]
@@ -252,7 +232,7 @@ def decoding(
     The details show a step of some arms on a timeline, what its model predicts, what is gained without added latency, and what converting
     a trained model costs beside training it on as it is.
     """
-    count_ranks_as_ours()
+    count_children_as_ours()
     group = Ranks(ranks, timeout=600)
     group.run(prepare, {"width": width, "layers": layers, "heads": heads}, prompt)
     module = max(group.run(calibrate, tokens))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from assay.experiments.beside import beside
 from assay.experiments.core import Quality, Trained
 from assay.experiments.inference.language import bigram_floor, heldout, nll, small_llama, trained, validation
 from assay.experiments.mixers.training import in_parallel
@@ -125,20 +126,16 @@ def quality(found: Mapping[str, list[float]]) -> Quality:
     standard = found["standard"]
     base = mean(standard)
     lost = paired(found["ladder"], standard)
-
-    def beside(arm: str) -> float:
-        return base + mean(found[arm]) - mean(standard[: len(found[arm])])
-
     return Quality(
         base + lost.median,
         base,
         base + lost.low,
         base + lost.high,
         controls={
-            "deleted": beside("no communication"),
-            "random": beside("random reads"),
-            "rival": beside("parallel"),
-            "desync, every second module summed": beside("desync"),
+            "deleted": beside(found["no communication"], standard),
+            "random": beside(found["random reads"], standard),
+            "rival": beside(found["parallel"], standard),
+            "desync, every second module summed": beside(found["desync"], standard),
         },
         rival="parallel attention and MLP, half as many messages",
     )

@@ -147,11 +147,16 @@ def bigram_floor(inputs: Tensor, targets: Tensor) -> float:
 
 @cache
 def _bigrams() -> Tensor:
-    """Log-probabilities (byte before, byte), unseen pairs by the frequency of the second byte."""
-    data = text_bytes("code", "prompts")
-    counts = torch.bincount(BYTES * data[:-1] + data[1:], minlength=BYTES**2).view(BYTES, BYTES).double()
-    alone = (counts.sum(0) + 1) / (counts.sum() + BYTES)
-    return ((counts + alone) / (counts.sum(1, keepdim=True) + 1)).log()
+    return bigram_table(text_bytes("code", "prompts"), BYTES)
+
+
+def bigram_table(ids: Tensor, vocabulary: int) -> Tensor:
+    """Log-probabilities (token before, token) of the pairs in a text (tokens,) int64, unseen ones by the frequency of the second token:
+    (vocabulary, vocabulary) float64, each row a distribution."""
+    counts = torch.bincount(vocabulary * ids[:-1] + ids[1:], minlength=vocabulary**2)
+    table = counts.view(vocabulary, vocabulary).double()
+    alone = (table.sum(0) + 1) / (table.sum() + vocabulary)
+    return ((table + alone) / (table.sum(1, keepdim=True) + 1)).log()
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:

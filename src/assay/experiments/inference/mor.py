@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay.experiments.beside import beside
 from assay.experiments.core import Figure, Guard, Operator, Quality, Trained, Trial, experiment
 from assay.experiments.inference import language
 from assay.experiments.mixers.training import in_parallel, over_seeds
@@ -30,8 +31,6 @@ from assay.measure.memory import peak_memory_of_child
 from assay.methods.builtin.decode_loop import Decoder
 from assay.methods.core.generation.paged import Sequence, pages_for
 from assay.methods.inference import mor
-from assay.methods.inference.mor import routing
-from assay.methods.inference.mor.plan import tokens_of
 from assay.workloads.sequences import byte_batches
 
 SEARCH = "mor/language-model"
@@ -63,11 +62,13 @@ class RandomChoice(mor.MoRForCausalLM):
     def choose(
         self, recursion: int, share: float, scores: Tensor, predicted: Tensor, alive: Tensor, lengths: Tensor
     ) -> Tensor:
-        drawn = torch.rand_like(scores)
-        if self.training or self.config.inference == "top_k":
-            counts = torch.tensor([tokens_of(share, n) for n in lengths.tolist()], device=scores.device)
-            return routing.best(drawn, alive, counts)
-        return alive & (drawn < share / self.config.shares[recursion - 1])
+        by_rank = self.training or self.config.inference == "top_k"
+        drawn = torch.rand_like(scores) if by_rank else scores
+        return super().choose(recursion, share, drawn, predicted, alive, lengths)
+
+    def goes_on(self, recursion: int, predicted: Tensor) -> Tensor:
+        share, before = self.config.shares[recursion], self.config.shares[recursion - 1]
+        return torch.rand_like(predicted) < share / before
 
 
 def depths_of(recipe: Recipe) -> tuple[int, float]:
@@ -199,13 +200,14 @@ def mean(values: list[float]) -> float:
 
 
 def quality_of(found: Mapping[str, list[dict[str, float]]]) -> Quality:
-    """Mixture-of-Recursions against the vanilla arm, with Student's t over the seeds' differences."""
-    lost = paired(of(found, "mor"), of(found, "vanilla"))
-    base = mean(of(found, "vanilla"))
-    controls = {name: mean(of(found, arm)) for name, arm in CONTROLS.items()}
-    others = {arm: mean(of(found, arm)) for arm in found if arm not in (*CONTROLS.values(), "mor", "vanilla")}
+    """Mixture-of-Recursions against the vanilla arm, with Student's t over the seeds' differences; other arms each over its own seeds."""
+    vanilla = of(found, "vanilla")
+    lost, base = paired(of(found, "mor"), vanilla), mean(vanilla)
+    controls = {name: beside(of(found, arm), vanilla) for name, arm in CONTROLS.items()}
+    own = (*CONTROLS.values(), "mor", "vanilla")
+    others = {arm: beside(of(found, arm), vanilla) for arm in found if arm not in own}
     if "nll_top_k" in found["mor"][0]:
-        others["mor, top-k routing (looks ahead)"] = mean(of(found, "mor", "nll_top_k"))
+        others["mor, top-k routing (looks ahead)"] = beside(of(found, "mor", "nll_top_k"), vanilla)
     rival = "a vanilla model with fewer layers and as many operations"
     return Quality(base + lost.median, base, base + lost.low, base + lost.high, controls | others, rival)
 
@@ -257,7 +259,8 @@ def training_flops(recipe: dict[str, Any]) -> Figure:
     """Per cent of the operations of training that two recursions save on the paper's 360M model: arithmetic on its sizes.
 
     Every product is done once forward and twice backward, so that what is saved of a forward pass is saved of training. The count of real
-    training steps, forward and backward, is in the details for the models that are trained here; the quality is theirs.
+    training steps, forward and backward, is in the details for the models that are trained here; the quality is theirs. Arms by the same
+    formula: the ablations, the shallow vanilla model, and one recursion, which is the method deleted.
     """
     found = scores(recipe)
     macs = {arm: training_macs(arm, recipe) for arm in ARMS}
@@ -266,7 +269,7 @@ def training_flops(recipe: dict[str, Any]) -> Figure:
         "%",
         baseline=0.0,
         free=0.0,
-        arms={arm: saved_at_360m(arm) for arm in ("recursive", "gate only", "shallow")},
+        arms={arm: saved_at_360m(arm) for arm in ("recursive", "gate only", "shallow", "one recursion")},
         quality=quality_of(found),
         trained=as_trained(found, recipe),
         details={
@@ -280,14 +283,14 @@ def training_flops(recipe: dict[str, Any]) -> Figure:
 def saved_at_360m(arm: str) -> float:
     """Per cent of the MACs of a forward pass over 2048 tokens that an arm saves on SmolLM-360M's shape, by the formula.
 
-    The shallow model has 24 layers, half a layer less than has as many operations.
+    The shallow model has 24 layers, half a layer less than has as many operations; with one recursion 17 layers are left.
     """
     from transformers import LlamaConfig
 
     sizes = {"hidden_size": 960, "intermediate_size": 2560, "num_attention_heads": 15, "num_key_value_heads": 5}
     shape: dict[str, Any] = {**sizes, "vocab_size": 49152}
     stored, equal = depths_of({"layers": 32, "recursions": 2, "sharing": "middle_cycle"})
-    plain = {"vanilla": 32, "shallow": int(equal)}
+    plain = {"vanilla": 32, "shallow": int(equal), "one recursion": stored}
     settings: dict[str, Any] = {"mor": {}, "recursive": {"router": "none"}, "gate only": {"capacities": [1.0, 1.0]}}
 
     def macs(arm: str) -> int:
@@ -348,14 +351,14 @@ def peak_memory(width: int, layers: int, batch: int, length: int, repeats: int, 
     """Per cent of a training process's peak memory that two recursions save on a vanilla model of as many layers, in float32 with AdamW.
 
     `repeats` processes of either, with Student's t over their savings. Free recomputes the vanilla model's layers in the backward pass, as
-    transformers do on request, which costs a third more operations and no quality; Mixture-of-Recursions recomputed is an arm. The quality
-    is that of the smaller models of `recipe`.
+    transformers do on request, which costs a third more operations and no quality; Mixture-of-Recursions recomputed is an arm, and so is
+    one recursion, the method deleted. The quality is that of the smaller models of `recipe`.
     """
     sizes = {
         "width": width, "layers": layers, "recursions": 2, "sharing": "middle_cycle", "batch": batch, "length": length,
     }  # fmt: skip
     often = {"vanilla": repeats, "mor": repeats, "vanilla, recomputed": 1}
-    arms = ("mor, recomputed", "recursive", "shallow") if repeats > 2 else ()
+    arms = ("mor, recomputed", "recursive", "shallow", "one recursion") if repeats > 2 else ()
     peaks = {way: [peak_of(way, sizes) for _ in range(n)] for way, n in (often | dict.fromkeys(arms, 1)).items()}
     usual = mean([float(peak) for peak in peaks["vanilla"]])
     saved = over_seeds([100 * (1 - b / a) for a, b in zip(peaks["vanilla"], peaks["mor"], strict=True)])
@@ -447,10 +450,12 @@ def inference_throughput(lanes: int, requests: int, prompt: int, tokens: int, re
 
     At the widths of `small` much of a step's time is that of calling its operators, and with one shared layer between two that stand alone
     depth-wise batching calls no fewer: what it can save there is arithmetic, an eighth at most. Arms: the shallow vanilla model of as many
-    operations; the recursive model, all of whose tokens take all recursions; Mixture-of-Recursions without depth-wise batching.
+    operations; the stored layers run once, the method deleted; the recursive model, all of whose tokens take all recursions;
+    Mixture-of-Recursions whose tokens are drawn, and Mixture-of-Recursions without depth-wise batching.
     """
-    vanilla, shallow, ours = (model_of(arm, 0, recipe) for arm in ("vanilla", "shallow", "mor"))
-    whole, half = model_of("recursive", 0, recipe), model_of("vanilla", 0, recipe).bfloat16()
+    vanilla, shallow, once = (model_of(arm, 0, recipe) for arm in ("vanilla", "shallow", "one recursion"))
+    ours, whole, drawn = (model_of(arm, 0, recipe) for arm in ("mor", "recursive", "random routing"))
+    half = model_of("vanilla", 0, recipe).bfloat16()
     decoder = Decoder(vanilla, weights="bf16", cache="bfloat16")
     asked = prompts_of(requests, prompt)
 
@@ -489,7 +494,9 @@ def inference_throughput(lanes: int, requests: int, prompt: int, tokens: int, re
         exact=lambda: by_loop(decoder, asked, tokens, lanes),
         arms={
             "shallow": plain(shallow),
+            "one recursion": plain(once),
             "recursive, all recursions": depthwise(whole),
+            "random routing": depthwise(drawn),
             "mor without depth-wise batching": plain(ours),
         },
         quality=lambda: quality_of(judged()),

@@ -94,7 +94,7 @@ WARM = 120.0  # seconds until a row that starts empty is as busy as its requests
     },
     decides={scale: points[0] for scale, points in POINTS.items()},
     guard=Guard(
-        "used share of the latency allowances (P50 and P99 of both priorities) at 30 % more servers, 1 and more with a brake",
+        "used share of the latency allowances (P50 and P99 of both priorities) in the row of the figure, 1 and more with a brake",
         1.0,
         relative=False,
     ),
@@ -107,10 +107,12 @@ def more_servers(world: str, response: str, base: int, seconds: int, seeds: int,
     """The most servers, in per cent of those that peak provisioning allows, at which two thresholds need no brake and answers stay within
     their latency allowances.
 
-    Searched in each of `seeds` traces by halving, in steps of `step` servers; the interval is Student's over the traces. The guard is what
-    answers lose at the paper's own 30 %: the recalled allowances are the margin. Controls there, all in the same row on the same requests:
-    no thresholds; the policy's own levels at random times on random servers; and, cheapest of all, a power limit on every accelerator that
-    the budget covers in any case. Arms are the same search for other policies, and without the allowances: no brake, and that is all.
+    Searched in each of `seeds` traces by halving, in steps of `step` servers; the interval is Student's over the traces. So it is what a
+    trace would have borne, for every policy alike: nobody knows a trace beforehand. The guard is what answers lose in each trace's own row
+    of that size: the recalled allowances are the margin, which the search keeps, and the first two controls must not keep it. Controls, in
+    the same row on the same requests: no thresholds; the policy's own levels at random times on random servers; and, cheapest of all, a
+    power limit on every accelerator that the budget covers in any case. The details hold the same at the paper's 30 %. Arms are the same
+    search for other policies, and without the allowances: no brake, and that is all.
     """
     workload, changes = WORLDS[world]
     workload = replace(workload, seconds=float(seconds), day=float(seconds))
@@ -125,6 +127,7 @@ def more_servers(world: str, response: str, base: int, seconds: int, seeds: int,
     shown: dict[str, Any] = {}
     found: dict[str, list[float]] = {}
     used: dict[str, list[float]] = {}
+    at_paper: dict[str, list[float]] = {}
     for seed in range(seeds):
         trace = _Trace.of(workload, base, seed, spec, lengths)  # one at a time: its runs go with it
         sources.append(trace.source)
@@ -140,12 +143,13 @@ def more_servers(world: str, response: str, base: int, seconds: int, seeds: int,
             searched[f"{LIMIT}{ONLY}"] = trace.most(LIMIT, step)
         for name, value in searched.items():
             found.setdefault(name, []).append(value)
-        for name, value in trace.controls(all_of_them=decides).items():
-            used.setdefault(name, []).append(value)
+        for where, added, more in ((used, trace.servers(searched[TWO]), False), (at_paper, trace.paper, decides)):
+            for name, value in trace.controls(added, all_of_them=more).items():
+                where.setdefault(name, []).append(value)
         shown = shown or trace.shown(goodputs=decides)
     interval = student_interval(found[TWO])
-    kept = student_interval(used.pop(TWO))
-    means = {name: float(np.mean(values)) for name, values in used.items()}
+    kept = student_interval(used[TWO])
+    within = max(used.pop(TWO)) <= 1  # then no trace passes 1, nor does their mean: the search sees to that
     return Figure(
         interval.median,
         "%",
@@ -157,14 +161,15 @@ def more_servers(world: str, response: str, base: int, seconds: int, seeds: int,
         quality=Quality(
             kept.median,
             0.0,
-            kept.low,
-            kept.high,
-            controls=means,
+            max(kept.low, 0.0),
+            min(kept.high, 1.0) if within else kept.high,
+            controls={name: float(np.mean(values)) for name, values in used.items()},
             rival=LIMIT,
         ),
         details={
             "traces": sources,
             "added_percent": found,
+            "used_at_30_percent": at_paper,
             "phases": _phases(phases, spec),
             "provisioned_watts_a_server": spec.provisioned,
             **shown,
@@ -253,13 +258,16 @@ class _Trace:
                 high = middle
         return 100 * low * step / self.base
 
+    def servers(self, percent: float) -> int:
+        """So many per cent of the servers provisioned for, in servers."""
+        return round(percent / 100 * self.base)
+
     @property
     def paper(self) -> int:
-        return round(PAPER_ADDED / 100 * self.base)
+        return self.servers(PAPER_ADDED)
 
-    def controls(self, *, all_of_them: bool) -> dict[str, float]:
-        """Shares used at the paper's number of servers."""
-        added = self.paper
+    def controls(self, added: int, *, all_of_them: bool) -> dict[str, float]:
+        """Shares used with so many servers added."""
         chance = Streams(self.seed).of("controls")
         row = RowSpec(self.base, added, self.spec)
         shuffled = [row.group(int(number)) for number in chance.permutation(row.servers)]
@@ -306,10 +314,7 @@ class _Trace:
         }
         if goodputs:
             shown["goodput_per_second"] = {
-                name: {
-                    f"{percent} %": self._goodput(name, round(percent / 100 * self.base))
-                    for percent in range(0, 60, 10)
-                }
+                name: {f"{percent} %": self._goodput(name, self.servers(percent)) for percent in range(0, 60, 10)}
                 for name in (TWO, EVERYBODY, NONE)
             }
         return shown

@@ -41,6 +41,7 @@ class ScaledForCausalLM(WrappedForCausalLM):
         logits_to_keep=0,
         **kwargs,
     ):
+        self.refuse(kwargs)
         body = self.base.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache=cache,
             use_cache=kwargs.get("use_cache"),
@@ -159,6 +160,37 @@ def test_what_a_configuration_refuses():
         WrappedConfig({"model_type": "nothing"})
     with pytest.raises(ValueError, match="parts are understood"):
         ScaledForCausalLM.from_base(build("opt"))
+
+
+def test_what_a_model_cannot_be_asked_for():
+    wrapped, ids = ScaledForCausalLM.from_base(build("llama")), inputs("llama")["input_ids"]
+    wanted = wrapped(ids).logits
+    for error, words, given in (
+        (TypeError, "past_key_values is called cache", {"past_key_values": 0}),
+        (
+            ValueError,
+            "output_hidden_states must be left out: the model does not have it",
+            {"output_hidden_states": True},
+        ),
+        (ValueError, "output_attentions must be left out", {"output_attentions": True}),
+        (ValueError, "return_dict must be left out or True", {"return_dict": False}),
+    ):
+        with pytest.raises(error, match=words):
+            wrapped(ids, **given)
+    nothing = {"past_key_values": None, "output_attentions": False, "output_hidden_states": None, "return_dict": True}
+    assert torch.equal(wrapped(ids, **nothing).logits, wanted)
+    wrapped.config.return_dict = False
+    for asked in ({}, {"return_dict": None}):
+        with pytest.raises(ValueError, match="return_dict"):
+            wrapped(ids, **asked)
+    assert torch.equal(wrapped(ids, return_dict=True).logits, wanted)
+
+
+def test_a_room_names_what_else_it_does_not_give(monkeypatch):
+    wrapped, ids = ScaledForCausalLM.from_base(build("llama")), inputs("llama")["input_ids"]
+    monkeypatch.setattr(ScaledForCausalLM, "not_given", {"inputs_embeds": "it reads ids"})
+    with pytest.raises(ValueError, match="inputs_embeds must be left out: it reads ids"):
+        wrapped(ids, inputs_embeds=torch.zeros(1, 2, 128))  # whose truth nobody can tell
 
 
 def test_the_configuration_comes_back_from_its_dict():

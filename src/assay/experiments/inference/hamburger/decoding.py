@@ -145,25 +145,54 @@ def looked_up(model: Any, ids: Tensor) -> list[int]:
 
 
 @torch.no_grad()
+def begun(model: Any, decoder: Any, ids: Tensor) -> tuple[ToldEngine, Tensor]:
+    """assay's compiled loop behind the prompt, and the scores (vocabulary,) of the first byte."""
+    text, kept = ids[0].tolist(), DynamicCache(config=model.config)
+    scores: Tensor = model(input_ids=ids[:, :PROMPT], cache=kept, use_cache=True, logits_to_keep=1).logits[0, -1]
+    scores[text[PROMPT]] = CHOSEN
+    return ToldEngine(PagedEngine.of_cache(decoder, kept, len(text) - PROMPT + DRAFT + 1), text), scores
+
+
+@torch.no_grad()
 def compiled(model: Any, decoder: Any, ids: Tensor) -> list[int]:
     """Speculative decoding with drafts from the text so far in assay's compiled loop."""
-    text, kept = ids[0].tolist(), DynamicCache(config=model.config)
-    logits = model(input_ids=ids[:, :PROMPT], cache=kept, use_cache=True, logits_to_keep=1).logits[0, -1]
-    logits[text[PROMPT]] = CHOSEN
-    engine = ToldEngine(PagedEngine.of_cache(decoder, kept, len(text) - PROMPT + DRAFT + 1), text)
-    return speculate(engine, logits, Lookup(text[:PROMPT]), len(text) - PROMPT, most=DRAFT)
+    engine, scores = begun(model, decoder, ids)
+    return speculate(engine, scores, Lookup(ids[0, :PROMPT].tolist()), ids.shape[1] - PROMPT, most=DRAFT)
+
+
+@torch.no_grad()
+def one_at_a_time(model: Any, decoder: Any, ids: Tensor) -> list[int]:
+    """assay's compiled loop, a pass a byte."""
+    engine, scores = begun(model, decoder, ids)
+    made = [int(scores.argmax())]
+    while PROMPT + len(made) < ids.shape[1]:
+        made.append(int(engine.extend(made[-1:])[-1].argmax()))
+    return made
+
+
+def typical(groups: Tensor, n: int) -> Tensor:
+    """`n` of (rows, tokens) group numbers that stand for all by how many groups they have, in that order: (n,) int64.
+
+    Rows are put in order and cut into `n` parts of one size, of which the middle ones are taken.
+    """
+    order = groups.amax(1).argsort(stable=True)
+    return order[(torch.arange(n) * 2 + 1) * len(order) // (2 * n)]
 
 
 class Decoding:
     """The ways to produce `replays` rows of held-out records by a base of `width` and by HAMburger on it, in the trained one's groups."""
 
     def __init__(self, task: Task, replays: int, width: int) -> None:
-        ids = windows(task)[:replays]
+        ids = windows(task)
         groups = decoded(trained_on("hamburger", task, SEEDS[0]), ids)[1]
+        rows = typical(groups, replays)
+        ids, groups = ids[rows], groups[rows]
         ends = torch.ones_like(groups, dtype=torch.bool)
         ends[:, :-1] = groups[:, 1:] != groups[:, :-1]
         self.rows, self.ends = ids.split(1), ends.tolist()
-        self.base = small_llama(width=width, layers=task["layers"], heads=max(2, width // 64)).eval()
+        layers = task["layers"]
+        vocab = 3 * width * layers  # of 12 width**2 weights a layer, the head has a quarter as many as all of them
+        self.base = small_llama(width=width, layers=layers, heads=max(2, width // 64), vocab=vocab).eval()
         self.parts = Parts(self.base)
         self.model = Replaying.from_base(
             self.base,
@@ -199,6 +228,9 @@ class Decoding:
     def exact(self) -> list[Any]:
         return [compiled(self.base, self.decoder, row) for row in self.rows]
 
+    def plain_compiled(self) -> list[Any]:
+        return [one_at_a_time(self.base, self.decoder, row) for row in self.rows]
+
     def in_8_bits(self) -> list[Any]:
         return [compiled(self.base, self.narrow, row) for row in self.rows]
 
@@ -208,6 +240,7 @@ class Decoding:
         config = self.base.config
         return {
             "tokens": self.tokens,
+            "bytes an entry": self.tokens / sum(len(one.groups[0]) for one in made),
             "kv_entries": {
                 "hamburger": sum(one.kv_entries[0] for one in made),
                 "base": self.tokens + len(self.rows) * (PROMPT - 1),
@@ -232,6 +265,7 @@ class Decoding:
         ways = {
             "hamburger": self.groups,
             "base": self.plain,
+            "base, compiled": self.plain_compiled,
             "transformers' look-up": self.free,
             "compiled look-up": self.exact,
             "compiled look-up, weights of 8 bits": self.in_8_bits,

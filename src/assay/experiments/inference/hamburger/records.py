@@ -15,11 +15,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from assay.experiments.inference.language import BYTES, bigram_table
+
 VERSION = unicodedata.unidata_version
 LAST = 0x20000  # of the characters, above which there are hardly any but ideographs
 DOCUMENT = 128  # characters
 PARTS = ("heldout", "calibration", "prompts")
-BYTES = 256
 
 
 def record(character: str) -> str:
@@ -74,8 +75,4 @@ def bigram_floor(ids: Tensor, prompt: int) -> float:
 
 @cache
 def _bigrams() -> Tensor:
-    """Log-probabilities (byte before, byte), unseen pairs by the frequency of the second byte."""
-    data = text_of("prompts")
-    counts = torch.bincount(BYTES * data[:-1] + data[1:], minlength=BYTES**2).view(BYTES, BYTES).double()
-    alone = (counts.sum(0) + 1) / (counts.sum() + BYTES)
-    return ((counts + alone) / (counts.sum(1, keepdim=True) + 1)).log()
+    return bigram_table(text_of("prompts"), BYTES)

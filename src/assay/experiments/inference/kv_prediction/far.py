@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from assay.experiments.inference.language import bigram_table
 from assay.workloads.sequences import text_bytes
 
 Part = Literal["prompts", "calibration", "heldout"]
@@ -91,9 +92,4 @@ def bigram_floor(judged: Windows) -> float:
 
 @cache
 def _bigrams() -> Tensor:
-    """Log-probabilities (word before, word), unseen pairs by the frequency of the second word."""
-    ids = ids_of("prompts")
-    counts = torch.bincount(VOCABULARY * ids[:-1] + ids[1:], minlength=VOCABULARY**2)
-    table = counts.view(VOCABULARY, VOCABULARY).double()
-    alone = (table.sum(0) + 1) / (table.sum() + VOCABULARY)
-    return ((table + alone) / (table.sum(1, keepdim=True) + 1)).log()
+    return bigram_table(ids_of("prompts"), VOCABULARY)

@@ -205,9 +205,12 @@ def _tried(arm: str, task: Task, rate: float) -> float:
 
 
 def rates_of(arms: Sequence[str], task: Task) -> dict[str, Rate]:
-    """The learning rate of each arm: at the sizes of `full` searched on the spot, otherwise the one of `small` that is checked in."""
+    """The learning rate of each arm: at the sizes of `full` searched on the spot, otherwise the one of `small` that is checked in.
+
+    At `smoke` all have that of one stream: so few steps by rates of their own would not even tell larger models from small ones.
+    """
     if dict(task) != FULL:
-        return {arm: chosen(SEARCH, arm) for arm in arms}
+        return {arm: chosen(SEARCH, "one stream" if dict(task) == SMOKE else arm) for arm in arms}
     runs = [(arm, dict(task), rate) for arm in arms for rate in GRID]
     losses = dict(zip([(arm, rate) for arm, _, rate in runs], in_parallel(_tried, runs), strict=True))
     return {arm: Rate(min(GRID, key=lambda rate: losses[arm, rate]), GRID) for arm in arms}
@@ -251,6 +254,20 @@ def trained_arms(losses: Mapping[str, list[float]], rates: Mapping[str, Rate], t
     return {
         arm: Trained(found, floor, "a table of pairs of bytes", rates[arm].rate, rates[arm].rates)
         for arm, found in losses.items()
+    }
+
+
+def told_apart(losses: Mapping[str, list[float]], rates: Mapping[str, Rate]) -> dict[str, Trained]:
+    """The nats that different prefixes gain over the same one for all streams, seed by seed, on the way to what the law promises: the gain
+    of the larger model over one of as many parameters. Where they hardly gain, streams do not act, and no figure says what they are worth.
+    """
+    gains = [same - apart for same, apart in zip(losses["identical prefixes"], losses["streams"], strict=True)]
+    promised = max(sum(losses["as many parameters"]) - sum(losses["larger"]), 0.0) / len(gains)
+    rate = rates["streams"]
+    return {
+        "what different prefixes gain": Trained(
+            gains, 0.0, "the same prefix for all", rate.rate, rate.rates, higher_is_better=True, best=promised
+        )
     }
 
 

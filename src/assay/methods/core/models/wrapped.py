@@ -16,7 +16,8 @@ A room derives both, names its `model_type` "assay_<slug>", adds its own modules
     AutoConfig.register("assay_my", MyConfig, exist_ok=True)
     AutoModelForCausalLM.register(MyConfig, MyForCausalLM, exist_ok=True)
 
-Then `MyForCausalLM.from_base(model)` wraps a model, and `generate`, `save_pretrained`, `from_pretrained`, `Trainer` work as ever.
+Then `MyForCausalLM.from_base(model)` wraps a model, and `generate`, `save_pretrained`, `from_pretrained`, `Trainer` work as ever. What
+`forward` takes in `**kwargs` it hands to `refuse` first.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +101,14 @@ class WrappedConfig(PretrainedConfig):
 
 
 class WrappedForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model around `base`; see the module. `forward` is the room's."""
+    """A causal language model around `base`; see the module. `forward` is the room's.
+
+    `not_given` names what cannot be asked of `forward`, and why; a room may name more, or give reasons of its own.
+    """
+
+    not_given: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("output_hidden_states", "output_attentions"), "the model does not have it"
+    )
 
     config_class = WrappedConfig
     base_model_prefix = "base"
@@ -158,6 +166,21 @@ class WrappedForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.base.set_output_embeddings(value)
+
+    def refuse(self, options: Mapping[str, Any]) -> None:
+        """Nothing, or an error for what cannot be had: `options` are the arguments that the room's `forward` does not name.
+
+        Raises TypeError for `past_key_values`, the cache's former name; ValueError for what `not_given` names, unless it is False or
+        None, and for outputs as tuples (`return_dict=False`), which the configuration may ask for too.
+        """
+        if options.get("past_key_values") is not None:
+            raise TypeError("past_key_values is called cache since transformers 5.24")
+        for name, why in self.not_given.items():
+            if (given := options.get(name)) is not None and given is not False:
+                raise ValueError(f"{name} must be left out: {why}")
+        asked = options.get("return_dict")
+        if (self.config.return_dict if asked is None else asked) is False:
+            raise ValueError("return_dict must be left out or True: the output has names")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

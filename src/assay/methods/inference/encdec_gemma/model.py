@@ -39,6 +39,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from assay import checks
 from assay.methods.core.generation.cache import position_ids
+from assay.methods.core.generation.crop import croppable
 from assay.methods.core.models.decoder import Parts, Pass
 
 MASKS = {
@@ -590,9 +591,10 @@ class AnswerCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens of the answer, their number below zero as transformers gives it.
 
-        Raises ValueError for more of them than were read: the prompt was read as a whole.
+        Raises ValueError, before any layer changes, for more of them than were read (the prompt was read as a whole), and where a window of
+        the decoder has left behind what would come into it again; transformers' `activate_past_recording` keeps that.
         """
-        self.inner.crop(checks.whole("tokens_to_remove", tokens_to_remove, low=-self.answered, high=0))
+        self.inner.crop(croppable(self.inner.self_attention_cache, tokens_to_remove, self.answered))
 
     def reset(self) -> None:
         """Raises ValueError: without its prompt nothing is left; take a new cache."""

@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 )
 
 from assay import checks
-from assay.methods.inference.hamburger.segments import positions
+from assay.methods.core.generation.cache import position_ids
 
 Choose = Callable[[Tensor, list[int], list[int]], Tensor]
 
@@ -72,7 +72,7 @@ def decode(
     pick = choose or _chooser(do_sample, temperature, top_k, top_p)
     more: dict[str, Any] = {}
     if attention_mask is not None and not bool(attention_mask.all()):
-        more = {"attention_mask": attention_mask, "position_ids": positions(attention_mask)}
+        more = {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask)}
     out = model(input_ids, use_cache=True, logits_to_keep=1, prompt=True, **more)
     cache, logits = out.cache, out.logits[:, -1].float()
     count = len(input_ids)

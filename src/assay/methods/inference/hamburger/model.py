@@ -85,6 +85,7 @@ class HamburgerForCausalLM(WrappedForCausalLM):
     """The model; see the package. Made by `HamburgerForCausalLM.from_base(model, **settings)` or loaded."""
 
     config_class = HamburgerConfig
+    not_given = {**WrappedForCausalLM.not_given, "inputs_embeds": "the model reads token ids, and makes groups of them"}
     _is_stateful = True  # no rolling back: assisted decoding is refused
 
     def __init__(self, config: HamburgerConfig, base: Any = None):
@@ -157,7 +158,7 @@ class HamburgerForCausalLM(WrappedForCausalLM):
         Raises ValueError for groups that are none, a cache of another batch, padding that does not stand on the left of a prompt, positions
         that do not go on from the cache's, TypeError for another cache.
         """
-        _refuse(kwargs)
+        self.refuse(kwargs)
         input_ids = checks.tensor("input_ids", input_ids, shape=("batch", "tokens"), dtype="integer")
         if groups is not None:
             for name, given in (("cache", cache), ("position_ids", position_ids), ("use_cache", use_cache or None)):
@@ -404,16 +405,6 @@ class HamburgerForCausalLM(WrappedForCausalLM):
             ends = [not on for on in goes_on.tolist()]
         for row, end, no_more in zip(rows, ends, full, strict=True):
             cache.closes[row] = end or no_more
-
-
-def _refuse(kwargs: dict[str, Any]) -> None:
-    if kwargs.get("past_key_values") is not None:
-        raise TypeError("past_key_values is called cache since transformers 5.24")
-    for name in ("output_hidden_states", "output_attentions", "inputs_embeds"):
-        if (given := kwargs.get(name)) is not None and given is not False:
-            raise ValueError(f"{name} must be left out: the model does not have it")
-    if kwargs.get("return_dict") is False:
-        raise ValueError("return_dict must be left out or True: the output has names")
 
 
 AutoConfig.register("assay_hamburger", HamburgerConfig, exist_ok=True)

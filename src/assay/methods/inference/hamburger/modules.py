@@ -61,10 +61,15 @@ class CompositionalEmbedder(nn.Module):
         return mean + added
 
 
+# fields that say what a Llama's layer computes
+LLAMAS = ("attention_bias", "attention_dropout", "mlp_bias", "hidden_act")
+
+
 def micro_config(base: Any, layers: int) -> LlamaConfig:
     """Llama layers of the base's sizes; for a Llama, of its own configuration but for its rotary scaling, which means nothing at 0 to 7."""
     heads = base.num_attention_heads
     rope = getattr(base, "rope_parameters", None) or {}
+    own = {name: getattr(base, name) for name in LLAMAS} if base.model_type == LlamaConfig.model_type else {}
     make: Any = LlamaConfig  # whose signature does not name all that it takes
     found: LlamaConfig = make(
         hidden_size=base.hidden_size,
@@ -76,6 +81,7 @@ def micro_config(base: Any, layers: int) -> LlamaConfig:
         rms_norm_eps=getattr(base, "rms_norm_eps", 1e-6),
         rope_parameters={"rope_type": "default", "rope_theta": rope.get("rope_theta", 10000.0)},
         attn_implementation="sdpa",
+        **own,
     )
     return found
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from assay import checks
+from assay.methods.core.generation.cache import position_ids
 
 MAX_STEPS = 4
 RELEASED_VOCABULARY = 128256  # Llama 3's, by which the released thresholds were computed
@@ -136,21 +137,18 @@ def segment(
 def token_entropies(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """How uncertain `model`, a causal language model, was of each token before it saw it: (batch, tokens) float32, nats.
 
-    The first token of a row, which nothing predicts, has infinity. Raises what `model` raises.
+    The first token of a row, which nothing predicts, has infinity, and so has padding on its left. A model that says NaN is uncertain by
+    NaN, which `segment` refuses. Raises what `model` raises.
     """
-    more = (
-        {} if attention_mask is None else {"attention_mask": attention_mask, "position_ids": positions(attention_mask)}
-    )
+    more = {}
+    if attention_mask is not None:
+        more = {"attention_mask": attention_mask, "position_ids": position_ids(attention_mask)}
     logits = model(input_ids=input_ids, use_cache=False, **more).logits[:, :-1].float()
-    logs = logits.log_softmax(-1)
     found = torch.full(input_ids.shape, math.inf, device=logits.device)
-    found[:, 1:] = -(logs.exp() * logs).nan_to_num(nan=0.0, neginf=0.0).sum(-1)
+    found[:, 1:] = torch.special.entr(logits.softmax(-1)).sum(-1)
+    if attention_mask is not None:
+        found.masked_fill_((attention_mask.long().cumsum(-1) <= 1).to(found.device), math.inf)
     return found
-
-
-def positions(attention_mask: Tensor) -> Tensor:
-    """The place of each token in its text, padding at 0: (batch, tokens) int64."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
 def group_ids(sizes: Sequence[int], device: torch.device | None = None) -> Tensor:

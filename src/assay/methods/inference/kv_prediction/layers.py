@@ -31,13 +31,14 @@ def layer_map(base_layers: int, auxiliary_layers: int) -> list[int]:
 
 
 def kept_layers(layers: int, share: float) -> list[int]:
-    """The layers that stay when a share of them is kept at regular intervals, the first always (Table 4, KVP-LP).
+    """The layers that stay when a share of them, to a thousandth, is kept at regular intervals, the first always (Table 4, KVP-LP).
 
     >>> kept_layers(8, 0.75)
     [0, 1, 2, 4, 5, 6]
     """
     layers = checks.whole("layers", layers, low=1)
     step = Fraction(checks.number("share", share, above=0, high=1)).limit_denominator(1000)
+    step = max(step, Fraction(1, 1000))  # the nearest to a smaller share is none at all
     return [layer for layer in range(layers) if math.ceil((layer + 1) * step) > math.ceil(layer * step)]
 
 

@@ -108,6 +108,10 @@ class KVPredictor(WrappedForCausalLM):
 
     config_class = KVPredictionConfig
     config: Any
+    not_given = dict.fromkeys(
+        ("inputs_embeds", "output_hidden_states", "output_attentions"),
+        "the auxiliary reads token ids, and what two models do in turn has none",
+    )
     _is_stateful = True  # refuses assisted decoding, which mixes the prompt with a draft; nothing else
     _supports_attention_backend = (
         False  # refuses prompts packed into a row: the last token of each needs a step of its own
@@ -168,6 +172,10 @@ class KVPredictor(WrappedForCausalLM):
         self.base.requires_grad_(False).eval()  # here, because loading makes new parameters and then sets the mode
         return self
 
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> Any:
+        """Raises NotImplementedError: two tables would have to change together; resize both models before they are wrapped."""
+        raise NotImplementedError("resize the embeddings of the base and of the auxiliary before they are wrapped")
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The maps as torch draws linear layers: as narrow as the base's own weights they would predict next to nothing."""
@@ -220,16 +228,10 @@ class KVPredictor(WrappedForCausalLM):
           `logits_to_keep=1` costs no more; otherwise the earlier logits are those of the training form, a pass of the base.
         - Behind a cache, and for a single token: the base.
 
-        Raises ValueError for labels behind a cache or with `logits_to_keep`, and for what the model does not have (input embeddings,
-        hidden states, attention weights), TypeError for `past_key_values`, the cache's former name.
+        Raises ValueError for labels behind a cache or with `logits_to_keep`, for what the model does not have (input embeddings, hidden
+        states, attention weights) and for outputs as tuples, TypeError for `past_key_values`, the cache's former name.
         """
-        if kwargs.get("past_key_values") is not None:
-            raise TypeError("past_key_values is called cache since transformers 5.24")
-        for name in ("inputs_embeds", "output_hidden_states", "output_attentions"):
-            if (value := kwargs.get(name)) is not None and value is not False:
-                raise ValueError(
-                    f"{name} must be left out: the auxiliary reads token ids, and what two models do in turn has none"
-                )
+        self.refuse(kwargs)
         ids = checks.tensor("input_ids", input_ids, shape=("batch", "tokens"), dtype="integer")
         seen = 0 if cache is None else cache.get_seq_length()
         if labels is not None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from assay import checks
 from assay.methods.inference.ladder_residual.orders import Block, schedule, simulate
+from assay.methods.inference.ladder_residual.sharding import sizes_of
 from assay.methods.inference.ladder_residual.timeline import Timeline
 
 
@@ -79,7 +80,7 @@ def module_costs(
     """The cost of one layer's "attention" and "mlp" (gated) on one of `ranks` ranks, for `tokens` new tokens of each of `batch` rows.
 
     `config` is that of a Llama-type model; `context` tokens are in the cache already. Norms and rotary embeddings are left out. Raises
-    ValueError for counts below 1 (`context`: 0).
+    ValueError for counts below 1 (`context`: 0) and for `ranks` among which `shard` could not divide the heads and the MLP units.
 
     >>> from transformers import LlamaConfig
     >>> cost = module_costs(LlamaConfig(hidden_size=64, intermediate_size=128, num_attention_heads=4), ranks=2)
@@ -89,13 +90,11 @@ def module_costs(
     ranks, batch = checks.whole("ranks", ranks, low=1), checks.whole("batch", batch, low=1)
     tokens, context = checks.whole("tokens", tokens, low=1), checks.whole("context", context, low=0)
     size = checks.whole("dtype_bytes", dtype_bytes, low=1)
-    width, heads = config.hidden_size, config.num_attention_heads
-    kv = getattr(config, "num_key_value_heads", None) or heads
-    dim = getattr(config, "head_dim", None) or width // heads
-    rows = batch * tokens
-    own_heads, own_kv = heads / ranks, max(kv / ranks, 1.0)
+    sizes = sizes_of(config, ranks, called="ranks")
+    width, dim, rows = config.hidden_size, sizes["dim"], batch * tokens
+    own_heads, own_kv = sizes["heads"] / ranks, max(sizes["kv"] / ranks, 1.0)
     attention = width * dim * (2 * own_heads + 2 * own_kv)
-    mlp = 3 * width * config.intermediate_size / ranks
+    mlp = 3 * width * sizes["units"] / ranks
     pairs = batch * tokens * (context + (tokens + 1) / 2)  # a token attends to those before it and to itself
     cached = batch * (context + tokens) * 2 * own_kv * dim
     message = rows * width * size

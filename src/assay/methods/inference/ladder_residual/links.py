@@ -89,8 +89,9 @@ class GroupLink:
     `latency` (seconds) and `bandwidth` (bytes a second, None: unlimited) imitate a slower link: a message's wait returns no earlier
     than latency + bytes / bandwidth after its start on this rank. The difference is slept, which takes no processor time, but for the last
     moment (`wait_until`). A message starts when it is sent and the imitated one before it has arrived, as the collectives of one
-    communicator do. What the group itself needs is not added but covered. Raises RuntimeError when no group was set up, ValueError for
-    times below 0.
+    communicator do. What the group itself needs is not added but covered. Only tensors on the processor travel over an imitated link: an
+    accelerator does not wait where the processor sleeps. Raises RuntimeError when no group was set up, ValueError for times below 0, and
+    for tensors elsewhere if something is imitated.
     """
 
     def __init__(self, group: Any = None, *, latency: float = 0.0, bandwidth: float | None = None) -> None:
@@ -104,6 +105,9 @@ class GroupLink:
     def all_reduce(self, x: Tensor) -> _Message:
         if torch.is_grad_enabled() and x.requires_grad:
             raise RuntimeError("sums over ranks have no gradient: run the model under torch.no_grad()")
+        imitated = bool(self.latency) or self.bandwidth is not None
+        if imitated and x.device.type != "cpu":
+            raise ValueError(f"x must be on the CPU where a slower link is imitated, got a tensor on {x.device}")
         message = x.contiguous()
         seconds = self.latency + (message.nbytes / self.bandwidth if self.bandwidth else 0.0)
         start = time.perf_counter()

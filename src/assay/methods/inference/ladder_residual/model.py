@@ -8,8 +8,7 @@ may be under way while the next one computes (`tensor_parallel`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -102,6 +101,7 @@ class LadderForCausalLM(WrappedForCausalLM):
         super().__init__(config, base)
         self.link: Link | None = None
         self.timeline: Timeline | None = None
+        self._shared: tuple[list[nn.Module], list[Parts]] = ([], [])  # the base's modules, and the shares made of them
         self.post_init()
 
     def forward(
@@ -123,13 +123,7 @@ class LadderForCausalLM(WrappedForCausalLM):
         Raises TypeError for `past_key_values`, the cache's former name; ValueError for hidden states and attention weights, which it does
         not give, and for a cache under gradient checkpointing, which would be filled twice.
         """
-        if kwargs.get("past_key_values") is not None:
-            raise TypeError("past_key_values is called cache since transformers 5.24")
-        for name in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} must be left out: the model does not give them")
-        if kwargs.get("return_dict") is False:
-            raise ValueError("return_dict must be left out or True: the output has names")
+        self.refuse(kwargs)
         twice = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if twice and cache is not None:
             raise ValueError("cache must be left out under gradient checkpointing: layers run twice")
@@ -186,7 +180,7 @@ class LadderForCausalLM(WrappedForCausalLM):
         config: Any = self.config
         desync = config.block == "desync"
         if desync:
-            for share in self._shares:  # made once; the base may have changed its mode and its attention since
+            for share in self._shares():  # the base may have changed its mode and its attention since they were made
                 share.model.train(self.base.training)
                 share.config._attn_implementation = self.base.config._attn_implementation
             if over.cache is not None:
@@ -208,7 +202,7 @@ class LadderForCausalLM(WrappedForCausalLM):
         return advance(self.parts, over, carry, index, config.block if index in config.ladder_layers else "standard")
 
     def _desync_layer(self, index: int, over: Pass, streams: Carry) -> Carry:
-        ranks, stored = len(streams), self._shares
+        ranks, stored = len(streams), self._shared[1]
         for step in self.steps[2 * index : 2 * index + 2]:
             made = [
                 pending.outputs(parts, over, step, stream, slot=index * ranks + rank)
@@ -224,11 +218,16 @@ class LadderForCausalLM(WrappedForCausalLM):
                 streams = tuple(stream + output for output, stream in zip(made, streams, strict=True))
         return streams
 
-    @cached_property
     def _shares(self) -> list[Parts]:
-        """The ranks' shares of the base, as views of its weights."""
-        ranks = self.config.ranks
-        return [parts_of(shard(self.base, rank, ranks, views=True)) for rank in range(ranks)]
+        """The ranks' shares of the base, as views of its weights: made when they are first needed, and again once adapters, quantisers or
+        others have exchanged modules of the base, of which the old ones know nothing. Raises what `shard` raises.
+        """
+        modules = list(self.base.modules())
+        known = self._shared[0]
+        if len(known) != len(modules) or any(one is not other for one, other in zip(known, modules, strict=True)):
+            ranks = self.config.ranks
+            self._shared = modules, [parts_of(shard(self.base, rank, ranks, views=True)) for rank in range(ranks)]
+        return self._shared[1]
 
 
 def advance(
@@ -257,7 +256,7 @@ def to_ladder(model: nn.Module, layers: int | Sequence[int] | None = None, **set
 
     Its weights are used, not copied. With `layers=[]` it computes what `model` computes, bit for bit. `settings` are those of
     `LadderConfig`. Raises ValueError, before anything is changed, for a model whose parts are not understood (`decoder.why_not`), and what
-    `LadderConfig` raises; for block "desync" also what `shard` raises.
+    `LadderConfig` raises; for block "desync" also what `shard` raises; TypeError for `ladder_layers`, which is called `layers` here.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> base = LlamaForCausalLM(LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=4,
@@ -266,16 +265,14 @@ def to_ladder(model: nn.Module, layers: int | Sequence[int] | None = None, **set
     >>> ladder.config.ladder_layers, ladder.num_parameters() == base.num_parameters()
     ([2, 3], True)
     """
-    parts = parts_of(model)
-    config = LadderConfig(parts.config, **_settings(layers, settings))
+    if "ladder_layers" in settings:
+        raise TypeError(f"ladder_layers is called layers here, got {checks.shown(settings['ladder_layers'])}")
+    parts, settings = parts_of(model), {**settings, "ladder_layers": layers}
+    config = LadderConfig(parts.config, **settings)
     if config.block == "desync":
         for rank in range(config.ranks):
             shard(model, rank, config.ranks, views=True)
-    return LadderForCausalLM.from_base(model, **_settings(layers, settings))
-
-
-def _settings(layers: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {"ladder_layers": layers, **settings}
+    return LadderForCausalLM.from_base(model, **settings)
 
 
 def tensor_parallel(model: nn.Module, link: Link) -> LadderForCausalLM:

@@ -43,7 +43,8 @@ class Ranks:
     """`world` processes of one group, each with `threads` threads for torch. Use it in a `with` statement, or call `close`.
 
     A call that takes longer than `timeout` seconds, a rank that raises, and one that dies end all of them. They also end with this
-    process, however it ends. Raises ValueError for counts below 1, RuntimeError when the processes cannot be started.
+    process, however it ends. Raises ValueError for counts below 1; RuntimeError when a process fails to start or to join the group, and
+    TimeoutError when one is not ready within two minutes, or `timeout` seconds if that is longer; both after all processes were ended.
 
     When NOT to use it: at the top level of a script without `if __name__ == "__main__"`, which "spawn" would run again.
     """

@@ -61,7 +61,7 @@ def shard(model: nn.Module, rank: int, world: int, *, views: bool = False) -> An
     world = checks.whole("world", world, low=1)
     rank = checks.whole("rank", rank, low=0, high=world - 1)
     whole = parts_of(model)
-    sizes = _sizes(whole.config, world)
+    sizes = sizes_of(whole.config, world)
     if why := _why_not_summable(whole):
         raise ValueError(f"model must add the outputs of attention and MLP to the stream as they are: {why}")
     made: Any = _empty(model, sizes)
@@ -83,16 +83,21 @@ def shard(model: nn.Module, rank: int, world: int, *, views: bool = False) -> An
     return made.train(model.training)
 
 
-def _sizes(config: Any, world: int) -> dict[str, int]:
-    """Heads, key/value heads, their width and MLP units of the whole model."""
+def sizes_of(config: Any, world: int, *, called: str = "world") -> dict[str, int]:
+    """Heads, key/value heads, their width and MLP units of the whole model.
+
+    Raises ValueError where they cannot be divided among `world` ranks, a number that the message calls `called`.
+    """
     heads, units = config.num_attention_heads, config.intermediate_size
     kv = getattr(config, "num_key_value_heads", None) or heads
     if heads % world:
-        raise ValueError(f"world must divide the {heads} attention heads of the model, got {world}")
+        raise ValueError(f"{called} must divide the {heads} attention heads of the model, got {world}")
     if kv % world and world % kv:
-        raise ValueError(f"world must divide the {kv} key/value heads of the model or be divided by them, got {world}")
+        raise ValueError(
+            f"{called} must divide the {kv} key/value heads of the model or be divided by them, got {world}"
+        )
     if not isinstance(units, int) or units % world:
-        raise ValueError(f"world must divide the {units} units of the model's MLPs, got {world}")
+        raise ValueError(f"{called} must divide the {units} units of the model's MLPs, got {world}")
     dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return {"heads": heads, "kv": kv, "dim": dim, "units": units, "world": world}
 

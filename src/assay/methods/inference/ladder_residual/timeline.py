@@ -21,12 +21,17 @@ class Event:
     """What happened from `start` to `end`, in seconds. `name` is a module and its layer: "attention 3".
 
     Lane "compute" is the processor at work, "link" a message under way, "wait" the processor waiting for that message or handing it over.
+    Raises ValueError for an event that ends before it starts.
     """
 
     lane: Lane
     name: str
     start: float
     end: float
+
+    def __post_init__(self) -> None:
+        if not self.end >= self.start:
+            raise ValueError(f"end must not lie before start ({self.start}), got {self.end}")
 
     @property
     def seconds(self) -> float:
@@ -51,9 +56,7 @@ class Timeline:
     events: list[Event] = field(default_factory=list)
 
     def add(self, lane: Lane, name: str, start: float, end: float) -> None:
-        """Note an event. Raises ValueError for one that ends before it starts."""
-        if not end >= start:
-            raise ValueError(f"end must not lie before start ({start}), got {end}")
+        """Note an event. Raises what `Event` raises."""
         self.events.append(Event(lane, name, start, end))
 
     @contextmanager

@@ -172,11 +172,11 @@ def _over(kept: Tensor, new: Tensor, place: Place) -> Tensor:
 
 
 class MoRCache(Cache):
-    """The cache of `MoRForCausalLM`: `batch` rows (None: as many as the first call has), a stage for what stands before and behind the
-    recursions, and one a recursion.
+    """The cache of `MoRForCausalLM`: a stage for what stands before and behind the recursions, and one a recursion.
 
-    `seen` columns have been run, padding included; each recursion has kept the tokens that took part in it. Beam search, selection of
-    rows and `crop` work as with transformers' caches.
+    It has `batch` rows (None: as many as the first call has) on `device` (None: where the tokens of the first call are). `seen` columns
+    have been run, padding included; each recursion has kept the tokens that took part in it. Beam search, selection of rows and `crop`
+    work as with transformers' caches.
     """
 
     def __init__(self, batch: int | None = None, device: Any = None) -> None:

@@ -10,7 +10,7 @@ When NOT to use it: few rows, and processors on which a call's time grows with i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,15 +43,17 @@ def generate_depthwise(
     new_tokens: int | Sequence[int],
     *,
     lanes: int = 8,
-    eos: Sequence[int] = (),
+    eos: int | Sequence[int] | None = None,
 ) -> Generated:
     """Greedy answers to `prompts` (lists of token ids) of `new_tokens` tokens (one number, or one a prompt), `lanes` of them at a time.
 
-    An answer ends early with a token in `eos`, which belongs to it. The answers are those that `generate` gives each prompt alone, but for
-    rounding. All tokens of a prompt but the last are run before it enters. Raises ValueError for a model in training, one that routes by
-    top-k (one by one there is nothing to choose from) or shares keys and values between recursions, for no or empty prompts, and for
-    numbers that do not fit.
+    An answer ends early with a token in `eos` (one or several; None: the model's own, an empty list: none), which belongs to it. The
+    answers are those that `generate` gives each prompt alone, but for rounding. All tokens of a prompt but the last are run before it
+    enters. Raises ValueError for a model in training, one that routes by top-k (one by one there is nothing to choose from) or shares keys
+    and values between recursions, for no or empty prompts, and for numbers that do not fit; TypeError for another model.
     """
+    if not isinstance(model, MoRForCausalLM):
+        raise TypeError(f"model must be a MoRForCausalLM, got {type(model).__name__}")
     config = model.config
     if model.training:
         raise ValueError("model must be in eval mode")
@@ -60,12 +62,20 @@ def generate_depthwise(
     if config.kv != "recursion":
         raise ValueError(f"kv must be 'recursion' here, got {config.kv!r}")
     asked = checked_prompts(prompts)
-    counts = [new_tokens] * len(asked) if isinstance(new_tokens, int) else list(new_tokens)
+    wanted: Any = new_tokens
+    counts = list(wanted) if is_several(wanted) else [wanted] * len(asked)
     if len(counts) != len(asked):
         raise ValueError(f"new_tokens must be one number or one a prompt, {len(asked)}, got {len(counts)}")
     counts = [checks.whole("new_tokens", count, low=1) for count in counts]
     lanes = min(checks.whole("lanes", lanes, low=1), len(asked))
-    return _Lanes(model, asked, counts, lanes, set(eos)).run()
+    ends: Any = getattr(model.generation_config, "eos_token_id", None) if eos is None else eos
+    ends = [] if ends is None else ends if is_several(ends) else [ends]
+    return _Lanes(model, asked, counts, lanes, {checks.whole("eos", end, low=0) for end in ends}).run()
+
+
+def is_several(value: Any) -> bool:
+    """Whether a value holds several, and is no number, nor a tensor or an array of a single one."""
+    return isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
 
 
 class _Lanes:
@@ -202,7 +212,7 @@ class _Lanes:
         """The shared layers over all lanes, each at its own recursion; recursions of other layers ("sequence") one after the other."""
         rows, inside = self.at(live), self.inside(live)
         x, depths = self.x[rows], [self.depth[lane] for lane in live]
-        gate = self.model._gate(self.scores(self.gates, x, depths).sigmoid(), x) if self.kind == "expert" else None
+        gate = self.model._gate(self.scores(x, depths).sigmoid(), x) if self.kind == "expert" else None
         if len(set(self.plan.groups)) == 1:
             y = self.through(self.plan.groups[0], self.inner, inside, x, run, list(range(len(live))))
         else:
@@ -215,15 +225,23 @@ class _Lanes:
         for lane in live:
             self.depth[lane] += 1
 
-    def scores(self, routers: list[Any], x: Tensor, depths: list[int]) -> Tensor:
+    def scores(self, x: Tensor, depths: list[int]) -> Tensor:
         """(lanes, 1) of the router of each lane's recursion."""
         found = x.new_empty(len(x), 1, dtype=torch.float32)
         for d in set(depths):
             chosen = [i for i, depth in enumerate(depths) if depth == d]
             if len(chosen) == len(x):
-                return scored(routers[d], x)[..., 0]
-            found[chosen] = scored(routers[d], x[chosen])[..., 0]
+                return scored(self.gates[d], x)[..., 0]
+            found[chosen] = scored(self.gates[d], x[chosen])[..., 0]
         return found
+
+    def going_on(self, x: Tensor, depths: list[int]) -> list[bool]:
+        """Whether streams `x` (lanes, 1, D) go into the recursions of their `depths`."""
+        found = torch.empty(len(x), dtype=torch.bool, device=x.device)
+        for d in sorted(set(depths)):
+            chosen = [i for i, depth in enumerate(depths) if depth == d]
+            found[chosen] = self.model.goes_on(d, scored(self.choosers[d], picked(x, chosen))[:, 0, 0])
+        return found.tolist()
 
     def leaving(self, live: list[int]) -> list[int]:
         """Which of the live lanes are through, by their place among them."""
@@ -235,8 +253,7 @@ class _Lanes:
             asked = [i for i, depth in enumerate(depths) if on[i] and self.shares[depth] < 1]
             if asked:
                 x = picked(self.x[self.at(live)], asked)
-                above = self.scores(self.choosers, x, [depths[i] for i in asked])[:, 0] > 0
-                for i, goes in zip(asked, above.tolist(), strict=True):
+                for i, goes in zip(asked, self.going_on(x, [depths[i] for i in asked]), strict=True):
                     on[i] = goes
         return [i for i, goes in enumerate(on) if not goes]
 

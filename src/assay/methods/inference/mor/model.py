@@ -135,7 +135,8 @@ class MoRForCausalLM(WrappedForCausalLM):
     without one are left out, and the others are cut to their tokens, as long as the longest of them.
 
     When NOT to use it: a small model (the paper's loses at 135M), single rows on an accelerator whose time does not depend on a few tokens
-    more, and attention implementations other than sdpa and eager, which are refused.
+    more, and attention implementations other than sdpa and eager, which are refused. Under kv "share" one thread at a time may use the
+    model: while a later recursion runs, its layers lack their key and value projections.
     """
 
     config_class = MoRConfig
@@ -218,8 +219,8 @@ class MoRForCausalLM(WrappedForCausalLM):
         )  # fmt: skip
         loss = out.loss
         if loss is not None and aux is not None and labels is not None:
-            # where the Trainer accumulates, each part has its share of the mean
-            share = 1.0 if num_items_in_batch is None else labels.ne(-100).sum() / num_items_in_batch
+            # where the Trainer accumulates, each part has its share of the mean: of what is predicted, so not the first tokens
+            share = 1.0 if num_items_in_batch is None else labels[:, 1:].ne(-100).sum() / num_items_in_batch
             loss = loss + share * aux
         made: Any = MoROutput(loss=cast(Any, loss), logits=out.logits, cache=kept, aux_loss=aux, depths=depths)
         return cast(MoROutput, made)
@@ -227,13 +228,7 @@ class MoRForCausalLM(WrappedForCausalLM):
     # ---- before the layers
 
     def _refuse(self, kwargs: Mapping[str, Any], cache: Any) -> None:
-        if kwargs.get("past_key_values") is not None:
-            raise TypeError("past_key_values is called cache since transformers 5.24")
-        for name in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(name):
-                raise ValueError(f"{name} must be left out: the model does not have it")
-        if kwargs.get("return_dict") is False:
-            raise ValueError("return_dict must be left out or True: the output has names")
+        self.refuse(kwargs)
         if cache is not None and not isinstance(cache, MoRCache):
             raise TypeError(f"cache must be a MoRCache, which the model makes by itself, got {type(cache).__name__}")
         if why := why_not_attention(self.base.config):
@@ -259,10 +254,11 @@ class MoRForCausalLM(WrappedForCausalLM):
         if given is None:
             raise ValueError("input_ids or inputs_embeds must be given, and not both")
         batch, tokens = given.shape[:2]
-        if cache is not None and cache.rows is None:
-            cache.rows = batch
-        if cache is not None and cache.rows != batch:
-            raise ValueError(f"cache must hold {batch} rows, as the tokens do, got {cache.rows}")
+        if cache is not None:
+            cache.rows = batch if cache.rows is None else cache.rows
+            cache.device = given.device if cache.device is None else cache.device
+            if cache.rows != batch:
+                raise ValueError(f"cache must hold {batch} rows, as the tokens do, got {cache.rows}")
         seen = 0 if cache is None else cache.seen
         if attention_mask is not None:
             checks.tensor("attention_mask", attention_mask, shape=(batch, seen + tokens), dtype="any")
@@ -398,7 +394,11 @@ class MoRForCausalLM(WrappedForCausalLM):
         if self.training or self.config.inference == "top_k":
             counts = torch.tensor([tokens_of(share, n) for n in lengths.tolist()], device=scores.device)
             return routing.best(scores, alive, counts)
-        return alive & (predicted > 0)
+        return alive & self.goes_on(recursion, predicted)
+
+    def goes_on(self, recursion: int, predicted: Tensor) -> Tensor:
+        """(...) bool: which of the tokens that may go into a recursion (from 0) do so under the threshold, by `predicted` (...)."""
+        return predicted > 0
 
     def _token(
         self, x: Tensor, run: Pass, store: MoRCache | None, alive: Tensor

@@ -86,11 +86,11 @@ def forward_macs(config: Any, tokens: int) -> int:
     `config` is a `MoRConfig` with router "expert" or "none" around a Llama-type base: separate projections and a gated MLP. Linear layers
     cost in proportion to the tokens of their recursion, attention to the square (half of it, as causal kernels do), or, with shared keys
     and values, to queries times all tokens. 1 MAC = 2 operations.
-    Raises ValueError for token-choice, whose tokens depend on the data.
+    Raises ValueError for token-choice, whose tokens depend on the data, and for no tokens.
     """
     if config.router == "token":
         raise ValueError("config must have router 'expert' or 'none': how deep token-choice goes depends on the data")
-    base = config.base
+    tokens, base = checks.whole("tokens", tokens, low=1), config.base
     width, heads = base.hidden_size, base.num_attention_heads
     size = getattr(base, "head_dim", None) or width // heads
     queries, keys = width * heads * size, width * base.num_key_value_heads * size
@@ -110,5 +110,5 @@ def forward_macs(config: Any, tokens: int) -> int:
         taken = tokens_of(config.shares[r], tokens) if config.router == "expert" else tokens
         total += len(group) * layer(taken, r > 0)
         if config.router == "expert":
-            total += width * tokens
+            total += width * tokens * (2 if config.causality == "aux_router" else 1)
     return int(total + tokens * width * base.vocab_size)

@@ -7,10 +7,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
 
 
 class Routers(nn.Module):
-    """The routers of a model, and what they remember of training. Scores are float32, whatever the model's dtype.
+    """The routers of a model, and what they remember of training. Scores are float32, whatever the model's dtype and autocast's.
 
     "expert": one linear layer D -> 1 a recursion, with `auxiliary` a second one each that predicts the choice. "token": one D -> N_r.
     No biases. `steps` counts forward passes in training, for the warm-up of capacities; `balance` are the steps by which loss-free
@@ -40,9 +41,10 @@ class Routers(nn.Module):
 
 
 def scored(router: nn.Module, x: Tensor) -> Tensor:
-    """A router's logits in float32. A router that is no linear layer is called."""
+    """A router's logits in float32, under autocast too. A router that is no linear layer is called, as autocast has it."""
     if type(router) is nn.Linear:
-        return F.linear(x.float(), router.weight.float())
+        with maybe_autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), router.weight.float())
     found: Tensor = router(x)
     return found.float()
 

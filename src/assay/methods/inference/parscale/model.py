@@ -208,6 +208,13 @@ def own_modules(config: ParScaleConfig) -> dict[str, nn.Module]:
     }
 
 
+NOT_RETURNED = {
+    "output_hidden_states": "several streams have no such thing in common",
+    "output_attentions": "several streams have no such thing in common",
+    "output_router_logits": "the loss that balances experts is not defined over several streams",
+}
+
+
 class ParScaleForCausalLM(WrappedForCausalLM):
     """A decoder run as `parscale_n` streams (arXiv 2505.10475): each has its own learned prefix in every layer, a small MLP mixes the
     streams' last hidden states (after the final norm), and one head follows.
@@ -226,6 +233,7 @@ class ParScaleForCausalLM(WrappedForCausalLM):
     """
 
     config_class = ParScaleConfig
+    not_given = NOT_RETURNED
     prefixes: Any
     aggregator: Any
 
@@ -277,7 +285,7 @@ class ParScaleForCausalLM(WrappedForCausalLM):
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
-        _check_arguments(kwargs)
+        self.refuse(kwargs)
         _check_flags(self.config)
         _check_flags(self.config.base)
         streams = self.stream_states(
@@ -382,23 +390,6 @@ class Streams:
 
 def _checkpoints(layers: list[Any]) -> bool:
     return any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
-
-
-NOT_RETURNED = {
-    "output_hidden_states": "several streams have no such thing in common",
-    "output_attentions": "several streams have no such thing in common",
-    "output_router_logits": "the loss that balances experts is not defined over several streams",
-}
-
-
-def _check_arguments(kwargs: Mapping[str, Any]) -> None:
-    if kwargs.get("past_key_values") is not None:
-        raise TypeError("past_key_values is called cache since transformers 5.24")
-    for name, why in NOT_RETURNED.items():
-        if (given := kwargs.get(name)) is not None and given is not False:
-            raise ValueError(f"{name} must be left out: {why}")
-    if kwargs.get("return_dict") is False:
-        raise ValueError("return_dict must be left out or True: the output has names")
 
 
 def _check_flags(config: Any) -> None:

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from assay import checks
+from assay.methods.core.generation.crop import croppable
 from assay.methods.core.models.decoder import Parts
 
 Prefix = tuple[Tensor, Tensor]  # keys and values of one layer, (streams, key-value heads, prefix tokens, head dim)
@@ -97,17 +97,7 @@ class StreamCache(Cache):
         Raises ValueError, before any layer changes, for more tokens than there are (prefixes stay), and where a window has left behind
         what would come into it again; transformers' `activate_past_recording` keeps that.
         """
-        length = self.get_seq_length()
-        count = -checks.whole("tokens_to_remove", tokens_to_remove, low=-length, high=0)
-        for layer in self.layers:
-            if count and isinstance(layer, SlidingPrefixLayer):
-                held, needed = cast(Any, layer).keys.shape[-2], min(layer.sliding_window - 1, length - count) + count
-                if held < needed:
-                    raise ValueError(
-                        f"tokens_to_remove must be 0: a window of {layer.sliding_window} has left tokens behind that would come into it "
-                        f"again, got {tokens_to_remove}; call activate_past_recording before the tokens are read"
-                    )
-        super().crop(tokens_to_remove)
+        super().crop(croppable(self, tokens_to_remove, self.get_seq_length()))
 
     def _rows(self, indices: Tensor) -> Tensor:
         """The rows of all streams of the sequences `indices`: numbers, or a bool for each."""

@@ -1,0 +1,273 @@
+"""Drawings as SVG text: the bar of a claim, and speed against quality. Plain shapes, coloured by classes of the style sheet.
+
+Every text in them is escaped, and each has a title that says in words what it shows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Literal
+
+from assay.evidence.record import Evidence
+from assay.evidence.types import Estimate
+from assay.evidence.verdict import as_gain, figure, gained, is_log, say
+
+Against = Literal["paper", "free", "exact"]
+AGAINST: dict[Against, str] = {
+    "paper": "the paper's baseline",
+    "free": "what is free",
+    "exact": "our own exact code",
+}
+WIDTH, HEIGHT = 168.0, 22.0  # of a bar
+STANDALONE = """<style>
+svg{font:12px system-ui,sans-serif;color:#1c2430;background:#fff}
+.axis{stroke:#8a94a3;fill:none}.none{stroke:#6b7482}.range{stroke:#1f5fa8}.dot{fill:#1f5fa8}.paper{stroke:#a8370f}
+.dominated{opacity:.35}.front{stroke:#1f5fa8;fill:none}text{fill:currentColor}
+@media (prefers-color-scheme:dark){svg{color:#e6eaf0;background:#12161c}.range,.front{stroke:#7db4f0}.dot{fill:#7db4f0}
+.paper{stroke:#ff9a6b}}
+</style>"""
+
+
+@dataclass(frozen=True)
+class Gains:
+    """A figure as the gain over one baseline: its interval, where no gain lies, and the paper's gain where it can be compared."""
+
+    low: float
+    median: float
+    high: float
+    none: float
+    paper: float | None
+    log: bool
+
+
+def gains(record: Evidence, against: Against = "paper") -> Gains | None:
+    """The record's figure as a gain over a baseline; None where the claim promises no gain or that baseline was not measured."""
+    own = None if record.measured is None else gained(record)
+    if own is None:
+        return None
+    if against == "paper":
+        return Gains(own.low, own.median, own.high, own.none, own.paper, own.log)
+    if record.kind == "trial":
+        ratio = record.ratios.get(against)
+        return None if ratio is None else Gains(ratio.low, ratio.median, ratio.high, 1.0, None, True)
+    value = record.free if against == "free" else record.exact
+    if value is None:
+        return None
+    theirs = as_gain(record, value)
+    if is_log(record):
+        if not 0 < theirs < math.inf:
+            return None
+        return Gains(own.low / theirs, own.median / theirs, own.high / theirs, 1.0, None, True)
+    return Gains(own.low - theirs, own.median - theirs, own.high - theirs, 0.0, None, False)
+
+
+def bar(record: Evidence, against: Against = "paper") -> str:
+    """A small picture of a figure with its interval, the line of no gain, and the paper's number; "" where there is nothing to draw."""
+    found = gains(record, against)
+    if found is not None:
+        values = [found.low, found.median, found.high]
+        marks = [found.none] + ([found.paper] if found.paper is not None else [])
+        log = found.log
+        none: float | None = found.none
+        paper = found.paper
+    elif record.measured is not None and against == "paper":
+        values = [record.measured.low, record.measured.median, record.measured.high]
+        paper, none, log = record.paper_value, None, False
+        marks = [paper] if paper is not None else []
+    else:
+        return ""
+    if not all(map(math.isfinite, [*values, *marks])) or log and min(*values, *marks) <= 0:
+        return ""
+    assert record.measured is not None
+    words = (
+        _in_words(found, against)
+        if found
+        else f"{say(record.measured, record.unit)}; the paper: {figure(record.paper_value, record.paper_unit)}"
+    )
+    x = _scale([*values, *marks], log)
+    low, median, high = (x(value) for value in values)
+    middle = HEIGHT / 2
+    parts = [f'<line class="axis" x1="0" x2="{WIDTH:g}" y1="{middle:g}" y2="{middle:g}"/>']
+    if none is not None:
+        parts.append(f'<line class="none" x1="{x(none):.1f}" x2="{x(none):.1f}" y1="2" y2="{HEIGHT - 2:g}"/>')
+    parts.append(f'<line class="range" x1="{low:.1f}" x2="{max(high, low + 1):.1f}" y1="{middle:g}" y2="{middle:g}"/>')
+    parts.append(f'<circle class="dot" cx="{median:.1f}" cy="{middle:g}" r="4"/>')
+    if paper is not None:
+        at = x(paper)
+        parts.append(f'<path class="paper" d="M{at:.1f} 3v{HEIGHT - 6:g}"/>')
+    return (
+        f'<svg class="bar" role="img" width="{WIDTH:g}" height="{HEIGHT:g}" viewBox="0 0 {WIDTH:g} {HEIGHT:g}">'
+        f"<title>{escape(words)}</title>{''.join(parts)}</svg>"
+    )
+
+
+def _in_words(found: Gains, against: Against) -> str:
+    unit = "x" if found.log else ""
+    seen = say(Estimate(median=found.median, low=found.low, high=found.high), unit)
+    paper = "" if found.paper is None else f", the paper {found.paper:.4g}{unit}"
+    return f"gain over {AGAINST[against]}: {seen}, no gain is {found.none:g}{unit}{paper}"
+
+
+def _scale(values: Sequence[float], log: bool, *, start: float = 6.0, end: float = WIDTH - 6.0) -> _Scale:
+    place = [math.log(value) for value in values] if log else list(values)
+    low, high = min(place), max(place)
+    if high - low < 1e-12:
+        low, high = low - 1, high + 1
+    return _Scale(low, high, log, start, end)
+
+
+@dataclass(frozen=True)
+class _Scale:
+    low: float
+    high: float
+    log: bool
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        place = math.log(value) if self.log else value
+        return self.start + (place - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One thing in the picture of speed against quality."""
+
+    label: str
+    gain: float
+    loss: float  # of quality, in per cent; negative is better
+    word: str
+    link: str = ""
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in gain and in quality at once, by falling gain.
+
+    >>> [point.label for point in front([Point("a", 2, 0, ""), Point("b", 1.5, 1, ""), Point("c", 3, 2, "")])]
+    ['c', 'a']
+    """
+    best: list[Point] = []
+    for point in sorted(points, key=lambda p: (-p.gain, p.loss)):
+        if not best or point.loss < best[-1].loss:
+            best.append(point)
+    return best
+
+
+def pareto(points: Sequence[Point], title: str, *, standalone: bool = False) -> str:
+    """Gain to the right (ratio, logarithmic), loss of quality upwards; dominated points fade, and a line joins the others."""
+    width, height, left, bottom, top, right = 720.0, 420.0, 64.0, 48.0, 16.0, 16.0
+    best = front(points)
+    body = []
+    if points:
+        x = _scale([1.0, *(p.gain for p in points)], True, start=left + 8, end=width - right - 8)
+        bent = [_bent(p.loss) for p in points]
+        y = _scale([0.0, *bent], False, start=height - bottom - 8, end=top + 8)
+        for tick in _ticks([p.gain for p in points]):
+            body.append(
+                f'<line class="axis" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top:g}" y2="{height - bottom:g}" opacity=".3"/>'
+                f'<text x="{x(tick):.1f}" y="{height - bottom + 18:g}" text-anchor="middle">{tick:g}x</text>'
+            )
+        for tick in (-10.0, -1.0, 0.0, 1.0, 10.0, 100.0, 1000.0):
+            if min(0.0, *bent) <= _bent(tick) <= max(0.0, *bent):
+                at = y(_bent(tick))
+                body.append(
+                    f'<line class="axis" x1="{left:g}" x2="{width - right:g}" y1="{at:.1f}" y2="{at:.1f}" opacity=".3"/>'
+                    f'<text x="{left - 6:g}" y="{at + 4:.1f}" text-anchor="end">{tick:g} %</text>'
+                )
+        path = " ".join(f"{x(p.gain):.1f},{y(_bent(p.loss)):.1f}" for p in best)
+        body.append(f'<polyline class="front" points="{path}"/>')
+        for point in points:
+            classes = "point" if point in best else "point dominated"
+            words = f"{point.label}: {point.gain:.3g}x, quality {point.loss:+.3g} % worse; {point.word}"
+            place = f'cx="{x(point.gain):.1f}" cy="{y(_bent(point.loss)):.1f}"'
+            dot = f'<circle class="dot" {place} r="5"><title>{escape(words)}</title></circle>'
+            linked = f'<a href="{escape(point.link)}" aria-label="{escape(words)}">{dot}</a>' if point.link else dot
+            body.append(f'<g class="{classes}">{linked}</g>')
+        for point in best:
+            at, side = x(point.gain), "end" if x(point.gain) > width / 2 else "start"
+            shift = -9 if side == "end" else 9
+            body.append(
+                f'<text x="{at + shift:.1f}" y="{y(_bent(point.loss)) + 4:.1f}" text-anchor="{side}">{escape(point.label)}</text>'
+            )
+    else:
+        body.append(
+            f'<text x="{width / 2:g}" y="{height / 2:g}" text-anchor="middle">nothing here has both a gain and a quality</text>'
+        )
+    labels = (
+        f'<text x="{(left + width) / 2:g}" y="{height - 8:g}" text-anchor="middle">times faster, or less of it (right is better)</text>'
+        f'<text transform="translate(14 {height / 2:g}) rotate(-90)" text-anchor="middle">quality lost (down is better)</text>'
+    )
+    frame = f'<path class="axis" d="M{left:g} {top:g}V{height - bottom:g}H{width - right:g}"/>'
+    style = STANDALONE if standalone else ""
+    role = "group" if any(point.link for point in points) else "img"  # a picture may hold no links
+    return (
+        f'<svg class="pareto" xmlns="http://www.w3.org/2000/svg" role="{role}" aria-label="{escape(title)}" '
+        f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}">{style}{frame}{labels}{"".join(body)}</svg>'
+    )
+
+
+def _bent(loss: float) -> float:
+    """Per cent on an axis that is linear to 1 and logarithmic beyond, on both sides of 0.
+
+    >>> _bent(1.0), _bent(-10.0)
+    (1.0, -2.0)
+    """
+    return loss if abs(loss) <= 1 else math.copysign(1 + math.log10(abs(loss)), loss)
+
+
+def _ticks(values: Sequence[float]) -> list[float]:
+    low, high = min(1.0, *values), max(1.0, *values)
+    steps = [base * 10.0**power for power in range(-4, 7) for base in (1.0, 2.0, 5.0)]
+    inside = [tick for tick in steps if low <= tick <= high]
+    return (
+        inside if len(inside) <= 9 else [tick for tick in inside if math.isclose(math.log10(tick) % 1, 0, abs_tol=1e-9)]
+    )
+
+
+def roofline(peaks: dict[str, float], bandwidth: float) -> str:
+    """Attainable operations a second over operations a byte, a roof for each dtype; both axes are logarithmic."""
+    width, height, left, bottom, top, right = 720.0, 340.0, 72.0, 48.0, 16.0, 96.0
+    low, high = 0.25, max(16.0, *(4 * peak / bandwidth for peak in peaks.values()))
+    x = _scale([low, high], True, start=left, end=width - right)
+    y = _scale([low * bandwidth, max(peaks.values()) * 1.5], True, start=height - bottom, end=top)
+    body = []
+    for name, peak in sorted(peaks.items(), key=lambda item: -item[1]):
+        ridge = min(max(peak / bandwidth, low), high)
+        words = f"{name}: {peak / 1e9:,.0f} GFLOP/s from {ridge:.3g} operations a byte on"
+        roof = f"{x(low):.1f},{y(low * bandwidth):.1f} {x(ridge):.1f},{y(peak):.1f} {x(high):.1f},{y(peak):.1f}"
+        body.append(
+            f'<polyline class="front" points="{roof}">'
+            f"<title>{escape(words)}</title></polyline>"
+            f'<text x="{x(high) + 6:.1f}" y="{y(peak) + 4:.1f}">{escape(name)}</text>'
+        )
+    power = math.floor(math.log10(low * bandwidth)) + 1
+    while 10.0**power <= max(peaks.values()) * 1.5:
+        at = y(10.0**power)
+        body.append(
+            f'<line class="axis" x1="{left:g}" x2="{width - right:g}" y1="{at:.1f}" y2="{at:.1f}" opacity=".3"/>'
+            f'<text x="{left - 6:g}" y="{at + 4:.1f}" text-anchor="end">{10.0 ** (power - 9):g}</text>'
+        )
+        power += 1
+    tick = 0.25
+    while tick <= high:
+        body.append(f'<text x="{x(tick):.1f}" y="{height - bottom + 18:g}" text-anchor="middle">{tick:g}</text>')
+        tick *= 4
+    frame = f'<path class="axis" d="M{left:g} {top:g}V{height - bottom:g}H{width - right:g}"/>'
+    labels = (
+        f'<text x="{(left + width - right) / 2:g}" y="{height - 8:g}" text-anchor="middle">operations a byte of main memory</text>'
+        f'<text transform="translate(14 {height / 2:g}) rotate(-90)" text-anchor="middle">GFLOP/s</text>'
+    )
+    return (
+        f'<svg class="roofline" xmlns="http://www.w3.org/2000/svg" role="img" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
+        f'height="{height:g}"><title>rooflines of this machine</title>{frame}{labels}{"".join(body)}</svg>'
+    )
+
+
+def embedded(drawing: str) -> str:
+    """A bar as a file of its own, with its colours."""
+    return drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
+        "<title>", f"{STANDALONE}<title>", 1
+    )

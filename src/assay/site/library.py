@@ -1,0 +1,193 @@
+"""Everything the pages show, read once: the catalogue, the shipped records, the store's, and the verdicts on them as of now.
+
+A page asks the store one question (is there anything new?), however many records it holds; what is new is added to what is known.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from assay import catalogue
+from assay.catalogue import Claim, Paper
+from assay.errors import AssayError, InputError
+from assay.evidence import hashes, shipped
+from assay.evidence.record import Evidence, parse
+from assay.evidence.store import Store
+from assay.evidence.types import Verdict
+from assay.evidence.verdict import Summary, summaries
+
+Origin = Literal["you", "authors", "others"]
+ORIGINS: dict[Origin, str] = {
+    "you": "measured on this machine",
+    "authors": "measured by assay's authors",
+    "others": "imported: measured by others",
+}
+PLANNED, CODE = "planned", "not measured"
+WORDS = (*(verdict.value for verdict in Verdict), "stale", "failed")
+"""What a claim's chip can say, besides that nothing was measured."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A claim on one machine, as one origin measured it: origins are never mixed into one verdict."""
+
+    summary: Summary
+    origin: Origin
+
+    @property
+    def word(self) -> str:
+        """The verdict, "stale", or "failed" whichever way it failed."""
+        word = self.summary.word
+        return word if word in WORDS else "failed"
+
+    @property
+    def record(self) -> Evidence:
+        return self.summary.deciding
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A row of the store that is no record, and why."""
+
+    row: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Library:
+    """What was known at one moment. `seen` is by claim, the newest first; `mark` changes whenever anything else does."""
+
+    seen: dict[str, tuple[Seen, ...]]
+    records: dict[str, tuple[Evidence, Origin]]
+    machines: dict[str, dict[str, Any]]
+    here: str
+    damaged: tuple[Damaged, ...] = ()
+    trouble: str = ""  # why the store could not be read
+    mark: str = ""
+    status: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def papers(self) -> tuple[Paper, ...]:
+        return catalogue.papers()
+
+    def of(self, claim: Claim | str, machine: str = "") -> tuple[Seen, ...]:
+        """What was seen of a claim, on one machine if that is given."""
+        found = self.seen.get(claim if isinstance(claim, str) else claim.id, ())
+        return tuple(seen for seen in found if machine in ("", seen.summary.fingerprint))
+
+    def like(self, fingerprint: str) -> frozenset[str]:
+        """The machines that do what this one does: all of its instruction sets, as many cores at least. Itself always."""
+        mine = self.machines.get(fingerprint, {})
+        flags, cores = set(mine.get("flags", [])), mine.get("cores", 0)
+        return frozenset(
+            name
+            for name, other in self.machines.items()
+            if name == fingerprint
+            or (flags and flags <= set(other.get("flags", [])) and other.get("cores", 0) >= cores)
+        )
+
+
+class Shelf:
+    """Keeps a `Library` up to date with the store; one for a server, used from several threads."""
+
+    def __init__(
+        self, url: str | None = None, *, here: str | None = None, machine: dict[str, Any] | None = None
+    ) -> None:
+        if here is None:
+            from assay.measure.machine import machine as asked
+
+            found = asked()
+            here, machine = found.fingerprint, found.as_dict()
+        self._url, self._here = url, here
+        self._lock = threading.Lock()
+        self._store: Store | None = None
+        self._last = 0  # the store's row up to which everything is known
+        self._stale: dict[str, bool] = {}
+        self._records: dict[str, tuple[Evidence, Origin]] = {}
+        self._damaged: list[Damaged] = []
+        self._groups: dict[tuple[str, Origin], list[Evidence]] = {}
+        self._seen: dict[tuple[str, Origin], list[Seen]] = {}
+        self._machines: dict[str, dict[str, Any]] = {here: machine or {}}
+        self._library: Library | None = None
+        self._add(((record, "authors") for record in shipped.records()), set())
+
+    def library(self) -> Library:
+        """What is known now; asks the store for what came since the last time."""
+        with self._lock:
+            changed: set[tuple[str, Origin]] = set()
+            trouble = ""
+            try:
+                self._add(self._new(), changed)
+            except AssayError as error:
+                trouble = str(error)
+            if self._library is None or changed or trouble != self._library.trouble:
+                self._library = self._built(trouble)
+            return self._library
+
+    def close(self) -> None:
+        with self._lock:
+            if self._store is not None:
+                self._store.close()
+                self._store = None
+
+    def _new(self) -> Iterable[tuple[Evidence, Origin]]:
+        if self._store is None:
+            self._store = Store(self._url)
+        for row, text in self._store.rows(after=self._last):
+            self._last = row
+            try:
+                record = parse(text, f"row {row} of the store")
+            except InputError as error:
+                self._damaged.append(Damaged(row, str(error)))
+                self._library = None
+                continue
+            yield record, "you" if record.fingerprint == self._here else "others"
+
+    def _add(self, new: Iterable[tuple[Evidence, Origin]], changed: set[tuple[str, Origin]]) -> None:
+        for record, origin in new:
+            if record.id in self._records:  # the authors' own records, imported
+                continue
+            self._records[record.id] = (record, origin)
+            self._groups.setdefault((record.claim, origin), []).append(record)
+            self._machines.setdefault(record.fingerprint, dict(record.machine))
+            changed.add((record.claim, origin))
+        for claim, origin in changed:
+            found = summaries(self._groups[claim, origin], is_stale=self._is_stale)
+            self._seen[claim, origin] = [Seen(summary, origin) for summary in found]
+
+    def _is_stale(self, record: Evidence) -> bool:
+        if record.id not in self._stale:
+            self._stale[record.id] = hashes.is_stale(record)
+        return self._stale[record.id]
+
+    def _built(self, trouble: str) -> Library:
+        seen: dict[str, list[Seen]] = {}
+        for (claim, _), found in self._seen.items():
+            seen.setdefault(claim, []).extend(found)
+        ordered = {claim: tuple(sorted(found, key=_first)) for claim, found in seen.items()}
+        undecided = (None, Verdict.UNDECIDED, Verdict.NEEDS_HARDWARE)
+        measured = {
+            claim.split("/")[0]
+            for claim, found in ordered.items()
+            if any(s.summary.verdict not in undecided for s in found)
+        }
+        status = {
+            paper.slug: "measured" if paper.status == "code" and paper.slug in measured else paper.status
+            for paper in catalogue.papers()
+        }
+        mark = f"{len(self._records)}-{self._last}-{len(self._damaged)}-{hash(trouble) & 0xFFFF:x}"
+        return Library(
+            ordered, dict(self._records), dict(self._machines), self._here, tuple(self._damaged), trouble, mark, status
+        )
+
+
+def _first(seen: Seen) -> tuple[bool, int, float]:
+    """Decided ones before stale ones, one's own before the authors', the newest before older ones."""
+    return (
+        seen.summary.verdict is None,
+        ("you", "authors", "others").index(seen.origin),
+        -seen.record.created.timestamp(),
+    )

@@ -1,0 +1,58 @@
+"use strict";
+// Buttons that copy, where the browser allows it.
+for (const block of document.querySelectorAll("main pre")) {
+  if (!navigator.clipboard) break;
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = "copy";
+  button.textContent = "Copy";
+  button.setAttribute("aria-label", "Copy: " + block.textContent.trim().slice(0, 60));
+  button.addEventListener("click", async () => {
+    await navigator.clipboard.writeText(block.querySelector("code").textContent.trim());
+    button.textContent = "Copied";
+    setTimeout(() => { button.textContent = "Copy"; }, 1500);
+  });
+  block.append(button);
+}
+
+// An exported list has no server: it is filtered here, by words, and the address behind # keeps the choice.
+const form = document.getElementById("filter");
+if (form && !form.hasAttribute("hx-get")) {
+  const names = ["q", "family", "saves", "verdict", "machine", "model"];
+  const papers = [...document.querySelectorAll(".paper[data-family]")].map((node) => ({
+    node,
+    text: node.textContent.toLowerCase(),
+    claims: [...node.querySelectorAll(".claims > li")],
+  }));
+  const like = (form.dataset.like || "").split(" ");
+  const show = () => {
+    const wanted = Object.fromEntries(names.map((name) => [name, form.elements[name].value.trim()]));
+    const words = wanted.q.toLowerCase().split(/\s+/).filter(Boolean);
+    let count = 0;
+    for (const { node, text, claims } of papers) {
+      const on = (claim) => (!wanted.verdict || claim.dataset.verdict === wanted.verdict) &&
+        (!wanted.machine || (wanted.machine === "like-mine" ? like.includes(claim.dataset.machine) : claim.dataset.machine === wanted.machine));
+      const models = node.dataset.model.split("|");
+      const fits = words.every((word) => text.includes(word)) &&
+        (!wanted.family || node.dataset.family === wanted.family) &&
+        (!wanted.saves || node.dataset.saves.split(" ").includes(wanted.saves)) &&
+        (!wanted.model || models.includes(wanted.model) || models.includes("any network")) &&
+        ((!wanted.verdict && !wanted.machine) || claims.some(on));
+      node.hidden = !fits;
+      for (const claim of claims) claim.hidden = Boolean(wanted.verdict || wanted.machine) && !on(claim);
+      count += fits;
+    }
+    document.querySelector(".found").textContent = count + (count === 1 ? " paper" : " papers");
+    const kept = new URLSearchParams(Object.entries(wanted).filter(([, value]) => value)).toString();
+    history.replaceState(null, "", kept ? "#" + kept : location.pathname + location.search);
+  };
+  const read = () => {
+    const asked = new URLSearchParams(location.hash.slice(1));
+    for (const name of names) form.elements[name].value = asked.get(name) || "";
+    show();
+  };
+  form.addEventListener("input", show);
+  form.addEventListener("submit", (event) => { event.preventDefault(); show(); });
+  window.addEventListener("hashchange", read);
+  read();
+}

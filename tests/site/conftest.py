@@ -1,0 +1,131 @@
+"""A shelf of known records, the application over it, and a browser where one is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+import time
+
+import pytest
+import typer
+from tests.evidence.evidence_maker import estimate, make
+
+from assay.cli.main import build
+from assay.cli.site import commands
+from assay.evidence import shipped
+from assay.evidence.store import Store
+from assay.site.app import Searcher, create_app
+from assay.site.guide import Page
+from assay.site.library import Shelf
+
+HERE = {
+    "cpu": "My CPU <b>fast</b>",
+    "cores": 4,
+    "ram_bytes": 8 * 2**30,
+    "flags": ["avx2", "fma"],
+    "versions": {"torch": "2"},
+}
+BETTER = {**HERE, "cpu": "Bigger CPU", "cores": 8, "flags": ["avx2", "avx512f", "fma"]}
+OTHER = {"cpu": "Small CPU", "cores": 2, "ram_bytes": 4 * 2**30, "flags": ["neon"]}
+CLAIM = "xattention/attention-speedup"
+
+
+def known_records():
+    """Records of one claim on three machines, and of another claim that failed."""
+    mine = make(
+        claim=CLAIM, fingerprint="mine", machine=HERE, measured=estimate(1.9, 2.0, 2.1), vs_free=estimate(1.5, 1.6, 1.7)
+    )
+    better = make(
+        claim=CLAIM,
+        fingerprint="better",
+        machine=BETTER,
+        measured=estimate(3.9, 4.0, 4.1),
+        vs_free=estimate(3.5, 3.6, 3.7),
+        minutes=1,
+    )
+    other = make(
+        claim=CLAIM,
+        fingerprint="other",
+        machine=OTHER,
+        measured=estimate(0.4, 0.5, 0.6),
+        vs_free=estimate(0.4, 0.5, 0.6),
+        minutes=2,
+    )
+    failed = make(
+        claim="svg2/wan-speedup",
+        fingerprint="mine",
+        machine=HERE,
+        status="failed",
+        error="<script>alert(1)</script> broke",
+    )
+    old = make(claim="prepacking/prefill-speedup-padded", fingerprint="mine", machine=HERE, hashes={})
+    return [mine, better, other, failed, old]
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    """An empty store, and no shipped records."""
+    monkeypatch.setattr(shipped, "records", lambda *_, **__: [])
+    url = f"sqlite:///{tmp_path / 'evidence.db'}"
+    with Store(url) as opened:
+        yield opened
+
+
+@pytest.fixture
+def shelf(store):
+    store.add(known_records())
+    made = Shelf(str(store._url), here="mine", machine=HERE)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def app(shelf):
+    pages = tuple(
+        Page(f"command-{name}", f"assay {name}", text)
+        for name, text in commands(typer.main.get_command(build())).items()
+    )
+    return create_app(shelf, searcher=Searcher(start=False), commands=pages)
+
+
+@pytest.fixture
+def client(app):
+    from starlette.testclient import TestClient
+
+    return TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False)
+
+
+@pytest.fixture
+def address(app):
+    """The application on a port of its own."""
+    import uvicorn
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 20
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+    listener.close()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, headless."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        (pytest.fail if os.environ.get("ASSAY_TEST_ALL") else pytest.skip)(
+            "Chromium is not installed: apt-get install chromium"
+        )
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -1,0 +1,236 @@
+"""The web side: addresses, headers, caching, and what may be asked."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from sqlalchemy import event
+from tests.evidence.evidence_maker import estimate, make
+from tests.site.conftest import CLAIM, HERE
+
+from assay import catalogue
+from assay.evidence.types import Verdict
+from assay.site.app import Searcher, create_app
+from assay.site.library import Shelf
+from assay.site.pages import MEANINGS
+from assay.site.views import CHIPS
+
+PAGES = (
+    "/", "/?family=attention&verdict=reproduced", "/?q=sparse+attention", "/papers/xattention", "/papers/xattention?against=free",
+    "/papers/swin", "/compare", "/compare?against=paper&machine=like-mine", "/machines", "/machines/mine", "/guide", "/guide/measuring",
+    "/guide/command-verify",
+)  # fmt: skip
+DATA = ("/api/papers", "/api/papers/xattention", f"/api/claims/{CLAIM}", "/api/records", "/api/machines", "/api/compare", "/compare.csv",
+        "/compare.svg", f"/charts/{CLAIM}.svg", "/papers/xattention.bib", "/api/openapi.json")  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PAGES + DATA)
+def test_answers_are_safe_and_cacheable(client, path):
+    answer = client.get(path)
+    assert answer.status_code == 200
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    if path == "/api/openapi.json":
+        return
+    tag = answer.headers["etag"]
+    again = client.get(path, headers={"If-None-Match": f'"other", W/{tag}'})
+    assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
+    assert client.get(path, headers={"If-None-Match": '"other"'}).status_code == 200
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_pages_hold_nothing_that_the_policy_forbids(client, path):
+    text = client.get(path).text
+    assert "script-src 'self'" in client.get(path).headers["content-security-policy"]
+    assert not re.search(r"<script(?![^>]*\ssrc=)", text)
+    assert not re.search(r"\son[a-z]+\s*=|\sstyle\s*=|javascript:", text)
+    assert not re.search(
+        r'(?:src|href)="https?://(?!arxiv\.org/abs/|github\.com/)', re.sub(r'(?s)<article class="text">.*', "", text)
+    )
+
+
+def test_what_records_hold_is_escaped(client):
+    page = client.get("/papers/svg2").text
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<b>fast</b>" not in client.get("/machines").text
+
+
+def test_the_etag_changes_with_the_records(client, store):
+    before = client.get("/papers/xattention").headers["etag"]
+    store.add([make(claim=CLAIM, fingerprint="mine", machine=HERE, measured=estimate(5, 6, 7), minutes=30)])
+    assert client.get("/papers/xattention").headers["etag"] != before
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "says"),
+    [
+        ("/papers/xatention", 404, "did you mean xattention"),
+        ("/papers/xattention?against=me", 400, "against must be one of"),
+        ("/claims/xattention/nothing", 404, "no claim is called"),
+        ("/records/feed", 404, "no record has the id"),
+        ("/machines/nobody", 404, "no machine is called"),
+        ("/guide/nothing", 404, "has no page"),
+        ("/nothing", 404, "Not Found"),
+        ("/?family=x", 400, "family must be one of"),
+        ("/compare?machine=x", 400, "machine must be"),
+        ("/charts/swin/imagenet-top1.svg", 404, "no"),
+        ("/api/records?limit=0", 422, "limit"),
+        ("/api/records?limit=1001", 422, "limit"),
+        ("/api/papers/x%00y", 404, "no paper is called"),
+        ("/static/../app.py", 404, "Not Found"),
+        ("/static/%2e%2e/app.py", 404, "Not Found"),
+    ],
+)
+def test_what_does_not_exist_is_named(client, path, status, says):
+    answer = client.get(path)
+    assert answer.status_code == status
+    text = answer.json()["error"] if path.startswith("/api/") else answer.text
+    assert says in text
+
+
+def test_nothing_can_be_sent(client):
+    for path in ("/", "/papers/xattention", "/api/papers"):
+        for method in ("POST", "PUT", "DELETE", "PATCH"):
+            assert client.request(method, path).status_code == 405
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "", "localhost.evil", "10.0.0.1"])
+def test_a_name_of_somebody_elses_is_not_served(client, host):
+    assert client.get("/", headers={"Host": host}).status_code == 421
+
+
+@pytest.mark.parametrize("host", ["localhost:8080", "127.0.0.1", "[::1]:99", "LOCALHOST", "127.9.9.9:1"])
+def test_loopback_is_served_by_all_its_names(client, host):
+    assert client.get("/health", headers={"Host": host}).status_code == 200
+
+
+def test_behind_a_proxy_links_begin_with_its_path(shelf):
+    from starlette.testclient import TestClient
+
+    app = create_app(shelf, hosts=("assay.example",), root_path="/assay", searcher=Searcher(start=False))
+    with TestClient(app, base_url="http://assay.example") as client:
+        text = client.get("/assay/papers/xattention").text
+        assert client.get("/papers/xattention").text == text  # a proxy may take it off
+    links = re.findall(r'(?:href|src)="(/[^"]*)"', text)
+    assert links
+    assert all(link.startswith("/assay/") for link in links)
+
+
+def test_claims_have_an_address_that_stays(client):
+    answer = client.get(f"/claims/{CLAIM}", follow_redirects=False)
+    assert answer.headers["location"] == "/papers/xattention#attention-speedup"
+    assert 'id="attention-speedup"' in client.get("/papers/xattention").text
+
+
+def test_the_filter_is_in_the_address_and_in_the_form(client):
+    text = client.get("/?family=attention&verdict=reproduced&q=blocks").text
+    assert '<option value="attention" selected>' in text
+    assert '<option value="reproduced" selected>' in text
+    assert 'value="blocks"' in text
+    assert re.search(r"1 paper\b", text)
+
+
+def test_a_part_of_the_page_is_the_list_alone(client):
+    whole, part = client.get("/?family=mixers"), client.get("/?family=mixers", headers={"HX-Request": "true"})
+    assert part.text.strip() in whole.text
+    assert "<html" not in part.text
+    assert part.headers["vary"] == "HX-Request"
+    assert whole.headers["etag"] != part.headers["etag"]
+
+
+def test_search_by_words_until_the_model_is_there(client):
+    found = client.get("/api/papers?q=kolmogorov-arnold").json()
+    assert found["found_by"] == "bm25"
+    assert found["papers"][0]["slug"] == "kat"
+    assert client.get("/api/papers?q=zzzzqqq").json()["papers"] == []
+
+
+def test_search_by_meaning_when_it_is_ready(shelf, monkeypatch):
+    from starlette.testclient import TestClient
+
+    from assay.catalogue import search as searching
+
+    hits = [
+        searching.Hit(catalogue.get("zero"), 0.7, "embedding"),
+        searching.Hit(catalogue.get("kat"), 0.5, "embedding"),
+    ]
+    monkeypatch.setattr(searching, "search", lambda *_, **__: hits)
+    searcher = Searcher()
+    assert searcher.ready.wait(10)
+    client = TestClient(create_app(shelf, searcher=searcher), base_url="http://localhost")
+    found = client.get("/api/papers?q=anything").json()
+    assert (found["found_by"], [paper["slug"] for paper in found["papers"]]) == ("embedding", ["zero", "kat"])
+
+
+def test_records_in_pages(client):
+    first = client.get("/api/records?limit=2").json()
+    rest = client.get("/api/records?limit=2&offset=2").json()
+    assert (first["total"], len(first["records"]), len(rest["records"])) == (5, 2, 2)
+    ids = [r["id"] for r in first["records"] + rest["records"]]
+    assert len(set(ids)) == 4
+    whole = client.get(f"/api/records/{ids[0]}").json()
+    assert (whole["id"], whole["by"]) == (ids[0], first["records"][0]["by"])
+    assert client.get(f"/api/records?claim={CLAIM}&machine=mine").json()["total"] == 1
+
+
+def test_the_json_says_what_the_page_says(client):
+    seen = client.get("/api/papers/xattention").json()
+    claim = next(c for c in seen["claims"] if c["id"] == CLAIM)
+    assert [(s["machine"], s["word"], s["origin"]) for s in claim["seen"]] == [
+        ("mine", "reproduced", "you"),
+        ("other", "refuted here", "others"),
+        ("better", "reproduced", "others"),
+    ]
+    assert claim == client.get(f"/api/claims/{CLAIM}").json()
+    assert "drawing" not in str(seen)
+
+
+def test_a_page_asks_the_store_once(client, shelf):
+    client.get("/")
+    asked = []
+    event.listen(shelf._store._engine, "before_cursor_execute", lambda *given: asked.append(given[2]))
+    for path in PAGES:
+        asked.clear()
+        client.get(path)
+        assert sum(text.lstrip().upper().startswith("SELECT") for text in asked) == 1, path
+
+
+def test_ten_thousand_records_of_twenty_machines_stay_small(store):
+    """The page's size does not follow the store's; a record that came is added, not all read again."""
+    from starlette.testclient import TestClient
+
+    claims = [c.id for p in catalogue.papers() if p.status == "code" for c in p.claims]
+    machines = {f"m{i}": {"cpu": f"CPU {i}", "cores": i + 1, "flags": ["avx2"]} for i in range(20)}
+    base = make(claim=CLAIM, fingerprint="m0", machine=machines["m0"])
+    texts = []
+    for i in range(10_000):
+        claim = claims[i % len(claims)]
+        name = f"m{i // len(claims) % 20}"
+        texts.append(
+            base.model_copy(
+                update={
+                    "id": f"{i:032x}",
+                    "claim": claim,
+                    "slug": claim.split("/")[0],
+                    "fingerprint": name,
+                    "machine": machines[name],
+                }
+            )
+        )
+    shelf = Shelf(str(store._url), here="m3", machine=machines["m3"])
+    shelf._new = lambda: ((record, "others") for record in texts)
+    assert len(shelf.library().records) == 10_000
+    del shelf._new
+    client = TestClient(create_app(shelf, searcher=Searcher(start=False)), base_url="http://localhost")
+    for path in ("/", "/papers/xattention", "/compare"):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert len(answer.content) < 300_000, path
+    shelf.close()
+
+
+def test_every_chip_has_a_meaning():
+    assert set(CHIPS) == set(MEANINGS)
+    assert {v.value for v in Verdict} < set(CHIPS)

@@ -1,0 +1,89 @@
+"""What the pages know: origins apart, new records without reading the old ones again, damaged rows that break nothing."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from sqlalchemy import event
+from tests.evidence.evidence_maker import estimate, make
+from tests.site.conftest import BETTER, CLAIM, HERE, OTHER, known_records
+
+from assay.evidence import shipped
+from assay.evidence.store import table
+from assay.site.library import Shelf
+
+
+def test_each_machine_has_its_own_verdict_and_its_origin(shelf):
+    seen = {s.summary.fingerprint: s for s in shelf.library().of(CLAIM)}
+    assert {name: (s.word, s.origin) for name, s in seen.items()} == {
+        "mine": ("reproduced", "you"),
+        "better": ("reproduced", "others"),
+        "other": ("refuted here", "others"),
+    }
+
+
+def test_the_authors_records_are_theirs_on_the_same_machine_too(store, monkeypatch):
+    theirs = make(claim=CLAIM, fingerprint="mine", machine=HERE, measured=estimate(0.4, 0.5, 0.6))
+    monkeypatch.setattr(shipped, "records", lambda *_, **__: [theirs])
+    store.add([known_records()[0], theirs])  # imported: still theirs
+    shelf = Shelf(str(store._url), here="mine", machine=HERE)
+    assert {(s.origin, s.word) for s in shelf.library().of(CLAIM)} == {
+        ("you", "reproduced"),
+        ("authors", "refuted here"),
+    }
+    shelf.close()
+
+
+def test_new_records_are_added_without_reading_the_old_ones(shelf, store):
+    before = shelf.library()
+    assert shelf.library() is before
+    read = []
+    original = shelf._store.rows
+    shelf._store.rows = lambda **asked: read.append(rows := original(**asked)) or rows
+    store.add([make(claim=CLAIM, fingerprint="new", machine=OTHER, minutes=9)])
+    after = shelf.library()
+    assert [len(rows) for rows in read] == [1]
+    assert after.mark != before.mark
+    assert len(after.of(CLAIM)) == len(before.of(CLAIM)) + 1
+    assert len(before.of(CLAIM)) == 3  # what was handed out does not change
+
+
+def test_asking_again_is_one_query(shelf):
+    shelf.library()
+    asked = []
+    event.listen(shelf._store._engine, "before_cursor_execute", lambda *given: asked.append(given[2]))
+    shelf.library()
+    assert [text for text in asked if text.lstrip().upper().startswith("SELECT")] == asked[-1:]
+
+
+def test_a_damaged_row_is_shown_and_breaks_nothing(shelf, store):
+    with store._begin(write=True) as connection:
+        values = {"claim": "x/y", "slug": "x", "scale": "small", "status": "ok", "fingerprint": "f"}
+        connection.execute(sa.insert(table).values(id="bad1", record="{not json", **values))
+        connection.execute(sa.insert(table).values(id="bad2", record='{"claim": "x/y", "measured": NaN}', **values))
+    store.add([make(claim=CLAIM, fingerprint="after", machine=OTHER, minutes=9)])
+    library = shelf.library()
+    assert len(library.damaged) == 2
+    assert all(row.why for row in library.damaged)
+    assert "after" in {s.summary.fingerprint for s in library.of(CLAIM)}
+    assert shelf.library() is library
+
+
+def test_a_store_that_cannot_be_read_is_said(store, tmp_path):
+    broken = tmp_path / "broken.db"
+    broken.write_bytes(b"this is no database" * 100)
+    shelf = Shelf(f"sqlite:///{broken}", here="mine", machine=HERE)
+    assert "not an SQLite database" in shelf.library().trouble
+    assert shelf.library().papers
+
+
+def test_machines_like_mine_do_all_that_mine_does(shelf):
+    assert shelf.library().like("mine") == {"mine", "better"}
+    assert shelf.library().like("better") == {"better"}
+    assert shelf.library().like("unknown") == set()
+
+
+def test_stale_and_failed_ones_are_called_so(shelf):
+    library = shelf.library()
+    assert [s.word for s in library.of("prepacking/prefill-speedup-padded")] == ["stale"]
+    assert [s.word for s in library.of("svg2/wan-speedup")] == ["failed"]
+    assert library.machines["better"] == BETTER
