@@ -32,6 +32,14 @@ OTHER = {"cpu": "Small CPU", "cores": 2, "ram_bytes": 4 * 2**30, "flags": ["neon
 CLAIM = "xattention/attention-speedup"
 
 
+def wait_for(happens, seconds=30):
+    """Wait until it happens; fail when it does not."""
+    deadline = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.02)
+
+
 def known_records():
     """Records of one claim on three machines, and of another claim that failed."""
     mine = make(

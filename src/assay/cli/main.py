@@ -18,6 +18,7 @@ def build() -> Any:
 
     from assay.cli import (
         apply,
+        digest,
         doctor,
         evidence,
         loadtest,
@@ -39,7 +40,21 @@ def build() -> Any:
         pretty_exceptions_enable=False,
         rich_markup_mode=None,
     )
-    for module in (papers, paper, search, verify, profile, tune, apply, serve, loadtest, simulate, site, doctor):
+    for module in (
+        papers,
+        paper,
+        search,
+        verify,
+        profile,
+        tune,
+        apply,
+        serve,
+        loadtest,
+        simulate,
+        site,
+        digest,
+        doctor,
+    ):
         name = module.__name__.rsplit(".", 1)[1]
         app.command(name=name)(getattr(module, name))
     app.add_typer(evidence.app, name="evidence")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ def site(
         str, typer.Option(help="Address to bind; the pages can be read by whoever reaches it.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to bind; 0 takes a free one.")] = 8080,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Start no work from the pages, whoever asks.")] = False,
     root_path: Annotated[str, typer.Option(help="What a proxy puts before the paths, such as /assay.")] = "",
     export: Annotated[
         Path | None,
@@ -59,16 +61,19 @@ def site(
     root = checked_root(root_path)
     with bound(host, port, ["anyone may read"]) as listener:
         from assay.site.app import create_app
+        from assay.site.jobs import Jobs
 
         with saying("reading the records"):
             shelf = Shelf()
             shelf.library()
         address, number = listener.getsockname()[:2]
-        typer.echo(
-            f"assay is shown at http://{f'[{address}]' if ':' in address else address}:{number}{root}/ (Ctrl-C ends it)",
-            err=True,
-        )
-        app = create_app(shelf, hosts=(host.lower(),), root_path=root, commands=pages)
+        at = f"http://{f'[{address}]' if ':' in address else address}:{number}{root}/"
+        token = "" if read_only else secrets.token_urlsafe(24)
+        jobs = None if read_only else Jobs()
+        typer.echo(f"assay is shown at {at} (Ctrl-C ends it)", err=True)
+        if not read_only:
+            typer.echo(f"to start work from the pages, open {at}enter?token={token}", err=True)
+        app = create_app(shelf, hosts=(host.lower(),), root_path=root, commands=pages, jobs=jobs, token=token)
         uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False, proxy_headers=False)).run(
             sockets=[listener]
         )

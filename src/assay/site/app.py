@@ -16,9 +16,11 @@ from starlette.staticfiles import StaticFiles
 
 from assay import __version__, catalogue
 from assay.errors import InputError
-from assay.site import views
+from assay.site import feed, views
 from assay.site.charts import bar, embedded
 from assay.site.guide import Page
+from assay.site.job_pages import add_jobs
+from assay.site.jobs import Jobs
 from assay.site.library import Shelf
 from assay.site.pages import STATIC, Links, Pages
 from assay.site.views import Filter
@@ -65,10 +67,12 @@ def create_app(
     root_path: str = "",
     searcher: Searcher | None = None,
     commands: tuple[Page, ...] = (),
+    jobs: Jobs | None = None,
+    token: str = "",
 ) -> FastAPI:
     """The application. `hosts` are names it answers to besides loopback's (a page elsewhere must not reach it by a name of its own).
 
-    `commands` are the pages of the guide about the command line.
+    `commands` are the pages of the guide about the command line. With `jobs`, who has `token` can start work and cancel it.
     """
     app = FastAPI(
         title="assay",
@@ -82,7 +86,7 @@ def create_app(
     links = Links(root_path)
 
     def pages() -> Pages:
-        return Pages(shelf.library(), links, commands)
+        return Pages(shelf.library(), links, commands, jobs=jobs is not None)
 
     @app.middleware("http")
     async def guarded(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -92,9 +96,9 @@ def create_app(
             request.scope["root_path"] = root_path
         answer = await go_on(request)
         picture = answer.headers.get("content-type", "").startswith("image/svg")
-        answer.headers["Content-Security-Policy"] = PICTURE_POLICY if picture else POLICY
+        answer.headers.setdefault("Content-Security-Policy", PICTURE_POLICY if picture else POLICY)
         answer.headers["X-Content-Type-Options"] = "nosniff"
-        answer.headers["Referrer-Policy"] = "no-referrer"
+        answer.headers["Referrer-Policy"] = "same-origin"  # with "no-referrer" browsers say of a form that it comes from nowhere
         answer.headers["Cross-Origin-Resource-Policy"] = "cross-origin" if picture else "same-origin"
         return answer
 
@@ -204,6 +208,11 @@ def create_app(
     def guide_page(request: Request, name: str) -> Response:
         return sent(request, pages().guide_page(name))
 
+    @app.get("/feed.atom", include_in_schema=False)
+    def feed_of_news(request: Request) -> Response:
+        base = f"{request.url.scheme}://{request.headers['host']}{root_path}"
+        return sent(request, feed.atom(feed.news(pages().library), base), "application/atom+xml")
+
     @app.get("/health", include_in_schema=False)
     def health() -> Response:
         return Response("ok", media_type="text/plain")
@@ -266,6 +275,8 @@ def create_app(
     def api_compare(request: Request, against: str = "free", family: str = "", machine: str = "") -> Response:
         return as_json(request, views.compare(pages().library, against=against, family=family, machine=machine))
 
+    if jobs is not None:
+        add_jobs(app, jobs, token, root_path, pages, sent, as_json)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     return app
 

@@ -18,6 +18,7 @@ from assay.errors import InputError
 from assay.evidence.record import Evidence
 from assay.site import guide, views
 from assay.site.charts import AGAINST, pareto
+from assay.site.jobs import GOALS, STATES, Job
 from assay.site.library import ORIGINS, Library
 from assay.site.views import CHIPS, MINE, Filter
 
@@ -64,6 +65,7 @@ class Pages:
     library: Library
     links: Links = field(default_factory=Links)
     commands: tuple[guide.Page, ...] = ()
+    jobs: bool = False  # work can be started from here
 
     def papers(self, wanted: Filter, ranking: list[str] | None = None, method: str = "", *, part: bool = False) -> str:
         rows = views.paper_rows(self.library, wanted, ranking)
@@ -135,6 +137,14 @@ class Pages:
         """Every page of the guide."""
         return (*guide.documents(), *self.commands)
 
+    def job_list(self, found: list[Job], secret: str) -> str:
+        """The jobs, and the forms that start one; `secret` is "" for who may not."""
+        ready = [paper.slug for paper in self.library.papers if paper.status == "code"]
+        return self._page("jobs.html", found=found, secret=secret, ready=sorted(ready), states=STATES, goals=GOALS)
+
+    def job(self, job: Job, log: str, secret: str) -> str:
+        return self._page("job.html", job=job, log=log, secret=secret, states=STATES)
+
     def error(self, status: int, message: str) -> str:
         return self._page("error.html", status=status, message=message)
 
@@ -167,6 +177,7 @@ class Pages:
         return template.render(
             link=self.links,
             static=self.links.static,
+            jobs=self.jobs,
             library=self.library,
             meanings=MEANINGS,
             version=__version__,

@@ -56,3 +56,21 @@ if (form && !form.hasAttribute("hx-get")) {
   window.addEventListener("hashchange", read);
   read();
 }
+
+// A running command: what it says comes as it says it; at the end the page is made anew.
+const log = document.querySelector("[data-events]");
+if (log && window.EventSource) {
+  const source = new EventSource(log.dataset.events);
+  let first = true;
+  source.addEventListener("log", (event) => {
+    log.textContent = (first ? "" : log.textContent) + JSON.parse(event.data);
+    first = false;
+    log.parentElement.scrollTop = log.parentElement.scrollHeight;
+  });
+  source.addEventListener("end", () => { source.close(); location.reload(); });
+}
+
+// Coming from a paper's page, that paper is chosen.
+const chosen = new URLSearchParams(location.search).get("paper");
+const choice = document.getElementById("paper");
+if (chosen && choice) choice.value = chosen;
