@@ -98,7 +98,8 @@ def create_app(
         picture = answer.headers.get("content-type", "").startswith("image/svg")
         answer.headers.setdefault("Content-Security-Policy", PICTURE_POLICY if picture else POLICY)
         answer.headers["X-Content-Type-Options"] = "nosniff"
-        answer.headers["Referrer-Policy"] = "same-origin"  # with "no-referrer" browsers say of a form that it comes from nowhere
+        # with "no-referrer" browsers say of a form that it comes from nowhere
+        answer.headers["Referrer-Policy"] = "same-origin"
         answer.headers["Cross-Origin-Resource-Policy"] = "cross-origin" if picture else "same-origin"
         return answer
 

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import secrets
 import shutil
 import signal
@@ -252,23 +253,20 @@ def as_json(job: Job) -> dict[str, object]:
 
 def run_here() -> None:
     """In the job's own process: run the command, and leave its exit code behind."""
-    from assay.cli.main import main
-
-    place, words = Path(sys.argv[1]), sys.argv[2:]
+    place = Path(sys.argv.pop(1))
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # ignored, if the server was started in the background of a script
+    code: object = 70
     try:
-        code = main(words)
+        runpy.run_module("assay", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        code = end.code or 0
     except KeyboardInterrupt:
         code = 130
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        code = 70
-    with atomic_file(place / CODE) as temporary:
-        temporary.write_text(str(code), encoding="utf-8")
+    finally:
+        with atomic_file(place / CODE) as temporary:
+            temporary.write_text(str(code if isinstance(code, int) else 70), encoding="utf-8")
 
 
 if __name__ == "__main__":
