@@ -35,6 +35,13 @@ def serve(
             "May be repeated."
         ),
     ] = None,
+    share_blocks: Annotated[
+        bool,
+        typer.Option(
+            help="Serve all these models and adapters, fine-tuned variants of one, from one zoo of blocks: what they have in common is in "
+            "memory once, and their requests share batches."
+        ),
+    ] = False,
     host: Annotated[str, typer.Option(help="Address to bind; anything but loopback needs an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to bind; 0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -121,7 +128,7 @@ def serve(
             log_requests=log_requests,
         )
         with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C
-            running.run(lambda: _load(running.models, wanted, adapted))
+            running.run(lambda: _load(running.models, wanted, adapted, share_blocks))
 
 
 def checked_keys(given: list[str] | None, file: Path | None) -> list[str]:
@@ -250,7 +257,14 @@ def _require_server() -> None:
         raise MissingError(f"serving needs {error.name}: pip install 'assay[serve]'") from None
 
 
-def _load(models: Any, wanted: list[tuple[str, str]], adapted: list[tuple[str, str, str]]) -> None:
+def _load(
+    models: Any, wanted: list[tuple[str, str]], adapted: list[tuple[str, str, str]], share_blocks: bool = False
+) -> None:
+    if share_blocks:
+        with saying(f"loading {len(wanted)} models and {len(adapted)} adapters into one zoo of blocks"):
+            engines = models.load_shared(wanted, adapted)
+        typer.echo(f"all: {engines[0].backend} ({engines[0].backend_reason})", err=True)
+        return
     for name, source in wanted:
         with saying(f"loading {source}"):
             engine = models.load(name, source)

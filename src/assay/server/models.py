@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from assay.server.embeddings import POOLING
 from assay.server.engine import Engine
 from assay.server.errors import ApiError, no_model
 from assay.server.scheduler import MOST_STEPS, Scheduler
+from assay.workloads.context import context_length
 
 AUTO = "auto"  # the name that stands for whatever the router chooses
 
@@ -112,6 +113,59 @@ class Models:
             engine = self.add(name, model, tokenizer, recipe=text)
             self._parents[name] = base
             return engine
+
+    def load_shared(
+        self, models: Sequence[tuple[str, str]], adapted: Sequence[tuple[str, str, str]] = ()
+    ) -> list[Engine]:
+        """Load fine-tuned variants of one model, and LoRA adapters (name, folder, base) of them, as one zoo of blocks (paper blockllm).
+
+        What they have in common is in memory once, and their requests share batches, each under its own name. Raises as `load`, and
+        InputError for models of other shapes or with a recipe, and for adapters that do not fit; nothing is served then.
+        """
+        from assay.methods.serving.blockllm import SharedModel, Zoo, read_adapter
+        from assay.server.zoo import Door, ZooBackend
+        from assay.tuner.artefact import load_tuned
+
+        ends: dict[str, Any]
+        with self._changing:
+            zoo, tokenizers, ends = Zoo(), {}, {}
+            for name, source in models:
+                self._require_free(name)
+                if find_recipe(source) is not None:
+                    raise InputError(
+                        f"{source}: blocks are shared between models as they are stored, and this one has a recipe"
+                    )
+                loaded = load_tuned(source, allow_download=self.allow_download)
+                tokenizers[name], ends[name] = loaded.tokenizer, loaded.model.generation_config
+                try:
+                    zoo.add(name, loaded.model)
+                except ValueError as error:
+                    raise InputError(f"{source}: {error}") from None
+                del loaded  # what was new is in the zoo
+            for name, folder, base in adapted:
+                self._require_free(name)
+                try:
+                    zoo.add_adapter(name, base, read_adapter(folder))
+                except ValueError as error:
+                    raise InputError(f"{folder}: {error}") from None
+                tokenizers[name], ends[name] = tokenizers[base], ends[base]
+            first = zoo.monolith(next(iter(zoo.chains)))
+            usual = getattr(tokenizers[next(iter(zoo.chains))], "model_max_length", 0)
+            positions = context_length(first) or (int(usual) if 0 < usual < 10**7 else None)
+            backend = ZooBackend(SharedModel(zoo), kv_gib=self.kv_gib, positions=positions)
+            scheduler = Scheduler(
+                backend, max_running=self.max_running, prefill_chunk=self.prefill_chunk, steps=MOST_STEPS
+            )
+            doors: set[Door] = set()
+            engines = []
+            for name, one in zoo.chains.items():
+                door, text = Door(scheduler, name, doors), " ".join((*one.blocks.values(), *one.adapters.values()))
+                model = zoo.monolith(name)
+                model.generation_config = ends[name]  # where the end tokens stand
+                engines.append(self.add(name, model, tokenizers[name], scheduler=door, recipe=text))
+            self._sources |= dict(models)
+            self._parents |= {name: base for name, _, base in adapted}
+            return engines
 
     def unload(self, name: str) -> Engine:
         """Take a model away from clients. What runs on it goes on: the caller closes the engine. Raises ApiError 404 without one."""

@@ -24,6 +24,7 @@ class Settings:
     `ends` are the tokens that end an answer, from its `min_tokens`-th token on. `logprobs` asks for the log-probability of each token
     and the n best beside it, in the model's own distribution (temperature 1, no penalties or bias), `prompt_logprobs` for the same of
     the prompt's tokens. `choose` replaces the choice: (logits (vocab,) float32 after bias and penalties, tokens made so far) -> token.
+    `tenant` names the model where the backend has several.
     Raises ValueError or TypeError naming the setting that is wrong.
     """
 
@@ -40,6 +41,7 @@ class Settings:
     logprobs: int | None = None
     prompt_logprobs: bool = False
     choose: Callable[[Tensor, list[int]], int] | None = None
+    tenant: str = ""
 
     def __post_init__(self) -> None:
         checks.whole("max_tokens", self.max_tokens, low=0)

@@ -311,7 +311,8 @@ class Scheduler:
                 pool.release(shared)
             self._blocked = row
             return False
-        row.sequence = self.backend.begin(list(shared), start)
+        of = {"tenant": row.settings.tenant} if row.settings.tenant else {}  # only a backend of several models is told
+        row.sequence = self.backend.begin(list(shared), start, **of)
         self._filling = self._queue.popleft()
         pages = row.sequence.pages
         if twin is not None and len(row.ids) % PAGE:  # the prompt's last page, which both go on writing
