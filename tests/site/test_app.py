@@ -18,8 +18,8 @@ from assay.site.views import CHIPS
 
 PAGES = (
     "/", "/?family=attention&verdict=reproduced", "/?q=sparse+attention", "/papers/xattention", "/papers/xattention?against=free",
-    "/papers/swin", "/compare", "/compare?against=paper&machine=like-mine", "/machines", "/machines/mine", "/guide", "/guide/measuring",
-    "/guide/command-verify",
+    "/papers/swin", "/compare", "/compare?against=paper&machine=like-mine", "/machines", "/machines/mine", "/audit", "/guide",
+    "/guide/measuring", "/guide/command-verify",
 )  # fmt: skip
 DATA = ("/api/papers", "/api/papers/xattention", f"/api/claims/{CLAIM}", "/api/records", "/api/machines", "/api/compare", "/compare.csv",
         "/compare.svg", f"/charts/{CLAIM}.svg", "/papers/xattention.bib", "/api/openapi.json")  # fmt: skip
@@ -91,9 +91,100 @@ def test_what_does_not_exist_is_named(client, path, status, says):
 
 
 def test_nothing_can_be_sent(client):
-    for path in ("/", "/papers/xattention", "/api/papers"):
+    for path in ("/", "/papers/xattention", "/api/papers", "/audit"):
         for method in ("POST", "PUT", "DELETE", "PATCH"):
-            assert client.request(method, path).status_code == 405
+            if (path, method) != ("/audit", "POST"):  # which answers, and changes nothing
+                assert client.request(method, path).status_code == 405
+
+
+FIGURE = "before,after\n" + "".join(f"{2 + i % 3 / 50},{1 + i % 4 / 70}\n" for i in range(8))
+
+
+def test_audit_answers_what_was_pasted_and_keeps_nothing(client, shelf):
+    before = client.get("/audit").headers["etag"]
+    asked = []
+    event.listen(shelf._store._engine, "before_cursor_execute", lambda *given: asked.append(given[2]))
+    answer = client.post("/audit", data={"samples": FIGURE, "paired": "1"})
+    assert answer.status_code == 200
+    assert answer.headers["cache-control"] == "no-store"
+    assert "script-src 'self'" in answer.headers["content-security-policy"]
+    assert '<span class="chip chip-a-difference">a difference</span>' in answer.text
+    assert "CSV, two columns, paired" in answer.text
+    assert "changing order" not in answer.text  # two columns do not tell
+    assert re.search(r'name="paired" value="1" checked', answer.text)
+    assert FIGURE.strip() in answer.text
+    assert sum(text.lstrip().upper().startswith("SELECT") for text in asked) == 1
+    assert not any(text.lstrip().upper().startswith(("INSERT", "UPDATE", "DELETE")) for text in asked)
+    assert client.get("/audit").headers["etag"] == before
+    doubtful = client.post(
+        "/audit", data={"samples": "before,after\n" + "".join(f"{3000 + i},{2 + i}\n" for i in (0, 2, 1, 3))}
+    )
+    assert (
+        '<span class="chip chip-undecided">a difference</span>' in doubtful.text
+    )  # no green for what is not to be believed
+
+
+def test_audit_escapes_all_that_was_pasted(client):
+    evil = "</textarea><script>alert(1)</script>"
+    for samples in (
+        f"{evil},after\n" + "1,2\n" * 12,
+        f"before,after\n1,{evil}\n",
+        '{"<script>alert(1)</script>": [1], "x": [0]}',
+    ):
+        text = client.post("/audit", data={"samples": samples, "before": evil if "{" not in samples else ""}).text
+        assert "<script>alert" not in text
+        assert "alert(1)" in text
+
+
+@pytest.mark.parametrize(
+    ("samples", "says"),
+    [
+        ("", "empty"),
+        ("before,after\n1,0\n", "value 1 is 0"),
+        ("[" * 50_000, "nested too deeply"),
+        ('{"a": [1], "b": [NaN]}', "nan"),
+    ],
+)
+def test_audit_says_what_is_no_samples_beside_the_form(client, samples, says):
+    answer = client.post("/audit", data={"samples": samples})
+    assert answer.status_code == 400
+    assert says in re.search(r'<p class="warning" role="alert">(.*?)</p>', answer.text)[1]
+    assert 'id="samples"' in answer.text
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": "http://127.0.0.1"}, 200),
+        ({"Origin": "null", "Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "none"}, 200),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "http://127.0.0.1:9999"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Sec-Fetch-Site": "same-site"}, 403),
+        ({"Origin": "http://127.0.0.1", "Sec-Fetch-Site": "cross-site"}, 403),
+        ({"Origin": "http://[", "Sec-Fetch-Site": ""}, 403),
+        ({"Origin": "http://["}, 403),
+        ({"Host": "evil.example"}, 421),
+    ],
+)
+def test_audit_takes_forms_of_its_own_pages_only(client, headers, status):
+    assert client.post("/audit", data={"samples": FIGURE}, headers=headers).status_code == status
+
+
+def test_audit_takes_one_megabyte_of_a_form_and_nothing_else(client):
+    whole = {"content-type": "application/x-www-form-urlencoded"}
+    large = b"samples=" + b"1" * (1 << 20)
+    assert client.post("/audit", content=large, headers=whole).status_code == 413
+    assert client.post("/audit", content=iter([large]), headers=whole).status_code == 413
+    assert client.post("/audit", content=large[: 1 << 20], headers=whole).status_code == 400
+    assert client.post("/audit", content=b"samples=%FF", headers=whole).status_code == 400
+    assert client.post("/audit", content=b"a=1&" * 50, headers=whole).status_code == 400
+    assert client.post("/audit", content=b"\xff\xfe", headers=whole).status_code == 400
+    assert client.post("/audit", content=b"{}", headers={"content-type": "application/json"}).status_code == 415
+    assert client.post("/audit", content=b"").status_code == 415
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "", "localhost.evil", "10.0.0.1"])

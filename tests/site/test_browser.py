@@ -12,7 +12,8 @@ from assay.site.export import export
 
 KINDS = {
     "list": "/", "paper": "/papers/xattention", "planned": "/papers/swin", "compare": "/compare", "machines": "/machines",
-    "machine": "/machines/mine", "guide": "/guide", "text": "/guide/measuring", "command": "/guide/command-tune", "missing": "/papers/nope",
+    "machine": "/machines/mine", "audit": "/audit", "guide": "/guide",
+    "text": "/guide/measuring", "command": "/guide/command-tune", "missing": "/papers/nope",
 }  # fmt: skip
 
 
@@ -99,6 +100,32 @@ def test_without_javascript(browser, address):
     opened.goto(address + "/compare")
     assert opened.locator("svg.pareto").count() == 1
     context.close()
+
+
+@pytest.mark.parametrize("scripts", [True, False])
+def test_audit_a_pasted_figure(browser, address, scripts):
+    """The browser says that the form is from here; the answer is fit for everybody too."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    for scheme in ("light", "dark"):
+        context = browser.new_context(java_script_enabled=scripts, color_scheme=scheme)
+        opened = context.new_page()
+        opened.set_viewport_size({"width": 360, "height": 900})
+        opened.goto(address)
+        opened.get_by_role("link", name="Audit").click()
+        opened.get_by_label("Samples").fill("label,value\n" + "old,2\n" * 12 + "new,1\n" * 12)
+        opened.get_by_role("button", name="Audit").click()
+        expect(opened.locator("#verdict")).to_have_text("a difference")
+        expect(opened.get_by_text("interleaved")).to_have_count(1)
+        assert opened.get_by_label("Samples").input_value().startswith("label,value\nold,2")
+        if scripts:
+            assert opened.evaluate("document.documentElement.scrollWidth") <= 360
+            found = Axe().run(opened).response["violations"]
+            assert [(v["id"], v["nodes"][0]["html"][:120]) for v in found] == []
+        opened.get_by_label("Samples").fill("before,after\n1,0\n")
+        opened.get_by_role("button", name="Audit").click()
+        expect(opened.get_by_role("alert")).to_contain_text("value 1 is 0")
+        context.close()
 
 
 def test_an_export_opened_from_disk(page, shelf, tmp_path):

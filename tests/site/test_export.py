@@ -38,6 +38,8 @@ def test_every_link_leads_to_a_file_and_its_place(shelf, tmp_path):
     assert count == len(files) - 1 - len(list((target / "static").iterdir()))
     known = {file: parsed(file) for file in files if file.suffix == ".html"}
     assert {"index.html", "compare.html", "machines.html", "guide.html"} <= {f.name for f in known}
+    assert not (target / "audit.html").exists()  # it has nobody to ask
+    assert ">Audit</a>" not in (target / "index.html").read_text(encoding="utf-8")
     for file, page in known.items():
         for link in page.found:
             if re.match(r"https?://|mailto:", link):

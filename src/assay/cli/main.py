@@ -18,6 +18,7 @@ def build() -> Any:
 
     from assay.cli import (
         apply,
+        audit,
         digest,
         doctor,
         evidence,
@@ -51,6 +52,7 @@ def build() -> Any:
         serve,
         loadtest,
         simulate,
+        audit,
         site,
         digest,
         doctor,

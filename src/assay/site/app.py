@@ -1,4 +1,4 @@
-"""The web server of the pages: read only, every answer cacheable by its ETag, one question to the store a page."""
+"""The web server of the pages: read only, every answer to a GET cacheable by its ETag, one question to the store a page."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import json
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
+from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
@@ -33,6 +35,7 @@ PICTURE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'"  # a picture brings its own colours, and can run nothing
 )
 LIMIT = 1000
+MOST_FORM_BYTES = 1 << 20
 
 
 class Searcher:
@@ -201,6 +204,19 @@ def create_app(
     def machine_page(request: Request, fingerprint: str) -> Response:
         return sent(request, pages().machine(fingerprint))
 
+    @app.get("/audit", include_in_schema=False)
+    def audit_page(request: Request) -> Response:
+        return sent(request, pages().audit())
+
+    @app.post("/audit", include_in_schema=False)
+    async def audited(request: Request) -> Response:
+        """Judges what was pasted, and keeps nothing."""
+        if not _from_here(request):
+            raise HTTPException(403, "this form was sent from a page elsewhere")
+        form = await _form(request)
+        page, status = await run_in_threadpool(lambda: pages().audited(form))
+        return Response(page.encode("utf-8", "replace"), status, {"Cache-Control": "no-store"}, "text/html")
+
     @app.get("/guide", include_in_schema=False)
     def guide_index(request: Request) -> Response:
         return sent(request, pages().contents())
@@ -280,6 +296,31 @@ def create_app(
         add_jobs(app, jobs, token, root_path, pages, sent, as_json)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     return app
+
+
+def _from_here(request: Request) -> bool:
+    """Whether a form was sent from a page of this server, as far as the browser says; a program that is none says nothing."""
+    site = request.headers.get("sec-fetch-site")
+    if site is not None:  # it knows what a proxy may hide: the name under which the page was reached
+        return site in ("same-origin", "none")
+    origin = request.headers.get("origin")
+    return origin is None or origin.lower().partition("://")[2] == request.headers.get("host", "").lower()
+
+
+async def _form(request: Request) -> dict[str, str]:
+    """The fields of a form of at most `MOST_FORM_BYTES`."""
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/x-www-form-urlencoded":
+        raise HTTPException(415, "send a form: application/x-www-form-urlencoded")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MOST_FORM_BYTES:
+            raise HTTPException(413, "more than 1 MB was sent: use assay audit FILE, which takes 10")
+    try:
+        fields = parse_qs(body.decode("utf-8"), keep_blank_values=True, max_num_fields=20, errors="strict")
+    except ValueError:
+        raise HTTPException(400, "this is no form in UTF-8") from None
+    return {name: values[0] for name, values in fields.items()}
 
 
 def bare(value: Any) -> Any:

@@ -11,7 +11,18 @@ from pathlib import Path
 from assay.errors import InputError
 
 PACKAGE = Path(__file__).parents[1]
-FIRST = ("quickstart", "verdicts", "measuring", "models", "workloads", "methods", "serving", "simulate", "papers")
+FIRST = (
+    "quickstart",
+    "verdicts",
+    "measuring",
+    "models",
+    "workloads",
+    "methods",
+    "serving",
+    "simulate",
+    "audit",
+    "papers",
+)
 """The pages in the order a reader wants them; others follow by name."""
 
 

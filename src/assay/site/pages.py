@@ -125,6 +125,18 @@ class Pages:
             "machine.html", machine=views.machine_page(self.library, fingerprint), names=self._machine_names()
         )
 
+    def audit(self) -> str:
+        """The form."""
+        return self._page("audit.html", asked=dict.fromkeys(views.AUDIT_FIELDS, ""), seen=None, error="")
+
+    def audited(self, form: dict[str, str]) -> tuple[str, int]:
+        """The form with its answer, and the status: 400 where what was pasted is no samples."""
+        asked = {name: form.get(name, "") for name in views.AUDIT_FIELDS}
+        try:
+            return self._page("audit.html", asked=asked, seen=views.audited(asked), error=""), 200
+        except InputError as error:
+            return self._page("audit.html", asked=asked, seen=None, error=str(error)), 400
+
     def contents(self) -> str:
         return self._page("guide.html", pages=self.texts())
 

@@ -13,6 +13,8 @@ from assay import catalogue
 from assay.catalogue import FAMILIES, MODELS, SAVES, Claim, Paper
 from assay.checks import choice
 from assay.errors import InputError
+from assay.evidence import samples
+from assay.evidence.audit import audit
 from assay.evidence.record import Evidence
 from assay.evidence.report import over_text, point_text, quality_text, verdict_text
 from assay.evidence.verdict import PAYS, figure, loss, remarks, say
@@ -31,6 +33,7 @@ MODEL_WORDS = {
     "any network": "any network",
     "no model": "",
 }
+AUDIT_FIELDS = ("samples", "before", "after", "paired")
 CHIPS = (*WORDS, CODE, PLANNED)
 SCALES = {"smoke": "seconds: a trial of the code", "small": "minutes on a CPU", "full": "hours, or a GPU"}
 
@@ -439,3 +442,9 @@ def calibration() -> dict[str, Any] | None:
         "noisy": found.noisy,
         "drawing": roofline(found.peak_flops, found.memory_bandwidth),
     }
+
+
+def audited(form: dict[str, str]) -> dict[str, Any]:
+    """What the audit says of pasted samples: `Audit.document`. Raises InputError for what is no samples."""
+    found = samples.read(form["samples"], before=form["before"].strip() or None, after=form["after"].strip() or None)
+    return audit(found, paired=bool(form["paired"])).document()
