@@ -55,7 +55,7 @@ def models(folders):
         found,
         [("base", str(folders / "base")), ("other", str(folders / "other"))],
         [("lora", str(folders / "lora"), "base")],
-        True,
+        share_blocks=True,
     )
     yield found
     found.close()

@@ -84,12 +84,18 @@ def serve(
     log_requests: Annotated[
         bool, typer.Option(help="Log a line of JSON a request on stderr; never what is in it.")
     ] = True,
+    spans: Annotated[
+        Path | None,
+        typer.Option(help="File for a Chrome trace of where each token's time went, written when the server ends."),
+    ] = None,
 ) -> None:
     """Serve models under /v1 of the OpenAI API."""
     from assay import checks
     from assay.errors import InputError
+    from assay.paths import output_file
 
     keys = checked_keys(api_key, api_key_file)
+    spans = None if spans is None else output_file(spans, "--spans")
     if allow_load and not keys:
         raise InputError("--allow-load needs a key: set ASSAY_API_KEY, --api-key or --api-key-file")
     try:
@@ -111,6 +117,8 @@ def serve(
         raise InputError(str(error)) from None
     wanted = named_models(models or [], model or [])
     adapted = named_adapters(adapter or [], [name for name, _ in wanted])
+    if spans is not None and share_blocks:
+        raise InputError("--spans watches the steps of one model: leave --share-blocks out")
     with bound(host, port, keys) as listener:
         _require_server()
         running = _Running(
@@ -126,9 +134,10 @@ def serve(
             },
             drain_seconds=drain,
             log_requests=log_requests,
+            spans=spans,
         )
         with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C
-            running.run(lambda: _load(running.models, wanted, adapted, share_blocks))
+            running.run(lambda: _load(running.models, wanted, adapted, running.watch, share_blocks))
 
 
 def checked_keys(given: list[str] | None, file: Path | None) -> list[str]:
@@ -258,7 +267,11 @@ def _require_server() -> None:
 
 
 def _load(
-    models: Any, wanted: list[tuple[str, str]], adapted: list[tuple[str, str, str]], share_blocks: bool = False
+    models: Any,
+    wanted: list[tuple[str, str]],
+    adapted: list[tuple[str, str, str]],
+    watch: Callable[[Any], None] = lambda engine: None,
+    share_blocks: bool = False,
 ) -> None:
     if share_blocks:
         with saying(f"loading {len(wanted)} models and {len(adapted)} adapters into one zoo of blocks"):
@@ -268,11 +281,12 @@ def _load(
     for name, source in wanted:
         with saying(f"loading {source}"):
             engine = models.load(name, source)
+        watch(engine)
         if engine.backend_reason:
             typer.echo(f"{name}: {engine.backend} ({engine.backend_reason})", err=True)
     for name, folder, base in adapted:
         with saying(f"loading the adapter {folder}"):
-            models.load_adapter(name, folder, base)
+            watch(models.load_adapter(name, folder, base))
 
 
 class _Running:
@@ -292,6 +306,7 @@ class _Running:
         held: dict[str, Any],
         drain_seconds: float,
         log_requests: bool,
+        spans: Path | None = None,
     ) -> None:
         from assay.server import logs
         from assay.server.app import Limits, create_app
@@ -303,6 +318,17 @@ class _Running:
         self.models.loading = True
         self.app = create_app(self.models, api_keys=keys, limits=Limits(**limits), **options)
         self.failed: BaseException | None = None
+        self.spans: Path | None = spans
+        self.dissection: Any = None
+        if spans is not None:
+            from assay.server.dissection import Dissection
+
+            self.dissection = Dissection()
+
+    def watch(self, engine: Any) -> None:
+        """Note where an engine's time goes, if that was asked for."""
+        if self.dissection is not None:
+            self.dissection.watch(engine)
 
     def run(self, load: Callable[[], None]) -> None:
         """Serve until a signal ends it. Raises what `load`, in a thread, raised."""
@@ -340,7 +366,7 @@ class _Running:
 
         threading.Thread(target=load_all, name="assay-loader", daemon=True).start()
         config = uvicorn.Config(
-            self.app,
+            self.app if self.dissection is None else self.dissection.around(self.app),
             http="h11",
             ws="none",
             log_config=None,
@@ -352,6 +378,8 @@ class _Running:
             Server(config).run(sockets=[self.listener])
         finally:
             state.close()
+            if self.dissection is not None:
+                self.dissection.write(self.spans)
         if self.failed is not None:
             raise self.failed
 
