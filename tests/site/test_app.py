@@ -325,3 +325,100 @@ def test_ten_thousand_records_of_twenty_machines_stay_small(store):
 def test_every_chip_has_a_meaning():
     assert set(CHIPS) == set(MEANINGS)
     assert {v.value for v in Verdict} < set(CHIPS)
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/papers/xattention", "/api/papers", "/compare.svg", "/static/style.css", "/nothing"]
+)
+def test_head_is_get_without_the_body(address, path):
+    import httpx
+
+    got, headed = httpx.get(address + path), httpx.head(address + path)
+    assert (headed.status_code, headed.content) == (got.status_code, b"")
+    for name in ("etag", "content-type", "content-length", "content-security-policy"):
+        assert headed.headers.get(name) == got.headers.get(name), name
+
+
+def test_head_and_the_next_question_share_a_connection(address):
+    import httpx
+
+    with httpx.Client(base_url=address) as client:
+        for _ in range(3):
+            assert client.head("/papers/xattention").content == b""
+            assert client.get("/health").text == "ok"
+
+
+def test_behind_a_proxy_the_prefix_alone_is_the_front_page(shelf):
+    from starlette.testclient import TestClient
+
+    app = create_app(shelf, root_path="/assay", searcher=Searcher(start=False))
+    client = TestClient(app, base_url="http://localhost", follow_redirects=False)
+    front = client.get("/assay/")
+    assert front.status_code == 200
+    assert client.get("/assay").text == front.text
+    assert client.get("/assayed").status_code == 404
+    assert client.get("/assay/static/style.css").status_code == 200
+    assert client.get("/assay/api/papers/nobody").json()["error"]
+
+
+def test_the_description_of_the_api_has_an_etag(client):
+    tag = client.get("/api/openapi.json").headers["etag"]
+    assert client.get("/api/openapi.json", headers={"If-None-Match": tag}).status_code == 304
+
+
+@pytest.mark.parametrize(
+    ("given", "status"),
+    [
+        ("*", 304),
+        ("", 200),
+        (",", 200),
+        ('"', 200),
+        ('W/"x", "y"', 200),
+        ("x" * 5000, 200),
+        ("{tag},", 304),
+        ("W/{tag}", 304),
+    ],
+)
+def test_odd_conditions_of_caches(client, given, status):
+    tag = client.get("/papers/xattention").headers["etag"]
+    asked = given.replace("{tag}", tag)
+    assert client.get("/papers/xattention", headers={"If-None-Match": asked}).status_code == status
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/papers/xattention%2Fx", "/papers/%ff%fe", "/papers/%00", "/static/%00", "/static/%2e%2e%2f%2e%2e%2fapp.py", "/static//etc/passwd",
+        "/machines/%2e%2e%2fmine", "/records/" + "f" * 5000, "/guide/..%2f..%2fREADME", "/guide/" + "x" * 5000, "/charts/a/b.svg",
+        "/claims/xattention/%0d%0aX-Evil:1", "/claims/%0d%0a/x", "/papers/.bib", "/static/" + "x" * 5000,
+    ],
+)  # fmt: skip
+def test_odd_paths_are_not_found(client, path):
+    answer = client.get(path, follow_redirects=False)
+    assert answer.status_code in (400, 404)
+    assert "x-evil" not in answer.headers
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/?q=" + "x" * 501, "/?q=" + "a+" * 20_000, "/api/papers?q=" + "x" * 501, "/?family=" + "x" * 9000]
+)
+def test_long_questions_are_refused(client, path):
+    answer = client.get(path)
+    assert answer.status_code in (400, 422)
+    assert len(answer.content) < 10_000
+
+
+@pytest.mark.parametrize("question", ["%00", "%ed%a0%80", "%ff", "%E2%80%AE", "((((", "\\", "'\"<>", "%F0%9F%98%80"])
+def test_odd_questions_are_answered(client, question):
+    for path in ("/?q=", "/api/papers?q="):
+        assert client.get(path + question).status_code == 200
+
+
+def test_open_to_others_it_answers_to_every_address_and_the_name_it_was_given(shelf):
+    from starlette.testclient import TestClient
+
+    app = create_app(shelf, hosts=("0.0.0.0",), searcher=Searcher(start=False))
+    for host, status in (("10.1.2.3:8080", 200), ("[fe80::1]", 200), ("evil.example", 421), ("localhost", 200)):
+        client = TestClient(app, base_url="http://localhost")
+        assert client.get("/health", headers={"Host": host}).status_code == status

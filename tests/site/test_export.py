@@ -10,6 +10,7 @@ import pytest
 
 from assay.cli.main import main
 from assay.errors import InputError
+from assay.site import export as exporting
 from assay.site.export import SIGN, export
 
 
@@ -87,3 +88,38 @@ def test_the_command(shelf, tmp_path, monkeypatch, capsys):
     assert main(["site", "--json"]) == 2
     (tmp_path / "file").write_text("x")
     assert main(["site", "--export", str(tmp_path / "file")]) == 2
+
+
+def test_an_export_through_a_link_fills_the_folder_it_leads_to(shelf, tmp_path):
+    real = tmp_path / "Ümläute und Lücken"
+    real.mkdir()
+    (tmp_path / "link").symlink_to(real)
+    for _ in range(2):
+        export(shelf.library(), tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert (real / "index.html").is_file()
+
+
+def test_an_export_from_a_package_that_is_read_only(shelf, tmp_path, monkeypatch):
+    static = tmp_path / "static"
+    static.mkdir()
+    for file in exporting.STATIC.iterdir():
+        (static / file.name).write_bytes(file.read_bytes())
+        (static / file.name).chmod(0o444)
+    static.chmod(0o555)
+    monkeypatch.setattr(exporting, "STATIC", static)
+    export(shelf.library(), tmp_path / "site")
+    found = tmp_path / "site" / "static"
+    assert found.stat().st_mode & 0o200
+    assert all(file.stat().st_mode & 0o200 for file in found.iterdir())
+    assert {file.name for file in found.iterdir()} == {f.name for f in static.iterdir()} - {"htmx.min.js"}
+
+
+@pytest.mark.parametrize("place", ["link to nowhere", "a/file/below"])
+def test_an_export_into_what_can_be_no_folder(shelf, tmp_path, monkeypatch, capsys, place):
+    monkeypatch.setattr("assay.site.library.Shelf", lambda: shelf)
+    (tmp_path / "link to nowhere").symlink_to(tmp_path / "gone" / "gone")
+    (tmp_path / "a").write_text("x")
+    code = main(["site", "--export", str(tmp_path / place)])
+    assert code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("assay: --export must name a folder")

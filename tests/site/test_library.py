@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+
 import sqlalchemy as sa
 from sqlalchemy import event
 from tests.evidence.evidence_maker import estimate, make
 from tests.site.conftest import BETTER, CLAIM, HERE, OTHER, known_records
 
 from assay.evidence import shipped
-from assay.evidence.store import table
+from assay.evidence.store import Store, table
+from assay.site import library as library_module
 from assay.site.library import Shelf
 
 
@@ -87,3 +90,62 @@ def test_stale_and_failed_ones_are_called_so(shelf):
     assert [s.word for s in library.of("prepacking/prefill-speedup-padded")] == ["stale"]
     assert [s.word for s in library.of("svg2/wan-speedup")] == ["failed"]
     assert library.machines["better"] == BETTER
+
+
+def test_a_store_that_is_replaced_while_the_server_runs_is_read_anew(shelf, store, tmp_path):
+    assert len(shelf.library().records) == 5
+    store.close()
+    for file in tmp_path.glob("evidence.db*"):
+        file.unlink()
+    assert shelf.library().records == {}
+    assert not shelf.library().trouble
+    with Store(f"sqlite:///{tmp_path / 'evidence.db'}") as new:
+        new.add([make(claim=CLAIM, fingerprint="mine", machine=HERE, minutes=3)])
+    assert len(shelf.library().records) == 1
+
+
+def test_a_store_whose_folder_went_away_is_said_and_found_again(shelf, store, tmp_path):
+    shelf.library()
+    store.close()
+    for file in tmp_path.glob("evidence.db*"):
+        file.unlink()
+    tmp_path.rmdir()
+    tmp_path.write_text("a file where the folder was")
+    assert "cannot open" in shelf.library().trouble
+    assert shelf.library().papers
+    tmp_path.unlink()
+    assert not shelf.library().trouble
+
+
+def test_pages_do_not_wait_for_one_that_waits_for_the_store(shelf, store, monkeypatch):
+    monkeypatch.setattr(library_module, "WAIT", 0.05)
+    before = shelf.library()
+    asked, answer = threading.Event(), threading.Event()
+
+    def rows(**_):
+        asked.set()
+        assert answer.wait(20)
+        return []
+
+    shelf._store.rows = rows
+    slow = threading.Thread(target=shelf.library)
+    slow.start()
+    assert asked.wait(20)
+    assert shelf.library() is before
+    answer.set()
+    slow.join(20)
+    assert not slow.is_alive()
+
+
+def test_two_threads_at_once_read_each_record_once(store, monkeypatch):
+    store.add(known_records())
+    shelf = Shelf(str(store._url), here="mine", machine=HERE)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(shelf.library())) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert [len(library.records) for library in found] == [5] * 6
+    assert all(len(library.of(CLAIM)) == 3 for library in found)
+    shelf.close()

@@ -42,6 +42,10 @@ def serve(
             "memory once, and their requests share batches."
         ),
     ] = False,
+    router: Annotated[
+        Path | None,
+        typer.Option(help="Router that chooses where clients ask for the model auto, as `ModelRouter.save` writes it."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to bind; anything but loopback needs an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to bind; 0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -119,6 +123,7 @@ def serve(
     adapted = named_adapters(adapter or [], [name for name, _ in wanted])
     if spans is not None and share_blocks:
         raise InputError("--spans watches the steps of one model: leave --share-blocks out")
+    chooser = None if router is None else read_router(router, [name for name, *_ in (*wanted, *adapted)])
     with bound(host, port, keys) as listener:
         _require_server()
         running = _Running(
@@ -131,6 +136,7 @@ def serve(
                 "prefill_chunk": prefill_chunk,
                 "kv_gib": kv_gib,
                 "allow_download": allow_download,
+                "router": chooser,
             },
             drain_seconds=drain,
             log_requests=log_requests,
@@ -193,6 +199,17 @@ def named_adapters(given: list[str], models: list[str]) -> list[tuple[str, str, 
         if not name or name in models or name in [other for other, _, _ in found]:
             raise InputError(f"--adapter {text}: give it a name of its own")
         found.append((name, folder, base))
+    return found
+
+
+def read_router(file: Path, served: list[str]) -> Any:
+    """The router in a file. Raises InputError for a file that holds none, or one that chooses models that are not served."""
+    from assay.errors import InputError
+    from assay.methods.serving.ellie_sql.served import ModelRouter
+
+    found = ModelRouter.load(file)
+    if absent := [name for name in found.names if name not in served]:
+        raise InputError(f"--router {file}: chooses {', '.join(map(repr, absent))}, which would not be served here")
     return found
 
 

@@ -73,7 +73,9 @@ def site(
         typer.echo(f"assay is shown at {at} (Ctrl-C ends it)", err=True)
         if not read_only:
             typer.echo(f"to start work from the pages, open {at}enter?token={token}", err=True)
-        app = create_app(shelf, hosts=(host.lower(),), root_path=root, commands=pages, jobs=jobs, token=token)
+        app = create_app(
+            shelf, hosts=(host.lower(), str(address)), root_path=root, commands=pages, jobs=jobs, token=token
+        )
         uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False, proxy_headers=False)).run(
             sockets=[listener]
         )

@@ -48,14 +48,15 @@ class Tally:
                 self.finishes.append(piece.finish)
 
     def usage(self) -> dict[str, Any]:
-        """Tokens read and generated, including end tokens."""
-        read = self.job.prompt_tokens()
-        return {
+        """Tokens read and generated, including end tokens; where a router chose the model, its own are in the total."""
+        read, choice = self.job.prompt_tokens(), self.job.choice
+        usage = {
             "prompt_tokens": read,
             "completion_tokens": self.made,
-            "total_tokens": read + self.made,
+            "total_tokens": read + self.made + (choice.tokens if choice else 0),
             "prompt_tokens_details": {"cached_tokens": self.cached},
         }
+        return usage | ({"router_tokens": choice.tokens} if choice else {})
 
 
 class _Form:
@@ -296,6 +297,7 @@ class Responses(_Form):
                 "output_tokens": usage["completion_tokens"],
                 "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": usage["total_tokens"],
+                **{name: usage[name] for name in ("router_tokens",) if name in usage},
             },
         }
 

@@ -262,6 +262,8 @@ class _Generate(_Posted):
         engine, job = await self.read(self.prepared, body)
         job.began = record.began
         record.fields |= {"model": engine.name, "stream": job.ask.stream, "prompt_tokens": job.prompt_tokens()}
+        if job.choice is not None:
+            record.fields |= {"router_tokens": job.choice.tokens, "router_seconds": round(job.choice.seconds, 6)}
         form, tally = FORMS[self.path](engine, job), Tally(job)
         running = engine.start(job)
         try:
@@ -288,8 +290,12 @@ class _Generate(_Posted):
         """The engine a request is for, and its job; in the reading thread."""
         try:
             document = fields.document(body)
-            engine = self.server.models.of(document)
-            return engine, engine.prepare(self.path, document, self.server.limits.prompt_tokens)
+            engine, choice = self.server.models.routed(document)
+            if choice is not None:
+                self.server.requests.chosen(engine.name, choice.tokens, choice.seconds)
+            job = engine.prepare(self.path, document, self.server.limits.prompt_tokens)
+            job.choice = choice
+            return engine, job
         except RecursionError:
             raise ApiError(400, "the body is nested too deeply") from None
 

@@ -57,6 +57,15 @@ class Echo:
     starts: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a router chose for a request, and what choosing took: tokens that it read or made, and seconds."""
+
+    model: str
+    tokens: int
+    seconds: float
+
+
 @dataclass
 class Job:
     """A request ready to run: token ids of its prompts, and the settings of each answer, prompt by prompt."""
@@ -66,6 +75,7 @@ class Job:
     settings: list[Settings]
     echoes: list[Echo] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
+    choice: Choice | None = None  # where a router chose the model
 
     def prompt_of(self, answer: int) -> int:
         """The number of the prompt that an answer belongs to."""

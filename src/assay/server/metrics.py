@@ -58,7 +58,16 @@ class Requests:
     def __init__(self) -> None:
         self._answered: Counter[tuple[str, int]] = Counter()
         self._seconds = Histogram(SECONDS)
+        self._routed: Counter[str] = Counter()
+        self._router_tokens, self._router_seconds = 0, 0.0
         self._lock = threading.Lock()
+
+    def chosen(self, model: str, tokens: int, seconds: float) -> None:
+        """Count a request that the router sent to a model, and what that took."""
+        with self._lock:
+            self._routed[model] += 1
+            self._router_tokens += tokens
+            self._router_seconds += seconds
 
     def answered(self, path: str, status: int, seconds: float) -> None:
         """Count a request."""
@@ -75,6 +84,13 @@ class Requests:
         yield from self._seconds.samples("assay_request_seconds", {})
         yield from _head("assay_requests_in_progress", "gauge", "Requests that are read, wait or are answered.")
         yield _line("assay_requests_in_progress", {}, asking)
+        yield from _head("assay_routed_total", "counter", 'Requests for "auto" by the model that the router chose.')
+        for model, count in sorted(self._routed.items()):
+            yield _line("assay_routed_total", {"model": model}, count)
+        yield from _head("assay_router_tokens_total", "counter", "Tokens that the router took.")
+        yield _line("assay_router_tokens_total", {}, self._router_tokens)
+        yield from _head("assay_router_seconds_total", "counter", "Seconds that the router took.")
+        yield _line("assay_router_seconds_total", {}, self._router_seconds)
 
 
 # of a scheduler's `stats()`: attribute, metric, kind, meaning

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,21 +14,22 @@ from assay.errors import InputError
 from assay.server import adapters
 from assay.server.backends import backend_for
 from assay.server.embeddings import POOLING
-from assay.server.engine import Engine
+from assay.server.engine import Choice, Engine
 from assay.server.errors import ApiError, no_model
 from assay.server.scheduler import MOST_STEPS, Scheduler
 from assay.workloads.context import context_length
 
 AUTO = "auto"  # the name that stands for whatever the router chooses
 
-Router = Callable[[Mapping[str, Any]], str]
+Router = Callable[[Mapping[str, Any]], str | tuple[str, int]]
+"""From a request's JSON object, not yet checked, to a model's name; or to the name and the tokens that choosing it took."""
 
 
 class Models:
     """Engines by name, in the order they came. The first is the one that clients get who name none.
 
-    `router` chooses the model for a request whose `model` is "auto": it is given the request's JSON object and returns a name. By
-    default that is the first model.
+    `router` chooses the model for a request whose `model` is "auto". By default that is the first model. It runs in the thread that
+    reads requests, so that the time it takes is in every answer's, and its tokens are in the answer's usage.
     """
 
     def __init__(
@@ -184,6 +186,10 @@ class Models:
 
     def of(self, document: Mapping[str, Any]) -> Engine:
         """The engine a request is for. Raises ApiError 404 for a model that is not here, 503 while there is none."""
+        return self.routed(document)[0]
+
+    def routed(self, document: Mapping[str, Any]) -> tuple[Engine, Choice | None]:
+        """The engine a request is for, and what the router did, if it was asked. Raises what `of` raises."""
         from assay.server.fields import checked, text
 
         wanted = document.get("model")
@@ -192,14 +198,18 @@ class Models:
         if not engines:
             what = "the model is still loading" if self.loading else "no model is loaded"
             raise ApiError(503, what, code="loading" if self.loading else "no_model", headers={"Retry-After": "5"})
-        if name == AUTO:
-            name = self.router(document) if self.router is not None else ""
-        if name == "":
-            return next(iter(engines.values()))
+        choice = None
+        if name == AUTO and self.router is not None:
+            start = time.monotonic()
+            chosen = self.router(document)
+            name, tokens = chosen if isinstance(chosen, tuple) else (chosen, 0)
+            choice = Choice(name, tokens, time.monotonic() - start)
+        if name in ("", AUTO):
+            return next(iter(engines.values())), choice
         if name not in engines:
             known = ", ".join(map(repr, [*engines][:20]))
             raise no_model(f"no model {name[:100]!r} here; this server has {known}")
-        return engines[name]
+        return engines[name], choice
 
     def card(self, name: str) -> dict[str, Any]:
         """What /v1/models says of a model. Raises ApiError 404 if it is not here."""

@@ -190,7 +190,8 @@ SCHEMAS: dict[str, Schema] = {
             "completion_tokens": _COUNT,
             "total_tokens": _COUNT,
             "prompt_tokens_details": _CACHED,
-        }
+        },
+        router_tokens=_COUNT,
     ),
     "Completion": _object(
         {
@@ -276,7 +277,8 @@ SCHEMAS: dict[str, Schema] = {
                     "output_tokens": _COUNT,
                     "output_tokens_details": _object({"reasoning_tokens": _COUNT}),
                     "total_tokens": _COUNT,
-                }
+                },
+                router_tokens=_COUNT,
             ),
             "user": {"type": "null"},
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import json
+import math
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
@@ -81,7 +82,7 @@ def create_app(
         title="assay",
         version=__version__,
         summary="What 138 papers on efficient computing promise, and what was measured.",
-        openapi_url="/api/openapi.json",
+        openapi_url=None,  # served below, with an ETag as everything is
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
     )
@@ -95,9 +96,16 @@ def create_app(
     async def guarded(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
         if not _is_ours(request.headers.get("host", ""), hosts):
             return Response("this name is not served here", 421, media_type="text/plain")
-        if root_path and request.scope["path"].startswith(f"{root_path}/"):  # of a proxy that does not take it off
+        path, method = request.scope["path"], request.scope["method"]
+        if root_path and f"{path}/".startswith(f"{root_path}/"):  # of a proxy that does not take it off
             request.scope["root_path"] = root_path
+            request.scope["path"] = path if path != root_path else f"{path}/"
+        if method == "HEAD":  # as GET, without the body
+            request.scope["method"] = "GET"
         answer = await go_on(request)
+        if method == "HEAD":
+            request.scope["method"] = method
+            answer = Response(status_code=answer.status_code, headers=dict(answer.headers))
         picture = answer.headers.get("content-type", "").startswith("image/svg")
         answer.headers.setdefault("Content-Security-Policy", PICTURE_POLICY if picture else POLICY)
         answer.headers["X-Content-Type-Options"] = "nosniff"
@@ -290,7 +298,11 @@ def create_app(
 
     @app.get("/api/compare", summary="Claims with a gain and a quality")
     def api_compare(request: Request, against: str = "free", family: str = "", machine: str = "") -> Response:
-        return as_json(request, views.compare(pages().library, against=against, family=family, machine=machine))
+        return as_json(request, bare(views.compare(pages().library, against=against, family=family, machine=machine)))
+
+    @app.get("/api/openapi.json", include_in_schema=False)
+    def api_description(request: Request) -> Response:
+        return as_json(request, app.openapi())
 
     if jobs is not None:
         add_jobs(app, jobs, token, root_path, pages, sent, as_json)
@@ -324,7 +336,9 @@ async def _form(request: Request) -> dict[str, str]:
 
 
 def bare(value: Any) -> Any:
-    """A view without its drawings, for JSON."""
+    """A view without its drawings, for JSON; an infinite gain, which JSON cannot hold, is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, dict):
         return {key: bare(item) for key, item in value.items() if key != "drawing"}
     return [bare(item) for item in value] if isinstance(value, list | tuple) else value

@@ -6,6 +6,7 @@ Every text in them is escaped, and each has a title that says in words what it s
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -22,6 +23,11 @@ AGAINST: dict[Against, str] = {
     "exact": "our own exact code",
 }
 WIDTH, HEIGHT = 168.0, 22.0  # of a bar
+LARGEST = 1e300  # beyond it distances overflow, and nothing is drawn
+HIDDEN = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+)
+"""Characters that XML forbids, and those that are not seen and turn the text around them about."""
 STANDALONE = """<style>
 svg{font:12px system-ui,sans-serif;color:#1c2430;background:#fff}
 .axis{stroke:#8a94a3;fill:none}.none{stroke:#6b7482}.range{stroke:#1f5fa8}.dot{fill:#1f5fa8}.paper{stroke:#a8370f}
@@ -41,6 +47,19 @@ class Gains:
     none: float
     paper: float | None
     log: bool
+
+
+def clean(text: str) -> str:
+    """`text` with a visible sign in the place of every control character and every mark that reverses the order of letters.
+
+    >>> clean("a\x00b").encode()
+    b'a\xef\xbf\xbdb'
+    """
+    return HIDDEN.sub("\ufffd", text)
+
+
+def _escaped(text: str) -> str:
+    return escape(clean(text))
 
 
 def gains(record: Evidence, against: Against = "paper") -> Gains | None:
@@ -79,7 +98,7 @@ def bar(record: Evidence, against: Against = "paper") -> str:
         marks = [paper] if paper is not None else []
     else:
         return ""
-    if not all(map(math.isfinite, [*values, *marks])) or log and min(*values, *marks) <= 0:
+    if not all(abs(value) < LARGEST for value in [*values, *marks]) or log and min(*values, *marks) <= 0:
         return ""
     assert record.measured is not None
     words = (
@@ -100,7 +119,7 @@ def bar(record: Evidence, against: Against = "paper") -> str:
         parts.append(f'<path class="paper" d="M{at:.1f} 3v{HEIGHT - 6:g}"/>')
     return (
         f'<svg class="bar" role="img" width="{WIDTH:g}" height="{HEIGHT:g}" viewBox="0 0 {WIDTH:g} {HEIGHT:g}">'
-        f"<title>{escape(words)}</title>{''.join(parts)}</svg>"
+        f"<title>{_escaped(words)}</title>{''.join(parts)}</svg>"
     )
 
 
@@ -114,8 +133,9 @@ def _in_words(found: Gains, against: Against) -> str:
 def _scale(values: Sequence[float], log: bool, *, start: float = 6.0, end: float = WIDTH - 6.0) -> _Scale:
     place = [math.log(value) for value in values] if log else list(values)
     low, high = min(place), max(place)
-    if high - low < 1e-12:
-        low, high = low - 1, high + 1
+    if not high - low > 1e-12 * max(1.0, abs(low), abs(high)):  # all alike: of large numbers, 1 more is the same number
+        room = max(1.0, abs(low))
+        low, high = low - room, high + room
     return _Scale(low, high, log, start, end)
 
 
@@ -183,14 +203,14 @@ def pareto(points: Sequence[Point], title: str, *, standalone: bool = False) -> 
             classes = "point" if point in best else "point dominated"
             words = f"{point.label}: {point.gain:.3g}x, quality {point.loss:+.3g} % worse; {point.word}"
             place = f'cx="{x(point.gain):.1f}" cy="{y(_bent(point.loss)):.1f}"'
-            dot = f'<circle class="dot" {place} r="5"><title>{escape(words)}</title></circle>'
-            linked = f'<a href="{escape(point.link)}" aria-label="{escape(words)}">{dot}</a>' if point.link else dot
+            dot = f'<circle class="dot" {place} r="5"><title>{_escaped(words)}</title></circle>'
+            linked = f'<a href="{_escaped(point.link)}" aria-label="{_escaped(words)}">{dot}</a>' if point.link else dot
             body.append(f'<g class="{classes}">{linked}</g>')
         for point in best:
             at, side = x(point.gain), "end" if x(point.gain) > width / 2 else "start"
             shift = -9 if side == "end" else 9
             body.append(
-                f'<text x="{at + shift:.1f}" y="{y(_bent(point.loss)) + 4:.1f}" text-anchor="{side}">{escape(point.label)}</text>'
+                f'<text x="{at + shift:.1f}" y="{y(_bent(point.loss)) + 4:.1f}" text-anchor="{side}">{_escaped(point.label)}</text>'
             )
     else:
         body.append(
@@ -204,7 +224,7 @@ def pareto(points: Sequence[Point], title: str, *, standalone: bool = False) -> 
     style = STANDALONE if standalone else ""
     role = "group" if any(point.link for point in points) else "img"  # a picture may hold no links
     return (
-        f'<svg class="pareto" xmlns="http://www.w3.org/2000/svg" role="{role}" aria-label="{escape(title)}" '
+        f'<svg class="pareto" xmlns="http://www.w3.org/2000/svg" role="{role}" aria-label="{_escaped(title)}" '
         f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}">{style}{frame}{labels}{"".join(body)}</svg>'
     )
 
@@ -240,8 +260,8 @@ def roofline(peaks: dict[str, float], bandwidth: float) -> str:
         roof = f"{x(low):.1f},{y(low * bandwidth):.1f} {x(ridge):.1f},{y(peak):.1f} {x(high):.1f},{y(peak):.1f}"
         body.append(
             f'<polyline class="front" points="{roof}">'
-            f"<title>{escape(words)}</title></polyline>"
-            f'<text x="{x(high) + 6:.1f}" y="{y(peak) + 4:.1f}">{escape(name)}</text>'
+            f"<title>{_escaped(words)}</title></polyline>"
+            f'<text x="{x(high) + 6:.1f}" y="{y(peak) + 4:.1f}">{_escaped(name)}</text>'
         )
     power = math.floor(math.log10(low * bandwidth)) + 1
     while 10.0**power <= max(peaks.values()) * 1.5:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,17 +20,20 @@ SIGN = "assay-site.json"  # an export is written over no folder but an earlier e
 
 
 def export(library: Library, target: Path, commands: tuple[guide.Page, ...] = ()) -> int:
-    """Write every page to the folder `target`, whole or not at all; returns how many files.
+    """Write every page to the folder `target`, whole or not at all; returns how many files. A link to a folder stays a link.
 
     Raises InputError where something else than an earlier export is there.
     """
+    target = Path(os.path.realpath(target))
     if target.exists() and not (target / SIGN).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{target} is there and is no earlier export: choose another folder, or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
     count = 0
     with atomic_dir(target) as folder:
-        shutil.copytree(STATIC, folder / "static")
-        (folder / "static" / "htmx.min.js").unlink()  # it would have nobody to ask
+        (folder / "static").mkdir()
+        for file in STATIC.iterdir():
+            if file.name != "htmx.min.js":  # it would have nobody to ask
+                (folder / "static" / file.name).write_bytes(file.read_bytes())
         for name, text in files(library, commands):
             file = folder / name
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +69,7 @@ def files(library: Library, commands: tuple[guide.Page, ...] = ()) -> Iterator[t
     yield "compare.csv", views.csv(seen["rows"])
     yield "compare.svg", top.plot(seen, standalone=True)
     yield "api/papers.json", _json([bare(row) for row in views.paper_rows(library, Filter())])
-    yield "api/compare.json", _json(seen)
+    yield "api/compare.json", _json(bare(seen))
 
 
 def _json(document: object) -> str:

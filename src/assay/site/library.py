@@ -5,6 +5,7 @@ A page asks the store one question (is there anything new?), however many record
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,12 +13,13 @@ from typing import Any, Literal
 
 from assay import catalogue
 from assay.catalogue import Claim, Paper
+from assay.checks import shown
 from assay.errors import AssayError, InputError
 from assay.evidence import hashes, shipped
 from assay.evidence.record import Evidence, parse
 from assay.evidence.store import Store
 from assay.evidence.types import Verdict
-from assay.evidence.verdict import Summary, summaries
+from assay.evidence.verdict import Summary, judge, remarks, summaries
 
 Origin = Literal["you", "authors", "others"]
 ORIGINS: dict[Origin, str] = {
@@ -28,6 +30,7 @@ ORIGINS: dict[Origin, str] = {
 PLANNED, CODE = "planned", "not measured"
 WORDS = (*(verdict.value for verdict in Verdict), "stale", "failed")
 """What a claim's chip can say, besides that nothing was measured."""
+WAIT = 2.0  # seconds that a page waits for another one that asks the store; then it shows what was known before
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,43 @@ class Library:
     def like(self, fingerprint: str) -> frozenset[str]:
         """The machines that do what this one does: all of its instruction sets, as many cores at least. Itself always."""
         mine = self.machines.get(fingerprint, {})
-        flags, cores = set(mine.get("flags", [])), mine.get("cores", 0)
+        wanted, least = flags(mine), cores(mine) or 0
         return frozenset(
             name
             for name, other in self.machines.items()
-            if name == fingerprint
-            or (flags and flags <= set(other.get("flags", [])) and other.get("cores", 0) >= cores)
+            if name == fingerprint or (wanted and wanted <= flags(other) and (cores(other) or 0) >= least)
         )
+
+
+def flags(facts: dict[str, Any]) -> frozenset[str]:
+    """The instruction sets of a machine; records from elsewhere may hold anything there."""
+    found = facts.get("flags")
+    return (
+        frozenset(flag for flag in found if isinstance(flag, str)) if isinstance(found, list | tuple) else frozenset()
+    )
+
+
+def cores(facts: dict[str, Any]) -> int | None:
+    """The logical cores of a machine, None where that is no number of cores."""
+    found = facts.get("cores")
+    return found if type(found) is int and 0 < found < 10**9 else None
+
+
+def misfit(record: Evidence) -> str:
+    """Why a well-formed record cannot be shown, "" if it can.
+
+    Its machine's fingerprint becomes a part of addresses and, in an export, the name of a file; and of some numbers (a negative
+    factor, say) no verdict can be computed.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", record.fingerprint):
+        return f"fingerprint must be 1 to 64 letters, digits, '-' and '_', got {shown(record.fingerprint)}"
+    try:
+        if record.status == "ok":
+            judge(record)
+        remarks(record)
+    except (TypeError, ValueError, ArithmeticError) as error:
+        return f"no verdict can be computed from its numbers ({error})"
+    return ""
 
 
 class Shelf:
@@ -101,22 +134,34 @@ class Shelf:
 
             found = asked()
             here, machine = found.fingerprint, found.as_dict()
-        self._url, self._here = url, here
+        self._url, self._here, self._machine = url, here, machine or {}
         self._lock = threading.Lock()
         self._store: Store | None = None
-        self._last = 0  # the store's row up to which everything is known
+        self._file: tuple[int, int] | None = None  # which file the store is, by device and inode
         self._stale: dict[str, bool] = {}
+        self._library: Library | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Know the authors' records alone."""
+        self._last = 0  # the store's row up to which everything is known
         self._records: dict[str, tuple[Evidence, Origin]] = {}
         self._damaged: list[Damaged] = []
         self._groups: dict[tuple[str, Origin], list[Evidence]] = {}
         self._seen: dict[tuple[str, Origin], list[Seen]] = {}
-        self._machines: dict[str, dict[str, Any]] = {here: machine or {}}
-        self._library: Library | None = None
+        self._machines: dict[str, dict[str, Any]] = {self._here: self._machine}
         self._add(((record, "authors") for record in shipped.records()), set())
 
     def library(self) -> Library:
-        """What is known now; asks the store for what came since the last time."""
-        with self._lock:
+        """What is known now; asks the store for what came since the last time.
+
+        While another thread waits long for the store (somebody may have locked it), what was known before.
+        """
+        before = self._library
+        if not self._lock.acquire(timeout=-1 if before is None else WAIT):
+            assert before is not None
+            return before
+        try:
             changed: set[tuple[str, Origin]] = set()
             trouble = ""
             try:
@@ -126,6 +171,8 @@ class Shelf:
             if self._library is None or changed or trouble != self._library.trouble:
                 self._library = self._built(trouble)
             return self._library
+        finally:
+            self._lock.release()
 
     def close(self) -> None:
         with self._lock:
@@ -134,12 +181,19 @@ class Shelf:
                 self._store = None
 
     def _new(self) -> Iterable[tuple[Evidence, Origin]]:
+        if self._store is not None and self._file != _file_of(self._store):  # removed, or another one put in its place
+            self._store.close()
+            self._store, self._library = None, None
+            self._begin()
         if self._store is None:
             self._store = Store(self._url)
+            self._file = _file_of(self._store)
         for row, text in self._store.rows(after=self._last):
             self._last = row
             try:
                 record = parse(text, f"row {row} of the store")
+                if why := misfit(record):
+                    raise InputError(f"row {row} of the store: {why}")
             except InputError as error:
                 self._damaged.append(Damaged(row, str(error)))
                 self._library = None
@@ -152,7 +206,8 @@ class Shelf:
                 continue
             self._records[record.id] = (record, origin)
             self._groups.setdefault((record.claim, origin), []).append(record)
-            self._machines.setdefault(record.fingerprint, dict(record.machine))
+            if not self._machines.get(record.fingerprint):  # the first record that says something of it
+                self._machines[record.fingerprint] = dict(record.machine)
             changed.add((record.claim, origin))
         for claim, origin in changed:
             found = summaries(self._groups[claim, origin], is_stale=self._is_stale)
@@ -182,6 +237,15 @@ class Shelf:
         return Library(
             ordered, dict(self._records), dict(self._machines), self._here, tuple(self._damaged), trouble, mark, status
         )
+
+
+def _file_of(store: Store) -> tuple[int, int] | None:
+    """Which file a store is; None where it is no file, or a file that is gone."""
+    try:
+        found = None if store.path is None else store.path.stat()
+    except OSError:
+        return None
+    return None if found is None else (found.st_dev, found.st_ino)
 
 
 def _first(seen: Seen) -> tuple[bool, int, float]:

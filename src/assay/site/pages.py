@@ -10,19 +10,21 @@ from typing import Any
 from urllib.parse import urlencode
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from assay import __version__
 from assay.catalogue import FAMILIES, MODELS, SAVES
 from assay.errors import InputError
 from assay.evidence.record import Evidence
 from assay.site import guide, views
-from assay.site.charts import AGAINST, pareto
+from assay.site.charts import AGAINST, clean, pareto
 from assay.site.jobs import GOALS, STATES, Job
 from assay.site.library import ORIGINS, Library
 from assay.site.views import CHIPS, MINE, Filter
 
 STATIC = Path(__file__).parent / "static"
+MOST = 100  # lines of a list that a record may make as long as it likes
+LONGEST = 2000  # characters of a text from a record; its own page shows it whole
 MEANINGS = {
     "reproduced": "at least 80 % of the paper's gain, quality held, better than what is free",
     "direction holds": "a gain over everything that is free, smaller than the paper's",
@@ -94,7 +96,12 @@ class Pages:
         record, origin = self.found(id)
         text = json.dumps(json.loads(record.to_json()), indent=2, ensure_ascii=False)
         return self._page(
-            "record.html", record=record, origin=ORIGINS[origin], text=text, word=views.attempt(record)["word"]
+            "record.html",
+            record=record,
+            origin=ORIGINS[origin],
+            text=escape(clean(text)),
+            word=views.attempt(record)["word"],
+            known=any(paper.slug == record.slug for paper in self.library.papers),
         )
 
     def compare(self, **asked: str) -> str:
@@ -192,6 +199,7 @@ class Pages:
             jobs=self.jobs,
             library=self.library,
             meanings=MEANINGS,
+            most=MOST,
             version=__version__,
             **more,
         )
@@ -208,11 +216,19 @@ def _environment() -> Environment:
             trim_blocks=True,
             lstrip_blocks=True,
             undefined=StrictUndefined,
+            finalize=_finalized,
         )
         environment.filters["chip"] = chip
         environment.filters["drawn"] = Markup  # drawings escape their own texts
         _made.append(environment)
     return _made[0]
+
+
+def _finalized(value: Any) -> Any:
+    """What a template writes: texts, which may be anybody's, without hidden characters and of a length that a page bears."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return clean(value if len(value) <= LONGEST else f"{value[:LONGEST]} ... ({len(value):,} characters)")
 
 
 def chip(word: str) -> Markup:

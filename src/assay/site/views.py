@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from assay.evidence.audit import audit
 from assay.evidence.record import Evidence
 from assay.evidence.report import over_text, point_text, quality_text, verdict_text
 from assay.evidence.verdict import PAYS, figure, loss, remarks, say
-from assay.site.charts import AGAINST, Against, Point, bar, front, gains, roofline
-from assay.site.library import CODE, ORIGINS, PLANNED, WORDS, Library, Seen
+from assay.site.charts import AGAINST, LARGEST, Against, Point, bar, front, gains, roofline
+from assay.site.library import CODE, ORIGINS, PLANNED, WORDS, Library, Seen, cores, flags
 
 MINE = "like-mine"
 MODEL_WORDS = {
@@ -329,7 +328,7 @@ def compared(seen: Seen, against: Against) -> dict[str, Any] | None:
         return None
     lost = loss(quality, quality.candidate)
     percent = 100 * (lost if quality.relative else lost / abs(quality.baseline))
-    if not (math.isfinite(found.median) and found.median > 0 and math.isfinite(percent)):
+    if not (0 < found.median < LARGEST and abs(percent) < LARGEST):
         return None
     return {
         "claim": record.claim,
@@ -392,11 +391,12 @@ def machine_page(library: Library, fingerprint: str) -> dict[str, Any]:
         raise InputError(f"no machine is called {fingerprint!r}")
     facts = library.machines[fingerprint]
     found = [s for seen in library.seen.values() for s in seen if s.summary.fingerprint == fingerprint]
+    claims = {claim.id for paper in library.papers for claim in paper.claims}
     counts: dict[str, int] = {}
     for seen in found:
         counts[seen.word] = counts.get(seen.word, 0) + 1
     rows = [
-        {"claim": s.record.claim, "slug": s.record.slug, "word": s.word, "by": s.origin,
+        {"claim": s.record.claim, "slug": s.record.slug, "known": s.record.claim in claims, "word": s.word, "by": s.origin,
          "measured": "-" if s.record.measured is None else say(s.record.measured, s.record.unit)}
         for s in sorted(found, key=lambda s: s.record.claim)
     ]  # fmt: skip
@@ -413,14 +413,13 @@ def machine_page(library: Library, fingerprint: str) -> dict[str, Any]:
 def machine_facts(facts: dict[str, Any], fingerprint: str) -> dict[str, Any]:
     """What a reader wants to know of a machine; records from elsewhere may hold anything, so every field is looked at."""
     ram = facts.get("ram_bytes")
-    flags = facts.get("flags")
     versions = facts.get("versions")
     return {
         "fingerprint": fingerprint,
         "cpu": str(facts.get("cpu", "unknown processor")),
-        "cores": facts.get("cores") if isinstance(facts.get("cores"), int) else None,
-        "ram_gib": round(ram / 2**30, 1) if isinstance(ram, int | float) and math.isfinite(ram) else None,
-        "flags": [str(flag) for flag in flags] if isinstance(flags, list) else [],
+        "cores": cores(facts),
+        "ram_gib": round(ram / 2**30, 1) if isinstance(ram, int | float) and 0 < ram < 2**60 else None,
+        "flags": sorted(flags(facts)),
         "gpu": str(facts.get("gpu") or ""),
         "os": str(facts.get("os", "")),
         "virtual": facts.get("virtual") is True,
