@@ -23,7 +23,13 @@ def offenders(names: list[str]) -> list[str]:
 
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONAL = {"pynvml", "lm_eval", "openvino", "openvino_genai", "xllamacpp"}  # used when the user happens to have it, never installed by us
+OPTIONAL = {
+    "pynvml",
+    "lm_eval",
+    "openvino",
+    "openvino_genai",
+    "xllamacpp",
+}  # used when the user happens to have it, never installed by us
 
 
 def undeclared() -> list[str]:
