@@ -97,6 +97,7 @@ def test_the_wheel_carries_the_evidence_where_the_package_looks_for_it():
     assert wheel["force-include"] == {
         "evidence/claims": f"{inside}/claims",
         "evidence/machines.json": f"{inside}/machines.json",
+        "docs": "assay/site/docs",
     }
     assert Path(shipped.__file__).parent / "shipped" == shipped.PACKAGE.parent / inside
     assert shipped.folder() == root / "evidence"  # a checkout has them outside of the package

@@ -123,9 +123,9 @@ def address(app):
     listener.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Chromium, headless."""
+    """Chromium, headless. For a module and not the session: while it is open, its event loop counts as running in this process."""
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         (pytest.fail if os.environ.get("ASSAY_TEST_ALL") else pytest.skip)(

@@ -11,7 +11,6 @@ import json
 import os
 import re
 import runpy
-import secrets
 import shutil
 import signal
 import subprocess
@@ -112,7 +111,8 @@ class Jobs:
                     f"{running[0].command} is running: two at a time would spoil each other's times; wait, or cancel it"
                 )
             self._clear()
-            id = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+            now = datetime.now(UTC)
+            id = f"{now:%Y%m%d-%H%M%S}-{now.microsecond:06x}"  # in the order of time
             place = self.folder / id
             place.mkdir()
             asked = [self._resolved(word) for word in words]
