@@ -185,11 +185,17 @@ def test_a_changed_model_begins_anew(world, model, tmp_path):
     assert any("the model's files have changed" in line and "beginning anew" in line for line in said)
 
 
+def hears_ctrl_c():
+    """In a child before it starts: SIGINT counts, though whoever runs the tests ignores or blocks it, as a shell's background jobs do."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 @pytest.mark.parametrize("extra", [[], ["--json"]])
 def test_ctrl_c_says_what_is_kept_and_the_command_that_goes_on(model, tmp_path, extra):
     command = [sys.executable, "-m", "assay", "tune", str(model), "--goal", "ttft", "--prompt-tokens", "64"]
     command += ["--max-drop", "0.02", "-o", str(tmp_path / "the out"), *extra]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hears_ctrl_c)
     path = tmp_path / ".the out.journal.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not path.exists():
