@@ -477,6 +477,7 @@ def run(
     if waiting:
         journal.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="assay-mutants-") as folder:
+            os.chmod(folder, 0o755)  # a test gives up root's rights and reads the tree still
             tree = Copy(root, Path(folder))
             say("the tests without any fault:")
             healthy = healthy_seconds(tree, dict.fromkeys(mutant.file for mutant in waiting))
