@@ -172,8 +172,11 @@ def test_a_local_cluster(tmp_path, monkeypatch):
     with Store() as store:
         assert store.count() == len(records)
     again = verify(["toy"], scale="smoke", ray_address="local", resume=True)
-    assert len((tmp_path / "runs").read_text().splitlines()) == 6
-    assert again == records[:3]
+    busy = [record.noisy for record in records[:3]]  # a time taken on a busy machine decides nothing: it is taken again
+    assert len((tmp_path / "runs").read_text().splitlines()) == 6 + 3 * sum(busy)
+    assert [record for record, noisy in zip(again, busy, strict=True) if not noisy] == [
+        record for record, noisy in zip(records, busy, strict=False) if not noisy
+    ]
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"])

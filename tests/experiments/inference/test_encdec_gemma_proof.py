@@ -12,7 +12,7 @@ from tests.properties.sabotage import record_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from assay.evidence.types import Verdict
-from assay.evidence.verdict import allowed_loss, judge
+from assay.evidence.verdict import allowed_loss, judge, remarks
 from assay.experiments import experiments_of, rates
 from assay.experiments.inference import encdec_gemma as room
 from assay.experiments.inference import language
@@ -89,16 +89,31 @@ def given(patch, folder, scores):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("claim", "arm"), [(GAIN, "adapted"), (LARGE, "large encoder")])
-def test_a_decoder_that_does_not_read_its_prompt_is_noticed(monkeypatch, folder, honest, broken, claim, arm):
+def test_a_large_encoder_that_is_not_read_is_refuted(monkeypatch, folder, honest, broken):
     """All other arms, the one it is compared with among them, are whole."""
     given(monkeypatch, folder, honest)
-    before = record_of(claim, arms.SMALL)
-    given(monkeypatch, folder, {**honest, arm: broken[arm]})
-    after = record_of(claim, arms.SMALL)
+    before = record_of(LARGE, arms.SMALL)
+    given(monkeypatch, folder, {**honest, "large encoder": broken["large encoder"]})
+    after = record_of(LARGE, arms.SMALL)
     assert judge(after).verdict is Verdict.REFUTED
     assert judge(before).verdict is not Verdict.REFUTED
     assert after.measured.high < before.measured.low
+
+
+@pytest.mark.slow
+def test_what_adapting_gains_is_not_reading_its_prompt(monkeypatch, folder, honest, broken):
+    """At this size the claim cannot hold: adapting trains longer, and gains something even where the prompt is not read. The record says so
+    (without adapting it does better, and so does the method deleted), and on every seed reading is worth something."""
+    given(monkeypatch, folder, honest)
+    before = record_of(GAIN, arms.SMALL)
+    given(monkeypatch, folder, {**honest, "adapted": broken["adapted"]})
+    after = record_of(GAIN, arms.SMALL)
+    assert judge(before).verdict is Verdict.DOES_NOT_PAY
+    assert judge(after).verdict in (Verdict.DOES_NOT_PAY, Verdict.REFUTED)
+    assert "the method deleted does" in " ".join(remarks(before))
+    assert all(
+        ours > theirs for ours, theirs in zip(*(arms.of(found, "adapted") for found in (honest, broken)), strict=True)
+    )
 
 
 @pytest.mark.slow
