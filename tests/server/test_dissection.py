@@ -7,7 +7,7 @@ import json
 import pytest
 from fastapi.testclient import TestClient
 
-from assay.methods.serving.dnn_server_overheads import breakdown, read_trace
+from assay.methods.serving.dnn_server_overheads import breakdown, read_spans
 from assay.server.app import create_app
 from assay.server.backends import TorchBackend
 from assay.server.dissection import Dissection
@@ -125,12 +125,23 @@ def test_a_folder_is_no_file_for_spans(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_writes_them_when_it_ends(tiny_folder, tmp_path):
-    from assay.experiments.serving import dnn_server_overheads as room
+    from assay.experiments.serving import dnn_server_overheads_answers as room
 
     file = tmp_path / "spans.json"
     waited = room._asked(str(tiny_folder), file, 2)
-    lives = read_trace(file)
+    lives = read_spans(file)
     assert sum(life.name == "first" for life in lives) == 4  # with the two that warm up
     assert len(waited) == 2
     assert json.loads(file.read_text())["displayTimeUnit"] == "ms"
     assert all(sum(span.seconds for span in life.spans) == pytest.approx(life.seconds) for life in lives)
+
+
+def test_as_many_lives_as_are_kept_make_a_file_that_can_be_read(tmp_path):
+    from assay.methods.serving.dnn_server_overheads import Lifetime, profiler, write_spans
+    from assay.server.dissection import MOST
+
+    life = Lifetime("next 12", at=12345.678901234567)
+    for number, stage in enumerate(FIRST, 1):
+        life.mark(stage, at=life.start + number * 1.2345678901234567e-3, batch=7)
+    write_spans([life], tmp_path / "one.json")
+    assert MOST * (tmp_path / "one.json").stat().st_size < profiler.LARGEST

@@ -90,7 +90,9 @@ def serve(
     ] = True,
     spans: Annotated[
         Path | None,
-        typer.Option(help="File for a Chrome trace of where each token's time went, written when the server ends."),
+        typer.Option(
+            help="File for a Chrome trace of where each token's time went (the newest 50,000), written when the server ends."
+        ),
     ] = None,
 ) -> None:
     """Serve models under /v1 of the OpenAI API."""

@@ -11,7 +11,8 @@ last three run beside the next step, so that lives overlap: they add up to more 
     app = dissection.around(create_app(models))
     dissection.watch(models.load("m", folder))
 
-Marking costs some microseconds a token; who does not ask for it pays nothing.
+How long first and later tokens took in all, without stages, `/metrics` counts always. Marking costs some microseconds a token; who does not
+ask for it pays nothing.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from assay.methods.serving.dnn_server_overheads import Lifetime, StageProfiler, write_trace
+from assay.methods.serving.dnn_server_overheads import Lifetime, StageProfiler, write_spans
 from assay.methods.serving.dnn_server_overheads.profiler import clock
 from assay.server.engine import Engine
 
 FIRST, NEXT = "first", "next"
 """What the names of lives end with."""
-MOST = 200_000  # lives kept, the newest
+MOST = 50_000  # lives kept, the newest: some 100 MB of memory, and a file that `read_spans` takes
 
 
 @dataclass(eq=False)
@@ -98,8 +99,8 @@ class Dissection:
         engine.scheduler.backend = watch.backend
 
     def write(self, path: Path | str) -> None:
-        """Write what was seen as a Chrome trace, which `dnn_server_overheads.read_trace` reads too."""
-        write_trace(self.profiler.lifetimes(), path)
+        """Write what was seen as a Chrome trace, which `dnn_server_overheads.read_spans` reads too."""
+        write_spans(self.profiler.lifetimes(), path)
 
 
 def _border(life: Lifetime, stage: str, at: float, batch: int = 1) -> None:

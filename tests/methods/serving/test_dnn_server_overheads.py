@@ -6,6 +6,8 @@ import io
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -24,6 +26,7 @@ from assay.methods.serving.dnn_server_overheads import (
     Lifetime,
     Pipeline,
     Preprocess,
+    Refused,
     StageProfiler,
     Stopped,
     WorkerLost,
@@ -33,9 +36,9 @@ from assay.methods.serving.dnn_server_overheads import (
     closed_loop,
     flow,
     open_loop,
-    read_trace,
+    read_spans,
     share_outside,
-    write_trace,
+    write_spans,
 )
 
 SIDE = 64
@@ -130,9 +133,12 @@ def test_sampling_keeps_one_in_k_and_the_newest():
     profiler.clear()
     assert profiler.lifetimes() == []
     assert profiler.dropped == 0
+    with Pipeline(total, Preprocess(8), size=1, tau=0.0, profiler=StageProfiler(every=3)) as pipeline:
+        assert len({pipeline.submit(JPEG).result() for _ in range(4)}) == 1
+        assert [life.name for life in pipeline.profiler.lifetimes()] == ["0", "3"]
 
 
-def test_a_trace_is_read_back_and_lanes_do_not_overlap(tmp_path):
+def test_spans_are_read_back_and_lanes_do_not_overlap(tmp_path):
     lives = []
     for number, start in enumerate((0.0, 0.5, 2.0)):
         life = Lifetime(str(number), at=start)
@@ -142,15 +148,41 @@ def test_a_trace_is_read_back_and_lanes_do_not_overlap(tmp_path):
     trace = chrome_trace(lives)
     assert [event["tid"] for event in trace["traceEvents"]] == [0, 0, 1, 1, 0, 0]
     assert [event["ts"] for event in trace["traceEvents"]] == [0, 250000, 500000, 750000, 2000000, 2250000]
-    write_trace(lives, tmp_path / "t.json")
-    again = read_trace(tmp_path / "t.json")
+    write_spans(lives, tmp_path / "t.json")
+    assert json.loads((tmp_path / "t.json").read_text()) == trace
+    again = read_spans(tmp_path / "t.json")
     assert [(life.name, life.spans) for life in again] == [(life.name, life.spans) for life in lives]
-    for text in ("{", "[]", '{"traceEvents": [3]}', '{"traceEvents": [{"tid": 0}]}'):
+
+
+def test_lives_of_one_name_that_touch_stay_two(tmp_path):
+    lives = [Lifetime("same", at=float(number)) for number in range(2)]
+    for number, life in enumerate(lives):
+        life.mark("a", at=number + 1.0)
+    write_spans(lives, tmp_path / "t.json")
+    assert [life.spans for life in read_spans(tmp_path / "t.json")] == [life.spans for life in lives]
+    write_spans([], tmp_path / "none.json")
+    assert read_spans(tmp_path / "none.json") == []
+
+
+def test_what_is_no_file_of_spans_is_refused(tmp_path, monkeypatch):
+    life = Lifetime("x", at=0.0)
+    life.mark("a", at=1.0)
+    life.mark("b", at=2.0)
+    whole = chrome_trace([life])
+    gap = json.loads(json.dumps(whole))
+    del gap["traceEvents"][0]
+    gap["traceEvents"][0]["args"]["start"] = 1.5  # its stages no longer follow each other
+    gap["traceEvents"].insert(0, whole["traceEvents"][0])
+    bad = [json.dumps(gap), "{", "[]", '{"traceEvents": [3]}', '{"traceEvents": [{"tid": 0}]}', '{"traceEvents": 3}']
+    for text in [*bad, json.dumps(whole).replace("2.0", "NaN"), "[" * 100_000]:
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(InputError, match=r"bad\.json"):
-            read_trace(tmp_path / "bad.json")
+            read_spans(tmp_path / "bad.json")
     with pytest.raises(InputError, match="cannot read"):
-        read_trace(tmp_path / "none.json")
+        read_spans(tmp_path / "none.json")
+    monkeypatch.setattr("assay.methods.serving.dnn_server_overheads.profiler.LARGEST", 10)
+    with pytest.raises(InputError, match="at most 10"):
+        read_spans(tmp_path / "bad.json")
 
 
 def test_littles_law_holds_in_a_steady_state_and_notices_lives_that_are_missing():
@@ -167,6 +199,11 @@ def test_littles_law_holds_in_a_steady_state_and_notices_lives_that_are_missing(
     assert flow([*lives, *[stuck] * 3], 5.0, 35.0).error > 0.3
     with pytest.raises(ValueError, match="no lifetime"):
         flow(lives, 100.0, 101.0)
+    point = Lifetime(at=6.0)
+    point.mark("a", at=6.0)
+    assert flow([point], 5.0, 7.0).error == 0
+    with pytest.raises(ValueError, match="end must"):
+        flow(lives, float("nan"), 7.0)
     with pytest.raises(ValueError, match="end must"):
         flow(lives, 5.0, 5.0)
 
@@ -229,8 +266,9 @@ def test_a_draft_is_never_smaller_than_the_input(monkeypatch):
     ids=["empty", "text", "header", "half"],
 )
 def test_what_is_no_jpeg_is_refused(data, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=says) as told:
         Preprocess(SIDE)(data)
+    assert "0x" not in str(told.value)  # no address in memory, which a server would tell its clients
 
 
 def test_other_images_too_large_ones_and_other_types_are_refused(monkeypatch):
@@ -245,8 +283,41 @@ def test_other_images_too_large_ones_and_other_types_are_refused(monkeypatch):
         Preprocess(SIDE)(JPEG)
 
 
-def test_grey_images_have_three_channels():
-    assert Preprocess(SIDE)(jpeg(mode="L")).shape == (3, SIDE, SIDE)
+def test_whatever_bytes_come_they_are_an_image_or_refused():
+    chance, data, found = np.random.default_rng(0), bytearray(jpeg(64, 48)), {"image": 0, "refused": 0}
+    for _ in range(200):
+        turned = data.copy()
+        for place in chance.integers(0, len(turned), 3):
+            turned[place] = int(chance.integers(256))
+        try:
+            made = Preprocess(8, draft=bool(chance.integers(2)))(bytes(turned))
+        except ValueError:
+            found["refused"] += 1
+            continue
+        assert made.shape == (3, 8, 8)
+        found["image"] += 1
+    assert min(found.values()) > 0
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1)])
+def test_the_narrowest_images_are_taken(size):
+    for draft in (False, True):
+        assert Preprocess(8, draft=draft)(jpeg(*size)).shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_images_of_other_colours_have_three_channels(mode):
+    for draft in (False, True):
+        assert Preprocess(SIDE, draft=draft)(jpeg(mode=mode)).shape == (3, SIDE, SIDE)
+
+
+def test_how_a_camera_was_held_is_not_applied():
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    note = turned.tobytes()
+    data = JPEG[:2] + b"\xff\xe1" + (len(note) + 2).to_bytes(2, "big") + note + JPEG[2:]
+    assert Image.open(io.BytesIO(data)).getexif()[0x0112] == 6
+    assert np.array_equal(Preprocess(SIDE)(data), Preprocess(SIDE)(JPEG))
 
 
 @pytest.mark.parametrize(
@@ -336,6 +407,24 @@ def test_only_what_fails_by_itself_is_answered_with_an_error():
     assert calls == [["a", "bad", "c"], ["a"], ["bad"], ["c"], ["x", "y", "z"]]
 
 
+def test_the_time_of_a_batch_that_failed_is_inference_and_no_waiting():
+    def run(items):
+        if "bad" in items:
+            raise OSError("broken")
+        return items
+
+    lives = [Lifetime() for _ in range(2)]
+    with Batcher(run, size=2, tau=3600) as batcher:
+        answers = [batcher.submit(item, life) for item, life in zip(("good", "bad"), lives, strict=True)]
+        assert answers[0].result(10) == "good"
+        assert isinstance(answers[1].exception(10), OSError)
+    for life in lives:
+        assert [span.stage for span in life.spans] == ["queue", INFERENCE, "queue", INFERENCE]
+        shared, own = (span for span in life.spans if span.stage == INFERENCE)
+        assert (shared.cost, own.cost) == pytest.approx((shared.seconds / 2, own.seconds))
+    assert batcher.sizes == {1: 2}
+
+
 def test_a_run_with_too_few_answers_has_failed():
     with Batcher(lambda items: [], size=2, tau=0.0) as batcher, pytest.raises(ValueError, match="an answer for each"):
         batcher.submit(1).result(10)
@@ -412,7 +501,52 @@ def test_wrong_inputs_are_the_answers_error_and_give_their_places_back():
         ):
             with pytest.raises(error):
                 pipeline.submit(image).result(10)
+        assert not pipeline.profiler.lifetimes()  # of an error there is no life
         assert pipeline.submit(JPEG).result(10)
+        assert len(pipeline.profiler.lifetimes()) == 1
+
+
+def test_what_is_wrong_with_an_image_is_told_from_what_is_wrong_with_the_network():
+    def network(batch):
+        raise ValueError("the network's own")
+
+    with Pipeline(network, Preprocess(SIDE), size=1, tau=0.0) as pipeline:
+        assert isinstance(pipeline.submit(b"none").exception(10), Refused)
+        assert isinstance(pipeline.submit(np.zeros(3)).exception(10), Refused)
+        assert type(pipeline.submit(JPEG).exception(10)) is ValueError
+
+
+def test_ctrl_c_while_an_image_is_prepared_stops_the_caller_and_gives_its_place_back(monkeypatch):
+    with Pipeline(total, Preprocess(SIDE), size=1, tau=0.0, in_flight=1) as pipeline:
+        with monkeypatch.context() as patched:
+            patched.setattr(Preprocess, "_resized", lambda self, picture: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                pipeline.submit(JPEG)
+        assert pipeline.submit(JPEG).result(10)
+
+
+def test_no_more_is_answered_than_the_slowest_stage_can():
+    def network(batch):
+        time.sleep(0.004)  # at least
+        return total(batch)
+
+    with Pipeline(network, Preprocess(SIDE), size=2, tau=0.0) as pipeline:
+        prepared = Preprocess(SIDE)(JPEG)
+        load = closed_loop(lambda: lambda image: pipeline.submit(image).result(), [prepared] * 30, 4)
+    assert load.throughput <= 2 / 0.004
+    assert sum(size * count for size, count in pipeline.batcher.sizes.items()) == 30
+
+
+def test_several_threads_may_submit_and_each_gets_its_own():
+    images = [jpeg(80, 60, seed) for seed in range(4)]
+    wanted = [total(Preprocess(16)(image)[None])[0] for image in images]
+    with Pipeline(total, Preprocess(16), size=4, tau=0.001) as pipeline:
+        load = closed_loop(lambda: lambda n: _same(pipeline.submit(images[n]).result(), wanted[n]), [0, 1, 2, 3] * 8, 4)
+    assert not [one.error for one in load.samples if one.error]
+
+
+def _same(found, wanted):
+    assert found == wanted
 
 
 def _three():
@@ -444,14 +578,18 @@ def test_workers_prepare_the_same_bits_answer_errors_and_are_replaced():
         found = [one.result(30) for one in [pipeline.submit(image) for image in images]]
         assert all(np.array_equal(one, preprocess(image)) for one, image in zip(found, images, strict=True))
         life = pipeline.profiler.lifetimes()[0]
-        stages = ["wait for a worker", "decode", "resize", "normalise", "transfer", "queue", INFERENCE, "post-process"]
-        assert [span.stage for span in life.spans] == stages
+        assert [span.stage for span in life.spans] == [
+            "wait for a worker", "transfer", "decode", "resize", "normalise", "transfer", "queue", INFERENCE, "post-process",
+        ]  # fmt: skip
         assert all(one.end == two.start for one, two in zip(life.spans, life.spans[1:], strict=False))
         with pytest.raises(ValueError, match="JPEG"):
             pipeline.submit(b"none").result(30)
         with pytest.raises(TypeError, match="bytes"):
             pipeline.submit("text").result(30)
         (pid,) = pipeline.workers.pids
+        os.kill(pid, signal.SIGINT)  # Ctrl-C goes to all processes of a terminal
+        assert np.array_equal(pipeline.submit(images[0]).result(30), found[0])
+        assert pipeline.workers.pids == [pid]
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(WorkerLost):
             for _ in range(50):
@@ -463,6 +601,17 @@ def test_workers_prepare_the_same_bits_answer_errors_and_are_replaced():
         os.kill(pid, 0)
     with pytest.raises(RuntimeError, match="ended"):
         pipeline.workers.submit(JPEG, Lifetime())
+
+
+def test_a_script_without_the_guard_is_told_what_it_lacks(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from assay.methods.serving.dnn_server_overheads import Preprocess, Workers\n"
+        "with Workers(Preprocess(8), 1): pass\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith('needs the guard if __name__ == "__main__":')
 
 
 @pytest.mark.parametrize("count", [0, 1.0, True])
@@ -530,10 +679,10 @@ def test_loads_out_of_range_are_refused(load):
         load()
 
 
-def test_a_trace_opens_in_viewers(tmp_path):
+def test_spans_have_what_viewers_of_traces_ask_for(tmp_path):
     """The fields that the trace event format asks of complete events."""
     life = Lifetime("r", at=0.0)
     life.mark("a", at=1.0)
-    write_trace([life], tmp_path / "t.json")
+    write_spans([life], tmp_path / "t.json")
     (event,) = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     assert {"name": "a", "ph": "X", "ts": 0.0, "dur": 1e6, "pid": 1, "tid": 0}.items() <= event.items()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import socket
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from assay.methods.serving.dnn_server_overheads import (
     Broken,
     Cascade,
     Closed,
+    CutOff,
     LogBroker,
     Message,
     QueueBroker,
@@ -57,7 +60,7 @@ GOOD = packed(Message({"a": 1}, np.arange(4, dtype=np.float32)))
 
 @pytest.mark.parametrize("cut", [0, 3, 27, len(GOOD) - 1])
 def test_what_is_cut_off_is_refused(cut):
-    with pytest.raises(Broken, match="cut off"):
+    with pytest.raises(CutOff):
         unpacked(GOOD[:cut])
 
 
@@ -65,8 +68,9 @@ def test_every_turned_byte_is_noticed():
     for place in range(len(GOOD)):
         turned = bytearray(GOOD)
         turned[place] ^= 0x41
-        with pytest.raises(Broken):
+        with pytest.raises(Broken) as told:
             unpacked(bytes(turned))
+        assert not isinstance(told.value, CutOff)  # a turned length is damage, and no end that was not written
     with pytest.raises(Broken, match="follow"):
         unpacked(GOOD + b"x")
 
@@ -74,6 +78,7 @@ def test_every_turned_byte_is_noticed():
 def test_a_peer_cannot_ask_for_memory_or_send_objects():
     huge = bytearray(GOOD)
     huge[12:20] = (1 << 60).to_bytes(8, "little")
+    huge[24:28] = zlib.crc32(huge[:24]).to_bytes(4, "little")  # a peer computes the checksum of what it makes up
     with pytest.raises(Broken, match="too large"):
         unpacked(bytes(huge))
     with pytest.raises(TypeError, match="uint8"):
@@ -82,6 +87,11 @@ def test_a_peer_cannot_ask_for_memory_or_send_objects():
         packed(Message({"a": "x" * 70000}))
     with pytest.raises(ValueError, match="JSON compliant"):
         packed(Message({"a": float("nan")}))
+    for wrong in (Message({}, "text"), Message([], b"")):
+        with pytest.raises(TypeError, match="must be"):
+            packed(wrong)
+    with pytest.raises(ValueError, match="at most"):
+        packed(Message({}, np.zeros((0, 1 << 32), np.uint8)))
 
 
 def test_shapes_must_agree_with_the_data(monkeypatch):
@@ -89,11 +99,11 @@ def test_shapes_must_agree_with_the_data(monkeypatch):
 
     monkeypatch.setattr(wire.zlib, "crc32", lambda data: 0)  # a peer computes the checksum of what it makes up
     wrong = bytearray(packed(Message({}, np.arange(4, dtype=np.float32))))
-    wrong[wire.HEAD.size] = 3
+    wrong[wire.HEAD_SIZE] = 3
     with pytest.raises(Broken, match="shape"):
         unpacked(bytes(wrong))
     for meta in (b"[]", b"{"):
-        made = wire.HEAD.pack(wire.MAGIC, 1, 0, 0, 0, len(meta), 0, 0) + meta
+        made = wire.FIELDS.pack(wire.MAGIC, 1, 0, 0, 0, len(meta), 0, 0) + bytes(4) + meta
         with pytest.raises(Broken, match="JSON"):
             unpacked(made)
 
@@ -227,6 +237,35 @@ def test_over_a_socket_what_a_lost_client_had_comes_again_first_and_in_order(soc
     assert got(socket_broker, 2) == [5, 6]
 
 
+def test_a_thread_that_ended_leaves_no_connection_and_what_it_had_comes_again(socket_broker):
+    client = socket_broker.connect()
+    client.put(number(3))
+
+    def take():
+        assert client.get(5.0).message.meta["n"] == 3  # and never acknowledges it
+
+    for _ in range(3):
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join(10)
+        later = threading.Thread(target=client._link)  # whoever comes next tidies up
+        later.start()
+        later.join(10)
+        delivery = client.get(5.0)
+        assert delivery.message.meta["n"] == 3
+        client.ack(delivery)
+        client.put(number(3))
+    assert len(client._sockets) <= 3  # of six threads and this one
+    client.close()
+    assert got(socket_broker, 1) == [3]
+
+
+def test_ctrl_c_in_a_terminal_does_not_end_a_broker(socket_broker):
+    os.kill(socket_broker.pid, signal.SIGINT)
+    socket_broker.put(number(4))
+    assert got(socket_broker, 1) == [4]
+
+
 def test_strangers_and_nonsense_do_not_disturb_a_broker(socket_broker):
     for said in (b"x" * 32 + b"G" + bytes(8), socket_broker._key + b"?", socket_broker._key + b"P" + bytes(40)):
         with socket.create_connection(socket_broker.address, 5) as link:
@@ -295,6 +334,78 @@ def test_a_message_whose_end_was_not_written_is_cut_off_and_damage_is_told(tmp_p
         LogBroker(tmp_path)
 
 
+class Full:
+    """A file on a disk that has room for so many bytes more."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        count = min(len(data), self.room)
+        self.room -= count
+        if not count:
+            raise OSError(errno.ENOSPC, "no space left")
+        return self.file.write(data[:count])
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_a_full_disk_is_told_and_spoils_nothing(tmp_path):
+    log = LogBroker(tmp_path, fsync=False)
+    log.put(number(0))
+    there = log._log
+    log._log = Full(there, 20)  # a part of a message fits
+    with pytest.raises(OSError, match="space"):
+        log.put(number(1))
+    log._log = there
+    log.put(number(2))
+    first = log.get(1.0)
+    done = log._done
+    log._done = Full(done, 3)
+    with pytest.raises(OSError, match="space"):
+        log.ack(first)
+    assert log.committed == 0
+    log._done = done
+    second = log.get(1.0)
+    log.ack(second)
+    log.ack(first)  # once more, and again after that
+    log.ack(first)
+    assert (log.committed, log._acked) == (2, set())
+    assert log.get(0.0) is None
+    log.put(number(3))
+    log.close()
+    again = LogBroker(tmp_path)
+    assert got(again, 1) == [3]
+    again.close()
+
+
+def test_a_turned_length_is_damage_and_the_log_stays_as_it_is(tmp_path):
+    with contextlib.closing(LogBroker(tmp_path, fsync=False)) as log:
+        for value in range(3):
+            log.put(number(value))
+    turned = bytearray((tmp_path / "log").read_bytes())
+    turned[14] ^= 1  # the first message now ends behind the end of the file
+    (tmp_path / "log").write_bytes(turned)
+    with pytest.raises(Broken, match="byte 0"):
+        LogBroker(tmp_path)
+    assert (tmp_path / "log").read_bytes() == turned
+
+
+def test_what_is_done_is_not_kept_in_memory(tmp_path, monkeypatch):
+    from assay.methods.serving.dnn_server_overheads import brokers
+
+    with contextlib.closing(LogBroker(tmp_path, fsync=False)) as log:
+        for value in range(4):
+            log.put(number(value))
+        got(log, 3)
+    kept, real = [], brokers._Line.put
+    monkeypatch.setattr(brokers._Line, "put", lambda self, item: kept.append(item) or real(self, item))
+    with contextlib.closing(LogBroker(tmp_path)) as again:
+        assert [message.meta["n"] for message in kept] == [3]
+        assert got(again, 1) == [3]
+
+
 def test_a_log_is_on_disk_when_put_returns(tmp_path, monkeypatch):
     from assay.methods.serving.dnn_server_overheads import brokers
 
@@ -355,6 +466,14 @@ def test_one_bad_thing_is_the_error_of_its_image_only(broker):
     assert broker.get(0.0) is None  # everything was acknowledged
 
 
+def test_ctrl_c_while_things_are_looked_for_stops_the_caller():
+    def interrupted(image):
+        raise KeyboardInterrupt
+
+    with Cascade(interrupted, double, QueueBroker(), size=1, tau=0.0) as cascade, pytest.raises(KeyboardInterrupt):
+        cascade.submit([1])
+
+
 class Twice(QueueBroker):
     """At least once, with a vengeance."""
 
@@ -402,6 +521,16 @@ def test_with_the_broker_gone_nobody_waits_for_ever():
     cascade.close()
     with pytest.raises(Closed, match="closed"):
         cascade.submit([4])
+
+
+def test_closing_waits_for_no_batch_to_fill():
+    cascade = Cascade(parts, double, QueueBroker(), size=16, tau=7200.0)
+    waiting = cascade.submit([1])
+    closing = threading.Thread(target=cascade.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
+    assert isinstance(waiting.exception(0), Closed) or waiting.result(0) == [2]
 
 
 def test_closing_answers_what_is_under_way():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import heapq
 import http.client
 import json
 import math
 import struct
+import threading
 
 import numpy as np
 import pytest
@@ -139,6 +141,7 @@ def test_what_is_known_of_the_model(server):
         (b'{"inputs": [{"name": "other", "shape": [1], "datatype": "INT64", "data": [1]}]}', {}, 400),
         (b'{"inputs": [{"name": "pixels", "shape": [1, 2], "datatype": "UINT8", "data": [1, 2]}]}', {}, 400),
         (b'{"inputs": [{"name": "image", "shape": [0], "datatype": "BYTES", "data": []}]}', {}, 400),
+        (b'{"inputs": [{"name": "pixels", "shape": [], "datatype": "UINT8", "data": [1]}]}', {}, 400),
         (b"{}", {"Inference-Header-Content-Length": "99"}, 400),
         (b"", {"Content-Length": "-3"}, 400),
         (b"", {"Content-Length": "99999999999"}, 413),
@@ -178,6 +181,58 @@ def test_errors_of_the_network_do_not_tell_their_text():
         VisionServer(pipeline, "photos", host="0.0.0.0")
 
 
+@pytest.mark.parametrize("error", [ValueError, TypeError, OSError])
+def test_whatever_a_network_raises_is_the_servers_fault(error):
+    def network(batch):
+        raise error("secret")
+
+    with Pipeline(network, Preprocess(SIDE), size=1, tau=0.0) as pipeline, VisionServer(pipeline, "photos") as one:
+        status, said, _ = asked(one, "POST", PATH, *protocol.written(Call({"image": [JPEG]}), binary=True))
+    assert (status, json.loads(said)) == (500, {"error": f"answering failed ({error.__name__})"})
+
+
+@pytest.mark.parametrize("answer", [float("nan"), object(), "text"], ids=["nan", "object", "text"])
+def test_answers_that_cannot_be_written_are_an_error_and_no_silence(answer):
+    with (
+        Pipeline(lambda batch: [answer] * len(batch), Preprocess(SIDE), size=1, tau=0.0) as pipeline,
+        VisionServer(pipeline, "photos") as one,
+    ):
+        assert asked(one, "POST", PATH, *protocol.written(Call({"image": [JPEG]}), binary=False))[0] == 500
+        assert asked(one, "GET", "/v2/health/ready")[0] == 200
+
+
+def test_in_a_call_with_several_images_nobody_pays_for_the_others():
+    with (
+        Pipeline(brightness, Preprocess(SIDE), size=1, tau=0.0) as pipeline,
+        VisionServer(pipeline, "photos") as one,
+    ):
+        client = VisionClient(one.host, one.port, "photos")
+        client.infer({"image": [JPEG, JPEG]})
+        client.close()
+    names = ["decode", "resize", "normalise", "queue", INFERENCE, "post-process", "later images", "respond"]
+    assert [[span.stage for span in life.spans] for life in pipeline.profiler.lifetimes()] == [
+        ["receive", *names],
+        ["receive", "earlier images", *names],
+    ]
+
+
+def test_a_client_that_gave_up_asks_again_over_a_new_connection():
+    go = threading.Event()
+
+    def network(batch):
+        assert go.wait(10)
+        return brightness(batch)
+
+    with Pipeline(network, Preprocess(SIDE), size=1, tau=0.0) as pipeline, VisionServer(pipeline, "photos") as one:
+        client = VisionClient(one.host, one.port, "photos", timeout=0.05)
+        with pytest.raises(TimeoutError):
+            client.infer({"image": [JPEG]})
+        go.set()
+        client._connection.timeout = 10.0
+        assert client.infer({"image": [JPEG]})["answer"].shape == (1,)
+        client.close()
+
+
 @pytest.mark.parametrize("dtype", protocol.NAMES)
 def test_tensors_of_every_type_come_back(dtype):
     values = np.array([[0, 1, 1]]).astype(dtype)
@@ -207,6 +262,9 @@ def entry(**changes):
         {"data": [1, 2.5]},
         {"data": [1, "2"]},
         {"data": [1, [2]]},
+        {"datatype": "FP16", "data": [1, 1e9]},
+        {"datatype": "FP32", "data": [1, float("nan")]},
+        {"datatype": "FP64", "data": [1, float("inf")]},
         {"data": None},
         {"datatype": "BYTES", "data": ["?", "x"]},
         {"parameters": {"binary_data_size": 2}},
@@ -283,6 +341,56 @@ def test_alone_a_request_takes_the_sum_of_its_stages():
     assert found.batches == {"preparing": (1, 1), INFERENCE: (1, 1)}
 
 
+def by_events(stage, times, counts):
+    """The same queue, told once more: a clock that goes from event to event, and who may begin looks at every one of them."""
+    pending = [(times[i], i) for i in sorted(range(len(times)), key=times.__getitem__) for _ in range(counts[i])]
+    ends, queue, busy, sizes = list(times), [], [], []
+    clock = [at for at, _ in pending]
+    heapq.heapify(clock)
+    while clock:
+        now = heapq.heappop(clock)
+        while pending and pending[0][0] <= now:
+            queue.append(pending.pop(0))
+        busy = [end for end in busy if end > now]
+        while queue and len(busy) < stage.workers and (len(queue) >= stage.batch or now >= queue[0][0] + stage.tau):
+            taken, queue = queue[: stage.batch], queue[stage.batch :]
+            end = now + (stage.fixed + stage.each * len(taken))
+            busy.append(end)
+            heapq.heappush(clock, end)
+            sizes.append(len(taken))
+            for _, request in taken:
+                ends[request] = max(ends[request], end)
+        if queue and queue[0][0] + stage.tau > now:
+            heapq.heappush(clock, queue[0][0] + stage.tau)
+    return ends, tuple(sizes)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_simulation_does_what_a_queue_told_event_by_event_does(seed):
+    chance = np.random.default_rng(seed)
+    stages = [
+        Stage(
+            name,
+            each=float(chance.uniform(0.1, 1)),
+            fixed=float(chance.uniform(0, 1)),
+            workers=int(chance.integers(1, 4)),
+            batch=int(chance.integers(1, 5)),
+            visits=float(chance.choice([1.0, 0.5, 1.7])),
+            tau=float(chance.choice([0.0, 0.3, 2.0])),
+        )
+        for name in ("a", "b")
+    ]
+    arrivals = np.cumsum(chance.exponential(0.5, 60)).tolist()
+    found, times = simulate(stages, arrivals), arrivals
+    for stage in stages:
+        counts = [math.floor((i + 1) * stage.visits + 1e-9) - math.floor(i * stage.visits + 1e-9) for i in range(60)]
+        times, sizes = by_events(stage, times, counts)
+        assert found.batches[stage.name] == sizes
+    assert found.ends == pytest.approx(times)
+    shifted = simulate(stages, [at - 1000 for at in arrivals])  # also before time 0
+    assert np.add(shifted.ends, 1000) == pytest.approx(found.ends)
+
+
 def test_a_batch_waits_for_tau_or_until_it_is_full_and_none_waits_longer_than_tau_and_a_batch():
     stage = Stage("s", each=0.0, fixed=1.0, batch=3, tau=0.5)
     assert simulate([stage], [0.0, 0.1, 0.2, 0.9, 2.0]).ends == pytest.approx((1.2, 1.2, 1.2, 2.4, 3.5))
@@ -301,6 +409,10 @@ def test_advice_names_what_holds_it_up():
     assert "1.1" in advice(STAGES[:1] + [Stage(INFERENCE, each=0.0004)])
     assert "all 1 processors" in advice(STAGES, cores=1)
     assert "preparing takes most" in advice(STAGES, cores=1)
+    # alone, a request pays the whole fixed time of its batch: 3 ms of 7, not 1.25 of 5.25
+    assert "inference is 43 %" in advice(STAGES[:2])
+    assert "1.75x" in advice(STAGES[:2])
+    assert throughput([Stage("never", each=1.0, visits=0)], cores=2) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -314,6 +426,11 @@ def test_advice_names_what_holds_it_up():
         lambda: simulate(STAGES, []),
         lambda: simulate(STAGES, [1.0, 0.0]),
         lambda: simulate(STAGES, [0.0, float("nan")]),
+        lambda: simulate(STAGES, [float("nan")]),
+        lambda: simulate(STAGES, [0.0, math.inf]),
+        lambda: simulate([STAGES[0], STAGES[0]], [0.0]),
+        lambda: advice([Stage("never", each=1.0, visits=0)]),
+        lambda: amdahl(0.5, -math.inf),
         lambda: throughput([]),
         lambda: throughput(STAGES, cores=0),
         lambda: impact(1, 0),

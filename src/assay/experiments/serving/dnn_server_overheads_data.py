@@ -115,9 +115,7 @@ class Network(nn.Module):
         sizes = [(channels, width, 2)]
         for factor in (2, 4, 8):
             sizes += [(factor // 2 * width, factor * width, 2), (factor * width, factor * width, 1)]
-        self.parts = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b)) for a, b, stride in sizes
-        )
+        self.parts = nn.ModuleList(_unit(a, b, 3, stride) for a, b, stride in sizes)
         self.head = nn.Linear(8 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,18 +125,48 @@ class Network(nn.Module):
         return found
 
 
-WIDTHS = {"compact": 24, "large": 64}
-"""0.3 and 2.1 thousand million multiply-adds at 224 pixels: about what MobileNetV2 and ResNet-18 take, as recalled."""
+COMPACT = 24
+"""Width of the compact network: 0.3 thousand million multiply-adds at 224 pixels, about what MobileNetV2 takes, as recalled."""
 
 
-def macs(width: int, side: int, classes: int = CLASSES, channels: int = 3) -> int:
-    """Multiply-adds of a network for an image of so many pixels a side."""
-    total, size = 0, side
-    for part in Network(width, classes, channels).parts:
-        convolution: Any = part[0]  # type: ignore[index]
-        size = -(-size // convolution.stride[0])
-        total += size * size * convolution.weight.numel()
-    return total + 8 * width * classes
+class Bottleneck(nn.Module):
+    """A block of ResNet-50: 1 x 1, 3 x 3 and 1 x 1 convolutions, and a shortcut."""
+
+    def __init__(self, given: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([_unit(given, width, 1), _unit(width, width, 3, stride), _unit(width, 4 * width, 1)])
+        self.shortcut = nn.Identity() if given == 4 * width else _unit(given, 4 * width, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = x
+        for part in self.parts[:-1]:
+            found = torch.relu(part(found))
+        return torch.relu(self.parts[-1](found) + self.shortcut(x))
+
+
+class ResNet50(nn.Module):
+    """ResNet-50 as it is served (the stride in the 3 x 3 convolutions): 4.1 thousand million multiply-adds at 224 pixels, new weights."""
+
+    def __init__(self, classes: int = 1000) -> None:
+        super().__init__()
+        self.stem = _unit(3, 64, 7, 2)
+        blocks: list[nn.Module] = []
+        given = 64
+        for width, count in ((64, 3), (128, 4), (256, 6), (512, 3)):
+            for number in range(count):
+                blocks.append(Bottleneck(given, width, 2 if number == 0 and width > 64 else 1))
+                given = 4 * width
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(given, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = nn.functional.max_pool2d(torch.relu(self.stem(x)), 3, 2, 1)
+        answer: Tensor = self.head(self.blocks(found).mean((2, 3)))
+        return answer
+
+
+def _unit(given: int, made: int, side: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(given, made, side, stride, side // 2, bias=False), nn.BatchNorm2d(made))
 
 
 def trained(
@@ -196,9 +224,8 @@ def photographs_network(seed: int, rate: float | None = None) -> nn.Module:
 
     if rate is None:
         rate = chosen("dnn_server_overheads/photographs", "compact").rate
-    width = WIDTHS["compact"]
     return trained(
-        lambda: Network(width, len(PHOTOGRAPHS)), batches, rate=rate, steps=STEPS, seed=seed, name="photographs"
+        lambda: Network(COMPACT, len(PHOTOGRAPHS)), batches, rate=rate, steps=STEPS, seed=seed, name="photographs"
     )
 
 
@@ -227,8 +254,10 @@ def folded(network: nn.Module) -> nn.Module:
     from torch.nn.utils.fusion import fuse_conv_bn_eval
 
     made: Any = copy.deepcopy(network).eval()
-    for number, part in enumerate(made.parts):
-        made.parts[number] = fuse_conv_bn_eval(part[0], part[1])
+    for parent in list(made.modules()):
+        for name, part in list(parent.named_children()):
+            if [type(one) for one in part.children()] == [nn.Conv2d, nn.BatchNorm2d]:
+                setattr(parent, name, fuse_conv_bn_eval(*part.children()))
     found: nn.Module = made.requires_grad_(False).to(memory_format=torch.channels_last)
     return found
 

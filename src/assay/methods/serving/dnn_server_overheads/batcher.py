@@ -32,8 +32,9 @@ class Batcher:
     A batch begins when there are `size` items, or the oldest has waited `tau` seconds, or when the batch before it ends, if that is
     later. So none waits longer than `tau` and the time of one batch, while no more come than are run. Items are run and
     answered in the order in which they were submitted. Where a batch of several fails, its items are run alone, so that only those are
-    answered with an error that fail by themselves; `run` is then called more than once for an item. A `run` that gives too few or too many
-    answers has failed.
+    answered with an error that fail by themselves; `run` is then called more than once for an item, whose life has the borders "queue" and
+    "inference" once more. A `run` that gives too few or too many answers has failed. `sizes` counts the batches that ran to their end, and
+    the items that failed alone, by size.
 
     >>> with Batcher(lambda items: [2 * item for item in items], size=4, tau=0.01) as batcher:
     ...     [answer.result() for answer in [batcher.submit(i) for i in range(6)]]
@@ -44,7 +45,7 @@ class Batcher:
         self.run = run
         self.size = checks.whole("size", size, low=1)
         self.tau = checks.number("tau", tau, low=0)
-        self.sizes: dict[int, int] = {}  # how many batches there were of each size
+        self.sizes: dict[int, int] = {}
         self._queue: deque[_Waiting] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -105,14 +106,16 @@ class Batcher:
         try:
             answers = self._answers([waiting.item for waiting in batch])
         except BaseException as error:
+            self._mark(batch)
             if len(batch) == 1:
-                self._note(batch)
+                self._count(batch)
                 batch[0].answer.set_exception(error)
                 return
             for waiting in batch:
                 self._run([waiting])
             return
-        self._note(batch)
+        self._mark(batch)
+        self._count(batch)
         for waiting, answer in zip(batch, answers, strict=True):
             waiting.answer.set_result(answer)
 
@@ -122,8 +125,10 @@ class Batcher:
             raise ValueError(f"run must give an answer for each of {len(items)} items, got {len(answers)}")
         return answers
 
-    def _note(self, batch: list[_Waiting]) -> None:
+    def _count(self, batch: list[_Waiting]) -> None:
         self.sizes[len(batch)] = self.sizes.get(len(batch), 0) + 1
+
+    def _mark(self, batch: list[_Waiting]) -> None:
         now = time.monotonic()
         for waiting in batch:
             waiting.life.mark("inference", at=max(now, waiting.life.last), batch=len(batch))

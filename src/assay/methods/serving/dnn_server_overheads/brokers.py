@@ -10,13 +10,14 @@ import hmac
 import multiprocessing
 import os
 import secrets
+import signal
 import socket
 import socketserver
 import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,10 +25,11 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from assay import checks
-from assay.methods.serving.dnn_server_overheads.wire import Broken, Message, packed, read
+from assay.methods.serving.dnn_server_overheads.wire import GUARD, Broken, CutOff, Message, packed, read
 
 STARTING, ENDING = 60.0, 5.0  # seconds a process has to start in, and to end in
 LONGEST = 3600.0  # seconds that a get may wait
+POLL = 0.1  # seconds between two looks at whether a reader is to end
 
 
 class Closed(RuntimeError):
@@ -135,11 +137,14 @@ class SocketBroker:
 
     At least once: what a client got and did not acknowledge before its connection ended is got again, before all that waits;
     exactly once while no client is lost. Everything is lost with the broker's process. `put` returns when the broker has the message.
-    Each thread has a connection of its own. `connect()` gives a second client of the same process.
+    Each thread has a connection of its own, which ends some time after the thread: a thread that ends is a client that is lost.
+    `connect()` gives a second client of the same process. A script that makes one needs the guard `if __name__ == "__main__":`, as for all
+    processes that are spawned.
     """
 
     def __init__(self, address: tuple[str, int] | None = None, key: bytes = b"") -> None:
-        self._local, self._sockets, self._lock = threading.local(), list[socket.socket](), threading.Lock()
+        self._local, self._lock = threading.local(), threading.Lock()
+        self._sockets: list[tuple[threading.Thread, socket.socket]] = []
         self._process: Any = None
         self._closed = False
         if address is not None:
@@ -158,7 +163,7 @@ class SocketBroker:
             self.address = ("127.0.0.1", struct.unpack("<H", ours.recv_bytes())[0])
         except (EOFError, OSError):
             self.close()
-            raise Closed("the broker's process ended while it started") from None
+            raise Closed(f"the broker's process ended while it started: {GUARD}") from None
         except BaseException:
             self.close()
             raise
@@ -196,10 +201,8 @@ class SocketBroker:
         with self._lock:
             self._closed = True
             sockets, self._sockets = self._sockets, []
-        for one in sockets:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+        for _, one in sockets:
+            _hang_up(one)
         if self._process is not None:
             self._alive.close()
             self._process.join(ENDING)
@@ -219,9 +222,22 @@ class SocketBroker:
                 link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 link.sendall(self._key)
             with self._lock:
-                self._sockets.append(link)
+                if self._closed:  # meanwhile: nobody else would close it
+                    _hang_up(link)
+                    raise Closed("the broker was closed")
+                ended = [one for one in self._sockets if not one[0].is_alive()]
+                for one in ended:
+                    _hang_up(one[1])
+                    self._sockets.remove(one)
+                self._sockets.append((threading.current_thread(), link))
             self._local.link = link
         return link
+
+
+def _hang_up(link: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        link.shutdown(socket.SHUT_RDWR)
+    link.close()
 
 
 @contextlib.contextmanager
@@ -292,7 +308,8 @@ class _Listening(socketserver.ThreadingTCPServer):
 
 
 def _serve(alive: Any, key: bytes) -> None:
-    """The broker's process: serve until the other end of `alive` is closed."""
+    """The broker's process: serve until the other end of `alive` is closed. Ctrl-C is for its parent, who closes that end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with _Listening(key) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         alive.send_bytes(struct.pack("<H", server.server_address[1]))
@@ -311,8 +328,9 @@ class LogBroker:
     At least once: `put` returns when the message is on disk (fsync), and after a crash everything behind the last message up to which
     all were acknowledged is got again, in order. A message whose end was not written is cut off when the log is opened again.
     `fsync=False` leaves writing to the operating system: a crash of the process then loses nothing, one of the machine may. One
-    process has a log at a time, of which nothing is ever deleted. Raises Broken for a file that is no log, or damaged before its last
-    message, and ValueError for a folder whose log is open already.
+    process has a log at a time, of which nothing is ever deleted. What cannot be written, on a full disk, raises OSError and leaves both
+    files as they were: the message is not there, and the broker goes on. Raises Broken for a file that is no log, or damaged elsewhere than
+    at its end, and ValueError for a folder whose log is open already.
     """
 
     def __init__(self, folder: Path | str, *, fsync: bool = True) -> None:
@@ -325,8 +343,8 @@ class LogBroker:
             raise ValueError(f"folder must hold a log that nobody has open, got {self.folder}") from None
         self._lock = threading.Lock()
         self._line = _Line()
-        self._log = open(self.folder / "log", "a+b")  # noqa: SIM115  closed in close()
-        self._done = open(self.folder / "done", "a+b")  # noqa: SIM115
+        self._log = open(self.folder / "log", "a+b", buffering=0)  # noqa: SIM115  closed in close()
+        self._done = open(self.folder / "done", "a+b", buffering=0)  # noqa: SIM115
         try:
             self.committed = self._read_done()
             self._acked: set[int] = set()
@@ -342,8 +360,7 @@ class LogBroker:
         with self._lock:
             if self._log.closed:
                 raise Closed("the broker was closed")
-            self._log.write(data)
-            self._flush(self._log)
+            self._append(self._log, data)
             self._line.put(message)
 
     def get(self, timeout: float) -> Delivery | None:
@@ -356,14 +373,15 @@ class LogBroker:
             if self._done.closed:
                 raise Closed("the broker was closed")
             self._line.ack(delivery.number)
-            self._acked.add(delivery.number)
-            before = self.committed
-            while self.committed in self._acked:
-                self._acked.discard(self.committed)
-                self.committed += 1
-            if self.committed > before:
-                self._done.write(_NUMBER.pack(self.committed))
-                self._flush(self._done)
+            if delivery.number >= self.committed:
+                self._acked.add(delivery.number)
+            done = self.committed
+            while done in self._acked:
+                done += 1
+            if done > self.committed:
+                self._append(self._done, _NUMBER.pack(done))
+                self._acked.difference_update(range(self.committed, done))
+                self.committed = done
 
     def close(self) -> None:
         self._line.close()
@@ -372,10 +390,19 @@ class LogBroker:
             self._done.close()
             self._owner.release()
 
-    def _flush(self, file: Any) -> None:
-        file.flush()
-        if self.fsync:
-            os.fsync(file.fileno())
+    def _append(self, file: Any, data: bytes) -> None:
+        """All of it, on disk, or nothing."""
+        place = file.seek(0, os.SEEK_END)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[file.write(left) :]
+            if self.fsync:
+                os.fsync(file.fileno())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                file.truncate(place)
+            raise
 
     def _read_done(self) -> int:
         size = self._done.seek(0, os.SEEK_END) // _NUMBER.size * _NUMBER.size
@@ -386,32 +413,38 @@ class LogBroker:
         return int(_NUMBER.unpack(self._done.read(_NUMBER.size))[0])
 
     def _recover(self) -> None:
-        end = self._log.seek(0, os.SEEK_END)
-        self._log.seek(0)
         place = 0
-        while place < end:
-            try:
-                message = read(self._log.read)
-            except Broken as error:
-                if "cut off" not in str(error):
+        with open(self.folder / "log", "rb") as log:
+            end = log.seek(0, os.SEEK_END)
+            log.seek(0)
+            while place < end:
+                try:
+                    message = read(log.read)
+                except CutOff:  # the last message was being written
+                    break
+                except Broken as error:
                     raise Broken(f"{self.folder / 'log'}, byte {place}: {error}") from None
-                self._log.truncate(place)  # the last message was being written
-                break
-            place = self._log.tell()
-            self._line.put(message)
+                place = log.tell()
+                if self._line.count < self.committed:
+                    self._line.count += 1  # done: it is not kept
+                else:
+                    self._line.put(message)
         if self.committed > self._line.count:
             raise Broken(f"{self.folder / 'done'}: {self.committed} messages were done of {self._line.count}")
-        for _ in range(self.committed):
-            self._line.waiting.popleft()
+        if place < end:
+            self._log.truncate(place)
 
 
-def drain(broker: Broker, first: Delivery, size: int, tau: float) -> list[Delivery]:
-    """`first` and what follows it, until there are `size` or `tau` seconds have passed."""
+def drain(
+    broker: Broker, first: Delivery, size: int, tau: float, stop: Callable[[], bool] = lambda: False
+) -> list[Delivery]:
+    """`first` and what follows it, until there are `size`, `tau` seconds have passed, or `stop()` says so."""
     found, last = [first], time.monotonic() + tau
     while len(found) < size:
         left = last - time.monotonic()
-        more = broker.get(max(left, 0.0))
-        if more is None:
+        more = broker.get(min(max(left, 0.0), POLL))
+        if more is not None:
+            found.append(more)
+        elif left <= POLL or stop():
             break
-        found.append(more)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ def throughput(stages: Sequence[Stage], *, cores: int | None = None) -> float:
         raise ValueError("stages must hold at least one")
     found = min(stage.capacity for stage in stages)
     if cores is not None:
-        found = min(found, checks.whole("cores", cores, low=1) / sum(stage.work for stage in stages))
+        work = sum(stage.work for stage in stages)
+        found = min(found, checks.whole("cores", cores, low=1) / work if work else math.inf)
     return found
 
 
@@ -91,17 +93,21 @@ def impact(with_stage: float, without: float) -> float:
 
 
 def advice(stages: Sequence[Stage], *, inference: str = "inference", cores: int | None = None) -> str:
-    """A sentence about what holds the pipeline up, and what to do first."""
+    """A sentence about what holds the pipeline up, and what to do first. Raises ValueError where no request comes to any stage."""
     worst, most = bottleneck(stages), throughput(stages, cores=cores)
+    if most == math.inf:
+        raise ValueError("stages must hold one with visits above 0")
     if cores is not None and most < 0.999 * worst.capacity:
         dearest = max(stages, key=lambda stage: stage.work)
         return (
             f"all {cores} processors are busy at {most:.4g} requests a second: {dearest.name} takes most of their time"
         )
-    work = sum(stage.work for stage in stages)
-    share = sum(stage.work for stage in stages if stage.name == inference) / work
+    alone = [(stage.name, stage.visits * stage.seconds(1)) for stage in stages]
+    share = sum(seconds for name, seconds in alone if name == inference) / sum(seconds for _, seconds in alone)
     gain = amdahl(share, float("inf"))
-    bound = f"inference is {100 * share:.0f} % of the work: were it free, a request alone would be {gain:.3g}x faster"
+    bound = (
+        f"{inference} is {100 * share:.0f} % of a request's time alone: were it free, that would be {gain:.3g}x faster"
+    )
     how = "a larger batch or another worker" if worst.batch > 1 else "another worker"
     return f"{worst.name} holds the pipeline at {worst.capacity:.4g} requests a second: {how} there; {bound}"
 
@@ -128,13 +134,16 @@ def simulate(stages: Sequence[Stage], arrivals: Sequence[float]) -> Simulated:
     """Requests through the stages, one after the other, event by event; times of stages do not vary, and stages share no processors.
 
     Of a stage with `visits` other than 1, request i has the whole number of items that keeps the mean: floor((i + 1) v) - floor(i v);
-    it goes on when its last item is done, at once if it has none. Raises ValueError for no stages, no arrivals, and times that go back.
+    it goes on when its last item is done, at once if it has none. Raises ValueError for no stages, no arrivals, and times that go back or
+    are not finite, and two stages of one name.
     """
     if not stages or not arrivals:
         raise ValueError("stages and arrivals must hold at least one")
-    if any(not later >= earlier for earlier, later in zip(arrivals, arrivals[1:], strict=False)):
+    if len({stage.name for stage in stages}) < len(stages):
+        raise ValueError("stages must have different names")
+    times = [checks.number("arrivals", at) for at in arrivals]
+    if any(later < earlier for earlier, later in zip(times, times[1:], strict=False)):
         raise ValueError("arrivals must be in order")
-    times = [float(at) for at in arrivals]
     batches: dict[str, tuple[int, ...]] = {}
     for stage in stages:
         counts = [int((i + 1) * stage.visits + 1e-9) - int(i * stage.visits + 1e-9) for i in range(len(times))]
@@ -145,7 +154,7 @@ def simulate(stages: Sequence[Stage], arrivals: Sequence[float]) -> Simulated:
 def _through(stage: Stage, times: list[float], counts: list[int]) -> tuple[list[float], tuple[int, ...]]:
     """When each request's last item leaves a stage that it reaches at these times, and the sizes of the batches."""
     coming = deque((times[i], i) for i in sorted(range(len(times)), key=lambda i: times[i]) for _ in range(counts[i]))
-    free = [0.0] * stage.workers
+    free = [-math.inf] * stage.workers
     heapq.heapify(free)
     ends, sizes = list(times), []
     while coming:

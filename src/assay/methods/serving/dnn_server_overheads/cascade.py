@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from assay import checks
-from assay.methods.serving.dnn_server_overheads.brokers import Broker, Closed, Delivery, drain
+from assay.methods.serving.dnn_server_overheads.brokers import POLL, Broker, Closed, Delivery, drain
 from assay.methods.serving.dnn_server_overheads.profiler import Lifetime, StageProfiler
 from assay.methods.serving.dnn_server_overheads.wire import Message, size_of
 
-POLL = 0.1  # seconds between two looks at whether it is to end
 PENDING = ...  # an answer that is not there yet
 
 
@@ -39,8 +38,8 @@ class Cascade:
     delivers twice is answered once; one of a request that nobody waits for (of an earlier run, where the broker is durable) is acknowledged
     and left. Where a batch fails, its things are classified alone; an image one of whose things fails is answered with the error. If the
     broker is lost, so are all images under way, and `submit` raises from then on. `sent` counts bytes of things handed over.
-    The borders of an image are "detect", "hand over" (until the last of its things is given to the broker), and "broker and classify"
-    (until its last thing is answered). The broker is the caller's to close, after this.
+    The borders of an image are "detect", "hand over" (until all its things but the last are with the broker), and "broker and classify"
+    (giving the last to the broker, and until all are answered). The broker is the caller's to close, after this.
     """
 
     def __init__(
@@ -72,7 +71,8 @@ class Cascade:
         self.close()
 
     def submit(self, image: Any) -> Future[list[Any]]:
-        """Answer an image: the list of its things' answers. What `detect` raises is the answer's error. Raises Closed after `close`."""
+        """Answer an image: the list of its things' answers. What `detect` raises is the answer's error, but for Ctrl-C. Raises Closed after
+        `close`."""
         if self._closed or self._lost is not None:
             raise Closed("the cascade was closed" if self._closed else f"the broker was lost: {self._lost}")
         life, done = self.profiler.begin(), Future[list[Any]]()
@@ -80,7 +80,7 @@ class Cascade:
         try:
             things = self.detect(image)
             life.mark("detect")
-        except BaseException as error:
+        except Exception as error:
             done.set_exception(error)
             return done
         if not len(things):
@@ -99,8 +99,11 @@ class Cascade:
                     with self._lock:  # the border is noted before the other thread can note the next
                         life.mark("hand over")
                 self.broker.put(Message({"run": self._run, "request": number, "thing": index}, thing))
-        except BaseException as error:
+        except Exception as error:
             self._fail(number, error)
+        except BaseException as stopped:  # Ctrl-C
+            self._fail(number, stopped)
+            raise
         if self._closed or self._lost is not None:  # meanwhile: nobody else will answer
             self._fail(number, Closed("the cascade was closed, or its broker lost"))
         return done
@@ -117,7 +120,7 @@ class Cascade:
             while not self._closed:
                 first = self.broker.get(POLL)
                 if first is not None:
-                    self._classify(drain(self.broker, first, self.size, self.tau))
+                    self._classify(drain(self.broker, first, self.size, self.tau, lambda: self._closed))
         except BaseException as error:
             self._lost = error
             self._fail_all(error)

@@ -5,7 +5,8 @@
         label = client.infer({"image": [jpeg]})["answer"]
 
 A connection has a thread of its own. The input "image" is a BYTES tensor with a JPEG, or several; "pixels" holds inputs that were
-prepared before, the first dimension counting them. The output is "answer". Errors are `{"error": text}` with status 400, 404, 413 or 503.
+prepared before, the first dimension counting them. The output is "answer". Errors are `{"error": text}` with status 400, 404, 413, 500 or
+503.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import socket
 import socketserver
 import threading
 from collections.abc import Mapping
+from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -24,19 +26,22 @@ import numpy as np
 
 from assay import checks
 from assay.methods.serving.dnn_server_overheads import protocol
-from assay.methods.serving.dnn_server_overheads.pipeline import Busy, Pipeline
+from assay.methods.serving.dnn_server_overheads.pipeline import Busy, Pipeline, Refused
 from assay.methods.serving.dnn_server_overheads.profiler import clock
 from assay.methods.serving.dnn_server_overheads.protocol import Call, Malformed
 
 ANSWER_SECONDS = 60.0
+EARLIER, LATER = "earlier images", "later images"
 
 
 class VisionServer:
     """Serves a pipeline under a name until it is closed; `port` 0 takes a free one. Each answered image of a call has one life, whose
-    borders are "receive" (from the request's first byte), the pipeline's, and "respond" (until the last byte was handed to the system).
+    borders are "receive" (from the request's first line), the pipeline's, and "respond" (until the last byte was handed to the system).
+    In a call with several images all but the first have the border "earlier images" before the pipeline's, and all "later images" after
+    them.
 
-    Answers must be what `numpy.asarray` makes numbers of. The pipeline is the caller's to close, after this. Raises ValueError for a
-    host that is no loopback address: there are no keys and no TLS here.
+    Answers must be what `numpy.asarray` makes numbers of, finite ones for clients who ask in JSON. The pipeline is the caller's to close,
+    after this. Raises ValueError for a host that is no loopback address: there are no keys and no TLS here.
     """
 
     def __init__(self, pipeline: Pipeline, name: str, *, host: str = "127.0.0.1", port: int = 0) -> None:
@@ -138,6 +143,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._infer(protocol.read(body, dict(self.headers.items())))
         except Malformed as error:
             self._say(400, {"error": str(error)})
+        except OSError:
+            raise  # the client left
+        except Exception as error:  # of an answer that cannot be written
+            self._failed(error)
 
     def _body(self) -> bytes | None:
         """The body; None, and an error was sent, where there is none that is taken."""
@@ -160,16 +169,23 @@ class _Handler(BaseHTTPRequestHandler):
         for life in lives:
             life.mark("receive")
         try:
-            waiting = [pipeline.submit(image, life) for image, life in zip(images, lives, strict=True)]
+            waiting: list[Future[Any]] = []
+            for image, life in zip(images, lives, strict=True):
+                if waiting:
+                    life.mark(EARLIER)
+                waiting.append(pipeline.submit(image, life))
             answers = [one.result(ANSWER_SECONDS) for one in waiting]
+            if len(lives) > 1:
+                for life in lives:
+                    life.mark(LATER)
         except Busy as error:
             self._say(503, {"error": str(error)}, {"Retry-After": "1"})
             return
-        except (ValueError, TypeError) as error:
+        except Refused as error:
             self._say(400, {"error": str(error)[:500]})
             return
-        except Exception as error:  # of the network or a worker: its text is for the log of who runs this
-            self._say(500, {"error": f"answering failed ({type(error).__name__})"})
+        except Exception as error:  # of the network or a worker, or too late
+            self._failed(error)
             return
         found = Call({"answer": np.asarray(answers)}, call.id, names={"model_name": self.server.name})
         body, headers = protocol.written(found, binary=call.binary, answer=True)
@@ -177,6 +193,10 @@ class _Handler(BaseHTTPRequestHandler):
         for life in lives:
             life.mark("respond")
             profiler.end(life)
+
+    def _failed(self, error: Exception) -> None:
+        """Its text is none of the client's business."""
+        self._say(500, {"error": f"answering failed ({type(error).__name__})"})
 
     def _say(self, status: int, document: dict[str, Any], headers: Mapping[str, str] | None = None) -> None:
         self._send(status, json.dumps(document).encode(), {"Content-Type": "application/json", **(headers or {})})
@@ -195,6 +215,8 @@ def _images(call: Call) -> list[Any]:
     (tensor,) = call.tensors.values()
     if ("image" in call.tensors) == isinstance(tensor, np.ndarray):
         raise Malformed("image must be of datatype BYTES, pixels of the input's")
+    if isinstance(tensor, np.ndarray) and not tensor.ndim:
+        raise Malformed("pixels must have a first dimension, which counts images")
     if not len(tensor):
         raise Malformed("there must be at least one image")
     return list(tensor)
@@ -210,15 +232,20 @@ class VisionClient:
         self._connection = http.client.HTTPConnection(host, port, timeout=timeout)
 
     def infer(self, tensors: dict[str, protocol.Tensor], *, id: str = "") -> dict[str, protocol.Tensor]:
-        """The answer's tensors. Raises RuntimeError, with the status and what the server says, where it gives none."""
+        """The answer's tensors. Raises RuntimeError, with the status and what the server says, where it gives none, and OSError where it
+        cannot be reached or takes longer than `timeout`; the next call then has a new connection."""
         body, headers = protocol.written(Call(tensors, id, self.binary), binary=self.binary)
-        if self._connection.sock is None:
-            self._connection.connect()
-            link: Any = self._connection.sock
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._connection.request("POST", self.path, body, headers)
-        response = self._connection.getresponse()
-        data = response.read()
+        try:
+            if self._connection.sock is None:
+                self._connection.connect()
+                link: Any = self._connection.sock
+                link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._connection.request("POST", self.path, body, headers)
+            response = self._connection.getresponse()
+            data = response.read()
+        except BaseException:  # half an answer may be under way
+            self._connection.close()
+            raise
         if response.status != 200:
             raise RuntimeError(f"HTTP {response.status}: {data[:500].decode('utf-8', 'replace')}")
         return protocol.read(data, dict(response.headers.items()), answer=True).tensors

@@ -26,13 +26,27 @@ class Busy(RuntimeError):
     """As many requests are in flight as the pipeline takes: come again later, or go to another one."""
 
 
+class Refused(ValueError):
+    """An image that cannot be prepared: no JPEG, too large, an array of another shape. What the network raises is never this."""
+
+
 class Pipeline:
     """Prepares images, batches them and has the network answer: `network(batch) -> answers`, one for each row of the batch.
 
     `workers` processes prepare images; with 0 it is done in the thread that submits. `size` and `tau` are the batcher's; at most
     `in_flight` requests are there at a time. `finish` makes of the network's answer what is returned. `submit` takes a JPEG's bytes,
     or an array that was prepared before (of `preprocess.shape` and precision), which goes to the batcher at once.
-    Raises ValueError or TypeError for numbers out of range.
+    Raises ValueError or TypeError for numbers out of range. `profiler` keeps the lives of what was answered without an error.
+
+    >>> import io
+    >>> from PIL import Image
+    >>> file = io.BytesIO()
+    >>> Image.new("RGB", (80, 60), "white").save(file, "JPEG")
+    >>> with Pipeline(lambda batch: batch.mean((1, 2, 3)).tolist(), Preprocess(8, precision="uint8")) as pipeline:
+    ...     pipeline.submit(file.getvalue()).result()
+    255.0
+    >>> [span.stage for span in pipeline.profiler.lifetimes()[0].spans]
+    ['decode', 'resize', 'normalise', 'queue', 'inference', 'post-process']
     """
 
     def __init__(
@@ -73,7 +87,9 @@ class Pipeline:
         self.batcher.close()
 
     def submit(self, image: bytes | np.ndarray, life: Lifetime | None = None) -> Future[Any]:
-        """Answer an image. Everything wrong with it is the answer's error; raises Busy where too many are in flight.
+        """Answer an image. Everything wrong with it is the answer's error: Refused, TypeError for what is neither bytes nor array, or what
+        the network raises. Raises Busy where too many are in flight, and KeyboardInterrupt where Ctrl-C comes while it is prepared in
+        this thread.
 
         `life`, where given, was begun by the caller, who ends it too.
         """
@@ -84,7 +100,7 @@ class Pipeline:
         answer.set_running_or_notify_cancel()  # it cannot be taken back: its place is free when it is answered
 
         def end(result: Any, error: BaseException | None) -> None:
-            if own:
+            if own and error is None:
                 self.profiler.end(lived)
             self._places.release()
             if error is not None:
@@ -107,6 +123,8 @@ class Pipeline:
 
         def prepared(done: Future[np.ndarray]) -> None:
             error = done.exception()
+            if isinstance(error, ValueError):
+                error = Refused(str(error))
             try:
                 if error is None:
                     self.batcher.submit(done.result(), lived).add_done_callback(inferred)
@@ -124,8 +142,11 @@ class Pipeline:
         ready: Future[np.ndarray] = Future()
         try:
             ready.set_result(self._checked(image) if isinstance(image, np.ndarray) else self.preprocess(image, lived))
-        except BaseException as failed:
+        except Exception as failed:
             ready.set_exception(failed)
+        except BaseException as stopped:
+            end(None, stopped)
+            raise
         prepared(ready)
         return answer
 

@@ -33,7 +33,7 @@ class Preprocess:
 
     `mean` and `std` are those of the channels, of numbers from 0 to 1.
     Calling it with a JPEG's bytes gives (3, size, size) float32 or float16, or (size, size, 3) uint8. Raises ValueError for what is no
-    JPEG, is cut off, or has more than `PIXELS` pixels.
+    JPEG, is cut off, or has more than `PIXELS` pixels. A camera's note of how it was held (EXIF orientation) is not applied.
     """
 
     size: int = 224
@@ -74,7 +74,7 @@ class Preprocess:
         return found
 
     def _decoded(self, data: bytes) -> Any:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         if not isinstance(data, bytes | bytearray | memoryview):
             raise TypeError(f"data must be a JPEG's bytes, got {type(data).__name__}")
@@ -86,6 +86,8 @@ class Preprocess:
             if self.draft:
                 picture.draft("RGB", (self.size, self.size))
             return picture.convert("RGB")  # decodes
+        except UnidentifiedImageError:  # whose text has an address in memory
+            raise ValueError(f"data must be a JPEG, got {len(data)} bytes that are none") from None
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for broken files
             raise ValueError(f"data must be a JPEG: {str(error)[:100]}") from None
 

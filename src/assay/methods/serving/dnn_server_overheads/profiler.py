@@ -198,8 +198,8 @@ class Flow:
 
     @property
     def error(self) -> float:
-        """How far Little's law is missed, as a share of what is in flight."""
-        return abs(self.throughput * self.latency / self.in_flight - 1)
+        """How far Little's law is missed, as a share of what is in flight; 0 where nothing took any time."""
+        return abs(self.throughput * self.latency / self.in_flight - 1) if self.in_flight else 0.0
 
 
 def flow(lifetimes: Sequence[Lifetime], start: float, end: float) -> Flow:
@@ -217,50 +217,63 @@ def flow(lifetimes: Sequence[Lifetime], start: float, end: float) -> Flow:
 
 def chrome_trace(lifetimes: Iterable[Lifetime]) -> dict[str, Any]:
     """The lifetimes as a trace that chrome://tracing and Perfetto open: requests that overlap lie in lanes of their own."""
-    events: list[dict[str, Any]] = []
+    return {"traceEvents": list(_events(lifetimes)), "displayTimeUnit": "ms"}
+
+
+def _events(lifetimes: Iterable[Lifetime]) -> Iterator[dict[str, Any]]:
     free: list[float] = []  # when each lane is free again
     lives = sorted(lifetimes, key=lambda life: life.start)
     origin = lives[0].start if lives else 0.0
-    for life in lives:
-        lane = next((number for number, until in enumerate(free) if until <= life.start), len(free))
+    for number, life in enumerate(lives):
+        lane = next((lane for lane, until in enumerate(free) if until <= life.start), len(free))
         free[lane : lane + 1] = [life.last]
         for span in life.spans:
-            events.append(
-                {
-                    "name": span.stage,
-                    "cat": "stage",
-                    "ph": "X",
-                    "pid": 1,
-                    "tid": lane,
-                    "ts": 1e6 * (span.start - origin),
-                    "dur": 1e6 * span.seconds,
-                    "args": {"request": life.name, "start": span.start, "end": span.end, "cost": span.cost},
-                }
-            )
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+            yield {
+                "name": span.stage,
+                "cat": "stage",
+                "ph": "X",
+                "pid": 1,
+                "tid": lane,
+                "ts": 1e6 * (span.start - origin),
+                "dur": 1e6 * span.seconds,
+                "args": {
+                    "life": number,
+                    "request": life.name,
+                    "start": span.start,
+                    "end": span.end,
+                    "cost": span.cost,
+                },
+            }
 
 
-def write_trace(lifetimes: Iterable[Lifetime], path: Path | str) -> None:
-    """Write the trace, whole or not at all."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(chrome_trace(lifetimes)), encoding="utf-8")
+def write_spans(lifetimes: Iterable[Lifetime], path: Path | str) -> None:
+    """Write the lifetimes as a Chrome trace, a stage a line, the file whole or not at all. Those without a border are left out."""
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write('{"displayTimeUnit": "ms", "traceEvents": [')
+        for number, event in enumerate(_events(lifetimes)):
+            file.write((",\n" if number else "\n") + json.dumps(event))
+        file.write("]}\n")
 
 
-def read_trace(path: Path | str) -> list[Lifetime]:
-    """The lifetimes in a trace that `write_trace` wrote. Raises InputError, naming the file, for anything else."""
+def read_spans(path: Path | str) -> list[Lifetime]:
+    """The lifetimes in a trace that `write_spans` wrote, by their beginnings. Raises InputError, naming the file, for anything else, and
+    for more than `LARGEST` bytes.
+
+    Other traces have readers of their own: `methods.core.fleet.traces` (arrivals and lengths) and `assay.loadtest` (its own requests).
+    """
     file = Path(path)
+    lives: dict[int, Lifetime] = {}
     try:
-        if file.stat().st_size > LARGEST:
-            raise InputError(f"{file} is larger than {LARGEST} bytes")
-        found = json.loads(file.read_text(encoding="utf-8"))
-        lives: dict[tuple[int, str], Lifetime] = {}
-        open_: dict[int, Lifetime] = {}
-        for event in found["traceEvents"]:
-            given, lane = event["args"], event["tid"]
-            life = open_.get(lane)
-            if life is None or life.name != given["request"] or life.last != given["start"]:
-                life = open_[lane] = Lifetime(str(given["request"]), at=given["start"])
-                lives[len(lives), life.name] = life
+        if (size := file.stat().st_size) > LARGEST:
+            raise ValueError(f"it has {size} bytes, of at most {LARGEST}")
+        for event in json.loads(file.read_text(encoding="utf-8"))["traceEvents"]:
+            given = event["args"]
+            number = checks.whole("life", given["life"], low=0)
+            if number not in lives:
+                lives[number] = Lifetime(str(given["request"]), at=given["start"])
+            life = lives[number]
+            if given["start"] != life.last:
+                raise ValueError("the stages of a life must follow each other")
             life.mark(str(event["name"]), at=given["end"])
             spent = life.spans[-1]
             cost = checks.number("cost", given["cost"], low=0)

@@ -174,8 +174,9 @@ def _from_json(name: str, data: Any, shape: Sequence[int], count: int, kind: str
         given = np.array(data)
         if given.dtype.kind not in ("b" if wanted.kind == "b" else "iu" if wanted.kind in "iu" else "fiu"):
             raise Malformed(f"data of {name!r} must be numbers of {kind}")
-        made = given.astype(wanted)
-        if wanted.kind in "iu" and not np.array_equal(made, given):
+        with np.errstate(over="ignore"):
+            made = given.astype(wanted)
+        if not np.isfinite(made).all() or wanted.kind in "iu" and not np.array_equal(made, given):
             raise Malformed(f"data of {name!r} must be numbers of {kind}, some lie outside")
         return made.reshape(shape)
     except Malformed:

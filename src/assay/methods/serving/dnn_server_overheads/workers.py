@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import queue
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -16,7 +17,7 @@ import numpy as np
 from assay import checks
 from assay.methods.serving.dnn_server_overheads.preprocess import Preprocess
 from assay.methods.serving.dnn_server_overheads.profiler import Lifetime, clock
-from assay.methods.serving.dnn_server_overheads.wire import Message, packed, unpacked
+from assay.methods.serving.dnn_server_overheads.wire import GUARD, Message, packed, unpacked
 
 STARTING, ENDING = 60.0, 5.0  # seconds
 
@@ -29,7 +30,8 @@ class Workers:
     """`count` processes that prepare images, each for one request at a time.
 
     A request goes to whichever is free. `submit` returns at once; the answer is the input, or what was wrong with the image. The borders
-    of a request are "wait for a worker", "decode", "resize", "normalise" (noted in the worker) and "transfer" (until it is back here).
+    of a request are "wait for a worker", "transfer" (until it is there), "decode", "resize", "normalise", and "transfer" once more (until
+    it is back here). A script that makes them needs the guard `if __name__ == "__main__":`, as for all processes that are spawned.
     """
 
     def __init__(self, preprocess: Preprocess, count: int) -> None:
@@ -123,7 +125,10 @@ class _Worker:
     def wait_until_ready(self) -> None:
         if not self.pipe.poll(STARTING):
             raise TimeoutError(f"a worker did not start within {STARTING:g} s")
-        self._received()
+        try:
+            self._received()
+        except WorkerLost:
+            raise WorkerLost(f"a worker's process ended while it started: {GUARD}") from None
 
     def prepared(self, data: bytes, life: Lifetime) -> np.ndarray:
         if not isinstance(data, bytes | bytearray | memoryview):
@@ -156,7 +161,8 @@ class _Worker:
 
 
 def _work(pipe: Any, settings: dict[str, Any]) -> None:
-    """A worker's life: prepare images until the other end of the pipe is closed."""
+    """A worker's life: prepare images until the other end of the pipe is closed. Ctrl-C is for its parent, who closes that end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     preprocess = Preprocess(**settings)
     pipe.send_bytes(packed(Message({"borders": []})))
     while True:
@@ -171,6 +177,6 @@ def _work(pipe: Any, settings: dict[str, Any]) -> None:
             found = preprocess(data, life)
         except Exception as error:
             told = {"error": str(error)[:1000]}
-        told["borders"] = [[span.stage, span.end] for span in life.spans]
+        told["borders"] = [["transfer", life.start], *([span.stage, span.end] for span in life.spans)]
         with contextlib.suppress(OSError):
             pipe.send_bytes(packed(Message(told, found)))
