@@ -11,11 +11,14 @@ import time
 import pytest
 import typer
 from tests.evidence.evidence_maker import estimate, make
+from tests.evidence.tuned_maker import lines
+from tests.evidence.tuned_maker import run as tuned_run
 
 from assay.cli.main import build
 from assay.cli.site import commands
 from assay.evidence import shipped
 from assay.evidence.store import Store
+from assay.evidence.tuned import of_lines
 from assay.site.app import Searcher, create_app
 from assay.site.guide import Page
 from assay.site.library import Shelf
@@ -74,16 +77,26 @@ def known_records():
 
 @pytest.fixture
 def store(tmp_path, monkeypatch):
-    """An empty store, and no shipped records."""
+    """An empty store, and no shipped records or runs."""
     monkeypatch.setattr(shipped, "records", lambda *_, **__: [])
+    monkeypatch.setattr(shipped, "runs", lambda *_: [])
     url = f"sqlite:///{tmp_path / 'evidence.db'}"
     with Store(url) as opened:
         yield opened
 
 
+def known_runs():
+    """Two runs of `assay tune`, on this machine and on another: a pair and each alone; a pair whose second was not tried alone."""
+    pair = {("dtype",): 4.0, ("dtype", "attention_backend"): 3.0, ("dtype", "fp8_vs_int8", "attention_backend"): 1.5}
+    elsewhere = lines(pair, best=("dtype", "fp8_vs_int8", "attention_backend"), minutes=5, goal="decode")
+    elsewhere[0]["machine"] |= {"fingerprint": "other"}
+    return [tuned_run(), of_lines(elsewhere)]
+
+
 @pytest.fixture
 def shelf(store):
     store.add(known_records())
+    store.add_runs(known_runs())
     made = Shelf(str(store._url), here="mine", machine=HERE)
     yield made
     made.close()

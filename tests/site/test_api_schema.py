@@ -14,6 +14,8 @@ PATHS = (
     "/api/records/{id}",
     "/api/machines",
     "/api/compare",
+    "/api/recipes",
+    "/api/recipes/{id}",
 )
 
 

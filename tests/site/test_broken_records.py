@@ -18,7 +18,8 @@ from assay.site.library import Shelf
 
 PAGES = ("/", "/?machine=like-mine", "/papers/xattention", "/papers/xattention?against=free", "/papers/xattention?against=exact",
          "/compare", "/compare?against=paper", "/compare.csv", "/compare.svg", "/machines", "/api/records", "/api/papers",
-         "/api/papers/xattention", "/api/compare?against=paper", "/api/machines")  # fmt: skip
+         "/api/papers/xattention", "/api/compare?against=paper", "/api/machines", "/compare?older=1",
+         "/recipes", "/api/recipes")  # fmt: skip
 
 STRANGE = {
     "cores as text": {"machine": {"cores": "many", "flags": ["avx2"]}},

@@ -11,7 +11,8 @@ from tests.site.conftest import CLAIM
 from assay.site.export import export
 
 KINDS = {
-    "list": "/", "paper": "/papers/xattention", "planned": "/papers/swin", "compare": "/compare", "machines": "/machines",
+    "list": "/", "paper": "/papers/xattention", "planned": "/papers/swin", "compare": "/compare",
+    "chosen": "/compare?paper=xattention&machine=mine&older=1", "recipes": "/recipes", "recipe": "/recipes/{run}", "machines": "/machines",
     "machine": "/machines/mine", "audit": "/audit", "guide": "/guide",
     "text": "/guide/measuring", "command": "/guide/command-tune", "missing": "/papers/nope",
 }  # fmt: skip
@@ -33,13 +34,15 @@ def page(browser):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_everybody_can_use_every_kind_of_page(browser, address, scheme):
+def test_everybody_can_use_every_kind_of_page(browser, address, shelf, scheme):
     """axe-core's rules for WCAG 2.2 AA, and no page wider than a phone."""
     from axe_playwright_python.sync_playwright import Axe
 
     context = browser.new_context(color_scheme=scheme)
     opened = context.new_page()
-    for name, path in KINDS.items():
+    run = next(iter(shelf.library().tuned))
+    for name, kind in KINDS.items():
+        path = kind.format(run=run)
         for width in (360, 768, 1440):
             opened.set_viewport_size({"width": width, "height": 900})
             opened.goto(address + path)
@@ -128,6 +131,46 @@ def test_audit_a_pasted_figure(browser, address, scripts):
         context.close()
 
 
+@pytest.mark.parametrize("scripts", [True, False])
+def test_choose_papers_recipes_and_machines_by_keyboard(browser, address, scripts):
+    """What is ticked stands in the address, and an address ticks it again."""
+    context = browser.new_context(java_script_enabled=scripts, viewport={"width": 360, "height": 800})
+    opened = context.new_page()
+    opened.goto(address + "/compare")
+    assert opened.locator("svg.pareto circle").count() == 3
+    assert opened.locator("svg.pareto rect").count() == 2
+    for legend, label in (("Machines", "My CPU"), ("Papers", "xattention"), ("Recipes", "ttft")):
+        summary = opened.locator("summary", has_text=legend)
+        summary.focus()
+        opened.keyboard.press("Enter")
+        box = opened.locator("label.choice", has_text=label).locator("input").first
+        box.focus()
+        opened.keyboard.press("Space")
+        expect(box).to_be_checked()
+    opened.get_by_label("Gain over", exact=True).select_option("paper")
+    opened.get_by_role("button", name="Show").press("Enter")
+    opened.wait_for_url("**machine=mine**")
+    assert "paper=xattention" in opened.url
+    assert "recipe=" in opened.url
+    assert opened.locator("svg.pareto circle").count() == opened.locator("svg.pareto rect").count() == 1
+    expect(opened.locator("details[open] input:checked")).to_have_count(3)
+    opened.get_by_role("link", name="Clear").click()
+    assert opened.locator("svg.pareto circle").count() == 3
+    context.close()
+
+
+def test_a_paper_shows_what_it_was_measured_with(page, address):
+    page.goto(address + "/papers/xattention#combines")
+    pair = page.locator("table", has_text="product of the two").locator("tbody tr").first
+    expect(pair).to_contain_text("4x")
+    expect(pair).to_contain_text("3.2x")
+    pair.get_by_role("link", name="fp8_vs_int8").click()
+    page.wait_for_url("**/papers/fp8_vs_int8")
+    page.locator("#combines ~ .scroll").get_by_role("link", name="ttft").first.click()
+    page.wait_for_url("**/recipes/*")
+    expect(page.get_by_role("heading", level=1)).to_have_text("dtype + fp8_vs_int8 + xattention")
+
+
 def test_an_export_opened_from_disk(page, shelf, tmp_path):
     export(shelf.library(), tmp_path / "site")
     page.goto((tmp_path / "site" / "index.html").as_uri())
@@ -145,3 +188,8 @@ def test_an_export_opened_from_disk(page, shelf, tmp_path):
     page.get_by_role("link", name="Compare").click()
     page.wait_for_url("**/compare.html")
     assert page.locator("svg.pareto circle").count() == 3
+    assert page.locator("svg.pareto rect").count() == 2
+    page.locator("td a", has_text="dtype + fp8_vs_int8 + xattention").click()
+    page.wait_for_url("**/recipes/*.html")
+    page.locator("td a", has_text="xattention").first.click()
+    page.wait_for_url("**/papers/xattention.html")

@@ -12,6 +12,7 @@ from assay.cli.main import main
 from assay.errors import InputError
 from assay.site import export as exporting
 from assay.site.export import SIGN, export
+from assay.tuner.recipe import Recipe
 
 
 class Links(HTMLParser):
@@ -38,7 +39,7 @@ def test_every_link_leads_to_a_file_and_its_place(shelf, tmp_path):
     files = [file for file in target.rglob("*") if file.is_file()]
     assert count == len(files) - 1 - len(list((target / "static").iterdir()))
     known = {file: parsed(file) for file in files if file.suffix == ".html"}
-    assert {"index.html", "compare.html", "machines.html", "guide.html"} <= {f.name for f in known}
+    assert {"index.html", "compare.html", "recipes.html", "machines.html", "guide.html"} <= {f.name for f in known}
     assert not (target / "audit.html").exists()  # it has nobody to ask
     assert ">Audit</a>" not in (target / "index.html").read_text(encoding="utf-8")
     for file, page in known.items():
@@ -77,6 +78,13 @@ def test_the_data_beside_the_pages(shelf, tmp_path):
     assert {s["machine"] for claim in paper["claims"] for s in claim["seen"]} == {"mine", "better", "other"}
     assert (tmp_path / "site/charts/xattention/attention-speedup.svg").read_text().startswith("<svg xmlns=")
     assert len(json.loads((tmp_path / "site/api/papers.json").read_text())) == 138
+    for id, found in shelf.library().tuned.items():
+        assert json.loads((tmp_path / f"site/api/recipes/{id}.json").read_text())["goal"] == found.run.goal
+        assert Recipe.read(tmp_path / f"site/recipes/{id}.toml").goal == found.run.goal
+    assert {row["kind"] for row in json.loads((tmp_path / "site/api/compare.json").read_text())["rows"]} == {
+        "paper",
+        "recipe",
+    }
 
 
 def test_the_command(shelf, tmp_path, monkeypatch, capsys):

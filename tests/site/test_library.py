@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import sqlalchemy as sa
 from sqlalchemy import event
 from tests.evidence.evidence_maker import estimate, make
+from tests.evidence.tuned_maker import lines, run
 from tests.site.conftest import BETTER, CLAIM, HERE, OTHER, known_records
 
-from assay.evidence import shipped
-from assay.evidence.store import Store, table
+from assay.evidence import hashes, shipped
+from assay.evidence.store import Store, table, tuned_table
+from assay.evidence.tuned import of_lines
 from assay.site import library as library_module
 from assay.site.library import Shelf
 
@@ -40,8 +43,8 @@ def test_new_records_are_added_without_reading_the_old_ones(shelf, store):
     before = shelf.library()
     assert shelf.library() is before
     read = []
-    original = shelf._store.rows
-    shelf._store.rows = lambda **asked: read.append(rows := original(**asked)) or rows
+    original = shelf._store.news
+    shelf._store.news = lambda **asked: read.append(rows := original(**asked)) or rows
     store.add([make(claim=CLAIM, fingerprint="new", machine=OTHER, minutes=9)])
     after = shelf.library()
     assert [len(rows) for rows in read] == [1]
@@ -122,12 +125,12 @@ def test_pages_do_not_wait_for_one_that_waits_for_the_store(shelf, store, monkey
     before = shelf.library()
     asked, answer = threading.Event(), threading.Event()
 
-    def rows(**_):
+    def news(**_):
         asked.set()
         assert answer.wait(20)
         return []
 
-    shelf._store.rows = rows
+    shelf._store.news = news
     slow = threading.Thread(target=shelf.library)
     slow.start()
     assert asked.wait(20)
@@ -135,6 +138,62 @@ def test_pages_do_not_wait_for_one_that_waits_for_the_store(shelf, store, monkey
     answer.set()
     slow.join(20)
     assert not slow.is_alive()
+
+
+def test_runs_have_an_origin_and_their_machine(shelf):
+    library = shelf.library()
+    assert [(one.run.goal, one.origin, one.word) for one in library.tuned.values()] == [
+        ("decode", "others", "proven"),
+        ("ttft", "you", "proven"),
+    ]
+    assert library.machines["mine"] == HERE
+    assert library.machines["other"] == OTHER
+
+
+def test_a_run_that_comes_is_added_and_brings_its_machine(shelf, store):
+    before = shelf.library()
+    given = lines(minutes=9)
+    given[0]["machine"] |= {"fingerprint": "new"}
+    store.add_runs([of_lines(given)])
+    after = shelf.library()
+    assert (len(before.tuned), len(after.tuned)) == (2, 3)
+    assert after.mark != before.mark
+    assert after.machines["new"]["cpu"] == "Run CPU"
+    assert shelf.library() is after
+
+
+def test_the_authors_runs_are_theirs_when_imported_too(store, monkeypatch):
+    monkeypatch.setattr(shipped, "runs", lambda *_: [run()])
+    store.add_runs([run(), run(minutes=1)])
+    shelf = Shelf(str(store._url), here="mine", machine=HERE)
+    assert [one.origin for one in shelf.library().tuned.values()] == ["you", "authors"]
+    shelf.close()
+
+
+def test_a_damaged_run_is_shown_and_breaks_nothing(shelf, store):
+    evil = json.loads(run(minutes=2).to_json()) | {"id": "", "fingerprint": "../evil"}
+    texts = {"bad1": "{not json", "bad2": "{}", "bad3": json.dumps(evil)}
+    with store._begin(write=True) as connection:
+        for id, text in texts.items():
+            connection.execute(sa.insert(tuned_table).values(id=id, fingerprint="f", run=text))
+    store.add_runs([run(minutes=3)])
+    library = shelf.library()
+    assert [row.why.split(":")[0] for row in library.damaged] == [f"run {n} of the store" for n in (3, 4, 5)]
+    assert "fingerprint must be" in library.damaged[-1].why
+    assert len(library.tuned) == 3
+    assert shelf.library() is library
+
+
+def test_stale_is_what_a_recipe_holds_and_not_what_the_run_tried(store, monkeypatch):
+    now = hashes.of_closure
+    store.add_runs([run(minutes=1), run(minutes=2, best=("dtype", "fp8_vs_int8"))])
+    monkeypatch.setattr(hashes, "of_closure", lambda name: "other" if name.endswith("xattention") else now(name))
+    shelf = Shelf(str(store._url), here="mine", machine=HERE)
+    first, second = shelf.library().tuned.values()
+    assert (first.word, second.word) == ("proven", "stale")
+    [pair] = first.pairs
+    assert first.stale(pair.steps)
+    shelf.close()
 
 
 def test_two_threads_at_once_read_each_record_once(store, monkeypatch):

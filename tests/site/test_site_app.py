@@ -7,21 +7,24 @@ import re
 import pytest
 from sqlalchemy import event
 from tests.evidence.evidence_maker import estimate, make
+from tests.evidence.tuned_maker import run
 from tests.site.conftest import CLAIM, HERE
 
 from assay import catalogue
 from assay.evidence.types import Verdict
 from assay.site.app import Searcher, create_app
+from assay.site.comparison import SHOWN
 from assay.site.library import Shelf
 from assay.site.pages import MEANINGS
 from assay.site.views import CHIPS
 
 PAGES = (
     "/", "/?family=attention&verdict=reproduced", "/?q=sparse+attention", "/papers/xattention", "/papers/xattention?against=free",
-    "/papers/swin", "/compare", "/compare?against=paper&machine=like-mine", "/machines", "/machines/mine", "/audit", "/guide",
+    "/papers/swin", "/compare", "/compare?against=paper&machine=like-mine", "/recipes", "/machines", "/machines/mine", "/audit", "/guide",
     "/guide/measuring", "/guide/command-verify",
 )  # fmt: skip
 DATA = ("/api/papers", "/api/papers/xattention", f"/api/claims/{CLAIM}", "/api/records", "/api/machines", "/api/compare", "/compare.csv",
+        "/api/recipes",
         "/compare.svg", f"/charts/{CLAIM}.svg", "/papers/xattention.bib", "/api/openapi.json")  # fmt: skip
 
 
@@ -75,6 +78,13 @@ def test_the_etag_changes_with_the_records(client, store):
         ("/nothing", 404, "Not Found"),
         ("/?family=x", 400, "family must be one of"),
         ("/compare?machine=x", 400, "machine must be"),
+        ("/compare?colour=red", 400, "no parameter"),
+        ("/compare?recipe=x", 400, "recipe must be"),
+        ("/compare?family=attention&family=mixers", 400, "family may be given once"),
+        ("/api/compare?paper=nobody", 400, "paper must be"),
+        ("/recipes/nobody", 404, "no run of"),
+        ("/recipes/nobody.toml", 404, "no run of"),
+        ("/api/recipes/nobody", 404, "no run of"),
         ("/charts/swin/imagenet-top1.svg", 404, "no"),
         ("/api/records?limit=0", 422, "limit"),
         ("/api/records?limit=1001", 422, "limit"),
@@ -215,6 +225,42 @@ def test_claims_have_an_address_that_stays(client):
     assert 'id="attention-speedup"' in client.get("/papers/xattention").text
 
 
+def test_a_run_has_a_page_a_file_and_a_document(client, shelf):
+    id = next(iter(shelf.library().tuned))
+    page = client.get(f"/recipes/{id}")
+    assert page.status_code == 200
+    assert "dtype + fp8_vs_int8 + attention_backend" in page.text
+    assert f'href="/recipes/{id}.toml"' in page.text
+    file = client.get(f"/recipes/{id}.toml")
+    assert file.headers["content-type"].startswith("application/toml")
+    assert file.headers["content-disposition"] == 'attachment; filename="recipe.toml"'
+    found = client.get(f"/api/recipes/{id}").json()
+    assert found["toml"] == file.text
+    assert [run["run"] for run in client.get("/api/recipes").json()] == list(shelf.library().tuned)
+    assert "drawing" not in str(found)
+
+
+def test_the_comparison_keeps_what_was_chosen_in_its_address(client, shelf):
+    mine = next(id for id, one in shelf.library().tuned.items() if one.run.fingerprint == "mine")
+    asked = f"against=paper&paper=xattention&recipe={mine}&machine=mine&machine=better"
+    text = client.get(f"/compare?{asked}").text
+    assert re.search(r'value="xattention" checked', text)
+    assert re.search(rf'value="{mine}" checked', text)
+    assert len(re.findall(r'name="machine" value="(?:mine|better)" checked', text)) == 2
+    links = re.findall(r'href="(/(?:api/)?compare[^"]*\?[^"]*)"', text)
+    assert {link.split("?")[0] for link in links} == {"/compare", "/compare.csv", "/compare.svg", "/api/compare"}
+    for link in links:
+        assert client.get(link.replace("&amp;", "&")).status_code == 200
+    wanted = client.get(f"/api/compare?{asked}").json()
+    [linked] = [link for link in links if link.startswith("/api/")]
+    assert client.get(linked.replace("&amp;", "&")).json() == wanted
+    assert [(row["kind"], row["machine"]) for row in wanted["rows"]] == [
+        ("recipe", "mine"),
+        ("paper", "better"),
+        ("paper", "mine"),
+    ]
+
+
 def test_the_filter_is_in_the_address_and_in_the_form(client):
     text = client.get("/?family=attention&verdict=reproduced&q=blocks").text
     assert '<option value="attention" selected>' in text
@@ -282,7 +328,7 @@ def test_a_page_asks_the_store_once(client, shelf):
     client.get("/")
     asked = []
     event.listen(shelf._store._engine, "before_cursor_execute", lambda *given: asked.append(given[2]))
-    for path in PAGES:
+    for path in (*PAGES, f"/recipes/{next(iter(shelf.library().tuned))}"):
         asked.clear()
         client.get(path)
         assert sum(text.lstrip().upper().startswith("SELECT") for text in asked) == 1, path
@@ -294,7 +340,7 @@ def test_ten_thousand_records_of_twenty_machines_stay_small(store):
 
     claims = [c.id for p in catalogue.papers() if p.status == "code" for c in p.claims]
     machines = {f"m{i}": {"cpu": f"CPU {i}", "cores": i + 1, "flags": ["avx2"]} for i in range(20)}
-    base = make(claim=CLAIM, fingerprint="m0", machine=machines["m0"])
+    base = make(claim=CLAIM, fingerprint="m0", machine=machines["m0"], vs_free=estimate(1.5, 1.6, 1.7))
     texts = []
     for i in range(10_000):
         claim = claims[i % len(claims)]
@@ -315,10 +361,29 @@ def test_ten_thousand_records_of_twenty_machines_stay_small(store):
     assert len(shelf.library().records) == 10_000
     del shelf._new
     client = TestClient(create_app(shelf, searcher=Searcher(start=False)), base_url="http://localhost")
-    for path in ("/", "/papers/xattention", "/compare"):
+    for path in ("/", "/papers/xattention", "/compare", "/compare.svg"):
         answer = client.get(path)
         assert answer.status_code == 200
         assert len(answer.content) < 300_000, path
+    rows = client.get("/api/compare").json()["rows"]
+    assert len(rows) > SHOWN
+    assert client.get("/compare.csv").text.count("\r\n") == len(rows) + 1
+    assert client.get("/compare").text.count("<circle") == SHOWN
+    shelf.close()
+
+
+def test_two_hundred_runs_are_pages_of_ordinary_size(store):
+    from starlette.testclient import TestClient
+
+    store.add_runs([run(minutes=i) for i in range(210)])
+    shelf = Shelf(str(store._url), here="mine", machine=HERE)
+    client = TestClient(create_app(shelf, searcher=Searcher(start=False)), base_url="http://localhost")
+    for path in ("/compare", "/compare.svg", "/recipes", "/papers/xattention"):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        assert len(answer.content) < 300_000, path
+    assert "The newest 200 of 210 runs" in client.get("/recipes").text
+    assert "60 of 210 are listed here." in client.get("/papers/xattention").text
     shelf.close()
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
+import re
+import xml.etree.ElementTree as ElementTree
 
 import pytest
 from tests.evidence.evidence_maker import estimate, make
@@ -128,6 +128,38 @@ def test_texts_in_pictures_are_escaped():
     assert "<float32" not in roofline({"<float32>": 1e12, "int8": 3e12}, 2e10)
 
 
+def test_the_plot_tells_recipes_from_claims_and_shows_intervals():
+    claim = Point("a/b", 2.0, 1.0, "reproduced", gains=(1.5, 3.0), losses=(0.5, 1.5))
+    recipe = Point("dtype + xattention", 4.0, 2.0, "proven", recipe=True)
+    drawn = pareto([claim, recipe], "title")
+    assert drawn.count("<circle") == drawn.count("<rect") == 1
+    [whisker] = re.findall(r'<path class="whisker" d="([^"]*)"', drawn)
+    assert whisker.count("M") == 2
+    assert "whisker" not in pareto([recipe], "title")
+    ElementTree.fromstring(drawn)
+
+
+@pytest.mark.parametrize("ends", [(0.0, math.inf), (1e-300, 1e300), (math.nan, 2.0), (3.0, 1.0), (-math.inf, math.inf)])
+def test_an_interval_without_end_leaves_room_for_the_points(ends):
+    points = [Point("a", 2.0, 1.0, "", gains=ends, losses=ends), Point("b", 1.5, 0.5, "")]
+    drawn = pareto(points, "title")
+    places = [float(x) for x in re.findall(r'<circle class="dot" cx="([\d.]+)"', drawn)]
+    assert len(places) == 2
+    assert abs(places[0] - places[1]) > 20
+    assert not re.search(r"nan|inf", drawn)
+    ElementTree.fromstring(drawn)
+
+
+def test_names_in_the_plot_do_not_lie_on_each_other():
+    points = [Point(f"a claim of a long name, number {i}", 2.0 + i / 100, 1.0 + i / 100, "") for i in range(12)]
+    drawn = pareto(points, "title")
+    shown = re.findall(r'x="([\d.]+)" y="([\d.]+)" text-anchor="(?:end|start)">a claim', drawn)
+    assert 1 <= len(shown) < 12
+    heights = sorted(float(y) for _, y in shown)
+    assert all(b - a >= 12 for a, b in zip(heights, heights[1:], strict=False))
+    assert drawn.count("<title>a claim of a long name") == 12
+
+
 def test_the_front_against_every_pair():
     points = [Point(str(i), 1 + (i * 37 % 11) / 3, (i * 53 % 13) - 4, "") for i in range(24)]
     best = front(points)
@@ -137,28 +169,6 @@ def test_the_front_against_every_pair():
             for o in points
         )
         assert (not beaten) == any((b.gain, b.loss) == (point.gain, point.loss) for b in best)
-
-
-def test_compare_holds_what_has_a_gain_and_a_quality(shelf):
-    seen = views.compare(shelf.library(), against="free")
-    assert {(row["machine"], row["gain"], row["dominated"]) for row in seen["rows"]} == {
-        ("mine", 1.6, True),
-        ("better", 3.6, False),
-        ("other", 0.5, True),
-    }
-    assert [row["machine"] for row in views.compare(shelf.library(), machine="other")["rows"]] == ["other"]
-    assert views.compare(shelf.library(), against="exact")["rows"] == []
-    for asked in ({"against": "x"}, {"family": "x"}, {"machine": "x"}):
-        with pytest.raises(InputError, match=f"{next(iter(asked))} must be"):
-            views.compare(shelf.library(), **asked)
-
-
-def test_csv_can_be_read_back_and_runs_no_formula(shelf):
-    rows = views.compare(shelf.library())["rows"]
-    rows[0]["quality"] = '=HYPERLINK("http://x")'
-    back = list(csv.DictReader(io.StringIO(views.csv(rows))))
-    assert [float(row["gain"]) for row in back] == [row["gain"] for row in rows]
-    assert back[0]["quality"].startswith("'=")
 
 
 def test_bibtex_is_made_of_what_is_certain():

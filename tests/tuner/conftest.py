@@ -16,10 +16,12 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def world(monkeypatch):
-    """Installs pretended children; the run's clock is theirs, and the report's plots are left empty: they cost more than all else."""
-    from assay.tuner import budget, nodes, report
+    """Installs pretended children; the run's clock is theirs. The report's plots are left empty and the store is not opened: they cost
+    more than all else."""
+    from assay.tuner import budget, nodes, report, tune
 
     monkeypatch.setattr(report, "svg", lambda figure: "<svg></svg>")
+    monkeypatch.setattr(tune, "_remember", lambda run, lines: None)
 
     def install(children):
         monkeypatch.setattr(nodes, "run_isolated", children)

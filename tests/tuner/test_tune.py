@@ -21,6 +21,8 @@ from tuner_world import Children
 import assay
 from assay.cli.tune import print_summary
 from assay.errors import InputError, MissingError
+from assay.evidence import tuned
+from assay.evidence.store import Store
 from assay.measure.isolate import ChildResult
 from assay.tuner import child
 from assay.tuner import tune as tuning
@@ -30,6 +32,8 @@ from assay.tuner.recipe import Recipe, Step, apply_recipe
 from assay.tuner.tune import tune
 from assay.tuner.work import Settings, build_work, decode_nll, decodes_in_its_own_way, load_for, quality
 from tiny import write_tiny_llama
+
+REMEMBER = tuning._remember  # before the world leaves it out
 
 
 def test_finds_the_best_recipe_within_the_loss_and_leaves_a_whole_artefact(world, model, tmp_path):
@@ -303,6 +307,36 @@ def test_a_full_disk_while_writing_the_artefact_loses_no_trial(world, model, tmp
     assert first.calls
     assert not set(first.calls) & set(second.calls)
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_run_is_in_the_store_as_in_the_artefact(world, model, tmp_path, monkeypatch):
+    world(Children())
+    monkeypatch.setattr(tuning, "_remember", REMEMBER)
+    outcome = tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", max_drop=0.01, minutes=5)
+    with Store() as store:
+        [run] = store.runs()
+    assert run == tuned.read(tmp_path / "out" / "evidence.jsonl")
+    assert tuned.label(run.steps) == outcome.best.label()
+    assert run.proven
+    assert run.architecture == "llama"
+    assert [row.cost for row in run.rows] == [row.cost for row in outcome.rows]
+    assert run.fingerprint == outcome.machine["fingerprint"]
+    assert tuned.changes(run) == set()
+    assert set(run.code) == {step.transform for row in run.rows for step in row.steps}
+    joint = {tuple(step.transform for step in pair.steps): pair.joint for pair in tuned.pairs(run)}
+    assert joint["fp8_vs_int8", "xattention"].median == pytest.approx(1 / (0.6 * 0.8))
+
+
+def test_a_store_that_takes_nothing_loses_no_artefact(world, model, tmp_path, monkeypatch):
+    world(Children())
+    monkeypatch.setattr(tuning, "_remember", REMEMBER)
+    monkeypatch.setenv("ASSAY_DATABASE_URL", f"sqlite:///{tmp_path / 'text.db'}")
+    (tmp_path / "text.db").write_text("this is no database" * 100)
+    outcome = tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", max_drop=0.01, minutes=5)
+    [note] = [note for note in outcome.notes if "evidence store" in note]
+    assert "assay evidence import" in note
+    assert (tmp_path / "out" / "recipe.toml").is_file()
+    assert any("evidence store" in note for note in outcome.document()["notes"])
 
 
 def test_two_runs_do_not_write_the_same_artefact(world, model, tmp_path):

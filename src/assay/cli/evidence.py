@@ -133,7 +133,7 @@ def export(
 
 @app.command("import")
 def import_evidence(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines, as `export` writes them.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines, as `export` writes them, or the evidence.jsonl of an artefact of `assay tune`.")],
     json: Json = False,
 ) -> None:
     """Import records, all or none of them; known ones are left alone."""

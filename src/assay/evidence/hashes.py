@@ -104,6 +104,55 @@ def _everything() -> frozenset[str]:
     return frozenset(of_file(file) for file in PACKAGE.rglob("*") if file.suffix in (".py", *NATIVE))
 
 
+@functools.cache
+def of_closure(module: str) -> str | None:
+    """One hash over a module and all that it imports of what is counted, however deep, with the native sources if there are kernels.
+
+    Nothing is imported: imports are read from the sources. None where this installation has no such module. Moving files changes nothing.
+
+    >>> of_closure("assay.methods.nobody.nothing") is None
+    True
+    """
+    found: set[Path] = set()
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        file = _source(name)
+        if file is not None and file not in found:
+            found.add(file)
+            waiting += _imports(name, file)
+    if not found:
+        return None
+    kernels = PACKAGE / "methods" / "core" / "kernels"
+    if kernels / "__init__.py" in found:
+        found |= {file for file in (kernels / "csrc").iterdir() if file.suffix in NATIVE}
+    return _digest(" ".join(sorted(of_file(file) for file in found)))
+
+
+def _source(name: str) -> Path | None:
+    """The file of a module that is counted; None for any other name."""
+    if not name.startswith(COUNTED) or not re.fullmatch(r"assay(\.\w+)+", name):
+        return None
+    path = PACKAGE.joinpath(*name.split(".")[1:])
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return file if file.is_file() else None
+
+
+@functools.cache
+def _imports(name: str, file: Path) -> tuple[str, ...]:
+    """The modules that a module's source names in its imports, and the names it takes from them, which may be modules too."""
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    found = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            found += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return tuple(one for one in found if one.startswith("assay."))
+
+
 def native_sources() -> list[Path]:
     """The sources of the compiled kernels that this process has loaded, with the headers they share."""
     torch = sys.modules.get("torch")

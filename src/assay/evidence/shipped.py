@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from assay.errors import InputError
-from assay.evidence import hashes
+from assay.evidence import hashes, tuned
 from assay.evidence.record import Evidence, changed
 from assay.evidence.store import read_jsonl
 from assay.evidence.types import Verdict, point_key
@@ -34,6 +34,11 @@ def records(slug: str | None = None, where: Path | None = None) -> list[Evidence
     files = sorted((where / "claims").glob("*.jsonl")) if slug is None else [where / "claims" / f"{slug}.jsonl"]
     found = [record for file in files if file.is_file() for record in read_jsonl(file)]
     return [changed(record, machine=machines.get(record.fingerprint, {})) for record in found]
+
+
+def runs(where: Path | None = None) -> list[tuned.TuneRun]:
+    """The authors' runs of `assay tune` (`make demo`): files `demo*.jsonl`. Raises InputError for a file that is damaged."""
+    return [tuned.read(file) for file in sorted((where or folder()).glob("demo*.jsonl"))]
 
 
 def status(slug: str, code: str) -> str:

@@ -8,6 +8,7 @@ The store offers no way to change or remove a record, and triggers in the databa
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from assay.errors import AssayError, InputError, MissingError
+from assay.evidence import tuned
 from assay.evidence.record import Evidence, parse
 from assay.evidence.types import point_key
 from assay.paths import atomic_file, data_dir
@@ -51,6 +53,14 @@ table = sa.Table(
     sa.Column("record", sa.Text(), nullable=False),  # the whole record as JSON; the columns above only serve to find it
     sa.Index("assay_evidence_slug", "slug"),
     sa.Index("assay_evidence_claim", "claim"),
+)
+tuned_table = sa.Table(
+    "assay_tuned",
+    metadata,
+    sa.Column("seq", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), primary_key=True, autoincrement=True),
+    sa.Column("id", sa.String(32), nullable=False, unique=True),
+    sa.Column("fingerprint", sa.Text(), nullable=False),
+    sa.Column("run", sa.Text(), nullable=False),  # the whole run of `assay tune` as JSON
 )
 
 
@@ -137,6 +147,23 @@ class Store:
                 total += 1
         return Imported(added, total - added)
 
+    def add_runs(self, runs: Iterable[tuned.TuneRun]) -> Imported:
+        """Store runs of `assay tune`, all or none of them; existing ones are left alone."""
+        insert = sqlite.insert if self._is_sqlite else postgresql.insert
+        added = total = 0
+        with self._errors("write to"), self._begin(write=True) as connection:
+            for run in runs:
+                row = {"id": run.id, "fingerprint": run.fingerprint, "run": run.to_json()}
+                statement = (
+                    insert(tuned_table)
+                    .values(row)
+                    .on_conflict_do_nothing(index_elements=["id"])
+                    .returning(tuned_table.c.seq)
+                )
+                added += connection.execute(statement).scalar() is not None
+                total += 1
+        return Imported(added, total - added)
+
     def check_writable(self) -> None:
         """Raise StoreError now rather than after an hour of measuring."""
         with self._errors("write to"), self._begin(write=True) as connection:
@@ -172,11 +199,24 @@ class Store:
             found = list(connection.execute(query).scalars())
         return [parse(text, f"a record in {self.name}") for text in reversed(found)]
 
-    def rows(self, *, after: int = 0) -> list[tuple[int, str]]:
-        """The rows behind the row `after`, oldest first: their number, and the record as text, unchecked."""
-        query = sa.select(table.c.seq, table.c.record).where(table.c.seq > after).order_by(table.c.seq)
+    def runs(self) -> list[tuned.TuneRun]:
+        """The runs of `assay tune`, oldest first."""
+        query = sa.select(tuned_table.c.run).order_by(tuned_table.c.seq)
         with self._errors("read"), self._begin() as connection:
-            return [(row.seq, row.record) for row in connection.execute(query)]
+            found = list(connection.execute(query).scalars())
+        return [tuned.parse(text, f"a run in {self.name}") for text in found]
+
+    def news(self, *, after: int = 0, runs_after: int = 0) -> list[tuple[str, int, str]]:
+        """What came behind the record `after` and the run `runs_after`, in one question: "record" or "run", its number, its text.
+
+        Records first, each kind oldest first, as text, unchecked.
+        """
+        records = sa.select(sa.literal_column("'record'").label("kind"), table.c.seq, table.c.record.label("text"))
+        runs = sa.select(sa.literal_column("'run'").label("kind"), tuned_table.c.seq, tuned_table.c.run.label("text"))
+        both = sa.union_all(records.where(table.c.seq > after), runs.where(tuned_table.c.seq > runs_after)).subquery()
+        query = sa.select(both).order_by(both.c.kind, both.c.seq)
+        with self._errors("read"), self._begin() as connection:
+            return [(row.kind, row.seq, row.text) for row in connection.execute(query)]
 
     def get(self, id: str) -> Evidence:
         """The record whose id is or begins with `id`. Raises InputError when there is none, or more than one."""
@@ -205,8 +245,11 @@ class Store:
     def import_jsonl(self, path: Path | str) -> Imported:
         """Import the records of a JSON-lines file, all or none of them; known ones are left alone.
 
-        Raises InputError naming the line for anything that is not a record.
+        The `evidence.jsonl` of an artefact of `assay tune` is imported as the one run it is of. Raises InputError naming the line for
+        anything that is not a record.
         """
+        if _is_run(Path(path)):
+            return self.add_runs([tuned.read(Path(path))])
         return self.add(read_jsonl(path))
 
     # Inside
@@ -358,6 +401,16 @@ def write_jsonl(records: Iterable[Evidence], path: Path | str) -> None:
     """Write records to a file, one line of JSON each, whole or not at all."""
     with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(record.to_json() + "\n" for record in records)
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a file begins as the evidence of an artefact does: with the summary of a run of `assay tune`."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and first.get("kind") == "summary"
 
 
 def merge_jsonl(records: Iterable[Evidence], path: Path | str) -> None:

@@ -19,8 +19,9 @@ from starlette.staticfiles import StaticFiles
 
 from assay import __version__, catalogue
 from assay.errors import InputError
-from assay.site import feed, views
+from assay.site import comparison, feed, recipes, views
 from assay.site.charts import bar, embedded
+from assay.site.comparison import Choice
 from assay.site.guide import Page
 from assay.site.job_pages import add_jobs
 from assay.site.jobs import Jobs
@@ -180,20 +181,42 @@ def create_app(
     def record_page(request: Request, id: str) -> Response:
         return sent(request, pages().record(id))
 
+    def chosen(request: Request) -> tuple[Pages, Choice]:
+        made = pages()
+        return made, Choice.of(request.query_params.multi_items(), made.library)
+
     @app.get("/compare", include_in_schema=False)
-    def compare_page(request: Request, against: str = "free", family: str = "", machine: str = "") -> Response:
-        return sent(request, pages().compare(against=against, family=family, machine=machine))
+    def compare_page(request: Request) -> Response:
+        made, wanted = chosen(request)
+        return sent(request, made.compare(wanted))
 
     @app.get("/compare.csv", include_in_schema=False)
-    def compare_csv(request: Request, against: str = "free", family: str = "", machine: str = "") -> Response:
-        seen = views.compare(pages().library, against=against, family=family, machine=machine)
-        return sent(request, views.csv(seen["rows"]), "text/csv; charset=utf-8")
+    def compare_csv(request: Request) -> Response:
+        made, wanted = chosen(request)
+        rows = comparison.compare(made.library, wanted)["rows"]
+        return sent(request, comparison.csv(rows), "text/csv; charset=utf-8")
 
     @app.get("/compare.svg", include_in_schema=False)
-    def compare_svg(request: Request, against: str = "free", family: str = "", machine: str = "") -> Response:
+    def compare_svg(request: Request) -> Response:
+        made, wanted = chosen(request)
+        return sent(request, made.plot(comparison.compare(made.library, wanted), standalone=True), "image/svg+xml")
+
+    @app.get("/recipes", include_in_schema=False)
+    def recipes_page(request: Request) -> Response:
+        return sent(request, pages().recipes())
+
+    @app.get("/recipes/{id}.toml", include_in_schema=False)
+    def recipe_toml(request: Request, id: str) -> Response:
         made = pages()
-        seen = views.compare(made.library, against=against, family=family, machine=machine)
-        return sent(request, made.plot(seen, standalone=True), "image/svg+xml")
+        if id not in made.library.tuned:
+            raise InputError(f"no run of `assay tune` has the id {id[:80]!r}")
+        answer = sent(request, recipes.toml(made.library.tuned[id].run), "application/toml")
+        answer.headers["Content-Disposition"] = 'attachment; filename="recipe.toml"'
+        return answer
+
+    @app.get("/recipes/{id}", include_in_schema=False)
+    def recipe_page(request: Request, id: str) -> Response:
+        return sent(request, pages().recipe(id))
 
     @app.get("/charts/{slug}/{what}.svg", include_in_schema=False)
     def claim_svg(request: Request, slug: str, what: str, machine: str = "") -> Response:
@@ -296,9 +319,34 @@ def create_app(
         library = pages().library
         return as_json(request, [views.machine_facts(facts, name) for name, facts in library.machines.items()])
 
-    @app.get("/api/compare", summary="Claims with a gain and a quality")
-    def api_compare(request: Request, against: str = "free", family: str = "", machine: str = "") -> Response:
-        return as_json(request, bare(views.compare(pages().library, against=against, family=family, machine=machine)))
+    @app.get("/api/compare", summary="Claims and proven recipes with a gain and a quality")
+    def api_compare(
+        request: Request,
+        against: Annotated[
+            str, Query(description="the baseline: free, paper (of a recipe, the model as loaded) or exact")
+        ] = "free",
+        what: Annotated[str, Query(description="papers or recipes; both if it is empty")] = "",
+        family: str = "",
+        paper: Annotated[list[str] | None, Query(description="slugs", max_length=comparison.CHOSEN)] = None,
+        recipe: Annotated[list[str] | None, Query(description="ids of runs", max_length=comparison.CHOSEN)] = None,
+        machine: Annotated[
+            list[str] | None, Query(description="fingerprints, or like-mine", max_length=comparison.CHOSEN)
+        ] = None,
+        older: Annotated[str, Query(description="1: with what stale records and runs say")] = "",
+    ) -> Response:
+        made, wanted = chosen(request)
+        return as_json(request, bare(comparison.compare(made.library, wanted)))
+
+    @app.get("/api/recipes", summary="The runs of assay tune and what they found, the newest first")
+    def api_recipes(request: Request) -> Response:
+        return as_json(request, recipes.recipe_rows(pages().library))
+
+    @app.get(
+        "/api/recipes/{id}",
+        summary="One run of assay tune: its recipe, its proof, all that was measured, and the pairs in it",
+    )
+    def api_recipe(request: Request, id: str) -> Response:
+        return as_json(request, bare(recipes.recipe_page(pages().library, id)))
 
     @app.get("/api/openapi.json", include_in_schema=False)
     def api_description(request: Request) -> Response:

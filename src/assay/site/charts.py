@@ -31,9 +31,9 @@ HIDDEN = re.compile(
 STANDALONE = """<style>
 svg{font:12px system-ui,sans-serif;color:#1c2430;background:#fff}
 .axis{stroke:#8a94a3;fill:none}.none{stroke:#6b7482}.range{stroke:#1f5fa8}.dot{fill:#1f5fa8}.paper{stroke:#a8370f}
-.dominated{opacity:.35}.front{stroke:#1f5fa8;fill:none}text{fill:currentColor}
-@media (prefers-color-scheme:dark){svg{color:#e6eaf0;background:#12161c}.range,.front{stroke:#7db4f0}.dot{fill:#7db4f0}
-.paper{stroke:#ff9a6b}}
+.whisker{stroke:#1f5fa8;fill:none;opacity:.6}.dominated{opacity:.35}.front{stroke:#1f5fa8;fill:none}text{fill:currentColor}.label{paint-order:stroke;stroke:#fff;stroke-width:3px}
+@media (prefers-color-scheme:dark){svg{color:#e6eaf0;background:#12161c}.range,.front,.whisker{stroke:#7db4f0}.dot{fill:#7db4f0}
+.paper{stroke:#ff9a6b}.label{stroke:#12161c}}
 </style>"""
 
 
@@ -161,57 +161,68 @@ class Point:
     loss: float  # of quality, in per cent; negative is better
     word: str
     link: str = ""
+    gains: tuple[float, float] | None = None  # the interval
+    losses: tuple[float, float] | None = None
+    recipe: bool = False  # a recipe is drawn as a square, a claim as a circle
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in gain and in quality at once, by falling gain.
+    """The points that no other beats in gain and in quality at once, by falling gain; equal ones do not beat each other.
 
     >>> [point.label for point in front([Point("a", 2, 0, ""), Point("b", 1.5, 1, ""), Point("c", 3, 2, "")])]
     ['c', 'a']
     """
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (-p.gain, p.loss)):
-        if not best or point.loss < best[-1].loss:
+        if not best or point.loss < best[-1].loss or (point.gain, point.loss) == (best[-1].gain, best[-1].loss):
             best.append(point)
     return best
 
 
 def pareto(points: Sequence[Point], title: str, *, standalone: bool = False) -> str:
-    """Gain to the right (ratio, logarithmic), loss of quality upwards; dominated points fade, and a line joins the others."""
+    """Gain to the right (ratio, logarithmic), loss of quality upwards; dominated points fade, and a line joins the others.
+
+    Intervals are thin lines through the points, where there are any.
+    """
     width, height, left, bottom, top, right = 720.0, 420.0, 64.0, 48.0, 16.0, 16.0
     best = front(points)
+    chosen = set(map(id, best))
     body = []
     if points:
-        x = _scale([1.0, *(p.gain for p in points)], True, start=left + 8, end=width - right - 8)
-        bent = [_bent(p.loss) for p in points]
-        y = _scale([0.0, *bent], False, start=height - bottom - 8, end=top + 8)
-        for tick in _ticks([p.gain for p in points]):
+        ratios = [1.0, *(p.gain for p in points)]
+        losses = [0.0, *(_bent(p.loss) for p in points)]
+        across = {id(p): _within(p.gains, p.gain, min(ratios) / FAR, max(ratios) * FAR) for p in points}
+        along = {id(p): _bent_ends(p, min(losses) - 1, max(losses) + 1) for p in points}
+        ends = [end for both in across.values() for end in both]
+        bent = [*losses, *(end for both in along.values() for end in both)]
+        x = _scale([*ratios, *ends], True, start=left + 8, end=width - right - 8)
+        y = _scale(bent, False, start=height - bottom - 8, end=top + 8)
+        for tick in _ticks([*ratios, *ends]):
             body.append(
                 f'<line class="axis" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top:g}" y2="{height - bottom:g}" opacity=".3"/>'
                 f'<text x="{x(tick):.1f}" y="{height - bottom + 18:g}" text-anchor="middle">{tick:g}x</text>'
             )
-        for tick in (-10.0, -1.0, 0.0, 1.0, 10.0, 100.0, 1000.0):
-            if min(0.0, *bent) <= _bent(tick) <= max(0.0, *bent):
-                at = y(_bent(tick))
-                body.append(
-                    f'<line class="axis" x1="{left:g}" x2="{width - right:g}" y1="{at:.1f}" y2="{at:.1f}" opacity=".3"/>'
-                    f'<text x="{left - 6:g}" y="{at + 4:.1f}" text-anchor="end">{tick:g} %</text>'
-                )
+        for tick in _loss_ticks(min(bent), max(bent)):
+            at = y(_bent(tick))
+            body.append(
+                f'<line class="axis" x1="{left:g}" x2="{width - right:g}" y1="{at:.1f}" y2="{at:.1f}" opacity=".3"/>'
+                f'<text x="{left - 6:g}" y="{at + 4:.1f}" text-anchor="end">{tick:g} %</text>'
+            )
         path = " ".join(f"{x(p.gain):.1f},{y(_bent(p.loss)):.1f}" for p in best)
         body.append(f'<polyline class="front" points="{path}"/>')
-        for point in points:
-            classes = "point" if point in best else "point dominated"
+        for point in sorted(points, key=lambda p: id(p) in chosen):  # those that nothing beats lie on top
+            classes = "point" if id(point) in chosen else "point dominated"
             words = f"{point.label}: {point.gain:.3g}x, quality {point.loss:+.3g} % worse; {point.word}"
-            place = f'cx="{x(point.gain):.1f}" cy="{y(_bent(point.loss)):.1f}"'
-            dot = f'<circle class="dot" {place} r="5"><title>{_escaped(words)}</title></circle>'
+            at, up = x(point.gain), y(_bent(point.loss))
+            lines = "".join(f"M{x(a):.1f} {up:.1f}H{x(b):.1f}" for a, b in [across[id(point)]] if a < b)
+            lines += "".join(f"M{at:.1f} {y(a):.1f}V{y(b):.1f}" for a, b in [along[id(point)]] if a < b)
+            whisker = f'<path class="whisker" d="{lines}"/>' if lines else ""
+            place = f'x="{at - 4.5:.1f}" y="{up - 4.5:.1f}" width="9" height="9"'
+            shape, place = ("rect", place) if point.recipe else ("circle", f'cx="{at:.1f}" cy="{up:.1f}" r="5"')
+            dot = f'<{shape} class="dot" {place}><title>{_escaped(words)}</title></{shape}>'
             linked = f'<a href="{_escaped(point.link)}" aria-label="{_escaped(words)}">{dot}</a>' if point.link else dot
-            body.append(f'<g class="{classes}">{linked}</g>')
-        for point in best:
-            at, side = x(point.gain), "end" if x(point.gain) > width / 2 else "start"
-            shift = -9 if side == "end" else 9
-            body.append(
-                f'<text x="{at + shift:.1f}" y="{y(_bent(point.loss)) + 4:.1f}" text-anchor="{side}">{_escaped(point.label)}</text>'
-            )
+            body.append(f'<g class="{classes}">{whisker}{linked}</g>')
+        body += _named(best, [(x(p.gain), y(_bent(p.loss))) for p in best], width)
     else:
         body.append(
             f'<text x="{width / 2:g}" y="{height / 2:g}" text-anchor="middle">nothing here has both a gain and a quality</text>'
@@ -229,6 +240,44 @@ def pareto(points: Sequence[Point], title: str, *, standalone: bool = False) -> 
     )
 
 
+FAR = (
+    3.0  # times beyond the outermost points an interval is drawn: one without end would leave no room for anything else
+)
+LETTER = 6.6  # wide is a letter of a label, about
+LONGEST_LABEL = 34  # letters of it
+
+
+def _named(best: Sequence[Point], places: Sequence[tuple[float, float]], width: float) -> list[str]:
+    """The names beside the points that nothing beats, as far as they do not lie on each other: every point has its title anyway."""
+    found: list[str] = []
+    taken: list[tuple[float, float, float]] = []
+    for point, (at, up) in zip(best, places, strict=True):
+        name = point.label if len(point.label) <= LONGEST_LABEL else f"{point.label[: LONGEST_LABEL - 3]}..."
+        long = len(name) * LETTER
+        side, shift = ("end", 5.0) if at > width / 2 else ("start", -5.0)
+        begin = at + shift - long if side == "end" else at + shift
+        up = up - 9 if up > 40 else up + 18  # above its point, where it hides none of its height
+        if any(abs(up - other) < 13 and begin < end and start < begin + long for other, start, end in taken):
+            continue
+        taken.append((up, begin, begin + long))
+        found.append(
+            f'<text class="label" x="{at + shift:.1f}" y="{up:.1f}" text-anchor="{side}">{_escaped(name)}</text>'
+        )
+    return found
+
+
+def _within(ends: tuple[float, float] | None, middle: float, least: float, most: float) -> tuple[float, float]:
+    """The ends of an interval as far as they are drawn; of a point without one, the point itself."""
+    low, high = ends or (middle, middle)
+    return (max(low, least), min(high, most)) if low <= middle <= high else (middle, middle)
+
+
+def _bent_ends(point: Point, least: float, most: float) -> tuple[float, float]:
+    """The same of the loss, on its axis."""
+    low, high = point.losses or (point.loss, point.loss)
+    return _within((_bent(low), _bent(high)), _bent(point.loss), least, most)
+
+
 def _bent(loss: float) -> float:
     """Per cent on an axis that is linear to 1 and logarithmic beyond, on both sides of 0.
 
@@ -236,6 +285,20 @@ def _bent(loss: float) -> float:
     (1.0, -2.0)
     """
     return loss if abs(loss) <= 1 else math.copysign(1 + math.log10(abs(loss)), loss)
+
+
+def _loss_ticks(low: float, high: float) -> list[float]:
+    """Losses to name between two places of the axis: powers of ten, and finer steps where there is room for hardly one.
+
+    >>> _loss_ticks(-0.1, 0.45), _loss_ticks(0.0, 2.5)
+    ([0.0, 0.2, 0.4], [0.0, 1.0, 10.0])
+    """
+    for steps in ((-1000.0, -100.0, -10.0, -1.0, 0.0, 1.0, 10.0, 100.0, 1000.0), range(-5, 6), range(-10, 11)):
+        part = {9: 1.0, 11: 5.0, 21: 10.0}[len(steps)]
+        inside = [step / part for step in steps if low <= _bent(step / part) <= high]
+        if len(inside) > 2:
+            return inside
+    return [0.0]
 
 
 def _ticks(values: Sequence[float]) -> list[float]:

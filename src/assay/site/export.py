@@ -9,7 +9,7 @@ from pathlib import Path
 
 from assay.errors import InputError
 from assay.paths import atomic_dir
-from assay.site import guide, views
+from assay.site import comparison, guide, recipes, views
 from assay.site.app import bare
 from assay.site.charts import bar, embedded
 from assay.site.library import Library
@@ -49,6 +49,7 @@ def files(library: Library, commands: tuple[guide.Page, ...] = ()) -> Iterator[t
     below = Pages(library, Links(static=True, depth=1), commands)
     yield "index.html", top.papers(Filter())
     yield "compare.html", top.compare()
+    yield "recipes.html", top.recipes()
     yield "machines.html", top.machines()
     yield "guide.html", top.contents()
     for paper in library.papers:
@@ -63,13 +64,18 @@ def files(library: Library, commands: tuple[guide.Page, ...] = ()) -> Iterator[t
         yield f"records/{id}.html", below.record(id)
     for fingerprint in library.machines:
         yield f"machines/{fingerprint}.html", below.machine(fingerprint)
+    for id, tuned in library.tuned.items():
+        yield f"recipes/{id}.html", below.recipe(id)
+        yield f"recipes/{id}.toml", recipes.toml(tuned.run)
+        yield f"api/recipes/{id}.json", _json(bare(recipes.recipe_page(library, id)))
     for page in top.texts():
         yield f"guide/{page.name}.html", below.guide_page(page.name)
-    seen = views.compare(library)
-    yield "compare.csv", views.csv(seen["rows"])
+    seen = comparison.compare(library)
+    yield "compare.csv", comparison.csv(seen["rows"])
     yield "compare.svg", top.plot(seen, standalone=True)
     yield "api/papers.json", _json([bare(row) for row in views.paper_rows(library, Filter())])
     yield "api/compare.json", _json(bare(seen))
+    yield "api/recipes.json", _json(recipes.recipe_rows(library))
 
 
 def _json(document: object) -> str:

@@ -15,9 +15,10 @@ from assay import catalogue
 from assay.catalogue import Claim, Paper
 from assay.checks import shown
 from assay.errors import AssayError, InputError
-from assay.evidence import hashes, shipped
+from assay.evidence import hashes, shipped, tuned
 from assay.evidence.record import Evidence, parse
 from assay.evidence.store import Store
+from assay.evidence.tuned import Pair, StepRecord, TuneRun
 from assay.evidence.types import Verdict
 from assay.evidence.verdict import Summary, judge, remarks, summaries
 
@@ -52,6 +53,29 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """A run of `assay tune`: whose it is, and the transforms whose code has changed since."""
+
+    run: TuneRun
+    origin: Origin
+    changed: frozenset[str]
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Every two methods in one of its measured recipes."""
+        return tuned.pairs(self.run)
+
+    def stale(self, steps: Iterable[StepRecord] | None = None) -> bool:
+        """Whether the code of some steps (of the recipe that was found, unless told otherwise) has changed since they were measured."""
+        return any(step.transform in self.changed for step in (self.run.steps if steps is None else steps))
+
+    @property
+    def word(self) -> str:
+        """Of the recipe: "proven", "not proven", or "stale"."""
+        return "stale" if self.stale() else "proven" if self.run.proven else "not proven"
+
+
+@dataclass(frozen=True)
 class Damaged:
     """A row of the store that is no record, and why."""
 
@@ -61,7 +85,7 @@ class Damaged:
 
 @dataclass(frozen=True)
 class Library:
-    """What was known at one moment. `seen` is by claim, the newest first; `mark` changes whenever anything else does."""
+    """What was known at one moment. `seen` is by claim, `tuned` by id, the newest first; `mark` changes whenever anything else does."""
 
     seen: dict[str, tuple[Seen, ...]]
     records: dict[str, tuple[Evidence, Origin]]
@@ -71,6 +95,7 @@ class Library:
     trouble: str = ""  # why the store could not be read
     mark: str = ""
     status: dict[str, str] = field(default_factory=dict)
+    tuned: dict[str, Tuned] = field(default_factory=dict)
 
     @property
     def papers(self) -> tuple[Paper, ...]:
@@ -112,8 +137,8 @@ def misfit(record: Evidence) -> str:
     Its machine's fingerprint becomes a part of addresses and, in an export, the name of a file; and of some numbers (a negative
     factor, say) no verdict can be computed.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", record.fingerprint):
-        return f"fingerprint must be 1 to 64 letters, digits, '-' and '_', got {shown(record.fingerprint)}"
+    if why := _misnamed(record.fingerprint):
+        return why
     try:
         if record.status == "ok":
             judge(record)
@@ -121,6 +146,12 @@ def misfit(record: Evidence) -> str:
     except (TypeError, ValueError, ArithmeticError) as error:
         return f"no verdict can be computed from its numbers ({error})"
     return ""
+
+
+def _misnamed(fingerprint: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", fingerprint):
+        return ""
+    return f"fingerprint must be 1 to 64 letters, digits, '-' and '_', got {shown(fingerprint)}"
 
 
 class Shelf:
@@ -144,13 +175,16 @@ class Shelf:
 
     def _begin(self) -> None:
         """Know the authors' records alone."""
-        self._last = 0  # the store's row up to which everything is known
+        self._last = self._last_run = 0  # the store's rows up to which everything is known
         self._records: dict[str, tuple[Evidence, Origin]] = {}
         self._damaged: list[Damaged] = []
         self._groups: dict[tuple[str, Origin], list[Evidence]] = {}
         self._seen: dict[tuple[str, Origin], list[Seen]] = {}
         self._machines: dict[str, dict[str, Any]] = {self._here: self._machine}
+        self._tuned: dict[str, Tuned] = {}
         self._add(((record, "authors") for record in shipped.records()), set())
+        for run in shipped.runs():
+            self._add_run(run, "authors")
 
     def library(self) -> Library:
         """What is known now; asks the store for what came since the last time.
@@ -188,17 +222,39 @@ class Shelf:
         if self._store is None:
             self._store = Store(self._url)
             self._file = _file_of(self._store)
-        for row, text in self._store.rows(after=self._last):
-            self._last = row
+        for kind, row, text in self._store.news(after=self._last, runs_after=self._last_run):
+            where = f"{'row' if kind == 'record' else 'run'} {row} of the store"
             try:
-                record = parse(text, f"row {row} of the store")
+                if kind == "run":
+                    self._last_run = row
+                    self._take_run(text, where)
+                    continue
+                self._last = row
+                record = parse(text, where)
                 if why := misfit(record):
-                    raise InputError(f"row {row} of the store: {why}")
+                    raise InputError(f"{where}: {why}")
             except InputError as error:
                 self._damaged.append(Damaged(row, str(error)))
                 self._library = None
                 continue
-            yield record, "you" if record.fingerprint == self._here else "others"
+            yield record, self._origin(record.fingerprint)
+
+    def _origin(self, fingerprint: str) -> Origin:
+        return "you" if fingerprint == self._here else "others"
+
+    def _take_run(self, text: str, where: str) -> None:
+        """Add a run of the store. Raises InputError for one that cannot be shown."""
+        run = tuned.parse(text, where)
+        if why := _misnamed(run.fingerprint):
+            raise InputError(f"{where}: {why}")
+        if run.id not in self._tuned:  # the authors' own, imported
+            self._add_run(run, self._origin(run.fingerprint))
+            self._library = None
+
+    def _add_run(self, run: TuneRun, origin: Origin) -> None:
+        self._tuned[run.id] = Tuned(run, origin, tuned.changes(run))
+        if not self._machines.get(run.fingerprint):
+            self._machines[run.fingerprint] = dict(run.machine)
 
     def _add(self, new: Iterable[tuple[Evidence, Origin]], changed: set[tuple[str, Origin]]) -> None:
         for record, origin in new:
@@ -233,9 +289,18 @@ class Shelf:
             paper.slug: "measured" if paper.status == "code" and paper.slug in measured else paper.status
             for paper in catalogue.papers()
         }
-        mark = f"{len(self._records)}-{self._last}-{len(self._damaged)}-{hash(trouble) & 0xFFFF:x}"
+        newest = sorted(self._tuned.values(), key=lambda found: (found.run.created, found.run.id), reverse=True)
+        counts = (len(self._records), self._last, len(self._tuned), self._last_run, len(self._damaged))
         return Library(
-            ordered, dict(self._records), dict(self._machines), self._here, tuple(self._damaged), trouble, mark, status
+            ordered,
+            dict(self._records),
+            dict(self._machines),
+            self._here,
+            tuple(self._damaged),
+            trouble,
+            "-".join([*map(str, counts), f"{hash(trouble) & 0xFFFF:x}"]),
+            status,
+            {found.run.id: found for found in newest},
         )
 
 

@@ -16,8 +16,9 @@ from assay import __version__
 from assay.catalogue import FAMILIES, MODELS, SAVES
 from assay.errors import InputError
 from assay.evidence.record import Evidence
-from assay.site import guide, views
+from assay.site import comparison, guide, recipes, views
 from assay.site.charts import AGAINST, clean, pareto
+from assay.site.comparison import Choice
 from assay.site.jobs import GOALS, STATES, Job
 from assay.site.library import ORIGINS, Library
 from assay.site.views import CHIPS, MINE, Filter
@@ -50,13 +51,13 @@ class Links:
     static: bool = False  # files: `papers/x.html`, relative
     depth: int = 0  # of the page that the links stand on
 
-    def __call__(self, path: str = "", **query: str) -> str:
+    def __call__(self, path: str = "", **query: str | list[str]) -> str:
         if not self.static:
-            asked = "?" + urlencode(query) if query else ""
+            asked = "?" + urlencode(query, doseq=True) if query else ""
             return f"{self.root}/{path}{asked}"
         up = "../" * self.depth
         if not path:
-            return f"{up}index.html" + (f"#{urlencode(query)}" if query else "")
+            return f"{up}index.html" + (f"#{urlencode(query, doseq=True)}" if query else "")
         return up + (path if "." in path.rsplit("/", 1)[-1] else f"{path}.html")
 
 
@@ -104,24 +105,41 @@ class Pages:
             known=any(paper.slug == record.slug for paper in self.library.papers),
         )
 
-    def compare(self, **asked: str) -> str:
-        seen = views.compare(self.library, **asked)
+    def compare(self, wanted: Choice | None = None) -> str:
+        wanted = wanted or Choice()
+        seen = comparison.compare(self.library, wanted)
+        names = self._machine_names()
+        all_of = {
+            "machine": {name: names[name] for name in (MINE, *seen["choices"]["machine"], *wanted.machine)},
+            "paper": {slug: slug for slug in (*seen["choices"]["paper"], *wanted.paper)},
+            "recipe": seen["choices"]["recipe"]
+            | {id: id[:12] for id in wanted.recipe if id not in seen["choices"]["recipe"]},
+        }
         return self._page(
             "compare.html",
             seen=seen,
+            rows=comparison.shown(seen["rows"]),
+            wanted=wanted,
             drawing=Markup(self.plot(seen)),
             families=FAMILIES,
-            machines=(MINE, *self.library.machines),
-            machine_names=self._machine_names(),
+            boxes_of={name: _offered(options, getattr(wanted, name)) for name, options in all_of.items()},
             against_all=AGAINST,
+            what_all=comparison.WHAT,
         )
 
     def plot(self, seen: dict[str, Any], *, standalone: bool = False) -> str:
         """The plot of a comparison. On its own it holds its colours, and links nowhere."""
-        link: Callable[[str], str] | None = None if standalone else lambda slug: self.links(f"papers/{slug}")
-        points = [views.as_point(row, link) for row in seen["rows"]]
-        title = f"gain over {seen['against_words']} against quality lost, {len(points)} claims"
+        link: Callable[[str], str] | None = None if standalone else self.links
+        points = [comparison.as_point(row, link) for row in comparison.shown(seen["rows"])]
+        title = f"gain over {seen['against_words']} against quality lost, {len(points)} claims and recipes"
         return pareto(points, title, standalone=standalone)
+
+    def recipes(self) -> str:
+        rows = recipes.recipe_rows(self.library)
+        return self._page("recipes.html", found=rows[: recipes.RUNS], count=len(rows))
+
+    def recipe(self, id: str) -> str:
+        return self._page("recipe.html", recipe=recipes.recipe_page(self.library, id), rows_shown=recipes.ROWS)
 
     def machines(self) -> str:
         found = [views.machine_page(self.library, name) for name in self.library.machines]
@@ -205,6 +223,12 @@ class Pages:
         )
 
 
+def _offered(options: dict[str, str], picked: tuple[str, ...]) -> dict[str, str]:
+    """What a form offers to tick: as many as a page bears, and all that is ticked."""
+    first = dict(list(options.items())[: comparison.OFFERED])
+    return first | {name: options[name] for name in picked}
+
+
 _made: list[Environment] = []
 
 
@@ -237,7 +261,6 @@ def chip(word: str) -> Markup:
     >>> print(chip("stale"))
     <span class="chip chip-stale" title="the code it measured has changed since: it decides nothing">stale</span>
     """
-    name = word if word in MEANINGS else "failed"
-    return Markup('<span class="chip chip-{}" title="{}">{}</span>').format(
-        name.replace(" ", "-"), MEANINGS[name], word
-    )
+    known = MEANINGS | recipes.PROOF
+    name = word if word in known else "failed"
+    return Markup('<span class="chip chip-{}" title="{}">{}</span>').format(name.replace(" ", "-"), known[name], word)

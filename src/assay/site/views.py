@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -16,8 +16,9 @@ from assay.evidence import samples
 from assay.evidence.audit import audit
 from assay.evidence.record import Evidence
 from assay.evidence.report import over_text, point_text, quality_text, verdict_text
-from assay.evidence.verdict import PAYS, figure, loss, remarks, say
-from assay.site.charts import AGAINST, LARGEST, Against, Point, bar, front, gains, roofline
+from assay.evidence.verdict import PAYS, figure, remarks, say
+from assay.site import recipes
+from assay.site.charts import Against, bar, gains, roofline
 from assay.site.library import CODE, ORIGINS, PLANNED, WORDS, Library, Seen, cores, flags
 
 MINE = "like-mine"
@@ -177,6 +178,7 @@ def paper_page(library: Library, slug: str, against: str = "paper") -> dict[str,
         "command": f"assay verify {slug}",
         "not_for": when_not(paper) if paper.status == "code" else "",
         "against": against,
+        "combines": recipes.combines(library, paper),
         "lineage": lineage(slug),
         "related": [{"slug": p.slug, "title": p.title} for p in related[:6]],
         "bibtex": bibtex(paper),
@@ -289,100 +291,6 @@ def bibtex(paper: Paper) -> str:
         fields += [("eprint", paper.arxiv), ("archivePrefix", "arXiv")]
     lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields)
     return f"@misc{{{paper.slug},\n{lines}\n}}\n"
-
-
-def compare(library: Library, *, against: str = "free", family: str = "", machine: str = "") -> dict[str, Any]:
-    """Every claim that has a gain and a quality, for the plot and the tables."""
-    if against not in get_args(Against):
-        raise InputError(f"against must be one of {', '.join(get_args(Against))}; got {against!r}")
-    if family and family not in FAMILIES:
-        raise InputError(f"family must be one of {', '.join(FAMILIES)}; got {family!r}")
-    if machine and machine != MINE and machine not in library.machines:
-        raise InputError(f"machine must be {MINE} or one of {', '.join(library.machines)}; got {machine!r}")
-    arm: Against = against  # type: ignore[assignment]
-    allowed = machines_of(machine, library)
-    rows = []
-    for paper in library.papers:
-        if family not in ("", paper.family):
-            continue
-        for claim in paper.claims:
-            for seen in library.of(claim):
-                if allowed is not None and seen.summary.fingerprint not in allowed:
-                    continue
-                row = compared(seen, arm)
-                if row is not None:
-                    rows.append({"family": paper.family, **row})
-    points = [as_point(row) for row in rows]
-    best = set(map(id, front(points)))
-    for row, point in zip(rows, points, strict=True):
-        row["dominated"] = id(point) not in best
-    return {"against": against, "against_words": AGAINST[arm], "family": family, "machine": machine, "rows": rows}
-
-
-def compared(seen: Seen, against: Against) -> dict[str, Any] | None:
-    """A claim as a row of the comparison; None when it is stale or failed, or has no ratio or no quality."""
-    record = seen.record
-    found = gains(record, against)
-    quality = record.quality
-    if seen.summary.verdict is None or found is None or not found.log or quality is None or not quality.baseline:
-        return None
-    lost = loss(quality, quality.candidate)
-    percent = 100 * (lost if quality.relative else lost / abs(quality.baseline))
-    if not (0 < found.median < LARGEST and abs(percent) < LARGEST):
-        return None
-    return {
-        "claim": record.claim,
-        "slug": record.slug,
-        "gain": found.median,
-        "low": found.low,
-        "high": found.high,
-        "quality": quality.metric,
-        "quality_lost_percent": percent,
-        "verdict": seen.word,
-        "scale": record.scale,
-        "machine": seen.summary.fingerprint,
-        "by": seen.origin,
-        "record": record.id,
-    }
-
-
-def as_point(row: dict[str, Any], link: Callable[[str], str] | None = None) -> Point:
-    """A row of the comparison as a point of its plot."""
-    target = "" if link is None else link(row["slug"])
-    return Point(row["claim"], row["gain"], row["quality_lost_percent"], row["verdict"], target)
-
-
-COLUMNS = (
-    "claim",
-    "family",
-    "gain",
-    "low",
-    "high",
-    "quality",
-    "quality_lost_percent",
-    "verdict",
-    "scale",
-    "machine",
-    "by",
-    "dominated",
-    "record",
-)
-
-
-def csv(rows: Sequence[dict[str, Any]]) -> str:
-    """The comparison as CSV; a cell that a spreadsheet would run as a formula is kept from it by an apostrophe."""
-    import csv as writer
-    import io
-
-    text = io.StringIO()
-    out = writer.writer(text, lineterminator="\r\n")
-    out.writerow(COLUMNS)
-    for row in rows:
-        cells = [row[name] for name in COLUMNS]
-        out.writerow(
-            [f"'{c}" if isinstance(c, str) and c[:1] in ("=", "+", "-", "@", "\t", "\r") else c for c in cells]
-        )
-    return text.getvalue()
 
 
 def machine_page(library: Library, fingerprint: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +32,7 @@ from assay.methods.transform import TuneContext
 from assay.paths import atomic_dir
 from assay.tuner.outcome import Outcome, finite
 from assay.tuner.recipe import Recipe, apply_recipe
+from assay.tuner.transforms import get_transform
 from assay.tuner.work import calibration_for, check_vocabulary
 
 if TYPE_CHECKING:
@@ -159,8 +160,12 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
 
 
-def save(outcome: Outcome, after: dict[str, Any], limits: Any) -> None:
-    """Write what `tune` found, with its report and evidence; `after` and `limits` as `report.render` takes them."""
+def save(outcome: Outcome, after: dict[str, Any], limits: Any) -> list[dict[str, Any]]:
+    """Write what `tune` found, with its report and evidence; `after` and `limits` as `report.render` takes them.
+
+    Returns the lines of the evidence, of which `assay.evidence.tuned.of_lines` makes the run that the store keeps.
+    """
+    from assay.evidence import tuned
     from assay.evidence.place import here
     from assay.tuner.report import render
     from assay.tuner.work import build_work, load_for
@@ -172,6 +177,8 @@ def save(outcome: Outcome, after: dict[str, Any], limits: Any) -> None:
         "command": " ".join(["assay", *sys.argv[1:]]),
         "commit": here().commit,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "architecture": outcome.best.recipe.architecture,
+        **tuned.code_of(_modules([outcome.best.recipe, *(row.recipe for row in outcome.rows)])),
     }
     lines = [{"kind": "summary", **document, **origin}, {"kind": "final", **finite(outcome.final)}]
     lines += [{"kind": "trial", **row.document()} for row in outcome.rows]
@@ -180,6 +187,13 @@ def save(outcome: Outcome, after: dict[str, Any], limits: Any) -> None:
         EVIDENCE: "".join(json.dumps(line, default=str, allow_nan=False) + "\n" for line in lines),
     }
     write(outcome.artefact, loaded.model, loaded.tokenizer, outcome.best.recipe, work.calibration, extra)
+    return lines
+
+
+def _modules(recipes: Iterable[Recipe]) -> dict[str, str]:
+    """The module of each transform in some recipes."""
+    names = {step.transform for recipe in recipes for step in recipe.steps}
+    return {name: type(get_transform(name)).__module__ for name in sorted(names)}
 
 
 def apply_to(source: str, recipe_path: Path, folder: Path, *, allow_download: bool = False) -> Recipe:
