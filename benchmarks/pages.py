@@ -19,6 +19,7 @@ from typing import Any
 
 from assay import catalogue
 from assay.evidence import shipped
+from assay.evidence.reading import Damaged
 from assay.evidence.record import Evidence
 from assay.evidence.types import Estimate, Verdict
 from assay.evidence.verdict import PAYS, Summary, remarks, summaries, unit_name
@@ -136,27 +137,41 @@ def notes(summary: Summary, machine: str) -> str:
 
 def describe(machines: dict[str, dict[str, Any]]) -> dict[str, str]:
     """A line for each machine, by fingerprint; processors of one name are told apart by what only some of them can do."""
-    shared = set.intersection(*(set(machine.get("flags", [])) for machine in machines.values())) if machines else set()
+    flags = {fingerprint: _flags(machine) for fingerprint, machine in machines.items()}
+    shared = set.intersection(*flags.values()) if machines else set()
     found = {}
     for fingerprint, machine in machines.items():
-        more = sorted(set(machine.get("flags", [])) - shared)
+        more = sorted(flags[fingerprint] - shared)
         also = f", also {', '.join(more)}" if more else ""
-        ram = round(machine.get("ram_bytes", 0) / 2**30)
+        ram = machine.get("ram_bytes", 0)
+        ram = round(ram / 2**30) if isinstance(ram, int | float) and 0 <= ram < 2**60 else "?"
         found[fingerprint] = (
             f"{machine.get('cpu', '?')} ({fingerprint}), {machine.get('cores', '?')} cores, {ram} GiB{also}"
         )
     return found
 
 
-def pages(records: Sequence[Evidence]) -> dict[str, str]:
-    """Every page by its path in the checkout, from the records."""
+def _flags(machine: dict[str, Any]) -> set[str]:
+    """Its instruction sets; a record from elsewhere may hold anything there."""
+    found = machine.get("flags")
+    return {flag for flag in found if isinstance(flag, str)} if isinstance(found, list | tuple) else set()
+
+
+def letter(place: int) -> str:
+    """A, B ... Z, AA, AB ..."""
+    return (letter(place // 26 - 1) if place >= 26 else "") + string.ascii_uppercase[place % 26]
+
+
+def pages(records: Sequence[Evidence], damaged: Sequence[Damaged] = ()) -> dict[str, str]:
+    """Every page by its path in the checkout, from the records of the catalogue's papers; what is damaged is named in the index."""
+    family_of = {paper.slug: paper.family for paper in catalogue.papers()}
+    records = [record for record in records if record.slug in family_of]
     found = sorted(summaries(records), key=lambda s: (s.claim, s.fingerprint))
     first = sorted(records, key=lambda record: record.created)  # a machine keeps its letter when another comes
     machines = {record.fingerprint: record.machine for record in reversed(first)}
     order = list(dict.fromkeys(record.fingerprint for record in first))
-    letters = dict(zip(order, string.ascii_uppercase, strict=False))
+    letters = {fingerprint: letter(place) for place, fingerprint in enumerate(order)}
     lines = {f: f"- {letters[f]}: {text}" for f, text in describe({f: machines[f] for f in order}).items()}
-    family_of = {paper.slug: paper.family for paper in catalogue.papers()}
     result, rows = {}, []
     words = list(dict.fromkeys(sorted(s.word for s in found)))
     for family in catalogue.FAMILIES:
@@ -184,6 +199,9 @@ def pages(records: Sequence[Evidence]) -> dict[str, str]:
         rules=" | ".join("---" for _ in words),
         rows="".join(rows),
     )
+    if damaged:
+        lines = "".join(f"- {str(one).replace(f'{ROOT}/', '')}\n" for one in damaged)
+        result["evidence/README.md"] += f"\nDamaged lines, which are left out:\n\n{lines}"
     return result
 
 
@@ -276,9 +294,13 @@ def readme(text: str, records: Sequence[Evidence], demo: dict[str, Any]) -> str:
 
 def all_pages() -> dict[str, str]:
     """Every generated page of this checkout."""
-    records = shipped.records(where=ROOT / "evidence")
+    found = shipped.read(where=ROOT / "evidence")
+    records = found.records
     demo = json.loads(DEMO.read_text(encoding="utf-8").splitlines()[0])
-    return {**pages(records), "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8"), records, demo)}
+    return {
+        **pages(records, found.damaged),
+        "README.md": readme((ROOT / "README.md").read_text(encoding="utf-8"), records, demo),
+    }
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -193,3 +194,45 @@ def test_a_kill_between_the_two_renames_does_not_lose_the_old_folder(tmp_path):
         raise RuntimeError  # the new folder does not come about, and the old one is there again
     assert (tmp_path / "a" / "file").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_many_files_are_put_on_disk_by_one_call_where_there_is_one(tmp_path, monkeypatch, together):
+    """Each file of a folder of thousands waits for the disk otherwise."""
+    alone, at_once = [], []
+    real = os.fsync
+    monkeypatch.setattr(paths.os, "fsync", lambda descriptor: alone.append(descriptor) or real(descriptor))
+    monkeypatch.setattr(paths, "_sync_file_system", lambda folder: at_once.append(folder) or together)
+    for count, files in ((1, 5), (2, paths.MANY + 1)):
+        alone.clear()
+        at_once.clear()
+        with atomic_dir(tmp_path / str(count)) as folder:
+            (folder / "below").mkdir()
+            for number in range(files):
+                (folder / "below" / str(number)).write_text("x")
+        assert len(list((tmp_path / str(count) / "below").iterdir())) == files
+        many = files > paths.MANY
+        assert len(at_once) == many
+        assert len(alone) == 1 + (0 if many and together else files)  # 1: the folder that holds it
+
+
+def test_a_disk_that_takes_not_everything_leaves_the_old_folder(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").write_text("old")
+
+    def full(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(paths, "_sync_file_system", full)
+    with pytest.raises(OSError, match="No space"), atomic_dir(tmp_path / "a") as folder:
+        for number in range(paths.MANY + 1):
+            (folder / str(number)).write_text("x")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the call is Linux's")
+def test_the_call_for_a_whole_file_system(tmp_path):
+    assert paths._sync_file_system(tmp_path) is True
+    with pytest.raises(OSError, match="No such file"):
+        paths._sync_file_system(tmp_path / "none")

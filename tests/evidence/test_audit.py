@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from assay.errors import InputError
 from assay.evidence.audit import LEAST_EACH, LEAST_PAIRS, audit
@@ -260,3 +262,33 @@ def test_every_finding_says_what_to_do():
         assert one.do
         assert not one.seen.endswith(".")
     assert "free baselines" in found.unseen
+
+
+extreme = st.sampled_from(
+    [5e-324, 2.3e-308, 1e-300, 1e-9, 1.0, 1.0 + 2**-52, 3.5, 1e9, 1e300, 1.7976931348623157e308]
+) | st.floats(5e-324, 1.7e308)
+
+
+@given(
+    before=st.lists(extreme, min_size=1, max_size=9),
+    after=st.lists(extreme, min_size=1, max_size=9),
+    paired=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_whatever_times_are_given_there_is_an_answer_or_a_line_that_says_why_not(before, after, paired):
+    samples = Samples("CSV", Series("before", tuple(before)), Series("after", tuple(after)))
+    found = answered(samples, paired)
+    if isinstance(found, str):
+        assert "too far apart" in found or (paired and len(before) != len(after) and "as many of each" in found)
+    else:
+        json.dumps(found.document(), allow_nan=False)
+        assert 0 < found.ratio.median < math.inf
+        assert found.words
+
+
+def answered(samples, paired):
+    """The audit, or the line that says why there is none."""
+    try:
+        return audit(samples, paired=paired)
+    except InputError as error:
+        return str(error)

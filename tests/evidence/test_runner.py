@@ -117,6 +117,14 @@ def test_what_raises_and_what_crashes_becomes_a_record(monkeypatch):
         assert store.count() == 2
 
 
+def test_a_result_that_cannot_be_judged_has_failed(monkeypatch):
+    monkeypatch.setattr(runner, "misfit", lambda record: f"no verdict can be computed from {record.measured.median}")
+    (record,) = verify(["toy/loss"], scale="smoke")
+    assert record.status == "failed"
+    assert "the experiment's result is not valid: no verdict can be computed from" in record.error
+    assert record.measured is None
+
+
 @pytest.mark.slow
 def test_whatever_breaks_becomes_a_record():
     records = {record.claim.split("/")[1]: record for record in verify(["toybroken"], scale="smoke")}

@@ -88,6 +88,7 @@ def test_the_checked_in_evidence_is_whole():
     assert all(record.machine.get("cpu") for record in found)
     assert len({record.id for record in found}) == len(found)
     assert all(hashes.changes(record) is not None for record in found)
+    assert shipped.read().damaged == ()
 
 
 def test_the_wheel_carries_the_evidence_where_the_package_looks_for_it():
@@ -97,6 +98,7 @@ def test_the_wheel_carries_the_evidence_where_the_package_looks_for_it():
     assert wheel["force-include"] == {
         "evidence/claims": f"{inside}/claims",
         "evidence/machines.json": f"{inside}/machines.json",
+        **{f"evidence/{file.name}": f"{inside}/{file.name}" for file in (root / "evidence").glob("demo*.jsonl")},
         "docs": "assay/site/docs",
     }
     assert Path(shipped.__file__).parent / "shipped" == shipped.PACKAGE.parent / inside

@@ -202,9 +202,9 @@ def test_one_question_tells_what_came_of_both_kinds(url):
     with Store(url) as store:
         store.add([make(), make(seed=1)])
         store.add_runs([run(), run(minutes=1)])
-        assert [(kind, row) for kind, row, _ in store.news()] == [("record", 1), ("record", 2), ("run", 1), ("run", 2)]
-        [(kind, _, text)] = store.news(after=2, runs_after=1)
-        assert (kind, tuned.parse(text)) == ("run", run(minutes=1))
+        assert [(row.kind, row.seq) for row in store.news()] == [("record", 1), ("record", 2), ("run", 1), ("run", 2)]
+        [row] = store.news(after=2, runs_after=1)
+        assert (row.kind, row.read_run()) == ("run", run(minutes=1))
         assert store.news(after=2, runs_after=2) == []
 
 
@@ -213,8 +213,9 @@ def test_the_evidence_of_an_artefact_is_imported_as_its_run(url, tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines()))
     with Store(url) as store:
         assert store.import_jsonl(file).added == 1
-        assert store.import_jsonl(file).known == 1
+        assert store.import_jsonl(file, mine=True).known == 1
         assert store.runs() == [run()]
+        assert [row.imported for row in store.news()] == [True]
         assert store.count() == 0
         file.write_text(json.dumps({"kind": "summary"}) + "\n")
         with pytest.raises(InputError, match=r"evidence\.jsonl: is no run"):
@@ -225,6 +226,7 @@ def test_a_store_of_the_schema_before_runs_is_brought_up_to_date(tmp_path):
     url = f"sqlite:///{tmp_path / 'e.db'}"
     with Store(url) as store, store._begin(write=True) as connection:
         connection.execute(sa.text("DROP TABLE assay_tuned"))
+        connection.execute(sa.text("ALTER TABLE assay_evidence DROP COLUMN imported"))
         connection.execute(sa.text("UPDATE assay_version SET version_num = '0002'"))
     with Store(url) as store:
         store.add_runs([run()])

@@ -17,6 +17,7 @@ from tests.evidence.tuned_maker import run as tuned_run
 from assay.cli.main import build
 from assay.cli.site import commands
 from assay.evidence import shipped
+from assay.evidence.reading import Reading
 from assay.evidence.store import Store
 from assay.evidence.tuned import of_lines
 from assay.site.app import Searcher, create_app
@@ -78,7 +79,7 @@ def known_records():
 @pytest.fixture
 def store(tmp_path, monkeypatch):
     """An empty store, and no shipped records or runs."""
-    monkeypatch.setattr(shipped, "records", lambda *_, **__: [])
+    monkeypatch.setattr(shipped, "read", lambda *_, **__: Reading())
     monkeypatch.setattr(shipped, "runs", lambda *_: [])
     url = f"sqlite:///{tmp_path / 'evidence.db'}"
     with Store(url) as opened:

@@ -6,10 +6,15 @@ import json
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from hypothesis import HealthCheck, given, settings
 from starlette.testclient import TestClient
+from tests.evidence.damaged_records import insert, mutated
 from tests.evidence.evidence_maker import QUALITY, estimate, make
 from tests.site.conftest import CLAIM, HERE
 
+from assay.evidence import shipped
+from assay.evidence.reading import Reading
+from assay.evidence.store import Store
 from assay.evidence.types import Estimate
 from assay.site.app import Searcher, create_app
 from assay.site.charts import bar
@@ -92,7 +97,7 @@ def test_records_that_cannot_be_shown_are_named_and_the_others_stay(store, chang
     [row] = shelf.library().damaged
     assert why in row.why
     assert len(row.why) < 400
-    assert "1 rows of the store" in client.get("/").text
+    assert "1 damaged record is left out" in client.get("/").text
     assert client.get(f"/records/{strange.id}").status_code == 404
     assert [seen.summary.fingerprint for seen in shelf.library().of(CLAIM)] == ["mine"]
     shelf.close()
@@ -161,3 +166,32 @@ def test_facts_of_a_machine_come_from_the_first_record_that_has_some(store):
     shelf = Shelf(str(store._url), here="mine", machine=HERE)
     assert shelf.library().machines["new"] == HERE
     shelf.close()
+
+
+@given(text=mutated())
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+def test_whatever_a_record_holds_every_page_is_whole(tmp_path_factory, text):
+    folder = tmp_path_factory.mktemp("store")
+    with Store(f"sqlite:///{folder / 'e.db'}") as store, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shipped, "read", lambda *_, **__: Reading())
+        insert(store, text)
+        store.add([make(claim=CLAIM, fingerprint="mine", machine=HERE)])
+        shelf = Shelf(str(store._url), here="mine", machine=HERE)
+        client = TestClient(create_app(shelf, searcher=Searcher(start=False)), base_url="http://localhost")
+        library = shelf.library()
+        assert len(library.damaged) + len(library.records) == 2
+        for path in (
+            "/",
+            "/papers/xattention",
+            "/compare?against=paper",
+            "/machines",
+            "/feed.atom",
+            "/api/records",
+            "/api/papers",
+        ):
+            assert client.get(path).status_code == 200, path
+        for id in library.records:
+            assert client.get(f"/records/{id}").status_code == 200
+        for name in library.machines:
+            assert client.get(f"/machines/{name}").status_code == 200
+        shelf.close()

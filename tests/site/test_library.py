@@ -12,6 +12,7 @@ from tests.evidence.tuned_maker import lines, run
 from tests.site.conftest import BETTER, CLAIM, HERE, OTHER, known_records
 
 from assay.evidence import hashes, shipped
+from assay.evidence.reading import Reading
 from assay.evidence.store import Store, table, tuned_table
 from assay.evidence.tuned import of_lines
 from assay.site import library as library_module
@@ -29,7 +30,7 @@ def test_each_machine_has_its_own_verdict_and_its_origin(shelf):
 
 def test_the_authors_records_are_theirs_on_the_same_machine_too(store, monkeypatch):
     theirs = make(claim=CLAIM, fingerprint="mine", machine=HERE, measured=estimate(0.4, 0.5, 0.6))
-    monkeypatch.setattr(shipped, "records", lambda *_, **__: [theirs])
+    monkeypatch.setattr(shipped, "read", lambda *_, **__: Reading((theirs,)))
     store.add([known_records()[0], theirs])  # imported: still theirs
     shelf = Shelf(str(store._url), here="mine", machine=HERE)
     assert {(s.origin, s.word) for s in shelf.library().of(CLAIM)} == {
@@ -178,7 +179,7 @@ def test_a_damaged_run_is_shown_and_breaks_nothing(shelf, store):
             connection.execute(sa.insert(tuned_table).values(id=id, fingerprint="f", run=text))
     store.add_runs([run(minutes=3)])
     library = shelf.library()
-    assert [row.why.split(":")[0] for row in library.damaged] == [f"run {n} of the store" for n in (3, 4, 5)]
+    assert [row.where.split(",")[0] for row in library.damaged] == [f"run {n} of the store" for n in (3, 4, 5)]
     assert "fingerprint must be" in library.damaged[-1].why
     assert len(library.tuned) == 3
     assert shelf.library() is library
@@ -208,3 +209,28 @@ def test_two_threads_at_once_read_each_record_once(store, monkeypatch):
     assert [len(library.records) for library in found] == [5] * 6
     assert all(len(library.of(CLAIM)) == 3 for library in found)
     shelf.close()
+
+
+def test_an_imported_record_is_others_even_if_it_names_this_machine(store):
+    mine = make(claim=CLAIM, fingerprint="mine", machine=HERE)
+    forged = make(claim=CLAIM, fingerprint="mine", machine=HERE, measured=estimate(8.9, 9.0, 9.1), minutes=1)
+    store.add([mine])
+    store.add([forged], imported=True)
+    shelf = Shelf(str(store._url), here="mine", machine=HERE)
+    library = shelf.library()
+    assert {record.id: origin for record, origin in library.records.values()} == {mine.id: "you", forged.id: "others"}
+    assert [(s.origin, s.record.id) for s in library.of(CLAIM)] == [("you", mine.id), ("others", forged.id)]
+    assert [len(s.summary.runs) for s in library.of(CLAIM)] == [1, 1]  # never mixed into one verdict
+    shelf.close()
+
+
+def test_two_servers_on_one_store_show_the_same(store):
+    shelves = [Shelf(str(store._url), here="mine", machine=HERE) for _ in range(2)]
+    assert [len(shelf.library().records) for shelf in shelves] == [0, 0]
+    for minutes in range(3):
+        store.add([make(claim=CLAIM, fingerprint="mine", machine=HERE, minutes=minutes)])
+        first, second = (shelf.library() for shelf in shelves)
+        assert len(first.records) == minutes + 1
+        assert (first.mark, first.of(CLAIM)) == (second.mark, second.of(CLAIM))
+    for shelf in shelves:
+        shelf.close()

@@ -34,12 +34,17 @@ def list_evidence(
         if given is not None and given not in allowed[name]:
             raise InputError(f"--{name} must be one of {', '.join(allowed[name])}; got {given!r}")
     with Store() as store:
-        found = store.records(slug=slug, claim=claim, scale=scale, status=status, last=None if verdict else last)
+        read = store.read(slug=slug, claim=claim, scale=scale, status=status, last=None if verdict else last)
+    found, damaged = list(read.records), read.damaged
     if verdict is not None:
         found = [record for record in found if verdict_text(record).removesuffix(" *") == verdict][-(last or 0) :]
+        damaged = ()  # they have none
     if json:
-        print_json({"evidence": [documented(record) for record in found]})
+        shown = [{"where": one.where, "why": one.why} for one in damaged]
+        print_json({"evidence": [documented(record) for record in found], "damaged": shown})
         return
+    for one in damaged:
+        typer.echo(wrapped(f"damaged: {one}", hang=4), err=True)
     if not found:
         typer.echo("no evidence; `assay verify SLUG` measures some", err=True)
         return
@@ -56,8 +61,9 @@ def show(
     id: Annotated[str, typer.Argument(metavar="ID", help="The record's id, or how it begins.")],
     json: Json = False,
 ) -> None:
-    """Show one record with everything that was kept of it."""
+    """Show one record with everything that was kept of it; of a damaged one, why it is none and what stands there."""
     from assay.cli.output import print_json, wrapped
+    from assay.evidence.reading import Damaged
     from assay.evidence.report import (
         documented,
         estimate_text,
@@ -71,7 +77,14 @@ def show(
     from assay.evidence.verdict import figure
 
     with Store() as store:
-        record = store.get(id)
+        record = store.find(id)
+    if isinstance(record, Damaged):
+        if json:
+            print_json({"damaged": record.why, "where": record.where, "text": record.text})
+            return
+        typer.echo(wrapped(f"damaged: {record}", hang=4))
+        typer.echo(wrapped(record.text))
+        return
     if json:
         print_json(documented(record))
         return
@@ -84,7 +97,7 @@ def show(
         "measured": estimate_text(record.measured, record.unit),
         "in its place": record.measured_here or "-",
         "baseline": figure(record.seconds_of["baseline"], "s")
-        if record.seconds_of
+        if "baseline" in record.seconds_of
         else figure(record.baseline, record.unit),
         "over free": over_text(record, "free"),
         "over exact": over_text(record, "exact"),
@@ -107,42 +120,76 @@ def show(
 @app.command()
 def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write; `-` is standard output.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="jsonl, one file; or mlflow or trackio, a folder that MLflow or Trackio shows, written anew each time."
+        ),
+    ] = "jsonl",
     json: Json = False,
 ) -> None:
-    """Write every record as one line of JSON each, oldest first."""
-    from assay.cli.output import print_json
+    """Write every record, oldest first: one line of JSON each, or as a folder for an experiment tracker."""
+    from assay.checks import choice
+    from assay.cli.output import print_json, wrapped
     from assay.errors import InputError
-    from assay.evidence.store import Store
-    from assay.paths import output_file
+    from assay.evidence import trackers
+    from assay.evidence.store import Store, write_jsonl
+    from assay.paths import expanded, output_file
 
-    if str(file) != "-":
+    try:
+        choice("--to", to, ("jsonl", *trackers.WRITERS))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    standard = str(file) == "-"
+    if standard and (json or to != "jsonl"):
+        raise InputError("--json and --to mlflow or trackio need a name: FILE - is standard output")
+    if to != "jsonl":
+        file = expanded(file, "FILE")
+        trackers.check(file)
+    elif not standard:
         file = output_file(file, "FILE")
     with Store() as store:
-        if str(file) == "-":
-            if json:
-                raise InputError("--json and FILE - both want standard output: give a file name")
-            for record in store.records():
-                typer.echo(record.to_json())
-            return
-        count = store.export_jsonl(file)
-    if json:
-        print_json({"exported": count, "file": str(file)})
+        found = store.read()
+    for one in found.damaged:
+        typer.echo(wrapped(f"assay: damaged, and left out: {one}", hang=4), err=True)
+    if standard:
+        for record in found.records:
+            typer.echo(record.to_json())
+        return
+    if to == "jsonl":
+        write_jsonl(found.records, file)
     else:
-        typer.echo(f"{count} record{'s' * (count != 1)} written to {file}")
+        trackers.export(found, file, to)
+    if json:
+        document = {"exported": len(found.records), "file": str(file)}
+        print_json(document | ({"damaged": len(found.damaged)} if found.damaged else {}))
+        return
+    typer.echo(f"{len(found.records)} record{'s' * (len(found.records) != 1)} written to {file}")
+    if to != "jsonl":
+        typer.echo(f"show them: {trackers.command(file, to)}")
 
 
 @app.command("import")
 def import_evidence(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines, as `export` writes them, or the evidence.jsonl of an artefact of `assay tune`.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="JSON lines, as `export` writes them, or the evidence.jsonl of an artefact of `assay tune`.",
+        ),
+    ],
+    mine: Annotated[
+        bool, typer.Option("--mine", help="They are your own: a backup, or the file of what the store could not take.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Import records, all or none of them; known ones are left alone."""
+    """Import records, all or none of them; known ones are left alone. Unless they are --mine, they count as others'."""
     from assay.cli.output import print_json
     from assay.evidence.store import Store
     from assay.paths import expanded
 
     with Store() as store:
-        done = store.import_jsonl(expanded(file, "FILE"))
+        done = store.import_jsonl(expanded(file, "FILE"), mine=mine)
     if json:
         print_json({"added": done.added, "known": done.known, "file": str(file)})
     else:
@@ -158,7 +205,10 @@ def stale(
     from assay.evidence import hashes, shipped
     from assay.evidence.verdict import summaries
 
-    found = summaries(shipped.records())
+    read = shipped.read()
+    for one in read.damaged:
+        typer.echo(wrapped(f"assay: damaged: {one}", hang=4), err=True)
+    found = summaries(read.records)
     fresh = {summary.claim for summary in found if not summary.stale}  # on some machine: an older one's is history
     old = [summary for summary in found if summary.stale and summary.claim not in fresh]
     rows = [

@@ -53,15 +53,18 @@ def paper(
 
 
 def latest_verdicts(slug: str) -> list[dict[str, Any]]:
-    """The verdict on each of the paper's claims on each machine: yours, and those of assay's authors, marked as theirs."""
+    """The verdict on each of the paper's claims on each machine: yours, and those of assay's authors and of others, marked as theirs."""
     from assay.evidence import shipped
     from assay.evidence.store import Store
     from assay.evidence.verdict import remarks, summaries
 
     with Store() as store:
-        mine = store.records(slug=slug)
+        kept = store.read(slug=slug)
+    mine = [record for record in kept.records if record.id not in kept.imported]
     known = {record.id for record in mine}
     theirs = [record for record in shipped.records(slug) if record.id not in known]
+    known |= {record.id for record in theirs}
+    others = [record for record in kept.records if record.id not in known]
     return [
         {
             "claim": found.claim,
@@ -72,6 +75,6 @@ def latest_verdicts(slug: str) -> list[dict[str, Any]]:
             "by": by,
             "machine": f"{found.deciding.machine.get('cpu', 'unknown processor')} ({found.fingerprint})",
         }
-        for by, records in (("you", mine), ("assay's authors", theirs))
+        for by, records in (("you", mine), ("assay's authors", theirs), ("others", others))
         for found in summaries(records)
     ]

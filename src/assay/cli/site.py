@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+GRACE = 5  # seconds that answers have to end in
 
 
 def site(
@@ -73,13 +76,29 @@ def site(
         typer.echo(f"assay is shown at {at} (Ctrl-C ends it)", err=True)
         if not read_only:
             typer.echo(f"to start work from the pages, open {at}enter?token={token}", err=True)
+        ending = threading.Event()
         app = create_app(
-            shelf, hosts=(host.lower(), str(address)), root_path=root, commands=pages, jobs=jobs, token=token
+            shelf,
+            hosts=(host.lower(), str(address)),
+            root_path=root,
+            commands=pages,
+            jobs=jobs,
+            token=token,
+            ending=ending,
         )
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False, proxy_headers=False)).run(
-            sockets=[listener]
+
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: Any) -> None:
+                ending.set()  # pages that watch a command would keep the server for as long as it runs
+                super().handle_exit(sig, frame)
+
+        config = uvicorn.Config(
+            app, log_level="warning", server_header=False, proxy_headers=False, timeout_graceful_shutdown=GRACE
         )
-        shelf.close()
+        try:
+            Server(config).run(sockets=[listener])
+        finally:
+            shelf.close()
 
 
 def commands(group: Any) -> dict[str, str]:

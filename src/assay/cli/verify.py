@@ -68,7 +68,7 @@ def verify(
         read_jsonl(jsonl)  # a file without evidence cannot be extended: say so now, not after measuring
     if into is not None:
         into = output_folder(into, "--into")
-        shipped.records(where=into)  # a folder of other things cannot be extended: say so now, not after measuring
+        shipped.read(where=into).whole()  # a folder of other things cannot be extended: say so now, not after measuring
     chosen = list(slugs or _slugs_of(family))
     named = chosen if slugs else ["--all"] if all else ["--family", str(family)]
     command = shlex.join(["assay", "verify", *named, "--scale", scale])

@@ -124,7 +124,14 @@ def audit(samples: Samples, *, paired: bool = False) -> Audit:
 
 
 def _arm(series: Series) -> Arm:
-    return Arm(series.name, len(series.values), float(np.median(series.values)))
+    return Arm(series.name, len(series.values), _median(series.values))
+
+
+def _median(values: Sequence[float] | np.ndarray) -> float:
+    """Of times, however large: the sum of the two in the middle may be no number any more."""
+    ordered = sorted(map(float, values))
+    low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    return low + (high - low) / 2
 
 
 def _words(verdict: Verdict, ratio: Interval, paired: bool, n: int, m: int, grave: bool) -> str:
@@ -207,7 +214,7 @@ def _of_units_and_copies(both: tuple[Series, Series], ratio: Interval) -> list[B
 def _of_series(one: Series, paired: bool) -> list[Broken]:
     found = []
     values = np.asarray(one.values)
-    n, median, name = len(values), float(np.median(values)), _short(one.name)
+    n, median, name = len(values), _median(values), _short(one.name)
     if one.failed:
         found.append(
             Broken(
@@ -219,7 +226,7 @@ def _of_series(one: Series, paired: bool) -> list[Broken]:
         )
     warm = _warming(np.log(values))
     if warm:
-        slower = float(np.median(values[:warm])) / float(np.median(values[warm:]))
+        slower = _median(values[:warm]) / _median(values[warm:])
         found.append(
             Broken(
                 "warm-up",

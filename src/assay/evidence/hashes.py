@@ -33,6 +33,8 @@ VERSIONS = (
 )
 DIGITS = 10
 NATIVE = (".cpp", ".h")
+MODULE = r"assay(\.\w{1,100}){1,9}|(\w{1,100}/){0,9}\w{1,100}\.(cpp|h)"
+"""What names a module or a native source of ours."""
 
 
 def of_this_process(claim: str) -> dict[str, str]:
@@ -82,11 +84,15 @@ def changes(record: Evidence) -> list[str]:
     return [name for name, value in record.hashes.items() if not _is_current(name, value, record.claim)]
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def _is_current(name: str, value: str, claim: str) -> bool:
+    """Asked for every record of every page; sources are hashed once a process too."""
     if name.startswith("package "):
         return versions().get(name) == value
     if name == "rates":
         return _rates(PACKAGE / "experiments" / "rates.json", claim.split("/")[0]) == value
+    if not re.fullmatch(MODULE, name):  # of a record that came from anywhere: no other file is opened by its word
+        return False
     file = PACKAGE / name
     if name.startswith("assay."):
         path = PACKAGE.joinpath(*name.split(".")[1:])

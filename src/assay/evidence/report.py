@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 PAGE = Path(__file__).parent / "page.html"
+LARGEST = 1e100  # beyond it the axis of a plot overflows, and nothing is drawn
 STYLES = {
     Verdict.REPRODUCED: "bold green",
     Verdict.DIRECTION_HOLDS: "green",
@@ -131,9 +132,12 @@ def plot_svg(summary: Summary) -> str:
     matplotlib.use("svg")
     from matplotlib.figure import Figure as Canvas
 
-    drawn = [point for point in summary.points if point.measured is not None]
     deciding = summary.deciding
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "assay", "font.size": 9}):
+    paper = deciding.paper_value if deciding.paper_value is not None and abs(deciding.paper_value) < LARGEST else None
+    drawn = [p for p in summary.points if p.measured and max(abs(p.measured.low), abs(p.measured.high)) < LARGEST]
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "assay", "font.size": 9, "text.parse_math": False}
+    ):
         canvas = Canvas(figsize=(7.0, 0.9 + 0.34 * len(drawn)), layout="constrained")
         axes = canvas.add_subplot()
         for row, point in enumerate(drawn):
@@ -141,15 +145,16 @@ def plot_svg(summary: Summary) -> str:
             low, median, high = point.measured.low, point.measured.median, point.measured.high
             axes.plot([low, high], [row, row], color="#1f5fa8", linewidth=3, solid_capstyle="round")
             axes.plot([median], [row], "o", color="#1f5fa8")
-        if deciding.paper_value is not None:
-            axes.axvline(deciding.paper_value, color="#b3401f", linestyle="--", label="the paper")
-        if (neutral := no_gain(deciding)) is not None:
+        if paper is not None:
+            axes.axvline(paper, color="#b3401f", linestyle="--", label="the paper")
+        if (neutral := no_gain(deciding)) is not None and abs(neutral) < LARGEST:
             axes.axvline(neutral, color="#777777", linewidth=1, label="no gain")
         if unit_name(deciding.unit) == "x":
             _ratio_axis(axes)
-        axes.set_yticks(range(len(drawn)), [point_text(point.point) for point in drawn])
-        axes.set_ylim(len(drawn) - 0.5, -0.5)
-        axes.set_xlabel(f"{deciding.metric or 'measured'} ({deciding.unit})" if deciding.unit else deciding.metric)
+        axes.set_yticks(range(len(drawn)), [_printable(point_text(point.point)) for point in drawn])
+        axes.set_ylim(max(len(drawn), 1) - 0.5, -0.5)
+        label = f"{deciding.metric or 'measured'} ({deciding.unit})" if deciding.unit else deciding.metric
+        axes.set_xlabel(_printable(label))
         if axes.get_legend_handles_labels()[0]:
             canvas.legend(loc="outside upper right", ncols=2, frameon=False)
         for side in ("top", "right"):
@@ -157,6 +162,11 @@ def plot_svg(summary: Summary) -> str:
         text = io.StringIO()
         canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()
+
+
+def _printable(text: str) -> str:
+    """A label of a length that fits, without the characters that XML cannot hold."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:100])
 
 
 def _ratio_axis(axes: Any) -> None:

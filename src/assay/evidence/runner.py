@@ -13,6 +13,7 @@ from assay.errors import InputError, MissingError
 from assay.evidence import hashes
 from assay.evidence.jobs import Job, Outcome, measure
 from assay.evidence.place import Place, here
+from assay.evidence.reading import misfit
 from assay.evidence.record import Evidence, changed
 from assay.evidence.store import Store, StoreError
 from assay.evidence.types import Estimate, Scale, plain, point_key
@@ -204,11 +205,11 @@ def _verify(
 
 
 def _recorded(todo: Plan, store: Store) -> dict[tuple[Any, ...], Evidence]:
-    """The store's records of the plan's claims that count today; the newest if a point was measured twice."""
+    """The store's own records of the plan's claims that count today; the newest if a point was measured twice."""
     return {
         (r.claim, point_key(r.point), r.scale, r.seed, r.fingerprint): r
         for claim in dict.fromkeys(job.claim for job in todo.jobs)
-        for r in store.records(claim=claim, status="ok")
+        for r in store.records(claim=claim, status="ok", imported=False)
         if not hashes.is_stale(r) and not (r.kind == "trial" and r.noisy)
     }
 
@@ -298,6 +299,8 @@ def _evidence(job: Job, claim: ClaimFacts, experiment: Experiment, outcome: Outc
         return Evidence(
             **common, status="failed", error=f"the experiment's result is not valid: {where}: {first['msg']}"
         )
+    if why := misfit(record):
+        return Evidence(**common, status="failed", error=f"the experiment's result is not valid: {why}")
     return record
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from assay.errors import InputError
 from assay.evidence import hashes, tuned
+from assay.evidence.reading import Reading, read_file
 from assay.evidence.record import Evidence, changed
-from assay.evidence.store import read_jsonl
 from assay.evidence.types import Verdict, point_key
 from assay.evidence.verdict import summaries
 from assay.paths import atomic_file
@@ -27,13 +27,24 @@ def folder() -> Path:
     return inside if inside.is_dir() else PACKAGE.parents[1] / "evidence"
 
 
-def records(slug: str | None = None, where: Path | None = None) -> list[Evidence]:
-    """The shipped records of a paper, or of all; empty when there are none. Raises InputError for a file that is damaged."""
+def read(slug: str | None = None, where: Path | None = None) -> Reading:
+    """The shipped records of a paper, or of all, and the lines of their files that are damaged; nothing when there are none.
+
+    Raises InputError for a file that cannot be read, and for a damaged `machines.json`.
+    """
     where = where or folder()
     machines = _machines(where)
     files = sorted((where / "claims").glob("*.jsonl")) if slug is None else [where / "claims" / f"{slug}.jsonl"]
-    found = [record for file in files if file.is_file() for record in read_jsonl(file)]
-    return [changed(record, machine=machines.get(record.fingerprint, {})) for record in found]
+    found = [read_file(file) for file in files if file.is_file()]
+    return Reading(
+        tuple(changed(r, machine=machines.get(r.fingerprint, {})) for one in found for r in one.records),
+        tuple(damaged for one in found for damaged in one.damaged),
+    )
+
+
+def records(slug: str | None = None, where: Path | None = None) -> list[Evidence]:
+    """The records that `read` finds, without what is damaged."""
+    return list(read(slug, where).records)
 
 
 def runs(where: Path | None = None) -> list[tuned.TuneRun]:
@@ -52,6 +63,7 @@ def add(new: Iterable[Evidence], where: Path) -> None:
     """Add records to a folder of evidence, a file a paper; each file is written whole or not at all.
 
     Of a point measured on a machine before, stale and failed records give way; fresh ones stay, so that runs which disagree show.
+    Raises InputError for a file with a damaged line, which would be lost.
     """
     by_slug: dict[str, list[Evidence]] = {}
     for record in new:
@@ -62,7 +74,7 @@ def add(new: Iterable[Evidence], where: Path) -> None:
         ids = {r.id for r in mine}
         kept = [
             old
-            for old in records(slug, where)
+            for old in read(slug, where).whole()
             if old.id not in ids
             and (
                 (old.claim, point_key(old.point), old.scale, old.fingerprint) not in again
@@ -83,6 +95,9 @@ def _machines(where: Path) -> dict[str, Any]:
         raise InputError(f"{file}: not JSON ({error})") from None
     if not isinstance(found, dict):
         raise InputError(f"{file}: must be a JSON object, got {type(found).__name__}")
+    for name, machine in found.items():
+        if not isinstance(machine, dict):
+            raise InputError(f"{file}: {name!r} must be a JSON object, got {type(machine).__name__}")
     return found
 
 

@@ -1,8 +1,9 @@
 """Where evidence is kept: SQLite by default, PostgreSQL if `ASSAY_DATABASE_URL` is set; append-only, JSON lines in and out.
 
-The store offers no way to change or remove a record, and triggers in the database refuse both. If a record cannot be written
-(read-only database, full disk, lost server), it goes to a JSON-lines file beside the database, and the error names that file;
-`assay evidence import` reads it back in.
+A row knows whether it was imported: whose a record is follows from how it came in, not from what it says of itself. Rows that are no
+records come back as `Damaged` and stand in nobody's way. The store offers no way to change or remove a record, and triggers in the
+database refuse both. If a record cannot be written (read-only database, full disk, lost server), it goes to a JSON-lines file beside
+the database, and the error names that file; `assay evidence import FILE --mine` reads it back in.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from assay.errors import AssayError, InputError, MissingError
 from assay.evidence import tuned
-from assay.evidence.record import Evidence, parse
+from assay.evidence.reading import Damaged, Reading, read, read_file, read_run
+from assay.evidence.record import Evidence
 from assay.evidence.types import point_key
 from assay.paths import atomic_file, data_dir
 
@@ -51,6 +53,7 @@ table = sa.Table(
     sa.Column("status", sa.Text(), nullable=False),
     sa.Column("fingerprint", sa.Text(), nullable=False),
     sa.Column("record", sa.Text(), nullable=False),  # the whole record as JSON; the columns above only serve to find it
+    sa.Column("imported", sa.Boolean(), nullable=False, server_default=sa.false()),  # it came from a file
     sa.Index("assay_evidence_slug", "slug"),
     sa.Index("assay_evidence_claim", "claim"),
 )
@@ -61,11 +64,36 @@ tuned_table = sa.Table(
     sa.Column("id", sa.String(32), nullable=False, unique=True),
     sa.Column("fingerprint", sa.Text(), nullable=False),
     sa.Column("run", sa.Text(), nullable=False),  # the whole run of `assay tune` as JSON
+    sa.Column("imported", sa.Boolean(), nullable=False, server_default=sa.false()),
 )
 
 
 class StoreError(AssayError):
     """The store cannot be opened, read or written. Exit code 2."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row as it stands, unchecked: its number, its id, its text, whether it was imported, and whether it is a "record" or a "run"."""
+
+    seq: int
+    id: str
+    text: str
+    imported: bool
+    kind: str = "record"
+
+    @property
+    def where(self) -> str:
+        """Where it stands, for messages."""
+        return f"{'row' if self.kind == 'record' else 'run'} {self.seq} of the store, id {self.id[:12]}"
+
+    def read(self) -> Evidence | Damaged:
+        """The record in it, or why there is none."""
+        return read(self.text, self.where)
+
+    def read_run(self) -> tuned.TuneRun | Damaged:
+        """The run of `assay tune` in it, or why there is none."""
+        return read_run(self.text, self.where)
 
 
 @dataclass(frozen=True)
@@ -120,13 +148,13 @@ class Store:
             return self.add([record]).added == 1
         except AssayError as error:
             kept = keep_aside([record], self.fallback_paths())
-            hint = f"the record is kept in {kept}; once this is solved: assay evidence import {kept}"
+            hint = f"the record is kept in {kept}; once this is solved: assay evidence import {kept} --mine"
             if kept is None:
                 hint = "the record could be written nowhere else and is printed above as a line of JSON"
             raise StoreError(f"{error}; {hint}") from error
 
-    def add(self, records: Iterable[Evidence]) -> Imported:
-        """Store records, all or none of them; existing ones are left alone."""
+    def add(self, records: Iterable[Evidence], *, imported: bool = False) -> Imported:
+        """Store records, all or none of them; existing ones are left alone, `imported` or not as they came in first."""
         insert = sqlite.insert if self._is_sqlite else postgresql.insert
         added = total = 0
         with self._errors("write to"), self._begin(write=True) as connection:
@@ -139,6 +167,7 @@ class Store:
                     "status": record.status,
                     "fingerprint": record.fingerprint,
                     "record": record.to_json(),
+                    "imported": imported,
                 }
                 statement = (
                     insert(table).values(row).on_conflict_do_nothing(index_elements=["id"]).returning(table.c.seq)
@@ -147,13 +176,13 @@ class Store:
                 total += 1
         return Imported(added, total - added)
 
-    def add_runs(self, runs: Iterable[tuned.TuneRun]) -> Imported:
-        """Store runs of `assay tune`, all or none of them; existing ones are left alone."""
+    def add_runs(self, runs: Iterable[tuned.TuneRun], *, imported: bool = False) -> Imported:
+        """Store runs of `assay tune`, all or none of them; existing ones are left alone, `imported` or not as they came in first."""
         insert = sqlite.insert if self._is_sqlite else postgresql.insert
         added = total = 0
         with self._errors("write to"), self._begin(write=True) as connection:
             for run in runs:
-                row = {"id": run.id, "fingerprint": run.fingerprint, "run": run.to_json()}
+                row = {"id": run.id, "fingerprint": run.fingerprint, "run": run.to_json(), "imported": imported}
                 statement = (
                     insert(tuned_table)
                     .values(row)
@@ -177,7 +206,7 @@ class Store:
 
     # Reading
 
-    def records(
+    def read(
         self,
         *,
         slug: str | None = None,
@@ -185,49 +214,71 @@ class Store:
         scale: str | None = None,
         status: str | None = None,
         fingerprint: str | None = None,
+        imported: bool | None = None,
         last: int | None = None,
-    ) -> list[Evidence]:
-        """The records that fit, oldest first; with `last` only that many of the newest."""
+    ) -> Reading:
+        """The records that fit, oldest first, and the damaged rows among them; with `last` only that many of the newest rows."""
         wanted = {"slug": slug, "claim": claim, "scale": scale, "status": status, "fingerprint": fingerprint}
-        query = sa.select(table.c.record).order_by(table.c.seq.desc())
+        query = sa.select(table).order_by(table.c.seq.desc())
         for name, value in wanted.items():
             if value is not None:
                 query = query.where(table.c[name] == str(value))
+        if imported is not None:
+            query = query.where(table.c.imported.is_(sa.true() if imported else sa.false()))
         if last is not None:
             query = query.limit(last)
-        with self._errors("read"), self._begin() as connection:
-            found = list(connection.execute(query).scalars())
-        return [parse(text, f"a record in {self.name}") for text in reversed(found)]
+        found = [(row, row.read()) for row in reversed(self._rows(query))]
+        theirs = frozenset(one.id for row, one in found if row.imported and isinstance(one, Evidence))
+        return replace(Reading.of(one for _, one in found), imported=theirs)
+
+    def records(self, **wanted: Any) -> list[Evidence]:
+        """The records that `read` finds, without the damaged ones."""
+        return list(self.read(**wanted).records)
 
     def runs(self) -> list[tuned.TuneRun]:
         """The runs of `assay tune`, oldest first."""
         query = sa.select(tuned_table.c.run).order_by(tuned_table.c.seq)
         with self._errors("read"), self._begin() as connection:
             found = list(connection.execute(query).scalars())
-        return [tuned.parse(text, f"a run in {self.name}") for text in found]
+        return [tuned.parse(_text(text), f"a run in {self.name}") for text in found]
 
-    def news(self, *, after: int = 0, runs_after: int = 0) -> list[tuple[str, int, str]]:
-        """What came behind the record `after` and the run `runs_after`, in one question: "record" or "run", its number, its text.
+    def news(self, *, after: int = 0, runs_after: int = 0) -> list[Row]:
+        """The rows behind the record `after` and the run `runs_after`, in one question: records first, each kind oldest first."""
 
-        Records first, each kind oldest first, as text, unchecked.
-        """
-        records = sa.select(sa.literal_column("'record'").label("kind"), table.c.seq, table.c.record.label("text"))
-        runs = sa.select(sa.literal_column("'run'").label("kind"), tuned_table.c.seq, tuned_table.c.run.label("text"))
-        both = sa.union_all(records.where(table.c.seq > after), runs.where(tuned_table.c.seq > runs_after)).subquery()
+        def rows(kind: str, of: sa.Table, text: str, behind: int) -> sa.Select[Any]:
+            columns = (
+                sa.literal_column(f"'{kind}'").label("kind"),
+                of.c.seq,
+                of.c.id,
+                of.c[text].label("text"),
+                of.c.imported,
+            )
+            return sa.select(*columns).where(of.c.seq > behind)
+
+        both = sa.union_all(
+            rows("record", table, "record", after), rows("run", tuned_table, "run", runs_after)
+        ).subquery()
         query = sa.select(both).order_by(both.c.kind, both.c.seq)
         with self._errors("read"), self._begin() as connection:
-            return [(row.kind, row.seq, row.text) for row in connection.execute(query)]
+            return [
+                Row(row.seq, row.id, _text(row.text), bool(row.imported), row.kind) for row in connection.execute(query)
+            ]
 
-    def get(self, id: str) -> Evidence:
-        """The record whose id is or begins with `id`. Raises InputError when there is none, or more than one."""
-        with self._errors("read"), self._begin() as connection:
-            query = sa.select(table.c.id, table.c.record).where(table.c.id.startswith(id, autoescape=True)).limit(2)
-            found = list(connection.execute(query))
+    def find(self, id: str) -> Evidence | Damaged:
+        """What stands in the row whose id is or begins with `id`. Raises InputError when there is none, or more than one."""
+        found = self._rows(sa.select(table).where(table.c.id.startswith(id, autoescape=True)).limit(2))
         if not found or not id:
             raise InputError(f"no evidence with the id {id!r}; `assay evidence list` shows what is there")
         if len(found) > 1:
             raise InputError(f"more than one id begins with {id!r}; give more of it")
-        return parse(found[0].record, f"record {found[0].id}")
+        return found[0].read()
+
+    def get(self, id: str) -> Evidence:
+        """The record that `find` finds. Raises InputError for a damaged one too."""
+        found = self.find(id)
+        if isinstance(found, Damaged):
+            raise InputError(str(found))
+        return found
 
     def count(self) -> int:
         """How many records there are."""
@@ -236,23 +287,21 @@ class Store:
 
     # JSON lines
 
-    def export_jsonl(self, path: Path | str) -> int:
-        """Write every record to `path`, oldest first, one a line; returns how many."""
-        records = self.records()
-        write_jsonl(records, path)
-        return len(records)
-
-    def import_jsonl(self, path: Path | str) -> Imported:
+    def import_jsonl(self, path: Path | str, *, mine: bool = False) -> Imported:
         """Import the records of a JSON-lines file, all or none of them; known ones are left alone.
 
-        The `evidence.jsonl` of an artefact of `assay tune` is imported as the one run it is of. Raises InputError naming the line for
-        anything that is not a record.
+        They count as imported unless they are `mine` (a backup, or the fallback file). The `evidence.jsonl` of an artefact of
+        `assay tune` is imported as the one run it is of. Raises InputError naming the line for anything that is not a record.
         """
         if _is_run(Path(path)):
-            return self.add_runs([tuned.read(Path(path))])
-        return self.add(read_jsonl(path))
+            return self.add_runs([tuned.read(Path(path))], imported=not mine)
+        return self.add(read_jsonl(path), imported=not mine)
 
     # Inside
+
+    def _rows(self, query: sa.Select[Any]) -> list[Row]:
+        with self._errors("read"), self._begin() as connection:
+            return [Row(row.seq, row.id, _text(row.record), bool(row.imported)) for row in connection.execute(query)]
 
     @property
     def _is_sqlite(self) -> bool:
@@ -274,6 +323,7 @@ class Store:
         @event.listens_for(engine, "connect")
         def _connected(connection: Any, _: ConnectionPoolEntry) -> None:
             connection.isolation_level = None
+            connection.text_factory = _text  # a damaged text is one damaged row, not a store that cannot be read
 
         @event.listens_for(engine, "begin")
         def _began(connection: Connection) -> None:
@@ -285,6 +335,10 @@ class Store:
     @contextlib.contextmanager
     def _begin(self, write: bool = False) -> Iterator[Connection]:
         with self._engine.connect().execution_options(assay_write=write) as connection, connection.begin():
+            if (
+                write and not self._is_sqlite
+            ):  # one writer at a time, as with SQLite: rows appear in the order of their numbers
+                connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext('assay_evidence'))"))
             yield connection
 
     def _migrate(self) -> None:
@@ -301,8 +355,6 @@ class Store:
                 with contextlib.closing(self._engine.raw_connection()) as raw:
                     raw.execute("PRAGMA journal_mode=WAL")
             with self._begin(write=True) as connection:
-                if not self._is_sqlite:
-                    connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext('assay_evidence'))"))
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
 
@@ -425,16 +477,8 @@ def merge_jsonl(records: Iterable[Evidence], path: Path | str) -> None:
 
 def read_jsonl(path: Path | str) -> list[Evidence]:
     """Read a file of JSON lines; blank lines are skipped. Raises InputError naming the file and the line that is no record."""
-    try:
-        lines = Path(path).read_bytes().split(b"\n")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            text = line.decode("utf-8").strip()
-        except UnicodeDecodeError:
-            raise InputError(f"{path}, line {number}: not UTF-8 text") from None
-        if text:
-            records.append(parse(text, f"{path}, line {number}"))
-    return records
+    return read_file(path).whole()
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

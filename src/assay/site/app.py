@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import ipaddress
 import json
@@ -9,7 +10,6 @@ import math
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
-from urllib.parse import parse_qs
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -19,7 +19,7 @@ from starlette.staticfiles import StaticFiles
 
 from assay import __version__, catalogue
 from assay.errors import InputError
-from assay.site import comparison, feed, recipes, views
+from assay.site import comparison, feed, forms, recipes, views
 from assay.site.charts import bar, embedded
 from assay.site.comparison import Choice
 from assay.site.guide import Page
@@ -74,10 +74,12 @@ def create_app(
     commands: tuple[Page, ...] = (),
     jobs: Jobs | None = None,
     token: str = "",
+    ending: threading.Event | None = None,
 ) -> FastAPI:
     """The application. `hosts` are names it answers to besides loopback's (a page elsewhere must not reach it by a name of its own).
 
-    `commands` are the pages of the guide about the command line. With `jobs`, who has `token` can start work and cancel it.
+    `commands` are the pages of the guide about the command line. With `jobs`, who has `token` can start work and cancel it. Streams
+    end when `ending` is set: a server that ends waits for them.
     """
     app = FastAPI(
         title="assay",
@@ -119,6 +121,11 @@ def create_app(
     def bad_input(request: Request, error: Exception) -> Response:
         missing = str(error).startswith("no ") or "has no page" in str(error)
         return refused(request, 404 if missing else 400, str(error))
+
+    @app.exception_handler(OSError)
+    def no_room(request: Request, error: Exception) -> Response:
+        assert isinstance(error, OSError)
+        return refused(request, 507 if error.errno == errno.ENOSPC else 500, error.strerror or str(error))
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: Exception) -> Response:
@@ -242,9 +249,7 @@ def create_app(
     @app.post("/audit", include_in_schema=False)
     async def audited(request: Request) -> Response:
         """Judges what was pasted, and keeps nothing."""
-        if not _from_here(request):
-            raise HTTPException(403, "this form was sent from a page elsewhere")
-        form = await _form(request)
+        form = await forms.fields(request, MOST_FORM_BYTES, hint=": use assay audit FILE, which takes 10 MB")
         page, status = await run_in_threadpool(lambda: pages().audited(form))
         return Response(page.encode("utf-8", "replace"), status, {"Cache-Control": "no-store"}, "text/html")
 
@@ -353,34 +358,9 @@ def create_app(
         return as_json(request, app.openapi())
 
     if jobs is not None:
-        add_jobs(app, jobs, token, root_path, pages, sent, as_json)
+        add_jobs(app, jobs, token, root_path, pages, sent, as_json, ending or threading.Event())
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     return app
-
-
-def _from_here(request: Request) -> bool:
-    """Whether a form was sent from a page of this server, as far as the browser says; a program that is none says nothing."""
-    site = request.headers.get("sec-fetch-site")
-    if site is not None:  # it knows what a proxy may hide: the name under which the page was reached
-        return site in ("same-origin", "none")
-    origin = request.headers.get("origin")
-    return origin is None or origin.lower().partition("://")[2] == request.headers.get("host", "").lower()
-
-
-async def _form(request: Request) -> dict[str, str]:
-    """The fields of a form of at most `MOST_FORM_BYTES`."""
-    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/x-www-form-urlencoded":
-        raise HTTPException(415, "send a form: application/x-www-form-urlencoded")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MOST_FORM_BYTES:
-            raise HTTPException(413, "more than 1 MB was sent: use assay audit FILE, which takes 10")
-    try:
-        fields = parse_qs(body.decode("utf-8"), keep_blank_values=True, max_num_fields=20, errors="strict")
-    except ValueError:
-        raise HTTPException(400, "this is no form in UTF-8") from None
-    return {name: values[0] for name, values in fields.items()}
 
 
 def bare(value: Any) -> Any:

@@ -17,6 +17,7 @@ from xml.sax.saxutils import quoteattr
 from assay import catalogue
 from assay.errors import InputError
 from assay.evidence.verdict import say
+from assay.site.charts import clean
 from assay.site.library import ORIGINS, Library
 
 NEWEST = 60
@@ -33,30 +34,28 @@ class Entry:
     title: str
     text: str
     at: datetime
+    path: str  # on the site: of the claim, or of the record where the catalogue lacks it
 
 
 def news(library: Library, since: datetime | None = None, limit: int | None = NEWEST) -> list[Entry]:
     """The deciding records of all claims, the newest first; those made after `since` where it is given."""
     found = []
+    titles = {paper.slug: paper.title for paper in catalogue.papers()}
+    claims = {claim.id for paper in catalogue.papers() for claim in paper.claims}
     for seen in (s for all_of_claim in library.seen.values() for s in all_of_claim):
         record = seen.record
         if since is not None and record.created <= since:
             continue
-        title = _title(record.slug)
+        title = titles.get(record.slug, record.slug)
         measured = "" if record.measured is None else f" {say(record.measured, record.unit)};"
         machine = str(library.machines.get(record.fingerprint, {}).get("cpu", "unknown processor"))
         where = f"at {record.scale} scale on {machine}, {ORIGINS[seen.origin]}"
         text = f"{record.metric or record.claim}:{measured} {seen.word}, {where}. {seen.summary.reason}"
-        found.append(
-            Entry(record.id, record.slug, record.claim, f"{record.claim}: {seen.word} ({title})", text, record.created)
-        )
+        path = f"claims/{record.claim}" if record.claim in claims else f"records/{record.id}"
+        head = f"{record.claim}: {seen.word} ({title})"
+        found.append(Entry(record.id, record.slug, record.claim, head, text, record.created, path))
     found.sort(key=lambda entry: (entry.at, entry.id), reverse=True)
     return found[:limit]
-
-
-def _title(slug: str) -> str:
-    known = {paper.slug: paper.title for paper in catalogue.papers()}
-    return known.get(slug, slug)
 
 
 def atom(entries: Sequence[Entry], base: str) -> str:
@@ -72,7 +71,7 @@ def atom(entries: Sequence[Entry], base: str) -> str:
         "<author><name>assay</name></author>",
     ]
     for entry in entries:
-        link = f"{base}/claims/{entry.claim}"
+        link = f"{base}/{entry.path}"
         parts.append(
             f"<entry><id>urn:assay:record:{entry.id}</id><title>{xml_escape(_printable(entry.title))}</title>"
             f"<link href={quoteattr(_printable(link))}/><updated>{entry.at.astimezone(UTC).isoformat()}</updated>"
@@ -90,9 +89,9 @@ def digest(entries: Sequence[Entry], base: str, since: datetime) -> str:
     """The news as an HTML page that mail programs show: no style sheet, no picture, no script; links only where `base` is given."""
     rows = []
     for entry in entries:
-        name = escape(entry.title)
-        linked = f'<a href="{escape(base)}/claims/{escape(entry.claim)}">{name}</a>' if base else name
-        rows.append(f"<li><p><b>{linked}</b><br>{escape(entry.text)}</p></li>")
+        name = escape(clean(entry.title))
+        linked = f'<a href="{escape(base)}/{escape(entry.path)}">{name}</a>' if base else name
+        rows.append(f"<li><p><b>{linked}</b><br>{escape(clean(entry.text))}</p></li>")
     said = f"<ul>{''.join(rows)}</ul>" if rows else "<p>Nothing new was measured.</p>"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>assay: what is new</title></head><body>'

@@ -10,20 +10,23 @@ import asyncio
 import hashlib
 import hmac
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
 from starlette.responses import StreamingResponse
 
 from assay.errors import InputError
+from assay.site import forms
 from assay.site.jobs import Jobs, as_json, tune_words, verify_words
 from assay.site.pages import Pages
 
 COOKIE = "assay_site"
 MOST = 20_000  # bytes of a form
 EVERY = 0.5  # seconds between two looks at a log
+MOST_STREAMS = 64  # pages that watch at once; others are made anew every few seconds
 REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox"
 
 
@@ -40,55 +43,49 @@ def add_jobs(
     pages: Callable[[], Pages],
     sent: Callable[..., Response],
     sent_json: Callable[[Request, Any], Response],
+    ending: threading.Event,
 ) -> None:
-    """Add the addresses under /jobs to the application."""
+    """Add the addresses under /jobs to the application. Streams end when `ending` is set."""
     if len(token) < 16:
         raise ValueError("token must have 16 characters at least")
 
+    streams: set[object] = set()
+
+    def cookie(request: Request) -> str:
+        """Its name, with the port: a browser sends the cookies of one server to others on the same machine too."""
+        return f"{COOKIE}_{request.url.port}" if request.url.port else COOKIE
+
     def known(request: Request) -> bool:
-        return hmac.compare_digest(request.cookies.get(COOKIE, "").encode(), token.encode())
+        given = request.cookies.get(cookie(request), "")
+        return hmac.compare_digest(given.encode("utf-8", "replace"), token.encode())
 
     def secret(request: Request) -> str:
         return word_of(token) if known(request) else ""
 
     async def form_of(request: Request) -> dict[str, str]:
-        """The fields of a form, if whoever sent it may. Raises InputError otherwise."""
-        origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-            raise Forbidden("this form came from another site")
-        if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-            raise Forbidden("this form came from another site")
+        """The fields of a form, if whoever sent it may. Raises HTTPException otherwise."""
+        if not forms.from_here(request):
+            raise HTTPException(403, "this form was sent from a page elsewhere")
         if not known(request):
-            raise Forbidden(
-                "open the address that `assay site` printed when it started: it holds the token that work needs"
+            raise HTTPException(
+                403, "open the address that `assay site` printed when it started: it holds the token that work needs"
             )
-        if not request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded"):
-            raise Forbidden("a form must be sent as application/x-www-form-urlencoded")
-        body = b""
-        async for piece in request.stream():
-            body += piece
-            if len(body) > MOST:
-                raise InputError(f"a form may have at most {MOST} bytes")
-        fields = dict(parse_qsl(body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=30))
-        if not hmac.compare_digest(fields.pop("word", "").encode(), word_of(token).encode()):
-            raise Forbidden("this form is older than the server: open the page again")
+        fields = await forms.fields(request, MOST)
+        if not hmac.compare_digest(fields.pop("word", "").encode("utf-8", "replace"), word_of(token).encode()):
+            raise HTTPException(403, "this form is older than the server: open the page again")
         return fields
-
-    @app.exception_handler(Forbidden)
-    def forbidden(request: Request, error: Exception) -> Response:
-        return Response(pages().error(403, str(error)), 403, media_type="text/html")
 
     def to(path: str) -> Response:
         return Response(status_code=303, headers={"Location": f"{root}/{path}"})
 
     @app.get("/enter", include_in_schema=False)
-    def enter(token: str = "") -> Response:
-        if not hmac.compare_digest(token.encode(), _token.encode()):
-            raise Forbidden(
-                "this is not the token of the server that runs now; its address was printed when it started"
+    def enter(request: Request, token: str = "") -> Response:
+        if not hmac.compare_digest(token.encode("utf-8", "replace"), _token.encode()):
+            raise HTTPException(
+                403, "this is not the token of the server that runs now; its address was printed when it started"
             )
         answer = to("jobs")
-        answer.set_cookie(COOKIE, token, httponly=True, samesite="strict", path=root or "/")
+        answer.set_cookie(cookie(request), token, httponly=True, samesite="strict", path=root or "/")
         return answer
 
     _token = token
@@ -133,30 +130,38 @@ def add_jobs(
     @app.get("/jobs/{id}/events", include_in_schema=False)
     async def events(request: Request, id: str) -> Response:
         jobs.get(id)
+        if len(streams) >= MOST_STREAMS:
+            raise HTTPException(503, "too many pages are watching: close some", {"Retry-After": "5"})
         given = request.headers.get("last-event-id", "0")
         start = int(given) if given.isdecimal() and len(given) < 16 else 0
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_events(request, jobs, id, start), media_type="text/event-stream", headers=headers)
+        said = _events(request, jobs, id, start, ending, streams)
+        return StreamingResponse(said, media_type="text/event-stream", headers=headers)
 
     @app.get("/api/jobs", summary="The work started from the pages")
     def api_jobs(request: Request) -> Response:
         return sent_json(request, [as_json(job) for job in jobs.all()])
 
 
-class Forbidden(Exception):
-    """Whoever asks may not."""
-
-
-async def _events(request: Request, jobs: Jobs, id: str, start: int) -> AsyncIterator[str]:
+async def _events(
+    request: Request, jobs: Jobs, id: str, start: int, ending: threading.Event, streams: set[object]
+) -> AsyncIterator[str]:
     """What the command says, as it says it, and at the end how it ended (server-sent events)."""
-    while not await request.is_disconnected():
-        job = await asyncio.to_thread(jobs.get, id)  # before its log: all that was said before it ended is sent
-        text, end = await asyncio.to_thread(jobs.log, id, start)
-        if end > start:
-            lines = "".join(f"data: {line}\n" for line in json.dumps(text).splitlines())
-            yield f"id: {end}\nevent: log\n{lines}\n"
-            start = end
-        if job.state != "running":
-            yield f"event: end\ndata: {json.dumps(as_json(job))}\n\n"
-            return
-        await asyncio.sleep(EVERY)
+    mine = object()
+    streams.add(mine)
+    try:
+        while not ending.is_set() and not await request.is_disconnected():
+            job = await asyncio.to_thread(jobs.get, id)  # before its log: all that was said before it ended is sent
+            text, end = await asyncio.to_thread(jobs.log, id, start)
+            if end > start:
+                lines = "".join(f"data: {line}\n" for line in json.dumps(text).splitlines())
+                yield f"id: {end}\nevent: log\n{lines}\n"
+                start = end
+            if job.state != "running":
+                yield f"event: end\ndata: {json.dumps(as_json(job))}\n\n"
+                return
+            await asyncio.sleep(EVERY)
+    except (InputError, OSError):  # its folder has given way to newer jobs
+        yield "event: end\ndata: null\n\n"
+    finally:
+        streams.discard(mine)

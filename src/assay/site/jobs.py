@@ -6,11 +6,11 @@ else remembers jobs, so a server that starts again finds them as they are.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -19,6 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import filelock
 import psutil
@@ -26,11 +27,11 @@ import psutil
 from assay import catalogue
 from assay.checks import choice, number
 from assay.errors import InputError
-from assay.paths import atomic_file, data_dir
+from assay.paths import atomic_file, data_dir, expanded
 from assay.search_path import environment
 
 JOB, LOG, CODE, OUT, REPORT = "job.json", "log", "code", "out", "report.html"
-PROGRAM = Path(__file__)  # what runs in a job's process
+PROGRAM = Path(__file__).with_name("job_process.py")  # what runs in a job's process
 KEPT = 100  # finished jobs, of which the oldest give way
 TAIL = 200_000  # bytes of a log that a page shows
 PATIENCE = 20.0  # seconds that a cancelled command has before it is killed
@@ -104,6 +105,7 @@ class Jobs:
 
     def start(self, words: tuple[str, ...]) -> Job:
         """Start a command. Raises InputError while another one runs."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(self.folder / ".lock", timeout=30):
             running = [job for job in self.all() if job.state == "running"]
             if running:
@@ -115,28 +117,38 @@ class Jobs:
             id = f"{now:%Y%m%d-%H%M%S}-{now.microsecond:06x}"  # in the order of time
             place = self.folder / id
             place.mkdir()
-            asked = [self._resolved(word) for word in words]
-            with (place / LOG).open("wb") as log:
-                child = subprocess.Popen(
-                    [sys.executable, "-P", str(PROGRAM), str(place), *asked],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    cwd=place,
-                    env=environment({**os.environ, "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}),
-                    start_new_session=True,  # it goes on when the server ends
-                )
-            self._children[id] = child
-            born = psutil.Process(child.pid).create_time()
+            try:
+                self._children[id] = self._started(place, words)
+            except BaseException:  # a full disk, say: no job, rather than one that nobody knows of
+                shutil.rmtree(place, ignore_errors=True)
+                raise
+        return self.get(id)
+
+    def _started(self, place: Path, words: tuple[str, ...]) -> subprocess.Popen[bytes]:
+        with (place / LOG).open("wb") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-P", str(PROGRAM), str(place), *self._resolved(words)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=place,
+                env=environment({**os.environ, "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}),
+                start_new_session=True,  # it goes on when the server ends
+            )
+        try:
             facts = {
                 "words": words,
                 "began": datetime.now(UTC).isoformat(timespec="seconds"),
                 "pid": child.pid,
-                "born": born,
+                "born": psutil.Process(child.pid).create_time(),
             }
             with atomic_file(place / JOB) as temporary:
                 temporary.write_text(json.dumps(facts), encoding="utf-8")
-        return self.get(id)
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
+        return child
 
     def again(self, id: str) -> Job:
         """The same command once more; what it kept is not measured again."""
@@ -150,36 +162,40 @@ class Jobs:
 
     def get(self, id: str) -> Job:
         """The job of that id. Raises InputError when there is none."""
-        place = self.folder / id
-        if not re.fullmatch(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}", id) or not (place / JOB).is_file():
-            raise InputError(f"no job has the id {id!r}")
-        facts = json.loads((place / JOB).read_text(encoding="utf-8"))
-        words = tuple(map(str, facts["words"]))
-        report = (place / OUT / REPORT).is_file()
-        file = place / CODE
-        if file.is_file():
-            code = int(file.read_text(encoding="utf-8"))
-            state = {0: "done", 1: "unmet", 130: "cancelled"}.get(code, "failed")
-            return Job(id, words, facts["began"], state, code, report)
-        alive = self._alive(id, facts)
-        return Job(id, words, facts["began"], "running" if alive else "lost", None, report)
+        facts = self._facts(id)
+        words, began = tuple(facts["words"]), str(facts["began"])
+        report = (self.folder / id / OUT / REPORT).is_file()
+        alive = self._alive(id)  # before its code: a command that ends in between has left one
+        try:
+            code = int((self.folder / id / CODE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return Job(id, words, began, "running" if alive else "lost", None, report)
+        state = {0: "done", 1: "unmet", 130: "cancelled"}.get(code, "failed")
+        return Job(id, words, began, state, code, report)
 
     def all(self) -> list[Job]:
         """Every job, the newest first; a folder that is no job is passed over."""
         found = []
-        for place in sorted(self.folder.iterdir(), reverse=True):
-            with contextlib.suppress(InputError, OSError, ValueError, KeyError, TypeError):
+        places = self.folder.iterdir() if self.folder.is_dir() else ()
+        for place in sorted(places, reverse=True):
+            with contextlib.suppress(InputError):
                 found.append(self.get(place.name))
         return found
 
     def log(self, id: str, start: int = 0) -> tuple[str, int]:
-        """What the command said from byte `start` on, at most the last 200,000 bytes of it, and where that ends."""
-        self.get(id)
+        """What the command said from byte `start` on, at most the last 200,000 bytes of it, and where that ends.
+
+        A letter of which only some bytes are written yet comes whole the next time.
+        """
+        self._facts(id)
         with (self.folder / id / LOG).open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(min(start, size), size - TAIL))
-            text = file.read()
-        return text.decode("utf-8", "replace"), size
+            said = file.read()
+            size = file.tell()
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(said)
+        return text, size - len(decoder.getstate()[0])
 
     def report(self, id: str) -> str:
         """The report of a tune run. Raises InputError when there is none (yet)."""
@@ -204,29 +220,43 @@ class Jobs:
                             child.kill()
                     process.kill()
                     self._wait(id, process, PATIENCE)
+        if self.get(id).state == "lost":  # it ended because of this, before it could leave a code or instead of it
+            with atomic_file(self.folder / id / CODE) as temporary:
+                temporary.write_text("130", encoding="utf-8")
         return self.get(id)
 
-    def _resolved(self, word: str) -> str:
-        """A path that means something in the user's folder, absolute, since the command runs in another."""
-        if word.startswith("-") or word == OUT:
-            return word
-        path = self.user_folder / Path(word).expanduser()
-        return str(path) if path.exists() else word
+    def _resolved(self, words: tuple[str, ...]) -> tuple[str, ...]:
+        """With the model, where it is a path that means something in the user's folder, absolute: the command runs in another."""
+        if words[0] != "tune":
+            return words
+        path = self.user_folder / expanded(words[1], "model")
+        try:
+            there = path.exists()
+        except OSError:  # too long for a path
+            there = False
+        return (words[0], str(path) if there else words[1], *words[2:])
 
-    def _facts(self, id: str) -> dict[str, object]:
-        found: dict[str, object] = json.loads((self.folder / id / JOB).read_text(encoding="utf-8"))
-        return found
+    def _facts(self, id: str) -> dict[str, Any]:
+        """What was asked, and the process. Raises InputError when there is no such job, or only what a full disk left of it."""
+        if re.fullmatch(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{6}", id):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                found = json.loads((self.folder / id / JOB).read_text(encoding="utf-8"))
+                pid, born = int(found["pid"]), float(found["born"])
+                words = [str(word) for word in found["words"]]
+                if words:
+                    return {"words": words, "began": str(found["began"]), "pid": pid, "born": born}
+        raise InputError(f"no job has the id {id!r}")
 
     def _process(self, id: str) -> psutil.Process | None:
         facts = self._facts(id)
         try:
-            process = psutil.Process(int(str(facts["pid"])))
-            same = abs(process.create_time() - float(str(facts["born"]))) < 1
+            process = psutil.Process(facts["pid"])
+            same = abs(process.create_time() - facts["born"]) < 1
             return process if same else None  # else the number is another process's by now
-        except psutil.Error:
+        except (psutil.Error, ValueError, OverflowError):
             return None
 
-    def _alive(self, id: str, facts: dict[str, object]) -> bool:
+    def _alive(self, id: str) -> bool:
         child = self._children.get(id)
         if child is not None:
             return child.poll() is None
@@ -237,7 +267,7 @@ class Jobs:
 
     def _wait(self, id: str, process: psutil.Process, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self._alive(id, self._facts(id)):
+        while time.monotonic() < deadline and self._alive(id):
             time.sleep(0.1)
 
     def _clear(self) -> None:
@@ -249,25 +279,3 @@ class Jobs:
 def as_json(job: Job) -> dict[str, object]:
     """A job for the API."""
     return {**asdict(job), "words": list(job.words), "command": job.command, "state_words": STATES[job.state]}
-
-
-def run_here() -> None:
-    """In the job's own process: run the command, and leave its exit code behind."""
-    place = Path(sys.argv.pop(1))
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored, if the server was started in the background of a script
-    code: object = 70
-    try:
-        runpy.run_module("assay", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        code = end.code or 0
-    except KeyboardInterrupt:
-        code = 130
-    finally:
-        with atomic_file(place / CODE) as temporary:
-            temporary.write_text(str(code if isinstance(code, int) else 70), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    run_here()

@@ -5,7 +5,6 @@ A page asks the store one question (is there anything new?), however many record
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,20 +12,20 @@ from typing import Any, Literal
 
 from assay import catalogue
 from assay.catalogue import Claim, Paper
-from assay.checks import shown
-from assay.errors import AssayError, InputError
+from assay.errors import AssayError
 from assay.evidence import hashes, shipped, tuned
-from assay.evidence.record import Evidence, parse
-from assay.evidence.store import Store
+from assay.evidence.reading import Damaged
+from assay.evidence.record import Evidence
+from assay.evidence.store import Row, Store
 from assay.evidence.tuned import Pair, StepRecord, TuneRun
 from assay.evidence.types import Verdict
-from assay.evidence.verdict import Summary, judge, remarks, summaries
+from assay.evidence.verdict import Summary, summaries
 
 Origin = Literal["you", "authors", "others"]
 ORIGINS: dict[Origin, str] = {
     "you": "measured on this machine",
     "authors": "measured by assay's authors",
-    "others": "imported: measured by others",
+    "others": "imported, or measured elsewhere",
 }
 PLANNED, CODE = "planned", "not measured"
 WORDS = (*(verdict.value for verdict in Verdict), "stale", "failed")
@@ -73,14 +72,6 @@ class Tuned:
     def word(self) -> str:
         """Of the recipe: "proven", "not proven", or "stale"."""
         return "stale" if self.stale() else "proven" if self.run.proven else "not proven"
-
-
-@dataclass(frozen=True)
-class Damaged:
-    """A row of the store that is no record, and why."""
-
-    row: int
-    why: str
 
 
 @dataclass(frozen=True)
@@ -131,29 +122,6 @@ def cores(facts: dict[str, Any]) -> int | None:
     return found if type(found) is int and 0 < found < 10**9 else None
 
 
-def misfit(record: Evidence) -> str:
-    """Why a well-formed record cannot be shown, "" if it can.
-
-    Its machine's fingerprint becomes a part of addresses and, in an export, the name of a file; and of some numbers (a negative
-    factor, say) no verdict can be computed.
-    """
-    if why := _misnamed(record.fingerprint):
-        return why
-    try:
-        if record.status == "ok":
-            judge(record)
-        remarks(record)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        return f"no verdict can be computed from its numbers ({error})"
-    return ""
-
-
-def _misnamed(fingerprint: str) -> str:
-    if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", fingerprint):
-        return ""
-    return f"fingerprint must be 1 to 64 letters, digits, '-' and '_', got {shown(fingerprint)}"
-
-
 class Shelf:
     """Keeps a `Library` up to date with the store; one for a server, used from several threads."""
 
@@ -177,12 +145,13 @@ class Shelf:
         """Know the authors' records alone."""
         self._last = self._last_run = 0  # the store's rows up to which everything is known
         self._records: dict[str, tuple[Evidence, Origin]] = {}
-        self._damaged: list[Damaged] = []
+        theirs = shipped.read()
+        self._damaged = list(theirs.damaged)
         self._groups: dict[tuple[str, Origin], list[Evidence]] = {}
         self._seen: dict[tuple[str, Origin], list[Seen]] = {}
         self._machines: dict[str, dict[str, Any]] = {self._here: self._machine}
         self._tuned: dict[str, Tuned] = {}
-        self._add(((record, "authors") for record in shipped.records()), set())
+        self._add(((record, "authors") for record in theirs.records), set())
         for run in shipped.runs():
             self._add_run(run, "authors")
 
@@ -222,34 +191,31 @@ class Shelf:
         if self._store is None:
             self._store = Store(self._url)
             self._file = _file_of(self._store)
-        for kind, row, text in self._store.news(after=self._last, runs_after=self._last_run):
-            where = f"{'row' if kind == 'record' else 'run'} {row} of the store"
-            try:
-                if kind == "run":
-                    self._last_run = row
-                    self._take_run(text, where)
-                    continue
-                self._last = row
-                record = parse(text, where)
-                if why := misfit(record):
-                    raise InputError(f"{where}: {why}")
-            except InputError as error:
-                self._damaged.append(Damaged(row, str(error)))
+        for row in self._store.news(after=self._last, runs_after=self._last_run):
+            if row.kind == "run":
+                self._last_run = row.seq
+                self._take_run(row)
+                continue
+            self._last = row.seq
+            found = row.read()
+            if isinstance(found, Damaged):
+                self._damaged.append(found)
                 self._library = None
                 continue
-            yield record, self._origin(record.fingerprint)
+            yield found, self._origin(row, found.fingerprint)
 
-    def _origin(self, fingerprint: str) -> Origin:
-        return "you" if fingerprint == self._here else "others"
+    def _origin(self, row: Row, fingerprint: str) -> Origin:
+        return "you" if not row.imported and fingerprint == self._here else "others"
 
-    def _take_run(self, text: str, where: str) -> None:
-        """Add a run of the store. Raises InputError for one that cannot be shown."""
-        run = tuned.parse(text, where)
-        if why := _misnamed(run.fingerprint):
-            raise InputError(f"{where}: {why}")
-        if run.id not in self._tuned:  # the authors' own, imported
-            self._add_run(run, self._origin(run.fingerprint))
-            self._library = None
+    def _take_run(self, row: Row) -> None:
+        run = row.read_run()
+        if isinstance(run, Damaged):
+            self._damaged.append(run)
+        elif run.id in self._tuned:  # the authors' own, imported
+            return
+        else:
+            self._add_run(run, self._origin(row, run.fingerprint))
+        self._library = None
 
     def _add_run(self, run: TuneRun, origin: Origin) -> None:
         self._tuned[run.id] = Tuned(run, origin, tuned.changes(run))

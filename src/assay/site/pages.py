@@ -180,7 +180,8 @@ class Pages:
         return self._page("jobs.html", found=found, secret=secret, ready=sorted(ready), states=STATES, goals=GOALS)
 
     def job(self, job: Job, log: str, secret: str) -> str:
-        return self._page("job.html", job=job, log=log, secret=secret, states=STATES)
+        """A job with all that its command said: that may be longer than other texts."""
+        return self._page("job.html", job=job, log=escape(clean(log)), secret=secret, states=STATES)
 
     def error(self, status: int, message: str) -> str:
         return self._page("error.html", status=status, message=message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -247,6 +248,7 @@ def attempt(record: Evidence) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def when_not(paper: Paper) -> str:
     """What the module's docstring says about when not to use it, found in its source: nothing is imported."""
     import ast

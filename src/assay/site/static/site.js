@@ -58,16 +58,31 @@ if (form && !form.hasAttribute("hx-get")) {
 }
 
 // A running command: what it says comes as it says it; at the end the page is made anew.
+// A hidden tab lets go of its connection: a browser has six for a server, and a seventh tab would wait for ever.
 const log = document.querySelector("[data-events]");
 if (log && window.EventSource) {
-  const source = new EventSource(log.dataset.events);
-  let first = true;
-  source.addEventListener("log", (event) => {
-    log.textContent = (first ? "" : log.textContent) + JSON.parse(event.data);
-    first = false;
-    log.parentElement.scrollTop = log.parentElement.scrollHeight;
-  });
-  source.addEventListener("end", () => { source.close(); location.reload(); });
+  let source = null;
+  const watch = () => {
+    if (document.hidden) {
+      if (source) source.close();
+      source = null;
+      return;
+    }
+    if (source) return;
+    source = new EventSource(log.dataset.events);
+    let first = true;
+    source.addEventListener("log", (event) => {
+      log.textContent = (first ? "" : log.textContent) + JSON.parse(event.data);
+      first = false;
+      log.parentElement.scrollTop = log.parentElement.scrollHeight;
+    });
+    source.addEventListener("end", () => { source.close(); location.reload(); });
+    source.addEventListener("error", () => {
+      if (source && source.readyState === EventSource.CLOSED) setTimeout(() => location.reload(), 5000);
+    });
+  };
+  document.addEventListener("visibilitychange", watch);
+  watch();
 }
 
 // Coming from a paper's page, that paper is chosen.

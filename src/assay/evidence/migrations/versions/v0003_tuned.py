@@ -17,6 +17,7 @@ def upgrade() -> None:
         sa.Column("id", sa.String(32), nullable=False, unique=True),
         sa.Column("fingerprint", sa.Text(), nullable=False),
         sa.Column("run", sa.Text(), nullable=False),
+        sa.Column("imported", sa.Boolean(), nullable=False, server_default=sa.false()),
     )
     if op.get_bind().dialect.name == "sqlite":
         for action in ("UPDATE", "DELETE"):
