@@ -53,6 +53,7 @@ from assay.methods.serving.mobile_llm_measurement import (
     sizes_of,
     table,
     through,
+    trivial,
     why_not,
     without_text,
 )
@@ -61,7 +62,7 @@ from assay.methods.serving.mobile_llm_measurement import (
 
 
 def test_questions_are_of_the_modules_they_say():
-    questions = module_questions(24)
+    questions = module_questions(24, seed=1)
     texts = [one.text for one in questions]
     assert len(set(texts)) == 24
     assert [one.label for one in questions[:8]] == 2 * list(questions[0].choices)
@@ -76,8 +77,20 @@ def test_questions_are_of_the_modules_they_say():
         assert not any(name in one.text.lower() for name in one.choices)
         assert one.prompt == f"{head}Text: {one.text}\nModule:"  # all behind the same examples
         assert one.text not in head
-    assert module_questions(24) == questions != module_questions(24, seed=1)
-    assert len(module_questions(4, examples=4)[0].prompt) > len(questions[0].prompt)
+    assert module_questions(24, seed=1) == questions != module_questions(24, seed=2)
+    assert len(module_questions(4, examples=4, seed=1)[0].prompt) > len(questions[0].prompt)
+
+
+def test_a_prompts_form_is_chosen_on_other_texts_than_it_is_judged_on():
+    """Whatever the counts: what was shown or asked with seed 0 is never met again with another seed."""
+    seen = [
+        {line for one in module_questions(40, seed=seed) for line in one.prompt.splitlines() if line.startswith("Text")}
+        for seed in (0, 1, 2)
+    ]
+    assert all(len(texts) == 52 for texts in seen)  # 12 examples and 40 questions
+    assert not seen[0] & (seen[1] | seen[2])
+    few = {one.text for one in module_questions(8)}
+    assert not few & {one.text for one in module_questions(40, seed=3)}
 
 
 def test_a_question_without_its_text_has_the_same_examples_and_nothing_to_answer_from():
@@ -134,6 +147,7 @@ def test_the_cheapest_rival_shares_words():
     [
         ({"count": 0}, "count must be"),
         ({"count": 4000}, "docstrings that will do"),
+        ({"count": 4000, "seed": 1}, "docstrings that will do"),
         ({"count": 4, "modules": ("json",)}, "modules must be at least two"),
         ({"count": 4, "modules": ("json", "json")}, "modules must be at least two"),
         ({"count": 4, "modules": ("turtle", "../etc/passwd")}, "names of modules"),
@@ -253,6 +267,54 @@ def test_sizes_refuse(tmp_path, folder):
         sizes_of(tmp_path)
 
 
+def write_tensors(folder, shapes, **config):
+    """A folder of zeros in bfloat16 with these shapes, and a configuration."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, folder / "m.safetensors"
+    )
+    known = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}
+    (folder / "config.json").write_text(json.dumps({**known, **config}))
+    return folder
+
+
+def test_a_table_of_positions_is_not_the_embedding(tmp_path):
+    shapes = {
+        "model.embed_positions.weight": (16, 32),
+        "model.embed_tokens.weight": (64, 32),
+        "layers.0.q.weight": (32, 32),
+    }
+    found = sizes_of(write_tensors(tmp_path, shapes))
+    assert (found.format, found.head, found.parameters) == ("bf16", 64 * 32, 64 * 32 + 32 * 32)
+
+
+def test_a_mixture_of_experts_is_refused(tmp_path):
+    shapes = {"embed_tokens.weight": (64, 32), "layers.0.mlp.experts.0.w1.weight": (32, 32)}
+    with pytest.raises(ValueError, match="mixture of experts"):
+        sizes_of(write_tensors(tmp_path, shapes))
+
+
+def test_what_a_window_hides_is_in_no_bound(tmp_path):
+    """Counted pair by pair: a bound may not lie above what an engine does that heeds the window."""
+    shapes = {"embed_tokens.weight": (64, 32), "layers.0.q.weight": (32, 32)}
+    plain = sizes_of(write_tensors(tmp_path / "a", shapes))
+    seen = sizes_of(write_tensors(tmp_path / "b", shapes, sliding_window=8))
+    for config in (
+        {"sliding_window": 8, "use_sliding_window": False},
+        {"sliding_window": 8, "layer_types": ["full_attention"]},
+        {"sliding_window": None},
+    ):
+        assert sizes_of(write_tensors(tmp_path / "c", shapes, **config)).shape.window == 0
+    for tokens in (1, 7, 8, 9, 30):
+        hidden = sum(1 for query in range(tokens) for key in range(query + 1) if query - key >= 8)
+        assert plain.prefill_flops(tokens) - seen.prefill_flops(tokens) == 4 * 1 * 2 * 16 * hidden
+    near, far = (lower_bounds(seen, DEVICE, tokens, 4) for tokens in (7, 300))
+    assert near.token == far.token
+    assert lower_bounds(plain, DEVICE, 300, 4).memory - far.memory == plain.shape.cache_bytes(303 - 8)
+
+
 @pytest.mark.parametrize("format", ["bf16", "int4"])
 def test_a_grown_model_has_the_parameters_it_was_asked_for(folder, format):
     sizes = sizes_of(folder, format)
@@ -342,6 +404,8 @@ def test_two_points_are_met_and_a_prediction_is_never_below_the_bound():
         0.0, pytest.approx(math.sqrt(2 * 8 / 1.01))
     )  # alike: nothing is fixed
     assert through((1.0, 5.0), (2.0, 3.0)).fixed == 0.0  # would fall
+    assert through((1.0, 5.0), (2.0, 3.0), added=True) == Line(2.5, 1.0)
+    assert through((1.0, 5.0), (2.0, 6.0), added=True) == through((1.0, 5.0), (2.0, 6.0)) == Line(4.0, 1.0)
     assert through((1.0, 1.0), (2.0, 5.0)) == Line(-3.0, 4.0)
     assert Line(-3.0, 4.0)(0.5) == 0.5  # but never below the bound
     assert Line(0.0, 0.5)(4.0) == 4.0
@@ -357,8 +421,10 @@ def test_errors_are_those_of_cells_that_were_not_fitted():
     assert found.errors["c"] == pytest.approx({"prefill": 0, "token": 0, "memory": 0})
     assert found.errors["d"]["token"] == pytest.approx(31 / 61 - 1)
     assert found.mean("token") == pytest.approx((1 - 31 / 61) / 2)
-    assert found.largest("token") == pytest.approx(1 - 31 / 61)
+    assert found.off("token") == (1.0, pytest.approx(61 / 31))  # the second took so much more than was predicted
+    assert judged(predictor, [cell("e", 10.0, factor=1.5)]).off("token") == (pytest.approx(16 / 31), 1.0)
     assert math.isnan(judged(predictor, []).mean("token"))
+    assert judged(predictor, []).off("token") == (1.0, 1.0)
     with pytest.raises(ValueError, match="two measured cells"):
         calibrated(points[:1])
     with pytest.raises(ValueError, match="names of their own"):
@@ -369,6 +435,47 @@ def test_errors_are_those_of_cells_that_were_not_fitted():
         Figures(1.0, math.nan, 1.0)
     with pytest.raises(ValueError, match="a bound"):
         through((0.0, 1.0), (1.0, 1.0))
+
+
+def test_libraries_do_not_grow_with_the_model():
+    """Two models that weigh about the same, in a process that takes much more: a larger model takes its own bytes more, no multiple."""
+
+    def cell(name, memory):
+        return Seen(name, Figures(1.0, 1.0, memory), Figures(3.0, 3.0, memory + 5e8))
+
+    predicted = calibrated([cell("a", 1.40e8), cell("b", 1.44e8)]).predict(Figures(1.0, 1.0, 2e9))
+    assert predicted.memory == pytest.approx(2.5e9)
+    assert predicted.prefill == pytest.approx(3.0)
+
+
+def test_trivial_predictors_are_the_bound_the_mean_and_the_mean_ratio():
+    points = [
+        Seen("a", Figures(1.0, 1.0, 1.0), Figures(2.0, 3.0, 4.0)),
+        Seen("b", Figures(4.0, 4.0, 4.0), Figures(32.0, 6.0, 8.0)),
+    ]
+    found = trivial(points)
+    assert set(found) == {"the bound", "their mean", "the bound times their mean ratio"}
+    at = Figures(2.0, 2.0, 2.0)
+    assert found["the bound"].predict(at) == at
+    assert found["their mean"].predict(at) == Figures(17.0, 4.5, 6.0)
+    assert found["the bound times their mean ratio"].predict(at).prefill == pytest.approx(2 * math.sqrt(2 * 8))
+    assert found["their mean"].predict(Figures(99.0, 1.0, 1.0)).prefill == 99.0  # less is impossible
+    with pytest.raises(ValueError, match="points"):
+        trivial([])
+
+
+def test_a_line_beats_the_trivial_where_something_is_fixed_and_does_not_where_nothing_is():
+    """The comparison can go either way."""
+
+    def cell(name, x, measured):
+        return Seen(name, Figures(x, x, x), Figures(measured, measured, measured))
+
+    fixed = [cell("a", 1.0, 5.0), cell("b", 2.0, 7.0), cell("c", 3.0, 9.0)]
+    noisy = [cell("a", 1.0, 2.2), cell("b", 1.2, 1.9), cell("c", 30.0, 60.0)]  # 2x, and noise between two alike
+    for points, wins in ((fixed, True), (noisy, False)):
+        ours = judged(calibrated(points[:2]), points[2:]).mean("memory")
+        rivals = [judged(one, points[2:]).mean("memory") for one in trivial(points[:2]).values()]
+        assert (ours < min(rivals)) == wins
 
 
 # ------------------------------------------------------------------------------------------------------------------- verdicts
@@ -400,7 +507,7 @@ def row(
     ran = status == "ok"
     return Row(
         name, "m", "int4", "e", "s", "device", 1, 1, status, "" if ran else "why", {"seconds": cold, "unaccounted": 0.0} if ran else None,
-        answers if ran else [], ["t"], accuracy, failures, 0.5, [True], True, memory, None, joules, price, available,
+        answers if ran else [], ["t"], accuracy, failures, 0.5, [True], True, memory, memory, None, joules, price, available,
     )  # fmt: skip
 
 
@@ -464,6 +571,9 @@ def test_a_limit_is_on_the_figure_it_names():
         Limits(seconds=math.nan)
     with pytest.raises(TypeError, match="accuracy"):
         Limits(accuracy="high")
+    for share in ("accuracy", "available", "parse_failures"):
+        with pytest.raises(ValueError, match=share):
+            Limits(**{share: 60.0})  # per cent, where a share is meant
 
 
 def test_nothing_on_the_front_is_beaten_and_all_else_is():
@@ -519,6 +629,8 @@ def test_the_matrix_crosses_what_goes_together():
     names = [one.name for one in found]
     assert len(set(names)) == len(names) == 4 * (2 + 2 + 1 + 1 + 1)
     assert {one.format for one in found if one.engine.name == "assay serve"} == {"as stored"}
+    with pytest.raises(ValueError, match="none has 'int3'"):
+        cells(models, sites, formats=("bf16", "int3"))
     assert [kind.name for kind in (*ALWAYS, *PEERS)] == [
         "transformers",
         "decode loop",
@@ -558,6 +670,14 @@ def test_what_cannot_be_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             deployment_matrix(**{"matrix": [cell], "questions": asked, **arguments})
+    odd = replace(cell, engine=replace(LOOP, name="odd", options={"loop": object()}))
+    with pytest.raises(TypeError, match="plain values.*odd"):  # and not behind an hour of other cells
+        deployment_matrix([cell, odd], asked, say=lambda name: pytest.fail(f"{name} was run"))
+
+
+def test_every_engine_says_its_precision_in_every_format():
+    for kind in (*ALWAYS, *PEERS):
+        assert set(kind.precision) == set(kind.formats)
 
 
 def test_a_peer_that_is_not_there_is_a_gap(tmp_path):

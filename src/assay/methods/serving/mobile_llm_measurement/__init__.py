@@ -3,10 +3,11 @@
 After "Are We There Yet? A Measurement Study of Efficiency for LLM Applications on Mobile Devices" (arXiv 2504.00002), which runs one
 application in all three places. We know its abstract only; the design is ours:
 
-    model = Model("smollm2", folder)
-    phone = Site("phone", threads=1, memory_bytes=1 << 30)
-    cloud = Site("cloud", "cloud", threads=2, link=Link(bandwidth=2.5e6, latency=0.05), price=0.5)
-    rows = deployment_matrix(cells([model], [phone, cloud]), module_questions(24))
+    model = Model("smollm2", "path/to/a/folder/of/safetensors")
+    phone = Site("phone", threads=1, memory_bytes=2 << 30)
+    cloud = Site("cloud", "cloud", threads=2, link=Link(bandwidth=2.5e6, latency=0.05), price=0.5, offline=0.01)
+    matrix = cells([model], [phone, cloud], engines=[TRANSFORMERS, LOOP], formats=["bf16", "int4"])
+    rows = deployment_matrix(matrix, module_questions(12), say=print)
     print(table(rows))
     recommend(rows, {"in a second": Limits(seconds=1.0), "offline too": Limits(available=1.0, memory_bytes=1 << 30)})
 
@@ -15,8 +16,8 @@ application in all three places. We know its abstract only; the design is ours:
   limit, and gives a `Row`: cold and warm times in parts that add up, memory, accuracy and parse failures on a task with known answers.
   What cannot run is a row too, and says why.
 - `Limits`, `feasible`, `pareto`, `recommend`, `table`: which to take.
-- `sizes_of`, `lower_bounds`, `calibrated`, `judged`: memory and latency of a cell that was not run, from two that were, with the error
-  on cells held out.
+- `sizes_of`, `lower_bounds`, `calibrated`, `judged`, `trivial`: memory and latency of a cell that was not run, from two that were, with
+  the error on cells held out, and that of predictors which need no thought.
 
 Links are imitated on this machine (`LinkProxy`); no phone and no network is measured. Devices and links are those of
 `assay.methods.core.fleet.hardware`.
@@ -71,6 +72,7 @@ from assay.methods.serving.mobile_llm_measurement.predictor import (
     judged,
     lower_bounds,
     through,
+    trivial,
 )
 from assay.methods.serving.mobile_llm_measurement.questions import (
     MODULES,
@@ -142,6 +144,7 @@ __all__ = [
     "starting",
     "table",
     "through",
+    "trivial",
     "why_not",
     "without_text",
 ]

@@ -39,7 +39,7 @@ POLL_SECONDS = 0.05
 class Answer:
     """An answer with its seconds: `parts` by their own marks, `first` (until its first text was there) and `seconds` by the asker's clock.
 
-    `sent` and `received` are bytes over the link. `cached` tokens of the prompt were not computed again.
+    `sent` and `received` are bytes over the link, 0 without one. `cached` tokens of the prompt were not computed again.
     """
 
     text: str
@@ -57,11 +57,6 @@ class Answer:
         """The share of the seconds that no part claims; negative where parts overlap."""
         return 1 - sum(self.parts.values()) / self.seconds
 
-    @property
-    def itl(self) -> float | None:
-        """Seconds between two tokens on average; None for a single one."""
-        return (self.seconds - self.first) / (self.new_tokens - 1) if self.new_tokens > 1 else None
-
 
 class Session(Protocol):
     """An engine that is loaded and answers."""
@@ -69,6 +64,8 @@ class Session(Protocol):
     def ask(self, prompt: str, new_tokens: int) -> Answer: ...
 
     def peak_bytes(self) -> int: ...
+
+    def held_bytes(self) -> int: ...
 
     def close(self) -> None: ...
 
@@ -98,6 +95,12 @@ class LocalSession:
         from assay.measure.child import peak_resident
 
         return peak_resident()
+
+    def held_bytes(self) -> int:
+        """The resident memory of this process now."""
+        from assay.measure.child import resident
+
+        return resident()
 
     def close(self) -> None:
         pass
@@ -165,6 +168,10 @@ class HttpSession:
     def peak_bytes(self) -> int:
         """The most resident memory that the server's process ever had, with those it started; 0 for a server that was there before."""
         return 0 if self.process is None else self.process.peak_bytes()
+
+    def held_bytes(self) -> int:
+        """The resident memory of the server's process and of those it started, now; 0 for a server that was there before."""
+        return 0 if self.process is None else self.process.held_bytes()
 
     def ask(self, prompt: str, new_tokens: int) -> Answer:
         """Raises RuntimeError for an error of the server's or an answer of another length, OSError when it is gone."""
@@ -291,6 +298,13 @@ class Process:
             self._peak = max(self._peak, own + children)
         return self._peak
 
+    def held_bytes(self) -> int:
+        """The resident memory that it and its children have now; 0 once it has ended."""
+        with contextlib.suppress(psutil.Error, OSError):
+            process = psutil.Process(self.pid)
+            return int(sum(one.memory_info().rss for one in (process, *process.children(recursive=True))))
+        return 0
+
     def end(self) -> None:
         """End it and what it started: with a signal it may act on, then without. Nothing happens a second time."""
         family: list[psutil.Process] = []
@@ -383,7 +397,7 @@ def starting(
         },
         "model": {"folder": folder, "gguf": gguf, "format": format, "threads": threads},
         "parent": os.getpid(),
-        "spawned": time.time(),
+        "spawned": time.perf_counter(),  # of all processes of this machine alike, and nobody sets it
     }
     command = [sys.executable, "-P", "-m", f"{__package__}.host", json.dumps(asked)]
     return Starting(kind.name, Process(command, threads=threads, piped=True), link, timeout)

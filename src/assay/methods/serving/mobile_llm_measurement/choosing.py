@@ -13,7 +13,8 @@ from assay.methods.serving.mobile_llm_measurement.matrix import Row
 class Limits:
     """What a cell may cost and must do; None is no limit. What a row does not have (joules without a counter) fails a limit on it.
 
-    `seconds` bounds the 95th percentile of the warm answers, `cold_seconds` the cold one.
+    `seconds` bounds the 95th percentile of the warm answers, `cold_seconds` the cold one; `accuracy`, `parse_failures` and `available` are
+    shares, 0 to 1. Raises ValueError or TypeError for a limit out of range.
     """
 
     memory_bytes: float | None = None
@@ -28,10 +29,11 @@ class Limits:
     def __post_init__(self) -> None:
         for one in fields(self):
             if getattr(self, one.name) is not None:
-                checks.number(one.name, getattr(self, one.name), low=0)
+                checks.number(one.name, getattr(self, one.name), low=0, high=1 if one.name in SHARES else None)
 
 
 AT_LEAST = ("accuracy", "available")
+SHARES = (*AT_LEAST, "parse_failures")
 
 
 def measured(row: Row) -> dict[str, float | None]:

@@ -34,7 +34,8 @@ class EngineKind:
 
     `opener` ("module:function") makes it in the cell's process; `command` starts a server of its own that speaks /v1/completions, with
     {python}, {folder}, {gguf}, {port} and {threads} replaced. `formats` are those it has, `needs` the modules without which it is a gap
-    in the table, `wants_gguf` says that it reads a GGUF file. `extra` are further fields of a request to the server.
+    in the table, `wants_gguf` says that it reads a GGUF file. `extra` are further fields of a request to the server. `precision` says, for
+    each format, in what numbers it holds weights and cache and computes.
     """
 
     name: str
@@ -45,6 +46,7 @@ class EngineKind:
     needs: tuple[str, ...] = ()
     wants_gguf: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
+    precision: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if bool(self.opener) == bool(self.command):
@@ -151,6 +153,8 @@ def open_transformers(
     model, tokenizer = _loaded(folder, getattr(torch, DTYPES[format]))
     context = TuneContext(goal="decode", prompt_tokens=128, new_tokens=32)
     packed = format in ("int8", "int4")
+    if packed:
+        _owned(model)
     if loop:
         settings = {"weights": format, "keep_prefill_weights": not packed}
         settings |= {"cache": "float32" if format == "fp32" else "bfloat16"}
@@ -159,6 +163,16 @@ def open_transformers(
         settings = {"bits": 8 if format == "int8" else 4, "head_bits": 8}
         model = importlib.import_module(WEIGHT_ONLY).transform.apply(model, settings, context)
     return TransformersEngine(model, tokenizer)
+
+
+def _owned(model: Any) -> None:
+    """Copy what will not be packed, embedding and norms: as views of the loaded file they would keep all of it in memory."""
+    from torch import nn
+
+    for module in model.modules():
+        if not isinstance(module, nn.Linear):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.clone()
 
 
 def _loaded(folder: str, dtype: Any) -> tuple[Any, Any]:
@@ -244,9 +258,30 @@ while True:
     time.sleep(3600)
 """
 
-TRANSFORMERS = EngineKind("transformers", ("fp32", "bf16", "int8", "int4"), opener=f"{__name__}:open_transformers")
+PACKED = {
+    "int8": "linear layers and the projection onto the vocabulary in 8 bits, inputs rounded to 8 bits, all else in float32",
+    "int4": "linear layers in 4 bits, the projection onto the vocabulary in 8, inputs rounded to 8 bits, all else in float32",
+}
+TRANSFORMERS = EngineKind(
+    "transformers",
+    ("fp32", "bf16", "int8", "int4"),
+    opener=f"{__name__}:open_transformers",
+    precision={
+        "fp32": "all in float32",
+        "bf16": "all in bfloat16",
+        **{format: f"{words}, the cache too" for format, words in PACKED.items()},
+    },
+)
 LOOP = EngineKind(
-    "decode loop", ("fp32", "bf16", "int8", "int4"), opener=f"{__name__}:open_transformers", options={"loop": True}
+    "decode loop",
+    ("fp32", "bf16", "int8", "int4"),
+    opener=f"{__name__}:open_transformers",
+    options={"loop": True},
+    precision={
+        "fp32": "all in float32",
+        "bf16": "weights and cache in bfloat16; prompts are computed in it, tokens in float32",
+        **{format: f"{words}, but the cache in bfloat16" for format, words in PACKED.items()},
+    },
 )
 ASSAY_SERVE = EngineKind(
     "assay serve",
@@ -267,6 +302,7 @@ ASSAY_SERVE = EngineKind(
     ),
     needs=("fastapi", "uvicorn"),
     extra={"ignore_eos": True},
+    precision={"as stored": "weights as the files hold them, unrounded, in our compiled loop"},
 )
 LLAMA_CPP = EngineKind(
     "llama.cpp",
@@ -275,9 +311,15 @@ LLAMA_CPP = EngineKind(
     needs=("xllamacpp",),
     wants_gguf=True,
     extra={"ignore_eos": True, "cache_prompt": False},
+    precision={"gguf": "weights in the file's own blocks, inputs rounded to 8 bits"},
 )
 OPENVINO = EngineKind(
-    "openvino-genai", ("gguf",), opener=f"{__name__}:open_openvino", needs=("openvino_genai",), wants_gguf=True
+    "openvino-genai",
+    ("gguf",),
+    opener=f"{__name__}:open_openvino",
+    needs=("openvino_genai",),
+    wants_gguf=True,
+    precision={"gguf": "weights as the runtime makes them of the file's blocks"},
 )
 ALWAYS = (TRANSFORMERS, LOOP, ASSAY_SERVE)
 PEERS = (LLAMA_CPP, OPENVINO)

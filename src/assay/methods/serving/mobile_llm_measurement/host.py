@@ -23,6 +23,7 @@ from assay.methods.serving.mobile_llm_measurement.asking import Marks
 from assay.methods.serving.mobile_llm_measurement.engines import Engine, EngineKind, opened
 
 LARGEST = 1 << 20  # bytes of a request
+LONGEST = 1 << 16  # tokens of an answer
 
 
 class _Left(Exception):
@@ -87,7 +88,7 @@ class Box:
         """One request, in a thread of its own."""
         try:
             job = _job(handler)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             return _refuse(handler, error)
         self.line.put(job)
         try:
@@ -119,7 +120,7 @@ def _job(handler: BaseHTTPRequestHandler) -> Job:
         raise ValueError("a request has a text as its prompt")
     if not body.get("stream"):
         raise ValueError("answers are streamed: stream must be true")
-    return Job(body["prompt"], checks.whole("max_tokens", body.get("max_tokens"), low=1))
+    return Job(body["prompt"], checks.whole("max_tokens", body.get("max_tokens"), low=1, high=LONGEST))
 
 
 def _refuse(handler: BaseHTTPRequestHandler, error: Exception) -> None:
@@ -143,7 +144,7 @@ def main(asked: dict[str, Any]) -> None:
     told = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is none of the one line
     began = time.perf_counter()
-    start = time.time() - asked["spawned"]
+    start = began - asked["spawned"]
     kind = asked["kind"]
     engine = opened(
         EngineKind(kind["name"], tuple(kind["formats"]), opener=kind["opener"], options=kind["options"]),

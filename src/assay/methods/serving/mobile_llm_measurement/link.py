@@ -113,7 +113,9 @@ class LinkProxy:
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         found = Crossing()
-        self._known[int(writer.get_extra_info("peername")[1])] = found
+        port = int(writer.get_extra_info("peername")[1])
+        self._known.pop(port, None)  # an earlier connection's: this one is the newest
+        self._known[port] = found
         while len(self._known) > KEPT:
             self._known.popitem(last=False)
         other: asyncio.StreamWriter | None = None

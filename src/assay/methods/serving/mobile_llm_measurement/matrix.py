@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -93,10 +94,11 @@ class Row:
     "out of memory", "timeout", "failed".
 
     `cold` is the first answer of a fresh process, with its start and the loading of the model in it; `warm` are the others, in the order
-    they came, without. Each has its parts and `unaccounted`, the share of its seconds that they leave. `peak_bytes` is the
-    resident memory of the model's process at its highest, loading included. `texts` are the answers of the first run, `same` says
-    whether the first prompt, asked again in the end, had the same answer as in the beginning. `slowdown` is the last run's time over the
-    first's, question by question (median): above 1 where a device throttles. `joules` of an answer, None where no counter can be read.
+    they came, without. Each has its parts and `unaccounted`, the share of its seconds that they leave. `peak_bytes` is the resident memory
+    of the model's process at its highest, loading included, `held_bytes` what it holds behind the last answer. `texts` are the answers of
+    the first run, `same` says whether the first prompt, asked again in the end, had the same answer as in the beginning. `slowdown` is the
+    last run's time over the first's, question by question (median): above 1 where a device throttles. `joules` of an answer, None where
+    no counter can be read.
     """
 
     cell: str
@@ -118,6 +120,7 @@ class Row:
     right: list[bool] = field(default_factory=list)
     same: bool | None = None
     peak_bytes: int = 0
+    held_bytes: int = 0
     slowdown: float | None = None
     joules: float | None = None
     price: float = 0.0
@@ -165,7 +168,13 @@ def cells(
     engines: Sequence[EngineKind] = (*ALWAYS, *PEERS),
     formats: Sequence[str] = (),
 ) -> list[Cell]:
-    """All cells of a matrix, engines and formats as they go together. `formats` leaves out others of engines that have some of them."""
+    """All cells of a matrix, engines and formats as they go together.
+
+    Of engines that have some of `formats` the others are left out; one that has none of them (a server that takes a model as it is stored)
+    stays as it is. Raises ValueError for a format that no engine has.
+    """
+    if unknown := sorted(set(formats) - {name for engine in engines for name in engine.formats}):
+        raise ValueError(f"formats must be of the engines' own, none has {unknown[0]!r}")
     found = []
     for model in models:
         for site in sites:
@@ -188,7 +197,8 @@ def deployment_matrix(
 
     Each cell has a fresh process (a server's has one more), which a failure, a time limit (seconds) or the site's memory limit
     ends alone. Cells run one after the other; nothing else should run meanwhile. Every prompt begins with a number of its own, so that no
-    engine answers from what it kept of another. Raises ValueError or TypeError for arguments out of range, before anything runs.
+    engine answers from what it kept of another. Raises ValueError or TypeError for arguments out of range, and for a cell that is no JSON
+    (an engine's options travel to its process as such), before anything runs.
 
     When NOT to use it: to compare two settings of one engine closely; `assay tune` times them in turns.
     """
@@ -203,6 +213,10 @@ def deployment_matrix(
     for cell in matrix:
         if not Path(cell.model.folder).is_dir():
             raise ValueError(f"folder of {cell.model.name!r} must be a folder, got {cell.model.folder!r}")
+        try:
+            json.dumps(asdict(cell))
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"matrix must hold cells of plain values, {cell.name!r} has others: {error}") from None
     rows = []
     for cell in matrix:
         if say is not None:
@@ -226,7 +240,7 @@ def _row(cell: Cell, questions: list[Question], new_tokens: int, repeats: int, t
             "new_tokens": new_tokens,
             "repeats": repeats,
             "timeout": timeout,
-            "spawned": time.time(),
+            "spawned": time.perf_counter(),  # of all processes of this machine alike, and nobody sets it
         },
         timeout_s=timeout,
         memory_bytes=cell.site.memory_bytes,
@@ -260,8 +274,8 @@ def run_cell(
     cell: dict[str, Any], prompts: list[str], new_tokens: int, repeats: int, timeout: float, spawned: float
 ) -> dict[str, Any]:
     """One cell, in its own process: its cold answer, its warm ones, and what it took, as JSON."""
-    start = time.time() - spawned
     begin = time.perf_counter()
+    start = begin - spawned
     with _placed(cell, timeout) as (session, parts, local):
         if local:  # this process is the one that had to start
             begin, parts = begin - start, {"start": start, **parts}
@@ -273,7 +287,7 @@ def run_cell(
         with EnergyMeter() as meter:
             warm = list(_answers(session, prompts, asked, new_tokens, cell["clients"]))
         same = session.ask(first, new_tokens).text == answer.text
-        peak = session.peak_bytes()
+        peak, held = session.peak_bytes(), session.held_bytes()
     count = len(prompts)
     return {
         "cold": cold,
@@ -283,6 +297,7 @@ def run_cell(
         "texts": [one.text for one in warm[:count]],
         "same": same,
         "peak_bytes": peak,
+        "held_bytes": held,
         "slowdown": _slowdown(warm, count, repeats),
         "joules": None if meter.joules is None else meter.joules / len(warm),
     }

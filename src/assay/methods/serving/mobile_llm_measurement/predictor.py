@@ -3,13 +3,15 @@
 The lower bounds are the roofline's: a prompt takes its operations at the device's peak or the reading of the weights, whichever is
 longer; a token the reading of weights and cache, or its operations; memory is weights and cache. They are below any measurement, unless
 the device's peaks are too low. What an engine makes of a bound, something fixed and a factor, is found from two measured cells and
-judged on others: `Judged` holds the errors, which belong beside every prediction.
+judged on others: `Judged` holds the errors, which belong beside every prediction, and beside them those of `trivial` predictors, which it
+must beat to be worth its two cells.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from assay import checks
@@ -49,7 +51,8 @@ def lower_bounds(sizes: Sizes, device: Device, prompt_tokens: int, new_tokens: i
     new = checks.whole("new_tokens", new_tokens, low=1)
     shape = sizes.shape
     prefill = device.seconds(sizes.prefill_flops(prompt), sizes.step_bytes)
-    token = device.seconds(shape.step_flops([prompt + 1]), shape.step_bytes([prompt + 1]))
+    seen = min(prompt + 1, shape.window or prompt + 1)
+    token = device.seconds(shape.step_flops([seen]), shape.step_bytes([seen]))
     return Figures(prefill, token, sizes.resident + shape.cache_bytes(prompt + new - 1))
 
 
@@ -64,12 +67,13 @@ class Line:
         return max(bound, self.fixed + self.factor * bound)
 
 
-def through(first: tuple[float, float], second: tuple[float, float]) -> Line:
+def through(first: tuple[float, float], second: tuple[float, float], *, added: bool = False) -> Line:
     """The line through two points (bound, measured).
 
-    Where the bounds are alike within 5 %, or the line would not rise, it is the proportional one of the mean ratio (geometric) instead:
-    noise made it so. What is fixed may be below 0: an engine that loads a model in float32 to pack it takes more for each byte of its
-    layers than for one of its embedding. Raises ValueError for bounds or measurements that are not above 0.
+    Where the bounds are alike within 5 %, or the line would not rise, noise made it so. It is then the proportional one of the mean ratio
+    (geometric) instead, or with `added` the bound and the mean of what was measured beside it. What is fixed may be below 0: an engine that
+    loads a model in float32 to pack it takes more for each byte of its layers than for one of its embedding. Raises ValueError for bounds
+    or measurements that are not above 0.
 
     >>> through((1.0, 5.0), (3.0, 9.0))
     Line(fixed=3.0, factor=2.0)
@@ -83,7 +87,7 @@ def through(first: tuple[float, float], second: tuple[float, float]) -> Line:
         factor = (v - y) / (u - x)
         if factor > 0:
             return Line(y - factor * x, factor)
-    return Line(0.0, math.sqrt(y / x * v / u))
+    return Line((y - x + v - u) / 2, 1.0) if added else Line(0.0, math.sqrt(y / x * v / u))
 
 
 @dataclass(frozen=True)
@@ -114,15 +118,41 @@ class Seen:
 
 
 def calibrated(points: Sequence[Seen]) -> Predictor:
-    """The predictor through two measured cells of one engine. Raises ValueError for any other number of them."""
+    """The predictor through two measured cells of one engine. Raises ValueError for any other number of them.
+
+    Where two cells cannot tell, times are taken to be in proportion to their bounds, and memory to be the bound and what the libraries
+    take, whatever the model.
+    """
     if len(points) != 2:
         raise ValueError(f"points must be two measured cells, got {len(points)}")
     first, second = points
     lines = (
-        through(*((getattr(one.bounds, name), getattr(one.measured, name)) for one in (first, second)))
+        through(
+            *((getattr(one.bounds, name), getattr(one.measured, name)) for one in (first, second)),
+            added=name == "memory",
+        )
         for name in NAMES
     )
     return Predictor(*lines)
+
+
+def trivial(points: Sequence[Seen]) -> dict[str, Predictor]:
+    """What a predictor of two cells must beat: the bound itself (bytes over bandwidth, operations over peak), the mean of the two, and the
+    bound times the mean of their ratios to it (geometric). None of them foretells less than the bound. Raises ValueError without points.
+    """
+    if not points:
+        raise ValueError("points must hold at least one measured cell, got none")
+
+    def lines(of: Callable[[list[tuple[float, float]]], Line]) -> Predictor:
+        return Predictor(*(of([(getattr(p.bounds, n), getattr(p.measured, n)) for p in points]) for n in NAMES))
+
+    return {
+        "the bound": lines(lambda seen: Line(0.0, 1.0)),
+        "their mean": lines(lambda seen: Line(statistics.fmean(y for _, y in seen), 0.0)),
+        "the bound times their mean ratio": lines(
+            lambda seen: Line(0.0, statistics.geometric_mean(y / x for x, y in seen))
+        ),
+    }
 
 
 @dataclass(frozen=True)
@@ -136,9 +166,10 @@ class Judged:
         sizes = [abs(one[name]) for one in self.errors.values()]
         return sum(sizes) / len(sizes) if sizes else math.nan
 
-    def largest(self, name: str) -> float:
-        """The largest size of an error of a figure; NaN where there is none."""
-        return max((abs(one[name]) for one in self.errors.values()), default=math.nan)
+    def off(self, name: str) -> tuple[float, float]:
+        """By what factors the measurements lay below and above the predictions at most: (1, 1) where they agree, or there are none."""
+        factors = [1 / (1 + one[name]) for one in self.errors.values()]
+        return min([1.0, *factors]), max([1.0, *factors])
 
 
 def judged(predictor: Predictor, held_out: Sequence[Seen]) -> Judged:

@@ -77,8 +77,8 @@ def module_questions(
     """`count` questions, the modules in turn, each behind the same `examples` solved ones a module.
 
     Texts are docstrings of public classes and functions, on one line, cut to `longest` characters, less those that name one of the
-    modules; no text occurs twice, and none of the examples is asked. Raises ValueError where a module's source is not here or has too
-    few docstrings.
+    modules; no text occurs twice, and none of the examples is asked. Half of a module's texts are those of seed 0, to choose a prompt's
+    form on; the other seeds draw from the other half. Raises ValueError where a module's source is not here or has too few docstrings.
     """
     count, examples = checks.whole("count", count, low=1), checks.whole("examples", examples, low=1)
     longest, seed = checks.whole("longest", longest, low=SHORTEST), checks.whole("seed", seed, low=0)
@@ -90,11 +90,17 @@ def module_questions(
     taken: set[str] = set()
     for name in names:
         texts = [text for text in _texts(name, longest) if not _names(text, names) and text not in taken]
-        if len(texts) < wanted:
-            raise ValueError(f"{name} has {len(texts)} docstrings that will do, {wanted} are needed: ask for fewer")
-        random.Random(f"{name} {seed}").shuffle(texts)
-        chosen[name] = texts[:wanted]
         taken |= set(texts)
+        random.Random(f"{name} 0").shuffle(texts)
+        half = len(texts) // 2
+        texts = texts[half:] if seed else texts[:half]
+        if len(texts) < wanted:
+            raise ValueError(
+                f"half of {name} has {len(texts)} docstrings that will do, {wanted} are needed: ask for fewer"
+            )
+        if seed:
+            random.Random(f"{name} {seed}").shuffle(texts)
+        chosen[name] = texts[:wanted]
     shown = [_solved(chosen[name][number], name) for number in range(examples) for name in names]
     random.Random(f"examples {seed}").shuffle(shown)  # a small model says what it was shown last
     head = f"Each text is from one of {', '.join(names[:-1])} and {names[-1]}.\n\n" + "".join(shown)

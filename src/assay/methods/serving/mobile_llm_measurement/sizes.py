@@ -37,8 +37,12 @@ class Sizes:
         return self.shape.parameters * self.shape.weight_bytes
 
     def prefill_flops(self, tokens: int) -> float:
-        """Operations of a prompt (two a multiply-add) of which only the last token is projected onto the vocabulary."""
-        return self.shape.prefill_flops(tokens) - 2.0 * self.head * (tokens - 1)
+        """Operations of a prompt (two a multiply-add) of which only the last token is projected onto the vocabulary, and no token looks
+        further back than the window, if there is one."""
+        shape = self.shape
+        beyond = max(tokens - shape.window, 0) if shape.window else 0
+        unseen = 4.0 * shape.layers * shape.heads * shape.head_dim * beyond * (beyond + 1) / 2
+        return shape.prefill_flops(tokens) - 2.0 * self.head * (tokens - 1) - unseen
 
 
 def sizes_of(folder: str | Path, format: str = "as stored", *, gguf: str | Path | None = None) -> Sizes:
@@ -46,8 +50,9 @@ def sizes_of(folder: str | Path, format: str = "as stored", *, gguf: str | Path 
 
     "fp32" and "bf16" hold all weights so; "int8" and "int4" hold the linear layers packed (a scale for 32 weights, for "int4" a minimum
     too), the projection onto the vocabulary in 8 bits, and the embedding, which a token is looked up in, in float32. "as stored" is the
-    one of the first two that the files have; "gguf" are the tensors of the file `gguf` as they lie there. Raises ValueError for a format
-    it does not know, and for a folder that lacks what it needs.
+    one of the first two that the files have; "gguf" are the tensors of the file `gguf` as they lie there. Where some layers see a window
+    only, all are taken to: what follows from the sizes is a lower bound. Raises ValueError for a format it does not know, for a folder
+    that lacks what it needs, and for a mixture of experts, of whose weights a token reads a part.
     """
     from assay.methods.core.quantize.formats import FORMATS  # torch: not in a process that only asks
 
@@ -59,9 +64,12 @@ def sizes_of(folder: str | Path, format: str = "as stored", *, gguf: str | Path 
         if most not in STORED:
             raise ValueError(f"format must be named for weights that are stored as {most}")
         format = STORED[most]
-    embedding = next((shape for name, shape in shapes.items() if "embed" in name and len(shape) == 2), None)
-    if embedding is None:
+    if experts := next((name for name in shapes if ".experts." in name), None):
+        raise ValueError(f"{folder} holds a mixture of experts ({experts}), of whose weights a token reads a part")
+    tables = [shape for name, shape in shapes.items() if "embed" in name and len(shape) == 2]
+    if not tables:
         raise ValueError(f"{folder} has no embedding of tokens among its tensors")
+    embedding = max(tables)  # there are fewer positions than tokens
     head = shapes.get("lm_head.weight")
     tied = head is None or bool(config.get("tie_word_embeddings", False))
     projected = embedding if head is None else head
@@ -93,14 +101,15 @@ def sizes_of(folder: str | Path, format: str = "as stored", *, gguf: str | Path 
         parameters=parameters,
         weight_bytes=step / parameters,
         kv_bytes=kv,
+        window=_window(config),
     )
     return Sizes(shape, projected[0] * projected[1], of_head, resident, format)
 
 
 def grown(sizes: Sizes, parameters: float) -> Sizes:
     """A model of the same format with so many parameters, its layers' widths and number grown by the same factor (our choice), its
-    vocabulary kept. What is twice as wide and twice as deep has eight times the parameters in its layers. Raises ValueError for fewer
-    parameters than it has.
+    vocabulary kept, and the width of its heads and the number of those of keys and values. What is twice as wide and twice as deep has
+    eight times the parameters in its layers. Raises ValueError for fewer parameters than it has.
     """
     parameters = checks.number("parameters", parameters, low=sizes.parameters)
     shape, inner = sizes.shape, sizes.parameters - sizes.head
@@ -151,6 +160,14 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} has no config.json of a decoder: {error}") from None
     found: dict[str, Any] = config
     return found
+
+
+def _window(config: dict[str, Any]) -> int:
+    """Positions that a layer sees at most; 0 where all see everything."""
+    kinds = config.get("layer_types") or ["sliding_attention"]
+    if config.get("use_sliding_window") is False or "sliding_attention" not in kinds:
+        return 0
+    return int(config.get("sliding_window") or 0)
 
 
 def _tensors(folder: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
