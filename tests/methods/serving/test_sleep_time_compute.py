@@ -8,14 +8,12 @@ import json
 import math
 import re
 import threading
-from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from tests.tiny import tiny_model, token_ids
+from tests.tiny import tiny_model
 
 from assay.methods.serving.sleep_time_compute import (
     BUDGETS,
@@ -42,12 +40,8 @@ from assay.methods.serving.sleep_time_compute import (
     grade,
     log_probability,
     memory_key,
-    number_in,
-    pass_at_k,
-    predictability,
     reply_of,
     split,
-    worth_sleeping,
 )
 
 TABLE = "name,pears,plums\nAnn,3,14\nBob,4,1\nCid,9,26\nDee,2,53\n"
@@ -296,11 +290,62 @@ def test_several_sleeps_make_as_many_blocks_each_with_its_seed():
         agent_of(sleeps=2)
 
 
+def test_of_several_sleeps_those_count_that_came_to_a_memory():
+    model = ToolModel()
+    real, lazy = model.__call__, {5, 7}
+
+    def chat(messages, *, tools=(), seed=0, **rest):
+        if tools and seed in lazy:
+            return Reply("", 4, calls=(Call("unknown", "{}"),))
+        return real(messages, tools=tools, seed=seed, **rest)
+
+    agent = SleepTimeAgent(Store(), chat, sleeps=3, temperature=0.7, seed=5, turns=2)
+    memory = agent.prepare(TABLE)
+    assert len(memory.blocks) == 1
+    assert memory.sleep_tokens == agent.ledger.total("sleep").completion == model.counted + 2 * 2 * 4  # all are charged
+    lazy.add(6)
+    with pytest.raises(SleepError, match="2 turns"):
+        agent.prepare(OTHER)
+    assert agent.ledger.total("sleep").completion == memory.sleep_tokens + 3 * 2 * 4
+    assert agent.store.get(agent.key(OTHER)) is None
+
+
 def test_what_is_wrong_in_a_memory_is_believed():
     agent = agent_of(ToolModel(wrong=1))
     agent.prepare(TABLE)
     assert agent.answer("sum of pears?").text == "19"
     assert agent.answer("sum of pears?", memory=False).text.endswith("18")
+
+
+def test_a_memory_that_could_not_be_sent_is_refused():
+    texts = iter(["\\ud800", "\\ud83c\\udf50 3"])
+    seen = []
+
+    def chat(messages, *, tools=(), **_):
+        seen.append(messages)
+        arguments = f'{{"new_memory": "{next(texts)}"}}'
+        return Reply("", 1, calls=(Call(RETHINK, arguments), Call(FINISH, "{}")))
+
+    assert SleepTimeAgent(Store(), chat).prepare(TABLE).blocks == ("\U0001f350 3",)
+    assert "lone surrogate" in next(m["content"] for m in seen[1] if m["role"] == "tool")
+
+
+def test_an_answer_of_another_form_is_refused_and_its_context_kept_back():
+    for bad in (None, 7, "text", Reply):
+        agent = SleepTimeAgent(Store(), lambda messages, bad=bad, **_: bad)
+        with pytest.raises(TypeError, match="chat must return"):
+            agent.prepare(TABLE)
+        assert agent._at_work == {}
+        assert agent.ledger.entries == ()
+    for make in (
+        lambda: Reply(None, 1),
+        lambda: Reply(["7"], 1),
+        lambda: Call("a", {"new_memory": "x"}),
+        lambda: Call(None, "{}"),
+        lambda: Call("a", "{}", None),
+    ):
+        with pytest.raises(TypeError, match="must be text"):
+            make()
 
 
 def test_a_context_is_slept_over_once_by_however_many_threads():
@@ -391,6 +436,42 @@ def test_memories_expire_are_forgotten_and_purged(tmp_path, in_folder):
         assert list((tmp_path / "kept").iterdir()) == []
 
 
+def test_other_files_of_a_folder_are_left_alone(tmp_path):
+    now = [0.0]
+    store = Store(tmp_path, seconds=60, clock=lambda: now[0])
+    SleepTimeAgent(store, ToolModel()).prepare(TABLE)
+    (tmp_path / "notes.json").write_text("{}")
+    (tmp_path / f"{'0' * 64}.json").mkdir()
+    now[0] = 61
+    assert store.purge() == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == [f"{'0' * 64}.json", "notes.json"]
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_a_context_of_any_characters_is_kept(tmp_path, in_folder):
+    agent = SleepTimeAgent(Store(tmp_path if in_folder else None), lambda messages, **_: ("\U0001f350 = 3", 1))
+    for context in ("\U0001f350 ≥ 3\x00", "\ud800", "x" * 1_000_000):
+        agent.prepare(context)
+        assert agent.answer("?", context).slept
+
+
+def test_a_memory_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    agent = SleepTimeAgent(store, ToolModel())
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("assay.paths._fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            agent.prepare(TABLE)
+    assert list(tmp_path.iterdir()) == []
+    assert agent.ledger.total("sleep").completion == agent.chat.counted > 0
+    agent.prepare(TABLE)
+    assert agent.answer("sum of pears?").text == "18"
+
+
 def test_a_folder_is_found_again_and_damaged_files_are_not_believed(tmp_path):
     SleepTimeAgent(Store(tmp_path), ToolModel()).prepare(TABLE)
     again = SleepTimeAgent(Store(tmp_path), ToolModel())
@@ -402,6 +483,7 @@ def test_a_folder_is_found_again_and_damaged_files_are_not_believed(tmp_path):
         "[]",
         whole[:-9],
         whole.replace('"made"', '"make"'),
+        "[" * 100_000,
         '{"blocks": [1], "made": 1, "sleep_tokens": 1}',
     ):
         file.write_text(damage)
@@ -433,105 +515,7 @@ def test_the_released_form_has_the_memory_first_and_the_raw_context_too():
     assert Words("as_released").version != Words().version
 
 
-# ------------------------------------------------------------------------------------------------------ problems and grades
-
-PROBLEMS = [
-    ("A pear costs $1.50. Ann buys 4. How much does she pay?", "How much does she pay?"),
-    ("Dr. Lee sees 3 patients at 5 p.m. each day. How many in a week?", "How many in a week?"),
-    ("Bob has 2 cats. He says 'I want more!' How many has he?", "How many has he?"),
-    ("If Ann has 3 pears and eats one, how many are left?", "how many are left?"),
-    ("J. Smith has plan B. How many plans are there?", "How many plans are there?"),
-    ("A rod is 3.5 ft. long and is cut in two. Calculate the length of a piece.", "Calculate the length of a piece."),
-]
-
-
-@pytest.mark.parametrize(("problem", "question"), PROBLEMS)
-def test_the_question_is_the_last_sentence(problem, question):
-    found = split(problem)
-    assert found.question == question
-    assert found.context
-    assert " ".join(found).split() == problem.split()
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.sampled_from(
-            ["Ann has $1.50.", "Mr. Poe is 3.", "He left!", "It costs 2,000.5 dollars.", "Is it? ", "Why so..."]
-        ),
-        min_size=1,
-        max_size=5,
-    ),
-    st.sampled_from([" ", "\n", "  "]),
-)
-def test_context_and_question_are_the_problem(sentences, space):
-    problem = space.join([*sentences, "How many are 3.5 of them?"])
-    found = split(problem)
-    assert found.question == "How many are 3.5 of them?"
-    assert f"{found.context} {found.question}".split() == problem.split()
-    numbers = re.findall(r"\d+", problem)
-    assert re.findall(r"\d+", " ".join(found)) == numbers  # the answer is the same: no number was touched
-
-
-def test_the_released_splitter_cuts_numbers_and_leaves_no_context():
-    assert split("It costs $1.50. How much are 2?", variant="as_released") == ("It costs $1. 50.", "How much are 2?")
-    assert split("How much are 2 of 3?", variant="as_released").context == "."
-    assert split("One. Two.", variant="as_released") == ("One.", "Two")
-    with pytest.raises(ValueError, match="context before its question"):
-        split("How much are 2 of 3?")
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("It is 7.", 7),
-        ("$1,234.50", Fraction(2469, 2)),
-        ("so -3", -3),
-        ("5 - 3 = 2", 2),
-        ("10-4", 4),
-        ("a 3/4 share...", Fraction(3, 4)),
-        ("50%", 50),
-        ("1. 2. 3.", 3),
-        ("6 (see A4)", 6),
-        ("7 pears or 1/0", 7),
-        ("−$2.5", Fraction(-5, 2)),
-        ("work 12 #### 1,000", 1000),
-        ("0.1 + 0.2 = 0.3", Fraction(3, 10)),
-        ("12,34", 34),
-        ("none", None),
-        ("", None),
-    ],
-)
-def test_numbers_are_read_exactly(text, number):
-    assert number_in(text) == number
-
-
-@given(st.integers(-(10**6), 10**6), st.integers(0, 3))
-def test_a_number_is_graded_however_it_is_written(value, zeros):
-    decimals = f".{'0' * zeros}" if zeros else ""
-    for text in (f"{value}", f"= {value:,}{decimals}.", f"The answer is {value}{decimals}"):
-        assert grade(text, f"so it is #### {value}")
-    assert not grade(f"{value + 1}", f"{value}")
-    assert not grade(f"{value}.0000001", f"{value}")
-
-
-def test_the_released_grader_compares_texts():
-    assert grade("It is $1,200.", "#### 1200", variant="as_released")
-    assert not grade("It is 3.0", "#### 3", variant="as_released")
-    assert not grade("It is 3 ...", "#### 3", variant="as_released")  # the dots are its last number
-    assert grade("It is 3 ...", "#### 3")
-    with pytest.raises(ValueError, match="expected"):
-        grade("3", "three")
-
-
-def test_pass_at_k_is_the_chance_of_a_right_one():
-    assert pass_at_k(10, 0, 5) == 0
-    assert pass_at_k(10, 10, 1) == 1
-    assert pass_at_k(10, 3, 1) == pytest.approx(0.3)
-    draws = np.random.default_rng(0).permuted(np.tile([1] * 3 + [0] * 7, (20000, 1)), axis=1)[:, :4]
-    assert pass_at_k(10, 3, 4) == pytest.approx(draws.any(1).mean(), abs=0.02)
-    with pytest.raises(ValueError, match="k must"):
-        pass_at_k(3, 1, 4)
+# -------------------------------------------------------------------------------------------------------------- data sets
 
 
 def test_a_data_set_is_judged_with_all_its_tokens():
@@ -550,60 +534,6 @@ def test_a_data_set_is_judged_with_all_its_tokens():
     assert evaluate(agent, problems, without_question=True).accuracy == 0
     with pytest.raises(ValueError, match="problems"):
         evaluate(agent, [])
-
-
-def test_an_ordinary_problem_is_made_stateful():
-    made = Problem.of("Ann has 3 pears. She buys 1.5 more. How many has she?", "#### 4.5")
-    assert made == Problem("Ann has 3 pears. She buys 1.5 more.", "How many has she?", "#### 4.5")
-    assert Problem.of("A 1.5. B?", "1", variant="as_released").context == "A 1. 5."
-
-
-# ------------------------------------------------------------------------------------------------------------------- gate
-
-
-def test_predictability_is_the_sum_of_the_questions_log_probabilities():
-    model = tiny_model()
-    ids = token_ids(1, 12)[0].tolist()
-    context, question = ids[:7], ids[7:]
-    by_hand = 0.0
-    with torch.no_grad():
-        for n, token in enumerate(question):
-            by_hand += float(model(torch.tensor([context + question[:n]])).logits[0, -1].log_softmax(-1)[token])
-    assert log_probability(model, context, question) == pytest.approx(by_hand, rel=1e-4)
-    # what a model says itself is the most predictable
-    told = model.generate(torch.tensor([context]), max_new_tokens=3, do_sample=False, pad_token_id=0)[0, 7:].tolist()
-    assert log_probability(model, context, told) > log_probability(model, context, [(t + 1) % 97 for t in told])
-
-    def tokenizer(text, add_special_tokens=True):
-        return {"input_ids": ([1] if add_special_tokens else []) + [2 + ord(c) % 90 for c in text]}
-
-    assert predictability(model, tokenizer, "abc", "why") == pytest.approx(
-        log_probability(model, tokenizer("abc")["input_ids"], tokenizer(" why", False)["input_ids"])
-    )
-
-
-def test_the_gate_learns_that_predictable_questions_save_more():
-    rng = np.random.default_rng(0)
-    log_p = rng.uniform(-60, 0, 400)
-    saved = np.where(log_p > -30, 12.0, 0.0) + rng.normal(0, 2, 400)
-    gate = Gate.fitted(log_p.tolist(), saved.tolist())
-    assert np.all(np.diff(gate.saved) >= 0)
-    assert np.all(np.diff(gate.levels) > 0)
-    assert gate.expects(-50) < 2
-    assert gate.expects(-10) == pytest.approx(12, abs=1.5)
-    assert gate.sleeps(-10, uses=10, sleep_tokens=100)
-    assert not gate.sleeps(-50, uses=10, sleep_tokens=200)
-    assert not gate.sleeps(-10, uses=0, sleep_tokens=1)
-    assert gate.expects(-1000) == gate.saved[0]
-    weighted = sum(gate.expects(p) for p in log_p) / 400
-    assert weighted == pytest.approx(saved.mean(), abs=1e-6)  # pooling keeps the mean
-
-
-def test_sleeping_is_worth_it_when_the_uses_outweigh_the_sleep():
-    assert worth_sleeping(119, 12, 1)
-    assert not worth_sleeping(120, 12, 1)
-    assert not worth_sleeping(1, -5, 3)
-    assert worth_sleeping(11, 12, 1, t=1)
 
 
 # ------------------------------------------------------------------------------------------------------------------- idle
@@ -646,6 +576,48 @@ def test_a_context_that_fails_does_not_stop_the_others():
     assert not thread.is_alive()
     assert isinstance(sleeper.failed[OTHER], SleepError)
     assert agent.store.get(agent.key(TABLE)) is not None
+
+
+def test_no_error_ends_the_sleeping_of_the_others(tmp_path):
+    """A full disk, a chat function of another form, a program that is wrong: kept with its context, which may be added again."""
+    errors = {"1": OSError(28, "No space left on device"), "2": KeyError("choices"), "3": MemoryError()}
+
+    def chat(messages, **_):
+        error = errors.get(messages[-1]["content"][-1])
+        if error is not None:
+            raise error
+        return "7", 1
+
+    agent = SleepTimeAgent(Store(), chat)
+    sleeper = IdleSleeper(agent, lambda: True)
+    for context in ("c1", "c2", "c3", "c4"):
+        sleeper.add(context)
+    assert [sleeper.step() for _ in range(5)] == [True] * 4 + [False]
+    assert sleeper.failed == {f"c{n}": error for n, error in errors.items()}
+    assert agent.store.get(agent.key("c4")) is not None
+    errors.clear()
+    sleeper.add("c2")
+    assert sleeper.step()
+    assert set(sleeper.failed) == {"c1", "c3"}
+
+
+def test_a_context_whose_sleep_is_interrupted_waits_again():
+    asked = []
+
+    def chat(messages, **_):
+        asked.append(messages[-1]["content"])
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return "7", 1
+
+    agent = SleepTimeAgent(Store(), chat)
+    sleeper = IdleSleeper(agent, lambda: True)
+    sleeper.add("first"), sleeper.add("second")
+    with pytest.raises(KeyboardInterrupt):
+        sleeper.step()
+    assert (len(sleeper), sleeper.failed, agent._at_work) == (2, {}, {})
+    assert sleeper.step()
+    assert asked[0] == asked[1] != Words().sleep("second")[-1]["content"]
 
 
 # --------------------------------------------------------------------------------------------------------------- refusals

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import threading
 import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
@@ -46,13 +49,37 @@ class Scripted(LlamaForCausalLM):
         return out
 
 
+@contextmanager
+def serving(models, **settings):
+    """The address of assay's server of these models, on a free port."""
+    import uvicorn
+
+    from assay.server.app import create_app
+
+    app = create_app(models, **settings)
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    try:
+        for _ in range(2000):
+            if server.started:
+                break
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    finally:
+        app.state.server.stop()
+        server.should_exit = True
+        thread.join(20)
+        app.state.server.close()
+        models.close()
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """Address, model and tokenizer of a server on a free port."""
-    import uvicorn
     from tests.properties import scheduler_stand_in as stand_in
 
-    from assay.server.app import create_app
     from assay.server.models import Models
 
     folder = write_tiny_llama(tmp_path_factory.mktemp("asleep") / "tiny", context=4096)
@@ -63,23 +90,8 @@ def served(tmp_path_factory):
     for name, speaks in (("tiny", tokenizer), ("plain", plain)):
         models.add(name, model, speaks, scheduler=stand_in.Scheduler(stand_in.backend_for(model, speaks)))
     models.add("kept", LlamaForCausalLM.from_pretrained(folder).eval(), plain)
-    app = create_app(models)
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, http="h11", ws="none", log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    try:
-        for _ in range(2000):
-            if server.started:
-                break
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1", model, tokenizer
-    finally:
-        app.state.server.stop()
-        server.should_exit = True
-        thread.join(20)
-        app.state.server.close()
-        models.close()
+    with serving(models) as url:
+        yield url, model, tokenizer
 
 
 def test_it_sleeps_by_tools_and_answers_over_http(served):
@@ -164,15 +176,27 @@ def test_what_the_server_refuses_is_said(served):
         HttpChat(url, "tiny", timeout=0)
 
 
-def test_an_answer_without_counts_is_refused():
-    """Nothing could be charged."""
-    from http.server import BaseHTTPRequestHandler, HTTPServer
+def test_a_server_with_keys_is_asked_with_one():
+    from assay.server.models import Models
+
+    with serving(Models(), api_keys=["secret"]) as url:
+        assert server_idle(url, api_key="secret")()
+        for key in (None, "wrong"):
+            with pytest.raises(ConnectionError, match="answered 401"):
+                server_idle(url, api_key=key)()
+
+
+@contextmanager
+def answering(body, status=200):
+    """The address of a server that answers this to everything."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            body = b'{"choices": [{"message": {"content": "7"}}]}'
-            self.send_response(200)
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            self.do_GET()
+
+        def do_GET(self):
+            self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -181,13 +205,53 @@ def test_an_answer_without_counts_is_refused():
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:
-        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-        with HttpChat(url, "m") as chat, pytest.raises(ValueError, match="no chat completion"):
-            chat([{"role": "user", "content": "x"}])
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1"
     finally:
         server.shutdown()
         server.server_close()
         thread.join(5)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": ["7"]},
+        {"content": "\ud800"},
+        {"tool_calls": [{"function": {"name": "rethink_memory", "arguments": {"new_memory": "7"}}}]},
+        {"tool_calls": [{"function": {"name": None, "arguments": "{}"}}]},
+        {"tool_calls": [7]},
+        7,
+    ],
+)
+def test_a_message_of_another_form_is_refused(message):
+    usage = {"completion_tokens": 1, "prompt_tokens": 1}
+    body = json.dumps({"choices": [{"message": message}], "usage": usage}).encode()
+    with answering(body) as url, HttpChat(url, "m") as chat, pytest.raises(ValueError, match="no chat completion"):
+        chat([{"role": "user", "content": "x"}])
+
+
+def test_an_answer_without_counts_is_refused():
+    """Nothing could be charged."""
+    body = b'{"choices": [{"message": {"content": "7"}}]}'
+    with answering(body) as url, HttpChat(url, "m") as chat, pytest.raises(ValueError, match="no chat completion"):
+        chat([{"role": "user", "content": "x"}])
+
+
+def test_a_server_that_does_not_tell_is_named_and_one_in_trouble_is_not_idle():
+    """It would never be idle, and nobody would know why."""
+    for body in (b"vllm_requests 0\n", b"", b"assay_requests_in_progress nan\n"):
+        with answering(body) as url, pytest.raises(ConnectionError, match="does not tell"):
+            server_idle(url)()
+    with answering(b"assay_requests_in_progress 0\n", status=503) as url:
+        assert not server_idle(url)()
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://127.0.0.1/v1", "http://", "http://[", "http://a:b/v1", ""])
+def test_what_is_no_address_is_said_at_once(url):
+    with pytest.raises(ValueError, match="base_url"):
+        HttpChat(url, "m")
+    with pytest.raises(ValueError, match="base_url"):
+        server_idle(url)

@@ -2,15 +2,20 @@
 what they wrote about it before.
 
 A table is some lists of digits, a question asks for the sum of one list or of two, modulo the base: with four lists there are ten
-questions. Everything is words of a small vocabulary, a word being a token:
+questions. The lists have three or four digits, so that a question takes two to seven additions: the problems that the paper begins with
+(GSM8K) take two to eight. Everything is words of a small vocabulary, a word being a token:
 
-    table A1=3 A2=5 ... D4=0 w3 AB              -> A1=3 A1:3 A2=5 A2:2 ... B4:1 A=4 B=1 AB=5 .   each cell read and added (budget 3)
-    table A1=3 A2=5 ... D4=0 w0 AB              -> 5 .                                           the answer alone (budget 0)
-    table A1=3 A2=5 ... D4=0 sleep              -> A1=3 A1:3 ... D4:0 A=4 B=1 AB=5 A=4 C=2 AC=0 ... CD=2 .
-    table A1=3 ... D4=0 memory A=4 B=1 AB=5 ... w0 AB -> 5 .
+    table A1=3 A2=5 ... D4=0 w3 AB              -> A1=3 A2=5 A2:2 A3=4 A=0 B1=1 ... B=1 AB=1 .   each cell read and added (budget 3)
+    table A1=3 A2=5 ... D4=0 w2 AB              -> A2:2 A=0 B2:3 B=1 AB=1 .                      added without reading it out
+    table A1=3 A2=5 ... D4=0 w1 AB              -> A=0 B=1 AB=1 .                                the sum of each list at once
+    table A1=3 A2=5 ... D4=0 w0 AB              -> 1 .                                           the answer at once
+    table A1=3 A2=5 ... D4=0 sleep              -> A1=3 A2=5 A2:2 A3=4 A=0 B1=1 ... D=2 .
+    table A1=3 ... D4=0 memory A=0 B=1 C=5 D=2 w1 AB -> A=0 B=1 AB=1 .                           the sums looked up and added
+    table A1=3 ... D4=0 memory A=0 B=1 C=5 D=2 w0 AB -> 1 .                                      the answer at once
 
-One model learns all of it at once, as many rows of each kind in every step, because in the paper too one model sleeps, thinks and answers.
-What the controls need is learnt beside it in the same way.
+A memory has no answer to a question about two lists: whoever sleeps does not know which are asked about. Which of the budgets are enough,
+without a memory and behind one, is what the models decide. One model learns all of it at once, as many rows of each kind in every
+step, because in the paper too one model sleeps, thinks and answers. What the controls need is learnt beside it in the same way.
 """
 
 from __future__ import annotations
@@ -35,26 +40,28 @@ from assay.methods.serving.sleep_time_compute import FINISH, RETHINK, Call, Mess
 SEARCH = "sleep_time_compute/tables"
 Recipe = Mapping[str, Any]
 RECIPE: dict[str, Any] = {
-    "lists": 4, "values": 4, "base": 6,
-    "width": 64, "layers": 2, "heads": 2, "steps": 1000, "rows": 6,  # rows of each kind in a step
+    "values": [3, 3, 4, 4], "base": 6,  # digits of each list
+    "width": 64, "layers": 2, "heads": 2, "steps": 1200, "rows": 6,  # rows of each kind in a step
     "seeds": 4, "contexts": 100,
 }  # fmt: skip
 FULL: dict[str, Any] = {
-    **RECIPE, "values": 8, "width": 256, "layers": 4, "heads": 8, "steps": 6000, "rows": 12, "seeds": 5, "contexts": 400,
+    **RECIPE, "width": 256, "layers": 4, "heads": 8, "steps": 6000, "rows": 12, "seeds": 5, "contexts": 400,
 }  # fmt: skip
-SMOKE: dict[str, Any] = {**RECIPE, "values": 2, "width": 32, "layers": 2, "steps": 10, "seeds": 3, "contexts": 5}
+SMOKE: dict[str, Any] = {**RECIPE, "values": [1, 2, 2, 2], "width": 32, "steps": 10, "seeds": 3, "contexts": 5}
 LEVELS = 4
+SHORT = (0, 1)
+"""Budgets without thinking: those that are asked behind a memory. The others would work out again what the memory holds."""
 KINDS = (
     *(f"budget {level}" for level in range(LEVELS)),
     "sleep",
-    "memory",
-    "memory of another table",
+    *(f"memory, budget {level}" for level in SHORT),
+    "memory of another table",  # the controls, at both short budgets
     "table twice",
     "memory only",
 )
 TOGETHER = (  # kinds of about the same length run in one batch
     ("budget 0", "budget 1", "budget 2", "memory only"),
-    ("budget 3", "memory", "memory of another table"),
+    ("budget 3", "memory, budget 0", "memory, budget 1", "memory of another table"),
     ("table twice", "sleep"),
 )
 ASKED_NOTHING = -100
@@ -65,15 +72,25 @@ Table = Sequence[Sequence[int]]
 # ----------------------------------------------------------------------------------------------------------------- the task
 
 
+def names(recipe: Recipe) -> str:
+    """The lists."""
+    return NAMES[: len(recipe["values"])]
+
+
 def questions(recipe: Recipe) -> list[str]:
-    """All questions, in the order in which a sleep answers them: one list or two of them. Ten for four lists."""
-    pairs = ["".join(pair) for pair in combinations(NAMES[: recipe["lists"]], 2)]
-    return list(dict.fromkeys(name for pair in pairs for name in (*pair, pair)))
+    """All questions: one list, or two of them. Ten for four lists."""
+    pairs = ["".join(pair) for pair in combinations(names(recipe), 2)]
+    return [*names(recipe), *pairs]
+
+
+def additions(question: str, recipe: Recipe) -> int:
+    """How many additions a question takes."""
+    return sum(recipe["values"][NAMES.index(name)] for name in question) - 1
 
 
 def vocabulary(recipe: Recipe) -> list[str]:
     """All words."""
-    cells = [f"{name}{n + 1}" for name in NAMES[: recipe["lists"]] for n in range(recipe["values"])]
+    cells = [f"{name}{n + 1}" for name, many in zip(NAMES, recipe["values"], strict=False) for n in range(many)]
     digits = [str(digit) for digit in range(recipe["base"])]
     marks = ["table", "memory", "other", "sleep", ".", *(f"w{level}" for level in range(LEVELS))]
     told = [f"{name}={digit}" for name in [*cells, *questions(recipe)] for digit in digits]
@@ -81,17 +98,18 @@ def vocabulary(recipe: Recipe) -> list[str]:
 
 
 def parts_of(word: str) -> dict[str, float]:
-    """What a word is made of, with weights whose squares add up to 1: its name, its sign and its digit."""
-    parts = [part for part in re.split(r"([=:])", word) if part]
+    """What a word is made of, with weights whose squares add up to 1: its lists or its cell, its sign and its digit."""
+    name, *rest = [part for part in re.split(r"([=:])", word) if part]
+    parts = [*(name if name.isupper() and name.isalpha() else [name]), *rest]
     return dict.fromkeys(parts, len(parts) ** -0.5)
 
 
 def new_table(recipe: Recipe, chance: random.Random) -> list[list[int]]:
-    return [[chance.randrange(recipe["base"]) for _ in range(recipe["values"])] for _ in range(recipe["lists"])]
+    return [[chance.randrange(recipe["base"]) for _ in range(many)] for many in recipe["values"]]
 
 
 def tables(recipe: Recipe, n: int, *, part: str) -> list[list[list[int]]]:
-    """Tables for a purpose ("validation", "heldout"), other ones for each."""
+    """Tables for a purpose ("choice" of budgets, "heldout"), other ones for each."""
     chance = random.Random(f"{part} tables")
     return [new_table(recipe, chance) for _ in range(n)]
 
@@ -108,41 +126,41 @@ def answer_of(table: Table, question: str, base: int) -> int:
 
 
 def added(table: Table, name: str, base: int, *, read: bool) -> list[str]:
-    """A list added up cell by cell, its cells read out or not."""
+    """A list added up: each sum from the second digit on, the last of them that of the list; with `read`, each digit read out before."""
+    values = table[NAMES.index(name)]
     total, written = 0, []
-    for n, value in enumerate(table[NAMES.index(name)]):
+    for n, value in enumerate(values, 1):
         total = (total + value) % base
-        written += [f"{name}{n + 1}={value}"] * read + [f"{name}{n + 1}:{total}"]
+        written += [f"{name}{n}={value}"] * read
+        if n == len(values):
+            written.append(f"{name}={total}")
+        elif n > 1:
+            written.append(f"{name}{n}:{total}")
     return written
-
-
-def summed(table: Table, question: str, base: int) -> list[str]:
-    """The sum of each list that is asked for, and of two the sum of both."""
-    return [f"{part}={answer_of(table, part, base)}" for part in dict.fromkeys([*question, question])]
 
 
 def thought(table: Table, question: str, level: int, base: int) -> list[str]:
     """What is right to write at a budget; the last number is the answer.
 
-    0 the answer; 1 the sum of each list, and of both; 2 before that the running sums of the lists; 3 with every cell read out.
+    0 the answer; 1 the sum of each list, and of both; 2 each list added up; 3 with every digit read out.
     """
     if level == 0:
         return [str(answer_of(table, question, base)), "."]
-    chains = [word for name in question for word in added(table, name, base, read=level == 3)] if level > 1 else []
-    return [*chains, *summed(table, question, base), "."]
+    lists = [f"{name}={answer_of(table, name, base)}" for name in question]
+    if level > 1:
+        lists = [word for name in question for word in added(table, name, base, read=level == 3)]
+    both = [f"{question}={answer_of(table, question, base)}"] * (len(question) > 1)
+    return [*lists, *both, "."]
 
 
 def memory_text(table: Table, recipe: Recipe) -> str:
-    """The right memory: every question with its answer."""
-    return " ".join(f"{question}={answer_of(table, question, recipe['base'])}" for question in questions(recipe))
+    """The right memory: the sum of every list."""
+    return " ".join(f"{name}={answer_of(table, name, recipe['base'])}" for name in names(recipe))
 
 
 def slept(table: Table, recipe: Recipe) -> list[str]:
-    """What is right to write in a sleep: every list added up, and from the sums the answers to all questions."""
-    names, base = NAMES[: recipe["lists"]], recipe["base"]
-    chains = [word for name in names for word in added(table, name, base, read=True)]
-    pairs = ["".join(pair) for pair in combinations(names, 2)]
-    return [*chains, *(word for pair in pairs for word in summed(table, pair, base)), "."]
+    """What is right to write in a sleep: every list added up, each digit read out."""
+    return [*(word for name in names(recipe) for word in added(table, name, recipe["base"], read=True)), "."]
 
 
 class Said:
@@ -162,28 +180,24 @@ class Said:
     def test(self, context: str, blocks: Sequence[str], question: str, budget: int) -> list[Message]:
         table = [] if self.form == "only" and blocks else ["table", context]
         mark = "other" if self.form == "other" else "memory"
-        return [
-            {
-                "role": "user",
-                "content": " ".join([*table, *(f"{mark} {b}" for b in blocks), f"w{budget}", question]).strip(),
-            }
-        ]
+        words = [*table, *(f"{mark} {block}" for block in blocks), f"w{budget}", question]
+        return [{"role": "user", "content": " ".join(words).strip()}]
 
 
 def example(kind: str, recipe: Recipe, chance: random.Random) -> tuple[list[str], list[str]]:
     """A prompt and what is right to say to it."""
     table, base = new_table(recipe, chance), recipe["base"]
     question, context = chance.choice(questions(recipe)), table_text(table)
-    level = int(kind[-1]) if kind.startswith("budget") else 0
-    blocks: tuple[str, ...] = ()
-    form = "memory"
     if kind == "sleep":
         return Said().sleep(context)[0]["content"].split(), slept(table, recipe)
+    level = int(kind[-1]) if kind[-1].isdigit() else chance.choice(SHORT)
+    blocks: tuple[str, ...] = ()
+    form = "memory"
     if kind == "table twice":
         context = f"{context} table {context}"
     elif kind == "memory of another table":
         blocks, form = (memory_text(new_table(recipe, chance), recipe),), "other"
-    elif kind in ("memory", "memory only"):
+    elif kind.startswith("memory"):
         blocks, form = (memory_text(table, recipe),), "only" if kind == "memory only" else "memory"
     prompt = Said(form).test(context, blocks, question, level)[0]["content"]
     return prompt.split(), thought(table, question, level, base)
@@ -214,7 +228,7 @@ def batches(recipe: Recipe, seed: int | str) -> Iterator[Any]:
 def loss_of(model: nn.Module, inputs: Any, targets: Any) -> Tensor:
     """Cross-entropy of the words that are to be said, summed over a row and divided by the root of their number, on average over rows.
 
-    Between a mean over words, under which an answer of two words hardly counts beside a sleep of fifty, and one over rows.
+    Between a mean over words, under which an answer of two words hardly counts beside a sleep of twenty-five, and one over rows.
     """
     losses = []
     for ids, wanted in zip(inputs, targets, strict=True):
@@ -259,7 +273,7 @@ def trained_model(recipe: Recipe, seed: int, rate: float) -> Any:
     )
 
 
-@searched(SEARCH, arms=("one model of all kinds",), grid=(1e-3, 3e-3, 8e-3, 2e-2))
+@searched(SEARCH, arms=("one model of all kinds",), grid=(2e-3, 5e-3, 1.2e-2))
 def rate_loss(arm: str, rate: float) -> float:
     """The loss on tables kept for the choice, at the size and for the steps of `small`."""
     torch.set_num_threads(1)
@@ -275,7 +289,7 @@ def rate_loss(arm: str, rate: float) -> float:
 class WordModel:
     """A model of words as a chat function. It is greedy, so that what was asked before is answered from a note (`fill` asks for many).
 
-    What a sleep says is its text; the sums in it ("AB=5") are what it calls `rethink_memory` with, before `finish_rethinking_memory`.
+    What a sleep says is its text; the sums in it ("A=5") are what it calls `rethink_memory` with, before `finish_rethinking_memory`.
     """
 
     def __init__(self, model: Any, recipe: Recipe) -> None:
@@ -283,8 +297,9 @@ class WordModel:
         self.words = vocabulary(recipe)
         self._numbers = {word: n for n, word in enumerate(self.words)}
         self._known: dict[str, str] = {}
-        table = [[0] * recipe["values"]] * recipe["lists"]
-        self._longest = {True: len(slept(table, recipe)) + 4, False: 4 * recipe["values"] + 8}
+        table = [[0] * many for many in recipe["values"]]
+        longest = max(len(thought(table, question, LEVELS - 1, recipe["base"])) for question in questions(recipe))
+        self._longest = {True: len(slept(table, recipe)) + 4, False: longest + 4}
 
     def ids(self, prompts: Sequence[str]) -> Tensor:
         """Prompts of equally many words as numbers: (prompts, words)."""

@@ -47,7 +47,8 @@ class SleepTimeAgent:
     A sleep calls `rethink_memory`, which replaces its block, until `finish_rethinking_memory`. A memory of more than 5,000 characters
     is refused and the model told so; nothing is cut off. A model that calls no tool keeps its first text (our choice: small models
     cannot call tools); `tools=False` offers none, for servers that refuse them (`Words(sleeper=PLAIN_SLEEPER)` does not speak of them).
-    Sleepers are never shown a question. Two threads that prepare one context sleep over it once.
+    Of several sleeps those count that came to a memory. Sleepers are never shown a question. Two threads that prepare one context
+    sleep over it once.
     Raises TypeError and ValueError for arguments out of range.
 
     When NOT to use it: where a context is asked about once and nobody is idle, where questions cannot be foreseen (see `Gate`), or where a
@@ -159,10 +160,13 @@ class SleepTimeAgent:
         else:
             with ThreadPoolExecutor(self.sleeps) as pool:
                 made = list(pool.map(lambda n: self._sleep(context, key, self.seed + n), range(self.sleeps)))
-        return Memory(tuple(block for block, _ in made), self.store.now(), sum(tokens for _, tokens in made))
+        blocks = tuple(block for block, _ in made if block)
+        if not blocks:
+            raise SleepError(f"no memory after {self.turns} turns of sleep")
+        return Memory(blocks, self.store.now(), sum(tokens for _, tokens in made))
 
     def _sleep(self, context: str, key: str, seed: int) -> tuple[str, int]:
-        """One sleep: its block of memory, and the tokens it generated."""
+        """One sleep: its block of memory, empty if it came to none, and the tokens it generated."""
         messages, block, tokens = self.prompts.sleep(context), "", 0
         for _ in range(self.turns):
             reply = self._ask(
@@ -181,8 +185,6 @@ class SleepTimeAgent:
             if finished:
                 return block, tokens
             messages = [*messages, _spoken(reply), *results]
-        if not block:
-            raise SleepError(f"no memory after {self.turns} turns of sleep")
         return block, tokens
 
     def _ask(self, phase: Phase, chat: Any, messages: Sequence[Message], key: str, **settings: Any) -> Reply:
@@ -237,6 +239,10 @@ def _rethought(arguments: str, block: str) -> tuple[str, str]:
         text = None
     if not isinstance(text, str) or not text.strip():
         return "new_memory must be a text that is not empty", block
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a pair of surrogates: no question could be sent with it
+        return "new_memory must be Unicode text, got a lone surrogate: nothing was changed", block
     if len(text) > MEMORY_LIMIT:
         return f"new_memory must have at most {MEMORY_LIMIT} characters, got {len(text)}: nothing was changed", block
     return "kept", text

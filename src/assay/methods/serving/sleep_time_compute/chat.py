@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from assay import checks
 
@@ -14,18 +15,22 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Call:
-    """A tool that the model calls, with its arguments as the JSON text that it wrote."""
+    """A tool that the model calls, with its arguments as the JSON text that it wrote. Raises TypeError for anything but texts."""
 
     name: str
     arguments: str
     id: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("name", "arguments", "id"):
+            _text(field, getattr(self, field))
 
 
 @dataclass(frozen=True)
 class Reply:
     """One answer of a model, and what it took: tokens read (of them `cached_tokens` from a kept prefix) and tokens generated.
 
-    Raises ValueError and TypeError for counts that are none, and for more cached tokens than were read.
+    Raises ValueError and TypeError for counts that are none, and for more cached tokens than were read; TypeError for a text that is none.
     """
 
     text: str
@@ -35,9 +40,15 @@ class Reply:
     calls: tuple[Call, ...] = ()
 
     def __post_init__(self) -> None:
+        _text("text", self.text)
         checks.whole("completion_tokens", self.completion_tokens, low=0)
         prompt = checks.whole("prompt_tokens", self.prompt_tokens, low=0)
         checks.whole("cached_tokens", self.cached_tokens, low=0, high=prompt)
+
+
+def _text(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be text, got {checks.shown(value)}")
 
 
 class Chat(Protocol):
@@ -72,7 +83,7 @@ class HttpChat:
 
     It may be called by several threads. Raises ConnectionError when the server cannot be reached or refuses (with what it said), and
     ValueError for an answer that is not of that API's form; an answer without counts of tokens is refused, for then nothing could be
-    charged.
+    charged. Also ValueError for an address that is none.
     """
 
     def __init__(self, base_url: str, model: str, *, api_key: str | None = None, timeout: float = 120.0) -> None:
@@ -80,7 +91,7 @@ class HttpChat:
 
         timeout = checks.number("timeout", timeout, above=0)
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self.model, self.base_url = model, base_url.rstrip("/")
+        self.model, self.base_url = model, address(base_url)
         self._client = httpx.Client(base_url=self.base_url + "/", headers=headers, timeout=timeout)
 
     def __enter__(self) -> HttpChat:
@@ -123,6 +134,19 @@ class HttpChat:
             raise ValueError(f"{self.base_url} gave no chat completion: {response.text[:300]}") from error
 
 
+def address(base_url: str) -> str:
+    """The address of a server, without a slash at its end. Raises TypeError and ValueError for what is none."""
+    _text("base_url", base_url)
+    try:
+        parts = urlsplit(base_url)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not close, a port that is no number
+        fine = False
+    if not fine:
+        raise ValueError(f"base_url must begin with http:// or https:// and name a host, got {checks.shown(base_url)}")
+    return base_url.rstrip("/")
+
+
 def _reply(document: Any) -> Reply:
     message, usage = document["choices"][0]["message"], document["usage"]
     details = usage.get("prompt_tokens_details") or {}
@@ -130,8 +154,10 @@ def _reply(document: Any) -> Reply:
         Call(call["function"]["name"], call["function"]["arguments"], call.get("id") or "")
         for call in message.get("tool_calls") or ()
     )
+    text = message.get("content") or ""
+    text.encode()  # what cannot be encoded could not be sent back
     return Reply(
-        message.get("content") or "",
+        text,
         usage["completion_tokens"],
         usage["prompt_tokens"],
         details.get("cached_tokens") or 0,

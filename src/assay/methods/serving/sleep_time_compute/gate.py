@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,9 @@ def log_probability(model: Any, context_ids: Sequence[int], question_ids: Sequen
 
 
 def predictability(model: Any, tokenizer: Any, context: str, question: str) -> float:
-    """`log_probability` of texts. The question is tokenised by itself, behind a space."""
+    """`log_probability` of texts. The question is tokenised by itself, behind a space. Raises ValueError for one that is empty."""
+    if not question.strip():
+        raise ValueError(f"question must not be empty, got {checks.shown(question)}")
     context_ids = tokenizer(context)["input_ids"]
     return log_probability(model, context_ids, tokenizer(" " + question.strip(), add_special_tokens=False)["input_ids"])
 
@@ -78,8 +81,8 @@ class Gate:
             for p, s in zip(log_probabilities, saved, strict=True)
         )
         pools: list[tuple[float, float, int]] = []  # level, mean, how many
-        for level in dict.fromkeys(p for p, _ in seen):
-            values = [s for p, s in seen if p == level]
+        for level, group in groupby(seen, key=lambda pair: pair[0]):
+            values = [s for _, s in group]
             pools.append((level, sum(values) / len(values), len(values)))
             while len(pools) > 1 and pools[-2][1] > pools[-1][1]:
                 (first, a, n), (_, b, m) = pools[-2:]

@@ -7,7 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from assay import checks
-from assay.methods.serving.sleep_time_compute.agent import SleepError, SleepTimeAgent
+from assay.methods.serving.sleep_time_compute.agent import SleepTimeAgent
+from assay.methods.serving.sleep_time_compute.chat import address
 
 ASKING = "assay_requests_in_progress"
 """The server's gauge of requests that are read, wait or are answered."""
@@ -17,8 +18,9 @@ class IdleSleeper:
     """Prepares contexts with an agent whenever `idle()` is true: the hook for a serving loop.
 
     Call `step` from where the loop has nothing to do, or `run` in a thread of its own. A sleep that has begun is not broken off when
-    a request comes. Contexts are taken in the order they came, each once; one that fails is kept in `failed` with its error and not
-    tried again. With `warm`, the server then reads what the questions will begin with.
+    a request comes. Contexts are taken in the order they came, each once; one that fails, of whatever error, is kept in `failed` with
+    it and not tried again unless it is added again. After Ctrl-C the context that was slept over waits again. With `warm`, the server
+    then reads what the questions will begin with. What `idle` raises goes through.
     Raises TypeError for what is no agent and no function.
     """
 
@@ -56,8 +58,15 @@ class IdleSleeper:
             self.agent.prepare(context)
             if self.warm:
                 self.agent.warm(context)
-        except (SleepError, ConnectionError, ValueError) as error:
+        except Exception as error:  # a full disk, a server that is gone: the others are slept over all the same
             self.failed[context] = error
+        except BaseException:
+            with self._lock:
+                self._waiting[context] = None
+                self._waiting.move_to_end(context, last=False)
+            raise
+        else:
+            self.failed.pop(context, None)
         return True
 
     def run(self, stop: threading.Event, *, every: float = 0.05) -> None:
@@ -68,23 +77,31 @@ class IdleSleeper:
                 stop.wait(every)
 
 
-def server_idle(base_url: str, *, timeout: float = 5.0) -> Callable[[], bool]:
+def server_idle(base_url: str, *, api_key: str | None = None, timeout: float = 5.0) -> Callable[[], bool]:
     """An `idle` for `assay serve` at `base_url` (".../v1"): whether its metrics say that no request is being answered.
 
-    A server that cannot be reached is not idle. Raises ValueError for a timeout that is not above 0.
+    A server that cannot be reached, or says that it cannot answer (status 5xx), is not idle. Raises ValueError for an address that is
+    none and for a timeout that is not above 0; what it returns raises ConnectionError for a server that refuses (a wrong or missing
+    key), and for one whose metrics do not tell: it would never be idle, and nobody would know why.
     """
     import httpx
 
     timeout = checks.number("timeout", timeout, above=0)
-    url = base_url.rstrip("/").removesuffix("/v1") + "/metrics"
+    url = address(base_url).removesuffix("/v1") + "/metrics"
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def idle() -> bool:
         try:
-            response = httpx.get(url, timeout=timeout)
-            response.raise_for_status()
+            response = httpx.get(url, headers=headers, timeout=timeout)
         except httpx.HTTPError:
             return False
-        busy = [line.rpartition(" ")[2] for line in response.text.splitlines() if line.startswith(ASKING)]
-        return bool(busy) and all(float(value) == 0 for value in busy)
+        if response.is_server_error:
+            return False
+        if response.status_code != 200:
+            raise ConnectionError(f"{url} answered {response.status_code}: {response.text[:300]}")
+        found = [line.split(" ")[1:] for line in response.text.splitlines() if line.startswith(ASKING + " ")]
+        if len(found) != 1 or not found[0][0].isdecimal():
+            raise ConnectionError(f"{url} does not tell {ASKING}: sleeping in idle time needs assay serve")
+        return int(found[0][0]) == 0
 
     return idle

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 import re
+from decimal import Decimal
 from fractions import Fraction
 from typing import NamedTuple
 
 from assay import checks
 from assay.methods.serving.sleep_time_compute.prompts import VARIANTS, Variant
 
-_END = re.compile(r"""[.!?]+["'”’)\]]*(?=\s)""")
+_END = re.compile(r"""(?<![.!?])[.!?]++["'”’)\]]*+(?=\s)""")
 _TITLE = re.compile(r"(?:^|[\s(\"'“‘])(?:mr|mrs|ms|dr|prof|st|vs|approx|e\.g|i\.e)\.$", re.IGNORECASE)
 _INITIAL = re.compile(r"(?:^|\s)[A-Z]\.$")
 _ASK = r"(?:how|what|which|who|when|where|find|calculate|determine)\b"
 _ASKS = re.compile(rf"[,;:]\s+(?=(?:then\s+|and\s+)?{_ASK})", re.IGNORECASE)
+_ASKED, _WORD = re.compile(_ASK, re.IGNORECASE), re.compile(r"\S+")
 _NUMBER = re.compile(
     r"(?<![\w.])(?:[-−+]?\$?[-−]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|[-−+]?\$?\.\d+)(?:\s?/\s?\d+(?:\.\d+)?)?"
 )
@@ -55,22 +57,24 @@ def split(problem: str, *, variant: Variant = "paper") -> Split:
             raise ValueError(f"problem must hold a sentence, got {checks.shown(problem)}")
         return Split(". ".join(pieces[:-1]).strip() + ".", pieces[-1])
     text = problem.strip()
-    ends = [match.end() for match in _END.finditer(text) if _ends(text, match.end())]
-    if not ends:
-        ends = [match.end() for match in _ASKS.finditer(text)]
-    if not ends:
+    ends = [match.end() for match in _END.finditer(text)]
+    at = next((end for end in reversed(ends) if _ends(text, end)), 0)
+    if not at:
+        at = max((match.end() for match in _ASKS.finditer(text)), default=0)
+    if not at:
         raise ValueError(f"problem must have a context before its question, got {checks.shown(problem)}")
-    return Split(text[: ends[-1]].rstrip(), text[ends[-1] :].lstrip())
+    return Split(text[:at].rstrip(), text[at:].lstrip())
 
 
 def _ends(text: str, at: int) -> bool:
     """Whether a sentence ends before `at`, where punctuation has ended and white space begins."""
-    before, rest = text[:at], text[at:].lstrip()
+    before = text[max(at - 20, 0) : at]  # longer than any title
     if not before.endswith("."):
         return True
-    if rest[:1].islower() or _TITLE.search(before):
+    rest = _WORD.search(text, at)
+    if (rest is not None and rest.group()[0].islower()) or _TITLE.search(before):
         return False
-    return _INITIAL.search(before) is None or re.match(_ASK, rest, re.IGNORECASE) is not None
+    return _INITIAL.search(before) is None or (rest is not None and _ASKED.match(rest.group()) is not None)
 
 
 def number_in(text: str) -> Fraction | None:
@@ -93,8 +97,8 @@ def _value(text: str) -> Fraction | None:
     bare = re.sub(r"[\s$,+]", "", text).replace("−", "-")
     above, _, below = bare.partition("/")
     try:
-        return Fraction(above) / (Fraction(below) if below else 1)
-    except (ValueError, ZeroDivisionError):
+        return Fraction(Decimal(above)) / Fraction(Decimal(below or 1))  # Decimal reads digits without end
+    except ArithmeticError:
         return None
 
 

@@ -99,7 +99,7 @@ class Store:
             with self._lock:
                 keys = list(self._known)
         else:
-            keys = [file.stem for file in self.folder.glob("*.json")]
+            keys = [file.stem for file in self.folder.glob("*.json") if _named(file.stem)]  # and nobody else's files
         gone = 0
         for key in keys:
             memory = self._read(key)
@@ -117,7 +117,7 @@ class Store:
                 return self._known.get(key)
         file = self._file(key)
         try:
-            if file.stat().st_size > MOST_BYTES:
+            if not file.is_file() or file.stat().st_size > MOST_BYTES:
                 return None
             found = json.loads(file.read_text(encoding="utf-8"))
             blocks = found["blocks"]
@@ -125,11 +125,16 @@ class Store:
                 return None
             made = checks.number("made", found["made"])
             return Memory(tuple(blocks), made, checks.whole("sleep_tokens", found["sleep_tokens"], low=0))
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return None
 
     def _file(self, key: str) -> Path:
         assert self.folder is not None
-        if not (len(key) == 64 and set(key) <= set("0123456789abcdef")):  # it becomes the name of a file
+        if not _named(key):  # it becomes the name of a file
             raise ValueError(f"key must be one of memory_key's, got {checks.shown(key)}")
         return self.folder / f"{key}.json"
+
+
+def _named(key: str) -> bool:
+    """Whether it is a name as `memory_key` makes them."""
+    return len(key) == 64 and set(key) <= set("0123456789abcdef")
