@@ -26,6 +26,7 @@ from assay.methods.serving.ellie_sql import (
     DPORouter,
     ModelRouter,
     PairwiseClassifier,
+    PreferenceClassifier,
     TierRouter,
     by_chance,
     cascade_by_failure,
@@ -237,7 +238,14 @@ def test_bad_routers_are_refused():
 
 @pytest.mark.parametrize(
     "estimator",
-    [TierRouter(), TierRouter(how="cascade"), PairwiseClassifier(), ConstantRouter(), CountRouter()],
+    [
+        TierRouter(),
+        TierRouter(how="cascade"),
+        PairwiseClassifier(),
+        PreferenceClassifier(),
+        ConstantRouter(),
+        CountRouter(),
+    ],
     ids=lambda one: f"{type(one).__name__} {getattr(one, 'how', '')}",
 )
 def test_scikit_learn_takes_it_for_its_own(estimator):
@@ -367,6 +375,45 @@ def test_the_loss_of_a_pair():
     assert float(dpo_loss(reference, reference, [(0, 1)], 0.1)) == pytest.approx(math.log(2))
 
 
+def test_linear_preferences_minimise_the_loss_of_dpo():
+    """The same loss, written out by torch pair by pair, against a reference that prefers nothing."""
+    y = labels(RESULTS)
+    model = PreferenceClassifier(alpha=1e-3, beta=0.7, tiers=3, max_iter=2000).fit(X, y)
+    pairs = [(row, pair) for row, label in enumerate(y) for pair in preferences(int(label))]
+    inputs = np.hstack([X, np.ones((60, 1))])
+
+    def loss(weights):
+        logits = torch.tensor(inputs @ weights)[[row for row, _ in pairs]]
+        found = dpo_loss(logits, torch.zeros_like(logits), [pair for _, pair in pairs], 0.7)
+        return float(found) + 1e-3 * (weights[:-1] ** 2).sum()
+
+    best = loss(model.coef_)
+    assert best < loss(np.zeros((4, 3))) - 0.05
+    chance = np.random.default_rng(0)
+    for size in (1e-3, 0.1):
+        for _ in range(20):
+            assert loss(model.coef_ + size * chance.normal(size=(4, 3))) > best - 1e-7
+    assert (model.predict(X) == y).mean() > 0.6
+    assert (
+        TierRouter(PreferenceClassifier(alpha=1e-3, beta=0.7, tiers=3, max_iter=2000)).fit(X, RESULTS).predict(X)
+        == model.predict(X)
+    ).all()
+
+
+def test_linear_preferences_lean_to_the_dear_side_where_in_doubt():
+    """Correctness first: of tasks that look alike, half of them for basic and half for intermediate, the mean preference decides."""
+    same, y = np.zeros((40, 1)), np.array([0, 1] * 20)
+    scores = PreferenceClassifier(tiers=3).fit(same, y).predict_proba(same)[0]
+    assert scores[1] > scores[0]  # (0, 1) and (1, 0) cancel; 1 is better than 2 in both, 0 in one only
+    assert scores[1] > scores[2]
+    with pytest.raises(ValueError, match=r"0\.\.1"):
+        PreferenceClassifier(tiers=2).fit(same, np.array([0, 2] * 20))
+    with pytest.raises(ValueError, match="2 classes"):
+        PreferenceClassifier(tiers=3).fit(same, np.zeros(40, int))
+    with pytest.raises(ValueError, match="beta"):
+        PreferenceClassifier(beta=0).fit(same, y)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -390,6 +437,28 @@ def test_a_small_model_learns_to_route(tiny):
     assert torch.allclose(router._logits(router.model_, texts), alone, atol=1e-4)
     counted = router.tokens(texts)
     assert counted[1] > counted[0] > 1
+
+
+def test_a_model_whose_steps_would_be_rounded_away_is_refused(tiny):
+    """In bfloat16 a step of 1e-6 changes no weight: training would seem to work and teach nothing."""
+    model, tokenizer = tiny
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    router = DPORouter(half, tokenizer)
+    with pytest.raises(ValueError, match="float32"):
+        router.fit(["a", "b"], [[1, 1, 1], [0, 0, 1]])
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        DPORouter(frozen, tokenizer).fit(["a", "b"], [[1, 1, 1], [0, 0, 1]])
+
+
+def test_a_router_whose_training_failed_is_not_fitted(tiny, monkeypatch):
+    from assay.methods.serving.ellie_sql import dpo
+
+    router = DPORouter(*tiny, epochs=1)
+    monkeypatch.setattr(dpo, "dpo_loss", lambda logits, *rest: logits.sum() * math.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        router.fit(["a", "b"], [[1, 1, 1], [0, 0, 1]])
+    assert not hasattr(router, "model_")
 
 
 def test_what_a_small_model_cannot_answer_with(tiny):
@@ -430,6 +499,14 @@ def test_requests_of_all_endpoints_are_read():
     ):
         assert request_text(document) == text
     assert request_features([]).shape == (0, 257)
+
+
+def test_requests_in_any_script_are_told_apart():
+    found = request_features(["почему небо синее?", "напиши стихи", "空はなぜ青い", "Größe", "größe"])
+    assert len({row.tobytes() for row in found}) == 4
+    assert (found[3] == found[4]).all()
+    assert (found[:, -1] > 0).all()
+    assert np.linalg.norm(found[:, :-1], axis=1) == pytest.approx(1)
 
 
 def test_hashed_words_are_the_same_everywhere():
@@ -483,6 +560,7 @@ def test_files_that_hold_no_router_are_refused(trained, tmp_path):
         {"format": 2},
         {"models": ["a"]},
         {"models": ["a", "a"]},
+        {"models": [1, 2]},
         {"width": 3},
         {"width": -1},
         {"how": "x"},

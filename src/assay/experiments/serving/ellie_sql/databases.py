@@ -1,6 +1,7 @@
-"""SQLite databases of real data that every installation has: the standard library's syntax trees, scikit-learn's tables, Unicode.
+"""SQLite databases of real data that every installation has: the standard library's syntax trees, scikit-learn's tables, Unicode; and for
+judging, of HTTP, media types, encodings, handwritten digits, patients and physical constants.
 
-A fourth, of the packages that dpkg has installed, is there on Debian's systems only; it decides nothing.
+One more, of the packages that dpkg has installed, is there on Debian's systems only.
 """
 
 from __future__ import annotations
@@ -55,6 +56,21 @@ VIEWS = (
     View("unicode", "scripts", "characters", ("script", "scripts"), ("character", "characters"), "name",
          {"name_length": "length of the name", "byte_count": "number of bytes", "code_point": "code point"}),
 )  # fmt: skip
+JUDGED = (
+    View("web", "kinds", "responses", ("kind", "kinds"), ("response", "responses"), "name",
+         {"status_code": "status code", "word_count": "number of words", "description_length": "length of the description"}),
+    View("web", "families", "extensions", ("family", "families"), ("extension", "extensions"), "name",
+         {"letter_count": "number of letters", "type_length": "length of the type"}),
+    View("web", "encodings", "spellings", ("encoding", "encodings"), ("spelling", "spellings"), "name",
+         {"character_count": "number of characters", "digit_count": "number of digits"}),
+    View("measures", "digits", "scans", ("digit", "digits"), ("scan", "scans"), "code",
+         {"ink": "ink", "pixel_count": "number of pixels"}),
+    View("measures", "sexes", "patients", ("sex", "sexes"), ("patient", "patients"), "code",
+         {"age": "age", "body_mass": "body mass", "blood_pressure": "blood pressure", "progression": "progression"}),
+    View("measures", "units", "constants", ("unit", "units"), ("constant", "constants"), "name",
+         {"name_length": "length of the name", "word_count": "number of words"}),
+)  # fmt: skip
+"""Tables that no example and no router knows. Their words were chosen before any question was asked of them."""
 DEBIAN = View("debian", "sections", "packages", ("section", "sections"), ("package", "packages"), "name",
               {"installed_size": "installed size", "dependency_count": "number of dependencies"})  # fmt: skip
 
@@ -62,7 +78,7 @@ DEBIAN = View("debian", "sections", "packages", ("section", "sections"), ("packa
 def build(folder: Path) -> dict[str, Path]:
     """Write the databases into `folder`; their files by name. "debian" only where dpkg's status file is."""
     found = {}
-    makers = {"library": _library, "science": _science, "unicode": _unicode}
+    makers = {"library": _library, "science": _science, "unicode": _unicode, "web": _web, "measures": _measures}
     if DPKG.is_file():
         makers["debian"] = _debian
     for name, fill in makers.items():
@@ -190,6 +206,87 @@ def _unicode(made: sqlite3.Connection) -> None:
         "character_id INTEGER PRIMARY KEY, script_id > scripts, category_id > categories, name TEXT, code_point INTEGER, "
         "byte_count INTEGER, name_length INTEGER",
         rows,
+    )
+
+
+def _web(made: sqlite3.Connection) -> None:
+    from encodings.aliases import aliases
+    from http import HTTPStatus
+    from mimetypes import MimeTypes
+
+    kinds = ("informational", "successful", "redirection", "client error", "server error")
+    _table(made, "kinds", "kind_id INTEGER PRIMARY KEY, name TEXT", enumerate(kinds, 1))
+    _table(
+        made,
+        "responses",
+        "response_id INTEGER PRIMARY KEY, kind_id > kinds, name TEXT, status_code INTEGER, word_count INTEGER, description_length INTEGER",
+        (
+            (n, one.value // 100, one.phrase.lower(), one.value, len(one.phrase.split()), len(one.description))
+            for n, one in enumerate(HTTPStatus, 1)
+        ),
+    )
+    known = sorted(MimeTypes().types_map[True].items())  # of the standard library, not of this machine
+    families = {name: n for n, name in enumerate(dict.fromkeys(kind.split("/")[0] for _, kind in known), 1)}
+    _table(made, "families", "family_id INTEGER PRIMARY KEY, name TEXT", ((n, name) for name, n in families.items()))
+    _table(
+        made,
+        "extensions",
+        "extension_id INTEGER PRIMARY KEY, family_id > families, name TEXT, letter_count INTEGER, type_length INTEGER",
+        (
+            (n, families[kind.split("/")[0]], end, sum(map(str.isalpha, end)), len(kind))
+            for n, (end, kind) in enumerate(known, 1)
+        ),
+    )
+    encodings = {name: n for n, name in enumerate(sorted(set(aliases.values())), 1)}
+    _table(
+        made, "encodings", "encoding_id INTEGER PRIMARY KEY, name TEXT", ((n, name) for name, n in encodings.items())
+    )
+    _table(
+        made,
+        "spellings",
+        "spelling_id INTEGER PRIMARY KEY, encoding_id > encodings, name TEXT, character_count INTEGER, digit_count INTEGER",
+        (
+            (n, encodings[meant], spelling, len(spelling), sum(map(str.isdigit, spelling)))
+            for n, (spelling, meant) in enumerate(sorted(aliases.items()), 1)
+        ),
+    )
+
+
+def _measures(made: sqlite3.Connection) -> None:
+    from scipy.constants import physical_constants
+    from sklearn import datasets
+
+    scans = datasets.load_digits()
+    names = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    _table(made, "digits", "digit_id INTEGER PRIMARY KEY, name TEXT", enumerate(names, 1))
+    _table(
+        made,
+        "scans",
+        "scan_id INTEGER PRIMARY KEY, digit_id > digits, code TEXT, ink INTEGER, pixel_count INTEGER",
+        (
+            (n, int(kind) + 1, f"scan {n}", int(row.sum()), int((row > 0).sum()))
+            for n, (row, kind) in enumerate(zip(scans.data, scans.target, strict=True), 1)
+        ),
+    )
+    patients = datasets.load_diabetes(scaled=False)
+    _table(made, "sexes", "sex_id INTEGER PRIMARY KEY, name TEXT", [(1, "sex 1"), (2, "sex 2")])
+    _table(
+        made,
+        "patients",
+        "patient_id INTEGER PRIMARY KEY, sex_id > sexes, code TEXT, age REAL, body_mass REAL, blood_pressure REAL, progression REAL",
+        (
+            (n, int(row[1]), f"patient {n}", *(float(row[place]) for place in (0, 2, 3)), float(goal))
+            for n, (row, goal) in enumerate(zip(patients.data, patients.target, strict=True), 1)
+        ),
+    )
+    constants = sorted((name.lower(), unit or "none") for name, (_, unit, _) in physical_constants.items())
+    units = {name: n for n, name in enumerate(sorted({unit for _, unit in constants}), 1)}
+    _table(made, "units", "unit_id INTEGER PRIMARY KEY, name TEXT", ((n, name) for name, n in units.items()))
+    _table(
+        made,
+        "constants",
+        "constant_id INTEGER PRIMARY KEY, unit_id > units, name TEXT, name_length INTEGER, word_count INTEGER",
+        ((n, units[unit], name, len(name), len(name.split())) for n, (name, unit) in enumerate(constants, 1)),
     )
 
 

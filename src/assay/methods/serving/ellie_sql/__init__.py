@@ -13,17 +13,22 @@ the tiers in the order of their cost on training questions: the first whose resu
 `TierRouter` knows nothing of SQL and routes any tiered task; `ModelRouter` puts it behind `model="auto"` of the server. SQL that a model
 wrote runs through `Database`, whatever wrote it.
 
-The paper's settings are recalled, not re-read. Departures, all at a small model's size: the tiers edit known examples (`pipelines`), and
-linking is by words. When NOT to use routing: where the cheap tier is as good (take it), or where a failed execution tells as much as
-the router (`cascade_by_failure`, all tokens charged).
+The settings of DPO are those of the released configuration, the others recalled. Departures, all at a small model's size: the tiers edit
+known examples (`pipelines`), and linking is by words. When NOT to use routing: where the cheap tier is as good, or the dear one with
+fewer candidates (take it), or where a failed execution tells as much as the router (`cascade_by_failure`, all tokens charged).
 """
 
 from __future__ import annotations
 
-from assay.methods.serving.ellie_sql.dpo import DPORouter, dpo_loss, preferences, router_text
+from assay.methods.serving.ellie_sql.dpo import (
+    DPORouter,
+    PreferenceClassifier,
+    dpo_loss,
+    preferences,
+    router_text,
+)
 from assay.methods.serving.ellie_sql.edits import Candidate, Example, Library, abstracted, bindings
 from assay.methods.serving.ellie_sql.execution import (
-    FUNCTIONS,
     MODES,
     Database,
     Executed,
@@ -31,6 +36,7 @@ from assay.methods.serving.ellie_sql.execution import (
     result_key,
     same_result,
 )
+from assay.methods.serving.ellie_sql.functions import FUNCTIONS
 from assay.methods.serving.ellie_sql.pipelines import TIERS, Answer, Tier, answer, written_sql
 from assay.methods.serving.ellie_sql.routing import (
     ConstantRouter,
@@ -70,6 +76,7 @@ __all__ = [
     "MODES",
     "ModelRouter",
     "PairwiseClassifier",
+    "PreferenceClassifier",
     "Routed",
     "Schema",
     "Scorer",

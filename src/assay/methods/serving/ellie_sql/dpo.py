@@ -1,4 +1,4 @@
-"""A small language model as the router, taught by preferences between single-token answers (DPO; the paper's best router).
+"""Routers taught by preferences between tiers (DPO): a small language model, the paper's best router, or a linear one.
 
 The model reads the linked schema and the question, and its next token, "0", "1" or "2", is the tier. Of a question's label follow pairs:
 the label is better than all others, and if it is not enough, a dearer tier is better than a cheaper one, which is wrong
@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import validate_data
 
 from assay import checks
-from assay.methods.serving.ellie_sql.routing import labels
+from assay.methods.serving.ellie_sql.routing import LinearScores, labels
 from assay.methods.serving.ellie_sql.schema import Linked
 
 INSTRUCTION = "Which pipeline answers this question at the least cost: 0, 1 or 2?"
@@ -43,12 +45,14 @@ def router_text(linked: Linked) -> str:
 class DPORouter:
     """A causal model of transformers as a router; `fit` trains a copy, the given model stays as it is.
 
-    `beta` 0.1, `rate` 1e-6, `epochs` 12 and `most_tokens` 512 are the paper's, recalled. The loss of a pair needs only the difference of
-    the two answers' logits at the last position, since what all tokens share cancels. Prompts are padded on the left, so that this
-    position is the prompt's last token in every row; longer ones lose their beginning. Trained is the whole copy with AdamW (the paper
-    trains LoRA factors: give a model wrapped by peft, whose other weights are frozen).
+    `beta` 0.1, `rate` 1e-6, `epochs` 12, `batch` 8 and `most_tokens` 512 are those of the paper's released configuration. The loss of a
+    pair needs only the difference of the two answers' logits at the last position, since what all tokens share cancels. Prompts are
+    padded on the left, so that this position is the prompt's last token in every row; longer ones lose their beginning. Trained are all
+    weights of the copy that take gradients, with AdamW without decay or schedule (the paper trains LoRA factors: give a model wrapped by
+    peft).
     After `fit`: `model_`, `losses_` (mean of each epoch). `predict(texts)` gives tiers, `tokens(texts)` what reading them costs, which is
-    to be added to every question. Raises ValueError for answers that are not one token each, or the same.
+    to be added to every question. Raises ValueError for answers that are not one token each, or the same, and for weights to be
+    trained that are not float32: in bfloat16 steps of 1e-6 are rounded away.
 
     When NOT to use it: where a linear model on hashed words routes as well, which reads no tokens. Try that first.
     """
@@ -87,19 +91,24 @@ class DPORouter:
                 f"results must have shape ({len(texts)}, {len(self.answers)}), got {np.asarray(results).shape}"
             )
         pairs = [(n, *pair) for n, label in enumerate(wanted) for pair in preferences(int(label), len(self.answers))]
+        trained = [one for one in self.model.parameters() if one.requires_grad]
+        if not trained or any(one.dtype != torch.float32 for one in trained):
+            found = sorted({str(one.dtype) for one in trained}) or ["nothing to train"]
+            raise ValueError(f"model must train weights in float32, which keep steps of {self.rate:g}, got {found}")
         reference = self._logits(self.model, texts)
-        self.model_ = copy.deepcopy(self.model)
-        self.model_.train()
-        trained = [one for one in self.model_.parameters() if one.requires_grad]
-        optimiser = torch.optim.AdamW(trained, lr=self.rate)
+        model = copy.deepcopy(self.model)
+        model.train()
+        optimiser = torch.optim.AdamW(
+            [one for one in model.parameters() if one.requires_grad], lr=self.rate, weight_decay=0.0
+        )
         chance = torch.Generator().manual_seed(self.seed)
-        self.losses_: list[float] = []
+        losses: list[float] = []
         for _ in range(self.epochs):
             total = 0.0
             order = torch.randperm(len(pairs), generator=chance).tolist()
             for at in range(0, len(order), self.batch):
                 part = [pairs[n] for n in order[at : at + self.batch]]
-                logits = self._read(self.model_, [texts[n] for n, _, _ in part])
+                logits = self._read(model, [texts[n] for n, _, _ in part])
                 loss = dpo_loss(logits, reference[[n for n, _, _ in part]], [pair[1:] for pair in part], self.beta)
                 if not bool(torch.isfinite(loss)):
                     raise ValueError(f"the loss is not finite at rate {self.rate:g}")
@@ -107,8 +116,8 @@ class DPORouter:
                 loss.backward()
                 optimiser.step()
                 total += float(loss.detach()) * len(part)
-            self.losses_.append(total / len(pairs))
-        self.model_.eval()
+            losses.append(total / len(pairs))
+        self.model_, self.losses_ = model.eval(), losses
         return self
 
     def predict(self, texts: Sequence[str]) -> np.ndarray:
@@ -160,3 +169,61 @@ def dpo_loss(
     better, worse = torch.tensor(pairs).T
     gained = logits - reference
     return -F.logsigmoid(beta * (gained[rows, better] - gained[rows, worse])).mean()
+
+
+class PreferenceClassifier(LinearScores):
+    """The same preferences and loss for linear scores: `dpo_loss` against a reference that prefers nothing, plus `alpha` |W|^2.
+
+    For `TierRouter(PreferenceClassifier())`, over hashed words or what a frozen model makes of the question. With `tiers` None the
+    tiers are the labels that occur, in their order. The loss is convex; L-BFGS minimises it. `predict_proba` is the softmax of the
+    scores, which is not calibrated.
+    Raises ValueError for labels that are not in 0..tiers-1 or all the same, and settings that are not above 0.
+    """
+
+    def __init__(
+        self, *, alpha: float = 1e-3, beta: float = 0.1, tiers: int | None = None, max_iter: int = 200
+    ) -> None:
+        self.alpha = alpha
+        self.beta = beta
+        self.tiers = tiers
+        self.max_iter = max_iter
+
+    def fit(self, X: Any, y: Any) -> PreferenceClassifier:
+        """Learn the scores."""
+        from scipy.optimize import minimize
+
+        alpha, beta = checks.number("alpha", self.alpha, above=0), checks.number("beta", self.beta, above=0)
+        X, y = validate_data(self, X, y, dtype=np.float64)
+        check_classification_targets(y)
+        self.classes_, numbered = np.unique(y, return_inverse=True)
+        if len(self.classes_) < 2:
+            raise ValueError(f"y must have at least 2 classes, got {len(self.classes_)} class")
+        wanted = numbered
+        if self.tiers is not None:
+            count = checks.whole("tiers", self.tiers, low=2)
+            if not set(self.classes_.tolist()) <= set(range(count)):
+                raise ValueError(f"y must hold labels in 0..{count - 1}, got {self.classes_.tolist()}")
+            wanted, self.classes_ = y.astype(int), np.arange(count)
+        count = len(self.classes_)
+        listed = [(row, *pair) for row, label in enumerate(wanted) for pair in preferences(int(label), count)]
+        rows, better, worse = np.array(listed).T
+        inputs = np.hstack([X, np.ones((len(X), 1))])
+
+        def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            weights = flat.reshape(-1, count)
+            scores = inputs @ weights
+            gained = beta * (scores[rows, better] - scores[rows, worse])
+            slope = -beta / (1 + np.exp(np.clip(gained, -500, 500))) / len(rows)
+            at = np.zeros_like(scores)
+            np.add.at(at, (rows, better), slope)
+            np.add.at(at, (rows, worse), -slope)
+            gradient = inputs.T @ at
+            gradient[:-1] += 2 * alpha * weights[:-1]
+            total = np.logaddexp(0, -gained).mean() + alpha * (weights[:-1] ** 2).sum()
+            return float(total), gradient.ravel()
+
+        start = np.zeros(inputs.shape[1] * count)
+        found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": self.max_iter})
+        self.n_iter_ = int(found.nit)
+        self.coef_ = found.x.reshape(-1, count)
+        return self

@@ -1,8 +1,9 @@
 """SQL by editing a known example: its tables, columns and values become slots, which are filled from another question's schema.
 
-An `Example` is a question with its SQL, written with full names (`functions.lines`, no aliases). `abstracted` finds the slots: tables,
-key columns (which follow from the tables), other columns by their kind, and those literals that the example's question names; all
-other text stays. `bindings` fills them with what schema linking found, so that foreign keys join what they joined in the example.
+An `Example` is a question with its SQL, written with full names as the schema spells them (`functions.lines`, no aliases; in double
+quotes where SQL needs them). `abstracted` finds the slots: tables, key columns (which follow from the tables), other columns by their
+kind, and those literals that the example's question names; all other text stays. `bindings` fills them with what schema linking found,
+so that foreign keys join what they joined in the example.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from assay import checks
+from assay.methods.serving.ellie_sql.execution import identifier
 from assay.methods.serving.ellie_sql.schema import Kind, Linked, Schema, masked, numbers, quoted
 
-_PIECE = re.compile(r"'(?:[^']|'')*'|[A-Za-z_]\w*\.[A-Za-z_]\w*|[A-Za-z_]\w*|\d+(?:\.\d+)?|\s+|.", re.DOTALL)
+_NAME = r'(?:[^\W\d]\w*|"(?:[^"]|"")*")'
+_PIECE = re.compile(rf"'(?:[^']|'')*'|{_NAME}\.{_NAME}|{_NAME}|\d+(?:\.\d+)?|\s+|.", re.DOTALL)
 MOST_A_SLOT = 3  # columns tried for one slot, best fitting first
-MOST_FILLINGS = 400  # of one skeleton looked at
+MOST_FILLINGS = 400  # of one skeleton tried, in the order they are found
+MOST_ORDERS = 20_000  # of a question's tables
 UNUSED = 0.5  # what a value or number of the question costs that the SQL leaves out; our choice, as are the next two
 UNLINKED = 0.25  # a column or table that the question does not name
 SIMILAR = 3.0  # what the likeness of the questions counts
@@ -61,7 +65,10 @@ class Other:
 
 @dataclass(frozen=True)
 class Literal:
-    """A slot for a quoted text ("text") or a number; `of` is the column it is compared with, if it stands right behind one."""
+    """A slot for a quoted text ("text") or a number; `of` is the column it is compared with, if it stands right behind one.
+
+    `number` counts the texts in the order of the SQL; of a number it is the place in the question.
+    """
 
     number: int
     kind: Kind
@@ -88,49 +95,58 @@ class Skeleton:
 
 
 def abstracted(example: Example) -> Skeleton:
-    """The skeleton of an example. Raises ValueError for SQL that names a column without its table, or has a foreign key to a table
-    that it does not name."""
+    """The skeleton of an example.
+
+    Raises ValueError for SQL that names a column without its table or by an alias, or has a foreign key to a table that it does not name.
+    """
     schema = example.schema
     tables: dict[str, int] = {}
     others: dict[tuple[str, str], int] = {}
     texts, given = quoted(example.question), numbers(example.question)
-    literals: dict[tuple[str, str], int] = {}
+    literals: dict[str, int] = {}
     pieces: list[str | Slot] = []
-    names = _PIECE.findall(example.sql)
-    for name in names:  # tables first: a key may name one that comes later
-        table = name.partition(".")[0]
+    found = [(piece, *_split(piece)) for piece in _PIECE.findall(example.sql)]
+    for _, table, _ in found:  # tables first: a key may name one that comes later
         if table in schema.tables and table not in tables:
             tables[table] = len(tables)
     last: Other | None = None
-    for name in names:
-        table, dot, column = name.partition(".")
-        if name in tables:
-            pieces.append(Table(tables[name]))
-        elif dot and table in tables:
+    for piece, table, column in found:
+        if table in tables and column is None:
+            pieces.append(Table(tables[table]))
+        elif table in tables and column is not None:
             if not schema.has(table, column):
-                raise ValueError(f"sql names {name}, which is no column")
-            found = schema.column(table, column)
-            if found.kind == "key":
+                raise ValueError(f"sql names {piece}, which is no column")
+            one = schema.column(table, column)
+            if one.kind == "key":
                 pieces.append(_key(schema, tables, table, column))
             else:
                 number = others.setdefault((table, column), sum(t == table for t, _ in others))
-                last = Other(tables[table], number, found.kind)
+                last = Other(tables[table], number, one.kind)
                 pieces.append(last)
                 continue
-        elif name[0] == "'" and name[1:-1].replace("''", "'") in texts:
-            number = literals.setdefault(("text", name), sum(kind == "text" for kind, _ in literals))
-            pieces.append(Literal(number, "text", last))
-        elif name[0].isdigit() and name in given:
-            number = literals.setdefault(("number", name), sum(kind == "number" for kind, _ in literals))
-            pieces.append(Literal(number, "number", last))
+        elif piece[0] == "'" and piece[1:-1].replace("''", "'") in texts:
+            pieces.append(Literal(literals.setdefault(piece, len(literals)), "text", last))
+        elif piece[0].isdigit() and piece in given:
+            used = {slot.number for slot in pieces if isinstance(slot, Literal) and slot.kind == "number"}
+            places = [place for place, said in enumerate(given) if said == piece]
+            pieces.append(Literal(next((one for one in places if one not in used), places[-1]), "number", last))
         else:
-            if any(schema.has(one, name) for one in tables):
-                raise ValueError(f"sql must name columns with their tables, got {name!r}")
-            pieces.append(name)
-            if name.isspace() or name in ("=", ">", "<"):
+            if column is not None or any(schema.has(one, table) for one in tables):
+                raise ValueError(f"sql must name columns with their tables, got {piece!r}")
+            pieces.append(piece)
+            if piece.isspace() or piece in ("=", ">", "<"):
                 continue  # the column before a comparison is still the last one
         last = None
     return Skeleton(tuple(pieces), len(tables))
+
+
+def _split(piece: str) -> tuple[str, str | None]:
+    """A piece of SQL as the names of a table and a column, without their quotes; what is no pair has no column."""
+    names = re.findall(_NAME, piece) if piece[0] == '"' or piece[0].isidentifier() else []
+    if not names:
+        return piece, None
+    plain = [name[1:-1].replace('""', '"') if name[0] == '"' else name for name in names]
+    return plain[0], plain[1] if len(plain) > 1 else None
 
 
 def _key(schema: Schema, tables: Mapping[str, int], table: str, column: str) -> Key:
@@ -151,38 +167,50 @@ class Filling:
 
 
 def bindings(skeleton: Skeleton, linked: Linked, schema: Schema) -> list[Filling]:
-    """Every way to fill a skeleton with the linked tables, best first; equal ones in the order they were found.
+    """Ways to fill a skeleton with the linked tables, best first; equal ones in the order they were found.
 
     Tables take different tables, joined by foreign keys where the example's are; columns take different ones of their kind, the best
-    `MOST_A_SLOT` by the words of the question; a text goes where it is compared with a column that holds it; numbers keep their order.
-    Empty where the question has fewer texts or numbers than slots, or no tables fit.
+    `MOST_A_SLOT` by the words of the question; a text goes where it is compared with a column that holds it; a number is the one at the
+    same place of the question.
+    Empty where the question has fewer texts or numbers than that takes, or no tables fit. Of a skeleton `MOST_FILLINGS` are tried.
     """
-    texts, given = list(linked.values), list(linked.numbers)
-    literals = {
-        kind: [s for s in skeleton.slots(Literal) if isinstance(s, Literal) and s.kind == kind]
-        for kind in ("text", "number")
-    }
-    counts = {kind: len({slot.number for slot in slots}) for kind, slots in literals.items()}
-    if counts["text"] > len(texts) or counts["number"] > len(given):
-        return []
-    unused = UNUSED * (len(texts) - counts["text"] + len(given) - counts["number"])
+    fillings = itertools.islice(_fillings(skeleton, linked, schema), MOST_FILLINGS)
     found: dict[str, float] = {}
-    looked = 0
-    for tables in itertools.permutations(linked.tables, skeleton.tables):
+    for sql, fit in fillings:
+        found[sql] = max(fit, found.get(sql, -math.inf))
+    return sorted((Filling(sql, fit) for sql, fit in found.items()), key=lambda one: -one.fit)
+
+
+def _fillings(skeleton: Skeleton, linked: Linked, schema: Schema) -> Iterator[tuple[str, float]]:
+    """Every filling with how well it fits, in the order of the schema and the question."""
+    texts, given = list(linked.values), list(linked.numbers)
+    slots = [slot for slot in skeleton.slots(Literal) if isinstance(slot, Literal)]
+    of_text = [slot for slot in slots if slot.kind == "text"]
+    places = {slot.number for slot in slots if slot.kind == "number"}
+    count = len({slot.number for slot in of_text})
+    if count > len(texts) or max(places, default=-1) >= len(given):
+        return
+    unused = UNUSED * (len(texts) - count + len(given) - len(places))
+    for tables in itertools.islice(itertools.permutations(linked.tables, skeleton.tables), MOST_ORDERS):
         if any(schema.between(tables[child], tables[parent]) is None for child, parent in skeleton.joins()):
             continue
         for columns in _columns(skeleton, tables, linked, schema):
-            looked += 1
-            if looked > MOST_FILLINGS:
-                break
-            for order in itertools.permutations(range(len(texts)), counts["text"]):
-                chosen = [texts[place] for place in order]
-                if not _held(literals["text"], columns, chosen, linked):
-                    continue
+            for chosen in _chosen(of_text, count, columns, texts, linked):
                 sql = _filled(skeleton, tables, columns, chosen, given, schema)
-                fit = _fit(tables, columns, linked) - unused
-                found[sql] = max(fit, found.get(sql, -math.inf))
-    return sorted((Filling(sql, fit) for sql, fit in found.items()), key=lambda one: -one.fit)
+                yield sql, _fit(tables, columns, linked) - unused
+
+
+def _chosen(
+    slots: Sequence[Literal], count: int, columns: Mapping[Other, str], texts: Sequence[str], linked: Linked
+) -> Iterator[list[str]]:
+    """Ways to put `count` different texts into their slots, each where a column that holds it stands before."""
+    fitting = []
+    for number in range(count):
+        asked = [columns[slot.of] for slot in slots if slot.number == number and slot.of is not None]
+        fitting.append([text for text in texts if all(column in linked.values[text] for column in asked)])
+    for chosen in itertools.product(*fitting):
+        if len(set(chosen)) == count:
+            yield list(chosen)
 
 
 def _columns(skeleton: Skeleton, tables: Sequence[str], linked: Linked, schema: Schema) -> Iterator[dict[Other, str]]:
@@ -198,10 +226,6 @@ def _columns(skeleton: Skeleton, tables: Sequence[str], linked: Linked, schema: 
             yield dict(zip(slots, chosen, strict=True))
 
 
-def _held(slots: Sequence[Literal], columns: Mapping[Other, str], chosen: Sequence[str], linked: Linked) -> bool:
-    return all(slot.of is None or columns[slot.of] in linked.values[chosen[slot.number]] for slot in slots)
-
-
 def _filled(
     skeleton: Skeleton,
     tables: Sequence[str],
@@ -215,11 +239,11 @@ def _filled(
         if isinstance(piece, str):
             made.append(piece)
         elif isinstance(piece, Table):
-            made.append(tables[piece.number])
+            made.append(identifier(tables[piece.number]))
         elif isinstance(piece, Key):
             table = tables[piece.number]
             column = schema.primary[table] if piece.to is None else schema.between(table, tables[piece.to])
-            made.append(f"{table}.{column}")
+            made.append(f"{identifier(table)}.{identifier(str(column))}")
         elif isinstance(piece, Other):
             made.append(columns[piece])
         elif piece.kind == "text":
@@ -233,11 +257,7 @@ def _fit(tables: Sequence[str], columns: Mapping[Other, str], linked: Linked) ->
     """Words of the question that the named things share, less what is named without having been asked for."""
     held = {full for fulls in linked.values.values() for full in fulls}
     named = [linked.scores.get(one, 0.0) + (one in held) for one in (*tables, *columns.values())]
-    asked = [
-        full
-        for full, score in linked.scores.items()
-        if score >= 1 and "." in full and full.split(".")[0] in linked.tables
-    ]
+    asked = [c.full for c in linked.columns if linked.scores.get(c.full, 0.0) >= 1]
     missed = sum(full not in columns.values() for full in asked)
     return sum(score if score else -UNLINKED for score in named) - UNUSED * missed
 

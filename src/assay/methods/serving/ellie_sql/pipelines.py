@@ -56,7 +56,8 @@ TIERS = (
 class Answer:
     """What a tier said: its SQL ("" for none), what it gave, the tokens the model read for it, the seconds, and how sure the model was.
 
-    `margin` is the difference of the two best scores in nats a token: infinite where there was nothing to choose, 0 without any candidate.
+    `candidates` is the SQL that it chose among, best prior first. `margin` is the difference of the two best scores in
+    nats a token: infinite where there was nothing to choose, 0 without any candidate.
     """
 
     sql: str
@@ -64,7 +65,7 @@ class Answer:
     tokens: int
     seconds: float
     margin: float
-    candidates: int
+    candidates: tuple[str, ...]
 
 
 def answer(
@@ -75,16 +76,21 @@ def answer(
     library: Library,
     scorer: Scorer,
 ) -> Answer:
-    """Answer the linked question by one tier. Every query runs through `Database`, the chosen one as well."""
+    """Answer the linked question by one tier. Every query runs through `Database`, the chosen one as well.
+
+    A tier that votes leaves out candidates that find nothing, and one that repairs goes past them: where the right answer is empty,
+    both are wrong unless every candidate finds nothing.
+    """
     start = time.perf_counter()
     found = library.candidates(linked, schema, skeletons=tier.skeletons, most=tier.candidates)
     if not found:
-        return Answer("", Executed("error", error="no candidate"), 0, time.perf_counter() - start, 0.0, 0)
-    scores, tokens = scorer.score(linked.question, [one.sql for one in found])
+        return Answer("", Executed("error", error="no candidate"), 0, time.perf_counter() - start, 0.0, ())
+    candidates = tuple(one.sql for one in found)
+    scores, tokens = scorer.score(linked.question, candidates)
     ranked = _ranked(found, scores)
     margin = ranked[0][0] - ranked[1][0] if len(ranked) > 1 else math.inf
     sql, executed = CHOOSERS[tier.execution](ranked, database)
-    return Answer(sql, executed, tokens, time.perf_counter() - start, margin, len(found))
+    return Answer(sql, executed, tokens, time.perf_counter() - start, margin, candidates)
 
 
 def _ranked(found: Sequence[Candidate], scores: Sequence[float]) -> list[tuple[float, str]]:

@@ -252,7 +252,35 @@ def _of_classes(classifier: Any, X: np.ndarray, classes: int) -> np.ndarray:
     return found
 
 
-class PairwiseClassifier(ClassifierMixin, BaseEstimator):
+class LinearScores(ClassifierMixin, BaseEstimator):
+    """What linear classifiers of tiers have in common once `classes_` and `coef_` (features and a constant, classes) are learnt."""
+
+    classes_: np.ndarray
+    coef_: np.ndarray
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Scores by class, (n, classes); of two classes the difference, as scikit-learn has it."""
+        scores = self._scores(X)
+        return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
+
+    def _scores(self, X: Any) -> np.ndarray:
+        check_is_fitted(self)
+        X = validate_data(self, X, reset=False, dtype=np.float64)
+        return X @ self.coef_[:-1] + self.coef_[-1]
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """The softmax of the scores."""
+        scores = self._scores(X)
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        return weights / weights.sum(axis=1, keepdims=True)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The class with the highest score, the first of equal ones."""
+        scores = self._scores(X)
+        return self.classes_[_first_best(scores)]
+
+
+class PairwiseClassifier(LinearScores):
     """Linear scores learnt from pairs: the hinge loss max(0, 1 - z_right + z_other), summed over all other classes, plus `alpha` |W|^2.
 
     The paper's pairwise router when it stands in `TierRouter(PairwiseClassifier())`. Minimised by L-BFGS on the squared hinge's smooth
@@ -298,27 +326,6 @@ class PairwiseClassifier(ClassifierMixin, BaseEstimator):
         self.n_iter_ = int(found.nit)
         self.coef_ = found.x.reshape(d + 1, k)
         return self
-
-    def decision_function(self, X: Any) -> np.ndarray:
-        """Scores by class, (n, classes); of two classes the difference, as scikit-learn has it."""
-        scores = self._scores(X)
-        return scores[:, 1] - scores[:, 0] if scores.shape[1] == 2 else scores
-
-    def _scores(self, X: Any) -> np.ndarray:
-        check_is_fitted(self)
-        X = validate_data(self, X, reset=False, dtype=np.float64)
-        return X @ self.coef_[:-1] + self.coef_[-1]
-
-    def predict_proba(self, X: Any) -> np.ndarray:
-        """The softmax of the scores."""
-        scores = self._scores(X)
-        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-        return weights / weights.sum(axis=1, keepdims=True)
-
-    def predict(self, X: Any) -> np.ndarray:
-        """The class with the highest score, the first of equal ones."""
-        scores = self._scores(X)
-        return self.classes_[_first_best(scores)]
 
 
 class ConstantRouter(BaseEstimator):

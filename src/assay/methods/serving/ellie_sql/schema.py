@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from assay.methods.serving.ellie_sql.execution import Database
+from assay.methods.serving.ellie_sql.execution import Database, identifier, opened
 
 Kind = Literal["key", "number", "text"]
 NUMBERS = {
@@ -24,7 +24,11 @@ NUMBERS = {
     )
 }
 _QUOTED = re.compile(r'"([^"]+)"')
-_WORD = re.compile(r"[a-z]+|\d+(?:\.\d+)?")
+MOST_VALUES = 16  # quoted texts of a question that are looked up
+_OWN_WORDS = (
+    "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # each letter of these scripts counts as a word: they write no spaces
+)
+_WORD = re.compile(rf"[{_OWN_WORDS}]|[^\W\d_{_OWN_WORDS}]+|\d+(?:\.\d+)?")
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ class Column:
 
     @property
     def full(self) -> str:
-        """`table.column`."""
-        return f"{self.table}.{self.name}"
+        """`table.column`, as it stands in SQL."""
+        return f"{identifier(self.table)}.{identifier(self.name)}"
 
 
 @dataclass(frozen=True)
@@ -76,21 +80,28 @@ def _missing(table: str, name: str) -> Column:
 
 
 def read_schema(path: str | Path) -> Schema:
-    """The schema of a SQLite file, opened read-only. Foreign keys that name no column of their parent mean its primary key."""
-    made = sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True)
+    """The schema of a SQLite file, opened read-only (see `execution.opened`).
+
+    Foreign keys that name no column of their parent mean its primary key. Raises ValueError for a file that is no database.
+    """
+    made = opened(path)
     try:
-        listed = made.execute(
-            "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY rowid"
-        )
-        names = [name for (name,) in listed]
-        rows = {name: made.execute(f'PRAGMA table_info("{name}")').fetchall() for name in names}
-        primary = {name: next((r[1] for r in rows[name] if r[5] == 1), "rowid") for name in names}
-        foreign = {}
-        for name in names:
-            for row in made.execute(f'PRAGMA foreign_key_list("{name}")'):
-                foreign[name, row[3]] = (row[2], row[4] or primary.get(row[2], "rowid"))
+        listed = made.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY rowid")
+        names = [name for (name,) in listed if not name.lower().startswith("sqlite_")]
+        rows = {name: made.execute(f"PRAGMA table_info({identifier(name)})").fetchall() for name in names}
+        keys = {name: made.execute(f"PRAGMA foreign_key_list({identifier(name)})").fetchall() for name in names}
+    except sqlite3.DatabaseError as error:
+        raise ValueError(f"path must name a SQLite file, got {str(path)!r}: {error}") from None
     finally:
         made.close()
+    primary = {name: next((r[1] for r in rows[name] if r[5] == 1), "rowid") for name in names}
+    spelt = {name.lower(): name for name in names}  # a key may name its parent in another case
+    foreign = {}
+    for name in names:
+        for row in keys[name]:
+            parent = spelt.get(row[2].lower(), row[2])
+            column = next((r[1] for r in rows.get(parent, ()) if r[1].lower() == str(row[4]).lower()), row[4])
+            foreign[name, row[3]] = (parent, column or primary.get(parent, "rowid"))
     tables = {name: tuple(Column(name, r[1], _kind(r, (name, r[1]) in foreign)) for r in rows[name]) for name in names}
     return Schema(tables, primary, foreign)
 
@@ -128,10 +139,11 @@ def link(question: str, schema: Schema, database: Database) -> Linked:
 
     A table is linked if a word of its name, or of one of its columns, or a value of its is in the question; the tables on the
     shortest ways of foreign keys between linked ones come along. Where nothing is named, everything stays. Of a linked table
-    its keys stay, its first text column (what its rows are called), and the columns that are named or hold a value.
+    its keys stay, its first text column (what its rows are called), and the columns that are named or hold a value. Of quoted texts
+    the first `MOST_VALUES` are looked up.
     """
     said = set(stems(_QUOTED.sub(" ", question)))
-    texts = tuple(dict.fromkeys(_QUOTED.findall(question)))
+    texts = tuple(dict.fromkeys(_QUOTED.findall(question)))[:MOST_VALUES]
     scores = {table: _overlap(table, said) for table in schema.tables}
     holding: dict[str, tuple[str, ...]] = {}
     for value in texts:
@@ -163,6 +175,8 @@ def link(question: str, schema: Schema, database: Database) -> Linked:
 
 def _joined(named: list[str], schema: Schema) -> list[str]:
     """`named` with the tables on the shortest ways between the first and each other; in the schema's order."""
+    if not named:
+        return []
     found = set(named)
     start = named[0]
     before: dict[str, str] = {start: ""}
@@ -180,13 +194,17 @@ def _joined(named: list[str], schema: Schema) -> list[str]:
 
 
 def words(text: str) -> list[str]:
-    """Lower-case words and numbers."""
+    """Lower-case words and numbers of any script.
+
+    >>> words("Größe_in_mm > 2.5"), words("長さ")
+    (['größe', 'in', 'mm', '2.5'], ['長', 'さ'])
+    """
     return _WORD.findall(text.lower().replace("_", " "))
 
 
 def stems(text: str) -> list[str]:
-    """Words without the endings of the plural, and without those that carry no meaning in an identifier."""
-    return [stem(word) for word in words(text) if len(word) > 1]
+    """Words without the endings of the plural, and without single letters."""
+    return [stem(word) for word in words(text) if len(word) > 1 or not word.isascii()]
 
 
 def stem(word: str) -> str:
@@ -212,7 +230,7 @@ def numbers(text: str) -> list[str]:
     >>> numbers('three functions of more than 2.5 lines in "base64"')
     ['3', '2.5']
     """
-    found = re.findall(r"\d+(?:\.\d+)?|[a-z]+", _QUOTED.sub(" ", text.lower()))
+    found = re.findall(r"[0-9]+(?:\.[0-9]+)?|[a-z]+", _QUOTED.sub(" ", text.lower()))
     return [str(NUMBERS.get(one, one)) for one in found if one[0].isdigit() or one in NUMBERS]
 
 

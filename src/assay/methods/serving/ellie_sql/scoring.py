@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,10 +61,9 @@ class ChannelScorer:
         self.known: dict[str, float] = {}
         if memory is not None and memory.is_file():
             try:
-                self.known = {
-                    str(key): float(value) for key, value in json.loads(memory.read_text(encoding="utf-8")).items()
-                }
-            except (ValueError, AttributeError, OSError):
+                stored = json.loads(memory.read_text(encoding="utf-8"))
+                self.known = {str(key): checks.number("score", value) for key, value in stored.items()}
+            except (ValueError, TypeError, AttributeError, OSError, RecursionError):
                 self.known = {}  # damaged: made again
         self.read = 0  # tokens that really went through the model
 
@@ -71,7 +71,7 @@ class ChannelScorer:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def score(self, question: str, candidates: Sequence[str]) -> tuple[list[float], int]:
-        """Scores and tokens. Raises ValueError for a question or candidate without tokens."""
+        """Scores and tokens. Raises ValueError for a question without tokens, and a model that gives no finite scores."""
         target = self._ids(f" {question}")
         if not target:
             raise ValueError("question must have tokens, got none")
@@ -83,8 +83,10 @@ class ChannelScorer:
         fresh.sort(key=lambda n: len(rows[n]))
         for at in range(0, len(fresh), self.batch):
             part = fresh[at : at + self.batch]
-            for n, value in zip(part, self._run([rows[n] for n in part], len(target)), strict=True):
-                self.known[keys[n]] = value
+            values = self._run([rows[n] for n in part], len(target))
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"the model must give finite scores, got {values}")
+            self.known |= {keys[n]: value for n, value in zip(part, values, strict=True)}
         return [self.known[key] for key in keys], len(self.head) + sum(map(len, rows))
 
     def _key(self, row: Sequence[int], target: int) -> str:

@@ -62,7 +62,7 @@ def _text(asked: Any) -> str:
 
 
 def request_features(texts: Sequence[str], *, width: int = WIDTH) -> np.ndarray:
-    """Hashed words, and the logarithm of how many there are, (n, width + 1)."""
+    """Hashed words of any script, and the logarithm of how many there are, (n, width + 1)."""
     read = [words(text)[-MOST_WORDS:] for text in texts]
     lengths = np.log1p([[len(one)] for one in read]) / 5 if read else np.zeros((0, 1))
     return np.hstack([hashed_words(read, width=width), lengths])
@@ -71,7 +71,8 @@ def request_features(texts: Sequence[str], *, width: int = WIDTH) -> np.ndarray:
 class ModelRouter:
     """A fitted `TierRouter` over the models of a server, cheapest first; see the module's text.
 
-    Calling it with a request's JSON object gives (name, tokens that choosing took: 0). It never raises for what a request holds.
+    Calling it with a request's JSON object gives (name, tokens that choosing took: 0). It raises nothing for what a request holds, but
+    RecursionError for a thousand lists in one another.
     """
 
     def __init__(self, names: Sequence[str], router: TierRouter, *, width: int = WIDTH) -> None:
@@ -138,7 +139,9 @@ class ModelRouter:
     def _read(cls, document: Any) -> ModelRouter:
         if document["format"] != FORMAT:
             raise ValueError(f"format must be {FORMAT}, got {document['format']!r}")
-        names = [str(name) for name in document["models"]]
+        names = list(document["models"])
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"models must be names, got {checks.shown(names)}")
         width = checks.whole("width", document["width"], low=1, high=1 << 16)
         router = TierRouter(
             how=checks.choice("how", document["how"], HOW), threshold=checks.number("threshold", document["threshold"])
