@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import numpy as np
@@ -86,6 +87,74 @@ def test_the_router_s_own_cost_is_charged(models, caplog):
     assert 'assay_routed_total{model="large"} 2' in counted
     assert 'assay_routed_total{model="small"}' not in counted
     assert "assay_router_tokens_total 22" in counted
+
+
+def test_a_stream_of_several_answers_is_charged_once(models):
+    models.router = lambda document: ("large", 11)
+    client = TestClient(create_app(models))
+    asked = {**GREEDY, "model": "auto", "n": 2, "stream": True, "stream_options": {"include_usage": True}}
+    for path, body in (
+        ("completions", {"prompt": ["x", "y"]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ):
+        before = client.get("/metrics").text
+        text = client.post(f"/v1/{path}", json={**asked, **body}).text
+        events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        (usage,) = [one["usage"] for one in events if one.get("usage")]
+        assert {one["model"] for one in events} == {"large"}
+        assert usage["router_tokens"] == 11
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] + 11
+        assert counted(client.get("/metrics").text) - counted(before) == 11
+    with client.stream(
+        "POST", "/v1/responses", json={"input": "x", "model": "auto", "stream": True, "max_output_tokens": 2}
+    ) as made:
+        last = [json.loads(line[6:]) for line in made.iter_lines() if line.startswith("data: {")][-1]
+    assert last["response"]["usage"]["router_tokens"] == 11
+    assert last["response"]["model"] == "large"
+
+
+def counted(text):
+    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("assay_router_tokens_total ")))
+
+
+def test_tools_go_with_the_request_to_the_model_that_was_chosen(models):
+    (large,) = [engine for engine in models.engines() if engine.name == "large"]
+    large._reads_with.chat_template = "{{ tools | tojson }}{% for turn in messages %}{{ turn.content }}{% endfor %}"
+    client = TestClient(create_app(models))
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    asked = {"model": "auto", "tools": [tool], "max_tokens": 2}
+    made = client.post("/v1/chat/completions", json={**asked, "messages": [{"role": "user", "content": DIFFICULT}]})
+    assert made.status_code == 200
+    assert made.json()["model"] == "large"
+    assert made.json()["usage"]["router_tokens"] == 0
+    refused = client.post("/v1/chat/completions", json={**asked, "messages": [{"role": "user", "content": EASY}]})
+    assert refused.status_code == 400  # the small one knows no tools, and its client is told so
+    assert "tools are not supported by this model" in refused.json()["error"]["message"]
+    assert (
+        'assay_routed_total{model="small"} 1' in client.get("/metrics").text
+    )  # what was routed is counted all the same
+
+
+def test_embeddings_under_one_name_come_from_one_model(models):
+    """Vectors of two models cannot be compared: for them the router is not asked."""
+    client = TestClient(create_app(models))
+    made = [client.post("/v1/embeddings", json={"input": text, "model": "auto"}).json() for text in (EASY, DIFFICULT)]
+    assert [one["model"] for one in made] == ["small", "small"]
+    assert "assay_router_tokens_total 0" in client.get("/metrics").text
+    assert "assay_routed_total{" not in client.get("/metrics").text
+
+
+def test_a_model_that_the_router_chose_and_that_is_gone_is_no_mistake_of_the_client(models):
+    client = TestClient(create_app(models), raise_server_exceptions=False)
+    models.unload("large").close()
+    refused = client.post("/v1/completions", json={**GREEDY, "prompt": DIFFICULT, "model": "auto"})
+    assert refused.status_code == 503
+    assert refused.headers["retry-after"] == "5"
+    assert "'large', which is not loaded" in refused.json()["error"]["message"]
+    models.loading = True
+    assert "still loading" in client.post("/v1/completions", json={"prompt": DIFFICULT, "model": "auto"}).text
+    assert client.post("/v1/completions", json={**GREEDY, "prompt": EASY, "model": "auto"}).status_code == 200
+    assert client.post("/v1/completions", json={**GREEDY, "prompt": "x", "model": "large"}).status_code == 404
 
 
 def test_a_request_that_is_refused_is_refused_behind_the_router_too(models):

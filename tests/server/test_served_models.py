@@ -264,13 +264,24 @@ FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
         (lambda s, t: t.update({f"{FIRST}.lora_A.weight": torch.zeros(0, 64)}), "q_proj"),
         (lambda s, t: t.update({f"{FIRST}.lora_A.weight": torch.full((4, 64), torch.nan)}), "NaN"),
         (lambda s, t: t.update({"base_model.model.nowhere.lora_A.weight": torch.zeros(4, 64)}), "nowhere"),
-        (lambda s, t: t.update({"base_model.model.model.embed_tokens.lora_A.weight": torch.zeros(4, 64)}), "Embedding"),
+        (
+            lambda s, t: t.update(
+                {f"base_model.model.model.embed_tokens.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"}
+            ),
+            "Embedding",
+        ),
+        (
+            lambda s, t: t.update({f"base_model.model.nowhere.lora_{x}.weight": torch.zeros(4, 4) for x in "AB"}),
+            "no such layer",
+        ),
+        (lambda s, t: s.update(arrow_config={"top_k": 3}), "arrow_config"),
+        (lambda s, t: s.update(init_lora_weights="something_new"), "something_new"),
         (
             lambda s, t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 64)}),
             "embedding_A",
         ),
     ],
-    ids=range(21),
+    ids=range(24),
 )
 def test_a_bad_adapter_is_refused_and_changes_nothing(tmp_path, models, folders, lora, change, message):
     folder = damaged(tmp_path / "bad", lora, change)

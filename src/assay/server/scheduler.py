@@ -85,6 +85,11 @@ class Ticket:
     def __init__(self, scheduler: Scheduler, row: Row) -> None:
         self._scheduler, self._row = scheduler, row
 
+    @property
+    def running(self) -> bool:
+        """Whether it was let in."""
+        return self._row.sequence is not None
+
     def cancel(self) -> None:
         """Nobody wants the answer any more: the row is dropped and its pages are freed before the next step, without a last event."""
         self._row.left = True

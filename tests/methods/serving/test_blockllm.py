@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -31,6 +33,7 @@ from assay.methods.serving.blockllm import (
     write_adapter,
 )
 from assay.methods.serving.blockllm.adapters import CONFIG, WEIGHTS
+from assay.methods.serving.blockllm.shared import SharedLinear, Switch
 from properties.architectures import CAUSAL, build
 from tiny import LLAMA, tiny_model, token_ids
 
@@ -199,7 +202,6 @@ def test_adapters_are_a_grouped_product_without_a_loop(made):
     shared.use(["sql", "base", "french", "sql"])
     before = kernels.paths()
     products = []
-    linear = torch.nn.functional.linear
 
     class Counted(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -211,9 +213,59 @@ def test_adapters_are_a_grouped_product_without_a_loop(made):
         shared.model(input_ids=token_ids(4, 2))
     layers = 2 * LLAMA["num_hidden_layers"]  # q_proj and down_proj
     assert len(products) == 2 * layers
-    assert {shape[0] for shape in products} == {3}  # the rows with an adapter, and no others
+    assert {shape[:2] for shape in products} == {(2, 2 * 2)}  # two adapters, each over two rows of two tokens
     assert kernels.paths()["adapters: grouped"] - before.get("adapters: grouped", 0) == layers
-    assert linear is torch.nn.functional.linear
+
+
+@pytest.mark.parametrize("who", [[0, 1, 2, 0, 3], [3, 2, 2, 2, 1], [0, 0, 1], [2, 1, 3]])
+def test_the_grouped_product_is_each_rows_own(who):
+    """By hand, row by row, in float64: chains without an adapter (0) and with one of rank 3, 1 and 5."""
+    chance = torch.Generator().manual_seed(len(who))
+    linear = torch.nn.Linear(6, 4).double().requires_grad_(False)
+    draw = lambda *shape: torch.randn(*shape, generator=chance, dtype=torch.float64)  # noqa: E731
+    factors = [Factors(draw(rank, 6), draw(4, rank), scale) for rank, scale in ((3, 0.5), (1, -2.0), (5, 4 / 3))]
+    switch = Switch()
+    one = SharedLinear(switch, [linear], (0, 0, 0, 0), factors, (-1, 0, 1, 2))
+    switch.set(who)
+    for x in (draw(len(who), 3, 6), draw(len(who), 6)):
+        wanted = torch.stack(
+            [linear(row) + (row @ factors[w - 1].delta().double().T if w else 0) for row, w in zip(x, who, strict=True)]
+        )
+        torch.testing.assert_close(one(x), wanted, rtol=1e-5, atol=1e-5)
+    assert all(len(part) == len({w for w in who if w}) for part in one.stacked(switch.by_adapter(one.slots).slots))
+
+
+def test_adapters_take_no_memory_of_their_own_until_they_meet(model):
+    """Neither padding to the largest rank of all, nor a copy a row."""
+    zoo = Zoo()
+    zoo.add("base", model)
+    for seed, rank in enumerate((2, 2, 60)):
+        zoo.add_adapter(f"a{rank}.{seed}", "base", adapter_of(model, seed, rank))
+    shared = SharedModel(zoo)
+
+    def held():
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in shared.tensors()}.values())
+
+    for module in shared.model.modules():
+        if isinstance(module, SharedLinear):
+            module.together = None
+    small = sum(2 * (one.down.nbytes + one.up.nbytes) for one in adapter_of(model, 0, 2).values())
+    before = held()
+    assert before <= zoo.bytes + 4096  # rotary frequencies
+    shared.use(["a2.0", "a2.1"] * 8)
+    with torch.inference_mode():
+        shared.model(input_ids=token_ids(16, 2))
+    assert before < held() <= before + small + 1024
+
+
+def test_passes_of_two_threads_do_not_meet(made):
+    """Two engines over one shared model, each in a thread of its own."""
+    shared = SharedModel(made[0])
+    asked = {"one": prompts(6), "two": prompts(6, names=("sql", "verse", "french"))}
+    alone = {who: Engine(shared).generate(asked[who], 12) for who in asked}
+    with ThreadPoolExecutor(2) as pool:
+        futures = {who: pool.submit(Engine(shared).generate, asked[who], 12) for who in asked}
+        assert {who: future.result() for who, future in futures.items()} == alone
 
 
 def test_answers_of_many_models_that_come_and_go(made):
@@ -262,8 +314,28 @@ def test_a_step_that_fails_leaves_nothing_behind(made, monkeypatch):
     assert engine.generate(asked, 4) == plain
 
 
+def test_a_model_whose_numbers_are_not_finite_ends_its_own_rows_only(model):
+    broken = copy.deepcopy(model)
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    zoo = Zoo()
+    zoo.add("base", model)
+    zoo.add("broken", broken)
+    engine = Engine(SharedModel(zoo))
+    alone = engine.generate([("base", [5, 6, 7])], 4)[0]
+    rows = [engine.submit(name, [5, 6, 7], 4) for name in ("base", "broken", "base")]
+    while engine.busy:
+        engine.step()
+    assert [row.made for row in rows] == [alone, [], alone]
+    assert [bool(row.error) for row in rows] == [False, True, False]
+    with pytest.raises(FloatingPointError, match="'broken' cannot answer"):
+        engine.generate([("base", [5, 6, 7]), ("broken", [5])], 4)
+    assert not engine.busy
+
+
 def test_what_an_engine_refuses(made):
     engine = Engine(SharedModel(made[0]))
+    with pytest.raises(ValueError, match="must fit 512 positions, got 500 and 13"):
+        engine.submit("base", [3] * 500, 13)
     with pytest.raises(ValueError, match="name must be one of base, german"):
         engine.generate([("base", [3]), ("nobody", [3])], 2)
     assert not engine.busy
@@ -278,14 +350,18 @@ def test_what_an_engine_refuses(made):
 
 def test_a_pass_of_other_rows_than_announced_is_refused(made):
     shared = SharedModel(made[0])
-    with pytest.raises(ValueError, match="a pass must have the rows it was announced with, 0, got 2"):
-        shared.model(input_ids=token_ids(2, 3))
+    for names in ([], ["base"] * 3, ["base", "german", "sql"]):
+        shared.use(names)
+        for rows in (1, 2):
+            match = f"a pass must have the rows it was announced with, {len(names)}, got {rows}"
+            with pytest.raises(ValueError, match=match), torch.inference_mode():
+                shared.model(input_ids=token_ids(rows, 3))
 
 
 # ---- bytes
 
 
-def bytes_of(model, tied=False):
+def bytes_of(model):
     own = {id(weight): weight.nbytes for weight in model.parameters()}
     return sum(own.values())
 
@@ -314,7 +390,24 @@ def test_a_duplicate_costs_nothing_and_what_nobody_has_goes(model):
     assert before - zoo.bytes == sum(weight.nbytes for weight in model.model.layers[1].parameters())
     zoo.remove("base")  # its blocks are still those of its adapters
     assert set(zoo.chains) == {"verse", "sql", "french"}
-    assert zoo.monolith("sql") is not None
+    ids = token_ids(1, 5)
+    with torch.inference_mode():
+        assert torch.equal(
+            zoo.monolith("sql")(input_ids=ids).logits, zoo_of(model)[0].monolith("sql")(input_ids=ids).logits
+        )
+
+
+def test_an_empty_zoo_takes_any_shape(tmp_path):
+    zoo = Zoo()
+    zoo.add("a", tiny_model())
+    zoo.remove("a")
+    assert (zoo.bytes, zoo.places, zoo.blocks) == (0, [], {})
+    for call in (zoo.shell, lambda: zoo.dtype, lambda: zoo.save(tmp_path / "zoo")):
+        with pytest.raises(ValueError, match="no model yet"):
+            call()
+    assert not (tmp_path / "zoo").exists()
+    zoo.add("b", tiny_model(hidden_size=32))
+    assert zoo.monolith("b").config.hidden_size == 32
 
 
 def test_a_tied_head_is_the_embedding_and_counted_once():
@@ -378,6 +471,10 @@ def test_what_a_zoo_refuses(made, model):
         )
     with pytest.raises(ValueError, match="at least one layer"):
         zoo.add_adapter("x", "base", {})
+    half, large = Zoo(), {"model.layers.0.mlp.up_proj": Factors(torch.ones(1, 64), torch.ones(96, 1), 1e5)}
+    half.add("base", copy.deepcopy(model).half())
+    with pytest.raises(ValueError, match=r"finite in torch.float16.*layers.0.mlp.up_proj"):
+        half.add_adapter("x", "base", large)
     assert set(zoo.blocks) == before
     with pytest.raises(ValueError, match="no models yet"):
         Zoo().chain("x")
@@ -385,22 +482,56 @@ def test_what_a_zoo_refuses(made, model):
         SharedModel(zoo, {})
 
 
-@pytest.mark.parametrize("kind", [name for name in CAUSAL if name in ("gpt2", "gemma3", "qwen3", "phi3", "olmo2")])
-def test_other_architectures_are_their_models_or_refused(kind):
+REFUSED = dict.fromkeys(("mamba", "gpt_oss"), "parameters in layers of their own")
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_other_architectures_answer_as_each_model_alone_or_are_refused(kind):
+    """Experts, learned positions, windows, tied heads: every block of the second model is another than the first's."""
     one = build(kind)
+    other, chance = copy.deepcopy(one), torch.Generator().manual_seed(0)
+    for weight in other.parameters():
+        weight.data *= 1 + 0.2 * torch.rand(weight.shape, generator=chance)
     zoo = Zoo()
+    if kind in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[kind]):
+            zoo.add("a", one)
+        return
     zoo.add("a", one)
-    other = copy.deepcopy(one)
-    for weight in list(other.parameters())[-3:]:
-        weight.data *= 1.5
     zoo.add("b", other)
-    shared = SharedModel(zoo)
-    ids = token_ids(2, 7, vocab=min(97, one.config.get_text_config().vocab_size))
-    shared.use(["a", "b"])
+    shared, alone = Batch(SharedModel(zoo)), {"a": one, "b": other}
+    rows = [
+        Answer(name, token_ids(1, length, seed=length)[0].tolist(), 9)
+        for name, length in (("a", 20), ("b", 5), ("a", 7))
+    ]
+    for row in rows:
+        shared.prefill(row)
+    for tokens in ([5, 6, 7], [8, 9, 10]):
+        for row, token in zip(rows, tokens, strict=True):
+            row.made.append(token)
+        found = shared.advance(rows, tokens)
     with torch.inference_mode():
-        found = shared.model(input_ids=ids).logits
-        wanted = torch.cat([m(input_ids=ids[i : i + 1]).logits for i, m in enumerate((one, other))])
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+        wanted = [alone[row.tenant](input_ids=torch.tensor([row.ids + row.made])).logits[0, -1] for row in rows]
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=2e-3, atol=2e-3)
+
+
+def test_a_layer_that_looks_into_another_is_refused(monkeypatch):
+    """What is not called but read would be the first model's for everybody."""
+    from transformers.models.llama import modeling_llama
+
+    model = tiny_model()
+
+    def forward(self, x):
+        return torch.nn.functional.linear(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", forward)
+    zoo = Zoo()
+    zoo.add("base", model)
+    zoo.add("same but for its head", copy.deepcopy(model))
+    assert SharedModel(zoo)
+    zoo.add("other", top_tuned(model, 1))
+    with pytest.raises(ValueError, match="the weight of a Linear is used from outside it"):
+        SharedModel(zoo)
 
 
 # ---- on disk
@@ -455,6 +586,29 @@ def test_a_folder_that_was_changed_is_refused(made, tmp_path):
     changed("kind", lambda folder: edit(folder, lambda i: i["config"].update(model_type="mine")))
     changed("format", lambda folder: edit(folder, lambda i: i.update(format=2)))
     changed("short", lambda folder: edit(folder, lambda i: i["models"]["german"]["blocks"].pop("embed")))
+    changed("none", lambda folder: edit(folder, lambda i: i.update(models={})))
+    changed("list", lambda folder: edit(folder, lambda i: i.update(models=[1])))
+    changed("deep", lambda folder: (folder / "zoo.json").write_text("[" * 100_000))
+    for name, config in (
+        ("tall", {"num_hidden_layers": 1_000_000}),
+        ("wide", {"vocab_size": 10**12}),
+        ("vast", {"intermediate_size": 10**15}),
+        ("negative", {"hidden_size": -64}),
+    ):
+        changed(name, lambda folder, config=config: edit(folder, lambda i: i["config"].update(config)))
+
+    def with_two_scales(folder):
+        from safetensors.torch import save_file
+
+        place = next(iter(zoo.chains["sql"].adapters))
+        tensors = dict(zoo.blocks[zoo.chains["sql"].adapters[place]].tensors)
+        scale = next(name for name in tensors if name.endswith("scale"))
+        tensors[scale] = torch.ones(2, dtype=torch.float64)
+        new = digest_of(tensors)
+        save_file(tensors, folder / "blocks" / f"{new}.safetensors")
+        edit(folder, lambda i: i["models"]["sql"]["adapters"].update({place: new}))
+
+    changed("scales", with_two_scales)
     with pytest.raises(InputError):
         Zoo.open(tmp_path / "nowhere")
 
@@ -489,13 +643,15 @@ def test_an_adapter_comes_back_from_its_folder_and_from_peft(model, tmp_path):
         (lambda c, t: c.update(use_dora=True), "use_dora"),
         (lambda c, t: c.update(modules_to_save=["lm_head"]), "modules_to_save"),
         (lambda c, t: c.update(init_lora_weights="pissa"), "init_lora_weights"),
-        (lambda c, t: c.update(fan_in_fan_out=True), "fan_in_fan_out"),
+        (lambda c, t: c.update(init_lora_weights=["eva"]), "init_lora_weights"),
+        (lambda c, t: c.update(arrow_config={"top_k": 3}), "arrow_config"),
         (lambda c, t: c.update(lora_alpha="8"), "lora_alpha"),
         (lambda c, t: c.update(alpha_pattern={"(a+)+$": 1}), "alpha_pattern"),
         (lambda c, t: t.update({"x.weight": torch.zeros(1)}), "no factor"),
         (lambda c, t: t.pop(next(name for name in t if "lora_B" in name)), "only lora_A"),
         (lambda c, t: next(iter(t.values())).fill_(float("nan")), "NaN"),
         (lambda c, t: t.clear(), "no factors"),
+        (lambda c, t: t.update({n.removeprefix("base_model.model."): x.clone() for n, x in t.items()}), "there twice"),
     ],
 )
 def test_an_adapter_that_is_damaged_or_not_understood_is_refused(model, tmp_path, change, match):
@@ -515,8 +671,14 @@ def test_pickled_and_missing_weights_are_refused(model, tmp_path):
     (tmp_path / "a" / WEIGHTS).rename(tmp_path / "a" / "adapter_model.bin")
     with pytest.raises(InputError, match="pickled"):
         read_adapter(tmp_path / "a")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="this is no adapter"):
         read_adapter(tmp_path)
+    (tmp_path / "a" / WEIGHTS).write_bytes(b"\xff" * 100)
+    with pytest.raises(InputError, match="cannot be read, truncated or damaged"):
+        read_adapter(tmp_path / "a")
+    (tmp_path / "a" / CONFIG).write_text("[" * 100_000)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_adapter(tmp_path / "a")
     with pytest.raises(ValueError, match="one rank"):
         write_adapter(
             tmp_path / "b",
@@ -610,6 +772,46 @@ def test_classes_hold_every_pair_to_the_threshold():
     assert classes(["a", "x"], both, -5.0) == [["a"], ["x"]]
     with pytest.raises(ValueError, match="threshold"):
         classes(["a"], both, float("nan"))
+    odd = both | {("a", "b"): float("nan"), ("b", "a"): float("nan")}
+    assert sorted(map(sorted, classes(["a", "b", "c"], odd, 0.9))) == [["a"], ["b", "c"]]
+
+
+def joined_by_looking_at_all(digests, found, limit):
+    """Complete linkage as it is defined: the two classes whose least alike pair is most alike become one, while that is enough."""
+    groups = [[digest] for digest in digests]
+    while len(groups) > 1:
+        links = {
+            (i, j): min(found.get((a, b), -9.0) for a in groups[i] for b in groups[j])
+            for i in range(len(groups))
+            for j in range(i)
+        }
+        i, j = max(links, key=lambda pair: (links[pair], -pair[0], -pair[1]))
+        if links[i, j] < limit or links[i, j] == -9.0:
+            break
+        groups[j] += groups.pop(i)
+    return sorted(map(sorted, groups))
+
+
+def test_classes_are_complete_linkage():
+    chance = random.Random(0)
+    for size in (1, 2, 7, 12):
+        digests = [f"d{i:02}" for i in range(size)]
+        found = {}
+        for i, a in enumerate(digests):
+            for b in digests[:i]:
+                if chance.random() < 0.8:
+                    found[a, b] = found[b, a] = chance.random()
+        for limit in (0.0, 0.3, 0.7, 0.95):
+            assert sorted(map(sorted, classes(digests, found, limit))) == joined_by_looking_at_all(
+                digests, found, limit
+            )
+
+
+def test_the_blocks_of_many_models_are_sorted_in_no_time():
+    """Twenty models of eighty layers; layers of one depth are alike. To look at all pairs at every step would take an hour."""
+    digests = [f"{model}/{depth}" for depth in range(80) for model in range(20)]
+    found = {(f"{a}/{d}", f"{b}/{d}"): 0.99 for d in range(80) for a in range(20) for b in range(a)}
+    assert sorted(map(len, classes(digests, found, 0.98))) == [20] * 80
 
 
 def test_a_substituted_chain_is_the_model_with_that_block(near):

@@ -104,10 +104,11 @@ def test_a_cache_has_one_owner_at_the_device_that_ran_it_last():
 def test_caches_stay_where_moving_is_dear_and_go_where_it_is_free():
     placement = {block: [node.name for node in NODES] for block in SIZES}
     slow, fast = Link(1e2, 1.0), Link(1e15, 0.0)
-    dear, _ = run(requests(rate=6.0), placement=placement, local=slow, remote=slow)
-    free, _ = run(requests(rate=6.0), placement=placement, local=fast, remote=fast)
+    asked = requests(rate=6.0, seconds=2.0)
+    dear, _ = run(asked, placement=placement, local=slow, remote=slow)
+    free, _ = run(asked, placement=placement, local=fast, remote=fast)
     assert dear.moves < free.moves
-    again, _ = run(requests(rate=6.0), placement=placement, local=fast, remote=fast)
+    again, _ = run(asked, placement=placement, local=fast, remote=fast)
     assert again == free
 
 
@@ -169,6 +170,32 @@ def test_whole_models_stay_whole_and_the_busiest_are_copied():
         place(own, RATES, sizes, cluster(1, 2, memory=5.0), whole=True)
 
 
+def test_two_requests_together_by_hand():
+    """One device, one model, both at once: each block once for both prompts, then once for both tokens, as often as tokens follow."""
+    asked = [Request(0.0, 5, 3, "a"), Request(0.0, 9, 3, "a")]
+    found, _ = run(asked, nodes=[Node("n", "s", 100.0)])
+    block = lambda tokens: TIMES.start + TIMES.read + TIMES.work * tokens  # noqa: E731
+    whole = 5 * (block(14) + 2 * block(2))
+    assert [one.e2e for one in found.served] == pytest.approx([whole, whole])
+    assert [one.first for one in found.served] == pytest.approx([5 * block(14)] * 2)
+    assert found.busy("n") == pytest.approx(1.0)
+    assert found.rows() == 2
+
+
+def test_times_are_those_of_least_squares_without_negative_ones():
+    """Against scipy's own, over noisy passes, some of which want a negative number."""
+    import numpy as np
+    from scipy.optimize import nnls
+
+    chance = np.random.default_rng(0)
+    for _ in range(20):
+        table = chance.uniform(0.1, 9.0, (12, 3))
+        seconds = np.maximum(table @ chance.uniform(-0.5, 1.0, 3) + chance.normal(0, 0.3, 12), 0.01)
+        wanted, _ = nnls(table / seconds[:, None], np.ones(12))
+        found = fitted([(*row, second) for row, second in zip(table.tolist(), seconds.tolist(), strict=True)])
+        assert (found.start, found.read, found.work) == pytest.approx(wanted, abs=1e-8)
+
+
 def test_times_are_found_again():
     seen = [(n, size, size * tokens) for n, size, tokens in ((3, 5.0, 1), (9, 14.0, 4), (4, 20.0, 30), (30, 60.0, 2))]
     passes = [(n, read, work, TIMES.start * n + TIMES.read * read + TIMES.work * work) for n, read, work in seen]
@@ -187,6 +214,20 @@ def test_what_a_simulation_refuses():
         simulate_blocks([Request(0.0, 1, 1, "a")], MODELS, {**where, "l0": ["nowhere"]}, SIZES, NODES, TIMES)
     with pytest.raises(ValueError, match="most"):
         simulate_blocks([], MODELS, where, SIZES, NODES, TIMES, most=0)
+    with pytest.raises(ValueError, match="requests"):
+        simulate_blocks([], MODELS, where, SIZES, NODES, TIMES).quantile(0.5)
+    for call in (
+        lambda sizes, nodes: simulate_blocks([], MODELS, where, sizes, nodes, TIMES),
+        lambda sizes, nodes: place(MODELS, RATES, sizes, nodes),
+    ):
+        with pytest.raises(ValueError, match="'b2' is missing"):
+            call({name: size for name, size in SIZES.items() if name != "b2"}, NODES)
+        with pytest.raises(ValueError, match="sizes"):
+            call({**SIZES, "l0": float("nan")}, NODES)
+        with pytest.raises(ValueError, match="name of its own"):
+            call(SIZES, [*NODES, NODES[0]])
+    with pytest.raises(ValueError, match="rates"):
+        place(MODELS, {"a": float("nan")}, SIZES, NODES)
     with pytest.raises(ValueError, match="blocks"):
         Model(("a",), (True, False), 1.0, 1.0)
     with pytest.raises(ValueError, match="memory"):

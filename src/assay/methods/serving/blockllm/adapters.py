@@ -27,14 +27,15 @@ PREFIX = "base_model.model."
 LARGEST_CONFIG = 1 << 20  # bytes
 MOST_RANK = 4096
 _FACTOR = re.compile(r"^(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight$")
-_TOLD_BY_THE_TENSORS = {
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform",
-    "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "target_modules",
-    "task_type",
+# settings that say how an adapter was trained or where it came from, or that the file's own tensors tell
+_TOLD_ELSEWHERE = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode",
+    "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
 _UNDERSTOOD = {"alpha_pattern", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "use_rslora"}
-_PLAIN_BEGINNINGS = (None, True, False, "gaussian", "orthogonal", "eva")
-"""Values of `init_lora_weights` that leave the base model's weights as they were."""
+_PLAIN_BEGINNINGS = ("gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights`, beside true and false, that leave the base model's weights as they were."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,45 +63,61 @@ Adapter = Mapping[str, Factors]
 def read_adapter(folder: Path | str) -> dict[str, Factors]:
     """The adapter in a folder, as PEFT saves LoRA: scale alpha / r, or alpha / sqrt(r) with `use_rslora`.
 
-    Raises InputError, naming the file, for what is not there, damaged or pickled, for NaN and infinity, and for every setting that
-    changes the function and is not one of `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern` (of plain names) and `use_rslora`.
+    Factors are the way round of `nn.Linear`, also those of a layer that stores its weight the other way round (GPT-2's Conv1D, which
+    `fan_in_fan_out` is about). Raises InputError, naming the file, for what is not there, damaged or pickled, for NaN and infinity, for
+    a layer whose factors are there twice, and for every setting that changes the function and is not one of `r`, `lora_alpha`,
+    `rank_pattern`, `alpha_pattern` (of plain names) and `use_rslora`.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     where = Path(folder).expanduser()
     config = _config(where)
     path = where / WEIGHTS
     if not path.is_file():
         pickled = (where / "adapter_model.bin").exists()
-        raise InputError(
-            f"{where}: {'its weights are pickled; save it with safetensors' if pickled else f'no {WEIGHTS}'}"
-        )
+        why = "its weights are pickled, which can run code when read; save it with safetensors"
+        raise InputError(f"{where}: {why if pickled else f'no {WEIGHTS}'}")
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+        with safe_open(path, framework="pt") as file:
+            pairs = _pairs(path, list(file.keys()))
+            made = {}
+            for layer, pair in pairs.items():
+                factors = {letter: file.get_tensor(name) for letter, name in pair.items()}
+                made[layer] = _factors(path, config, layer, factors)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be read, truncated or damaged ({error})") from None
+    return made
+
+
+def _pairs(path: Path, names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The names of both factors by the layer they change."""
+    pairs: dict[str, dict[str, str]] = {}
+    for name in names:
         found = _FACTOR.match(name)
         if found is None:
             raise InputError(f"{path}: tensor {name[:120]!r} is no factor of a linear layer (lora_A, lora_B)")
-        if not bool(torch.isfinite(tensor).all()):
-            raise InputError(f"{path}: {name[:120]!r} holds NaN or infinity")
-        pairs.setdefault(found["layer"].removeprefix(PREFIX), {})[found["factor"]] = tensor
+        pair = pairs.setdefault(found["layer"].removeprefix(PREFIX), {})
+        if pair.setdefault(found["factor"], name) != name:
+            raise InputError(f"{path}: {name[:120]!r} is there twice, with {PREFIX!r} and without")
     if not pairs:
         raise InputError(f"{path}: holds no factors")
-    made = {}
     for layer, pair in pairs.items():
         if len(pair) < 2:
             raise InputError(f"{path}: of {layer[:120]!r} only lora_{next(iter(pair))} is there")
-        try:
-            made[layer] = Factors(pair["A"], pair["B"], _scale(where, config, layer, pair["A"].shape[0]))
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{path}: {layer[:120]!r}: {error}") from None
-        if not 1 <= pair["A"].shape[0] <= MOST_RANK:
-            raise InputError(f"{path}: {layer[:120]!r} has rank {pair['A'].shape[0]}; allowed is 1 to {MOST_RANK}")
-    return made
+    return pairs
+
+
+def _factors(path: Path, config: Mapping[str, Any], layer: str, pair: Mapping[str, Tensor]) -> Factors:
+    for letter, tensor in pair.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"{path}: lora_{letter} of {layer[:120]!r} holds NaN or infinity")
+    rank = pair["A"].shape[0] if pair["A"].ndim else 0
+    if not 1 <= rank <= MOST_RANK:
+        raise InputError(f"{path}: {layer[:120]!r} has rank {rank}; allowed is 1 to {MOST_RANK}")
+    try:
+        return Factors(pair["A"], pair["B"], _scale(config, layer, rank))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}: {layer[:120]!r}: {error}") from None
 
 
 def write_adapter(folder: Path | str, adapter: Adapter, *, base: str = "") -> None:
@@ -134,27 +151,29 @@ def write_adapter(folder: Path | str, adapter: Adapter, *, base: str = "") -> No
 
 
 def _config(folder: Path) -> dict[str, Any]:
+    """The adapter's settings. Raises InputError unless all that change the function are understood."""
     path = folder / CONFIG
+    if not path.is_file():
+        raise InputError(f"{folder}: no {CONFIG}, so this is no adapter")
     try:
         if path.stat().st_size > LARGEST_CONFIG:
             raise InputError(f"{path} is larger than {LARGEST_CONFIG} bytes")
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({str(error)[:200]})") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise InputError(f"{path}: must be an object with peft_type 'LORA', got {checks.shown(config)}")
-    for name, value in config.items():
-        if name not in _TOLD_BY_THE_TENSORS | _UNDERSTOOD and value not in (None, False, [], {}, "none"):
-            raise InputError(f"{path}: {checks.shown(name)} is not supported here, got {checks.shown(value)}")
-    if config.get("init_lora_weights", True) not in _PLAIN_BEGINNINGS:
+    beginning = config.get("init_lora_weights")
+    if not (beginning is None or isinstance(beginning, bool) or str(beginning).lower() in _PLAIN_BEGINNINGS):
         raise InputError(
-            f"{path}: init_lora_weights {config['init_lora_weights']!r} may have changed the base model too"
+            f"{path}: init_lora_weights {checks.shown(beginning)} may have changed the base model too; convert it to plain LoRA"
         )
+    for name, value in config.items():
+        if name not in _TOLD_ELSEWHERE | _UNDERSTOOD and value not in (None, False, [], {}, "none"):
+            raise InputError(f"{path}: {checks.shown(name)} is not supported here, got {checks.shown(value)}")
     try:
         checks.choice("bias", config.get("bias", "none"), ("none",))
         checks.flag("use_rslora", config.get("use_rslora") or False)
-        if config.get("fan_in_fan_out"):
-            raise ValueError("fan_in_fan_out must be false: only nn.Linear layers are known here")
         checks.number("lora_alpha", config.get("lora_alpha"), low=-1e6, high=1e6)
         patterns = config.get("alpha_pattern") or {}
         if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", name) for name in patterns):
@@ -166,13 +185,15 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _scale(folder: Path, config: Mapping[str, Any], name: str, rank: int) -> float:
+def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
     alpha = config["lora_alpha"]
     for pattern, own in (config.get("alpha_pattern") or {}).items():
-        if name == pattern or name.endswith("." + pattern):
+        if name == pattern or name.endswith(
+            "." + pattern
+        ):  # PEFT takes regular expressions; plain names mean the same in both
             alpha = own
             break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else max(rank, 1))
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 class LowRank(nn.Module):

@@ -9,6 +9,7 @@ faster; this runs transformers' own forward pass.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -27,7 +28,10 @@ from assay.methods.serving.blockllm.shared import SharedModel
 
 @dataclass(eq=False)
 class Answer:
-    """A prompt of one model's, and the tokens made so far. `first` and `end` are when its first and last token came (`perf_counter`)."""
+    """A prompt of one model's, and the tokens made so far. `first` and `end` are when its first and last token came (`perf_counter`).
+
+    `error` says why it ended before its time.
+    """
 
     tenant: str
     ids: list[int]
@@ -38,6 +42,7 @@ class Answer:
     logits: Tensor | None = None  # (vocab,) float32, of its next token
     first: float = 0.0
     end: float = 0.0
+    error: str = ""
 
     @property
     def length(self) -> int:
@@ -46,7 +51,7 @@ class Answer:
 
     @property
     def finished(self) -> bool:
-        return len(self.made) >= self.new_tokens or bool(self.made and self.made[-1] in self.ends)
+        return bool(self.error) or len(self.made) >= self.new_tokens or bool(self.made and self.made[-1] in self.ends)
 
 
 class Pass(NamedTuple):
@@ -77,6 +82,10 @@ class Batch:
         self._use([row])
         row.cache = DynamicCache()
         out = self.model(input_ids=torch.tensor([row.ids]), cache=row.cache, use_cache=True, logits_to_keep=1)
+        if not row.cache.get_seq_length() == len(row.ids):
+            raise ValueError(
+                f"model must keep keys and values in a DynamicCache, which {type(self.model).__name__} does not"
+            )
         row.logits = out.logits[0, -1].float()
         return row.logits
 
@@ -117,7 +126,8 @@ class Engine:
     """Continuous batching over a `SharedModel`, greedy: `submit`, then `step` until nothing is `busy`.
 
     A step runs at most one waiting prompt, alone, then one token of every row under way, in one pass. At most `most` rows are under way.
-    `passes` notes what was run. Who comes first is let in first, whatever model it is for.
+    `passes` notes what was run. Who comes first is let in first, whatever model it is for. A row whose logits are not finite ends with an
+    `error`, and the others go on.
     """
 
     def __init__(self, model: Any, *, most: int = 32) -> None:
@@ -132,14 +142,20 @@ class Engine:
         return bool(self.waiting or self.running)
 
     def submit(self, tenant: str, ids: Sequence[int], new_tokens: int, *, ends: Sequence[int] = ()) -> Answer:
-        """Queue a prompt for a model. Raises ValueError for a model that is not here, an empty prompt, and no token to make."""
+        """Queue a prompt for a model. Raises ValueError for a model that is not here, an empty prompt, no token to make, and a prompt and
+        answer that exceed the model's positions."""
         if self.batch.shared is not None:
             self.batch.shared.number(tenant)
         if not ids:
             raise ValueError("ids must hold at least one token, got none")
-        vocab = self.batch.model.config.get_text_config().vocab_size
-        plain = [checks.whole("ids", token, low=0, high=vocab - 1) for token in ids]
+        config = self.batch.model.config.get_text_config()
+        plain = [checks.whole("ids", token, low=0, high=config.vocab_size - 1) for token in ids]
         row = Answer(tenant, plain, checks.whole("new_tokens", new_tokens, low=1), frozenset(ends))
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and len(plain) + row.new_tokens > positions:
+            raise ValueError(
+                f"ids and new_tokens must fit {positions} positions, got {len(plain)} and {row.new_tokens}"
+            )
         self.waiting.append(row)
         return row
 
@@ -156,26 +172,32 @@ class Engine:
         if self.waiting and len(self.running) < self.most:
             row = self.waiting.popleft()
             began = time.perf_counter()
-            logits = self.batch.prefill(row)
-            row.made.append(int(logits.argmax()))
+            self._take([row], self.batch.prefill(row)[None])
             row.first = time.perf_counter()
             self.passes.append(Pass((row.tenant,), len(row.ids), 0, row.first - began))
             self._ended(row, done) if row.finished else self.running.append(row)
         if self.running:
             shared = self.batch.shared
             if shared is not None:
-                self.running.sort(key=lambda row: shared.order(row.tenant))
+                self.running.sort(key=lambda row: shared.number(row.tenant))  # rows of one chain lie side by side
             rows = list(self.running)
             seen = sum(row.length for row in rows)
             began = time.perf_counter()
-            made = self.batch.advance(rows, [row.made[-1] for row in rows]).argmax(-1).tolist()
+            self._take(rows, self.batch.advance(rows, [row.made[-1] for row in rows]))
             self.passes.append(Pass(tuple(row.tenant for row in rows), len(rows), seen, time.perf_counter() - began))
-            for row, token in zip(rows, made, strict=True):
-                row.made.append(token)
+            for row in rows:
                 if row.finished:
                     self._ended(row, done)
             self.running = [row for row in rows if not row.finished]
         return done
+
+    def _take(self, rows: Sequence[Answer], logits: Tensor) -> None:
+        best = logits.max(-1)
+        for row, value, token in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
+            if math.isfinite(value):
+                row.made.append(token)
+            else:
+                row.error = "its logits are not finite"
 
     def _ended(self, row: Answer, done: list[Answer]) -> None:
         row.end, row.logits = time.perf_counter(), None
@@ -184,7 +206,10 @@ class Engine:
     def generate(
         self, prompts: Sequence[tuple[str, Sequence[int]]], new_tokens: int, *, ends: Sequence[int] = ()
     ) -> list[list[int]]:
-        """Greedy answers to prompts of several models, (name, token ids) each, in their order. Raises as `submit`, before anything runs."""
+        """Greedy answers to prompts of several models, (name, token ids) each, in their order.
+
+        Raises as `submit`, before anything runs, and FloatingPointError where logits are not finite, when the other answers have ended.
+        """
         if self.busy:
             raise ValueError("generate must be called while nothing else is under way")
         try:
@@ -194,4 +219,6 @@ class Engine:
             raise
         while self.busy:
             self.step()
+        if failed := [row for row in rows if row.error]:
+            raise FloatingPointError(f"{failed[0].tenant!r} cannot answer: {failed[0].error}")
         return [row.made for row in rows]

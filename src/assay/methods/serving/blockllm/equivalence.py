@@ -10,6 +10,7 @@ to be measured at the threshold chosen. Keys and values are of the chain as it r
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,8 +31,9 @@ def scores(zoo: Zoo, ids: Tensor, *, reach: int = 0) -> dict[tuple[str, str], fl
     """How alike layers are, both ways round: the mean over the tokens of the cosine of the two distributions over the vocabulary that the
     first model's last norm and head make of what each layer makes of the same hidden states, those of the first model at that depth.
 
-    `ids` (rows, tokens) are the probe. Layers at most `reach` apart in depth are compared, at the hidden states of the lesser depth.
-    Raises ValueError for a zoo without models or with adapters only, and for models that are not built as Llama's are.
+    `ids` (rows, tokens) are the probe. Layers at most `reach` apart in depth are compared, at the hidden states of the lesser depth; what
+    adapters change is not looked at. Raises ValueError for a zoo without models or with adapters only, and for models that are not
+    built as Llama's are.
     """
     checks.tensor("ids", ids, ndim=2, dtype="integer")
     reach = checks.whole("reach", reach, low=0)
@@ -79,26 +81,36 @@ def scores(zoo: Zoo, ids: Tensor, *, reach: int = 0) -> dict[tuple[str, str], fl
 def classes(digests: list[str], found: Scores, threshold: float) -> list[list[str]]:
     """Blocks in classes in which every two have at least `threshold`: complete linkage, the best pair of classes joined first.
 
-    Lower thresholds join classes further and never part them; above 1 every block stands alone. Pairs without a score are not alike.
+    Lower thresholds join classes further and never part them; above 1 every block stands alone. Pairs without a score, or whose score
+    is NaN, are not alike.
     """
     limit = checks.number("threshold", threshold)
-    groups = [[digest] for digest in digests]
-    if limit > 1:
-        return groups
-    links = {(i, j): found.get((digests[i], digests[j]), float("-inf")) for i in range(len(groups)) for j in range(i)}
-    alive = list(range(len(groups)))
-    while len(alive) > 1:
-        best = max(((links[i, j], -i, -j) for i in alive for j in alive if j < i), default=(float("-inf"), 0, 0))
-        if not best[0] >= limit or best[0] == float("-inf"):
-            break
-        i, j = -best[1], -best[2]
-        groups[j] += groups[i]
-        alive.remove(i)
-        for k in alive:
-            if k != j:
-                pair, other = (max(j, k), min(j, k)), (max(i, k), min(i, k))
-                links[pair] = min(links[pair], links[other])
-    return [groups[i] for i in alive]
+    number = {digest: i for i, digest in enumerate(digests)}
+    near: dict[int, dict[int, float]] = {
+        i: {} for i in number.values()
+    }  # classes that may be joined, by their first blocks
+    if limit <= 1:
+        for (a, b), value in found.items():
+            i, j = number.get(a, -1), number.get(b, -1)
+            if i >= 0 and j >= 0 and i != j and value >= limit:
+                near[i][j] = near[j][i] = value
+    groups = {i: [digest] for digest, i in number.items()}
+    best = [(-value, i, j) for i, others in near.items() for j, value in others.items() if j < i]
+    heapq.heapify(best)
+    while best:
+        value, i, j = heapq.heappop(best)
+        if near.get(i, {}).get(j) != -value:
+            continue  # one of them was joined meanwhile
+        first, then = near.pop(j), near.pop(i)
+        groups[j] += groups.pop(i)
+        for k in {*first, *then} - {i, j}:
+            near[k].pop(i, None)
+            near[k].pop(j, None)
+        near[j] = {k: min(alike, then[k]) for k, alike in first.items() if k in then}
+        for k, alike in near[j].items():
+            near[k][j] = alike
+            heapq.heappush(best, (-alike, max(j, k), min(j, k)))
+    return [groups[i] for i in sorted(groups)]
 
 
 def substituted(zoo: Zoo, found: Scores, threshold: float = THRESHOLD) -> dict[str, Chain]:

@@ -1,8 +1,8 @@
 """Chains of blocks on several devices, event by event: who runs a block next, for which requests together, and who owns their caches.
 
     nodes = cluster(4, 3, memory=80e9)
-    placement = place(chains, rates, sizes, nodes)
-    found = simulate_blocks(requests, chains, placement, nodes, times)
+    placement = place(models, rates, sizes, nodes)
+    found = simulate_blocks(requests, models, placement, sizes, nodes, times)
 
 A request's pass over its prompt, and each token after it, visits the blocks of its chain in order. A device runs one batch at a time: of
 its queues (one a block) the one that is least far along its chains goes first, so that who is behind catches up and shares the next
@@ -58,7 +58,7 @@ def cluster(servers: int, devices: int, *, memory: float) -> list[Node]:
 
 @dataclass(frozen=True)
 class Model:
-    """A model's blocks in order, (digest, bytes) each, which of them keep keys and values, and how many numbers go between two."""
+    """A model's blocks in order, by digest, which of them keep keys and values, and the bytes of a token that go between two of them."""
 
     blocks: tuple[str, ...]
     attention: tuple[bool, ...]
@@ -180,8 +180,12 @@ def place(
     First every block gets one device: models by rate, the busiest first, each block on the device of the one before it while there is
     room, else on the freest device of that server, else on the freest of all; so the heaviest edges of the graph stay short. Then the
     busiest device's load is shared: what it holds is copied to the least busy one with room, until nothing gets better. With `whole` a
-    model's blocks stay together, as where whole models are provisioned. Load is rate times bytes. Raises ValueError where they do not fit.
+    model's blocks stay together, as where whole models are provisioned. Load is rate times bytes. Raises ValueError where they do not
+    fit, for a block without a size, devices of one name, and a rate below 0.
     """
+    _require_sizes(models, sizes, nodes)
+    for name, rate in rates.items():
+        checks.number(f"rates[{name[:80]!r}]", rate, low=0)
     free = {node.name: node.memory for node in nodes}
     server = {node.name: node.server for node in nodes}
     held: dict[str, list[str]] = {}
@@ -260,6 +264,15 @@ def _replicate(
             free[best[2]] -= sizes[block]
 
 
+def _require_sizes(models: Mapping[str, Model], sizes: Mapping[str, float], nodes: Sequence[Node]) -> None:
+    if len({node.name for node in nodes}) != len(nodes) or not nodes:
+        raise ValueError("nodes must be at least one, each with a name of its own")
+    for block in dict.fromkeys(block for one in models.values() for block in one.blocks):
+        if block not in sizes:
+            raise ValueError(f"sizes must have every block, {block[:40]!r} is missing")
+        checks.number(f"sizes[{block[:40]!r}]", sizes[block], low=0)
+
+
 # -------------------------------------------------------------------------------------------------------------- simulation
 
 
@@ -313,7 +326,9 @@ class BlockRun:
         return min(worked / self.seconds, 1.0) if self.seconds else 0.0
 
     def quantile(self, q: float) -> float:
-        """Of the seconds from a request to the end of its answer."""
+        """Of the seconds from a request to the end of its answer. Raises ValueError where no request was made."""
+        if not self.served:
+            raise ValueError("requests must hold at least one, got none")
         return float(np.quantile([one.e2e for one in self.served], q))
 
     def rows(self) -> float:
@@ -342,9 +357,11 @@ def simulate_blocks(
 ) -> BlockRun:
     """Run all requests, whose `tenant` names their model, until the last is answered. `most` requests share a batch at most.
 
-    Raises ValueError for a tenant without a model, a block without a device, and more than 20 million events.
+    Raises ValueError for a tenant without a model, a block without a device or a size, devices of one name, and more than 20 million
+    events.
     """
     most = checks.whole("most", most, low=1)
+    _require_sizes(models, sizes, nodes)
     server = {node.name: node.server for node in nodes}
     for request in requests:
         if request.tenant not in models:
@@ -357,7 +374,9 @@ def simulate_blocks(
                 )
     queues: dict[str, dict[str, list[_Job]]] = {node.name: {} for node in nodes}
     free_at = dict.fromkeys(server, 0.0)
-    queued = dict.fromkeys(server, 0.0)  # seconds of what waits there, each batch begun anew for none of it
+    queued = dict.fromkeys(
+        server, 0.0
+    )  # seconds of work that waits there, without those that a batch takes for any tokens
     working: set[str] = set()
     events: list[tuple[float, int, str, object]] = []
     visits: list[Visit] = []

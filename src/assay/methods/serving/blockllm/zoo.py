@@ -38,6 +38,7 @@ EMBED, HEAD, REST = "embed", "head", "rest"
 INDEX = "zoo.json"
 FORMAT = 1
 LARGEST_INDEX = 1 << 26  # bytes
+MOST_LAYERS = 4096  # of a zoo on disk: a configuration is obeyed, so it is looked at first
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SAID_BY_FILES = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
 
@@ -156,7 +157,7 @@ class Zoo:
         """Add a model that is `base` with a LoRA adapter beside its linear layers; only the factors are new.
 
         Raises ValueError for a name that is taken, a base that is not here or has an adapter itself, and for factors that have no
-        `nn.Linear` of their shape there. The factors are kept in the models' dtype.
+        `nn.Linear` of their shape there. The factors are kept in the models' dtype, and refused where they are too large for it.
         """
         self._require_free(name)
         under = self.chain(base)
@@ -175,10 +176,13 @@ class Zoo:
                 )
             place, local = where[f"{target}.weight"]
             stem = local.removesuffix("weight")
+            down, up = (tensor.detach().to("cpu", self.dtype) for tensor in (factors.down, factors.up))
+            if not bool(torch.isfinite(down).all() and torch.isfinite(up * factors.scale).all()):
+                raise ValueError(f"adapter must be finite in {self.dtype}, got NaN or infinity in {target!r}")
             groups.setdefault(place, {}).update(
                 {
-                    f"{stem}down": factors.down.to(self.dtype),
-                    f"{stem}up": factors.up.to(self.dtype),
+                    f"{stem}down": down,
+                    f"{stem}up": up,
                     f"{stem}scale": torch.tensor(float(factors.scale), dtype=torch.float64),
                 }
             )
@@ -189,9 +193,14 @@ class Zoo:
         return self.chains[name]
 
     def remove(self, name: str) -> None:
-        """Forget a model, and the blocks that no other has. Raises ValueError for one that is not here."""
+        """Forget a model, and the blocks that no other has. Raises ValueError for one that is not here.
+
+        Models made of the zoo keep what they use. An empty zoo takes models of any shape again.
+        """
         self.chain(name)
         del self.chains[name]
+        if not self.chains:
+            self._shell, self._names = None, {}
         used = set(chained.from_iterable(one.digests() for one in self.chains.values()))
         self.blocks = {digest: block for digest, block in self.blocks.items() if digest in used}
 
@@ -199,14 +208,14 @@ class Zoo:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """Of the weights. Raises ValueError for a zoo without models."""
+        self._require_models()
         found: torch.dtype = self._shell.get_input_embeddings().weight.dtype
         return found
 
     def shell(self) -> Any:
-        """The model without its weights, a copy."""
-        if self._shell is None:
-            raise ValueError("the zoo has no model yet")
+        """The model without its weights, a copy. Raises ValueError for a zoo without models."""
+        self._require_models()
         return copy.deepcopy(self._shell)
 
     def factors(self, digest: str) -> dict[str, Factors]:
@@ -253,11 +262,13 @@ class Zoo:
     def save(self, folder: Path | str) -> None:
         """Write the blocks to `folder`/blocks/<digest>.safetensors, those that are there already not again, then the index.
 
-        Only the names and sizes are compared with what is there; `Zoo.open` checks digests.
+        Only the names and sizes are compared with what is there; `Zoo.open` checks digests. Blocks that no model has any more stay.
+        Raises ValueError for a zoo without models.
         """
         from safetensors.torch import save_file
 
-        where = Path(folder)
+        self._require_models()
+        where = Path(folder).expanduser()
         (where / "blocks").mkdir(parents=True, exist_ok=True)
         for digest, block in self.blocks.items():
             file = where / "blocks" / f"{digest}.safetensors"
@@ -278,7 +289,8 @@ class Zoo:
     @classmethod
     def open(cls, folder: Path | str) -> Zoo:
         """The zoo in a folder. Every block is hashed again: raises InputError for one that is not what its name says, for an index that is
-        damaged, and for blocks that do not fit the configuration. Nothing is imported from the folder, and nothing is unpickled.
+        damaged or has no models, and for blocks that do not fit the configuration, before a model of that configuration is made. Nothing
+        is imported from the folder, and nothing is unpickled.
         """
         where = Path(folder).expanduser()
         try:
@@ -287,9 +299,13 @@ class Zoo:
             index = json.loads((where / INDEX).read_text(encoding="utf-8"))
             if index["format"] != FORMAT:
                 raise ValueError(f"format must be {FORMAT}, got {checks.shown(index['format'])}")
-            zoo = cls()
-            zoo._adopt(_built(index["config"], index["dtype"]))
-            for name, one in index["models"].items():
+            zoo, models = cls(), index["models"]
+            if not models:
+                raise ValueError("models must be at least one, got none")
+            layers = max(sum(place.startswith("layer ") for place in one["blocks"]) for one in models.values())
+            with torch.device("meta"):  # what its models look like, before any memory is taken for them
+                zoo._adopt(_built(index["config"], index["dtype"], layers))
+            for name, one in models.items():
                 chain = Chain(dict(one["blocks"]), dict(one["adapters"]))
                 zoo._require_free(name)
                 if list(chain.blocks) != zoo.places or not set(chain.adapters) <= set(zoo.places):
@@ -298,7 +314,8 @@ class Zoo:
                     zoo.blocks[digest] = _read_block(where, digest)
                 zoo._require_fit(chain)
                 zoo.chains[name] = chain
-        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            zoo._adopt(_built(index["config"], index["dtype"], layers))
+        except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise InputError(f"{where}: no zoo that can be read ({type(error).__name__}: {str(error)[:200]})") from None
         return zoo
 
@@ -317,11 +334,13 @@ class Zoo:
         shell = copy.deepcopy(model, dict(tensors)).eval()  # shares what it is about to lose
         for full in model.state_dict():
             fill(shell, full, _attribute(model, full).detach().to("meta"))
-        for path, module in shell.named_modules():
-            own = list(module.parameters(recurse=False))
-            if own and list(module.children()):
+        owners = {full.rpartition(".")[0] for full in model.state_dict()}
+        for path in sorted(owners):
+            if inside := next(
+                (one for one in owners if one != path and (one.startswith(f"{path}.") or not path)), None
+            ):
                 raise ValueError(
-                    f"model must have its parameters in layers of their own, got {path or 'the model'} with some beside its layers"
+                    f"model must have its parameters in layers of their own, got {path or 'the model'} with some beside those of {inside}"
                 )
         self._shell, self._names = shell, names
 
@@ -357,6 +376,10 @@ class Zoo:
                 if not full or (factors.up.shape[0], factors.down.shape[1]) != tuple(known[full].shape):
                     raise ValueError(f"adapter {digest[:12]} does not fit {place}")
 
+    def _require_models(self) -> None:
+        if self._shell is None:
+            raise ValueError("the zoo has no model yet")
+
     def _require_free(self, name: str) -> None:
         if not isinstance(name, str) or not name:
             raise TypeError(f"name must be a text, got {checks.shown(name)}")
@@ -367,14 +390,15 @@ class Zoo:
 def places_of(model: Any) -> dict[str, dict[str, str]]:
     """The tensors of a causal language model by place: {place: {name in the block: name in the model}}, in the order they run.
 
-    The layers are the longest `nn.ModuleList`. Raises ValueError for a model without one.
+    The layers are the outermost `nn.ModuleList` that is as long as the configuration says. Raises ValueError for a model without one.
     """
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     lists = [
-        (path, module) for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+        path for path, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == count > 0
     ]
     if not lists:
-        raise ValueError(f"model must have a list of layers, got {type(model).__name__}")
-    layers, _ = max(lists, key=lambda found: len(found[1]))
+        raise ValueError(f"model must have a list of {count} layers, got {type(model).__name__}")
+    layers = min(lists, key=lambda path: path.count("."))
     paths = {id(module): path for path, module in model.named_modules()}
     embed = paths[id(model.get_input_embeddings())]
     head_module = model.get_output_embeddings()
@@ -428,8 +452,8 @@ def _comparable(config: Any) -> dict[str, Any]:
     return plain
 
 
-def _built(config: Mapping[str, Any], dtype: str) -> Any:
-    """A model of a stored configuration, of transformers' own classes, weights at random."""
+def _built(config: Mapping[str, Any], dtype: str, layers: int) -> Any:
+    """A model of a stored configuration, of transformers' own classes, weights at random. It has as many layers as the index."""
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -438,7 +462,10 @@ def _built(config: Mapping[str, Any], dtype: str) -> Any:
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"model_type must be one that transformers knows, got {checks.shown(kind)}")
     plain = {name: value for name, value in config.items() if name not in ("auto_map", "model_type")}
-    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**plain), dtype=getattr(torch, dtype)).eval()
+    made = CONFIG_MAPPING[kind](**plain)
+    if not made.get_text_config().num_hidden_layers == layers <= MOST_LAYERS:
+        raise ValueError(f"config must have the {layers} layers of the models, {MOST_LAYERS} at most")
+    return AutoModelForCausalLM.from_config(made, dtype=getattr(torch, dtype)).eval()
 
 
 def _read_block(folder: Path, digest: str) -> Block:
