@@ -246,7 +246,7 @@ class Store:
         """The rows behind the record `after` and the run `runs_after`, in one question: records first, each kind oldest first."""
 
         def rows(kind: str, of: sa.Table, text: str, behind: int) -> sa.Select[Any]:
-            columns = (
+            columns: tuple[Any, ...] = (
                 sa.literal_column(f"'{kind}'").label("kind"),
                 of.c.seq,
                 of.c.id,
