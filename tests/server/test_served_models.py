@@ -102,7 +102,7 @@ def test_a_router_chooses(models, folders):
     assert client.post("/v1/completions", json=GREEDY | {"model": "b"}).json()["model"] == "b"  # asked for by its name
     assert len(seen) == 2
     models.router = lambda document: "nobody"
-    assert client.post("/v1/completions", json=GREEDY | {"model": "auto"}).status_code == 404
+    assert client.post("/v1/completions", json=GREEDY | {"model": "auto"}).status_code == 503
 
 
 def test_a_model_that_is_not_here(client):
@@ -396,10 +396,10 @@ def test_a_model_may_be_unloaded_while_one_is_looked_for(models, folders):
     models.load("a", str(folders[0]))
     engine = models.engines()[0]
     models.router = lambda document: "" if models.unload("a") else ""
-    assert models.of({"model": "auto"}) is engine  # it was there when the request came
+    assert models.routed({"model": "auto"})[0] is engine  # it was there when the request came
     engine.close()
     with pytest.raises(ApiError) as caught:
-        models.of({"model": "auto"})
+        models.routed({"model": "auto"})
     assert caught.value.status == 503
 
 
