@@ -182,7 +182,7 @@ def test_bad_lengths_are_one_line(capsys, folder, arguments, says):
     assert code == 2
     *progress, last = err.strip().splitlines()
     assert says in last
-    assert progress in ([], ["assay: loading the model"])
+    assert progress in ([], ["assay: counting what the model needs"])
     assert not out
 
 
@@ -214,3 +214,126 @@ def test_bundled_model(capsys):
     document = json.loads(out)
     assert sum(row["params"] for row in document["modules"] if row["phase"] == "prefill") == 134_515_008
     assert document["kinds"]["linear"]["share"] > 0.3
+
+
+# ---- what is foretold before loading ------------------------------------------------------------------------------------------
+
+
+def nothing_is_loaded(monkeypatch):
+    monkeypatch.setattr("assay.workloads.models.load_model", lambda *a, **k: pytest.fail("loaded"))
+
+
+def test_what_was_foretold_stands_beside_what_was_measured(capsys, folder):
+    arguments = [folder, "--prompt-tokens", 32, "--new-tokens", 4]
+    code, out, _ = run(capsys, *arguments, "--json")
+    assert code == 0
+    found = json.loads(out)["forecast"]
+    parameters = 2 * 256 * 32 + 2 * (4 * 32 * 32 - 2 * 16 * 32 + 3 * 32 * 48 + 2 * 32) + 32
+    assert found["reason"] == ""
+    assert found["format"] == "fp32"
+    assert found["parameters"] == parameters
+    assert found["weight_bytes"] == 4 * parameters
+    assert found["cache_bytes"] == 2 * 2 * 2 * 8 * 35 * 4  # keys and values, layers, heads, dimensions, tokens, bytes
+    assert found["fits"]
+    assert 0 < found["least_prefill_seconds"] <= found["prefill_seconds"]
+    seen = found["measured"]
+    for name in ("prefill", "token"):
+        assert seen[f"{name}_error"] == pytest.approx(found[f"{name}_seconds"] / seen[f"{name}_seconds"] - 1)
+
+
+def test_lines_say_what_is_modelled_and_what_is_measured(capsys, folder, tmp_path):
+    page = tmp_path / "p.html"
+    code, out, _ = run(capsys, folder, "--prompt-tokens", 16, "--new-tokens", 2, "--html", page)
+    assert code == 0
+    assert out.startswith("Modelled before loading, in fp32: ")
+    for text in (" ".join(out.split()), " ".join(page.read_text().split())):
+        assert "it fits" in text
+        assert "a prompt of 16 tokens: " in text
+        assert text.count("the forecast was ") == 2
+
+
+def test_an_estimate_loads_nothing(capsys, folder, monkeypatch, tmp_path):
+    nothing_is_loaded(monkeypatch)
+    code, out, _ = run(capsys, folder, "--prompt-tokens", 16, "--estimate")
+    assert code == 0
+    assert "it fits" in out
+    assert "measured" not in out
+    assert "Runtime model" not in out
+    code, out, _ = run(capsys, folder, "--prompt-tokens", 16, "--estimate", "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert set(document) == {"model", "forecast"}
+    assert "measured" not in document["forecast"]
+    code, _, err = run(capsys, folder, "--estimate", "--html", tmp_path / "p.html")
+    assert code == 2
+    assert "nothing to draw" in err
+
+
+def test_what_does_not_fit_is_not_loaded_unless_wished(capsys, folder, monkeypatch):
+    monkeypatch.setattr(command, "available_bytes", lambda: 1e4)
+    monkeypatch.setattr(
+        "assay.methods.compression.resource_efficient_llm_survey.with_times", lambda *a, **k: pytest.fail("ran blocks")
+    )
+    with monkeypatch.context() as patch:
+        nothing_is_loaded(patch)
+        code, _, err = run(capsys, folder, "--prompt-tokens", 16)
+        assert code == 3
+        assert "does not fit: weights and cache take 0.00 GB" in err
+        assert "--anyway" in err
+        code, out, _ = run(capsys, folder, "--prompt-tokens", 16, "--estimate")
+        assert code == 0
+        assert "it does not fit" in out
+        assert " ms" not in out
+    code, out, _ = run(capsys, folder, "--prompt-tokens", 16, "--new-tokens", 2, "--anyway")
+    assert code == 0
+    assert "it does not fit" in out
+    assert "Runtime model" in out
+
+
+def test_why_nothing_is_foretold_is_said(capsys, folder, monkeypatch, tmp_path):
+    import shutil
+
+    copied = tmp_path / "tuned"
+    shutil.copytree(folder, copied)
+    (copied / "recipe.toml").write_text("")
+    assert "a recipe belongs to the model" in command.foresee(str(copied), 8, 2, print)
+    (copied / "recipe.toml").unlink()
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "model_type": "olmo2"}))
+    assert "one of the model types llama" in command.foresee(str(copied), 8, 2, print)
+    told = command.forecast_facts(command.foresee(str(copied), 8, 2, print))
+    assert set(told) == {"reason"}
+    assert command.forecast_lines(told) == [f"Nothing foretold: {told['reason']}"]
+    assert command.held_against(told["reason"], None) == {}
+
+
+@pytest.mark.parametrize(("dtype", "format"), [("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16")])
+def test_the_floats_are_those_that_loading_takes(tmp_path, dtype, format):
+    import torch
+
+    tiny_model(vocab_size=64, hidden_size=32).to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    config, found = command.stored(str(tmp_path))
+    assert found == format
+    assert config.model_type == "llama"
+
+
+def test_a_gguf_file_is_counted_as_what_conversion_makes_of_it(tmp_path):
+    from tests.tiny import write_gguf, write_tiny_llama
+
+    from assay.methods.compression.resource_efficient_llm_survey import decoder_of
+    from assay.workloads.models import load_model
+
+    loaded = load_model(write_tiny_llama(tmp_path / "m"))
+    config, format = command.stored(str(write_gguf(loaded, tmp_path / "m.gguf")))
+    assert format == "fp32"
+    assert decoder_of(config).parameters == sum(parameter.numel() for parameter in loaded.model.parameters())
+
+
+def test_a_single_new_token_has_no_token_time():
+    found = SimpleNamespace(prefill_seconds=2.0, token_seconds=0.5, new_tokens=1)
+    measured = SimpleNamespace(seconds={"prefill": 1.0})
+    assert command.held_against(found, measured) == {"prefill_seconds": 1.0, "prefill_error": 1.0}
+    found.new_tokens, measured.seconds = 5, {"prefill": 4.0, "decode": 1.0}
+    assert command.held_against(found, measured) == {
+        "prefill_seconds": 4.0, "prefill_error": -0.5, "token_seconds": 0.25, "token_error": 1.0,
+    }  # fmt: skip

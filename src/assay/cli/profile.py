@@ -1,4 +1,5 @@
-"""`assay profile MODEL`: where time and bytes go, and how far that is from what the machine could do."""
+"""`assay profile MODEL`: will it fit and how fast, said before it is loaded; then where time and bytes go, and how far that is from what
+the machine could do."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from assay.measure.profile import Profile
+    from assay.methods.compression.resource_efficient_llm_survey import Forecast
 
 PAGE = """<!doctype html>
 <html lang="en">
@@ -32,6 +34,8 @@ svg { max-width: 100%; height: auto; }
 <h1>Profile of {{ model }}</h1>
 <p>{{ p.prompt_tokens }} prompt tokens, {{ p.new_tokens }} new ones. {{ limits }} Times are measured; MACs (1 MAC = 2 FLOPs), bytes
 and attainable times are modelled.</p>
+{% for line in foretold %}<p>{{ line }}</p>
+{% endfor %}
 {% for note in notes %}<p class="note">{{ note }}</p>
 {% endfor %}
 {% for phase, kinds in p.phases.items() %}
@@ -74,11 +78,16 @@ def profile(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id in the local cache, or smollm2-135m.")],
     prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt, real text.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate after it.")] = 16,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Say what it would need and how fast it would be, and load nothing.")
+    ] = False,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Load it even where it does not fit.")] = False,
     html: Annotated[Path | None, typer.Option(help="Write a page with tables and plots to this file.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the plots to this file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show where the time and the bytes of MODEL go, against what this machine could do, and fit its runtime model T(p, o)."""
+    """Say whether MODEL fits and how fast it will be; then show where its time and its bytes go, against what this machine could do, and
+    fit its runtime model T(p, o)."""
     from assay.cli.output import print_json, saying
     from assay.errors import InputError
     from assay.paths import output_file
@@ -86,23 +95,168 @@ def profile(
     for name, value in (("--prompt-tokens", prompt_tokens), ("--new-tokens", new_tokens)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
+    if estimate and (html is not None or png is not None):
+        raise InputError("--estimate loads nothing: there is nothing to draw with --html or --png")
     html = None if html is None else output_file(html, "--html")
     png = None if png is None else output_file(png, "--png")
 
-    with saying("loading the model") as say:
-        measured, runtime, moved = examine(model, prompt_tokens, new_tokens, say)
+    with saying("counting what the model needs") as say:
+        found = foresee(model, prompt_tokens, new_tokens, say, refuse=not (estimate or anyway))
+        told = forecast_facts(found)
+        if not estimate:
+            say("loading the model")
+            measured, runtime, moved = examine(model, prompt_tokens, new_tokens, say)
+            told |= {"measured": held_against(found, measured)}
         if html is not None:
             say("drawing")
-            write_page(model, measured, runtime, moved, html)
+            write_page(model, measured, runtime, moved, html, forecast_lines(told))
         if png is not None:
             write_png(measured, png)
     if json:
-        print_json({"model": model, **measured.as_dict(), "runtime_model": runtime, "words_moved": moved})
+        document = {} if estimate else {**measured.as_dict(), "runtime_model": runtime, "words_moved": moved}
+        print_json({"model": model, "forecast": told, **document})
+        return
+    for line in forecast_lines(told):
+        typer.echo(line)
+    if estimate:
         return
     print_tables(model, measured, runtime, moved)
     for path in (html, png):
         if path is not None:
             typer.echo(f"wrote {path}")
+
+
+def available_bytes() -> float:
+    """Memory of this machine that is free, or can be freed, now."""
+    import psutil
+
+    return float(psutil.virtual_memory().available)
+
+
+def stored(source: str) -> tuple[Any, str]:
+    """The configuration of a model that is not loaded, and the floats in which loading it holds its weights.
+
+    Raises ValueError where that cannot be said (a recipe, weights that are no plain floats), InputError for damaged files, and whatever a
+    library makes of a configuration that it does not know.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    from assay.workloads.files import check_folder, check_gguf
+    from assay.workloads.gguf_models import read_plan
+    from assay.workloads.models import find_model
+
+    found = find_model(source)
+    if found.is_file():
+        plan = read_plan(found, check_gguf(found))[1]
+        return AutoConfig.for_model(**plan.config), "fp32"  # what conversion makes of it
+    if (found / "recipe.toml").is_file():
+        raise ValueError("a recipe belongs to the model, which changes what it takes")
+    types = check_folder(found).types
+    config = AutoConfig.from_pretrained(found, trust_remote_code=False, local_files_only=True)
+    if getattr(config, "quantization_config", None):
+        raise ValueError("its weights are quantised")
+    names: dict[Any, str] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    said = names.get(getattr(config, "dtype", None))
+    most = max(types, key=lambda name: types[name])
+    format = said or {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}.get(most)
+    if format is None:
+        raise ValueError(f"its weights are stored as {most}")
+    return config, format
+
+
+def foresee(
+    source: str, prompt_tokens: int, new_tokens: int, say: Callable[[str], None], *, refuse: bool = True
+) -> Forecast | str:
+    """What the model will need and take, or why that cannot be said. Nothing of it is loaded; a few blocks of its sizes are run.
+
+    Raises InputError for lengths that the model has no positions for, and with `refuse` MissingError where its weights and its cache alone
+    are more than the memory that is available.
+    """
+    from assay.errors import AssayError, MissingError
+    from assay.measure.machine import calibrate
+    from assay.methods.compression import resource_efficient_llm_survey as survey
+    from assay.workloads.context import stored_context
+
+    require_positions(prompt_tokens, new_tokens, stored_context(source))
+    try:
+        config, format = stored(source)
+        decoder = survey.decoder_of(config)
+    except AssayError:
+        raise
+    except Exception as error:  # loading will say what is wrong, if anything is
+        return " ".join(str(error).split()) or type(error).__name__
+    found = survey.memory_forecast(decoder, format, prompt_tokens, new_tokens, available_bytes())
+    least = found.weight_bytes + found.cache_bytes
+    if least > found.available_bytes:
+        if refuse:
+            raise MissingError(
+                f"{source} does not fit: weights and cache take {least / 1e9:.2f} GB, {found.available_bytes / 1e9:.2f} GB are "
+                "available; --estimate says more, --anyway loads it all the same"
+            )
+        return found
+    limits = calibrate(device="cpu", say=say)
+    say("timing a few blocks of the model's sizes")
+    return survey.with_times(found, config, decoder, limits)
+
+
+def require_positions(prompt_tokens: int, new_tokens: int, longest: int | None) -> None:
+    """Raise InputError where the model has too few positions (None: no bound is known)."""
+    from assay.errors import InputError
+
+    if longest is not None and prompt_tokens + new_tokens > longest:
+        raise InputError(
+            f"--prompt-tokens {prompt_tokens} and --new-tokens {new_tokens} need {prompt_tokens + new_tokens} positions, "
+            f"the model has {longest}"
+        )
+
+
+def forecast_facts(found: Forecast | str) -> dict[str, Any]:
+    """A forecast as JSON: all of it modelled, but for `available_bytes`; or the `reason` why there is none."""
+    from dataclasses import asdict
+
+    if isinstance(found, str):
+        return {"reason": found}
+    return {"reason": "", **asdict(found), "needed_bytes": found.needed_bytes, "fits": found.fits}
+
+
+def held_against(found: Forecast | str, measured: Profile) -> dict[str, float]:
+    """The measured seconds of the prompt and of a token, and the relative error of what was foretold of each; {} without a forecast."""
+    if isinstance(found, str) or not found.prefill_seconds:
+        return {}
+    seen = {"prefill": measured.seconds["prefill"]}
+    if found.new_tokens > 1 and "decode" in measured.seconds:
+        seen["token"] = measured.seconds["decode"] / (found.new_tokens - 1)
+    told = {"prefill": found.prefill_seconds, "token": found.token_seconds}
+    facts: dict[str, float] = {}
+    for name, seconds in seen.items():
+        if seconds > 0:
+            facts |= {f"{name}_seconds": seconds, f"{name}_error": told[name] / seconds - 1}
+    return facts
+
+
+def forecast_lines(told: dict[str, Any]) -> list[str]:
+    """`forecast_facts` as text, and how far off it was once the model has run (GB are 1e9 bytes)."""
+    if told["reason"]:
+        return [f"Nothing foretold: {told['reason']}"]
+    parts = {name: told[f"{name}_bytes"] / 1e9 for name in ("weight", "cache", "activation", "needed", "available")}
+    lines = [
+        f"Modelled before loading, in {told['format']}: {told['parameters'] / 1e6:,.1f} M parameters "
+        f"({told['parameters_without_tables'] / 1e6:,.1f} M without embedding and projection)",
+        f"  memory: weights {parts['weight']:.3f} GB, cache {parts['cache']:.3f} GB, activations {parts['activation']:.3f} GB, in all "
+        f"{parts['needed']:.3f} GB of {parts['available']:.3f} GB available: {'it fits' if told['fits'] else 'it does not fit'}",
+    ]
+    seen = told.get("measured", {})
+    for name, what in (("prefill", f"a prompt of {told['prompt_tokens']} tokens"), ("token", "a token after it")):
+        if not told[f"{name}_seconds"]:
+            continue
+        least, expected = 1e3 * told[f"least_{name}_seconds"], 1e3 * told[f"{name}_seconds"]
+        line = f"  {what}: {expected:,.1f} ms ({least:,.1f} ms at least)"
+        if f"{name}_seconds" in seen:
+            error = 100 * seen[f"{name}_error"]
+            line += f"; measured: {1e3 * seen[f'{name}_seconds']:,.1f} ms, the forecast was {error:+.0f} % off"
+        lines.append(line)
+    return lines
 
 
 def examine(
@@ -111,7 +265,6 @@ def examine(
     """Load, profile and fit: the profile, the runtime model with predictions for its grid, and `words_moved`, both as JSON."""
     import json
 
-    from assay.errors import InputError
     from assay.measure.machine import calibrate
     from assay.measure.profile import profile_model
     from assay.methods.core.models.own import register_own
@@ -124,12 +277,7 @@ def examine(
     register_own(find_model(source))
     loaded = load_model(source, dtype="auto")
     model = load(loaded.folder) if (loaded.folder / "recipe.toml").is_file() else loaded.model
-    longest = context_length(model)
-    if longest is not None and prompt_tokens + new_tokens > longest:
-        raise InputError(
-            f"--prompt-tokens {prompt_tokens} and --new-tokens {new_tokens} need {prompt_tokens + new_tokens} positions, "
-            f"the model has {longest}"
-        )
+    require_positions(prompt_tokens, new_tokens, context_length(model))
     limits = calibrate(device="cpu", say=say)
     say("timing the modules")
     measured = profile_model(model, long_prompt(loaded.tokenizer, prompt_tokens), new_tokens, calibration=limits)
@@ -288,7 +436,14 @@ def print_tables(name: str, measured: Profile, runtime: dict[str, Any], moved: d
         out.print(note)
 
 
-def write_page(name: str, measured: Profile, runtime: dict[str, Any], moved: dict[str, Any], path: Path) -> None:
+def write_page(
+    name: str,
+    measured: Profile,
+    runtime: dict[str, Any],
+    moved: dict[str, Any],
+    path: Path,
+    foretold: list[str],
+) -> None:
     """One HTML file with its plots inside, readable without a network; whole or not at all."""
     from jinja2 import Environment
 
@@ -307,6 +462,7 @@ def write_page(name: str, measured: Profile, runtime: dict[str, Any], moved: dic
         .from_string(PAGE)
         .render(
             model=name,
+            foretold=foretold,
             p=measured.as_dict(),
             runtime=runtime,
             words_heading=words_heading(moved),
