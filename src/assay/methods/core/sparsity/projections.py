@@ -298,6 +298,7 @@ def _scores(name: str, x: Tensor) -> Tensor:
 
 
 def check_all(tensors: Mapping[str, Tensor], dtype: Literal["floating", "bool"] = "floating") -> dict[str, torch.Size]:
+    """The shape of each layer's scores, or masks ("bool"). Raises TypeError or ValueError for what is none, and for no layers."""
     name = "scores" if dtype == "floating" else "masks"
     if not isinstance(tensors, Mapping):
         raise TypeError(f"{name} must be a mapping of names to tensors, got {type(tensors).__name__}")
@@ -316,5 +317,6 @@ def _keep(total: int, density: float | None, keep: int | None) -> int:
 
 
 def check_n_m(n: int, m: int) -> tuple[int, int]:
+    """`n` and `m` as whole numbers. Raises TypeError or ValueError unless 1 <= n <= m."""
     m = checks.whole("m", m, low=1)
     return checks.whole("n", n, low=1, high=m), m

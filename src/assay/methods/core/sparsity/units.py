@@ -91,6 +91,7 @@ def groups(model: nn.Module) -> dict[str, Group]:
 
 
 def kept_of(kind: str, mask: Tensor, group: Group) -> Tensor:
+    """The mask of units as one of what they share: a shared head of keys and values stays while any unit of its own does."""
     return mask if kind == "unit" else mask.view(group.shared, -1).any(1)
 
 
