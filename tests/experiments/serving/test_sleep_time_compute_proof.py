@@ -105,14 +105,14 @@ def records(monkeypatch):
 
 
 def judged(record):
-    """The judgement, that of the cost as if its level did not follow from what we chose: so that the rest of the rule can be tried."""
+    """The judgement as if the level did not follow from what we chose: so that the rest of the rule can be tried."""
     return judge(changed(record, computed=""))
 
 
-def test_the_cost_is_said_to_follow_from_what_was_chosen(monkeypatch):
-    tokens, cost = records(monkeypatch)
-    assert judge(tokens).verdict in PAYS
-    assert judge(cost).verdict is Verdict.COMPUTED
+def test_levels_are_said_to_follow_from_what_was_chosen(monkeypatch):
+    for record in records(monkeypatch):
+        assert judge(record).verdict is Verdict.COMPUTED
+        assert judged(record).verdict in PAYS
 
 
 def verdicts(monkeypatch):

@@ -416,6 +416,10 @@ HERE = (
     "tokens, at equal accuracy, of models trained here that add up digits of a table: which sums must be written, and whether memories are "
     "right, the models decide; the gain grows with the additions that a question takes, here two to seven by our choice of the tables"
 )
+CEILING = (
+    "every ability that is compared is near its ceiling: models decide whether memories written with nobody's question suffice, and the "
+    "level follows from the lengths of the lists"
+)
 POINTS: dict[str, list[dict[str, Any]]] = {
     "smoke": [{"recipe": SMOKE}],
     "small": [{"recipe": RECIPE}],
@@ -439,6 +443,7 @@ def rival_as_good(record: Mapping[str, Any]) -> bool:
     refuted_if="an answer behind a memory takes more tokens than thinking that is right as often, or pass@k at equal tokens or the table "
     "read twice is right as often",
     refutes=lambda record: record["measured"]["high"] < 1 or rival_as_good(record),
+    computed=f"{CEILING}, chosen beforehand",
     measured_here=HERE,
     minutes=600,
 )
@@ -493,8 +498,7 @@ def fewer_test_tokens(recipe: dict[str, Any]) -> Figure:
         or max(record["details"]["ratio_with_every_token_charged"]) < 1
         or rival_as_good(record)
     ),
-    computed="every ability that is compared is near its ceiling, so that the level follows from the lengths of the lists and from the "
-    "paper's price of a token in idle time, both chosen beforehand",
+    computed=f"{CEILING} and from the paper's price of a token in idle time, both chosen beforehand",
     measured_here=HERE + "; that a token in idle time costs a tenth is the paper's price, recalled",
     minutes=600,
 )
