@@ -47,6 +47,7 @@ def examine(again: bool, say: Callable[[str], None]) -> dict[str, Any]:
     from assay.measure.clock import self_test
     from assay.measure.machine import calibrate, machine
     from assay.methods.core import kernels
+    from assay.methods.core.sandbox import protections
     from assay.paths import cache_dir, data_dir
 
     here = machine()
@@ -69,6 +70,9 @@ def examine(again: bool, say: Callable[[str], None]) -> dict[str, Any]:
         "compiler": {"c++": compiler or "none found: install g++ for the compiled kernels"},
         "kernels": built,
         "clock": self_test(),
+        "sandbox": {
+            "programs that models write": "run in namespaces" if protections().full else protections().missing[0]
+        },
         "optional parts": parts,
         "folders": {"cache": str(cache_dir()), "data": str(data_dir())},
     }
