@@ -1,0 +1,1 @@
+"""Experiments on spending test-time compute."""
