@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -102,28 +103,30 @@ def streamed(net, clip, cut, state=EMPTY):
     return torch.cat(outs, 2), state
 
 
-@pytest.mark.parametrize("keep", ["sums", "inputs"])
 @pytest.mark.parametrize("name", NETS)
-def test_any_cut_of_the_stream_gives_what_the_clip_gives(name, keep):
+def test_any_cut_of_the_stream_gives_what_the_clip_gives(name):
     source, clip = source_and_clip(name)
-    net, expected = to_continual(source, keep=keep), source(clip)
-    torch.testing.assert_close(net(clip), expected)
-    for cut in CUTS:
-        torch.testing.assert_close(streamed(net, clip, cut)[0], expected)
+    expected = source(clip)
+    for keep in ("sums", "inputs"):
+        net = to_continual(source, keep=keep)
+        torch.testing.assert_close(net(clip), expected)
+        for cut in CUTS:
+            torch.testing.assert_close(streamed(net, clip, cut)[0], expected)
 
 
-@pytest.mark.parametrize("keep", ["sums", "inputs"])
 @pytest.mark.parametrize("name", NETS)
-def test_a_step_has_the_output_of_its_own_frame_and_none_before_and_between(name, keep):
+def test_a_step_has_the_output_of_its_own_frame_and_none_before_and_between(name):
     source, clip = source_and_clip(name)
-    net, expected, state = to_continual(source, keep=keep), source(clip), EMPTY
-    for t, frame in enumerate(clip.split(1, 2)):
-        out, state = net.advance(frame, state)
-        place, between = divmod(t - net.delay, net.stride)
-        if t < net.delay or between:
-            assert out is None
-        else:
-            torch.testing.assert_close(out, expected[:, :, place : place + 1])
+    expected = source(clip)
+    for keep in ("sums", "inputs"):
+        net, state = to_continual(source, keep=keep), EMPTY
+        for t, frame in enumerate(clip.split(1, 2)):
+            out, state = net.advance(frame, state)
+            place, between = divmod(t - net.delay, net.stride)
+            if t < net.delay or between:
+                assert out is None
+            else:
+                torch.testing.assert_close(out, expected[:, :, place : place + 1])
 
 
 def test_the_receptive_field_is_what_torch_says():
@@ -151,6 +154,25 @@ def test_a_padded_network_agrees_with_its_stream_away_from_the_ends():
         to_continual(source)
     net = to_continual(source, padding="remove")
     torch.testing.assert_close(streamed(net, clip, 1)[0], source(clip)[:, :, 2:-2])
+
+
+def test_branches_over_padding_that_is_removed_must_be_aligned_at_the_centre():
+    """With the padding the outputs are as long as the input and any alignment is the centre's; without it only the centre's is."""
+    clip = torch.randn(1, 3, 12)
+    for padded in (nn.Conv1d(3, 3, 3, padding=1), nn.Conv1d(3, 3, 3, padding="same"), nn.MaxPool1d(3, 1, padding=1)):
+        for align in ("oldest", "newest"):
+            with pytest.raises(ValueError, match="align='centre' where padding is removed"):
+                to_continual(Branches(nn.Identity(), padded, align=align).eval(), padding="remove")
+        source = Branches(nn.Identity(), padded, align="centre").eval()
+        net = to_continual(source, padding="remove")
+        torch.testing.assert_close(streamed(net, clip, 1)[0], source(clip)[:, :, 1:-1])
+    to_continual(Branches(nn.Identity(), nn.Conv1d(3, 3, 3)).eval(), padding="remove")
+
+
+def test_a_strided_network_without_its_padding_begins_at_the_first_frame():
+    source, clip = nn.Conv1d(3, 4, 3, stride=2, padding=1).eval(), torch.randn(1, 3, 13)
+    found, _ = streamed(to_continual(source, padding="remove"), clip[:, :, 1:], 1)
+    torch.testing.assert_close(found, source(clip)[:, :, 1 : 1 + found.shape[2]])
 
 
 def test_a_pool_of_the_whole_clip_becomes_one_of_a_window():
@@ -220,6 +242,112 @@ def test_clean_state_begins_anew_and_looking_ahead_changes_nothing():
 
 
 @pytest.mark.parametrize("keep", ["sums", "inputs"])
+@pytest.mark.parametrize("make", [lambda: nn.Conv1d(3, 3, 3), lambda: Branches(nn.Identity(), nn.Conv1d(3, 3, 3))])
+def test_a_long_clip_leaves_no_more_memory_behind_than_its_state_says(make, keep):
+    def held(state):
+        storages = {b.untyped_storage().data_ptr(): b.untyped_storage().nbytes() for b in state.buffers}
+        return sum(storages.values()) + sum(map(held, state.parts))
+
+    net = to_continual(make().eval(), keep=keep)
+    _, state = net.advance(torch.randn(1, 3, 50))
+    for frames in (50, 1, 1):
+        _, state = net.advance(torch.randn(1, 3, frames), state)
+        assert held(state) <= 2 * state.nbytes
+
+
+def test_a_state_of_other_streams_is_refused_and_not_repeated():
+    for make in (
+        lambda: nn.Conv1d(3, 4, 3),
+        lambda: nn.AvgPool1d(3, 1),
+        lambda: nn.Sequential(nn.ReLU(), nn.Conv1d(3, 4, 3)),
+    ):
+        net = to_continual(make().eval())
+        _, state = net.advance(torch.randn(1, 3, 2))
+        for frames in (1, 4):
+            with pytest.raises(ValueError, match="state must be that of 5 streams, got one of 1"):
+                net.advance(torch.randn(5, 3, frames), state)
+
+
+def test_a_state_is_put_back_with_more_streams_and_with_fewer():
+    net, clip = to_continual(nn.Conv1d(3, 4, 3).eval()), torch.randn(2, 3, 6)
+    expected, stream = net(clip), Stream(net)
+    for t in range(3):
+        stream.forward_step(clip[:1, :, t])
+    one = stream.state
+    stream.state = join([one, net.advance(clip[1:, :, :3])[1]])
+    torch.testing.assert_close(stream.forward_step(clip[:, :, 3]), expected[:, :, 1])
+    stream.state = stream.state.select([1])
+    torch.testing.assert_close(stream.forward_step(clip[1:, :, 4]), expected[1:, :, 2])
+    with pytest.raises(TypeError, match="state must be a StreamState"):
+        stream.state = None
+
+
+def test_a_call_that_fails_leaves_the_stream_as_it_was():
+    net, clip = (
+        to_continual(nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.Conv1d(4, 2, 2)).eval()),
+        torch.randn(1, 3, 6),
+    )
+    stream = Stream(net)
+    stream.forward_steps(clip[:, :, :4])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    handle = net.parts[1].module.register_forward_hook(interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        stream.forward_steps(clip[:, :, 4:])
+    handle.remove()
+    torch.testing.assert_close(stream.forward_steps(clip[:, :, 4:]), net(clip)[:, :, 1:])
+
+
+def test_a_stream_does_not_keep_the_history_of_its_frames():
+    source, clip = source_and_clip("skip in a skip")
+    stream = Stream(to_continual(source))
+    out = stream.forward_steps(clip.requires_grad_())
+    assert out.requires_grad
+    assert not any(value.requires_grad for value in leaves(stream.state))
+    ahead = stream.forward_steps(clip, update_state=False)
+    torch.autograd.grad(ahead.sum(), clip)
+
+
+def leaves(state):
+    return [*state.buffers, *(value for part in state.parts for value in leaves(part))]
+
+
+def test_streams_of_one_network_run_in_threads():
+    source, clip = source_and_clip("all together")
+    net, clips = to_continual(source), [clip + i for i in range(4)]
+
+    def run(clip):
+        stream = Stream(net)
+        found = [stream.forward_step(frame.squeeze(2)) for frame in clip.split(1, 2)]
+        return torch.stack([out for out in found if out is not None], 2)
+
+    with ThreadPoolExecutor(4) as pool:
+        for clip, found in zip(clips, pool.map(run, clips), strict=True):
+            torch.testing.assert_close(found, source(clip))
+
+
+@pytest.mark.parametrize("keep", ["sums", "inputs"])
+def test_activations_in_place_spoil_no_state(keep):
+    source, clip = (
+        nn.Sequential(
+            nn.Conv1d(3, 3, 3, bias=False),
+            nn.ReLU(inplace=True),
+            Branches(
+                nn.Identity(), nn.Sequential(nn.ReLU(inplace=True), nn.Conv1d(3, 3, 3), nn.Hardswish(inplace=True))
+            ),
+            nn.AvgPool1d(2, 1),
+            nn.ReLU(inplace=True),
+        ).eval(),
+        torch.randn(2, 3, 12),
+    )
+    with torch.no_grad():
+        found, _ = streamed(to_continual(source, keep=keep), clip.clone(), 1)
+        torch.testing.assert_close(found, source(clip))
+
+
+@pytest.mark.parametrize("keep", ["sums", "inputs"])
 def test_an_older_state_stays_good(keep):
     source, clip = source_and_clip("all together")
     net = to_continual(source, keep=keep)
@@ -266,6 +394,14 @@ def test_streams_that_are_not_equally_far_cannot_be_joined():
         join([one, two])
     with pytest.raises(ValueError, match="at least one"):
         join([])
+    with pytest.raises(ValueError, match="got an empty one and one after 1 frames"):
+        join([EMPTY, one])
+    with pytest.raises(ValueError, match=r"of one network, got buffers \[\(1, 4, 2\)\] and \[\(1, 3, 2\)\]"):
+        join([one, to_continual(nn.Conv1d(3, 3, 3).eval()).advance(torch.randn(1, 3, 1))[1]])
+    with pytest.raises(ValueError, match="rows must be"):
+        one.select([-1])
+    with pytest.raises(IndexError):
+        one.select([1])
 
 
 def test_a_state_is_saved_and_loaded(tmp_path):
@@ -283,6 +419,14 @@ def test_a_state_is_saved_and_loaded(tmp_path):
         StreamState.of_tensors({"seen": torch.tensor(1), "else": torch.zeros(1)})
     with pytest.raises(ValueError, match="entry 'seen'"):
         StreamState.of_tensors({})
+    with pytest.raises(TypeError, match="tensors must be a dictionary"):
+        StreamState.of_tensors([torch.tensor(1)])
+    with pytest.raises(TypeError, match="seen must be a tensor"):
+        StreamState.of_tensors({"seen": 1})
+    with pytest.raises(TypeError, match=r"part.0.seen must be a whole number"):
+        StreamState.of_tensors({"seen": torch.tensor(1), "part.0.seen": torch.tensor(1.5)})
+    with pytest.raises(ValueError, match="seen must be a whole number at least 0"):
+        StreamState.of_tensors({"seen": torch.tensor(-1)})
 
 
 # Weights, dtypes, gradients
@@ -378,6 +522,16 @@ def test_training_mode_is_refused():
     streaming = to_continual(net.eval()).train()
     with pytest.raises(RuntimeError, match="BatchNorm1d is in training mode"):
         streaming.advance(torch.randn(2, 3, 4))
+    net[1].train()  # a part alone: its clip would be normed with the batch's statistics
+    with pytest.raises(ValueError, match="got BatchNorm1d at 1 in training mode"):
+        to_continual(net)
+
+
+def test_a_convolution_on_its_own_is_checked():
+    with pytest.raises(TypeError, match="conv must be"):
+        Conv(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="conv must pad with zeros"):
+        Conv(nn.Conv2d(3, 4, 3, padding=(0, 1), padding_mode="circular"))
 
 
 def test_a_registered_module_is_streamed():
@@ -411,8 +565,17 @@ def test_bad_settings_and_frames_are_named():
     stream.forward_step(torch.randn(2, 3))
     with pytest.raises(ValueError, match="shape of the stream's others"):
         stream.forward_step(torch.randn(1, 3))
-    with pytest.raises(ValueError, match="frames must be finite"):
-        stream.forward_step(torch.full((2, 3), float("nan")))
+    with pytest.raises(ValueError, match="dtype of the stream's others, torch.float32, got torch.float64"):
+        stream.forward_step(torch.randn(2, 3).double())
+    for bad in (torch.full((2, 3), float("nan")), torch.full((2, 3), complex(0, float("inf")))):
+        with pytest.raises(ValueError, match="frames must be finite"):
+            stream.forward_step(bad)
+    for call, bad in ((stream.forward_step, torch.randn(3)), (stream.forward_steps, torch.randn(3, 4))):
+        with pytest.raises(ValueError, match=r"or ids \(batch, time\), got torch.float32"):
+            call(bad)
+    for bad in (torch.randn(2, 5), torch.randn(2, 3, 4)):
+        with pytest.raises(ValueError, match="frames must have 3 dimensions and 3 channels"):
+            Stream(stream.net).forward_step(bad)
     with pytest.raises(TypeError, match="frame must be a tensor"):
         stream.forward_step([1.0, 2.0])
     with pytest.raises(ValueError, match="must not be empty"):

@@ -77,6 +77,10 @@ def test_a_task_stores_rank_times_the_channels_kept():
     torch.testing.assert_close(other.eval()(x), adapter.eval()(x))
     with pytest.raises(ValueError, match="up must have shape"):
         other.load_task({**stored, "up": stored["up"][1:]})
+    with pytest.raises(TypeError, match="up must hold torch.float64, got torch.float32"):
+        other.load_task({**stored, "up": stored["up"].float()})
+    with pytest.raises(TypeError, match="task must be a dictionary"):
+        other.load_task(None)
     with pytest.raises(ValueError, match="task must hold"):
         other.load_task({"up": stored["up"]})
     torch.testing.assert_close(other.eval()(x), adapter.eval()(x))  # a refused task changes nothing
@@ -107,6 +111,47 @@ def test_a_pruned_chain_is_the_chain_with_its_channels_left_out():
     assert [tuple(p.weight.shape) for p in small if isinstance(p, nn.Linear)] == [(4, 5), (4, 4), (3, 4)]
     torch.testing.assert_close(small(x), model.eval()(x))
     torch.testing.assert_close(small(x), model.train()(x))
+
+
+def test_in_a_pruned_chain_of_convolutions_pools_may_stand_between():
+    layers = [
+        nn.Conv2d(2, 6, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 3, 3, padding=1),
+        nn.Flatten(),
+        nn.Softmax(1),
+    ]
+    model, x = adapt(nn.Sequential(*layers).double(), 2), torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    mask = torch.arange(6) % 2 == 0
+    prune_chain(model, [mask])  # what stands behind the last adapter is nobody's business
+    torch.testing.assert_close(pruned(model)(x), model.eval()(x))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.Softmax(1),
+        nn.LayerNorm(8, elementwise_affine=False),
+        nn.BatchNorm1d(8, affine=False),
+        nn.AvgPool1d(2, 2),
+        nn.Sequential(nn.ReLU()),
+    ],
+)
+def test_what_mixes_the_channels_between_adapters_is_refused(between):
+    model = adapt(nn.Sequential(nn.Linear(5, 8), between, nn.Linear(8, 3)), 2)
+    with pytest.raises(ValueError, match=f"activations only between adapters, got {type(between).__name__}"):
+        prune_chain(model, [torch.arange(8) % 2 == 0])
+    assert bool(model[0].output_mask.all())
+
+
+def test_nothing_of_the_big_network_but_biases_is_trained_in_a_chain():
+    model = adapt(nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.PReLU(), nn.Linear(8, 3)), 2)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        f"{i}.{name}" for i in (0, 3) for name in ("down", "up", "layer.bias")
+    }
+    with pytest.raises(ValueError, match=r"one within a part: 0\.1;"):
+        adapt(nn.Sequential(nn.Sequential(nn.ReLU(), nn.Linear(5, 8)), nn.Linear(8, 3)), 2)
 
 
 def test_peft_runs_the_adapter_as_lora():
@@ -165,6 +210,12 @@ def test_what_cannot_be_adapted_is_refused():
         prune_chain(chain(), [])
     with pytest.raises(ValueError, match="activations only"):
         prune_chain(adapt(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)), 1), [torch.ones(4).bool()])
+    with pytest.raises(ValueError, match="must have adapters"):
+        prune_chain(nn.Sequential(nn.ReLU()), [])
+    masked = nn.utils.prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.5)
+    for make in (lambda: SPLoRA(masked, 1), lambda: SPLoPA(masked, Prototypes(1, 4))):
+        with pytest.raises(ValueError, match="no forward hooks, got some on Linear"):
+            make()
     with pytest.raises(TypeError, match="nn.Sequential"):
         adapt(nn.Linear(2, 2), 1)
 
@@ -186,7 +237,7 @@ def test_prototypes_are_placed_on_the_grid_of_blocks():
     expected = expected * torch.kron(blocks.float(), torch.ones(4, 4))
     torch.testing.assert_close(adapter.merged_weight(), expected)
     torch.testing.assert_close(adapter(x), x @ expected.T + layer.bias)
-    assert adapter.learned == 5 * 4
+    assert adapter.learned == 5 * 4 + 12
 
 
 def test_layers_share_their_prototypes():
@@ -196,7 +247,15 @@ def test_layers_share_their_prototypes():
         nn.init.normal_(part.places)
     model(torch.randn(3, 8)).sum().backward()
     with_gradients = [name for name, p in model.named_parameters() if p.grad is not None]
-    assert with_gradients == ["0.places", "0.prototypes.rows", "0.prototypes.columns", "2.places"]
+    assert with_gradients == [
+        "0.places", "0.layer.bias", "0.prototypes.rows", "0.prototypes.columns", "2.places", "2.layer.bias",
+    ]  # fmt: skip
+    half = SPLoPA(nn.Linear(8, 8).bfloat16(), Prototypes(2, 4).bfloat16())
+    assert half(torch.randn(3, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match="prototypes must have the dtype of layer"):
+        SPLoPA(nn.Linear(8, 8).double(), prototypes)
+    with pytest.raises(TypeError, match="prototypes must be Prototypes"):
+        SPLoPA(nn.Linear(8, 8), 4)
     with pytest.raises(ValueError, match="must tile"):
         SPLoPA(nn.Linear(6, 8), prototypes)
     with pytest.raises(TypeError, match="layer must be"):

@@ -18,6 +18,7 @@ from assay.methods.compression.continual_inference import (
     join,
     retroactive_step,
     single_output_step,
+    to_continual,
 )
 
 WINDOW = 6
@@ -69,13 +70,13 @@ def largest_error(q, k, v, window):
 
 @pytest.mark.parametrize(("scale", "error"), [(1.0, 3e-5), (4.0, 3e-3), (8.0, 1.5e-2)])  # scores of 256 round at 3e-5
 def test_large_scores_do_not_cancel(scale, error):
-    q, k, v = tokens(400, dim=16, scale=scale, batch=1, heads=2, dtype=torch.float32)
+    q, k, v = tokens(200, dim=16, scale=scale, batch=1, heads=2, dtype=torch.float32)
     assert largest_error(q, k, v, 16) < error
 
 
 def test_without_rows_summed_up_anew_large_scores_are_lost(monkeypatch):
     monkeypatch.setattr(attention, "_anew", lambda which, rows, keys, values, *sums: sums)
-    q, k, v = tokens(400, dim=16, scale=4.0, batch=1, heads=2, dtype=torch.float32)
+    q, k, v = tokens(200, dim=16, scale=4.0, batch=1, heads=2, dtype=torch.float32)
     assert not largest_error(q, k, v, 16) < 0.1
 
 
@@ -146,6 +147,53 @@ def test_bad_tokens_are_named():
         single_output_step(q, q, q, window=4, query=-5)
 
 
+@pytest.mark.parametrize("step", [retroactive_step, single_output_step])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_token_that_is_not_finite_is_refused_and_the_stream_goes_on(step, place):
+    """Taken in, a NaN among the values would stay in a row's sum after its token has left."""
+    q, k, v = tokens(14)
+    _, state = steps(step, q[:, :, :8], k[:, :, :8], v[:, :, :8])
+    for bad in (float("nan"), float("inf")):
+        token = [x[:, :, 8].clone() for x in (q, k, v)]
+        token[place][0, 0, 0] = bad
+        with pytest.raises(ValueError, match="must be finite"):
+            step(*token, state, window=WINDOW)
+    out, _ = step(*(x[:, :, 8] for x in (q, k, v)), state, window=WINDOW)
+    expected = over_window(q, k, v, 8)
+    torch.testing.assert_close(out, expected if step is retroactive_step else expected[:, :, -1])
+
+
+@pytest.mark.parametrize("step", [retroactive_step, single_output_step])
+def test_a_state_of_other_steps_is_refused(step):
+    q, k, v = tokens(9)
+    _, state = steps(step, q, k, v)
+    last = [x[:, :, -1] for x in (q, k, v)]
+    with pytest.raises(ValueError, match="over a window of 4, got buffers"):
+        step(*last, state, window=4)
+    with pytest.raises(ValueError, match="state must be that of 1 streams, got one of 2"):
+        step(*(x[:1] for x in last), state, window=WINDOW)
+    with pytest.raises(ValueError, match="state must be of 1 heads of 4"):
+        step(*(x[:, :1] for x in last), state, window=WINDOW)
+    other = single_output_step if step is retroactive_step else retroactive_step
+    with pytest.raises(ValueError, match="got buffers"):
+        other(*last, state, window=WINDOW)
+    with pytest.raises(ValueError, match="scale must be a finite number"):
+        step(*last, state, window=WINDOW, scale=float("nan"))
+
+
+def test_another_query_needs_another_state():
+    q, k, v = tokens(9)
+    _, state = steps(single_output_step, q, k, v)
+    with pytest.raises(ValueError, match="steps with query=-3, got one that keeps 1 queries"):
+        single_output_step(*(x[:, :, -1] for x in (q, k, v)), state, window=WINDOW, query=-3)
+
+
+def test_a_token_that_comes_again_and_again():
+    q, k, v = (x[:, :, :1].expand(-1, -1, 30, -1) for x in tokens(1, scale=4.0, dtype=torch.float32))
+    outs, _ = steps(retroactive_step, q, k, v)
+    torch.testing.assert_close(outs[-1], over_window(q, k, v, 29).float())
+
+
 # Positions and encoders
 
 
@@ -160,6 +208,14 @@ def test_recycled_positions_come_again_and_differ_within_the_window():
     torch.testing.assert_close(torch.cat([found, rest], 2), positions(clip))
     with pytest.raises(ValueError, match="period must be"):
         RecycledPositions(window=3, dim=4, period=2)
+    for other in (
+        torch.randn(1, 1, 5),
+        torch.randn(1, 2, 4, 4),
+    ):  # they would be repeated over channels, or put on joints
+        with pytest.raises(ValueError, match=r"x must have shape \(batch, 4, time\)"):
+            positions(other)
+        with pytest.raises(ValueError, match=r"x must have shape \(batch, 4, time\)"):
+            positions.advance(other)
 
 
 def encoder(layers, *, norm_first=False, batch_first=True, activation="relu"):
@@ -191,6 +247,24 @@ def test_an_encoder_streams(layers, norm_first):
     torch.testing.assert_close(net(clip)[:, :, 0], plain)
 
 
+def test_convolutions_positions_and_an_encoder_are_one_stream():
+    source = nn.Sequential(
+        nn.Conv1d(3, 8, 2),
+        RecycledPositions(WINDOW, 8),
+        ContinualEncoder(encoder(2).float(), WINDOW),
+        nn.Conv1d(8, 2, 3),
+    ).eval()
+    net, clip = to_continual(source), torch.randn(2, 3, 15)
+    assert net.receptive_field == 2 + WINDOW - 1 + 2
+    stream = Stream(net)
+    pieces = [stream.forward_steps(piece) for piece in clip.split([4, 1, 6, 4], 2)]
+    torch.testing.assert_close(torch.cat([p for p in pieces if p is not None], 2), source(clip), atol=1e-5, rtol=1e-4)
+    turned = join([stream.state.select([1]), stream.state.select([0])])
+    frame = torch.randn(2, 3, 1)
+    expected, _ = net.advance(frame, stream.state)
+    torch.testing.assert_close(net.advance(frame.flip(0), turned)[0].flip(0), expected)
+
+
 def test_one_layer_projects_one_token_a_step():
     source, clip = encoder(1), torch.randn(1, 8, WINDOW + 1, dtype=torch.float64)
     net = ContinualEncoder(source, WINDOW)
@@ -203,6 +277,16 @@ def test_one_layer_projects_one_token_a_step():
 def test_what_is_no_such_encoder_is_refused():
     with pytest.raises(ValueError, match="evaluation mode"):
         ContinualEncoder(encoder(1).train(), WINDOW)
+    part = encoder(2)
+    part.layers[1].dropout1.train()
+    with pytest.raises(ValueError, match=r"got Dropout at layers.1.dropout1 in training mode"):
+        ContinualEncoder(part, WINDOW)
+    hooked = encoder(1)
+    hooked.layers[0].self_attn.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="no forward hooks, got some on MultiheadAttention"):
+        ContinualEncoder(hooked, WINDOW)
+    with pytest.raises(RuntimeError, match="the encoder is in training mode"):
+        ContinualEncoder(encoder(1), WINDOW).train().advance(torch.randn(1, 8, 3, dtype=torch.float64))
     with pytest.raises(TypeError, match="encoder must be"):
         ContinualEncoder(nn.Linear(2, 2), WINDOW)
     with pytest.raises(ValueError, match="window must be"):

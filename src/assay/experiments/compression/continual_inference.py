@@ -1,4 +1,4 @@
-"""Continual inference: what a frame of a stream costs when nothing is computed twice, and what adapters of pruned networks learn.
+"""Continual inference: what a frame of a stream costs when nothing is computed twice; the adapters are in a module of their own.
 
 Times are taken on a real moving picture, bytes of real text, and the queries, keys and values of a real language model. The weights of
 the two convolutional networks are random: neither their time nor the equality of their outputs depends on them.
@@ -6,16 +6,15 @@ the two convolutional networks are random: neither their time nor the equality o
 
 from __future__ import annotations
 
-import copy
 import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from assay.experiments.compression.continual_inference_adapters import splora_accuracy, splora_parameters
 from assay.experiments.compression.continual_inference_nets import (
     STAGES,
     byte_net,
@@ -25,29 +24,22 @@ from assay.experiments.compression.continual_inference_nets import (
     st_gcn,
     x3d,
 )
-from assay.experiments.core import Figure, Guard, Operator, Quality, Trained, Trial, experiment
-from assay.experiments.mixers.training import over_seeds, train
-from assay.experiments.rates import chosen, searched
+from assay.experiments.core import Figure, Guard, Operator, Quality, Trial, experiment
 from assay.measure.cost import count_cost
 from assay.methods.compression.continual_inference import (
     EMPTY,
     ContinualEncoder,
-    SPLoRA,
     Streaming,
-    adapt,
     attention_over,
-    prune_chain,
-    pruned,
     retroactive_step,
     to_continual,
 )
-from assay.methods.core.sparsity.projections import top
-from assay.methods.core.sparsity.scores import grouped, magnitude
 from assay.workloads.attention import captured_qkv
-from assay.workloads.images import digits_split
 from assay.workloads.models import load_model
 from assay.workloads.sequences import text_bytes
 from assay.workloads.text import long_prompt
+
+__all__ = ["splora_accuracy", "splora_parameters"]  # experiments of this paper too
 
 # ---- operations ------------------------------------------------------------------------------------------------------------------
 
@@ -64,8 +56,11 @@ OPERATIONS = Operator(
         "full": [{"depth": 5, "frames": 16, "size": 312}],
     },
     operator=OPERATIONS,
-    paper={"depth": 5, "frames": 16, "size": 312, "pool": "64 steps"},
-    departures={"pool": "16 steps, as many as the clip has; a longer pool costs no multiplications"},
+    paper={"depth": 5, "frames": 16, "size": 312, "pool": "64 steps", "gates": "over the clip"},
+    departures={
+        "pool": "16 steps, as many as the clip has; a longer pool costs no multiplications",
+        "gates": "squeeze and excitation looks at one frame, not at the pooled clip: nearly the same multiplications",
+    },
     refuted_if="a step of the converted network does as much as its clip",
     computed="the operations of both follow from the network's sizes; they are counted, not timed",
 )
@@ -349,7 +344,7 @@ def captured_tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
     "continual_inference/retroactive-attention-time",
     points={
         "smoke": [{"window": 16, "run": 4}],
-        "small": [{"window": 64, "run": 16}, {"window": 512, "run": 16}],
+        "small": [{"window": 64, "run": 16}, {"window": 256, "run": 16}],
         "full": [{"window": window, "run": 16} for window in (64, 128, 256, 512, 1024)],
     },
     decides={"small": {"window": 64, "run": 16}, "full": {"window": 64, "run": 16}},
@@ -369,7 +364,7 @@ def captured_tokens(count: int) -> tuple[Tensor, Tensor, Tensor]:
     refuted_if="a step of retroactive attention takes longer than softmax attention over the window",
 )
 def retroactive_attention_time(window: int, run: int) -> Trial:
-    """Softmax attention of 64 tokens, written out, against bringing their outputs up to date; projections count for neither.
+    """Softmax attention over the window, written out, against bringing their outputs up to date; projections count for neither.
 
     Rows whose sums would cancel are summed up anew within the candidate's time. Controls: "deleted" never takes the oldest key out; the
     rival leaves every row as it was when its query came, which costs one query a step.
@@ -466,184 +461,4 @@ def retroactive_attention_time(window: int, run: int) -> Trial:
         free=over(F.scaled_dot_product_attention),
         quality=quality,
         details=details,
-    )
-
-
-# ---- adapters of pruned networks -------------------------------------------------------------------------------------------------
-
-ADAPTING = Operator("learning another task on a pruned network", free="training the weights that pruning leaves")
-SEARCH = "continual_inference/adapters"
-ARMS = ("SPLoRA", "fine-tuning", "biases only", "random channels", "fewer channels")
-SEEDS, CHOICE_SEED, CLASSES = (0, 1, 2), 100, 10
-LESSONS: dict[str, dict[str, int]] = {
-    # hidden channels, those kept, those of the rival with as many learned numbers as SPLoRA, its rank; steps of both trainings
-    "tiny": {"hidden": 64, "keep": 20, "fewer": 8, "rank": 4, "first_steps": 150, "steps": 80, "batch": 32},
-    "digits": {"hidden": 256, "keep": 62, "fewer": 36, "rank": 12, "first_steps": 600, "steps": 400, "batch": 32},
-}
-FIRST_RATE = 3e-3  # of the network that is there before; the same for all arms
-
-
-def batches(x: Tensor, labels: Tensor, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches in an order fixed by `seed`."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for picked in torch.randperm(len(x), generator=generator).split(size):
-            yield x[picked], labels[picked]
-
-
-def classified(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The loss of a classifier."""
-    return F.cross_entropy(model(x), y)
-
-
-def task(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Digits for training and for judging; the choice of a rate is judged on a fifth of the training pictures, left out of training."""
-    images, labels, questions, answers = digits_split(seed=0)
-    if seed == CHOICE_SEED:
-        cut = len(images) // 5
-        return images[cut:], labels[cut:], images[:cut], labels[:cut]
-    return images, labels, questions, answers
-
-
-@functools.cache
-def first_network(seed: int, lesson: str) -> nn.Sequential:
-    """The big network: a perceptron of two hidden layers that reads upright digits."""
-    sizes = LESSONS[lesson]
-    hidden = sizes["hidden"]
-    images, labels, _, _ = task(seed)
-    torch.manual_seed(seed)
-    model = nn.Sequential(
-        nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, CLASSES)
-    )
-    pixels = batches(images.flatten(1), labels, sizes["batch"], seed)
-    train(model, pixels, steps=sizes["first_steps"], lr=FIRST_RATE, weight_decay=0.0, loss=classified)
-    return model.eval()
-
-
-def kept_channels(model: nn.Sequential, keep: int, seed: int | None = None) -> list[Tensor]:
-    """A mask of the hidden channels of each layer: those with the largest weights, or with `seed` random ones."""
-    masks = []
-    for layer in [part for part in model if isinstance(part, nn.Linear)][:-1]:
-        scores = grouped(magnitude(layer.weight), 0)
-        if seed is not None:
-            scores = torch.rand(len(scores), generator=torch.Generator().manual_seed(seed))
-        masks.append(top(scores, keep))
-    return masks
-
-
-def pruned_arm(model: nn.Sequential, arm: str, seed: int, lesson: str) -> nn.Sequential:
-    """The big network, pruned, in the form in which an arm trains it."""
-    sizes = LESSONS[lesson]
-    keep = sizes["fewer"] if arm == "fewer channels" else sizes["keep"]
-    masks = kept_channels(model, keep, seed if arm == "random channels" else None)
-    torch.manual_seed(seed)
-    adapted = adapt(copy.deepcopy(model), sizes["rank"])
-    prune_chain(adapted, masks)
-    if arm in ("SPLoRA", "random channels"):
-        return adapted
-    for part in adapted:
-        if isinstance(part, SPLoRA):
-            nn.init.zeros_(part.up)
-            part.up.requires_grad_(False)
-            part.down.requires_grad_(False)
-    return adapted if arm == "biases only" else pruned(adapted)
-
-
-def learned(arm: str, rate: float, seed: int, lesson: str) -> dict[str, float]:
-    """Train an arm on digits turned by a quarter: how many of the held-out ones does it name?"""
-    sizes = LESSONS[lesson]
-    images, labels, questions, answers = task(seed)
-    turned, asked = (x.rot90(1, (2, 3)).flatten(1) for x in (images, questions))
-    model = pruned_arm(first_network(seed, lesson), arm, seed, lesson)
-    drawn = batches(turned, labels, sizes["batch"], seed)
-    train(model, drawn, steps=sizes["steps"], lr=rate, weight_decay=0.0, loss=classified)
-    model.eval()
-    parts = [part for part in model if isinstance(part, SPLoRA)]
-    if arm == "biases only":
-        counted = sum(int(part.output_mask.sum()) for part in parts)
-    else:
-        counted = sum(part.learned for part in parts) or sum(p.numel() for p in model.parameters())
-    with torch.no_grad():
-        return {
-            "accuracy": float((model(asked).argmax(-1) == answers).double().mean()),
-            "loss": float(classified(model, asked, answers)),
-            "majority": float(answers.bincount().max() / len(answers)),
-            "held_out": float(len(answers)),
-            "learned": float(counted),
-        }
-
-
-@searched(SEARCH, arms=list(ARMS), grid=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1))
-def adapters_loss(arm: str, rate: float) -> float:
-    """Nats a picture on pictures that nothing else uses."""
-    loss = learned(arm, rate, CHOICE_SEED, "digits")["loss"]
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss is {loss}: the learning rate ({rate}) may be too high")
-    return loss
-
-
-def not_above_the_rival(record: Any) -> bool:
-    """Whether SPLoRA is certainly less accurate than fine-tuning, or than fine-tuning as many numbers as it learns."""
-    return bool(record["measured"]["high"] < max(0.0, record["controls"]["rival"]))
-
-
-@experiment(
-    "continual_inference/splora-accuracy",
-    points={
-        "smoke": [{"lesson": "tiny"}],
-        "small": [{"lesson": "digits"}],
-        "full": [{"lesson": "digits"}],
-    },
-    operator=ADAPTING,
-    paper={"lesson": "CIFAR-10, Oxford Flowers, Cats and Dogs", "net": "ResNet-50", "pruned": 0.9, "rank": 32},
-    departures={
-        "lesson": "digits turned by a quarter, on a network trained on upright ones: ImageNet's weights are not to be had offline",
-        "net": "a perceptron with two hidden layers of 256, of which 62 stay: 90 % of the weights go",
-        "rank": "12, which learns half as many numbers as fine-tuning, as in the paper",
-    },
-    measured_here="accuracy on turned digits, three seeds",
-    refuted_if="SPLoRA is less accurate than fine-tuning, or than fine-tuning fewer channels with as many learned numbers",
-    refutes=not_above_the_rival,
-)
-def splora_accuracy(lesson: str) -> Figure:
-    """Accuracy with SPLoRA less that with fine-tuning, in points, on the same channels, after as many steps at each one's best rate.
-
-    Channels are pruned once, by magnitude, before the training (`our choice`: the paper prunes on the way, by four methods). Controls are
-    differences from fine-tuning too: "deleted" trains the biases alone, "random" keeps random channels, the rival fine-tunes fewer
-    channels, with as many learned numbers as SPLoRA (and less to compute). The interval is Student's t over the seeds.
-    """
-    found = {arm: [learned(arm, chosen(SEARCH, arm).rate, seed, lesson) for seed in SEEDS] for arm in ARMS}
-    fine = [score["accuracy"] for score in found["fine-tuning"]]
-    held_out = found["fine-tuning"][0]["held_out"]
-
-    def differences(arm: str) -> list[float]:
-        return [100 * (score["accuracy"] - other) for score, other in zip(found[arm], fine, strict=True)]
-
-    def mean(arm: str) -> float:
-        return sum(differences(arm)) / len(SEEDS)
-
-    gain = over_seeds(differences("SPLoRA"), resolution=100 / held_out)
-    return Figure(
-        gain.median,
-        "points",
-        gain.low,
-        gain.high,
-        controls={"deleted": mean("biases only"), "random": mean("random channels"), "rival": mean("fewer channels")},
-        trained={
-            arm: Trained(
-                [score["accuracy"] for score in found[arm]],
-                found[arm][0]["majority"],
-                "the most frequent class",
-                chosen(SEARCH, arm).rate,
-                chosen(SEARCH, arm).rates,
-                higher_is_better=True,
-            )
-            for arm in ARMS
-            if arm != "biases only"
-        },
-        details={
-            "learned_numbers": {arm: found[arm][0]["learned"] for arm in ARMS},
-            "accuracy": {arm: [score["accuracy"] for score in found[arm]] for arm in ARMS},
-            "lesson": LESSONS[lesson],
-        },
     )

@@ -1,4 +1,4 @@
-"""The networks and the moving picture of continual_inference's experiments. Nothing here is trained, and time does not depend on it."""
+"""The networks and the moving picture of continual_inference's experiments. Their weights are random or none: nothing here is trained."""
 
 from __future__ import annotations
 
@@ -180,3 +180,15 @@ def st_gcn(joints: int, *, strided: bool, classes: int = 60) -> nn.Sequential:
         layers += [Branches(skip, main, align="centre") if i else main, nn.ReLU()]
         channels = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d((1, 1)), nn.Conv2d(channels, classes, 1)).eval()
+
+
+def resnet50_layers(classes: int) -> list[tuple[int, int, int]]:
+    """(inputs, outputs, kernel) of the convolutions of ResNet-50 (arXiv 1512.03385) and of its classifier, in order."""
+    layers, channels = [(3, 64, 7)], 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for i in range(blocks):
+            layers += [(channels, width, 1), (width, width, 3), (width, 4 * width, 1)]
+            if i == 0:
+                layers.append((channels, 4 * width, 1))  # of the skip connection
+            channels = 4 * width
+    return [*layers, (channels, classes, 1)]

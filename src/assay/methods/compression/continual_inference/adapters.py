@@ -11,7 +11,7 @@ stored difference shrinks with the pruning: rank * (inputs kept + outputs kept) 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,14 @@ from assay import checks
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+EACH = (  # what acts on every number by itself and learns nothing
+    nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid,
+    nn.Tanh, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Softplus, nn.Softsign, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+)  # fmt: skip
+POOLS = (  # what acts on every channel of a convolution by itself
+    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+)  # fmt: skip
 
 
 class SPLoRA(nn.Module):
@@ -31,8 +39,8 @@ class SPLoRA(nn.Module):
     zero the rows and columns of pruned channels, and pruned outputs are zero. The bias, a copy, is trained too. In training the term
     runs as two thin products, in evaluation the merged weight runs. `down` begins as Kaiming's uniform, `up` within 1e-4.
 
-    Not for grouped convolutions and even kernels. Raises TypeError for other layers, ValueError for those, a rank below 1 and
-    padding other than zeros.
+    Not for grouped convolutions and even kernels. Raises TypeError for other layers, ValueError for those, a rank below 1, hooks (they
+    would not run; masks of `torch.nn.utils.prune` are hooks too) and padding other than zeros.
 
     >>> layer = SPLoRA(nn.Linear(6, 4), rank=2)
     >>> layer.prune(outputs=torch.tensor([True, True, False, False]))
@@ -47,6 +55,7 @@ class SPLoRA(nn.Module):
         super().__init__()
         if type(layer) not in KINDS:
             raise TypeError(f"layer must be a linear layer or a convolution, got {type(layer).__name__}")
+        _hookless(layer)
         rank = checks.whole("rank", rank, low=1)
         given: Any = layer
         if not isinstance(layer, nn.Linear):
@@ -136,18 +145,23 @@ class SPLoRA(nn.Module):
             found["bias"] = self.layer.bias.detach()[self.output_mask].clone()
         return found
 
-    def load_task(self, task: dict[str, Tensor]) -> None:
-        """Take up a task that `task_state` gave. Raises ValueError, before anything changes, where it does not fit this layer."""
+    def load_task(self, task: Mapping[str, Tensor]) -> None:
+        """Take up a task that `task_state` gave.
+
+        Raises ValueError, before anything changes, where it does not fit this layer, TypeError for other dtypes.
+        """
+        if not isinstance(task, Mapping):
+            raise TypeError(f"task must be a dictionary of tensors, got {type(task).__name__}")
         names = {"down", "up", "output_mask", "input_mask"} | ({"bias"} if self.layer.bias is not None else set())
         if set(task) != names:
             raise ValueError(f"task must hold {', '.join(sorted(names))}, got {', '.join(sorted(task))}")
         outputs = checks.tensor("output_mask", task["output_mask"], shape=tuple(self.output_mask.shape), dtype="bool")
         inputs = checks.tensor("input_mask", task["input_mask"], shape=tuple(self.input_mask.shape), dtype="bool")
-        kept = int(outputs.sum())
-        checks.tensor("down", task["down"], shape=(len(self.down), int(inputs.sum())), finite=True)
-        checks.tensor("up", task["up"], shape=(kept, len(self.down)), finite=True)
+        kept, dtype = int(outputs.sum()), self.down.dtype
+        checks.tensor("down", task["down"], shape=(len(self.down), int(inputs.sum())), dtype=dtype, finite=True)
+        checks.tensor("up", task["up"], shape=(kept, len(self.down)), dtype=dtype, finite=True)
         if "bias" in names:
-            checks.tensor("bias", task["bias"], shape=(kept,), finite=True)
+            checks.tensor("bias", task["bias"], shape=(kept,), dtype=dtype, finite=True)
         self.prune(outputs=outputs, inputs=inputs)
         with torch.no_grad():
             self.down.zero_()[:, inputs] = task["down"]
@@ -202,8 +216,9 @@ class SPLoPA(nn.Module):
     """A frozen linear layer plus a sum of prototypes, each placed on the grid of blocks with weights of its own (block-based adapter).
 
     The weight is W + sum over p of kron(places_p, rows_p columns_p^T), zero in the blocks that `block_mask` (bool, True stays)
-    leaves out. A task stores `count` numbers a kept block; the prototypes are shared. `places` begins at zero, so the layer begins as
-    it was. Raises TypeError for other layers, ValueError where blocks do not tile the weight.
+    leaves out. The bias, a copy, is trained too. A task stores `count` numbers a kept block and the bias; the prototypes are shared.
+    `places` begins at zero, so the layer begins as it was. Raises TypeError for other layers, other prototypes and those of another
+    dtype, ValueError for hooks, and where blocks do not tile the weight.
     """
 
     block_mask: Tensor
@@ -212,15 +227,20 @@ class SPLoPA(nn.Module):
         super().__init__()
         if type(layer) is not nn.Linear:
             raise TypeError(f"layer must be a linear layer, got {type(layer).__name__}")
+        if not isinstance(prototypes, Prototypes):
+            raise TypeError(f"prototypes must be Prototypes, got {type(prototypes).__name__}")
+        _hookless(layer)
+        checks.together(layer=layer.weight, prototypes=prototypes.rows)
         block = prototypes.rows.shape[1]
         outputs, inputs = layer.weight.shape
         if outputs % block or inputs % block:
             raise ValueError(f"blocks of {block} must tile the weight, got ({outputs}, {inputs})")
-        self.layer = copy.deepcopy(layer).requires_grad_(False)
+        self.layer = copy.deepcopy(layer)
+        self.layer.weight.requires_grad_(False)
         self.prototypes = prototypes
         grid = (outputs // block, inputs // block)
-        self.places = nn.Parameter(torch.zeros(len(prototypes.rows), *grid))
-        self.register_buffer("block_mask", torch.ones(grid, dtype=torch.bool))
+        self.places = nn.Parameter(layer.weight.new_zeros(len(prototypes.rows), *grid))
+        self.register_buffer("block_mask", torch.ones(grid, dtype=torch.bool, device=layer.weight.device))
 
     def prune(self, blocks: Tensor) -> None:
         """Say which blocks of the grid stay: a bool mask, True stays. Raises TypeError and ValueError for another mask."""
@@ -239,27 +259,48 @@ class SPLoPA(nn.Module):
     @property
     def learned(self) -> int:
         """How many numbers a task stores in this layer."""
-        return len(self.places) * int(self.block_mask.sum())
+        bias: Tensor | None = self.layer.bias
+        return len(self.places) * int(self.block_mask.sum()) + (0 if bias is None else bias.numel())
 
 
 def adapt(model: nn.Sequential, rank: int) -> nn.Sequential:
-    """A copy of a plain chain of layers with SPLoRA on every linear layer and convolution. Raises TypeError for other than a chain."""
+    """A copy of a plain chain of layers with SPLoRA on every linear layer and convolution; what else has parameters is frozen.
+
+    Raises TypeError for other than a chain, ValueError for layers within its parts, which would be missed.
+    """
     if type(model) is not nn.Sequential:
         raise TypeError(f"model must be an nn.Sequential, got {type(model).__name__}: put SPLoRA on its layers by hand")
-    return nn.Sequential(*(SPLoRA(part, rank) if type(part) in KINDS else copy.deepcopy(part) for part in model))
+    parts: list[nn.Module] = []
+    for name, part in model.named_children():
+        if type(part) in KINDS:
+            parts.append(SPLoRA(part, rank))
+            continue
+        if missed := [inner for inner, module in part.named_modules(prefix=name) if isinstance(module, KINDS)]:
+            raise ValueError(
+                f"model must be a chain of layers, got one within a part: {missed[0]}; put SPLoRA on it by hand"
+            )
+        parts.append(copy.deepcopy(part).requires_grad_(False))
+    return nn.Sequential(*parts)
 
 
 def prune_chain(model: nn.Sequential, masks: Sequence[Tensor]) -> None:
     """Prune the outputs of every adapter of a chain but the last, and the inputs of the one behind it: one bool mask each.
 
-    Between two adapters may stand what acts on each channel by itself and has no parameters (activations, dropouts). Raises
-    ValueError, before anything is pruned, for another number of masks, and for other modules between.
+    Between two adapters may stand activations and dropouts, and pools behind convolutions: what acts on each channel by itself and
+    learns nothing. Raises ValueError, before anything is pruned, for a chain without adapters, another number of masks, and other
+    modules between.
     """
+    places = [i for i, part in enumerate(model) if isinstance(part, SPLoRA)]
     adapters = [part for part in model if isinstance(part, SPLoRA)]
+    if not adapters:
+        raise ValueError("model must have adapters (`adapt`), got none")
     if len(masks) != len(adapters) - 1:
         raise ValueError(f"masks must be one for every adapter but the last, {len(adapters) - 1}, got {len(masks)}")
-    for part in model:
-        if not isinstance(part, SPLoRA) and (any(True for _ in part.parameters()) or isinstance(part, nn.Flatten)):
+    convolved = False
+    for part in list(model)[places[0] : places[-1]]:
+        if isinstance(part, SPLoRA):
+            convolved = not isinstance(part.layer, nn.Linear)
+        elif type(part) not in EACH and not (convolved and type(part) in POOLS):
             raise ValueError(f"model must have activations only between adapters, got {type(part).__name__}")
     for i, mask in enumerate(masks):
         checks.tensor(f"masks[{i}]", mask, shape=tuple(adapters[i].output_mask.shape), dtype="bool")
@@ -273,3 +314,8 @@ def prune_chain(model: nn.Sequential, masks: Sequence[Tensor]) -> None:
 def pruned(model: nn.Sequential) -> nn.Sequential:
     """The chain with plain layers of the kept channels in the place of its adapters, in evaluation mode."""
     return nn.Sequential(*(p.pruned_layer() if isinstance(p, SPLoRA) else copy.deepcopy(p) for p in model)).eval()
+
+
+def _hookless(layer: nn.Module) -> None:
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        raise ValueError(f"layer must have no forward hooks, got some on {type(layer).__name__}")

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay import checks
-from assay.methods.compression.continual_inference.modules import Streaming
-from assay.methods.compression.continual_inference.state import EMPTY, StreamState
+from assay.methods.compression.continual_inference.modules import Streaming, hookless, in_evaluation
+from assay.methods.compression.continual_inference.state import EMPTY, StreamState, matching
 from assay.methods.core import kernels
 
 LIMIT = 64.0
@@ -45,11 +45,17 @@ def single_output_step(
     """One token's q, k, v (batch, heads, dim): the attention of one query of the window, (batch, heads, dim), or None.
 
     `query` names the query by its place from the end of the window, -1 the newest (queries wait until they are there). None until the
-    window is full. Raises ValueError for a place outside the window and shapes that differ.
+    window is full. Raises ValueError for a place outside the window, shapes that differ, NaN and infinity, and a state that is not
+    of as many streams and of this window and query.
     """
     window = checks.whole("window", window, low=1)
     query = checks.whole("query", query, low=-window, high=-1)
-    _check_token(q, k, v)
+    _check_token(q, k, v, scale)
+    _check_state(state, 3, k, window)
+    if state.buffers and state.buffers[0].shape[2] != min(state.seen, -query):
+        raise ValueError(
+            f"state must be of steps with query={query}, got one that keeps {state.buffers[0].shape[2]} queries"
+        )
     new = [x[:, :, None].clone() for x in (q, k, v)]  # the caller may write over its tensors
     if state.buffers:
         new = [torch.cat([old, x], 2) for old, x in zip(state.buffers, new, strict=True)]
@@ -82,10 +88,12 @@ def retroactive_step(
     score is e^20 times the largest (`our choice`; the paper subtracts without a guard). What is left
     is about `limit` times the rounding of a score (eps times its size) and of the window's additions, as a share of the largest value;
     the price is n d multiplications more for such rows.
-    Half precision is kept in float32. Raises ValueError for shapes that differ, and a limit that is not above 1.
+    Half precision is kept in float32. Raises ValueError for shapes that differ, NaN and infinity (which would stay in the sums after
+    their token has left), a limit that is not above 1, and a state that is not of as many streams and of this window.
     """
     window, limit = checks.whole("window", window, low=1), checks.number("limit", limit, above=1)
-    _check_token(q, k, v)
+    _check_token(q, k, v, scale)
+    _check_state(state, 7, k, window)
     wide = torch.promote_types(q.dtype, torch.float32)
     query = (q.to(wide) * (q.shape[-1] ** -0.5 if scale is None else scale))[:, :, None]
     key, value = k.to(wide)[:, :, None], v.to(wide)[:, :, None]
@@ -145,18 +153,35 @@ def _anew(
     return total, shift, peak, weighted
 
 
-def _check_token(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_token(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> None:
+    if scale is not None:
+        checks.number("scale", scale)
     checks.tensor("q", q, shape=("batch", "heads", "dim"))
     checks.tensor("k", k, shape=tuple(q.shape))
     checks.tensor("v", v, shape=tuple(q.shape))
     checks.together(q=q, k=k, v=v)
+    if not bool(torch.stack((q, k, v)).isfinite().all()):
+        raise ValueError("q, k and v must be finite, got NaN or infinity in them")
+
+
+def _check_state(state: StreamState, count: int, k: Tensor, window: int) -> None:
+    """A state of these steps has `count` buffers, and the keys that it keeps come second."""
+    if not state.buffers:
+        return
+    matching(state, k)
+    known = state.buffers[1].shape if len(state.buffers) == count else None
+    if known is None or (known[1], known[3]) != tuple(k.shape[1:]) or known[2] > window:
+        shown = [tuple(b.shape) for b in state.buffers[:3]]
+        raise ValueError(
+            f"state must be of {k.shape[1]} heads of {k.shape[2]} over a window of {window}, got buffers {shown}"
+        )
 
 
 class RecycledPositions(Streaming):
     """Learned positions that come again: token t gets position t modulo `period`, (batch, dim, time) to the same.
 
     With a period of 2 window - 1 (the default), any two tokens that are in the window together differ as they would without end,
-    and each keeps its position while it lives. A clip's first token has position 0.
+    and each keeps its position while it lives. A clip's first token has position 0. Raises ValueError for other shapes.
     """
 
     def __init__(self, window: int, dim: int, period: int | None = None) -> None:
@@ -172,6 +197,7 @@ class RecycledPositions(Streaming):
         return self._added(x, state.seen), StreamState((state.seen + x.shape[2]) % self.period)
 
     def _added(self, x: Tensor, first: int) -> Tensor:
+        checks.tensor("x", x, shape=("batch", self.table.shape[1], "time"))
         places = torch.arange(first, first + x.shape[2], device=x.device) % self.period
         return x + self.table[places].T
 
@@ -184,15 +210,17 @@ class ContinualEncoder(Streaming):
     attention is retroactive, its output changes for all tokens, and so everything after it is done for all of them; the last
     layer has one query again. Gains there are small (2.6 times for two layers in the paper).
 
-    Raises ValueError for training mode, a window below 1, no layers, and attention with extra keys or of several widths.
+    In training mode `advance` raises RuntimeError, since `forward` would drop out and it does not. Raises ValueError for an
+    encoder with a part in training mode or with hooks, a window below 1, no layers, and attention with extra keys or of several widths.
     """
 
     def __init__(self, encoder: nn.TransformerEncoder, window: int, limit: float = LIMIT) -> None:
         super().__init__(checks.whole("window", window, low=1))
         if not isinstance(encoder, nn.TransformerEncoder):
             raise TypeError(f"encoder must be an nn.TransformerEncoder, got {type(encoder).__name__}")
-        if encoder.training:
-            raise ValueError("encoder must be in evaluation mode: dropout would differ from step to step")
+        in_evaluation("encoder", encoder)
+        for part in encoder.modules():
+            hookless("encoder", part)
         layers: list[Any] = list(encoder.layers)
         if not layers:
             raise ValueError("encoder must have at least one layer, got none")
@@ -218,6 +246,8 @@ class ContinualEncoder(Streaming):
         return newest.unflatten(0, windows.shape[:2]).transpose(1, 2)
 
     def advance(self, x: Tensor, state: StreamState = EMPTY) -> tuple[Tensor | None, StreamState]:
+        if self.training:
+            raise RuntimeError("a stream needs the evaluation mode: the encoder is in training mode")
         outs = []
         for token in x.unbind(2):
             out, state = self._token(token, state)

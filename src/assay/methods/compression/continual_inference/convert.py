@@ -28,12 +28,15 @@ from assay.methods.compression.continual_inference.modules import (
     Streaming,
     Tokens,
     WindowPool,
+    hookless,
+    in_evaluation,
     padding_of,
 )
 from assay.methods.compression.continual_inference.state import EMPTY, StreamState
 
 Padding = Literal["refuse", "remove"]
 PADDINGS: tuple[Padding, ...] = get_args(Padding)
+POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,7 @@ class Settings:
 
     def convert(self, module: nn.Module) -> Streaming:
         """The streaming form of a module. Raises ValueError for a type that nobody registered, and for hooks, which would not run."""
-        if module._forward_hooks or module._forward_pre_hooks:
-            raise ValueError(f"model must have no forward hooks, got some on {type(module).__name__}")
+        hookless("model", module)
         if isinstance(module, Streaming):
             return copy.deepcopy(module)
         make = _MAKERS.get(type(module))
@@ -92,10 +94,12 @@ def to_continual(
     Inputs are (batch, channels, time, ...). Known are nn.Sequential, `Branches`, Conv1d to Conv3d, average, largest and adaptive average
     pools, batch norms, dropouts, the usual activations, `Tokens`, and what `register` adds; other types are refused. `keep`
     chooses between the paper's partial sums and kept inputs (see `Conv`). Padding in time cannot be streamed: "remove" leaves it out,
-    and outputs whose window reached over an end of the clip are then gone. `window` is the number of steps over which a
-    pool of the whole clip takes its mean. Weights are copied: convert again after training.
+    and outputs whose window reached over an end of the clip are then gone. With strides in time the windows of the rest begin at
+    whole strides from the first frame, where those of the padded clip may have begun between. `window` is the number of steps over
+    which a pool of the whole clip takes its mean. Weights are copied: convert again after training.
 
-    Raises ValueError for a model in training mode, modules or settings that cannot be streamed, and a window that is missing.
+    Raises ValueError for a model with a part in training mode, modules or settings that cannot be streamed, and a window that is
+    missing; also where padding is removed within `Branches` that are not aligned at the centre, since they would join other frames.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.ReLU(), nn.Conv1d(3, 1, 2)).eval()
@@ -107,8 +111,7 @@ def to_continual(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {type(model).__name__}")
-    if model.training:
-        raise ValueError("model must be in evaluation mode: batch statistics and dropout cannot be streamed")
+    in_evaluation("model", model)
     checks.choice("keep", keep, KEEPS)
     checks.choice("padding", padding, PADDINGS)
     steps = None if window is None else checks.whole("window", window, low=1)
@@ -118,8 +121,10 @@ def to_continual(
 class Stream:
     """One batch of streams through a network, with the calls of the package continual-inference.
 
-    `state` may be read, kept, saved (`StreamState.tensors`) and put back at any time; several streams may share one network.
-    A step without an output returns None. A frame is (batch, channels, ...), of ids (batch,).
+    `state` may be read, kept, saved (`StreamState.tensors`) and put back at any time, also one of another number of streams
+    (`join`, `StreamState.select`); several streams may share one network. A call that fails leaves it as it was. A step without an
+    output returns None. A frame is (batch, channels, ...), of ids (batch,). Gradients reach back to the beginning of a call:
+    the state is kept without its history, which would grow with the stream (`Streaming.advance` keeps it).
 
     >>> import torch
     >>> stream = Stream(to_continual(nn.Sequential(nn.Conv1d(1, 1, 3)).eval()))
@@ -131,8 +136,19 @@ class Stream:
         if not isinstance(net, Streaming):
             raise TypeError(f"net must be a streaming network (`to_continual`), got {type(net).__name__}")
         self.net = net
-        self.state: StreamState = EMPTY
-        self._shape: tuple[int, ...] | None = None
+        self._state = EMPTY
+        self._like: tuple[Any, ...] | None = None  # the frames' shape, dtype and device
+
+    @property
+    def state(self) -> StreamState:
+        """What the stream remembers. Setting it lets the next frames have another shape; raises TypeError for other than a StreamState."""
+        return self._state
+
+    @state.setter
+    def state(self, state: StreamState) -> None:
+        if not isinstance(state, StreamState):
+            raise TypeError(f"state must be a StreamState, got {type(state).__name__}")
+        self._state, self._like = state, None
 
     @property
     def receptive_field(self) -> int:
@@ -167,25 +183,27 @@ class Stream:
     def forward_steps(self, frames: Tensor, pad_end: bool = False, update_state: bool = True) -> Tensor | None:
         """The next frames (batch, channels, time, ...): all outputs that are now due, or None.
 
-        Raises ValueError for `pad_end`, since there is no padding in time, for frames of another shape than the stream's, and for
-        NaN or infinity, which would stay in the state; TypeError for anything but a tensor.
+        Raises ValueError for `pad_end`, since there is no padding in time, for frames of another shape, dtype or device than the
+        stream's others, and for NaN or infinity, which would stay in the state; TypeError for anything but a tensor.
         """
         if checks.flag("pad_end", pad_end):
             raise ValueError("pad_end must be False: a converted network has no padding in time")
         update = checks.flag("update_state", update_state)
         self._check(frames)
         time = self._time(frames)
-        shape = (*frames.shape[:time], *frames.shape[time + 1 :])
-        if self._shape is not None and shape != self._shape:
-            raise ValueError(f"frames must have the shape of the stream's others, {self._shape}, got {shape}")
-        out, state = self.net.advance(frames, self.state)
+        like = ((*frames.shape[:time], *frames.shape[time + 1 :]), frames.dtype, frames.device)
+        if self._like is not None:
+            for what, known, given in zip(("shape", "dtype", "device"), self._like, like, strict=True):
+                if known != given:
+                    raise ValueError(f"frames must have the {what} of the stream's others, {known}, got {given}")
+        out, state = self.net.advance(frames, self._state)
         if update:
-            self.state, self._shape = state, shape
+            self._state, self._like = state.detach(), like
         return out
 
     def clean_state(self) -> None:
         """Begin anew: forget all frames."""
-        self.state, self._shape = EMPTY, None
+        self._state, self._like = EMPTY, None
 
     @staticmethod
     def _time(x: Tensor) -> int:
@@ -193,17 +211,21 @@ class Stream:
 
     @staticmethod
     def _check(x: Tensor) -> None:
-        checks.tensor("frames", x, dtype="any")
-        if x.dim() < 2:
+        checks.tensor("frames", x, dtype="any", finite=True)
+        if x.dim() < 2 or x.dim() == 2 and (x.is_floating_point() or x.is_complex()):
             raise ValueError(
-                f"frames must be (batch, channels, time, ...) or ids (batch, time), got shape {tuple(x.shape)}"
+                f"frames must be (batch, channels, time, ...) or ids (batch, time), got {x.dtype} of shape {tuple(x.shape)}"
             )
-        if x.is_floating_point():
-            checks.tensor("frames", x, finite=True)
 
 
 def _each(value: Any, count: int) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (value,) * count
+
+
+def _pads_time(module: nn.Module) -> bool:
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return padding_of(module)[0] > 0
+    return bool(_each(getattr(module, "padding", 0), 1)[0]) if isinstance(module, POOLS) else False
 
 
 def _no_time_padding(padding: int, settings: Settings) -> None:
@@ -218,6 +240,11 @@ def _sequential(module: nn.Sequential, settings: Settings) -> Streaming:
 
 @register(Branches)
 def _branches(module: Branches, settings: Settings) -> Streaming:
+    if settings.padding == "remove" and module.align != "centre" and any(map(_pads_time, module.modules())):
+        raise ValueError(
+            f"model's branches must have align='centre' where padding is removed within, got {module.align!r}: "
+            "only then do they join the frames that they joined"
+        )
     parts = [settings.convert(branch) for branch in module.branches]
     return Parallel(*parts, reduce=module.reduce, align=module.align)
 
@@ -225,15 +252,13 @@ def _branches(module: Branches, settings: Settings) -> Streaming:
 @register(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def _convolution(module: Any, settings: Settings) -> Streaming:
     padding = padding_of(module)
-    if module.padding_mode != "zeros" and any(padding):
-        raise ValueError(f"model must pad with zeros, got padding_mode={module.padding_mode!r}")
     _no_time_padding(padding[0], settings)
     if module.kernel_size[0] == module.stride[0] == 1 and not padding[0]:
         return PerFrame(copy.deepcopy(module))
     return Conv(module, settings.keep)
 
 
-@register(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+@register(*POOLS)
 def _pool(module: Any, settings: Settings) -> Streaming:
     kind: Literal["mean", "max"] = "mean" if isinstance(module, (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)) else "max"
     rank = int(type(module).__name__[-2])

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay import checks
-from assay.methods.compression.continual_inference.state import EMPTY, StreamState
+from assay.methods.compression.continual_inference.state import EMPTY, StreamState, matching
 from assay.methods.core import kernels
 
 Keep = Literal["sums", "inputs"]
@@ -53,7 +53,10 @@ class Streaming(nn.Module):
         return self.receptive_field - 1
 
     def advance(self, x: Tensor, state: StreamState = EMPTY) -> tuple[Tensor | None, StreamState]:
-        """Take the next frames (batch, channels, time, ...), at least one: the outputs that are now due, or None, and the new state."""
+        """Take the next frames (batch, channels, time, ...), at least one: the outputs that are now due, or None, and the new state.
+
+        Raises ValueError for the state of another number of streams than the frames'.
+        """
         raise NotImplementedError
 
     def _later(self, seen: int, frames: int) -> int:
@@ -63,12 +66,15 @@ class Streaming(nn.Module):
 
     def _windows(self, x: Tensor, state: StreamState) -> tuple[Tensor | None, StreamState]:
         """The frames that the outputs now due look at, in one piece, or None; and the state that keeps the last frames."""
+        matching(state, x)
         reach, seen = self.receptive_field - 1, state.seen
         whole = torch.cat([state.buffers[0], x], 2) if state.buffers else x.clone()  # the caller may write over x
         first, last = max(seen, reach), seen + x.shape[2] - 1
         first += (reach - first) % self.stride
         due = whole[:, :, whole.shape[2] - 1 - (last - first) - reach :] if first <= last else None
         kept = whole[:, :, max(whole.shape[2] - reach, 0) :]
+        if x.shape[2] > 1:
+            kept = kept.clone()  # a view would keep all the frames alive
         return due, StreamState(self._later(seen, x.shape[2]), (kept,))
 
 
@@ -102,9 +108,14 @@ class Conv(Streaming):
     convolution runs over them and the new one. Both do the same multiplications.
 
     The weight is a copy of the same shape, for sums laid out so that a step reads it as it lies: safetensors wants it `.contiguous()`.
+    What `conv` pads in time is left out. Raises TypeError for other layers, ValueError for padding with other than zeros.
     """
 
     def __init__(self, conv: Convolution, keep: Keep = "sums") -> None:
+        if not isinstance(conv, Convolution):
+            raise TypeError(f"conv must be an nn.Conv1d, nn.Conv2d or nn.Conv3d, got {type(conv).__name__}")
+        if conv.padding_mode != "zeros" and any(padding_of(conv)):
+            raise ValueError(f"conv must pad with zeros, got padding_mode={conv.padding_mode!r}")
         taps, dilation = conv.kernel_size[0], conv.dilation[0]
         super().__init__((taps - 1) * dilation + 1, conv.stride[0])
         self.keep = checks.choice("keep", keep, KEEPS)
@@ -127,6 +138,12 @@ class Conv(Streaming):
 
     def advance(self, x: Tensor, state: StreamState = EMPTY) -> tuple[Tensor | None, StreamState]:
         kernels.ran("continual convolution", f"last {self.keep}")
+        matching(state, x)
+        channels = self.weight.shape[1] * self.groups
+        if x.dim() != self.rank + 2 or x.shape[1] != channels:
+            raise ValueError(
+                f"frames must have {self.rank + 2} dimensions and {channels} channels, got shape {tuple(x.shape)}"
+            )
         if self.keep == "inputs":
             due, state = self._windows(x, state)
             return None if due is None else self._over(due), state
@@ -161,12 +178,14 @@ class Conv(Streaming):
         else:
             like = waiting if added is None else added
             assert like is not None  # the first frame has all taps
-            blank = torch.zeros_like(like[:, :, :1])
-            rest = blank.expand(-1, -1, reach, *blank.shape[3:]) if waiting is None else waiting
-            sums = torch.cat([blank, rest], 2)
+            fresh = added is not None and taps[0] == 0  # the newest output begins with tap 0's product
+            first = like[:, :, :1] if fresh else torch.zeros_like(like[:, :, :1])
+            rest = first.new_zeros(*first.shape[:2], reach, *first.shape[3:]) if waiting is None else waiting
+            sums = torch.cat([first, rest], 2)
             if added is not None:
                 for place, tap in enumerate(taps):
-                    sums[:, :, tap * self.dilation].add_(added[:, :, place])
+                    if tap:
+                        sums[:, :, tap * self.dilation].add_(added[:, :, place])
         due = seen >= reach and (seen - reach) % self.stride == 0
         out = self._with_bias(sums[:, :, reach:]) if due else None
         return out, StreamState(self._later(seen, 1), (sums[:, :, :reach],))
@@ -325,7 +344,9 @@ class Parallel(Streaming):
                 chosen.append(whole[:, :, end - ready : end])
             if wait:
                 waiting = whole[:, :, max(end, 0) :]
-                states[count + i] = StreamState(0, (waiting.clone() if whole is out else waiting,))
+                # a copy unless it is neither the caller's memory nor a view that keeps many frames alive
+                alone = whole is not out and x.shape[2] == 1
+                states[count + i] = StreamState(0, (waiting if alone else waiting.clone(),))
         return joined(chosen, self.reduce, self.align) if ready else None, StreamState(0, (), tuple(states))
 
 
@@ -370,6 +391,23 @@ def joined(outs: Sequence[Tensor], reduce: Reduce, align: Align) -> Tensor:
     for other in cut[1:]:
         total = total + other if reduce == "sum" else total * other
     return total
+
+
+def in_evaluation(name: str, model: nn.Module) -> None:
+    """Raise ValueError where a model, or a part of it, is in training mode."""
+    for path, part in model.named_modules():
+        if part.training:
+            where = f" at {path}" if path else ""
+            raise ValueError(
+                f"{name} must be in evaluation mode, got {type(part).__name__}{where} in training mode: "
+                "batch statistics and dropout cannot be streamed"
+            )
+
+
+def hookless(name: str, module: nn.Module) -> None:
+    """Raise ValueError for a module with forward hooks: they would not run."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ValueError(f"{name} must have no forward hooks, got some on {type(module).__name__}")
 
 
 def padding_of(conv: Convolution) -> tuple[int, ...]:

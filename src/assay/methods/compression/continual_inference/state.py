@@ -40,11 +40,15 @@ class StreamState(NamedTuple):
         return sum(b.numel() * b.element_size() for b in self.buffers) + sum(part.nbytes for part in self.parts)
 
     def select(self, rows: Sequence[int]) -> StreamState:
-        """The streams of these rows of the batch, as copies. Raises IndexError for a row that is not there."""
-        wanted = [checks.whole("rows", row) for row in rows]
+        """The streams of these rows of the batch, as copies. Raises ValueError for a row below 0, IndexError for one that is not there."""
+        wanted = [checks.whole("rows", row, low=0) for row in rows]
         return StreamState(
             self.seen, tuple(b[wanted] for b in self.buffers), tuple(p.select(wanted) for p in self.parts)
         )
+
+    def detach(self) -> StreamState:
+        """The same numbers without their history: gradients stop here, and what they would need is let go."""
+        return StreamState(self.seen, tuple(b.detach() for b in self.buffers), tuple(p.detach() for p in self.parts))
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything as a flat dictionary of tensors that share no memory, for safetensors, say."""
@@ -60,7 +64,14 @@ class StreamState(NamedTuple):
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor]) -> StreamState:
-        """The state that `tensors` was made of. Raises ValueError for names that no state has."""
+        """The state that `tensors` was made of.
+
+        Raises ValueError for names that no state has and counts below 0, TypeError for values that are no tensors or no counts.
+        """
+        if not isinstance(tensors, Mapping):
+            raise TypeError(f"tensors must be a dictionary of tensors, got {type(tensors).__name__}")
+        for name, value in tensors.items():
+            checks.tensor(name, value, dtype="any", empty=True)
         return _read(dict(tensors), "")
 
 
@@ -78,7 +89,8 @@ def _read(tensors: dict[str, Tensor], path: str) -> StreamState:
         parts.append(_read({key.removeprefix(prefix): value for key, value in inner.items()}, path + prefix))
     if taken != len(tensors):
         raise ValueError(f"tensors must be those of one state, got {sorted(tensors)[:5]} under {path!r}")
-    return StreamState(int(tensors["seen"]), tuple(buffers), tuple(parts))
+    seen = checks.whole(f"{path}seen", tensors["seen"], low=0)
+    return StreamState(seen, tuple(buffers), tuple(parts))
 
 
 EMPTY = StreamState()
@@ -87,16 +99,34 @@ EMPTY = StreamState()
 def join(states: Sequence[StreamState]) -> StreamState:
     """The streams of several states as one batch, in order.
 
-    Raises ValueError for no states, and where they are not equally far: their next frames would not need the same work.
+    Raises ValueError for no states, for those of different networks, and where they are not equally far: their next frames would not
+    need the same work.
     """
     if not states:
         raise ValueError("states must hold at least one, got none")
     first = states[0]
     for other in states[1:]:
-        if (other.seen, len(other.buffers), len(other.parts)) != (first.seen, len(first.buffers), len(first.parts)):
+        if other.seen != first.seen or (other == EMPTY) != (first == EMPTY):
+            raise ValueError(f"states must be equally far, got {_far(first)} and {_far(other)}")
+        shapes = [[(b.dtype, b.shape[1:]) for b in state.buffers] for state in (first, other)]
+        if shapes[0] != shapes[1] or len(other.parts) != len(first.parts):
             raise ValueError(
-                f"states must be equally far, got one after {first.seen} frames and one after {other.seen}"
+                f"states must be equally far and of one network, got buffers {_sizes(first)} and {_sizes(other)}"
             )
     buffers = tuple(torch.cat(found) for found in zip(*(state.buffers for state in states), strict=True))
     parts = tuple(join(found) for found in zip(*(state.parts for state in states), strict=True))
     return StreamState(first.seen, buffers, parts)
+
+
+def _far(state: StreamState) -> str:
+    return "an empty one" if state == EMPTY else f"one after {state.seen} frames"
+
+
+def _sizes(state: StreamState) -> list[tuple[int, ...]]:
+    return [tuple(b.shape) for b in state.buffers]
+
+
+def matching(state: StreamState, x: Tensor) -> None:
+    """Raise ValueError unless a state is empty or has as many streams as `x` has in dimension 0: it would be repeated silently."""
+    if state.buffers and state.buffers[0].shape[0] != x.shape[0]:
+        raise ValueError(f"state must be that of {x.shape[0]} streams, got one of {state.buffers[0].shape[0]}")
