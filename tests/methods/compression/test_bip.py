@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.properties.architectures import build, inputs, output
 from tests.tiny import tiny_model, token_ids
 from torch import nn
 from torch.func import functional_call
@@ -387,7 +389,8 @@ def test_bad_arguments_are_refused_before_anything_changes():
         ({"momentum": 1.0}, "momentum must be"),
         ({"names": "0"}, "names must be a sequence"),
         ({"names": ["absent"]}, "absent"),
-        ({"names": []}, "must have weights that can be pruned"),
+        ({"names": []}, "names must be at least one layer"),
+        ({"names": 5}, "names must be a sequence"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             BilevelPruner(model, loss, **{"density": 0.5, **changes})
@@ -423,6 +426,80 @@ def test_steps_refuse_one_batch_for_both_a_loss_that_is_not_finite_and_a_pruner_
     for call in (lambda: pruner.step(batch, other), pruner.finish):
         with pytest.raises(ValueError, match="must not be used after finish"):
             call()
+
+
+@pytest.mark.parametrize("name", ["1", "absent", ""])
+def test_layers_whose_masks_could_not_be_put_on_in_the_end_are_refused_at_the_start(name):
+    model = net()
+    with pytest.raises(
+        ValueError, match=f"names must be linear layers or convolutions that the model calls, got '{name}'"
+    ):
+        BilevelPruner(model, loss, density=0.5, names=["0", name])
+    assert not any(parametrize.is_parametrized(module) for module in model.modules())
+
+
+def test_gradients_that_are_not_finite_change_nothing():
+    model, batch = net(), batches(1)[0]
+    pruner = BilevelPruner(
+        model, lambda model, batch: (0 * model(batch[0])).sum().sqrt(), density=0.5
+    )  # 0, but its slope is not
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for half in (pruner.lower, pruner.upper):
+        with pytest.raises(ValueError, match="gradients of the loss must be finite, got some of norm nan"):
+            half(batch)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_loss_without_gradients_is_refused():
+    pruner = BilevelPruner(net(), lambda model, batch: model(batch[0]).sum().detach(), density=0.5)
+    for half in (pruner.lower, pruner.upper):
+        with pytest.raises(ValueError, match="loss must come from the model with gradients"):
+            half(batches(1)[0])
+
+
+def test_two_models_are_pruned_at_once_in_two_threads():
+    def pruned(seed):
+        generator = torch.Generator().manual_seed(seed)
+        model = copy.deepcopy(start)
+        pruner = BilevelPruner(model, loss, density=0.3, mask_rate=10.0)
+        for _ in range(6):
+            upper, lower = ((torch.randn(8, 1, 6, 6, generator=generator), labels) for _ in range(2))
+            pruner.step(upper, lower)
+        return pruner.finish()
+
+    start, labels = net(), torch.arange(8) % 4
+    alone = [pruned(seed) for seed in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(pruned, (0, 1)))
+    for found, wanted in zip(together, alone, strict=True):
+        assert all(torch.equal(found[name], wanted[name]) for name in LAYERS)
+    assert any(not torch.equal(alone[0][name], alone[1][name]) for name in LAYERS)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mamba", "whisper"])
+def test_models_of_other_architectures_are_pruned_to_the_same_share(name):
+    """Weights that lie (in, out), layers that are read and not called, an encoder beside a decoder."""
+    model = build(name).train()
+
+    def size(model, seed):
+        return model(**inputs(name, tokens=8, seed=seed))[0].square().mean()
+
+    pruner = BilevelPruner(model, size, density=0.3, rate=1e-3, mask_rate=10.0)
+    pruner.step(1, 2)
+    learned = output(model.eval(), name, tokens=8)
+    masks = pruner.finish()
+    total = sum(mask.numel() for mask in masks.values())
+    assert sum(int((~mask).sum()) for mask in masks.values()) == int((1 - Decimal("0.3")) * total)
+    assert torch.equal(output(bake(model), name, tokens=8), learned)
+
+
+def test_where_nothing_is_pruned_nothing_is_taken_out():
+    model, x = net().eval(), torch.randn(3, 1, 6, 6)
+    BilevelPruner(model, loss, density=1.0, granularity="filters").finish()
+    wanted = model(x).detach()
+    saved = compact(model, x)
+    assert saved.before == saved.after
+    assert torch.equal(model(x), wanted)
 
 
 def test_the_gradient_and_the_masks_check_their_arguments():

@@ -29,10 +29,30 @@ Split = tuple[Tensor, Tensor, Tensor, Tensor]
 Batch = tuple[Tensor, Tensor]
 
 CANVAS, DIGIT = 12, 8  # pixels a side: of the image, and of the digit at a random place in it
-TRAIN, TEST, BATCH = 2000, 2000, 100  # images
+TRAIN, TEST, BATCH = 2000, 2000, 64  # images
 WIDTHS = (16, 32, 32, 96)
 MOMENTUM, DECAY = 0.9, 1e-4
-DENSITY, BUDGET = 0.05, 120  # at which rates are searched, and which decide at small; evaluations
+SERIES = (
+    0.8,
+    0.64,
+    0.512,
+    0.41,
+    0.328,
+    0.262,
+    0.2097,
+    0.1678,
+    0.1342,
+    0.1074,
+    0.0859,
+    0.0687,
+    0.055,
+    0.044,
+    0.035,
+    0.028,
+    0.0225,
+)
+"""The densities of the release, a fifth less each time: the rounds of iterative pruning."""
+DENSITY, BUDGET = 0.055, 120  # at which rates are searched, and which decide at small; evaluations
 PRETRAIN = 2  # times the budget: the dense training, as in the paper
 EARLY = 0.05  # of the dense training: where rewinding goes back to, our choice
 UPDATES = 10  # of gradual pruning's masks, over the first half of its evaluations
@@ -48,10 +68,10 @@ def placed(images: Tensor, labels: Tensor, n: int, seed: int) -> Batch:
     """`n` of the digits (m, 1, 8, 8), each at a random place of an empty square: (n, 1, 12, 12) in [-1, 1], and their labels."""
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(images), (n,), generator=generator)
-    places = torch.randint(CANVAS - DIGIT + 1, (n, 2), generator=generator).tolist()
+    places = torch.randint(CANVAS - DIGIT + 1, (n, 2), generator=generator)
+    rows, columns = (corner[:, None] + torch.arange(DIGIT) for corner in places.T)
     canvas = torch.zeros(n, 1, CANVAS, CANVAS)
-    for image, digit, (top, left) in zip(canvas, images[picks], places, strict=True):
-        image[:, top : top + DIGIT, left : left + DIGIT] = digit
+    canvas[torch.arange(n)[:, None, None], 0, rows[:, :, None], columns[:, None]] = images[picks, 0]
     return (canvas - 0.5) / 0.5, labels[picks]
 
 
@@ -81,10 +101,13 @@ def accuracy(model: nn.Module, data: Split) -> float:
     return float((model.eval()(data[2]).argmax(1) == data[3]).double().mean())
 
 
-def network(seed: int, widths: tuple[int, int, int, int] = WIDTHS) -> nn.Sequential:
-    """Three convolutions with norms, two linear layers: 27,216 weights that can be masked. No padding, so that filters can be removed."""
+def network(seed: int, density: float = 1.0) -> nn.Sequential:
+    """Three convolutions with norms, two linear layers: 27,216 weights that can be masked. No padding, so that filters can be removed.
+
+    With a `density` below 1, narrow from the beginning: the widths that pruning this share of filters leaves.
+    """
     torch.manual_seed(seed)
-    a, b, c, d = widths
+    a, b, c, d = (kept_count(width, density) for width in WIDTHS)
     return nn.Sequential(
         *(nn.Conv2d(1, a, 3, bias=False), nn.BatchNorm2d(a), nn.ReLU()),
         *(nn.Conv2d(a, b, 3, stride=2, bias=False), nn.BatchNorm2d(b), nn.ReLU()),
@@ -212,17 +235,25 @@ def halving(model: nn.Module, task: Task) -> float:
     return sum(step.passes for step in rounds)
 
 
-def imp(model: nn.Module, task: Task) -> float:
-    """Iterative magnitude pruning, a fifth of what is left a round; each round goes back to the early weights and has the whole budget."""
-    batches = task.batches()
-    rounds = iterative(
-        model,
-        list(prunable(model)),
-        ladder(task.density),
-        lambda masked: descend(masked, batches, task.budget, task.rate),
-        project=global_,
-        rewind=task.early,
-    )
+def rounds_to(density: float) -> list[float]:
+    """The densities of iterative pruning: those of `SERIES` above this one, and this one last."""
+    return [*(d for d in SERIES if d > density), density]
+
+
+def imp(model: nn.Module, task: Task, after: Callable[[float], None] = lambda density: None) -> float:
+    """Iterative magnitude pruning, a fifth of what is left a round; each round goes back to the early weights and has the whole budget.
+
+    `after(density)` comes at the end of each round.
+    """
+    densities, batches = rounds_to(task.density), task.batches()
+    left = iter(densities)
+
+    def train(masked: nn.Module) -> float:
+        spent = descend(masked, batches, task.budget, task.rate)
+        after(next(left))
+        return spent
+
+    rounds = iterative(model, list(prunable(model)), densities, train, project=global_, rewind=task.early)
     return sum(step.passes for step in rounds)
 
 
@@ -293,10 +324,12 @@ WAYS: dict[str, Way] = {
     "bip, gamma infinite": partial(bip, inverse_gamma=0.0),
     "bip, as released": partial(bip, variant="as_released"),
     "filters": partial(bip, granularity="filters"),
+    "channels": partial(bip, granularity="channels"),
     "filters by norm": filters_by_norm,
     "filters at random": partial(filters_by_norm, random=True),
 }
-OWN_MASK_RATE = ("hydra", "bip", "bip, gamma infinite", "bip, as released", "filters")
+OWN_MASK_RATE = ("hydra", "bip", "bip, gamma infinite", "bip, as released", "filters", "channels")
+BY_UNITS = ("filters", "channels", "filters by norm", "filters at random")
 FILTER_DENSITY = 0.5
 
 
@@ -304,7 +337,7 @@ FILTER_DENSITY = 0.5
 
 DENSE_RATES, WEIGHT_RATES, MASK_RATES, BUDGETS = "bip/dense", "bip/weights", "bip/masks", "bip/budgets"
 GRID = (0.01, 0.03, 0.1, 0.3, 1.0)
-FIRST_MASK_RATE = 1.0  # at which the weights' rates are searched
+NO_MASK_RATE = 1.0  # of ways that learn no scores: not used
 RATE_SEEDS, BUDGET_SEEDS = (100,), (100, 101)
 
 
@@ -333,8 +366,7 @@ def dense(seed: int, choosing: bool, budget: int, rate: float) -> Start:
 
 def scratch(seed: int, choosing: bool, budget: int, rate: float, density: float = FILTER_DENSITY) -> nn.Sequential:
     """A dense network with the widths of a pruned one, from nothing, with as many evaluations as dense training and pruning together."""
-    a, b, c, d = (kept_count(width, density) for width in WIDTHS)
-    model = network(seed, (a, b, c, d))
+    model = network(seed, density)
     descend(model, stream(split(seed, choosing), seed), (PRETRAIN + 1) * budget, rate)
     return model.eval()
 
@@ -347,20 +379,23 @@ def rate_of(search: str, arm: str) -> Rate:
 
 def rates_of(way: str) -> tuple[Rate, float]:
     """The rate of the weights with its grid, and the rate of the scores (which only `OWN_MASK_RATE` have)."""
-    mask_rate = rate_of(MASK_RATES, way).rate if way in OWN_MASK_RATE else FIRST_MASK_RATE
+    mask_rate = rate_of(MASK_RATES, way).rate if way in OWN_MASK_RATE else NO_MASK_RATE
     return rate_of(WEIGHT_RATES, way), mask_rate
+
+
+def prepared(
+    seed: int, choosing: bool, density: float, budget: int, rate: float, mask_rate: float, of_dense: int
+) -> tuple[nn.Module, Task]:
+    """A copy of the dense network of a seed, trained with a multiple of `of_dense`, and what is to be done with it."""
+    start = dense(seed, choosing, of_dense, rate_of(DENSE_RATES, "dense").rate)
+    return copy.deepcopy(start.model), Task(split(seed, choosing), density, budget, rate, mask_rate, seed, start.early)
 
 
 def prune(
     way: str, seed: int, choosing: bool, density: float, budget: int, rate: float, mask_rate: float, of_dense: int
 ) -> tuple[nn.Module, float]:
-    """A copy of the dense network of a seed, pruned in one of `WAYS`, masks on it; and the evaluations that took.
-
-    `of_dense` is the budget that the dense training was a multiple of.
-    """
-    start = dense(seed, choosing, of_dense, rate_of(DENSE_RATES, "dense").rate)
-    model = copy.deepcopy(start.model)
-    task = Task(split(seed, choosing), density, budget, rate, mask_rate, seed, start.early)
+    """The dense network of a seed (see `prepared`) pruned in one of `WAYS`, masks on it; and the evaluations that took."""
+    model, task = prepared(seed, choosing, density, budget, rate, mask_rate, of_dense)
     evaluations = WAYS[way](model, task)
     return model.eval(), evaluations
 
@@ -368,7 +403,7 @@ def prune(
 @cache
 def mean_error(way: str, budget: int, rate: float, mask_rate: float, seeds: tuple[int, ...] = BUDGET_SEEDS) -> float:
     """The mean error of the networks of some seeds on digits kept for choices, at the density that decides."""
-    density = FILTER_DENSITY if "filters" in way else DENSITY
+    density = FILTER_DENSITY if way in BY_UNITS else DENSITY
     found = [prune(way, seed, True, density, budget, rate, mask_rate, BUDGET)[0] for seed in seeds]
     errors = [1 - accuracy(model, split(seed, True)) for model, seed in zip(found, seeds, strict=True)]
     return sum(errors) / len(errors)
@@ -386,19 +421,27 @@ def dense_rate(arm: str, rate: float) -> float:
     return sum(errors) / len(errors)
 
 
+@searched(MASK_RATES, arms=OWN_MASK_RATE, grid=(0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0))
+def masks_rate(arm: str, rate: float) -> float:
+    """The error on digits kept for the choice, at the best of three rates of the weights: each pair is tried."""
+
+    def error(of_weights: float) -> float:
+        try:
+            return mean_error(arm, BUDGET, of_weights, rate, RATE_SEEDS)
+        except ValueError:  # the loss is not finite any more
+            return float("inf")
+
+    return min(map(error, GRID[1:-1]))
+
+
 @searched(WEIGHT_RATES, arms=tuple(WAYS), grid=GRID)
 def weights_rate(arm: str, rate: float) -> float:
-    """The error on digits kept for the choice, the scores' rate being `FIRST_MASK_RATE`."""
-    return mean_error(arm, BUDGET, rate, FIRST_MASK_RATE, RATE_SEEDS)
+    """The error on digits kept for the choice, where scores are learned at the rate chosen for them."""
+    mask_rate = rate_of(MASK_RATES, arm).rate if arm in OWN_MASK_RATE else NO_MASK_RATE
+    return mean_error(arm, BUDGET, rate, mask_rate, RATE_SEEDS)
 
 
-@searched(MASK_RATES, arms=OWN_MASK_RATE, grid=(0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0))
-def masks_rate(arm: str, rate: float) -> float:
-    """The same over the rate of the scores, at the rate chosen for the weights: a second search, which the other ways do not need."""
-    return mean_error(arm, BUDGET, rate_of(WEIGHT_RATES, arm).rate, rate, RATE_SEEDS)
-
-
-@searched(BUDGETS, arms=FREE, grid=(0.25, 0.5, 1.0, 2.0, 4.0))
+@searched(BUDGETS, arms=FREE, grid=(0.25, 0.5, 1.0, 2.0))
 def least_budget(arm: str, multiple: float) -> float:
     """No rate but a budget, as a multiple of BiP's: the least at which a free way is as accurate as BiP on digits kept for the choice.
 
@@ -408,7 +451,7 @@ def least_budget(arm: str, multiple: float) -> float:
     rate, mask_rate = rates_of("bip")
     wanted = mean_error("bip", BUDGET, rate.rate, mask_rate) + MARGIN
     budget = round(multiple * BUDGET)
-    return multiple if mean_error(arm, budget, rates_of(arm)[0].rate, FIRST_MASK_RATE) <= wanted else 1000 - multiple
+    return multiple if mean_error(arm, budget, rates_of(arm)[0].rate, NO_MASK_RATE) <= wanted else 1000 - multiple
 
 
 def cheapest() -> tuple[str, float]:

@@ -133,8 +133,8 @@ class BilevelPruner:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if not callable(loss):
             raise TypeError(f"loss must be a function of the model and a batch, got {checks.shown(loss)}")
-        if isinstance(names, str):
-            raise TypeError(f"names must be a sequence of layers, got {names!r}")
+        if names is not None and (isinstance(names, str) or not isinstance(names, Sequence)):
+            raise TypeError(f"names must be a sequence of layers, got {checks.shown(names)}")
         self.density = checks.number("density", density, above=0, high=1)
         checks.choice("granularity", granularity, GRANULARITIES)
         checks.choice("variant", variant, VARIANTS)
@@ -147,8 +147,13 @@ class BilevelPruner:
             raise ValueError("model must have weights that are trained, got a frozen one")
         sizes = _units(model, granularity)
         wanted = list(sizes) if names is None else list(dict.fromkeys(names))
+        if names is not None and not wanted:
+            raise ValueError("names must be at least one layer, got none")
         if not wanted:
             raise ValueError(f"model must have {granularity} that can be pruned, got none in {type(model).__name__}")
+        known = prunable(model, head=True)
+        if odd := [name for name in wanted if name not in known]:  # the masks could not be put on in the end
+            raise ValueError(f"names must be linear layers or convolutions that the model calls, got {odd[0]!r}")
         self.model, self.loss, self.variant = model, loss, variant
         self._project = partial(masks_for, density=self.density, granularity=granularity, sizes=sizes)
         rule = partial(upper_gradient, inverse_gamma=self._inverse_gamma if variant == "paper" else 0.0)
@@ -174,7 +179,10 @@ class BilevelPruner:
         return self.upper(batch_upper), below
 
     def lower(self, batch: Any) -> float:
-        """One step of SGD on the weights, the masks fixed; the loss before it. Raises ValueError for a loss that is not finite."""
+        """One step of SGD on the weights, the masks fixed; the loss before it.
+
+        Raises ValueError, before anything is changed but running statistics, for a loss or gradients that are not finite.
+        """
         for scores in self._scores:
             scores.requires_grad_(False)  # their gradient is not needed here
         try:
@@ -187,7 +195,7 @@ class BilevelPruner:
         return float(value.detach())
 
     def upper(self, batch: Any) -> float:
-        """One projected step on the scores, the weights fixed; the loss before it. Raises ValueError for a loss that is not finite."""
+        """One projected step on the scores, the weights fixed; the loss before it. Raises as `lower` does."""
         value = self._loss(batch)
         found: Sequence[Tensor | None] = torch.autograd.grad(value, self._scores, allow_unused=True)
         if self.variant == "as_released":
@@ -217,6 +225,8 @@ class BilevelPruner:
         value = self.loss(self.model, batch)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise TypeError(f"loss must return a tensor of one number, got {checks.shown(value)}")
+        if not value.requires_grad:
+            raise ValueError("loss must come from the model with gradients, got a tensor without any")
         if not bool(torch.isfinite(value)):
             raise ValueError(f"loss must be finite, got {float(value.detach())}")
         return value
@@ -257,6 +267,10 @@ def _units(model: nn.Module, granularity: Granularity) -> dict[str, int]:
 
 
 def _descend(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], found: Sequence[Tensor | None]) -> None:
+    """One step along the gradients `found`. Raises ValueError, before it, for some that are not finite."""
+    size = torch.nn.utils.get_total_norm([gradient for gradient in found if gradient is not None])
+    if not bool(torch.isfinite(size)):  # a loss can be finite and its gradient not
+        raise ValueError(f"gradients of the loss must be finite, got some of norm {float(size)}")
     for parameter, gradient in zip(parameters, found, strict=True):
         parameter.grad = gradient
     optimizer.step()
