@@ -299,12 +299,95 @@ def test_why_nothing_is_foretold_is_said(capsys, folder, monkeypatch, tmp_path):
     assert "a recipe belongs to the model" in command.foresee(str(copied), 8, 2, print)
     (copied / "recipe.toml").unlink()
     config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps({**config, "model_type": "olmo2"}))
-    assert "one of the model types llama" in command.foresee(str(copied), 8, 2, print)
+    (copied / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 90_000}))
+    assert "asks for 90000 layers" in command.foresee(str(copied), 8, 2, print)
+    (copied / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    assert "weights are quantised" in command.foresee(str(copied), 8, 2, print)
     told = command.forecast_facts(command.foresee(str(copied), 8, 2, print))
     assert set(told) == {"reason"}
     assert command.forecast_lines(told) == [f"Nothing foretold: {told['reason']}"]
     assert command.held_against(told["reason"], None) == {}
+
+
+def saved(kind, path, **changes):
+    """A tiny model of another kind in a folder, without a tokenizer; the number of its parameters."""
+    model = tiny_model(kind, **changes)
+    model.save_pretrained(path)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_of_a_mixture_of_experts_the_memory_is_foretold(capsys, tmp_path, monkeypatch):
+    parameters = saved("Mixtral", tmp_path, num_local_experts=4)
+    nothing_is_loaded(monkeypatch)
+    monkeypatch.setattr("assay.measure.machine.calibrate", lambda *a, **k: pytest.fail("calibrated"))
+    code, out, _ = run(capsys, tmp_path, "--prompt-tokens", 16, "--new-tokens", 4, "--estimate", "--json")
+    assert code == 0
+    found = json.loads(out)["forecast"]
+    assert (found["parameters"], found["weight_bytes"]) == (parameters, 4 * parameters)
+    assert found["cache_bytes"] == 2 * 2 * 2 * 16 * 19 * 4  # keys and values, layers, heads, dimensions, tokens, bytes
+    assert found["fits"]
+    code, out, _ = run(capsys, tmp_path, "--prompt-tokens", 16, "--estimate")
+    assert code == 0
+    assert "it fits" in out
+    assert "not foretold: activations and times of the model type 'mixtral'" in out
+    assert " ms" not in out
+    monkeypatch.setattr(command, "available_bytes", lambda: 1e4)
+    code, _, err = run(capsys, tmp_path, "--prompt-tokens", 16)
+    assert code == 3
+    assert "does not fit" in err
+
+
+def test_a_model_without_fused_attention_is_foretold(capsys, tmp_path, monkeypatch):
+    saved("Gemma2", tmp_path, head_dim=16)
+    nothing_is_loaded(monkeypatch)
+    code, out, _ = run(capsys, tmp_path, "--prompt-tokens", 16, "--estimate")
+    assert code == 0
+    assert "a prompt of 16 tokens: " in out
+
+
+def test_a_prompt_for_which_there_is_no_room_is_not_tried(capsys, folder, monkeypatch):
+    """The weights and the cache alone would fit."""
+    from assay.methods.compression import resource_efficient_llm_survey as survey
+
+    config, format = command.stored(str(folder))
+    told = survey.memory_forecast(survey.decoder_of(config), format, 32, 2, 0.0)
+    monkeypatch.setattr(command, "available_bytes", lambda: told.weight_bytes + told.cache_bytes + 1)
+    monkeypatch.setattr(survey, "with_times", lambda *a, **k: pytest.fail("ran blocks"))
+    code, out, _ = run(capsys, folder, "--prompt-tokens", 32, "--new-tokens", 2, "--estimate")
+    assert code == 0
+    assert "it does not fit" in out
+
+
+def test_a_busy_machine_is_said_to_be_one(folder, monkeypatch):
+    from assay.methods.compression import resource_efficient_llm_survey as survey
+
+    config, format = command.stored(str(folder))
+    told = command.forecast_facts(survey.memory_forecast(survey.decoder_of(config), format, 8, 2, 1e9))
+    assert "busy" not in " ".join(command.forecast_lines(told))
+    assert "kept the machine busy" in " ".join(command.forecast_lines(told | {"noisy": True}))
+
+
+def test_a_container_has_what_it_is_allowed(monkeypatch, tmp_path):
+    def group(folder, limit, used, files):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {files}\n")
+
+    root = tmp_path / "cgroup"
+    monkeypatch.setattr(command, "CGROUPS", root)
+    monkeypatch.setattr(command, "own_cgroup", lambda: "a/b")
+    free = command.available_bytes()
+    assert free > 1e6
+    group(root / "a" / "b", "max", 1000, 0)
+    assert command.available_bytes() > 1e6
+    group(root / "a", 5000, 4000, 300)
+    assert command.available_bytes() == 1300
+    group(root / "a" / "b", 900, 1000, 0)
+    assert command.available_bytes() == 0
+    group(tmp_path, 1, 1, 0)  # beyond the root: nobody's
+    group(root / "a" / "b", "max", 1000, 0)
+    assert command.available_bytes() == 1300
 
 
 @pytest.mark.parametrize(("dtype", "format"), [("float32", "fp32"), ("bfloat16", "bf16"), ("float16", "fp16")])

@@ -126,11 +126,38 @@ def profile(
             typer.echo(f"wrote {path}")
 
 
+CGROUPS = Path("/sys/fs/cgroup")
+"""Where Linux keeps what groups of processes, such as a container's, may take."""
+
+
 def available_bytes() -> float:
-    """Memory of this machine that is free, or can be freed, now."""
+    """Memory that this process can have now: what is free on the machine, or can be freed, and what its container still allows."""
+    import contextlib
+
     import psutil
 
-    return float(psutil.virtual_memory().available)
+    found = float(psutil.virtual_memory().available)
+    folder = CGROUPS / own_cgroup()
+    while folder.is_relative_to(CGROUPS):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+            kept = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            found = min(
+                found, max(limit - used + int(kept.get("inactive_file", 0)), 0)
+            )  # pages of files can be dropped
+        folder = folder.parent
+    return found
+
+
+def own_cgroup() -> str:
+    """The control group of this process, below `CGROUPS`; "" where there is none or it is the root."""
+    import contextlib
+
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::"):
+                return line[3:].strip("/")
+    return ""
 
 
 def stored(source: str) -> tuple[Any, str]:
@@ -152,8 +179,12 @@ def stored(source: str) -> tuple[Any, str]:
         return AutoConfig.for_model(**plan.config), "fp32"  # what conversion makes of it
     if (found / "recipe.toml").is_file():
         raise ValueError("a recipe belongs to the model, which changes what it takes")
-    types = check_folder(found).types
+    weights = check_folder(found)
+    types = weights.types
     config = AutoConfig.from_pretrained(found, trust_remote_code=False, local_files_only=True)
+    layers = getattr(config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > weights.tensors:  # or counting them would not end
+        raise ValueError(f"it asks for {layers} layers, but the weights hold only {weights.tensors} tensors")
     if getattr(config, "quantization_config", None):
         raise ValueError("its weights are quantised")
     names: dict[Any, str] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -170,8 +201,9 @@ def foresee(
 ) -> Forecast | str:
     """What the model will need and take, or why that cannot be said. Nothing of it is loaded; a few blocks of its sizes are run.
 
-    Raises InputError for lengths that the model has no positions for, and with `refuse` MissingError where its weights and its cache alone
-    are more than the memory that is available.
+    Of a model whose blocks are not known, memory alone is said; of one that does not fit, no times. Raises InputError for lengths that the
+    model has no positions for, and with `refuse` MissingError where its weights and its cache alone are more than the memory that is
+    available.
     """
     from assay.errors import AssayError, MissingError
     from assay.measure.machine import calibrate
@@ -179,21 +211,27 @@ def foresee(
     from assay.workloads.context import stored_context
 
     require_positions(prompt_tokens, new_tokens, stored_context(source))
+    decoder = None
     try:
         config, format = stored(source)
-        decoder = survey.decoder_of(config)
+        kind = config.get_text_config(decoder=True).model_type
+        if kind in survey.KINDS:
+            decoder = survey.decoder_of(config)
+            found = survey.memory_forecast(decoder, format, prompt_tokens, new_tokens, available_bytes())
+            found = survey.with_other_parts(found, config)
+        else:
+            found = survey.other_forecast(config, format, prompt_tokens, new_tokens, available_bytes())
     except AssayError:
         raise
     except Exception as error:  # loading will say what is wrong, if anything is
         return " ".join(str(error).split()) or type(error).__name__
-    found = survey.memory_forecast(decoder, format, prompt_tokens, new_tokens, available_bytes())
     least = found.weight_bytes + found.cache_bytes
-    if least > found.available_bytes:
-        if refuse:
-            raise MissingError(
-                f"{source} does not fit: weights and cache take {least / 1e9:.2f} GB, {found.available_bytes / 1e9:.2f} GB are "
-                "available; --estimate says more, --anyway loads it all the same"
-            )
+    if refuse and least > found.available_bytes:
+        raise MissingError(
+            f"{source} does not fit: weights and cache take {least / 1e9:.2f} GB, {found.available_bytes / 1e9:.2f} GB are "
+            "available; --estimate says more, --anyway loads it all the same"
+        )
+    if decoder is None or not found.fits:
         return found
     limits = calibrate(device="cpu", say=say)
     say("timing a few blocks of the model's sizes")
@@ -239,13 +277,18 @@ def forecast_lines(told: dict[str, Any]) -> list[str]:
     """`forecast_facts` as text, and how far off it was once the model has run (GB are 1e9 bytes)."""
     if told["reason"]:
         return [f"Nothing foretold: {told['reason']}"]
-    parts = {name: told[f"{name}_bytes"] / 1e9 for name in ("weight", "cache", "activation", "needed", "available")}
+    fullest = max(told["cache_bytes"], told["prompt_cache_bytes"])
+    parts = {name: told[f"{name}_bytes"] / 1e9 for name in ("weight", "activation", "needed", "available")}
     lines = [
         f"Modelled before loading, in {told['format']}: {told['parameters'] / 1e6:,.1f} M parameters "
         f"({told['parameters_without_tables'] / 1e6:,.1f} M without embedding and projection)",
-        f"  memory: weights {parts['weight']:.3f} GB, cache {parts['cache']:.3f} GB, activations {parts['activation']:.3f} GB, in all "
-        f"{parts['needed']:.3f} GB of {parts['available']:.3f} GB available: {'it fits' if told['fits'] else 'it does not fit'}",
+        f"  memory: weights {parts['weight']:.3f} GB, cache {fullest / 1e9:.3f} GB, activations {parts['activation']:.3f} GB, at most "
+        f"{parts['needed']:.3f} GB at once, of {parts['available']:.3f} GB available: {'it fits' if told['fits'] else 'it does not fit'}",
     ]
+    if told["uncounted"]:
+        lines.append(f"  not foretold: {told['uncounted']}")
+    if told["noisy"]:
+        lines.append("  other processes kept the machine busy: the times foretold are too long")
     seen = told.get("measured", {})
     for name, what in (("prefill", f"a prompt of {told['prompt_tokens']} tokens"), ("token", "a token after it")):
         if not told[f"{name}_seconds"]:

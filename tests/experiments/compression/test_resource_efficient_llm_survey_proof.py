@@ -5,6 +5,9 @@ Models are imitated: what they take is worked out here, from honest formulas, be
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tests.properties.sabotage import PAYS, record_of, verdict_of
@@ -36,6 +39,10 @@ def test_the_experiments_are_those_of_the_catalogue():
     assert set(CLAIMS) == claims == {"classification", "memory-error", "prefill-error", "decode-error"}
     assert not any(found.computed for found in CLAIMS.values())
     assert all(set(found.decides) == {"smoke", "small", "full"} for found in CLAIMS.values())
+    points = [point for found in CLAIMS.values() for scale in found.points.values() for point in scale]
+    assert all(len(point["models"]) > 1 for point in points)  # each is foretold from the others
+    times = [*CLAIMS["prefill-error"].points.values(), *CLAIMS["decode-error"].points.values()]
+    assert all(len(point["formats"]) > 1 for (point,) in times)  # of which the interval is made
 
 
 def config_of(name):
@@ -70,8 +77,9 @@ def honest(monkeypatch):
     """Imitated models of a machine of round numbers; all they take is known before a test breaks a formula."""
     monkeypatch.setattr(room, "config_of", config_of)
     monkeypatch.setattr(room, "limits_of", lambda threads: LIMITS)
-    decoders = {name: room.decoder_of(config_of(name)) for name in room.BOTH}
-    off = {room.BUNDLED: 1.002, room.GEMMA: 0.998}
+    monkeypatch.setattr(room, "OthersWatch", lambda: SimpleNamespace(stop=lambda: (0.0, False)))
+    decoders = {name: room.decoder_of(config_of(name)) for name in room.MODELS}
+    off = {room.BUNDLED: 1.002, room.GEMMA: 0.998, room.LLAMA: 1.001}
     seen, held = {}, {}
     for name, decoder in decoders.items():
         for format in room.FOUR:
@@ -115,7 +123,7 @@ def test_errors_are_printed_cell_by_cell_with_modelled_and_measured_apart(honest
     for claim in (MEMORY, PREFILL, DECODE):
         record = record_of(claim, POINTS[claim])
         assert record.details["columns"] == ["cell", "modelled", "measured", "error, %"]
-        cells = len(room.BOTH) * len(room.THREE) * len(POINTS[claim]["tokens"])
+        cells = len(POINTS[claim]["models"]) * len(POINTS[claim]["formats"]) * len(POINTS[claim]["tokens"])
         assert len(record.details["table"]) == cells
         for _, modelled, measured, error in record.details["table"]:
             assert error == pytest.approx(100 * abs(modelled / measured - 1))
@@ -214,12 +222,56 @@ def test_a_utilisation_comes_from_the_other_model_only():
     assert room.same_length(cells) == pytest.approx([3.0, 2.0, 4.0, 9.0])
 
 
-def test_the_interval_is_over_models_and_formats_not_over_lengths():
-    few = [cell("a", 1.0), cell("b", 1.0)]
-    many = [cell(name, 1.0, tokens=n) for name in "ab" for n in range(1, 9)]
-    wide = room.by_group(many, [10.0] * 8 + [20.0] * 8)
-    narrow = room.by_group(few, [10.0, 20.0])
+def test_the_interval_is_over_what_has_one_utilisation_not_over_models_and_lengths():
+    """Of two models, the one's utilisation is too high where the other's is too low: that is one error, not two."""
+    few = [cell("a", 1.0), cell("a", 1.0, format="int4")]
+    many = [cell(name, 1.0, format=f, tokens=n) for f in ("fp32", "int4") for name in "ab" for n in range(1, 5)]
+    wide = room.by_group(many, [10.0] * 8 + [20.0] * 8, lambda one: one.kind)
+    narrow = room.by_group(few, [10.0, 20.0], lambda one: one.kind)
     assert (wide.median, wide.low, wide.high, wide.n) == (narrow.median, narrow.low, narrow.high, 2)
+    assert room.by_group(many, [10.0] * 16, lambda one: one.run).n == 4
+
+
+def test_records_count_formats_and_models_as_often_as_they_are_independent(honest, monkeypatch):
+    counted, real = [], room.student_interval
+    monkeypatch.setattr(room, "student_interval", lambda values: counted.append(len(values)) or real(values))
+    for claim in (MEMORY, PREFILL, DECODE, ORDERS):
+        record_of(claim, POINTS[claim])
+    assert counted == [9, 4, 4, 3]  # models and formats; formats; formats; models
+
+
+def test_what_others_took_behind_as_long_a_prompt_is_a_control(honest, monkeypatch):
+    """Models that are alike need no formula to tell of each other."""
+    imitated = room.seconds_of
+
+    def all_alike(name, *given, **settings):
+        return imitated(room.BUNDLED, *given, **settings)
+
+    monkeypatch.setattr(room, "seconds_of", all_alike)
+    record = record_of(PREFILL, POINTS[PREFILL])
+    assert record.controls["deleted"] == pytest.approx(0)
+    assert judge(record).verdict not in PAYS
+
+
+@pytest.mark.parametrize("claim", [PREFILL, DECODE, ORDERS])
+@pytest.mark.parametrize("broken", [False, True])
+def test_times_of_a_busy_machine_decide_nothing(honest, monkeypatch, claim, broken):
+    monkeypatch.setattr(room, "OthersWatch", lambda: SimpleNamespace(stop=lambda: (0.5, True)))
+    if broken:  # what would be refuted on a quiet one
+        monkeypatch.setattr(Decoder, "prefill_flops", lambda self, tokens, logits=1: 2.0 * self.parameters * tokens)
+        monkeypatch.setattr(Decoder, "step_bytes", lambda self, context, format: 1.0 * self.layers)
+        real = room.alike
+        monkeypatch.setattr(room, "alike", lambda rows: real([row[:1] for row in rows]))
+    record = record_of(claim, POINTS[claim])
+    assert judge(record).verdict is Verdict.UNDECIDED
+    assert record.details["share_of_the_machine_that_others_took"] == 0.5
+
+
+def test_an_arm_says_what_attention_adds(honest):
+    for claim in (PREFILL, DECODE):
+        record = record_of(claim, POINTS[claim])
+        without = record.arms["the same without attention's operations or bytes"]
+        assert record.measured.median < without < record.controls["deleted"]
 
 
 def test_order_and_agreement():
@@ -241,11 +293,26 @@ def test_bytes_of_tensors_are_counted_once_and_are_what_the_formula_says():
     assert room.tensor_bytes(model, out.cache) == pytest.approx(counted, rel=0.01)
 
 
-def test_the_published_sizes_of_gemma():
+def test_the_published_sizes_of_the_models_that_are_not_loaded():
+    assert room.decoder_of(room.config_of(room.LLAMA)).parameters == 68_030_208
     decoder = room.decoder_of(room.config_of(room.GEMMA))
     assert decoder.parameters == 268_098_176
     assert decoder.windows.count(0) == 3
     assert decoder.windows.count(512) == 15
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library of Linux gives memory back")
+def test_what_a_prompt_freed_is_given_back():
+    """Many small blocks lie in the heap, which the allocator keeps."""
+    room.give_back()
+    before = room.resident()
+    blocks = [torch.ones(8_000) for _ in range(1500)]  # 48 MB
+    keep = torch.ones(8)  # noqa: F841  # above them, so that the heap cannot shrink by itself
+    most = room.resident()
+    del blocks
+    room.give_back()
+    assert most - before > 40e6
+    assert room.resident() - before < 10e6
 
 
 @pytest.mark.slow

@@ -76,6 +76,10 @@ def test_grouped_queries_and_wide_heads_are_counted(kv_heads, head_dim):
         ("nemotron", {"attention_bias": True, "mlp_bias": True}),
         ("qwen3", {"attention_bias": True}),
         ("starcoder2", {"use_bias": False}),
+        ("gemma", {"attention_bias": True}),
+        ("gemma2", {"attention_bias": True}),
+        ("gemma3_text", {"attention_bias": True}),
+        ("mistral", {"attention_bias": True}),
     ],
 )
 def test_biases_are_counted(kind, changes):
@@ -182,6 +186,168 @@ def test_cache_bytes_are_those_of_the_keys_and_values_of_a_real_cache(kind):
     assert decoder.cache_bytes(20, element_bytes=4) == (
         2 * decoder.kv_heads * decoder.head_dim * 4 * (5 * 8 + 20 if kind == "gemma3_text" else 2 * 20)
     )
+
+
+def storages(cache):
+    """Bytes that the keys and values of a cache hold on to, of which they may be a part."""
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "mistral", "llama"])
+@pytest.mark.parametrize("tokens", [6, 8, 20])
+def test_windows_let_go_of_a_prompt_with_the_next_token(kind, tokens):
+    from transformers import AutoModelForCausalLM
+
+    windows = {} if kind == "llama" else {"sliding_window": 8}
+    config = config_of(kind, num_hidden_layers=6, **windows)
+    model, decoder = AutoModelForCausalLM.from_config(config).eval(), room.decoder_of(config)
+    with torch.inference_mode():
+        out = model(input_ids=token_ids(2, tokens), use_cache=True)
+        assert storages(out.cache) == decoder.prompt_cache_bytes(tokens, batch=2, element_bytes=4)
+        for more in (1, 2):
+            out = model(input_ids=token_ids(2, 1), cache=out.cache, use_cache=True)
+            assert storages(out.cache) == decoder.cache_bytes(tokens + more, batch=2, element_bytes=4)
+
+
+def fullest(run):
+    """Bytes that torch has at most at once beyond those before, while `run` runs, and what that returns."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        found = run()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most, found
+
+
+WIDE = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+}  # heads that are wider than the model, as Gemma 3 270M has
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "tokens", "changes"),
+    [
+        ("llama", 200, {"intermediate_size": 256}),
+        ("qwen3", 200, WIDE),
+        ("gemma3_text", 200, {**WIDE, "sliding_window": 512}),
+        ("gemma3_text", 800, {**WIDE, "sliding_window": 64}),
+        ("mistral", 800, {"sliding_window": 64}),
+        ("gemma2", 300, {"sliding_window": 64}),
+    ],
+)
+def test_a_prompt_takes_the_memory_that_is_foretold(kind, tokens, changes, dtype):
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(kind, num_hidden_layers=3, max_position_embeddings=1024, **changes)
+    model, decoder = AutoModelForCausalLM.from_config(config, dtype=dtype).eval(), room.decoder_of(config)
+    ids = token_ids(1, tokens)
+    with torch.inference_mode():
+        model(input_ids=ids[:, :8])
+        seen, _ = fullest(lambda: model(input_ids=ids, use_cache=True, logits_to_keep=1))
+    expected = room.prompt_bytes(decoder, tokens, "fp32" if dtype == torch.float32 else "bf16")
+    assert expected == pytest.approx(seen, rel=0.2), (expected, seen)
+
+
+OTHERS = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "DeepseekV3": {
+        "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+        "num_key_value_heads": 4, "first_k_dense_replace": 1, "head_dim": 8,
+    },
+    "Olmo2": {},
+}  # fmt: skip
+
+
+def other_config(kind):
+    import transformers
+
+    sizes = {**LLAMA, "eos_token_id": 2, "head_dim": 16, **OTHERS[kind]}
+    return getattr(transformers, f"{kind}Config")(**sizes)
+
+
+@pytest.mark.parametrize("format", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_not_known_is_counted_on_a_model_without_memory(kind, format):
+    from transformers import AutoModelForCausalLM
+
+    config = other_config(kind)
+    with pytest.raises(ValueError, match="one of the model types"):
+        room.decoder_of(config)
+    found = room.other_forecast(config, format, 12, 3, 1e9)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if format == "fp32" else torch.bfloat16).eval()
+    assert found.parameters == numbers(model)
+    assert found.weight_bytes == sum(one.numel() * one.element_size() for one in model.parameters())
+    assert found.parameters_without_tables == found.parameters - 2 * 97 * 64
+    with torch.inference_mode():
+        out = model(input_ids=token_ids(1, 12), use_cache=True)
+        assert storages(out.cache) == found.prompt_cache_bytes
+        for _ in range(2):
+            out = model(input_ids=token_ids(1, 1), cache=out.cache, use_cache=True)
+    assert storages(out.cache) == found.cache_bytes
+    assert found.uncounted == f"activations and times of the model type {config.model_type!r}"
+    assert found.prefill_seconds == 0
+    with pytest.raises(ValueError, match="format"):
+        room.other_forecast(config, "int4", 12, 3, 1e9)
+
+
+def test_a_state_does_not_grow():
+    from transformers import MambaConfig
+
+    config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+    short, long = (room.other_forecast(config, "fp32", n, 2, 1e9) for n in (8, 800))
+    assert 0 < short.cache_bytes == long.cache_bytes
+
+
+def test_a_cache_that_cannot_be_counted_is_said_to_be_missing(monkeypatch):
+    from transformers import MixtralForCausalLM
+
+    def fails(self, **given):
+        raise RuntimeError("needs numbers")
+
+    monkeypatch.setattr(MixtralForCausalLM, "forward", fails)
+    found = room.other_forecast(other_config("Mixtral"), "bf16", 12, 3, 1e9)
+    assert found.cache_bytes == 0
+    assert found.uncounted == "cache, activations and times of the model type 'mixtral'"
+
+
+@pytest.mark.parametrize("kind", room.KINDS)
+def test_both_ways_of_counting_agree(kind):
+    config = config_of(kind)
+    decoder = room.decoder_of(config)
+    assert room.counted(config, torch.bfloat16) == (
+        decoder.parameters, decoder.parameters_without_tables, decoder.weight_bytes("bf16"),
+    )  # fmt: skip
+    assert room.cache_growth(config, torch.float32) == (0, decoder.prompt_cache_bytes(1, element_bytes=4))
+
+
+def test_a_decoder_that_sees_is_counted_with_its_eyes():
+    from transformers import Gemma3Config
+
+    text = {name: value for name, value in LLAMA.items() if name != "eos_token_id"} | {"head_dim": 16}
+    eyes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56,
+        "patch_size": 14,
+    }  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=4)
+    decoder = room.decoder_of(config)
+    whole = numbers(empty(config))
+    assert whole > decoder.parameters
+    alone = room.memory_forecast(decoder, "bf16", 12, 3, 1e9)
+    found = room.with_other_parts(alone, config)
+    assert (found.parameters, found.weight_bytes) == (whole, 2 * whole)
+    assert found.parameters - found.parameters_without_tables == decoder.head
+    assert room.with_other_parts(alone, config.text_config) == alone
 
 
 def test_bytes_of_the_cache_are_linear_in_all_that_makes_them():
@@ -361,8 +527,17 @@ def test_a_report_says_where_its_figures_are_from():
         report(amounts={"seconds": float("nan")})
     with pytest.raises(ValueError, match="source"):
         report("guessed")
-    with pytest.raises(ValueError, match="must hold a report"):
-        ResourceReport.from_json('{"source": "modelled"}')
+    whole = json.loads(report().to_json())
+    for wrong in (
+        {"source": "modelled"},
+        [],
+        3,
+        whole | {"amounts": None},
+        whole | {"format": 5},
+        whole | {"device": ["x"]},
+    ):
+        with pytest.raises(ValueError, match="must hold a report"):
+            ResourceReport.from_json(json.dumps(wrong))
 
 
 def test_modelled_and_measured_figures_stand_in_columns_of_their_own():
@@ -457,7 +632,7 @@ def test_fidelity_is_zero_for_the_same_and_notices_another_winner():
 def test_transforms_say_themselves_where_they_stand():
     entries = [room.entry_of(module.transform) for module in (weight_only, dtype, sorted_batches)]
     packed, halved, sorted_ = entries
-    assert packed.resources == {"memory"}
+    assert packed.resources == {"memory", "computation"}
     assert not packed.exact
     assert packed.stage == "inference"
     assert sorted_.stage == "system"
@@ -468,6 +643,16 @@ def test_transforms_say_themselves_where_they_stand():
     without_training = room.query(entries, resource="memory", stage="inference", trains=False)
     assert packed in without_training
     assert sorted_ not in without_training
+
+
+def test_every_transform_has_its_place_and_only_what_saves_memory_is_said_to():
+    from assay.tuner.transforms import transforms
+
+    entries = {name: room.entry_of(transform) for name, transform in transforms().items()}
+    less_memory = {found.name for found in room.query(entries.values(), resource="memory")}
+    assert less_memory == {name for name, transform in transforms().items() if "memory" in transform.goals}
+    assert {"weight_only", "dtype"} <= less_memory
+    assert not less_memory & {"speculation", "decode_loop", "compile"}
 
 
 def vars_of(transform):

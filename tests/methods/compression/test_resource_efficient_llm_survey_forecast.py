@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,6 +114,46 @@ def test_some_blocks_of_a_configuration(kind):
     assert not part.training
 
 
+def test_gemma_2_has_no_fused_attention_and_is_foretold_all_the_same():
+    config = tiny_model("Gemma2", num_hidden_layers=3).config
+    whole = room.decoder_of(config)
+    assert whole.unfused
+    found = room.with_times(room.memory_forecast(whole, "fp32", 8, 3, 1e9), config, whole, calibration(), repeats=1)
+    assert found.prefill_seconds > 0
+
+
+def test_of_a_model_that_sees_the_decoder_alone_is_timed():
+    from transformers import Gemma3Config
+
+    text = {
+        **tiny_model(num_hidden_layers=1).config.to_dict(),
+        "num_hidden_layers": 6,
+        "model_type": "gemma3_text",
+        "layer_types": None,
+    }
+    eyes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56,
+        "patch_size": 14,
+    }  # fmt: skip
+    config = Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=4)
+    part = room.some_blocks(config, 2, torch.float32)
+    assert sum(p.numel() for p in part.parameters()) == room.first_blocks(room.decoder_of(config), 2).parameters
+    assert config.text_config.num_hidden_layers == 6
+
+
+def test_weights_of_some_blocks_are_random_and_no_two_rows_are_alike():
+    config = tiny_model(vocab_size=3000, tie_word_embeddings=True).config
+    part = room.some_blocks(config, 1, torch.float32)
+    table = part.get_input_embeddings().weight.detach()
+    assert table.numel() > 2 * module.PATTERN
+    assert part.get_output_embeddings().weight is part.get_input_embeddings().weight
+    assert table.std() == pytest.approx(config.initializer_range, rel=0.05)
+    assert table.unique(dim=0).shape[0] == 3000
+    assert all(bool(parameter.isfinite().all()) for parameter in part.parameters())
+    angles = tiny_model(vocab_size=3000).model.rotary_emb.inv_freq
+    assert torch.equal(part.model.rotary_emb.inv_freq, angles)
+
+
 def test_every_length_is_timed_and_its_steps_go_on_from_its_prompt():
     model = tiny_model()
     seen = []
@@ -153,7 +194,12 @@ def test_memory_is_counted_and_compared_with_what_is_there():
     found = room.memory_forecast(whole, "fp32", 16, 4, 1e9)
     assert found.weight_bytes == 4 * whole.parameters
     assert found.cache_bytes == whole.cache_bytes(19, element_bytes=4)
-    assert found.needed_bytes == found.weight_bytes + found.cache_bytes + found.activation_bytes
+    assert found.prompt_cache_bytes == whole.cache_bytes(16, element_bytes=4)
+    assert found.needed_bytes == found.weight_bytes + found.prompt_cache_bytes + found.activation_bytes
+    long = room.memory_forecast(whole, "fp32", 1, 4000, 1e9)  # an answer that holds more than its prompt
+    assert long.needed_bytes == long.weight_bytes + long.cache_bytes
+    narrow = room.memory_forecast(replace(whole, windows=(4,) * whole.layers), "fp32", 16, 4, 1e9)
+    assert narrow.cache_bytes < narrow.prompt_cache_bytes == found.prompt_cache_bytes
     assert found.fits
     assert not room.memory_forecast(whole, "fp32", 16, 4, found.needed_bytes - 1).fits
     assert room.memory_forecast(whole, "fp32", 16, 4, found.needed_bytes).fits
@@ -176,12 +222,15 @@ def test_a_forecast_with_times_runs_a_few_blocks(monkeypatch):
         return Timed({16: bound["prefill"] + 0.002 * of.layers}, {16: bound["token"] + 0.002 * of.layers})
 
     monkeypatch.setattr(module, "timed", imitation)
+    monkeypatch.setattr(module, "OthersWatch", lambda: SimpleNamespace(stop=lambda: (0.4, True)))
     before = room.memory_forecast(whole, "fp32", 16, 4, 1e9)
     found = room.with_times(before, model.config, whole, calibration(), repeats=2)
     assert asked == [(1, (16,), 2), (5, (16,), 2)]
     assert found.weight_bytes == before.weight_bytes
     assert found.prefill_seconds == pytest.approx(found.least_prefill_seconds + 0.014)
     assert found.token_seconds == pytest.approx(found.least_token_seconds + 0.014)
+    assert found.noisy
+    assert not before.noisy
     packed = room.memory_forecast(whole, "int4", 16, 4, 1e9)
     with pytest.raises(ValueError, match="the forecast's format"):
         room.with_times(packed, model.config, whole, calibration())

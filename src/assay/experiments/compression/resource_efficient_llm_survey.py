@@ -1,20 +1,24 @@
 """Do the survey's formulas foretell what a model takes, and would one resource have told of the others?
 
-Two models in several number formats are run with prompts of several lengths, and what they take is held against the formulas: memory
+Three models in several number formats are run with prompts of several lengths, and what they take is held against the formulas: memory
 counted, prompts by operations, tokens by bytes. A time needs the share of the roofline that is reached; it is measured on the *other*
-model, so that every cell is judged by a formula that has not seen its model. What `assay profile` foretells, from a few blocks of the
+models, so that every cell is judged by a formula that has not seen its model. What `assay profile` foretells, from a few blocks of the
 model itself, stands beside it.
 
-SmolLM2 is loaded from its files. Gemma 3 270M has its published sizes and random weights: what a dense model takes does not depend on them.
+SmolLM2 is loaded from its files. Gemma 3 270M and Llama 68M have their published sizes and random weights: what a dense model takes does
+not depend on them. The blocks of the first two happen to have nearly as many parameters, so that what one takes would tell of the other
+without any formula; those of the third have a fifth of that.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import itertools
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -25,6 +29,7 @@ from torch import nn
 from assay.errors import AssayError
 from assay.experiments.core import Figure, Operator, experiment
 from assay.measure.child import peak_resident, resident
+from assay.measure.clock import OthersWatch
 from assay.measure.isolate import run_isolated
 from assay.measure.machine import Calibration, calibrate
 from assay.measure.stats import Interval, student_interval
@@ -47,7 +52,7 @@ from assay.methods.core.fleet.hardware import Device
 from assay.methods.transform import TuneContext
 from assay.workloads.models import model_folder
 
-BUNDLED, GEMMA = "smollm2-135m", "gemma-3-270m"
+BUNDLED, GEMMA, LLAMA = "smollm2-135m", "gemma-3-270m", "llama-68m"
 DEFAULT_THREADS = torch.get_num_threads()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32, "int4": torch.float32}
 """What a model is made in; the packed formats are then made of its linear layers."""
@@ -60,6 +65,10 @@ GEMMA_SIZES: dict[str, Any] = {
     "num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512, "max_position_embeddings": 32_768, "query_pre_attn_scalar": 256,
     "tie_word_embeddings": True,
 }  # fmt: skip
+LLAMA_SIZES: dict[str, Any] = {
+    "vocab_size": 32_000, "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 2, "num_attention_heads": 12,
+    "max_position_embeddings": 2048, "tie_word_embeddings": False,
+}  # fmt: skip
 TINY: dict[str, Any] = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "tie_word_embeddings": True,
@@ -71,13 +80,15 @@ TINY: dict[str, Any] = {
 
 @cache
 def config_of(name: str) -> Any:
-    """The configuration of a model: the bundled one's from its files, Gemma's of its published sizes, and two tiny ones."""
+    """The configuration of a model: the bundled one's from its files, the others of their published sizes, and two tiny ones."""
     from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig
 
     if name == BUNDLED:
         return AutoConfig.from_pretrained(model_folder(BUNDLED), trust_remote_code=False, local_files_only=True)
     if name == GEMMA:
         return Gemma3TextConfig(**GEMMA_SIZES)
+    if name == LLAMA:
+        return LlamaConfig(**LLAMA_SIZES)
     kind: Any = {"tiny-llama": LlamaConfig, "tiny-gemma": Gemma3TextConfig}[name]
     return kind(**TINY, **({"sliding_window": 32} if name == "tiny-gemma" else {}))
 
@@ -86,7 +97,6 @@ def built(name: str, format: str) -> nn.Module:
     """The whole model in a format, in eval mode."""
     if name != BUNDLED:
         config = config_of(name)
-        torch.manual_seed(0)
         return packed(some_blocks(config, config.num_hidden_layers, DTYPES[format]), format)
     from transformers import AutoModelForCausalLM
 
@@ -127,8 +137,8 @@ def limits_of(threads: int) -> Calibration:
 class Cell:
     """One figure of one model in one format on some threads, behind a prompt of some tokens.
 
-    `formula` is the survey's figure (of a time: the roofline's), `rule` that of a rule of thumb, `measured` what was seen, and `blocks`
-    what a few blocks foretell (0: nobody asked them).
+    `formula` is the survey's figure (of a time: the roofline's), `rule` that of a rule of thumb, `measured` what was seen, `part` the
+    formula without what attention adds to it, and `blocks` what a few blocks foretell (0: nobody asked for these).
     """
 
     model: str
@@ -138,12 +148,19 @@ class Cell:
     formula: float
     rule: float
     measured: float
+    part: float = 0.0
     blocks: float = 0.0
 
     @property
-    def group(self) -> tuple[str, str, int]:
-        """What has one utilisation: cells of a group are not independent."""
-        return self.model, self.format, self.threads
+    def kind(self) -> tuple[str, int]:
+        """Format and threads, which have one utilisation: that of each model is foretold from the others', so that the errors of all hang
+        together."""
+        return self.format, self.threads
+
+    @property
+    def run(self) -> tuple[str, str, int]:
+        """One model, run once for all lengths."""
+        return self.model, *self.kind
 
     @property
     def name(self) -> str:
@@ -156,22 +173,25 @@ def errors(cells: Sequence[Cell], predicted: Sequence[float]) -> list[float]:
     return [100 * abs(guess / cell.measured - 1) for cell, guess in zip(cells, predicted, strict=True)]
 
 
-def by_group(cells: Sequence[Cell], values: Sequence[float]) -> Interval:
-    """The mean of the groups' means, with Student's interval over the groups."""
-    groups: dict[tuple[str, str, int], list[float]] = {}
+Grouping = Callable[[Cell], tuple[Any, ...]]
+
+
+def by_group(cells: Sequence[Cell], values: Sequence[float], group: Grouping) -> Interval:
+    """The mean of the groups' means, with Student's interval over the groups: cells of a group are not independent."""
+    groups: dict[tuple[Any, ...], list[float]] = {}
     for cell, value in zip(cells, values, strict=True):
-        groups.setdefault(cell.group, []).append(value)
-    return student_interval([statistics.fmean(group) for group in groups.values()])
+        groups.setdefault(group(cell), []).append(value)
+    return student_interval([statistics.fmean(found) for found in groups.values()])
 
 
 def mean_error(cells: Sequence[Cell], predicted: Sequence[float]) -> float:
-    """The middle of `by_group`."""
-    return by_group(cells, errors(cells, predicted)).median
+    """The mean of the errors; every cell counts alike."""
+    return statistics.fmean(errors(cells, predicted))
 
 
 def elsewhere(cells: Sequence[Cell], cell: Cell) -> list[Cell]:
     """Cells of other models in the same format on as many threads. Raises ValueError where there are none."""
-    others = [one for one in cells if one.model != cell.model and one.group[1:] == cell.group[1:]]
+    others = [one for one in cells if one.model != cell.model and one.kind == cell.kind]
     if not others:
         raise ValueError(f"{cell.name} has no other model to be judged by")
     return others
@@ -199,12 +219,19 @@ def shifted_error(cells: Sequence[Cell], predicted: Sequence[float]) -> float:
 
 
 def figure_of(
-    cells: Sequence[Cell], predicted: Sequence[float], ruled: Sequence[float], arms: dict[str, float], **details: Any
+    cells: Sequence[Cell],
+    predicted: Sequence[float],
+    ruled: Sequence[float],
+    arms: dict[str, float],
+    group: Grouping,
+    **details: Any,
 ) -> Figure:
-    """The mean error of predictions, with its controls. With the counting deleted there is one number for all lengths, which is what other
-    models took, or the rule of thumb, whichever is better; random are other cells' predictions; the rival is the rule of thumb."""
-    found = by_group(cells, errors(cells, predicted))
+    """The mean error of predictions, with its controls. With the counting deleted there is what other models took, one number for all
+    lengths or behind as long a prompt, or the rule of thumb, whichever is best; random are other cells' predictions; the rival is the
+    rule of thumb."""
+    found = by_group(cells, errors(cells, predicted), group)
     rival, constant = mean_error(cells, ruled), mean_error(cells, transferred(cells, lambda _: 1.0))
+    as_long = mean_error(cells, same_length(cells))
     lines = zip(cells, predicted, errors(cells, predicted), strict=True)
     return Figure(
         found.median,
@@ -213,20 +240,23 @@ def figure_of(
         high=found.high,
         free=rival,
         controls={
-            "deleted": min(rival, constant),
+            "deleted": min(rival, constant, as_long),
             "random": shifted_error(cells, predicted),
             "rival": rival,
         },
         arms={
             "what other models took, whatever the length": constant,
-            "what other models took behind as long a prompt": mean_error(cells, same_length(cells)),
+            "what other models took behind as long a prompt": as_long,
             **arms,
         },
         details={
             "columns": ["cell", "modelled", "measured", "error, %"],
             "table": [[cell.name, guess, cell.measured, error] for cell, guess, error in lines],
             "largest_error": max(errors(cells, predicted)),
-            "weights": {BUNDLED: "loaded from its files", GEMMA: "random, of the published sizes"},
+            "weights": {
+                BUNDLED: "loaded from its files",
+                **dict.fromkeys((GEMMA, LLAMA), "random, of the published sizes"),
+            },
             **details,
         },
     )
@@ -238,11 +268,11 @@ FORECAST = Operator(
 )
 PAPER: dict[str, Any] = {"models": "none: formulas and a list of metrics", "formats": "fp16", "tokens": "none"}
 DEPARTURES = {
-    "models": "SmolLM2-135M and the sizes of Gemma 3 270M: the survey measures nothing itself",
+    "models": "SmolLM2-135M and the sizes of Gemma 3 270M and Llama 68M: the survey measures nothing itself",
     "formats": "those that a processor runs fast, and packed ones",
     "tokens": "prompts as long as two cores can run in minutes",
 }
-BOTH = [BUNDLED, GEMMA]
+MODELS = [BUNDLED, GEMMA, LLAMA]
 TINY_ONES = ["tiny-llama", "tiny-gemma"]
 THREE, FOUR = ["fp32", "bf16", "int4"], ["fp32", "bf16", "int8", "int4"]
 
@@ -261,23 +291,24 @@ def refuted(limit: float) -> Callable[[Any], bool]:
 
 MEMORY: dict[str, dict[str, Any]] = {
     "smoke": {"models": TINY_ONES, "formats": ["fp32"], "tokens": [32], "new_tokens": 2},
-    "small": {"models": BOTH, "formats": THREE, "tokens": [128, 1024], "new_tokens": 4},
-    "full": {"models": BOTH, "formats": FOUR, "tokens": [128, 512, 1024, 2048], "new_tokens": 16},
+    "small": {"models": MODELS, "formats": THREE, "tokens": [128, 1024], "new_tokens": 4},
+    "full": {"models": MODELS, "formats": FOUR, "tokens": [128, 512, 1024, 2048], "new_tokens": 16},
 }
 MEMORY_LIMIT = 10.0
 
 
 def held(name: str, format: str, tokens: list[int], new_tokens: int) -> list[dict[str, float]]:
     """Run in a process of its own. For each length, shortest first: resident bytes before a model was there and behind its answer, the
-    highest so far, and those of its tensors. What the libraries take for any model is there before: a tiny one has run in the format."""
+    highest so far, and those of its tensors. What the libraries take for any model is there before: a tiny one has run in the format.
+    What the allocator keeps of freed memory is given back first."""
     answered(built("tiny-llama", format), 32, 2)
-    gc.collect()
+    give_back()
     before = resident()
     model = built(name, format)
     found = []
     for length in sorted(tokens):
         out = answered(model, length, new_tokens)
-        gc.collect()
+        give_back()
         found.append(
             {
                 "before": float(before),
@@ -288,6 +319,13 @@ def held(name: str, format: str, tokens: list[int], new_tokens: int) -> list[dic
         )
         del out
     return found
+
+
+def give_back() -> None:
+    """Return freed memory to the system, where the C library can: else what a prompt's activations took looks as if it were held."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @torch.inference_mode()
@@ -335,12 +373,13 @@ def memory_of(name: str, format: str, tokens: list[int], new_tokens: int) -> lis
 def memory_error(models: list[str], formats: list[str], tokens: list[int], new_tokens: int) -> Figure:
     """How far weights and cache, counted, are off from what a process gains by loading a model and answering, in per cent.
 
-    Nothing is fitted. The limit is 10 %, since what an allocator keeps and a library makes for each shape is not the model's; whoever asks
-    whether a model fits must leave as much. The rival is parameters times the bits that the format is named for, without scales, cache and
-    the table that stays in float32. Deleted is the better of that and of what the other model took in the format, whatever the length;
-    random is another cell's count. An arm adds the prompt's activations, which are freed again. The details have the same counts against
-    the bytes of the tensors themselves, which should agree to 1 %, and the counts with activations against the highest memory on the way,
-    loading and packing included.
+    Nothing is fitted. What an allocator keeps of freed memory is given back before the process is looked at. The limit is 10 %, since what
+    a library makes for each shape is not the model's; whoever asks whether a model fits must leave as much. The rival is parameters times
+    the bits that the format is named for, without scales, cache and the table that stays in float32. Deleted is the best of that and of
+    what the other models took in the format, whatever the length or behind as long a prompt; random is another cell's count. The interval
+    is Student's over models and formats. An arm adds the prompt's activations, which are freed again. The details have the same counts
+    against the bytes of the tensors themselves, which should agree to 1 %, and the counts with activations against the highest memory on
+    the way, loading and packing included.
     """
     torch.set_num_threads(DEFAULT_THREADS)
     cells: list[Cell] = []
@@ -367,6 +406,7 @@ def memory_error(models: list[str], formats: list[str], tokens: list[int], new_t
                 cells, [cell.formula + more for cell, more in zip(cells, working, strict=True)]
             )
         },
+        lambda cell: cell.run,
         error_against_tensors=exact,
         error_with_activations_against_peak=peaks,
     )
@@ -440,42 +480,63 @@ def times(
                         least_seconds(decoder, device(decoder), format, length, new_tokens)[phase],
                         rule_of_thumb(phase, decoder, device(decoder), format, length),
                         getattr(seen, phase)[length],
+                        without_attention(phase, decoder, device(decoder), format, length),
                         getattr(told, phase)[length],
                     )
                 )
     return cells
 
 
-def times_figure(phase: str, **point: Any) -> Figure:
-    """The error of the formula with the utilisation of the other model, and what else could foretell."""
+def without_attention(phase: str, decoder: Decoder, device: Device, format: str, tokens: int) -> float:
+    """Seconds by two operations for each parameter of the blocks and token, or by the bytes of the weights alone."""
+    if phase == "prefill":
+        return 2.0 * decoder.layers * decoder.block_matmul * tokens / device.flops
+    return decoder.step_weight_bytes(format) / device.bandwidth
+
+
+def unless_busy(figure: Figure, watch: OthersWatch, widest: float) -> Figure:
+    """The figure; where other processes kept the machine busy meanwhile, with an interval up to `widest`: such times decide nothing."""
+    share, busy = watch.stop()
+    details = {**figure.details, "share_of_the_machine_that_others_took": share}
+    if not busy:
+        return replace(figure, details=details)
+    return replace(figure, low=0.0, high=max(figure.high or 0.0, widest), details=details)
+
+
+def times_figure(phase: str, limit: float, **point: Any) -> Figure:
+    """The error of the formula with the utilisation of the other models, and what else could foretell."""
+    watch = OthersWatch()
     cells = times(phase, **point)
-    return figure_of(
+    found = figure_of(
         cells,
         transferred(cells, lambda cell: cell.formula),
         transferred(cells, lambda cell: cell.rule),
         {
             "a few blocks of the model itself, timed (assay profile)": mean_error(cells, [c.blocks for c in cells]),
             "the roofline itself, a utilisation of 1": mean_error(cells, [c.formula for c in cells]),
+            "the same without attention's operations or bytes": mean_error(cells, transferred(cells, lambda c: c.part)),
         },
+        lambda cell: cell.kind,
         error_of_a_few_blocks={cell.name: 100 * (cell.blocks / cell.measured - 1) for cell in cells},
         utilisation={cell.name: cell.formula / cell.measured for cell in cells},
         faster_than_the_roofline=[cell.name for cell in cells if cell.measured < cell.formula],
     )
+    return unless_busy(found, watch, 2 * limit)
 
 
 PREFILL_LIMIT, DECODE_LIMIT = 30.0, 20.0
 TIMES: dict[str, dict[str, Any]] = {
     "smoke": {
         "models": TINY_ONES,
-        "formats": ["fp32"],
+        "formats": ["fp32", "bf16"],
         "threads": [0],
         "tokens": [16, 48],
         "new_tokens": 3,
         "repeats": 1,
     },
-    "small": {"models": BOTH, "formats": THREE, "threads": [0], "tokens": [128, 512], "new_tokens": 4, "repeats": 2},
+    "small": {"models": MODELS, "formats": FOUR, "threads": [0], "tokens": [128, 512], "new_tokens": 4, "repeats": 2},
     "full": {
-        "models": BOTH,
+        "models": MODELS,
         "formats": FOUR,
         "threads": [1, 2],
         "tokens": [128, 512, 1024, 2048],
@@ -503,15 +564,15 @@ LONG: dict[str, dict[str, Any]] = {
     minutes=60,
 )
 def prefill_error(**point: Any) -> Figure:
-    """How far a prompt's operations over the machine's peak, times what the other model took of that, are off from its seconds, in %.
+    """How far a prompt's operations over the machine's peak, times what the other models took of that, are off from its seconds, in %.
 
-    The rival has as much to go by: two operations for every parameter and token, with a factor from the other model too. It counts the
-    table of a large vocabulary for each token, though only one is projected, and no attention. Deleted is the better of the rival and of
-    what the other model took, whatever the length: a count that is not nearer than both is not needed. Random is another cell's
-    prediction. The blocks of the two models happen to have nearly as many parameters, so that what one takes tells much of the other: an
-    arm says how much.
+    The rival has as much to go by: two operations for every parameter and token, with a factor from the other models too. It counts the
+    table of a large vocabulary for each token, though only one is projected, and no attention. Deleted is the best of the rival and of
+    what the other models took, whatever the length or behind as long a prompt: a count that is not nearer than these is not needed. Random
+    is another cell's prediction. An arm leaves out attention's operations, which short prompts have few of. The interval is Student's
+    over formats and threads: in each, the errors of all models hang together.
     """
-    return times_figure("prefill", **point)
+    return times_figure("prefill", PREFILL_LIMIT, **point)
 
 
 @experiment(
@@ -528,13 +589,14 @@ def prefill_error(**point: Any) -> Figure:
     minutes=60,
 )
 def decode_error(**point: Any) -> Figure:
-    """How far the bytes that a token reads over the machine's bandwidth, times what the other model took of that, are off from its seconds,
-    in per cent.
+    """How far the bytes that a token reads over the machine's bandwidth, times what the other models took of that, are off from its
+    seconds, in per cent.
 
-    The rival takes the parameters times the bits that the format is named for, with a factor from the other model too: no cache, no scales,
-    and no projection in 8 bits where the layers have 4. Deleted and random are as for prompts.
+    The rival takes the parameters times the bits that the format is named for, with a factor from the other models too: no cache, no
+    scales, no projection in 8 bits where the layers have 4, and a table that is only looked up. Deleted, random and the interval are as
+    for prompts; an arm leaves out the cache.
     """
-    return times_figure("token", **point)
+    return times_figure("token", DECODE_LIMIT, **point)
 
 
 # ---------------------------------------------------------------------------------------------------------------- classification
@@ -548,9 +610,9 @@ ORDERS: dict[str, dict[str, Any]] = {
         "new_tokens": 3,
         "repeats": 1,
     },
-    "small": {"models": BOTH, "formats": FOUR, "threads": 0, "tokens": [64, 512], "new_tokens": 8, "repeats": 1},
+    "small": {"models": MODELS, "formats": FOUR, "threads": 0, "tokens": [64, 512], "new_tokens": 8, "repeats": 1},
     "full": {
-        "models": BOTH,
+        "models": MODELS,
         "formats": FOUR,
         "threads": 0,
         "tokens": [64, 256, 1024, 2048],
@@ -593,13 +655,14 @@ def classification(
     """Per cent of the pairs of number formats that bytes held, seconds of the prompt and seconds a token order alike, all measured.
 
     If papers that report one resource could be compared, that one would tell the order of the others, and nearly all pairs would agree;
-    90 % is our choice of "nearly all". Amounts within 5 % of each other contradict nothing. The interval is Student's over models and
-    lengths. The arms are the same with one resource only, measured twice: what noise alone would contradict. The more contradicted of
-    them is the control, the other resources deleted: all of the interval must lie below it.
+    90 % is our choice of "nearly all". Amounts within 5 % of each other contradict nothing. The interval is Student's over models, each
+    the mean of its lengths. The arms are the same with one resource only, measured twice: what noise alone would contradict. The more
+    contradicted of them is the control, the other resources deleted: all of the interval must lie below it.
     """
+    watch = OthersWatch()
     limits_of(threads)
     resources = ("memory", "prompt", "token")
-    shares: list[float] = []
+    shares: dict[str, list[float]] = {}
     itself: dict[str, list[float]] = {"prefill": [], "token": []}
     rows: dict[str, list[float]] = {}
     for name in models:
@@ -610,12 +673,12 @@ def classification(
                 row = [float(sizes[length]), seen[0].prefill[length], seen[0].token[length]]
                 rows[f"{name}, {one}, {length} tokens"] = row
                 here.append(row)
-            shares.append(alike(here))
+            shares.setdefault(name, []).append(alike(here))
             for phase, found in itself.items():
                 found.append(alike([[getattr(run, phase)[length] for run in seen] for seen, _, _ in runs.values()]))
-    found_share = student_interval(shares)
+    found_share = student_interval([statistics.fmean(found) for found in shares.values()])
     again = {phase: statistics.fmean(found) for phase, found in itself.items()}
-    return Figure(
+    figure = Figure(
         found_share.median,
         "%",
         low=max(found_share.low, 0.0),
@@ -629,3 +692,4 @@ def classification(
             "each_model_and_length": shares,
         },
     )
+    return unless_busy(figure, watch, 100.0)

@@ -6,11 +6,12 @@ by the resource they save and the stage they act in, and asks for common metrics
 - `decoder_of(config)` counts parameters, operations and bytes of a decoder (`Decoder`);
 - `estimate`, `training_memory`, `network_bytes`: what serving and training take of each resource;
 - `memory_forecast`, `with_times`: will it fit, and how fast, of a model that is not loaded (`assay profile` asks them);
+- `other_forecast`: will it fit, of any other causal language model of transformers, counted on one that takes no memory;
 - `ResourceReport`, `measure`, `markdown`, `compared`, `pareto`: one table, in which modelled and measured figures never mix;
 - `Entry`, `entry_of`, `query`: the two-way order of methods.
 
-Not for mixtures of experts, state-space models and encoders, whose blocks are not counted here: `decoder_of` refuses them. Operations alone
-do not tell a time: utilisation has to be measured for each phase, or a few blocks run.
+Not for mixtures of experts, state-space models and encoders, whose blocks are not counted here: `decoder_of` refuses them, and of their
+resources memory alone is foretold. Operations alone do not tell a time: utilisation has to be measured for each phase, or a few blocks run.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from assay.methods.compression.resource_efficient_llm_survey.costs import (
     estimate,
     least_seconds,
     network_bytes,
+    prompt_bytes,
     training_memory,
 )
 from assay.methods.compression.resource_efficient_llm_survey.decoder import (
@@ -36,6 +38,7 @@ from assay.methods.compression.resource_efficient_llm_survey.decoder import (
     element_bytes,
     matrix_bytes,
 )
+from assay.methods.compression.resource_efficient_llm_survey.empty import cache_growth, counted
 from assay.methods.compression.resource_efficient_llm_survey.forecast import (
     Forecast,
     Probe,
@@ -44,9 +47,11 @@ from assay.methods.compression.resource_efficient_llm_survey.forecast import (
     first_blocks,
     foretold,
     memory_forecast,
+    other_forecast,
     probe,
     some_blocks,
     timed,
+    with_other_parts,
     with_times,
 )
 from assay.methods.compression.resource_efficient_llm_survey.report import (
@@ -89,7 +94,9 @@ __all__ = [
     "TrainingMemory",
     "activation_bytes",
     "bits_to_bytes",
+    "cache_growth",
     "compared",
+    "counted",
     "decoder_of",
     "device_for",
     "element_bytes",
@@ -104,11 +111,14 @@ __all__ = [
     "measure",
     "memory_forecast",
     "network_bytes",
+    "other_forecast",
     "pareto",
     "probe",
+    "prompt_bytes",
     "query",
     "some_blocks",
     "timed",
     "training_memory",
+    "with_other_parts",
     "with_times",
 ]

@@ -116,10 +116,34 @@ def network_bytes(
 
 
 def activation_bytes(decoder: Decoder, tokens: int, format: str, *, batch: int = 1) -> float:
-    """Bytes of activations that a prompt's forward pass holds at once: about four of the model's width and three of the feed-forward's
-    for each token, as transformers' blocks have them (our count)."""
+    """Bytes that a prompt's forward pass holds at its fullest besides weights and cache, as transformers' blocks run on a processor.
+
+    That is in the feed-forward, four of the model's width and three of the inner one a token; or where the heads together are wider than
+    that, when their queries are turned: four of theirs (five in 16 bits, whose norms are taken in float32), three of the model's width and
+    two of the keys'. A layer whose window is shorter than the prompt needs a mask, a byte for each pair of tokens, and when it attends
+    another and a number, and copies of the keys and values that heads share. Attention that is `unfused` has two numbers for each pair and
+    head, 10 bytes where they are of 16 bits, and masks. Our count, tested within a fifth; logits are one token's and left out.
+    """
     rows = checks.whole("tokens", tokens, low=1) * checks.whole("batch", batch, low=1)
-    return float(rows * (4 * decoder.width + 3 * decoder.feed_forward) * element_bytes(format))
+    size, pairs = element_bytes(format), rows * tokens
+    heads, keys = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+    masks = pairs if any(0 < window < tokens for window in decoder.windows) and not decoder.unfused else 0
+    forward = rows * (4 * decoder.width + 3 * decoder.feed_forward + 2 * decoder.head_dim) * size + masks
+    turned = rows * (3 * decoder.width + 2 * keys + (4 if size == 4 else 5) * heads) * size + masks
+    attended = 0
+    if decoder.unfused:
+        attended = rows * (3 * decoder.width + 2 * keys + 4 * heads) * size
+        attended += pairs * (decoder.heads * (8 if size == 4 else 10) + 2 * size)
+    elif masks:
+        copies = 2 * heads if 1 < decoder.kv_heads < decoder.heads else 0
+        attended = rows * (3 * decoder.width + 2 * keys + 2 * heads + copies) * size + pairs * (2 + size)
+    return float(max(forward, turned, attended))
+
+
+def prompt_bytes(decoder: Decoder, tokens: int, format: str, *, batch: int = 1) -> float:
+    """Bytes that a prompt takes at its fullest besides the weights: its activations, and the cache before windows let go of any."""
+    cache = decoder.prompt_cache_bytes(tokens, batch=batch, element_bytes=element_bytes(format))
+    return cache + activation_bytes(decoder, tokens, format, batch=batch)
 
 
 def least_seconds(
@@ -166,7 +190,7 @@ def estimate(
     seconds = prefill + (new_tokens - 1) * token
     held = prompt_tokens + new_tokens - 1
     cache = decoder.cache_bytes(held, element_bytes=element_bytes(format))
-    weights, working = decoder.weight_bytes(format), activation_bytes(decoder, prompt_tokens, format)
+    weights, prompt = decoder.weight_bytes(format), prompt_bytes(decoder, prompt_tokens, format)
     joules = [device.peak_watts * seconds * factor for factor in (pue.low, pue.high)]
     middle = prompt_tokens + (new_tokens + 1) // 2
     return ResourceReport(
@@ -176,7 +200,7 @@ def estimate(
             "parameters_without_tables": float(decoder.parameters_without_tables),
             "weight_bytes": weights,
             "cache_bytes": cache,
-            "peak_bytes": weights + cache + working,
+            "peak_bytes": weights + max(prompt, cache),
             "flops": decoder.prefill_flops(prompt_tokens) + (new_tokens - 1) * decoder.step_flops(middle),
             "prefill_seconds": prefill,
             "token_seconds": token,

@@ -6,7 +6,7 @@ Nothing is loaded and nothing is run. Operations are FLOPs: a multiply-add is tw
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from assay import checks
@@ -17,6 +17,7 @@ KINDS = (*GATED, *PLAIN)
 """Model types of transformers whose blocks `decoder_of` knows."""
 NORMS = {"gemma2": 4, "gemma3_text": 4}  # of a block over the model's width; all others have two
 HEAD_NORMS = ("qwen3", "gemma3_text")  # a norm of the queries' and one of the keys' heads besides
+UNFUSED = ("gemma2",)  # transformers has no attention for it but the one that writes all scores down
 FORMATS = ("fp32", "bf16", "fp16", "int8", "int4")
 FLOATS = ("fp32", "bf16", "fp16")
 """What `weight_bytes` knows: three kinds of floats (`FLOATS`), and two packed ones. "int8" and "int4" pack the linear layers of the blocks,
@@ -28,7 +29,8 @@ stays in float32, and so does a layer whose inputs are no multiple of 32."""
 class Decoder:
     """A decoder in numbers. `windows` has for each layer how many positions it sees at most, 0 for all of them.
 
-    `block_rest` and `rest` are parameters that are in no matrix: norms and biases of one block, and the last norm.
+    `block_rest` and `rest` are parameters that are in no matrix: norms and biases of one block, and the last norm. `unfused`: its attention
+    holds the scores of all pairs of a prompt at once, as transformers runs it.
     """
 
     layers: int
@@ -43,13 +45,14 @@ class Decoder:
     block_rest: int = 0
     rest: int = 0
     windows: tuple[int, ...] = ()
+    unfused: bool = False
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "kv_heads", "head_dim", "feed_forward", "vocabulary"):
             checks.whole(name, getattr(self, name), low=1)
         for name in ("block_rest", "rest"):
             checks.whole(name, getattr(self, name), low=0)
-        for name in ("gated", "tied"):
+        for name in ("gated", "tied", "unfused"):
             checks.flag(name, getattr(self, name))
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads ({self.heads}), got {self.kv_heads}")
@@ -134,11 +137,15 @@ class Decoder:
     # ------------------------------------------------------------------------------------------------------------------- bytes
 
     def cache_bytes(self, tokens: int, *, batch: int = 1, element_bytes: float = 2.0) -> float:
-        """Bytes of keys and values behind so many tokens of each row."""
+        """Bytes of keys and values behind so many tokens of each row, when a token has followed the prompt."""
         checks.whole("tokens", tokens, low=0)
         checks.whole("batch", batch, low=1)
         checks.number("element_bytes", element_bytes, above=0)
         return 2.0 * self.kv_heads * self.head_dim * self.seen(tokens) * batch * element_bytes
+
+    def prompt_cache_bytes(self, tokens: int, *, batch: int = 1, element_bytes: float = 2.0) -> float:
+        """Bytes of keys and values right behind a prompt: layers with windows let go of what is beyond them with the next token only."""
+        return replace(self, windows=()).cache_bytes(tokens, batch=batch, element_bytes=element_bytes)
 
     def weight_bytes(self, format: str) -> float:
         """Bytes of all weights as an engine of ours holds them in memory in one of `FORMATS`."""
@@ -187,7 +194,7 @@ def bits_to_bytes(bits: float) -> float:
 
 
 def decoder_of(config: Any) -> Decoder:
-    """The sizes in a configuration of transformers (of one with several parts, its decoder's).
+    """The sizes in a configuration of transformers; of one with several parts, such as a decoder that sees, those of its decoder alone.
 
     Raises ValueError for a model type that is not among `KINDS`: its blocks may hold what is not counted here.
 
@@ -223,6 +230,7 @@ def decoder_of(config: Any) -> Decoder:
         block_rest=rest,
         rest=norm,
         windows=_windows(config),
+        unfused=kind in UNFUSED,
     )
 
 

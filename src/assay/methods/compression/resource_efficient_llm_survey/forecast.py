@@ -16,17 +16,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from assay import checks
-from assay.measure.clock import synchronize
+from assay.measure.clock import OthersWatch, synchronize
 from assay.measure.machine import Calibration
 from assay.methods.compression.resource_efficient_llm_survey.costs import activation_bytes, least_seconds
-from assay.methods.compression.resource_efficient_llm_survey.decoder import Decoder, element_bytes
+from assay.methods.compression.resource_efficient_llm_survey.decoder import FLOATS, Decoder, element_bytes
+from assay.methods.compression.resource_efficient_llm_survey.empty import cache_growth, counted
 from assay.methods.core.fleet.hardware import Device
 
 FEW, MORE = 1, 5
 """Blocks of the two models that are timed, or as many as there are; our choice."""
 RATES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+PATTERN = 65_537
+"""Numbers of a random pattern: a prime, so that no two rows of a matrix are alike; our choice."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The calibrated rate of each kind of floats. Packed formats are computed with in several types: theirs is the fastest of all."""
 
 
@@ -79,16 +84,39 @@ def timed(
 
 
 def some_blocks(config: Any, layers: int, dtype: torch.dtype) -> nn.Module:
-    """A model of a configuration's first `layers` blocks, random weights, in eval mode. The configuration stays as it is."""
+    """A model of the first `layers` blocks of a configuration's decoder in eval mode, its weights one random pattern over and over. The
+    configuration stays as it is.
+
+    Attention is SDPA where the model's class has it, else what the class has.
+    """
     from transformers import AutoModelForCausalLM
 
-    part = copy.deepcopy(config)
+    part = copy.deepcopy(config.get_text_config(decoder=True))
+    part._attn_implementation = None  # what the file names was some other machine's choice
     part.num_hidden_layers = checks.whole("layers", layers, low=1)
     if getattr(part, "layer_types", None):
         part.layer_types = list(part.layer_types)[:layers]
     auto: Any = AutoModelForCausalLM
-    made: nn.Module = auto.from_config(part, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False)
+    with _Repeated():
+        made: nn.Module = auto.from_config(part, dtype=dtype, trust_remote_code=False)
     return made.eval()
+
+
+class _Repeated(TorchFunctionMode):
+    """Draws `PATTERN` numbers for a large tensor and repeats them: drawing all of a large vocabulary's would take longer than a prompt."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in (torch.Tensor.normal_, torch.Tensor.uniform_) or args[0].numel() <= PATTERN or args[0].is_meta:
+            return func(*args, **(kwargs or {}))
+        tensor = args[0]
+        pattern = func(torch.empty(PATTERN, dtype=tensor.dtype, device=tensor.device), *args[1:], **(kwargs or {}))
+        rows = tensor.numel() // PATTERN
+        flat = tensor.view(-1)
+        flat[: rows * PATTERN].view(rows, PATTERN).copy_(pattern)
+        flat[rows * PATTERN :].copy_(pattern[: tensor.numel() - rows * PATTERN])
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -167,8 +195,10 @@ def device_for(calibration: Calibration, decoder: Decoder, format: str, memory: 
 class Forecast:
     """What a model would need and take; bytes, and seconds of the prompt and of one more token. All of it is modelled.
 
-    `needed_bytes` are `weight_bytes`, `cache_bytes` at the end of the answer and `activation_bytes` of its prompt together; what the
-    libraries take comes on top. `least_*_seconds` are the roofline's.
+    `needed_bytes` are the weights and what is held besides them at the fullest moment: the prompt's, with `activation_bytes` and a cache
+    that no window has cut yet (`prompt_cache_bytes`), or the end of the answer (`cache_bytes`). What the libraries take comes on top.
+    `least_*_seconds` are the roofline's. `uncounted` names what is missing where not all could be counted;
+    `noisy` says that other processes kept the machine busy while blocks were timed, so that what they foretell is too long.
     """
 
     format: str
@@ -178,17 +208,20 @@ class Forecast:
     parameters_without_tables: int
     weight_bytes: float
     cache_bytes: float
+    prompt_cache_bytes: float
     activation_bytes: float
     available_bytes: float
     least_prefill_seconds: float = 0.0
     least_token_seconds: float = 0.0
     prefill_seconds: float = 0.0
     token_seconds: float = 0.0
+    uncounted: str = ""
+    noisy: bool = False
 
     @property
     def needed_bytes(self) -> float:
-        """All that is counted."""
-        return self.weight_bytes + self.cache_bytes + self.activation_bytes
+        """The most that is held at once, of what is counted."""
+        return self.weight_bytes + max(self.prompt_cache_bytes + self.activation_bytes, self.cache_bytes)
 
     @property
     def fits(self) -> bool:
@@ -207,6 +240,7 @@ def memory_forecast(
     (135680.0, 2816.0, True)
     """
     prompt, new = checks.whole("prompt_tokens", prompt_tokens, low=1), checks.whole("new_tokens", new_tokens, low=1)
+    size = element_bytes(format)
     return Forecast(
         format,
         prompt,
@@ -214,9 +248,48 @@ def memory_forecast(
         decoder.parameters,
         decoder.parameters_without_tables,
         decoder.weight_bytes(format),
-        decoder.cache_bytes(prompt + new - 1, element_bytes=element_bytes(format)),
+        decoder.cache_bytes(prompt + new - 1, element_bytes=size),
+        decoder.prompt_cache_bytes(prompt, element_bytes=size),
         activation_bytes(decoder, prompt, format),
         checks.number("available_bytes", available_bytes, low=0),
+    )
+
+
+def with_other_parts(found: Forecast, config: Any) -> Forecast:
+    """A decoder's forecast with the weights of the other parts of a model that sees or hears, which are loaded with it."""
+    if config.get_text_config(decoder=True) is config:
+        return found
+    dtype = DTYPES[checks.choice("the forecast's format", found.format, FLOATS)]
+    parameters, rest, held = counted(config, dtype)
+    return replace(found, parameters=parameters, parameters_without_tables=rest, weight_bytes=float(held))
+
+
+def other_forecast(config: Any, format: str, prompt_tokens: int, new_tokens: int, available_bytes: float) -> Forecast:
+    """`memory_forecast` of a model whose blocks `decoder_of` does not know: its weights, and its cache where that can be counted.
+
+    Activations are not, nor is there a time (`uncounted`). The cache is an upper figure where layers have windows. Raises ValueError for a
+    packed format, and what transformers raises for a configuration of which it makes no model.
+    """
+    prompt, new = checks.whole("prompt_tokens", prompt_tokens, low=1), checks.whole("new_tokens", new_tokens, low=1)
+    dtype = DTYPES[checks.choice("format", format, FLOATS)]
+    parameters, rest, held = counted(config, dtype)
+    missing = f"activations and times of the model type {config.get_text_config(decoder=True).model_type!r}"
+    try:
+        fixed, each = cache_growth(config, dtype)
+    except ValueError:
+        fixed, each, missing = 0.0, 0.0, f"cache, {missing}"
+    return Forecast(
+        format,
+        prompt,
+        new,
+        parameters,
+        rest,
+        float(held),
+        fixed + each * (prompt + new - 1),
+        fixed + each * prompt,
+        0.0,
+        checks.number("available_bytes", available_bytes, low=0),
+        uncounted=missing,
     )
 
 
@@ -227,20 +300,21 @@ def with_times(
 
     Raises ValueError for a packed format: its layers are made of a model that is loaded.
     """
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    checks.choice("the forecast's format", found.format, tuple(dtypes))
+    dtype = DTYPES[checks.choice("the forecast's format", found.format, FLOATS)]
     new = max(found.new_tokens, 2)
 
     def device(of: Decoder) -> Device:
         return device_for(calibration, of, found.format, max(found.available_bytes, 1.0))
 
+    watch = OthersWatch()
     seen = probe(
-        lambda layers: some_blocks(config, layers, dtypes[found.format]),
+        lambda layers: some_blocks(config, layers, dtype),
         decoder.layers,
         [found.prompt_tokens],
         new_tokens=min(new, 8),
         repeats=repeats,
     )
+    noisy = watch.stop()[1]
     least = least_seconds(decoder, device(decoder), found.format, found.prompt_tokens, new)
     expected = foretold(decoder, seen, device, found.format, new_tokens=new)
     return replace(
@@ -249,4 +323,5 @@ def with_times(
         least_token_seconds=least["token"],
         prefill_seconds=expected.prefill[found.prompt_tokens],
         token_seconds=expected.token[found.prompt_tokens],
+        noisy=noisy,
     )

@@ -64,6 +64,11 @@ class ResourceReport:
 
     def __post_init__(self) -> None:
         checks.choice("source", self.source, SOURCES)
+        if not isinstance(self.amounts, Mapping):
+            raise TypeError(f"amounts must map names to numbers, got {self.amounts!r}")
+        for name in ("format", "device", "version"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be text, got {getattr(self, name)!r}")
         for name, amount in self.amounts.items():
             checks.choice("an amount's name", name, tuple(UNITS))
             checks.number(name, amount, low=0)
