@@ -284,6 +284,8 @@ def test_the_order_of_the_rules():
     worse = {"measured": estimate(0.5, 0.6, 0.7)}
     assert verdict(**worse, noisy=True) is U  # noise decides nothing about times
     assert verdict(**worse, noisy=True, kind="figure") is F
+    assert verdict(**worse, noisy=True, kind="figure", quantity="time") is U
+    assert verdict(**worse, noisy=True, kind="figure", quantity="count") is F
     assert verdict(**worse, computed="it follows from the sizes") is Verdict.COMPUTED
     assert verdict(**worse, trained={"a": ARM | {"rates": ()}}) is U
     assert verdict(refuted=True, refuted_if="pigs fly") is F

@@ -122,6 +122,11 @@ class Evidence(Frozen):
     seconds: float
     created: AwareDatetime
 
+    @property
+    def spoilt(self) -> bool:
+        """Whether it tells times that a busy machine spoilt: they decide nothing, and are taken again."""
+        return self.noisy and (self.kind == "trial" or self.quantity == "time")
+
     @model_validator(mode="after")
     def _consistent(self) -> Evidence:
         if self.claim.split("/", 1)[0] != self.slug or "/" not in self.claim:

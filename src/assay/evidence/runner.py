@@ -210,7 +210,7 @@ def _recorded(todo: Plan, store: Store) -> dict[tuple[Any, ...], Evidence]:
         (r.claim, point_key(r.point), r.scale, r.seed, r.fingerprint): r
         for claim in dict.fromkeys(job.claim for job in todo.jobs)
         for r in store.records(claim=claim, status="ok", imported=False)
-        if not hashes.is_stale(r) and not (r.kind == "trial" and r.noisy)
+        if not hashes.is_stale(r) and not r.spoilt
     }
 
 

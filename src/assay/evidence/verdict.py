@@ -98,7 +98,7 @@ def judge(record: Evidence) -> Judgement:
         return Judgement(Verdict.COMPUTED, f"{seen}: {record.computed}")
     if void := void_training(record):
         return Judgement(Verdict.UNDECIDED, f"{seen}, but the comparison is void: {void}")
-    if record.kind == "trial" and record.noisy:
+    if record.spoilt:
         return Judgement(Verdict.UNDECIDED, f"{seen}, but {record.noise or 'the machine was busy with other things'}")
     if record.refuted:
         return Judgement(Verdict.REFUTED, f"{seen}: what was to refute the claim happened: {record.refuted_if}")
