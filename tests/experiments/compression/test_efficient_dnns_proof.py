@@ -17,7 +17,8 @@ import torch
 from tests.properties.sabotage import PAYS, record_of, verdict_of
 from torch import nn
 
-from assay.evidence.types import Verdict
+from assay.evidence.record import changed
+from assay.evidence.types import Estimate, Verdict
 from assay.evidence.verdict import judge
 from assay.experiments import experiments_of
 from assay.experiments.compression import efficient_dnns as room
@@ -236,6 +237,10 @@ def test_shifts_that_do_not_move_are_noticed(monkeypatch, rates):
     monkeypatch.setattr(room, "chosen", lambda name, arm: Rate(0.3, (0.1, 0.3, 1.0)))
     honest = record_of(claim, SHIFTED)
     assert honest.quality.candidate > honest.quality.controls["deleted"] + 0.1
-    assert judge(honest).verdict is not Verdict.DOES_NOT_PAY
     monkeypatch.setattr(codesign, "Shift2d", lambda channels: nn.Identity())
-    assert verdict_of(claim, SHIFTED) is Verdict.DOES_NOT_PAY
+    broken = record_of(claim, SHIFTED)
+    twice = Estimate(median=2.0, low=1.9, high=2.1)  # times of networks this small tell nothing: as if all of them were won
+    won = {"measured": twice, "ratios": dict.fromkeys(honest.ratios, twice), "noisy": False, "refuted": False}
+    assert judge(changed(honest, **won)).verdict in PAYS
+    assert broken.quality.candidate < honest.quality.candidate - 0.1
+    assert judge(changed(broken, **won)).verdict not in PAYS
