@@ -8,6 +8,7 @@ One file a noun:
 - `trace`: a prompt and the steps behind it; `verifier`: a `Verifier` scores them.
 - `selectors`: which answer to give, of several; `estimates`: coverage and accuracy at every N, from N or more samples.
 - `search`: step by step: expanding traces, and beam search over them.
+- `logs`: samples that somebody has already, and tasks, in the layouts of the LM Evaluation Harness.
 
 `answers` says when two answers are the same.
 """
