@@ -247,34 +247,34 @@ def demo_table(record: dict[str, Any]) -> str:
     )
 
 
-def _row(summary: Summary, *, word: bool) -> str:
-    """A claim as a line of a table: its figure, the ratios over what is free and over our own exact code, and what to know besides."""
+def _said(summary: Summary) -> str:
+    """A claim that pays, with its figure, what it gains over what is free, and a star where a recorded rival or a deletion does as well."""
     record = summary.deciding
-    figure = "" if record.measured is None else shown(record.measured, record.unit)
-    ratios = [over(record, arm) if arm in record.ratios else "" for arm in ("free", "exact")]
-    said = [*([summary.word] if word else []), *remarks(record)]
-    return f"| `{summary.claim}` | {figure} | {' | '.join(ratios)} | {'; '.join(said)} |\n"
+    figure = "" if record.measured is None else f" {shown(record.measured, record.unit)}"
+    free = f", over what is free {over(record, 'free')}" if "free" in record.ratios else ""
+    return f"`{summary.claim}`{figure}{free}{' *' if remarks(record) else ''}"
 
 
 def claims_said(records: Sequence[Evidence]) -> str:
-    """A table of what pays and one of what does not, and how much is older than its code."""
+    """A paragraph on what pays and one on what does not, and how much is older than its code."""
     found = sorted(summaries(records), key=lambda s: (s.claim, s.fingerprint))
     pays = [s for s in found if s.verdict in PAYS]
     other = (Verdict.COMPUTED, Verdict.NEEDS_HARDWARE, None, *PAYS)
-    not_here = [s for s in found if s.verdict not in other]
+    by_word: dict[str, list[str]] = {}
+    for summary in found:
+        if summary.verdict not in other:
+            by_word.setdefault(summary.word, []).append(f"`{summary.claim}`")
     fresh = {s.claim for s in found if s.verdict is not None}
     stale = {s.claim for s in found if s.stale} - fresh
-    head = (
-        "| claim | here, 95 % interval | over what is free | over our exact code | |\n| --- | --- | --- | --- | --- |\n"
-    )
     parts = []
     if pays:
-        parts.append(f"**What holds** at small scale:\n\n{head}{''.join(_row(s, word=False) for s in pays)}")
-    if not_here:
-        rows = "".join(_row(s, word=True) for s in not_here)
         parts.append(
-            f"<details><summary><b>What does not, or is not shown</b> ({len(not_here)} claims)</summary>\n\n{head}{rows}\n</details>\n"
+            f"**What holds** at small scale ({len(pays)} claims; a star where the record says that a rival or a deletion does as well): "
+            f"{'; '.join(_said(s) for s in pays)}.\n"
         )
+    if by_word:
+        listed = "; ".join(f"{word}: {', '.join(dict.fromkeys(claims))}" for word, claims in sorted(by_word.items()))
+        parts.append(f"**What does not, or is not shown**: {listed}.\n")
     if stale:
         parts.append(
             f"{len(stale)} of {len(fresh | stale)} claims were measured with other code than today's and decide nothing until they are "
