@@ -20,6 +20,7 @@ make test-times       the same tests as `make test`, and what each file and the 
 make test-slow        tests that take minutes: whole commands, Ray clusters, kernels for other processors
 make sweep            every transform on every architecture
 make bench            measure this machine
+make bench-packed     size, seconds to load and peak of packed weights
 make bench-serve      assay serve against the CPU engines, an hour and more
 make evidence         measure every claim at small scale (hours); evidence-stale: what is older than its code; evidence-pages
 make rates            search the learning rates of the experiments; SLUG=x for one paper
@@ -27,7 +28,7 @@ make mutants          plant sixty faults, count how many the tests notice (an ho
 endef
 export HELP
 
-.PHONY: help setup demo test lint check-environment kernels room sweep test-times test-slow bench bench-serve evidence evidence-pages \
+.PHONY: help setup demo test lint check-environment kernels room sweep test-times test-slow bench bench-packed bench-serve evidence evidence-pages \
 	evidence-stale rates mutants clean
 
 setup: $(STAMP)
@@ -83,6 +84,10 @@ test-slow: setup kernels
 
 bench: setup
 	"$(BIN)/python" benchmarks/speed.py --out evidence/bench.jsonl
+
+# What packed weights take: on disk, to load, and until the first token.
+bench-packed: setup
+	"$(BIN)/python" benchmarks/packed.py --out evidence/packed.jsonl
 
 # assay serve against other CPU engines, each in an environment of its own; goes on where it was interrupted.
 bench-serve: setup

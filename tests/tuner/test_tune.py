@@ -67,7 +67,8 @@ def test_finds_the_best_recipe_within_the_loss_and_leaves_a_whole_artefact(world
     json.dumps(document, allow_nan=False)
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {
-        "model.safetensors",
+        "packed.safetensors",
+        "packed.json",
         "config.json",
         "recipe.toml",
         "report.html",
@@ -306,7 +307,7 @@ def test_a_full_disk_while_writing_the_artefact_loses_no_trial(world, model, tmp
     tune(settings, tmp_path / "out", minutes=5, resume=True)
     assert first.calls
     assert not set(first.calls) & set(second.calls)
-    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "packed.safetensors").exists()
 
 
 def test_the_run_is_in_the_store_as_in_the_artefact(world, model, tmp_path, monkeypatch):
@@ -354,22 +355,22 @@ def test_two_runs_do_not_write_the_same_artefact(world, model, tmp_path):
 
 def test_memory_is_the_peak_of_what_the_artefact_would_load(world, model, tmp_path):
     class Remembering(Children):
-        stored = {}  # folder a cast was written to -> its dtype
-        loaded = []  # (dtype on disk, transforms) of each process whose peak counts
+        stored = {}  # folder -> the transforms that its weights hold
+        loaded = []  # (transforms on disk, transforms applied then) of each process whose peak counts
 
         def __call__(self, target, kwargs, *, timeout_s, memory_bytes):
             found = super().__call__(target, kwargs, timeout_s=timeout_s, memory_bytes=memory_bytes)
             if not target.endswith(":once"):
                 return found
             names = [step["transform"] for step in kwargs["recipe"]["steps"]]
-            on_disk = self.stored.get(kwargs["settings"]["model"], "float32")
+            on_disk = self.stored.get(kwargs["settings"]["model"], [])
             self.loaded.append((on_disk, names))
-            peak = 2**30 * (0.7 if on_disk == "bfloat16" else 1.0) * (0.8 if "fp8_vs_int8" in names else 1.0)
+            peak = 2**30 * (0.7 if "dtype" in on_disk else 1.0) * (0.8 if "fp8_vs_int8" in on_disk else 1.0)
             return ChildResult("ok", found.value, "", 1.0, int(peak), 1.0)
 
-        def cast(self, settings, dtype, folder):
+        def store(self, settings, recipe, folder):
             assert settings["model"] == str(model)
-            self.stored[folder] = dtype
+            self.stored[folder] = [step["transform"] for step in recipe["steps"]]
             return {}
 
         def once(self, settings, recipe):
@@ -380,8 +381,8 @@ def test_memory_is_the_peak_of_what_the_artefact_would_load(world, model, tmp_pa
 
     children = world(Remembering(cost={"dtype": 1.0, "fp8_vs_int8": 1.0}, loss={}))
     outcome = tune(Settings(str(model), "memory", 64, 4), tmp_path / "out", minutes=5)
-    assert {on_disk for on_disk, names in children.loaded if "dtype" in names} == {"bfloat16"}
-    assert {on_disk for on_disk, names in children.loaded if "dtype" not in names} == {"float32"}
+    assert ["dtype", "fp8_vs_int8"] in [on_disk for on_disk, _ in children.loaded]
+    assert not any({"dtype", "fp8_vs_int8"} & set(names) for _, names in children.loaded)
     assert [step.transform for step in outcome.best.recipe.steps] == ["dtype", "fp8_vs_int8"]
     assert outcome.helped
     document = outcome.document()
@@ -456,13 +457,15 @@ def test_a_trial_names_the_step_that_cannot_be_applied(model):
 
 def test_a_candidate_that_dies_while_its_memory_is_read_is_a_row_too(world, model, tmp_path):
     class Dying(Children):
+        held = {}  # folder -> the transforms that its weights hold
+
         def __call__(self, target, kwargs, *, timeout_s, memory_bytes):
-            steps = [step["transform"] for step in kwargs.get("recipe", {}).get("steps", [])]
-            if target.endswith(":once") and "fp8_vs_int8" in steps:
+            if target.endswith(":once") and "fp8_vs_int8" in self.held.get(kwargs["settings"]["model"], []):
                 return ChildResult("out of memory", None, "used 9 GiB of 1 GiB", 1.0, 2**33, 1.0)
             return super().__call__(target, kwargs, timeout_s=timeout_s, memory_bytes=memory_bytes)
 
-        def cast(self, settings, dtype, folder):
+        def store(self, settings, recipe, folder):
+            self.held[folder] = [step["transform"] for step in recipe["steps"]]
             return {}
 
         def once(self, settings, recipe):
@@ -763,3 +766,34 @@ def test_a_float16_model_can_be_cast_to_what_cpus_compute_in(model):
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         recipe = Recipe(steps=(Step(transform="dtype", config={"dtype": name}),))
         assert apply_recipe(copy.deepcopy(half), recipe, context).dtype == dtype
+
+
+@pytest.mark.parametrize("proven", ["the same", "another"])
+def test_what_is_saved_is_compared_with_what_was_proven(world, model, tmp_path, monkeypatch, proven):
+    """The proof's process tells a digest of the weights; the artefact that is written must have it, or the report says that it has not."""
+    monkeypatch.setattr("assay.tuner.packed.digest", lambda found: "the same")
+
+    class Telling(Children):
+        def prove(self, **given):
+            return super().prove(**given) | {"weights": {"best": proven, "baseline": "none"}}
+
+    world(Telling(cost={"dtype": 0.6, "fp8_vs_int8": 0.6}))
+    outcome = tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", minutes=5, max_drop=0.01)
+    assert "fp8_vs_int8" in outcome.best.recipe.label()
+    notes = [note for note in outcome.notes if "not bit for bit those that were proven" in note]
+    assert len(notes) == (proven == "another")
+    assert ("not bit for bit those that were proven" in (tmp_path / "out" / "report.html").read_text()) == bool(notes)
+
+
+def test_a_baseline_that_is_saved_is_not_compared_with_the_candidate(world, model, tmp_path):
+    class Telling(Children):
+        def prove(self, **given):
+            found = super().prove(**given)
+            slow = {"best": [9.0] * len(found["samples"]["best"])}  # it was fast in the search alone
+            return found | {"samples": found["samples"] | slow, "weights": {"best": "the candidate's"}}
+
+    world(Telling(cost={"dtype": 0.6, "fp8_vs_int8": 0.6}, loss={}))
+    outcome = tune(Settings(str(model), "ttft", 64, 4), tmp_path / "out", minutes=5)
+    assert not outcome.helped
+    assert not any("bit for bit" in note for note in outcome.notes)
+    assert "best" not in outcome.final["weights"]

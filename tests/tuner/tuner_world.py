@@ -26,7 +26,7 @@ class Children:
         "prove": 30.0,
         "waterline": 5.0,
         "once": 5.0,
-        "cast": 5.0,
+        "store": 5.0,
     }
     stored_dtype = "float32"
     configs: dict[str, list[dict]] = {}

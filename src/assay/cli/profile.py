@@ -310,16 +310,13 @@ def examine(
 
     from assay.measure.machine import calibrate
     from assay.measure.profile import profile_model
-    from assay.methods.core.models.own import register_own
     from assay.methods.serving import idealized_runtime
-    from assay.tuner.artefact import load
+    from assay.tuner.artefact import load_tuned
     from assay.workloads.context import context_length
-    from assay.workloads.models import find_model, load_model
     from assay.workloads.text import long_prompt
 
-    register_own(find_model(source))
-    loaded = load_model(source, dtype="auto")
-    model = load(loaded.folder) if (loaded.folder / "recipe.toml").is_file() else loaded.model
+    loaded = load_tuned(source)
+    model: Any = loaded.model
     require_positions(prompt_tokens, new_tokens, context_length(model))
     limits = calibrate(device="cpu", say=say)
     say("timing the modules")

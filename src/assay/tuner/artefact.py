@@ -1,11 +1,14 @@
 """The artefact: a folder that transformers can read as it is, with the recipe that makes its model cheaper.
 
-    model.safetensors, config.json, tokenizer ...   the weights the recipe starts from
+    model.safetensors, config.json, tokenizer ...   the weights: packed where the recipe packs linear layers, else what it starts from
+    packed.json, perhaps packed.safetensors          how packed weights are to be read (`assay.tuner.packed`)
     recipe.toml                                      what was done, replayable
     calibration.safetensors                          the token ids the recipe's transforms calibrate on
     report.html, evidence.jsonl                      the proof
 
-`load` replays the recipe. A replay is deterministic, so packed weights need no file format of their own.
+`load` reads the weights and replays the steps of the recipe that they do not hold yet. Steps up to the one that packs linear layers
+(slots "dtype" and "linear") are held by packed weights. A recipe that first changes the structure of the model is stored with the
+weights it starts from, and replayed as a whole; a replay is deterministic.
 """
 
 from __future__ import annotations
@@ -25,11 +28,10 @@ import torch
 from torch import nn
 
 from assay.errors import InputError
-from assay.methods.builtin.dtype import DTYPES, cast, dtype_of
 from assay.methods.core.generation.loop import plain_generation
-from assay.methods.core.models.own import register_own
 from assay.methods.transform import TuneContext
 from assay.paths import atomic_dir
+from assay.tuner import packed
 from assay.tuner.outcome import Outcome, finite
 from assay.tuner.recipe import Recipe, apply_recipe
 from assay.tuner.transforms import get_transform
@@ -57,23 +59,45 @@ def load_tuned(
     allow_download: bool = False,
     before_recipe: Callable[[nn.Module], Any] | None = None,
 ) -> LoadedModel:
-    """`load`, with the tokenizer; `source` may be any model that `load_model` accepts.
+    """`load`, with the tokenizer; `source` may be any model that `load_model` accepts, or a packed folder.
 
-    `before_recipe` may change the loaded weights before a recipe is applied to them: an adapter is merged there.
+    `before_recipe` may change the loaded weights before a recipe is applied to them: an adapter is merged there. Packed weights
+    take no such change, and InputError says so.
     """
-    from assay.workloads.models import find_model, load_model
-
-    register_own(find_model(source, allow_download))
-    loaded = load_model(source, dtype="auto", allow_download=allow_download)
+    loaded: LoadedModel = packed.load_source(source, allow_download=allow_download)
     if before_recipe is not None:
+        if packed.has_packed_layers(loaded.model):
+            raise InputError(
+                f"{source}: its weights are packed, and no adapter can be merged into them; merge it into the model first, and tune that"
+            )
         before_recipe(loaded.model)
     if (loaded.folder / RECIPE).is_file():
         recipe = Recipe.read(loaded.folder / RECIPE)
+        rest = recipe
+        if (loaded.folder / packed.PACKED).is_file():
+            steps = packed.contents_of(loaded.folder).steps
+            if steps > len(recipe.steps):
+                raise InputError(
+                    f"{loaded.folder / packed.PACKED}: the weights hold {steps} steps of a recipe that has {len(recipe.steps)}"
+                )
+            rest = recipe.after(steps)
         calibration = read_calibration(loaded.folder / CALIBRATION)
         if calibration:
             check_vocabulary(loaded, calibration)
-        loaded.model = apply_recipe(loaded.model, recipe, context_of(recipe, calibration))
+        loaded.model = apply_recipe(loaded.model, rest, context_of(recipe, calibration))
     return loaded
+
+
+def held_steps(recipe: Recipe, model: nn.Module | None = None) -> int:
+    """How many steps of a recipe the stored weights hold: a leading cast, or all up to the one that packs linear layers.
+
+    In a model that comes with packed layers (`model`), whatever changes its dtype or linear layers is held too. None is held
+    where a step changes the structure of the model first: such a recipe is replayed.
+    """
+    slots = [get_transform(step.transform).slot for step in recipe.steps]
+    if "linear" in slots or (model is not None and packed.has_packed_layers(model)):
+        return 0 if "structure" in slots else sum(slot in ("dtype", "linear") for slot in slots)
+    return int(slots[:1] == ["dtype"])
 
 
 def context_of(recipe: Recipe, calibration: list[torch.Tensor]) -> TuneContext:
@@ -120,28 +144,34 @@ def write(
     tokenizer: Any,
     recipe: Recipe,
     calibration: list[torch.Tensor],
-    extra: dict[str, str],
+    extra: dict[str, str] | Callable[[Path], dict[str, str]],
 ) -> None:
-    """Write an artefact, completely or not at all. `model` is the one the recipe starts from; `extra` maps file names to text.
+    """Write an artefact, completely or not at all. `model` is the one the recipe starts from, and is changed.
 
+    `extra` maps file names to text, or is asked for it with the folder, once weights and recipe are in there. The weights are
+    packed where a step of the recipe packs linear layers (`held_steps`), which is done here, or the model comes with packed ones.
     The model's `generation_config` is stored unchanged, even if transformers objects to something in it. Raises OSError when
     the disk is full or `folder` cannot be written.
     """
     from safetensors.torch import save_file
 
-    if recipe.steps and recipe.steps[0].transform == "dtype":
-        model = cast(model, DTYPES[dtype_of(recipe.steps[0].config)])  # the same numbers in half the space
+    steps = held_steps(recipe, model)
+    if steps:
+        model = apply_recipe(model, recipe.before(steps), context_of(recipe, calibration))
     wishes: Any = getattr(model, "generation_config", None)
     with _disk_errors(folder), atomic_dir(folder) as temporary:
-        with plain_generation(model):
-            model.save_pretrained(temporary, safe_serialization=True)  # type: ignore[operator]
+        if packed.has_packed_layers(model):
+            packed.save(temporary, model, steps)
+        else:
+            with plain_generation(model):
+                model.save_pretrained(temporary, safe_serialization=True)  # type: ignore[operator]
         if wishes is not None:
             (temporary / "generation_config.json").write_text(wishes.to_json_string(), encoding="utf-8")
         tokenizer.save_pretrained(temporary)
         recipe.save(temporary / RECIPE)
         if calibration:
             save_file({"input_ids": torch.cat([ids.int() for ids in calibration])}, temporary / CALIBRATION)
-        for name, text in extra.items():
+        for name, text in (extra if isinstance(extra, dict) else extra(temporary)).items():
             (temporary / name).write_text(text, encoding="utf-8")
 
 
@@ -172,7 +202,6 @@ def save(outcome: Outcome, after: dict[str, Any], limits: Any) -> list[dict[str,
 
     loaded = load_for(outcome.settings)
     work = build_work(loaded, outcome.settings)
-    document = outcome.document()
     origin = {
         "command": " ".join(["assay", *sys.argv[1:]]),
         "commit": here().commit,
@@ -180,12 +209,22 @@ def save(outcome: Outcome, after: dict[str, Any], limits: Any) -> list[dict[str,
         "architecture": outcome.best.recipe.architecture,
         **tuned.code_of(_modules([outcome.best.recipe, *(row.recipe for row in outcome.rows)])),
     }
-    lines = [{"kind": "summary", **document, **origin}, {"kind": "final", **finite(outcome.final)}]
-    lines += [{"kind": "trial", **row.document()} for row in outcome.rows]
-    extra = {
-        REPORT: render(outcome, document, after, limits),
-        EVIDENCE: "".join(json.dumps(line, default=str, allow_nan=False) + "\n" for line in lines),
-    }
+    lines: list[dict[str, Any]] = []
+
+    def extra(folder: Path) -> dict[str, str]:
+        proven = outcome.final.get("weights", {}).get("best")
+        if proven is not None and proven != packed.digest(load_tuned(folder).model):
+            outcome.notes.append(
+                "the weights that were saved are not bit for bit those that were proven: applying the recipe does not repeat here"
+            )
+        document = outcome.document()
+        lines[:] = [{"kind": "summary", **document, **origin}, {"kind": "final", **finite(outcome.final)}]
+        lines.extend({"kind": "trial", **row.document()} for row in outcome.rows)
+        return {
+            REPORT: render(outcome, document, after, limits),
+            EVIDENCE: "".join(json.dumps(line, default=str, allow_nan=False) + "\n" for line in lines),
+        }
+
     write(outcome.artefact, loaded.model, loaded.tokenizer, outcome.best.recipe, work.calibration, extra)
     return lines
 
@@ -202,16 +241,13 @@ def apply_to(source: str, recipe_path: Path, folder: Path, *, allow_download: bo
     Calibration text is tokenised again with this model's tokenizer: the ids stored with the recipe belong to another vocabulary.
     Raises InputError when the recipe does not fit the model or the folder holds something else; OSError as `write`.
     """
-    from assay.workloads.models import find_model, load_model
-
     check_output(folder)
     recipe = Recipe.read(recipe_path)
-    register_own(find_model(source, allow_download))
-    loaded = load_model(source, dtype="auto", allow_download=allow_download)
+    loaded = packed.load_source(source, allow_download=allow_download)
     calibration = calibration_for(loaded)
     _check_runs(apply_recipe(loaded.model, recipe, context_of(recipe, calibration)), calibration[0][:, :16], recipe)
-    del loaded.model  # it has been changed, and the artefact stores what the recipe starts from
-    fresh = load_model(source, dtype="auto", allow_download=allow_download)
+    del loaded.model  # it has been changed by every step, and the artefact stores what the first ones make of it
+    fresh = packed.load_source(source, allow_download=allow_download)
     write(folder, fresh.model, fresh.tokenizer, recipe, calibration, {})
     return recipe
 

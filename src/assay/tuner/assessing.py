@@ -15,8 +15,8 @@ import numpy as np
 from assay.errors import AssayError
 from assay.measure.isolate import ChildResult
 from assay.measure.stats import paired_ratio
-from assay.methods.builtin.dtype import dtype_of
 from assay.tuner import budget
+from assay.tuner.artefact import held_steps
 from assay.tuner.budget import LEAST_PAIRS
 from assay.tuner.nodes import Call
 from assay.tuner.outcome import Row, drop_of
@@ -223,15 +223,15 @@ def _line(run: Run, row: Row) -> str:
 
 
 def peaks(run: Run, recipe: Recipe, times: int) -> list[float]:
-    """Peak bytes of processes that load what the recipe's artefact would store, apply the remaining steps and do the work."""
+    """Peak bytes of processes that load what the recipe's artefact stores, apply the remaining steps and do the work."""
     with contextlib.ExitStack() as stack:
         own = dataclasses.asdict(run.settings)
-        if recipe.steps and recipe.steps[0].transform == "dtype":
+        if steps := held_steps(recipe):
             parent, prefix = run.output.parent, f".{run.output.name}."
             folder = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=prefix))
             own |= {"model": str(Path(folder) / "model")}
-            run.must("cast", "casting", dtype=dtype_of(recipe.steps[0].config), folder=own["model"])
-        document = recipe.model_dump(mode="json")
+            run.must("store", "storing", recipe=recipe.before(steps).model_dump(mode="json"), folder=own["model"])
+        document = recipe.after(steps).model_dump(mode="json")
         found = [run.child("once", run.budget.left(), settings=own, recipe=document) for _ in range(times)]
     for result in found:
         if result.status != "ok":

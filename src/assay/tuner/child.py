@@ -35,7 +35,8 @@ from assay.tuner.journal import append
 from assay.tuner.judging import computable
 from assay.tuner.judging import judge as judge
 from assay.tuner.outcome import drop_of
-from assay.tuner.recipe import Recipe, Step, StepError, apply_recipe
+from assay.tuner.packed import digest, has_packed_layers
+from assay.tuner.recipe import Recipe, StepError, apply_recipe
 from assay.tuner.shallow import Shallow, shallow
 from assay.tuner.transforms import transforms
 from assay.tuner.work import Settings, Work, build_work, load_for, quality, run_once
@@ -379,11 +380,12 @@ def once(settings: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def cast(settings: dict[str, Any], dtype: str, folder: str) -> dict[str, Any]:
-    """Write the model in `dtype` to `folder`, exactly as the artefact of a recipe that starts with that cast stores it."""
-    loaded = load_for(Settings(**settings))
-    step = Step(transform="dtype", config={"dtype": dtype})
-    write(Path(folder), loaded.model, loaded.tokenizer, Recipe(steps=(step,)), [], {})
+def store(settings: dict[str, Any], recipe: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Write to `folder` what the artefact of a recipe stores: the weights with the steps that they hold (`held_steps`)."""
+    own = Settings(**settings)
+    loaded = load_for(own)
+    calibration = build_work(loaded, own).calibration
+    write(Path(folder), loaded.model, loaded.tokenizer, Recipe.model_validate(recipe), calibration, {})
     return {}
 
 
@@ -403,7 +405,8 @@ def prove(
     Returns the samples of each label, round by round, and the quality of the labels in `assess` and of the recipes in `untimed`
     (whose quality is measured but not their time) on the share `text` of the held-out text. It runs at least six rounds, which an
     exact interval needs, and then continues until `pairs` rounds or `seconds`. No third round starts later than `end` seconds after
-    the beginning; "complete" says whether there were six. "paths" says by label which path each operator took.
+    the beginning; "complete" says whether there were six. "paths" says by label which path each operator took, "weights" holds the
+    digest of each model with packed weights, with which those that are saved are compared.
     """
     begin = time.perf_counter()
     own = Settings(**settings)
@@ -415,8 +418,11 @@ def prove(
 
     judged = {label: _assessed(*build(recipe), text, None, 0.0)["quality"] for label, recipe in (untimed or {}).items()}
     models: dict[str, nn.Module] = {}
+    weights: dict[str, str] = {}
     for label, recipe in recipes.items():
         models[label], work = build(recipe)
+        if has_packed_layers(models[label]):
+            weights[label] = digest(models[label])
     for model in models.values():
         run_once(model, work)
     samples: dict[str, list[float]] = {label: [] for label in models}
@@ -446,6 +452,7 @@ def prove(
         "load_before": load,
         "load_after": os.getloadavg()[0],
         "paths": paths,
+        "weights": weights,
     }
 
 

@@ -77,6 +77,9 @@ def prove(run: Run, ranked: list[Row]) -> tuple[Row, dict[str, Any], bool]:
         final["samples"] = {**final["samples"], "best": final["samples"][same]}
         if "paths" in final:
             final["paths"] = {**final["paths"], "best": final["paths"].get(same, {})}
+        if "weights" in final:
+            kept = {label: digest for label, digest in final["weights"].items() if label != "best"}
+            final["weights"] = kept | ({"best": kept[same]} if same in kept else {})
     candidate = chosen is not None and not apart
     return best, {**final, "judged": judged, "tried": tried, "candidate": candidate}, helped
 
@@ -184,7 +187,7 @@ def _first(rows: dict[str, Row], name: str) -> str:
 
 def _shared(rows: dict[str, Row], found: dict[str, Any]) -> dict[str, Any]:
     """The same, with what labels of the same row share."""
-    for part in ("samples", "paths"):
+    for part in ("samples", "paths", "weights"):
         for name in rows:
             if part in found and name not in found[part] and _first(rows, name) in found[part]:
                 found[part][name] = found[part][_first(rows, name)]

@@ -107,6 +107,14 @@ class Recipe(BaseModel):
                 raise InputError(f"{order}; {where} are {before.slot} and {after.slot}")
         return found
 
+    def before(self, steps: int) -> Recipe:
+        """The same with its first steps alone."""
+        return self.model_copy(update={"steps": self.steps[:steps]})
+
+    def after(self, steps: int) -> Recipe:
+        """The same without its first steps."""
+        return self.model_copy(update={"steps": self.steps[steps:]})
+
     def key(self) -> str:
         """Stable identifier of the steps alone."""
         text = json.dumps([step.model_dump() for step in self.steps], sort_keys=True)

@@ -21,9 +21,9 @@ from torch import nn
 from assay.checks import shown
 from assay.errors import InputError, MissingError
 from assay.methods.core.generation.loop import generate_batch, plain_generation
-from assay.methods.core.models.own import register_own
 from assay.methods.transform import GOALS, Goal, TuneContext
 from assay.tuner.noninferiority import LEAST_DOCUMENTS, MOST_DOCUMENTS
+from assay.tuner.packed import load_source
 from assay.workloads.context import context_length, stored_context
 from assay.workloads.quality import Agreement, compared
 from assay.workloads.text import Half
@@ -142,12 +142,9 @@ class Work:
 def load_for(settings: Settings) -> Any:
     """The model in its stored dtype, with its tokenizer.
 
-    Raises InputError if the model's context is too short for what was asked for, and whatever `load_model` raises.
+    Raises InputError if the model's context is too short for what was asked for, and whatever `load_source` raises.
     """
-    from assay.workloads.models import find_model, load_model
-
-    register_own(find_model(settings.model, settings.allow_download))
-    loaded = load_model(settings.model, dtype="auto", allow_download=settings.allow_download)
+    loaded = load_source(settings.model, allow_download=settings.allow_download)
     limit, new = context_length(loaded.model), settings.new_tokens
     if limit is None:
         return loaded
