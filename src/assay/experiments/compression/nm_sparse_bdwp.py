@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.experiments.core import Figure, Operator, Trained, experiment
+from assay.experiments.mixers.training import in_parallel
 from assay.experiments.rates import chosen, searched
 from assay.experiments.seeds import paired
 from assay.measure.clock import compare_many
@@ -490,6 +491,14 @@ def judged(model: nn.Module, task: Task, choosing: bool) -> tuple[float, float]:
     return right / asked, nats / asked
 
 
+def accuracy_of(
+    arm: str, task: Task, n: int, m: int, width: int, train: int, steps: int, rate: float, seed: int
+) -> tuple[float, dict[str, dict[str, float]]]:
+    """The accuracy of a trained arm, and the cosines of BDWP's network of the first seed."""
+    accuracy, _, model = trained(arm, task, n, m, width, train, steps, rate, seed)
+    return accuracy, cosines(model, task, train) if arm == "bdwp" and not seed else {}
+
+
 def floor(task: Task, train: int) -> tuple[float, str]:
     """The accuracy of something trivial: the class whose mean picture is the nearest, or the byte that most often follows a byte."""
     asked = questions(task, False)
@@ -569,14 +578,11 @@ def accuracy_loss(task: Task, n: int, m: int, width: int, train: int, steps: int
     BDWP's input gradients with the dense ones, before and after training, and the MACs of a step by stage.
     """
     rates = {arm: chosen(f"nm_sparse_bdwp/{task}", arm) for arm in ARMS}
-    found: dict[str, list[float]] = {arm: [] for arm in ARMS}
     details: dict[str, Any] = {"cosines": {"start": cosines(prepared("bdwp", task, n, m, width, 0), task, train)}}
-    for seed in range(seeds):
-        for arm, rate in rates.items():
-            accuracy, _, model = trained(arm, task, n, m, width, train, steps, rate.rate, seed)
-            found[arm].append(100 * accuracy)
-            if arm == "bdwp" and seed == 0:
-                details["cosines"]["trained"] = cosines(model, task, train)
+    runs = [(arm, task, n, m, width, train, steps, rates[arm].rate, seed) for arm in ARMS for seed in range(seeds)]
+    seen = in_parallel(accuracy_of, runs)
+    found = {arm: [100 * accuracy for run, (accuracy, _) in zip(runs, seen, strict=True) if run[0] == arm] for arm in ARMS}
+    details["cosines"]["trained"] = seen[runs.index(("bdwp", task, n, m, width, train, steps, rates["bdwp"].rate, 0))][1]
     lost = {arm: paired(found["dense"], found[arm]) for arm in ARMS if arm != "dense"}
     least, name = floor(task, max(train, 1))
     return Figure(
