@@ -239,7 +239,9 @@ def test_shifts_that_do_not_move_are_noticed(monkeypatch, rates):
     assert honest.quality.candidate > honest.quality.controls["deleted"] + 0.1
     monkeypatch.setattr(codesign, "Shift2d", lambda channels: nn.Identity())
     broken = record_of(claim, SHIFTED)
-    twice = Estimate(median=2.0, low=1.9, high=2.1)  # times of networks this small tell nothing: as if all of them were won
+    twice = Estimate(
+        median=2.0, low=1.9, high=2.1
+    )  # times of networks this small tell nothing: as if all of them were won
     won = {"measured": twice, "ratios": dict.fromkeys(honest.ratios, twice), "noisy": False, "refuted": False}
     assert judge(changed(honest, **won)).verdict in PAYS
     assert broken.quality.candidate < honest.quality.candidate - 0.1

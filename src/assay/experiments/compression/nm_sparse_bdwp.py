@@ -581,8 +581,12 @@ def accuracy_loss(task: Task, n: int, m: int, width: int, train: int, steps: int
     details: dict[str, Any] = {"cosines": {"start": cosines(prepared("bdwp", task, n, m, width, 0), task, train)}}
     runs = [(arm, task, n, m, width, train, steps, rates[arm].rate, seed) for arm in ARMS for seed in range(seeds)]
     seen = in_parallel(accuracy_of, runs)
-    found = {arm: [100 * accuracy for run, (accuracy, _) in zip(runs, seen, strict=True) if run[0] == arm] for arm in ARMS}
-    details["cosines"]["trained"] = seen[runs.index(("bdwp", task, n, m, width, train, steps, rates["bdwp"].rate, 0))][1]
+    found = {
+        arm: [100 * accuracy for run, (accuracy, _) in zip(runs, seen, strict=True) if run[0] == arm] for arm in ARMS
+    }
+    details["cosines"]["trained"] = seen[runs.index(("bdwp", task, n, m, width, train, steps, rates["bdwp"].rate, 0))][
+        1
+    ]
     lost = {arm: paired(found["dense"], found[arm]) for arm in ARMS if arm != "dense"}
     least, name = floor(task, max(train, 1))
     return Figure(
