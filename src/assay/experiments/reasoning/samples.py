@@ -1,23 +1,25 @@
 """Real samples that the experiments on test-time compute share: drawn once, evaluated at every N.
 
 `python -m assay.experiments.reasoning.samples` draws the sets in `SETS` that are not there yet, in a journal that goes on where it was
-stopped, and writes them beside this file, where experiments read them without a model. Other sets are drawn when they are asked for,
-and kept in the cache folder.
+stopped, and writes them into `sets/`, where experiments read them without a model. What one room draws besides (plans, revisions, steps of
+a search) is written by `python -m assay.experiments.reasoning.samples ROOM`, which calls the `draw` of that room's module and keeps
+every sample that it asked for. Samples that lie in no file are drawn when they are asked for, and kept in the cache folder.
 """
 
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 from assay.methods.core.reasoning.budget import Budget, Spent
 from assay.methods.core.reasoning.generator import Sample, Sampling, TransformersGenerator, as_record
-from assay.methods.core.reasoning.samples import Cached, SampleCache, key_of
+from assay.methods.core.reasoning.samples import Cached, SampleCache, key_of, with_prompt
 from assay.paths import atomic_file, cache_dir
 from assay.workloads.models import load_model
 from assay.workloads.reasoning import Item, Kind, Part, Wording, answer_of, items, prompt, right, stop
@@ -99,31 +101,48 @@ def _kept(path: Path) -> SampleCache:
     return SampleCache(path)
 
 
-class _Both:
-    """A generator behind two caches: what is checked in, and what this machine drew."""
+class Kept:
+    """A generator behind what is checked in (that of all rooms, and of one), what this machine drew, and the model itself.
 
-    def __init__(self, name: str) -> None:
+    It remembers in `asked` the keys of all samples that it gave.
+    """
+
+    def __init__(self, name: str, room: str = "") -> None:
         self.name = name
+        self.asked: dict[str, Sample] = {}
         self._own = Cached(_Model(name), _kept(cache_dir() / "samples" / f"{name}.jsonl"))
-        self._shipped = _kept(FOLDER / f"{name}.jsonl.gz")
+        self._files = [_file(name, each) for each in dict.fromkeys(("", room))]
 
     def __call__(
         self, prompts: Sequence[str], sampling: Sampling, *, n: int = 1, first: int = 0, seed: int = 0
     ) -> list[list[Sample]]:
-        shipped = Cached(None, self._shipped, name=self.name)
+        """As `Generator` has it."""
+        keys = [[key_of(self.name, text, sampling, seed, k) for k in range(first, first + n)] for text in prompts]
         found: dict[int, list[Sample]] = {}
-        for i, text in enumerate(prompts):
-            if all(self._shipped.get(key_of(self.name, text, sampling, seed, k)) for k in range(first, first + n)):
-                found[i] = shipped([text], sampling, n=n, first=first, seed=seed)[0]
+        for i, own in enumerate(keys):
+            for path in self._files:
+                kept = _kept(path)
+                if all(kept.get(key) is not None for key in own):
+                    here = Cached(None, kept, name=self.name)
+                    found[i] = here([prompts[i]], sampling, n=n, first=first, seed=seed)[0]
+                    break
         rest = [i for i in range(len(prompts)) if i not in found]
         drawn = self._own([prompts[i] for i in rest], sampling, n=n, first=first, seed=seed) if rest else []
         found.update(zip(rest, drawn, strict=True))
+        for i, own in enumerate(keys):
+            read = found[i][0].spent.prompt
+            self.asked.update((key, with_prompt(sample, read)) for key, sample in zip(own, found[i], strict=True))
         return [found[i] for i in range(len(prompts))]
 
 
-def generator(model: str = "smollm2-135m") -> _Both:
-    """Samples of a bundled model: those checked in, those kept by this machine, and new ones, which are kept."""
-    return _Both(model)
+def _file(model: str, room: str) -> Path:
+    return FOLDER / (f"{room}-{model}.jsonl.gz" if room else f"{model}.jsonl.gz")
+
+
+@cache
+def generator(model: str = "smollm2-135m", room: str = "") -> Kept:
+    """Samples of a bundled model: those checked in (a room's own too), those kept by this machine, and new ones, which are kept."""
+    return Kept(model, room)
 
 
 def shared(
@@ -144,25 +163,29 @@ def shared(
     return [Drawn(item, text, samples) for item, text, samples in zip(asked, prompts, found, strict=True)]
 
 
-def main() -> None:
-    """Draw what is missing of `SETS`, and write it beside this file."""
-    lines: dict[str, dict[str, str]] = {}
-    for number, wanted in enumerate(SETS, 1):
-        drawn = shared(**asdict(wanted))
-        sampling = sampling_of(wanted.kind, wanted.worked, wanted.temperature)
-        for one in drawn:
-            for k, sample in enumerate(one.samples):
-                key = key_of(wanted.model, one.prompt, sampling, 0, k)
-                kept = as_record(sample)
-                kept["spent"]["prompt"] = one.samples[0].spent.prompt
-                lines.setdefault(wanted.model, {})[key] = json.dumps({"key": key, "sample": kept})
-        share = sum(sum(one.right) for one in drawn) / sum(len(one.right) for one in drawn)
-        print(f"{number} of {len(SETS)}: {wanted}: {share:.1%} right", file=sys.stderr, flush=True)
-    FOLDER.mkdir(exist_ok=True)
-    for model, found in lines.items():
-        with atomic_file(FOLDER / f"{model}.jsonl.gz") as path:
-            path.write_bytes(gzip.compress("\n".join(found[key] for key in sorted(found)).encode() + b"\n", mtime=0))
+def write(path: Path, samples: Mapping[str, Sample]) -> None:
+    """Samples by key as a file that is read without a model: the same bytes for the same samples."""
+    lines = [json.dumps({"key": key, "sample": as_record(samples[key])}) for key in sorted(samples)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(gzip.compress("\n".join(lines).encode() + b"\n", mtime=0))
+    _kept.cache_clear()  # whoever read it before knows less than it holds now
+
+
+def main(rooms: Sequence[str]) -> None:
+    """Draw what is missing of `SETS`, or of what the named rooms draw, and write it into `sets/`."""
+    if not rooms:
+        for number, wanted in enumerate(SETS, 1):
+            drawn = shared(**asdict(wanted))
+            share = sum(sum(one.right) for one in drawn) / sum(len(one.right) for one in drawn)
+            print(f"{number} of {len(SETS)}: {wanted}: {share:.1%} right", file=sys.stderr, flush=True)
+        for model in dict.fromkeys(wanted.model for wanted in SETS):
+            write(_file(model, ""), generator(model).asked)
+    for room in rooms:
+        for model, kept in importlib.import_module(f"assay.experiments.reasoning.{room}").draw().items():
+            common = _kept(_file(model, ""))
+            write(_file(model, room), {key: sample for key, sample in kept.asked.items() if common.get(key) is None})
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

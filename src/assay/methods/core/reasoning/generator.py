@@ -187,11 +187,11 @@ class TransformersGenerator:
         streams = [
             torch.Generator().manual_seed(seed_of(seed, prompt, number)) for prompt in prompts for number in numbers
         ]
-        texts = [_Text(self.tokenizer, sampling.stop) for _ in streams]
+        texts = [Growing(self.tokenizer, sampling.stop) for _ in streams]
         alive = list(range(len(streams)))
-        ends = _end_tokens(self.model)
+        ends = end_tokens(self.model)
         while True:
-            tokens = _choose(logits, sampling, [streams[i] for i in alive])
+            tokens = choose(logits, sampling, [streams[i] for i in alive])
             scored = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist()
             for i, token, value in zip(alive, tokens.tolist(), scored, strict=True):
                 texts[i].add(token, value, ends, sampling.max_new_tokens)
@@ -218,13 +218,14 @@ class TransformersGenerator:
         return drawn
 
 
-def _end_tokens(model: Any) -> set[int]:
+def end_tokens(model: Any) -> set[int]:
+    """The tokens that end a sample of a model, by its generation configuration."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return {ends} if isinstance(ends, int) else set(ends or ())
 
 
-def _choose(logits: Tensor, sampling: Sampling, streams: Sequence[torch.Generator]) -> Tensor:
-    """One token a row: the likeliest, or drawn by each row's own stream."""
+def choose(logits: Tensor, sampling: Sampling, streams: Sequence[torch.Generator]) -> Tensor:
+    """One token a row of logits, (rows, vocabulary): the likeliest, or drawn by each row's own stream."""
     if not sampling.temperature:
         return logits.argmax(-1)
     shares = (logits / sampling.temperature).softmax(-1)
@@ -238,7 +239,7 @@ def _choose(logits: Tensor, sampling: Sampling, streams: Sequence[torch.Generato
     return torch.searchsorted(mass, where * mass[:, -1:], right=True).clamp(max=shares.shape[-1] - 1)[:, 0]
 
 
-class _Text:
+class Growing:
     """A sample as it grows: its text is decoded as a whole, since a character may take several tokens."""
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:

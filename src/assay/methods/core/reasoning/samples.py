@@ -132,7 +132,7 @@ class Cached:
             prompt_tokens = [samples[0].spent.prompt for samples in drawn]
             self.cache.add(
                 [
-                    (keys[i][low + k], _with_prompt(sample, tokens))
+                    (keys[i][low + k], with_prompt(sample, tokens))
                     for i, samples, tokens in zip(members, drawn, prompt_tokens, strict=True)
                     for k, sample in enumerate(samples)
                 ]
@@ -140,10 +140,10 @@ class Cached:
         found: list[list[Sample]] = []
         for own in keys:
             samples = [sample for key in own if (sample := self.cache.get(key)) is not None]
-            found.append([sample if not k else _with_prompt(sample, 0) for k, sample in enumerate(samples)])
+            found.append([sample if not k else with_prompt(sample, 0) for k, sample in enumerate(samples)])
         return found
 
 
-def _with_prompt(sample: Sample, tokens: int) -> Sample:
+def with_prompt(sample: Sample, tokens: int) -> Sample:
     """A sample that is charged for so many tokens of its prompt."""
     return replace(sample, spent=replace(sample.spent, prompt=tokens, cached=min(sample.spent.cached, tokens)))
