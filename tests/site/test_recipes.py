@@ -69,11 +69,11 @@ def test_the_file_replays_the_recipe(shelf, tmp_path):
     assert (replayed.architecture, replayed.goal, replayed.prompt_tokens) == ("llama", "ttft", 4096)
 
 
-def test_a_setting_that_is_none_is_left_out_of_the_file(opened):
+def test_a_setting_that_is_none_is_said_to_be_so_in_the_file(opened):
     given = lines()
     given[0]["recipe"][1]["config"] = {"smooth": None, "skip": ["a", "b"], "rotation": 16}
     document = tomllib.loads(recipes.toml(of_lines(given)))
-    assert document["steps"][1]["config"] == {"skip": ["a", "b"], "rotation": 16}
+    assert document["steps"][1]["config"] == {"smooth": {"none": True}, "skip": ["a", "b"], "rotation": 16}
 
 
 def test_a_run_whose_recipes_failed_has_a_page(opened):

@@ -23,7 +23,7 @@ def tiny():
     return tiny_model(hidden_size=32, vocab_size=64, num_attention_heads=2, num_key_value_heads=1)
 
 
-def test_file_round_trip_drops_only_nulls(tmp_path):
+def test_a_file_says_all_that_a_recipe_does(tmp_path):
     step = Step(transform="dtype", config={"dtype": "bfloat16"})
     recipe = Recipe(architecture="llama", goal="ttft", prompt_tokens=7, new_tokens=3, steps=(step,))
     recipe.save(tmp_path / "recipe.toml")
@@ -31,7 +31,7 @@ def test_file_round_trip_drops_only_nulls(tmp_path):
     table = [[0.9, 0.8], [0.5, 1.0]]
     nulls = Recipe(steps=(Step(transform="xattention", config={"tau": table, "dense_layers": [], "extra": None}),))
     nulls.save(tmp_path / "nulls.toml")
-    assert Recipe.read(tmp_path / "nulls.toml").steps[0].config == {"tau": table, "dense_layers": []}
+    assert Recipe.read(tmp_path / "nulls.toml").steps[0].config == {"tau": table, "dense_layers": [], "extra": None}
 
 
 @pytest.mark.parametrize(
@@ -211,6 +211,15 @@ def test_a_step_without_its_setting_takes_the_default():
     assert {parameter.dtype for parameter in done.parameters()} == {torch.bfloat16}
     again = apply_recipe(done, Recipe(steps=(Step(transform="dtype"),)), CONTEXT)  # as an artefact is loaded
     assert again is done
+
+
+def test_a_setting_that_is_none_is_none_again_when_the_file_is_read(tmp_path):
+    """Left out, it would be the transform's default: 8 bits for an output layer that was to stay as it is."""
+    recipe = Recipe(steps=(Step(transform="weight_only", config={"bits": 4, "head_bits": None}),))
+    recipe.save(tmp_path / "recipe.toml")
+    again = Recipe.read(tmp_path / "recipe.toml")
+    assert again == recipe
+    assert again.key() == recipe.key()
 
 
 @pytest.mark.parametrize("value", [float("inf"), object(), 2**80, [[[[[[[[[1]]]]]]]]]])

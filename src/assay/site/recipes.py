@@ -10,6 +10,7 @@ from assay.errors import InputError
 from assay.evidence.tuned import Pair, Span, StepRecord, Tried, TuneRun, label
 from assay.site.charts import LARGEST, Point, pareto
 from assay.site.library import ORIGINS, Library, Tuned
+from assay.tuner.recipe import as_toml
 
 PAIRS = 60  # lines of a paper's page about pairs
 RUNS = 200  # lines of the page of runs
@@ -145,9 +146,7 @@ def _points(rows: Sequence[dict[str, Any]]) -> list[Point]:
 
 def toml(run: TuneRun) -> str:
     """The recipe as the file that `assay apply --recipe` replays."""
-    import tomli_w
-
-    document = {
+    document: dict[str, Any] = {
         "format": 1,
         "architecture": run.architecture,
         "goal": run.goal,
@@ -155,14 +154,7 @@ def toml(run: TuneRun) -> str:
         "new_tokens": run.new_tokens,
         "steps": [step.model_dump(mode="json") for step in run.steps],
     }
-    return tomli_w.dumps(_without_none(document))
-
-
-def _without_none(value: Any) -> Any:
-    """TOML has no null: a setting that is missing is the transform's default."""
-    if isinstance(value, dict):
-        return {name: _without_none(inner) for name, inner in value.items() if inner is not None}
-    return [_without_none(inner) for inner in value if inner is not None] if isinstance(value, list) else value
+    return as_toml(document)
 
 
 # Pairs ---------------------------------------------------------------------------------------------------------------------

@@ -122,10 +122,8 @@ class Recipe(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write as TOML, completely or not at all."""
-        import tomli_w
-
         with atomic_file(path) as temporary:
-            temporary.write_text(tomli_w.dumps(_without_none(self.model_dump(mode="json"))), encoding="utf-8")
+            temporary.write_text(as_toml(self.model_dump(mode="json")), encoding="utf-8")
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -140,7 +138,7 @@ class Recipe(BaseModel):
         if len(raw) > LARGEST:
             raise InputError(f"{path} is not a recipe: it has more than {LARGEST >> 20} MiB")
         try:
-            document = tomllib.loads(raw.decode("utf-8"))
+            document = _unmarked(tomllib.loads(raw.decode("utf-8")))
         except RecursionError:
             raise InputError(f"{path} is not a recipe: nested too deeply") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -264,8 +262,28 @@ def _short(value: Any) -> str:
     return text if len(text) <= 24 else text[:21] + "..."
 
 
-def _without_none(value: Any) -> Any:
-    """The configuration without settings that are None: TOML has no null, and a missing setting means the transform's default."""
+NONE = {"none": True}
+"""How a setting that is None stands in a file: TOML has no null, and a setting that is missing means the transform's default."""
+
+
+def as_toml(document: Mapping[str, Any]) -> str:
+    """A recipe's document as TOML: a field of its own that is None is left out, a setting that is None is `{ none = true }`."""
+    import tomli_w
+
+    return tomli_w.dumps({key: _marked(value) for key, value in document.items() if value is not None})
+
+
+def _marked(value: Any) -> Any:
+    if value is None:
+        return NONE
     if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, list) else value
+        return {key: _marked(inner) for key, inner in value.items()}
+    return [_marked(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _unmarked(value: Any) -> Any:
+    if value == NONE:
+        return None
+    if isinstance(value, dict):
+        return {key: _unmarked(inner) for key, inner in value.items()}
+    return [_unmarked(inner) for inner in value] if isinstance(value, list) else value
