@@ -1,7 +1,7 @@
 """Samples that somebody has already: logs of the LM Evaluation Harness (`lm-eval`), and tasks in its layout, written and read.
 
     logged = read_log("results/samples_gsm8k_2026-01-01.jsonl")      # lm-eval run ... --log_samples
-    [sum(one.right) for one in logged]                                # right ones of each item's samples: what `ttspm` fits
+    [sum(one.right) for one in logged]                                # right ones of each item's samples
 
     write_task("tasks", "my_sums", rows, stop=("\\n",), repeats=32)      # lm-eval run --include_path tasks --tasks my_sums
 
