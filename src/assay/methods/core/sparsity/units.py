@@ -262,6 +262,7 @@ def _sides(layer: nn.Module) -> tuple[int, int]:
 
 
 def axis_of(layer: nn.Module, side: Literal["out", "in"]) -> int:
+    """The axis of a layer's own weight on which its outputs or its inputs lie: transformers' `Conv1D` has them turned around."""
     turned = isinstance(layer, linear_kinds()[1])
     return int((side == "in") != turned)
 
