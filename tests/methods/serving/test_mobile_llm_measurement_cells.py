@@ -539,7 +539,8 @@ def test_cold_and_warm_answers_are_apart_and_add_up(stand_in, monkeypatch):
         assert (row.accuracy, row.parse_failures) == (0.5, 0.0)
         assert row.texts == ["turtle 1 2 3"] * 2
         assert row.same
-        assert row.peak_bytes >= row.held_bytes - (1 << 20)  # the system counts pages in batches: two counts may miss a few
+        # the system counts pages in batches: two counts may miss a few
+        assert row.peak_bytes >= row.held_bytes - (1 << 20)
         assert row.held_bytes > 5 << 20
         assert json.loads(json.dumps(row.as_dict()))["cell"] == row.cell
     assert (here.part("network"), here.part("queue")) == (0.0, 0.0)
