@@ -22,7 +22,7 @@ from assay.methods.core.reasoning.generator import Sample, Sampling, Transformer
 from assay.methods.core.reasoning.samples import Cached, SampleCache, key_of, with_prompt
 from assay.paths import atomic_file, cache_dir
 from assay.workloads.models import load_model
-from assay.workloads.reasoning import Item, Kind, Part, Wording, answer_of, items, prompt, right, stop
+from assay.workloads.reasoning import WORDINGS, Item, Kind, Part, Wording, answer_of, items, prompt, right, stop
 
 FOLDER = Path(__file__).with_name("sets")
 DIRECT, WORKED = 8, 96  # new tokens at most: of an answer at once, and of one worked out in steps
@@ -62,15 +62,21 @@ class Set:
     level: int
     wording: Wording = "plain"
     part: Part = "judged"
-    n_items: int = 60
-    n: int = 32
+    n_items: int = 48
+    n: int = 24
     temperature: float = 0.8
     worked: bool = False
     model: str = "smollm2-135m"
 
 
-SETS: tuple[Set, ...] = ()
-"""The sets that are checked in, settled on the pilot part."""
+SETS = tuple(
+    Set(kind, level, wording, part, min(n_items, 24) if (kind, level, part) == ("sum", 1, "learn") else n_items, n)
+    for part, n_items, n in (("judged", 48, 24), ("learn", 40, 16))
+    for kind, level in (("sum", 1), ("steps", 1), ("sum", 2))
+    for wording in WORDINGS
+)
+"""The sets that are checked in: what a model of this size is sometimes right about, settled on the pilot part. The learn part has 26
+sums of one digit."""
 
 
 def sampling_of(kind: Kind, worked: bool, temperature: float) -> Sampling:
@@ -150,8 +156,8 @@ def shared(
     level: int,
     wording: Wording = "plain",
     part: Part = "judged",
-    n_items: int = 60,
-    n: int = 32,
+    n_items: int = 48,
+    n: int = 24,
     temperature: float = 0.8,
     worked: bool = False,
     model: str = "smollm2-135m",
