@@ -69,10 +69,12 @@ class Set:
     model: str = "smollm2-135m"
 
 
+_ASKED: tuple[tuple[Kind, int], ...] = (("sum", 1), ("steps", 1), ("sum", 2))
+_DRAWN: tuple[tuple[Part, int, int], ...] = (("judged", 48, 24), ("learn", 40, 16))
 SETS = tuple(
     Set(kind, level, wording, part, min(n_items, 24) if (kind, level, part) == ("sum", 1, "learn") else n_items, n)
-    for part, n_items, n in (("judged", 48, 24), ("learn", 40, 16))
-    for kind, level in (("sum", 1), ("steps", 1), ("sum", 2))
+    for part, n_items, n in _DRAWN
+    for kind, level in _ASKED
     for wording in WORDINGS
 )
 """The sets that are checked in: what a model of this size is sometimes right about, settled on the pilot part. The learn part has 26
