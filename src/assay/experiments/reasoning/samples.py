@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 
 from assay.methods.core.reasoning.budget import Budget, Spent
-from assay.methods.core.reasoning.generator import Sample, Sampling, TransformersGenerator, as_record
+from assay.methods.core.reasoning.generator import Generator, Sample, Sampling, TransformersGenerator, as_record
 from assay.methods.core.reasoning.samples import Cached, SampleCache, key_of, with_prompt
 from assay.paths import atomic_file, cache_dir
 from assay.workloads.models import load_model
@@ -112,14 +112,27 @@ def _kept(path: Path) -> SampleCache:
 class Kept:
     """A generator behind what is checked in (that of all rooms, and of one), what this machine drew, and the model itself.
 
-    It remembers in `asked` the keys of all samples that it gave.
+    It remembers in `asked` the keys of all samples that it gave. `own` is what this machine drew, with `writer` (by default the bundled
+    model) behind it.
     """
 
-    def __init__(self, name: str, room: str = "") -> None:
+    def __init__(self, name: str, room: str = "", writer: Generator | None = None) -> None:
         self.name = name
         self.asked: dict[str, Sample] = {}
-        self._own = Cached(_Model(name), _kept(cache_dir() / "samples" / f"{name}.jsonl"))
+        self.own = Cached(writer or _Model(name), _kept(cache_dir() / "samples" / f"{name}.jsonl"), name=name)
         self._files = [_file(name, each) for each in dict.fromkeys(("", room))]
+
+    def _place(self, keys: Sequence[str]) -> SampleCache | None:
+        """The file that is checked in and holds all of these samples, if there is one."""
+        return next((kept for path in self._files if (kept := _kept(path)).holds(keys)), None)
+
+    def has(self, keys: Sequence[str]) -> bool:
+        """Whether all of these samples are there already, in one file."""
+        return self._place(keys) is not None or self.own.cache.holds(keys)
+
+    def add(self, found: Sequence[tuple[str, Sample]]) -> None:
+        """Keep samples under their keys that were drawn by other means: by a loop that reads no prompt twice, say."""
+        self.own.cache.add(found)
 
     def __call__(
         self, prompts: Sequence[str], sampling: Sampling, *, n: int = 1, first: int = 0, seed: int = 0
@@ -128,14 +141,11 @@ class Kept:
         keys = [[key_of(self.name, text, sampling, seed, k) for k in range(first, first + n)] for text in prompts]
         found: dict[int, list[Sample]] = {}
         for i, own in enumerate(keys):
-            for path in self._files:
-                kept = _kept(path)
-                if all(kept.get(key) is not None for key in own):
-                    here = Cached(None, kept, name=self.name)
-                    found[i] = here([prompts[i]], sampling, n=n, first=first, seed=seed)[0]
-                    break
+            if (kept := self._place(own)) is not None:
+                here = Cached(None, kept, name=self.name)
+                found[i] = here([prompts[i]], sampling, n=n, first=first, seed=seed)[0]
         rest = [i for i in range(len(prompts)) if i not in found]
-        drawn = self._own([prompts[i] for i in rest], sampling, n=n, first=first, seed=seed) if rest else []
+        drawn = self.own([prompts[i] for i in rest], sampling, n=n, first=first, seed=seed) if rest else []
         found.update(zip(rest, drawn, strict=True))
         for i, own in enumerate(keys):
             read = found[i][0].spent.prompt

@@ -172,18 +172,23 @@ class TransformersGenerator:
             )
         return ids
 
+    def _read(self, encoded: list[list[int]]) -> tuple[Any, Tensor, Tensor]:
+        """The prompts' cache, padded on the left, the logits of their last tokens, and the mask of what is in the cache."""
+        ids, mask = left_pad(encoded, padding_token(self.model), self.model.device)
+        read = prefill(self.model, ids, mask)
+        assert read.logits is not None
+        return read.cache, read.logits, read.attention_mask
+
     def _draw(
         self, encoded: list[list[int]], prompts: list[str], sampling: Sampling, numbers: range, seed: int
     ) -> list[list[Sample]]:
         began = time.perf_counter()
         n = len(numbers)
-        ids, mask = left_pad(encoded, padding_token(self.model), self.model.device)
-        read = prefill(self.model, ids, mask)
-        assert read.logits is not None
+        cache, logits, mask = self._read(encoded)
         rows = torch.arange(len(encoded)).repeat_interleave(n)
-        cache = selected(read.cache, rows) if n > 1 else read.cache
-        logits = read.logits[rows.to(read.logits.device)].float()
-        mask = read.attention_mask[rows.to(mask.device)]
+        cache = selected(cache, rows) if n > 1 else cache
+        logits = logits[rows.to(logits.device)].float()
+        mask = mask[rows.to(mask.device)]
         streams = [
             torch.Generator().manual_seed(seed_of(seed, prompt, number)) for prompt in prompts for number in numbers
         ]

@@ -58,6 +58,10 @@ class SampleCache:
         """The sample of a key, None where there is none."""
         return self._known.get(key)
 
+    def holds(self, keys: Sequence[str]) -> bool:
+        """Whether all of these samples are there."""
+        return all(key in self._known for key in keys)
+
     def add(self, found: Sequence[tuple[str, Sample]]) -> None:
         """Keep samples under their keys; those that are there already stay as they are. Raises OSError when they cannot be written."""
         new = [(key, sample) for key, sample in found if key not in self._known]

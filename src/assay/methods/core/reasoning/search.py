@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 from assay import checks
 from assay.methods.core.reasoning.budget import Budget, Spent
@@ -19,13 +20,24 @@ Finished = Callable[[str], bool]
 """Whether a text (all steps of a trace, without the prompt) holds a final answer."""
 
 
+@runtime_checkable
+class UnevenGenerator(Protocol):
+    """A generator that draws another number of samples of each prompt in one batch."""
+
+    def uneven(
+        self, prompts: Sequence[str], sampling: Sampling, counts: Sequence[int], firsts: Sequence[int], *, seed: int = 0
+    ) -> list[list[Sample]]:
+        """`counts[i]` samples of prompt i, numbers `firsts[i]` on, as `Generator` has them."""
+        ...
+
+
 def expand(
     generator: Generator,
     traces: Sequence[Trace],
     counts: Sequence[int],
     sampling: Sampling,
     *,
-    delimiter: str = "\n",
+    delimiter: str | int = "\n",
     finished: Finished | None = None,
     budget: Budget | None = None,
     seed: int = 0,
@@ -33,7 +45,10 @@ def expand(
     """`counts[i]` next steps behind `traces[i]`, each a trace of its own; equal traces given twice get different steps.
 
     A step ends with `delimiter`, which is kept in it, so that the text reads on; at the model's end or `sampling`'s limit the trace is
-    finished. The prefix is charged as read for the first step of each trace and as kept for its siblings (a server with a prefix cache; a
+    finished. A number as `delimiter` makes every step of so many tokens: a trace is then finished by the step that reaches `sampling`'s
+    limit.
+
+    The prefix is charged as read for the first step of each trace and as kept for its siblings (a server with a prefix cache; a
     generator that holds no cache reads it again: its samples say what was read). Raises ValueError for a finished trace.
     """
     counts = [checks.whole("counts", count, low=0) for count in counts]
@@ -41,31 +56,54 @@ def expand(
         raise ValueError(f"counts must be as many as traces, {len(traces)}, got {len(counts)}")
     if wrong := [trace for trace, count in zip(traces, counts, strict=True) if trace.finished and count]:
         raise ValueError(f"traces must not be finished where steps are asked for, got {checks.shown(wrong[0].text)}")
-    asked = replace(sampling, stop=(delimiter, *(text for text in sampling.stop if text != delimiter)))
+    if isinstance(delimiter, str):
+        asked = replace(sampling, stop=(delimiter, *(text for text in sampling.stop if text != delimiter)))
+    else:
+        asked = replace(sampling, max_new_tokens=checks.whole("delimiter", delimiter, low=1))
     seen: dict[str, int] = {}  # so many samples behind this prefix are taken
-    by_size: dict[tuple[int, int], list[int]] = {}  # places by count and first number: one call each
+    asking: list[tuple[int, int, int]] = []  # place, count and first number
     for i, (trace, count) in enumerate(zip(traces, counts, strict=True)):
         if count:
             prefix = trace.prompt + trace.text
-            by_size.setdefault((count, seen.get(prefix, 0)), []).append(i)
+            asking.append((i, count, seen.get(prefix, 0)))
             seen[prefix] = seen.get(prefix, 0) + count
     found: list[list[Trace]] = [[] for _ in traces]
-    for (count, first), places in by_size.items():
-        prefixes = [traces[i].prompt + traces[i].text for i in places]
-        drawn = generator(prefixes, asked, n=count, first=first, seed=seed)
-        for i, samples in zip(places, drawn, strict=True):
-            if budget is not None:
-                for sample in samples:
-                    budget.book("solve", sample.spent)
-            found[i] = [_grown(traces[i], sample, delimiter, finished) for sample in samples]
+    for (i, _, _), samples in zip(asking, _drawn(generator, traces, asking, asked, seed), strict=True):
+        if budget is not None:
+            for sample in samples:
+                budget.book("solve", sample.spent)
+        found[i] = [_grown(traces[i], sample, delimiter, finished, sampling) for sample in samples]
     return found
 
 
-def _grown(trace: Trace, sample: Sample, delimiter: str, finished: Finished | None) -> Trace:
-    goes_on = sample.ended == "stop" and (sample.matched == delimiter)
+def _drawn(
+    generator: Generator, traces: Sequence[Trace], asking: Sequence[tuple[int, int, int]], sampling: Sampling, seed: int
+) -> list[list[Sample]]:
+    """Samples of each (place, count, first number): in one call if the generator can, else one for each count and first number."""
+    prefixes = [traces[i].prompt + traces[i].text for i, _, _ in asking]
+    if isinstance(generator, UnevenGenerator):
+        counts, firsts = [count for _, count, _ in asking], [first for _, _, first in asking]
+        return generator.uneven(prefixes, sampling, counts, firsts, seed=seed)
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for k, (_, count, first) in enumerate(asking):
+        by_size.setdefault((count, first), []).append(k)
+    found: list[list[Sample]] = [[] for _ in asking]
+    for (count, first), members in by_size.items():
+        drawn = generator([prefixes[k] for k in members], sampling, n=count, first=first, seed=seed)
+        for k, samples in zip(members, drawn, strict=True):
+            found[k] = samples
+    return found
+
+
+def _grown(trace: Trace, sample: Sample, delimiter: str | int, finished: Finished | None, sampling: Sampling) -> Trace:
+    if isinstance(delimiter, str):
+        goes_on, end = sample.ended == "stop" and sample.matched == delimiter, delimiter
+    else:
+        most = sampling.max_new_tokens - trace.completion
+        goes_on, end = sample.ended == "length" and sample.spent.completion < most, ""
     grown = replace(
         trace,
-        steps=(*trace.steps, sample.text + (delimiter if goes_on else "")),
+        steps=(*trace.steps, sample.text + (end if goes_on else "")),
         samples=(*trace.samples, sample),
         finished=not goes_on,
     )
@@ -99,7 +137,7 @@ def beam_search(
     n: int,
     width: int,
     rounds: int = 40,
-    delimiter: str = "\n",
+    delimiter: str | int = "\n",
     finished: Finished | None = None,
     budget: Budget | None = None,
     seed: int = 0,

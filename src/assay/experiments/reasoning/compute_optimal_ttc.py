@@ -1,0 +1,524 @@
+"""Compute-optimal test-time compute: how many times fewer generations the policy needs for the accuracy of best-of-N.
+
+Every strategy is tried on questions of three kinds in three wordings, on samples of SmolLM2-135M (`compute_optimal_ttc_runs`). The policy
+is chosen by the paper's two-fold cross-validation, on one half of the questions of a bin for the other half. What tells the difficulty, two
+pilot samples judged by the verifier, is charged. Accuracy is compared over all questions, easy and hard, at every budget; the figure is the
+ratio of generations where both are right equally often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from assay.experiments.core import Figure, Operator, experiment
+from assay.experiments.reasoning import compute_optimal_ttc_runs as runs
+from assay.experiments.reasoning.compute_optimal_ttc_runs import (
+    CHAINS,
+    LENGTH,
+    MODEL,
+    NS,
+    PARALLEL,
+    ROOM,
+    SAMPLES,
+    draw,
+)
+from assay.experiments.reasoning.samples import Drawn, generator
+from assay.methods.core.reasoning.budget import Budget, Spent
+from assay.methods.core.reasoning.verifier import Verifier
+from assay.methods.reasoning.compute_optimal_ttc import (
+    Attempts,
+    ComputeOptimalPolicy,
+    Outcome,
+    cross_validated,
+    inference_multiplier,
+    matched_size,
+    mean_score,
+    outcomes,
+    pass_rate,
+)
+from assay.workloads.reasoning import WORDINGS, Wording
+
+DRAWS = 2000  # resamplings of the questions
+ORDERS = 64  # orders of the samples that early stopping is averaged over
+SPLITS = 4  # random halvings of the bins that the policy is averaged over
+AGREE = (1, 2, 3, 4, 5, 6, 8)
+RATIOS = (0.16, 0.79, 22.0)
+"""Tokens generated over tokens trained on, of the paper's comparison, as recalled."""
+
+
+__all__ = ["draw", "generations_saved", "small_beats_large"]
+
+
+# -------------------------------------------------------------------------------------------------------------- what came of it
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A question in one wording: what every strategy gives for it, and what was seen of it beforehand.
+
+    `majority` and `stopping` are the rivals': outcomes of a majority vote at each budget, and of one that stops when so many agree.
+    """
+
+    name: str
+    question: str
+    wording: Wording
+    outcomes: list[Outcome]
+    majority: list[Outcome]
+    stopping: list[Outcome]
+    predicted: float
+    oracle: float
+    pilot_tokens: float
+    samples: list[tuple[float, bool]]  # score, and whether it is right
+
+
+def unit(one: Drawn, wording: Wording, verifier: Verifier, pilot: int, most: int) -> Unit:
+    """Every strategy on a question. The last `pilot` samples say how hard it is; all the others are made of those before them."""
+    name = f"{wording}: {question_of(one)}"
+    target, budgets, left = one.item.answer, [n for n in NS if n <= most], len(one.samples) - pilot
+    everything = runs.samples_run(one, verifier)
+    own = Attempts(everything.answers[:left], everything.scores[:left], everything.chains[:left])
+    read, tokens = runs.tokens_of(one)
+    spent = list(tokens[:left].astype(float))
+
+    def of(strategy: str, how: Literal["weighted", "majority"]) -> list[Outcome]:
+        return outcomes(name, strategy, own, target, budgets, how=how, tokens=spent, prompt_tokens=read)
+
+    searches = [
+        Outcome(name, run.strategy, run.n, float(run.attempts.choose() == target), float(run.tokens))
+        for run in runs.searched(one, verifier, left, most)
+    ]
+    return Unit(
+        name,
+        question_of(one),
+        wording,
+        [*of(PARALLEL.name, "weighted"), *searches],
+        of("majority", "majority"),
+        _stopping(name, own, target, read, spent, most),
+        mean_score(everything.scores[left:]),
+        pass_rate([answer == target for answer in own.answers]),
+        float(tokens[left:].sum()),
+        [(score, answer == target) for score, answer in zip(everything.scores, everything.answers, strict=True)],
+    )
+
+
+def question_of(one: Drawn) -> str:
+    """The question, which is the same in all wordings."""
+    return f"{one.item.kind} {one.item.level}: {one.item.question}"
+
+
+def _stopping(name: str, own: Attempts, target: str, read: float, tokens: Sequence[float], most: int) -> list[Outcome]:
+    """A majority vote that stops as soon as k samples agree, or after `most`: the mean over orders of the samples. `n` is k."""
+    chance = np.random.default_rng(0)
+    orders = [chance.permutation(len(own.answers))[:most].tolist() for _ in range(ORDERS)]
+    found: list[Outcome] = []
+    for k in AGREE:
+        seen = [stopped([own.answers[i] for i in order], k) for order in orders]
+        spent = [sum(tokens[i] for i in order[:n]) for order, (_, n) in zip(orders, seen, strict=True)]
+        right = float(np.mean([said == target for said, _ in seen]))
+        used = float(np.mean([n for _, n in seen]))
+        found.append(_Stopped(name, "early stop", k, right, read + float(np.mean(spent)), used))
+    return found
+
+
+@dataclass(frozen=True)
+class _Stopped(Outcome):
+    used: float = 0.0  # generations
+
+
+def stopped(answers: Sequence[str], k: int) -> tuple[str, int]:
+    """The answer as soon as k samples give it, and how many samples that took; the most frequent of all where none comes to k.
+
+    >>> stopped(["7", "8", "7", "7"], 2), stopped(["7", "8", "9"], 2)
+    (('7', 3), ('7', 3))
+    """
+    counts: dict[str, int] = {}
+    for n, answer in enumerate(answers, 1):
+        if not answer:
+            continue
+        counts[answer] = counts.get(answer, 0) + 1
+        if counts[answer] >= k:
+            return answer, n
+    return max(counts, key=lambda answer: counts[answer]) if counts else "", len(answers)
+
+
+# --------------------------------------------------------------------------------------------------------------------- curves
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points of a way to spend, (points, units) each: generations, tokens of all kinds, and how often it is right."""
+
+    generations: np.ndarray
+    tokens: np.ndarray
+    right: np.ndarray
+
+
+def curve(units: Sequence[Unit], found: Sequence[Outcome], *, generations: float = 0.0, charged: bool = False) -> Curve:
+    """The points of one outcome a unit and budget. With `charged` the pilot's tokens are added, as `generations` are."""
+    by = {(one.item, one.n): one for one in found}
+    points = sorted({one.n for one in found})
+    grid = [[by[u.name, n] for u in units] for n in points]
+    pilots = np.array([u.pilot_tokens if charged else 0.0 for u in units])
+    return Curve(
+        np.array([[one.used if isinstance(one, _Stopped) else float(one.n) for one in row] for row in grid])
+        + generations,
+        np.array([[one.tokens for one in row] for row in grid]) + pilots,
+        np.array([[one.accuracy for one in row] for row in grid]),
+    )
+
+
+def fewest(costs: np.ndarray, right: np.ndarray, target: float) -> float:
+    """The least cost at which the accuracy reaches `target`: between two points on the line through them, infinite where it never does.
+
+    >>> fewest(np.array([1.0, 2.0, 4.0]), np.array([0.2, 0.4, 0.4]), 0.3)
+    1.5
+    """
+    best, before = -np.inf, 0.0
+    order = np.argsort(costs)
+    for cost, value in zip(costs[order], right[order], strict=True):
+        if value >= target:
+            return float(cost if best == -np.inf else before + (cost - before) * (target - best) / (value - best))
+        if value > best:
+            best = value
+        before = cost
+    return float("inf")
+
+
+def saving(base: Curve, other: Curve, weights: np.ndarray, what: str = "generations") -> float:
+    """The cost of `base` over that of `other` where they are right as often: as `base` at its best, or `other` where that is less.
+
+    `weights` are the units', with sum 1. Below 1 `other` needs more.
+    """
+    right = [each.right @ weights for each in (base, other)]
+    target = min(float(values.max()) for values in right)
+    costs = [getattr(each, what) @ weights for each in (base, other)]
+    return fewest(costs[0], right[0], target) / fewest(costs[1], right[1], target)
+
+
+def resampled(units: Sequence[Unit], draws: int = DRAWS, seed: int = 0) -> list[np.ndarray]:
+    """Weights of the units with questions drawn again; all wordings of a question go together."""
+    questions = sorted({u.question for u in units})
+    place = np.array([questions.index(u.question) for u in units])
+    chance = np.random.default_rng(seed)
+    found = []
+    for _ in range(draws):
+        counts = np.bincount(chance.integers(0, len(questions), len(questions)), minlength=len(questions))[place]
+        found.append(counts / counts.sum())
+    return found
+
+
+def interval(base: Curve, other: Curve, draws: Sequence[np.ndarray], what: str = "generations") -> dict[str, float]:
+    """The saving on all units, and the middle 95 % of it over the draws."""
+    n = base.right.shape[1]
+    low, high = np.quantile([saving(base, other, weights, what) for weights in draws], [0.025, 0.975])
+    return {"median": saving(base, other, np.full(n, 1 / n), what), "low": float(low), "high": float(high)}
+
+
+def averaged(curves: Sequence[Curve]) -> Curve:
+    """The mean of curves with the same budgets."""
+    stacked = [np.mean([getattr(c, name) for c in curves], axis=0) for name in ("generations", "tokens", "right")]
+    return Curve(*stacked)
+
+
+def policy_curve(
+    units: Sequence[Unit], difficulty: Mapping[str, float], bins: int, folds: int, *, pilot: int = 0
+) -> Curve:
+    """The policy, cross-validated, over several random halvings. With `pilot` the samples that told the difficulty are charged."""
+    log = [one for u in units for one in u.outcomes]
+    groups = {u.name: u.question for u in units}
+    found = [
+        cross_validated(log, difficulty, bins=bins, folds=folds, groups=groups, seed=seed) for seed in range(SPLITS)
+    ]
+    return averaged([curve(units, each, generations=float(pilot), charged=pilot > 0) for each in found])
+
+
+def random_curve(units: Sequence[Unit]) -> Curve:
+    """A strategy drawn at random for each question, of those that can spend the budget: the mean over all draws."""
+    found = []
+    for u in units:
+        for n in sorted({one.n for one in u.outcomes}):
+            tried = [one for one in u.outcomes if one.n == n]
+            mean = [float(np.mean([getattr(one, name) for one in tried])) for name in ("accuracy", "tokens")]
+            found.append(Outcome(u.name, "random", n, mean[0], mean[1]))
+    return curve(units, found)
+
+
+def curves_of(units: Sequence[Unit], bins: int, folds: int, pilot: int) -> dict[str, Curve]:
+    """The policy, its baseline and everything that stands beside it."""
+    predicted, oracle = {u.name: u.predicted for u in units}, {u.name: u.oracle for u in units}
+    turned = [u.predicted for u in units]
+    np.random.default_rng(1).shuffle(turned)
+    shuffled = {u.name: value for u, value in zip(units, turned, strict=True)}
+    parallel = [one for u in units for one in u.outcomes if one.strategy == PARALLEL.name]
+    return {
+        BASE: curve(units, parallel),
+        POLICY: policy_curve(units, predicted, bins, folds, pilot=pilot),
+        UNCHARGED: policy_curve(units, predicted, bins, folds),
+        ORACLE: policy_curve(units, oracle, bins, folds),
+        SHUFFLED: policy_curve(units, shuffled, bins, folds, pilot=pilot),
+        FIXED: policy_curve(units, predicted, 1, folds),
+        RANDOM: random_curve(units),
+        MAJORITY: curve(units, [one for u in units for one in u.majority]),
+        STOPPING: curve(units, [one for u in units for one in u.stopping]),
+    }
+
+
+BASE, POLICY, UNCHARGED, ORACLE, SHUFFLED = (
+    "best-of-N weighted", "the policy, pilot charged", "the policy, pilot not charged", "oracle difficulty, not charged",
+    "difficulty of another question",
+)  # fmt: skip
+FIXED, RANDOM, MAJORITY, STOPPING = (
+    "one strategy for all, chosen on other questions", "a random strategy", "majority vote",
+    "majority vote that stops when k agree",
+)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------- experiments
+
+SPENDING = Operator(
+    "generations for questions that are not equally hard",
+    free="the best of a majority vote, one that stops as soon as k samples agree, and one strategy for all questions",
+)
+PAPER: dict[str, Any] = {
+    "data": "MATH", "model": "PaLM 2-S*, fine-tuned to revise", "verifier": "a fine-tuned PRM", "bins": 5, "folds": 2, "n": 64,
+    "pilot": 2048,
+}  # fmt: skip
+DEPARTURES = {
+    "data": "sums of one and of two digits and sums or differences of small numbers, as many of each, in three wordings of the prompt: "
+    "what SmolLM2-135M is right about in 0 to 60 % of its samples",
+    "model": "SmolLM2-135M, not fine-tuned; the policy chooses among samples and searches. Chains of revisions, shown in the prompt by "
+    "four examples, are drawn at full only and are in its details",
+    "verifier": "logistic regression on the probabilities of the tokens and the length, fitted to 16 roll-outs from each step",
+    "n": "16 at most at small, a step of a search being one token, taken at random from those of the samples that begin alike",
+    "pilot": "2 samples of each question, charged: the paper takes 2048 and charges none",
+}
+POINTS: dict[str, list[dict[str, Any]]] = {
+    "smoke": [{"items": 4, "samples": 24, "learn": 4, "revised": 0, "n": 8, "bins": 2, "folds": 2, "pilot": 2}],
+    "small": [{"items": 48, "samples": 24, "learn": 16, "revised": 0, "n": 16, "bins": 5, "folds": 2, "pilot": 2}],
+    "full": [{"items": 48, "samples": 80, "learn": 24, "revised": 48, "n": 64, "bins": 5, "folds": 2, "pilot": 2}],
+}
+
+
+@experiment(
+    "compute_optimal_ttc/generations-saved",
+    points=POINTS,
+    operator=SPENDING,
+    paper=PAPER,
+    departures=DEPARTURES,
+    refuted_if="the policy certainly needs more generations than best-of-N weighted for the same accuracy, pilot charged, or more tokens",
+    refutes=lambda record: record["measured"]["high"] < 1 or record["details"]["in all tokens"][POLICY]["high"] < 1,
+    measured_here="generations of SmolLM2-135M on short arithmetic at equal accuracy, of few at most; the pilot is charged",
+    minutes=600,
+)
+def generations_saved(
+    items: int, samples: int, learn: int, revised: int, n: int, bins: int, folds: int, pilot: int
+) -> Figure:
+    """Generations of best-of-N weighted over those of the policy where both are right as often.
+
+    That is where best-of-N weighted is at its best, or the policy where it is less often right. A sample, a beam and a greedy roll-out of a
+    lookahead are a generation each. Controls: the difficulty deleted (one strategy for all questions, chosen by the same
+    cross-validation), a random strategy for each question, and the vote that stops when k agree as the rival. The interval resamples
+    questions with all their wordings; what was chosen for each stays. In the details: the same in tokens of all kinds (read and not kept,
+    generated, judged), by wording, what the verifier's roll-outs took once, and revisions against as many samples.
+    """
+    ledger = Budget()
+    verifier = runs.fitted(runs.learn_sets(learn), ledger)
+    units = [unit(one, wording, verifier, pilot, n) for wording, one in runs.judged_sets(items, samples)]
+    named = curves_of(units, bins, folds, pilot)
+    draws = resampled(units)
+    base = named[BASE]
+    found = {name: interval(base, each, draws) for name, each in named.items() if name != BASE}
+    tokens = {name: interval(base, each, draws, "tokens") for name, each in named.items() if name != BASE}
+    here = found[POLICY]
+    rivals = (FIXED, MAJORITY, STOPPING)
+    return Figure(
+        here["median"],
+        "x",
+        here["low"],
+        here["high"],
+        baseline=1.0,
+        free=max(found[name]["median"] for name in rivals),
+        controls={name: found[of]["median"] for name, of in CONTROLS.items()},
+        arms={name: found[name]["median"] for name in (UNCHARGED, ORACLE, SHUFFLED, MAJORITY)},
+        details={
+            "in generations": found,
+            "in all tokens": tokens,
+            "accuracy": {name: _points(each) for name, each in named.items()},
+            "points over best-of-N weighted at the most generations, pilot not counted": _gain(named, draws),
+            "accuracy by strategy": _by_strategy(units),
+            "by wording": {wording: _in_wording(units, named, wording) for wording in WORDINGS},
+            "the policy's table": _table(units, bins),
+            "roll-outs of the verifier": _rollouts(ledger.spent(), units, named),
+            "the verifier puts right above wrong": _verifier(units),
+            "revisions": _revisions(verifier, revised) if revised else {},
+            "units": len(units),
+        },
+    )
+
+
+CONTROLS = {"deleted": FIXED, "random": RANDOM, "rival": STOPPING}
+
+
+def _points(each: Curve) -> list[dict[str, float]]:
+    """A curve's points, over all units."""
+    columns = {"generations": each.generations, "tokens": each.tokens, "right": each.right}
+    return [{name: float(values[p].mean()) for name, values in columns.items()} for p in range(len(each.right))]
+
+
+def _gain(named: Mapping[str, Curve], draws: Sequence[np.ndarray]) -> dict[str, float]:
+    """Points of accuracy that the policy is above best-of-N weighted at the largest budget, the pilot not counted."""
+    lost = 100 * (named[POLICY].right[-1] - named[BASE].right[-1])
+    low, high = np.quantile([lost @ weights for weights in draws], [0.025, 0.975])
+    return {"median": float(lost.mean()), "low": float(low), "high": float(high)}
+
+
+def _by_strategy(units: Sequence[Unit]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, list[float]]] = {}
+    for one in (one for u in units for one in u.outcomes):
+        found.setdefault(one.strategy, {}).setdefault(str(one.n), []).append(one.accuracy)
+    return {name: {n: float(np.mean(values)) for n, values in own.items()} for name, own in found.items()}
+
+
+def _in_wording(units: Sequence[Unit], named: Mapping[str, Curve], wording: str) -> dict[str, Any]:
+    """The savings over the units of one wording, with the policy that was chosen over all of them."""
+    inside = np.array([u.wording == wording for u in units])
+    weights = inside / inside.sum()
+    names = (POLICY, FIXED, MAJORITY, STOPPING, ORACLE)
+    return {
+        "one sample is right": float(named[BASE].right[0] @ weights),
+        "in generations": {name: saving(named[BASE], named[name], weights) for name in names},
+        "in all tokens": {name: saving(named[BASE], named[name], weights, "tokens") for name in names},
+    }
+
+
+def _table(units: Sequence[Unit], bins: int) -> dict[str, str]:
+    """What the policy chooses for each bin, from the hardest, and budget, fitted to all questions: what a user would get."""
+    policy = ComputeOptimalPolicy(bins=bins).fit(
+        [one for u in units for one in u.outcomes], {u.name: u.predicted for u in units}
+    )
+    return {f"bin {b} of {bins}, {n}": name for (b, n), name in sorted(policy.table_.items())}
+
+
+def _rollouts(spent: Spent, units: Sequence[Unit], named: Mapping[str, Curve]) -> dict[str, float]:
+    """What the verifier's samples and their roll-outs took, once; and for how many questions it lasts until that is a tenth of it all."""
+    each = float(named[POLICY].tokens[-1].mean())
+    return {
+        "tokens": float(spent.tokens),
+        "generations": float(spent.calls),
+        "tokens for each question here": spent.tokens / len(units),
+        "questions until they are a tenth of the tokens": 10 * spent.tokens / each,
+    }
+
+
+def _verifier(units: Sequence[Unit]) -> dict[str, float]:
+    """How often a right sample has a higher score than a wrong one: of the same question, and of all."""
+    mixed = [u.samples for u in units if len({ok for _, ok in u.samples}) == 2]
+    return {
+        "of the same question": float(np.mean([_above(own) for own in mixed])) if mixed else 0.5,
+        "of all questions": _above([one for u in units for one in u.samples]),
+    }
+
+
+def _revisions(verifier: Verifier, items: int) -> dict[str, Any]:
+    """Chains of two attempts against as many samples, on the questions whose revisions were drawn; and their tokens at the most."""
+    kept = generator(MODEL, ROOM)
+    budgets = [LENGTH * side for side in (1, 2, CHAINS)]
+    right: dict[str, dict[str, list[float]]] = {}
+    tokens: dict[str, list[float]] = {"chains": [], "samples": []}
+    moved: dict[tuple[bool, bool], int] = {}
+    for wording, one in runs.judged_sets(items, SAMPLES):
+        attempts, (run,) = runs.revised_runs(one, wording, verifier, kept)
+        plain, target = runs.samples_run(one, verifier), one.item.answer
+        for name, found, how in (
+            ("chains, by chain", attempts, "chains"), ("chains, weighted", attempts, "weighted"),
+            ("chains, majority", attempts, "majority"), ("samples, weighted", plain, "weighted"),
+            ("samples, majority", plain, "majority"),
+        ):  # fmt: skip
+            for outcome in outcomes(question_of(one), name, found, target, budgets, how=how):  # type: ignore[arg-type]
+                right.setdefault(name, {}).setdefault(str(outcome.n), []).append(outcome.accuracy)
+        read, own = runs.tokens_of(one)
+        tokens["chains"].append(run.tokens)
+        tokens["samples"].append(read + float(own[: budgets[-1]].sum()))
+        for first, second in zip(attempts.answers[::LENGTH], attempts.answers[1::LENGTH], strict=True):
+            key = (first == target, second == target)
+            moved[key] = moved.get(key, 0) + 1
+    return {
+        "accuracy": {name: {n: float(np.mean(values)) for n, values in own.items()} for name, own in right.items()},
+        "tokens of eight": {name: float(np.mean(values)) for name, values in tokens.items()},
+        "right that stay right": _share(moved, True),
+        "wrong that become right": _share(moved, False),
+        "units": len(tokens["chains"]),
+    }
+
+
+def _share(moved: Mapping[tuple[bool, bool], int], first: bool) -> float:
+    """Of the first attempts that are right, or wrong, the share with a right one behind them."""
+    both, not_ = moved.get((first, True), 0), moved.get((first, False), 0)
+    return both / max(both + not_, 1)
+
+
+def _above(scored: Sequence[tuple[float, bool]]) -> float:
+    good = np.array([score for score, ok in scored if ok])
+    bad = np.array([score for score, ok in scored if not ok])
+    if not len(good) or not len(bad):
+        return 0.5
+    ordered = np.sort(bad)
+    below, equal = np.searchsorted(ordered, good, "left"), np.searchsorted(ordered, good, "right")
+    return float(((below + equal) / 2 / len(bad)).mean())
+
+
+@experiment(
+    "compute_optimal_ttc/small-beats-large",
+    points={
+        "smoke": [{"n": 256, "ratio": 0.16, "items": 4}],
+        "small": [{"n": 256, "ratio": 0.16, "items": 48}],
+        "full": [{"n": 256, "ratio": 0.16, "items": 48}],
+    },
+    operator=Operator("operations for right answers", free="the larger model, answering once"),
+    paper={"data": "MATH", "model": "PaLM 2-S* and one about 14 times larger", "n": 256, "ratio": 0.16},
+    departures={
+        "data": "short arithmetic, for the small model's accuracy in the details",
+        "model": "SmolLM2-135M, and no larger one: what a larger one would have to reach is in the details",
+    },
+    refuted_if="a larger model's single answers are right more often on questions of every difficulty at the operations of the small one's",
+    computed="the size follows from the number of answers and the ratio of tokens by the exchange of operations; whether the small "
+    "model is right more often was not measured, for no larger model is here",
+    measured_here="the size whose single answers cost as much, training counted; nothing about who is right",
+    minutes=600,
+)
+def small_beats_large(n: int, ratio: float, items: int) -> Figure:
+    """How many times larger the model is whose single answers cost as many operations as `n` answers of the small one.
+
+    Ratios are those of the paper's comparison, as recalled, and the least of them counts. In the details: the exchange both ways, and how
+    often SmolLM2-135M is right with one answer and with 16: a larger model that is right more often than the latter would win, whatever the
+    exchange says.
+    """
+    judged = runs.judged_sets(items, SAMPLES)
+    right: dict[str, dict[str, float]] = {}
+    for wording in WORDINGS:
+        own = [one for asked, one in judged if asked == wording]
+        ones = [Attempts(tuple(one.answers), (1.0,) * SAMPLES, tuple(range(SAMPLES))) for one in own]
+        found = [
+            outcomes(question_of(one), "majority", of, one.item.answer, (1, 16), how="majority")
+            for one, of in zip(own, ones, strict=True)
+        ]
+        right[wording] = {
+            "one answer": float(np.mean([first.accuracy for first, _ in found])),
+            "majority of 16": float(np.mean([last.accuracy for _, last in found])),
+        }
+    return Figure(
+        matched_size(n, ratio),
+        "x",
+        baseline=1.0,
+        details={
+            "size at equal operations": {
+                f"R = {r:g}": {str(k): matched_size(k, r) for k in (4, 16, 64, 256)} for r in RATIOS
+            },
+            "answers for a model 14 times larger": {f"R = {r:g}": inference_multiplier(14, r) for r in RATIOS},
+            "the small model is right": right,
+        },
+    )

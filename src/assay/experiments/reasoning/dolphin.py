@@ -1,0 +1,443 @@
+"""Does feedback make later ideas better, does the code around a failure repair more scripts, and does ranked retrieval
+find what is known?
+
+No model that writes code runs here. Ideas are drawn from a list of edits of a real script, which are then really run,
+in the sandbox; repairs come from
+rules; whether an idea is known is told by sentence embeddings. What is measured is thus the loop, and not a model's
+imagination.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from assay.catalogue import Paper, papers
+from assay.experiments.core import Figure, Operator, experiment
+from assay.experiments.reasoning.dolphin_faults import PLANTERS, faulty
+from assay.experiments.reasoning.dolphin_task import EDITS, OfflineProposer, digits_file, embedder, script_of
+from assay.measure.stats import Interval, student_interval
+from assay.methods.core.sandbox import Limits, Sandbox
+from assay.methods.reasoning.dolphin import (
+    Baseline,
+    Document,
+    Entry,
+    Idea,
+    Outcome,
+    RuleRepair,
+    Study,
+    confirmed,
+    in_sandbox,
+    known_from,
+    measured_baseline,
+    practise,
+    ranked,
+    research,
+    similarity_scorer,
+)
+from assay.methods.reasoning.dolphin.practice import Request, Runner
+from assay.methods.reasoning.dolphin.repair import candidates
+
+WORKERS = 2
+LIMITS = Limits(wall_seconds=120, cpu_seconds=30)
+FRESH = range(100, 103)
+"""Seeds that no idea is tried with."""
+
+
+def runner(part: str = "search") -> Runner:
+    """Runs the script beside its digits in the sandbox; what was run before is looked up: the same source and seed
+    give the same metric."""
+    run = in_sandbox(Sandbox(LIMITS), files={"digits.npz": digits_file(part)})
+    known: dict[tuple[str, int], Outcome] = {}
+    lock = threading.Lock()
+
+    def once(source: str, seed: int) -> Outcome:
+        with lock:
+            found = known.get((source, seed))
+        if found is None:
+            found = run(source, seed)
+            with lock:
+                known[source, seed] = found
+        return found
+
+    return once
+
+
+def in_threads(function: Callable[[int], Any], count: int) -> list[Any]:
+    """`function` of 0 to count - 1, two at a time: what takes long is a process of its own."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        return list(pool.map(function, range(count)))
+
+
+# ------------------------------------------------------------------------------------------------------ the loop itself
+
+
+def improving(study: Study, loop: int) -> float:
+    """The share of a round's ideas that were run and improved, in per cent; 0 where none was run."""
+    ran = [one for one in study.entries if one.loop == loop and one.runs]
+    return 100 * sum(one.outcome == "improved" for one in ran) / len(ran) if ran else 0.0
+
+
+def studied(
+    arm: str, seed: int, run: Runner, base: Baseline, embed: Any, loops: int, ideas: int
+) -> tuple[Study, OfflineProposer]:
+    """One study of an arm; all arms of a seed draw the same first round."""
+    studies: list[Study] = []
+
+    def anybody(_: Sequence[Entry]) -> list[Entry]:
+        """As many entries that ran as improved, chosen at random."""
+        (study,) = studies
+        ran = [one for one in study.entries if one.score is not None]
+        wins = sum(one.outcome == "improved" for one in ran)
+        return random.Random(seed).sample(ran, wins)
+
+    propose = OfflineProposer(seed, wins_by=anybody if arm == "random" else None, pairs=arm == "rival")
+    studies.append(Study(embed, baseline=base, feedback=arm in ("feedback", "no bank"), bank=arm != "no bank"))
+    research(studies[0], propose, propose.write, run, RuleRepair(), loops=loops, ideas=ideas, seed=seed % 3)
+    return studies[0], propose
+
+
+@experiment(
+    "dolphin/improvement-rate",
+    points={
+        "smoke": [{"seeds": 2, "loops": 2, "ideas": 3}],
+        "small": [{"seeds": 20, "loops": 3, "ideas": 5}],
+        "full": [{"seeds": 50, "loops": 5, "ideas": 8}],
+    },
+    operator=Operator("the next idea to try", free="another two edits at random"),
+    paper={"task": "point clouds, pictures and sentences", "model": "GPT-4o and DeepSeek-V2.5", "loops": 3},
+    departures={
+        "task": "digits by a small network in numpy, whose training takes a third of a second",
+        "model": "none: ideas are drawn from a list of edits, and with feedback put on top of what improved",
+        "loops": "5 at full, where the paper has 3",
+    },
+    refuted_if="in the last round, the whole interval lies below the share of improvements of the first",
+    measured_here="share of the last round's ideas, edits of a script, that raise its accuracy by more than a standard error",
+    minutes=60,
+)
+def improvement_rate(seeds: int, loops: int, ideas: int) -> Figure:
+    """Per cent of the ideas run in the last round that improve on the reference script by more than one standard error.
+
+    The baseline is the same study's first round, and the interval that of the paired gain over studies, Student's t.
+    Deleted: no feedback, so that
+    single edits are drawn in each round. Random: feedback of as many ideas that were chosen among all that ran. Rival
+    and free: two edits at random. An idea
+    on top of a win may keep what the win gained: what it adds stands in the details, and so does what the best idea is
+    worth on digits
+    that no idea has seen, on fresh seeds, and what the bank turned away.
+    """
+    run, embed = runner(), embedder()
+    base = measured_baseline(run, script_of({}), seeds=range(3))
+    arms = ("feedback", "deleted", "random", "rival", "no bank")
+
+    def of_seed(seed: int) -> dict[str, Study]:
+        return {arm: studied(arm, seed, run, base, embed, loops, ideas)[0] for arm in arms}
+
+    embed([f"{title}. {summary}" for title, summary, _ in EDITS])  # once, before the threads
+    found = in_threads(of_seed, seeds)
+    rates = {arm: np.array([[improving(one[arm], loop + 1) for loop in range(loops)] for one in found]) for arm in arms}
+    ours = rates["feedback"]
+    gain = student_interval((ours[:, -1] - ours[:, 0]).tolist())
+    first = float(ours[:, 0].mean())
+    test = runner("test")
+    worth = {
+        arm: [confirmed(one[arm], test, seeds=FRESH).score for one in found[:10]]
+        for arm in ("feedback", "rival", "deleted")
+    }
+    reference = measured_baseline(test, script_of({}), seeds=FRESH)
+    last = {arm: float(rates[arm][:, -1].mean()) for arm in arms}
+    return Figure(
+        first + gain.median,
+        "%",
+        first + gain.low,
+        first + gain.high,
+        baseline=first,
+        free=last["rival"],
+        controls={name: last[name] for name in ("deleted", "random", "rival")},
+        details={
+            "by round": {arm: rates[arm].mean(0).tolist() for arm in arms},
+            "over two edits at random": _told(student_interval((ours[:, -1] - rates["rival"][:, -1]).tolist())),
+            "over feedback of anything": _told(student_interval((ours[:, -1] - rates["random"][:, -1]).tolist())),
+            "over the win below": _told(student_interval(_added([one["feedback"] for one in found]))),
+            "accuracy of the best on fresh digits and seeds": {
+                "the reference script": reference.score,
+                **{arm: _told(student_interval(values)) for arm, values in worth.items()},
+            },
+            "scripts run a study": {arm: float(np.mean([one[arm].runs for one in found])) for arm in arms},
+            "turned away, %": {arm: _share([one[arm] for one in found], "known") for arm in arms},
+            "run again, %": {arm: float(np.mean([_again(one[arm]) for one in found])) for arm in arms},
+            "baseline": [base.score, base.delta],
+        },
+    )
+
+
+def _told(found: Interval) -> dict[str, float]:
+    return {"median": found.median, "low": found.low, "high": found.high}
+
+
+def _share(studies: Sequence[Study], outcome: str) -> float:
+    return 100 * float(np.mean([[one.outcome == outcome for one in study.entries] for study in studies]))
+
+
+def _again(study: Study) -> float:
+    """Per cent of the scripts that were run for an idea though an earlier idea had come to the same script."""
+    ran = [one.source for one in study.entries if one.runs]
+    return 100 * (1 - len(set(ran)) / len(ran)) if ran else 0.0
+
+
+def _added(studies: Sequence[Study]) -> list[float]:
+    """By study: the mean, over ideas on top of a win, of accuracy above that win's, in points. Studies without one are
+    left out."""
+    found = []
+    for study in studies:
+        scores = {one.idea.title: one.score for one in study.entries if one.score is not None}
+        pairs = [
+            100 * (one.score - below)
+            for one in study.entries
+            if one.score is not None and (below := scores.get(one.idea.title.partition(" on top of ")[2])) is not None
+        ]
+        found += [float(np.mean(pairs))] if pairs else []
+    return found if len(found) > 1 else [0.0, 0.0]
+
+
+# -------------------------------------------------------------------------------------------------------------- repairs
+
+
+def scripts() -> list[str]:
+    """The reference script under settings that take its different paths."""
+    some: list[dict[str, Any]] = [
+        {}, {"activation": "tanh", "shift": 1}, {"components": 16, "dropout": 0.2}, {"adam": True, "mixup": True},
+        {"coarse": True, "standard": True}, {"squares": True, "clip": 1.0, "mirror": True},
+    ]  # fmt: skip
+    return [script_of(settings).replace("BUDGET = 4e7", "BUDGET = 2e6") for settings in some]
+
+
+def planted(run: Runner, each: int, seed: int = 0) -> list[tuple[str, str]]:
+    """`each` scripts of every kind of fault that really raise in the script's own code, (kind, script)."""
+    found: dict[str, list[str]] = {kind: [] for kind in PLANTERS}
+    for kind, text in itertools.islice(faulty(scripts(), seed), 40 * each * len(PLANTERS)):
+        if len(found[kind]) < each and text not in found[kind] and not run(text, 0).ok:
+            found[kind].append(text)
+        if all(len(own) == each for own in found.values()):
+            break
+    return [(kind, text) for kind, own in found.items() for text in own]
+
+
+class AnyLine:
+    """The control: the rules of `RuleRepair` at a line of the script chosen at random."""
+
+    def __call__(self, request: Request) -> str | None:
+        """The first change of that line that was not tried."""
+        base = request.attempts[0]
+        if not base.failures or not base.failures[-1].frames:
+            return None
+        chance = random.Random(f"{len(request.attempts)} {base.source}")
+        failure = base.failures[-1]
+        for _ in range(200):
+            line = chance.randint(1, len(base.source.splitlines()))
+            frame = type(failure.frames[-1])("run.py", line, "<module>")
+            moved = type(base)(base.source, (type(failure)(failure.kind, failure.message, (frame,)),))
+            tried = {one.source for one in request.attempts}
+            for text in candidates(moved, ()):
+                if text not in tried:
+                    return text
+        return None
+
+
+@experiment(
+    "dolphin/execution-success",
+    points={
+        "smoke": [{"each": 1, "seed": 0}],
+        "small": [{"each": 4, "seed": 0}],
+        "full": [{"each": 40, "seed": 0}],
+    },
+    operator=Operator(
+        "repairing a script that raises", free="the same rules at the line of the script that the traceback names"
+    ),
+    paper={"scripts": "15 that a model wrote", "repairer": "DeepSeek-V2.5", "rounds": 5},
+    departures={
+        "scripts": "variants of a real script with one planted fault each, of eight kinds, that really raise",
+        "repairer": "rules, the same with and without the code around the failure: no model that writes code runs here",
+    },
+    refuted_if="the whole interval lies below what the traceback alone repairs",
+    measured_here="share of scripts with a planted fault that run after at most five repairs by rules",
+    minutes=60,
+)
+def execution_success(each: int, seed: int) -> Figure:
+    """Per cent of the scripts that run after at most five repairs by the rules that know the code around the failure.
+
+    Baseline and deleted: the same rules with the own frames of the traceback alone. Random: the rules at random lines.
+    Rival: no repair is
+    cheaper than that of the line named, so that the rival is the baseline with as many rounds as it can use. The
+    interval is Student's t of the paired gain over scripts.
+    A run that ends well is called repaired, as in the paper; how often the result is the unbroken script stands in the
+    details.
+    """
+    run = runner()
+    cases = planted(run, each, seed)
+    whole = set(scripts())
+    ways: dict[str, Any] = {
+        "structure": {"repair": RuleRepair(), "structure": True, "rounds": 5},
+        "traceback": {"repair": RuleRepair(), "structure": False, "rounds": 5},
+        "traceback, 20 rounds": {"repair": RuleRepair(), "structure": False, "rounds": 20},
+        "random lines": {"repair": AnyLine(), "structure": True, "rounds": 5},
+    }
+
+    def tried(i: int) -> dict[str, tuple[bool, bool, int]]:
+        made = {name: practise(cases[i][1], run, **way) for name, way in ways.items()}
+        return {name: (one.last.ok, one.source in whole, one.repairs) for name, one in made.items()}
+
+    found = in_threads(tried, len(cases))
+    success = {name: np.array([100.0 * one[name][0] for one in found]) for name in ways}
+    gain = student_interval((success["structure"] - success["traceback"]).tolist())
+    base = float(success["traceback"].mean())
+    return Figure(
+        base + gain.median,
+        "%",
+        base + gain.low,
+        base + gain.high,
+        baseline=base,
+        free=base,
+        controls={
+            "deleted": base,
+            "random": float(success["random lines"].mean()),
+            "rival": float(success["traceback, 20 rounds"].mean()),
+        },
+        details={
+            "scripts": len(cases),
+            "by fault": {
+                kind: {
+                    name: float(success[name][[i for i, case in enumerate(cases) if case[0] == kind]].mean())
+                    for name in ways
+                }
+                for kind in dict.fromkeys(kind for kind, _ in cases)
+            },
+            "is the unbroken script again, %": {
+                name: 100 * float(np.mean([one[name][1] for one in found])) for name in ways
+            },
+            "repairs a script": {name: float(np.mean([one[name][2] for one in found])) for name in ways},
+        },
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- what is known
+
+ATTRIBUTES = "saves {saves}; for {models} models"
+
+
+def documents_of(some: Sequence[Paper]) -> list[Document]:
+    """Papers of the catalogue by title and summary."""
+    return [Document(one.title, one.summary) for one in some]
+
+
+def told_again(paper: Paper) -> Idea:
+    """The paper's method in the words of its claims: what was gained over what, without its title and its summary."""
+    claims = " ".join(f"{claim.metric}, against {claim.baseline}." for claim in paper.claims)
+    return Idea(paper.title.partition(":")[2].strip() or paper.title, summary=claims)
+
+
+def accepted(
+    hidden: Sequence[Paper], shown: Sequence[Paper], embed: Any, threshold: float, way: str, seed: int
+) -> tuple[int, int]:
+    """Of ideas of hidden papers (novel) and of shown ones (known), how many a check lets through: (novel, known)."""
+    documents = documents_of(shown)
+    passed = {True: 0, False: 0}
+    for novel, paper in [*((True, one) for one in hidden), *((False, one) for one in shown)]:
+        idea = told_again(paper)
+        kept = documents
+        if way == "ranked":
+            text = ATTRIBUTES.format(saves=", ".join(paper.saves), models=", ".join(paper.models))
+            kept = ranked(
+                documents, similarity_scorer(embed, paper.family), similarity_scorer(embed, text), least=LEAST
+            )
+        elif way == "plain":
+            kept = ranked(
+                documents, similarity_scorer(embed, paper.family), lambda d: [10.0] * len(d), least=1.0, most=10
+            )
+        elif way == "random":
+            kept = random.Random(f"{seed} {paper.slug}").sample(documents, min(10, len(documents)))
+        elif way == "none":
+            kept = []
+        passed[novel] += known_from(idea, kept, embed, threshold=threshold) is None
+    return passed[True], passed[False]
+
+
+LEAST = 4.0
+"""Scores by similarity that are kept: the paper's 8 of a model's scores keeps a tenth of the documents here, or
+none."""
+
+
+@experiment(
+    "dolphin/novel-ideas",
+    points={
+        "smoke": [{"splits": 3, "each": 4}],
+        "small": [{"splits": 20, "each": 20}],
+        "full": [{"splits": 200, "each": 30}],
+    },
+    operator=Operator("telling ideas that are known", free="the nearest of all documents, without any ranking"),
+    paper={"ideas": "20 that GPT-4o wrote", "judge": "people", "least": 8},
+    departures={
+        "ideas": "methods of the catalogue in the words of their claims, half of them from papers that the retrieval does not hold",
+        "judge": "known by construction: a paper that the retrieval holds is known, one that it does not hold is new",
+        "least": "4 of 10, since scores are similarities and not a model's",
+    },
+    refuted_if="the whole interval lies below the share of novel ideas where nothing is retrieved",
+    measured_here="share of novel ones among the ideas that a check by sentence embeddings lets through",
+    minutes=30,
+)
+def novel_ideas(splits: int, each: int) -> Figure:
+    """Per cent of novel ideas among those that pass the check against documents ranked by topic and by attributes.
+
+    Half of the ideas are known by construction, so that without retrieval (baseline, deleted) half of what passes is
+    novel. Random: as many
+    documents at random. Rival and free: the nearest of all documents. In the details: ten documents by topic alone,
+    and how many novel ideas each way turns away
+    wrongly. The threshold is chosen on the papers of every other split, by the most right decisions of the ranked way,
+    and judged on the
+    others; the interval is Student's t over splits.
+    """
+    embed = embedder()
+    everything = list(papers())
+    ways = ("ranked", "plain", "random", "none", "all")
+
+    def split(seed: int) -> tuple[list[Paper], list[Paper]]:
+        drawn = random.Random(f"novel {seed}").sample(everything, 2 * each)
+        return drawn[:each], drawn[each:]
+
+    def right(threshold: float) -> float:
+        found = [accepted(*split(1000 + seed), embed, threshold, "ranked", seed) for seed in range(max(2, splits // 4))]
+        return float(np.mean([novel + each - known for novel, known in found]))
+
+    threshold = max((0.3, 0.4, 0.5, 0.6, 0.7), key=right)
+    found = {way: [accepted(*split(seed), embed, threshold, way, seed) for seed in range(splits)] for way in ways}
+    share = {way: [100 * novel / max(1, novel + known) for novel, known in own] for way, own in found.items()}
+    value = student_interval(share["ranked"])
+    mean = {way: float(np.mean(own)) for way, own in share.items()}
+    return Figure(
+        value.median,
+        "%",
+        value.low,
+        value.high,
+        baseline=mean["none"],
+        free=mean["all"],
+        controls={"deleted": mean["none"], "random": mean["random"], "rival": mean["all"]},
+        arms={"ten documents by topic alone": mean["plain"]},
+        details={
+            "threshold": threshold,
+            "novel ideas let through, %": {
+                way: 100 * float(np.mean([novel for novel, _ in own])) / each for way, own in found.items()
+            },
+            "known ideas let through, %": {
+                way: 100 * float(np.mean([known for _, known in own])) / each for way, own in found.items()
+            },
+            "over all documents": _told(
+                student_interval((np.array(share["ranked"]) - np.array(share["all"])).tolist())
+            ),
+        },
+    )
