@@ -40,7 +40,7 @@ def steps(share, H, n=200):
 def scripted(monkeypatch):
     """Sets what the arms reach, {arm: shares}; seeds differ by a few traces."""
     monkeypatch.setattr(room, "in_parallel", lambda function, runs: [function(*run) for run in runs])
-    monkeypatch.setattr(room, "chosen", lambda *_: Rate(1e-3, (3e-4, 1e-3, 3e-3)))
+    monkeypatch.setattr(room, "searched_rate", lambda arm: Rate(1e-3, (3e-4, 1e-3, 3e-3)))
     monkeypatch.setattr(models, "chosen", lambda *_: Rate(3e-3, (1e-3, 3e-3, 1e-2)))
 
     def script(unequal, alike=None):

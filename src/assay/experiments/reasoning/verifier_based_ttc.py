@@ -17,15 +17,14 @@ import numpy as np
 
 from assay.experiments.core import Figure, Operator, Trained, experiment
 from assay.experiments.mixers.training import in_parallel, over_seeds
-from assay.experiments.rates import chosen
 from assay.experiments.reasoning.verifier_based_ttc_models import (
     BASE,
     BEST,
     FULL,
+    GRADIENT,
     IMITATION,
     QUICKEST,
     RECIPE,
-    SEARCH,
     SMOKE,
     TRUE,
     USELESS,
@@ -33,11 +32,12 @@ from assay.experiments.reasoning.verifier_based_ttc_models import (
     Recipe,
     mean_return,
     outcomes,
+    searched_rate,
     success,
 )
 
 Seen = dict[str, Any]
-RATED = {IMITATION: IMITATION, QUICKEST: QUICKEST, VERIFIER: "policy gradient"}
+RATED = {IMITATION: IMITATION, QUICKEST: QUICKEST, VERIFIER: GRADIENT}
 """The learning rate that each arm has."""
 
 
@@ -142,8 +142,8 @@ def verifier_beats_imitation(recipe: Recipe) -> Figure:
                 [success(seen["unequal"][str(budgets[-1])][arm], budgets[-1]) for seen in found],
                 guessing(budgets[-1]),
                 "words by chance",
-                chosen(SEARCH, rated).rate,
-                chosen(SEARCH, rated).rates,
+                searched_rate(rated).rate,
+                searched_rate(rated).rates,
                 higher_is_better=True,
             )
             for arm, rated in RATED.items()

@@ -10,7 +10,6 @@ imitation has as many words in training instead. That wrong traces teach imitati
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.experiments.rates import chosen, searched
+from assay.experiments.rates import Rate, chosen, searched
 from assay.methods.reasoning.verifier_based_ttc import (
     Planted,
     anti_concentration,
@@ -31,7 +30,6 @@ from assay.methods.reasoning.verifier_based_ttc import (
 from assay.methods.reasoning.verifier_based_ttc.diagnostics import budget_curve
 from assay.methods.reasoning.verifier_based_ttc.training import verified
 
-SEARCH = "verifier_based_ttc/planted"
 Recipe = Mapping[str, Any]
 RECIPE: dict[str, Any] = {
     "width": 32, "layers": 2, "heads": 2, "base_steps": 500, "contexts": 64, "traces": 32, "verifier_steps": 100,
@@ -50,6 +48,13 @@ IMITATION, QUICKEST, VERIFIER, USELESS, BASE, BEST, TRUE = (
     "imitation", "imitation of the quickest", "verifier", "useless verifier", "base policy", "best of 4 by the verifier",
     "true rewards of the traces written meanwhile",
 )  # fmt: skip
+GRADIENT = "policy gradient"
+GRID = (1e-3, 3e-3, 1e-2, 3e-2)
+SEARCHES = {
+    BASE: "verifier_based_ttc/base",
+    **dict.fromkeys((IMITATION, QUICKEST, VERIFIER), "verifier_based_ttc/learners"),
+    GRADIENT: "verifier_based_ttc/gradient",
+}
 
 
 class Decoder(nn.Module):
@@ -116,8 +121,13 @@ def sampled(H: int) -> Callable[[nn.Module, Tensor, int], Tensor]:
 # ------------------------------------------------------------------------------------------------------------------- arms
 
 
+def searched_rate(arm: str) -> Rate:
+    """The learning rate found for an arm, and the grid it comes from."""
+    return chosen(SEARCHES[arm], arm)
+
+
 def rate_of(arm: str) -> float:
-    return chosen(SEARCH, arm).rate
+    return searched_rate(arm).rate
 
 
 def problem_of(mixture: Mapping[str, Any], seed: int) -> Planted:
@@ -240,14 +250,14 @@ def outcomes(recipe: Recipe, seed: int) -> dict[str, Any]:
             arms = {
                 BASE: data.judged(base),
                 IMITATION: data.judged(data.imitated(rate_of(IMITATION))),
-                VERIFIER: data.judged(data.climbed(score, rate_of("policy gradient"))),
+                VERIFIER: data.judged(data.climbed(score, rate_of(GRADIENT))),
             }
             if name == "unequal":
                 arms |= {
                     QUICKEST: data.judged(data.imitated(rate_of(QUICKEST), quickest=True)),
-                    USELESS: data.judged(data.climbed(noise, rate_of("policy gradient"))),
+                    USELESS: data.judged(data.climbed(noise, rate_of(GRADIENT))),
                     BEST: data.best_of(verifier),
-                    TRUE: data.judged(data.climbed(true, rate_of("policy gradient"))),
+                    TRUE: data.judged(data.climbed(true, rate_of(GRADIENT))),
                 }
             seen[name][str(H)] = arms
         by_prompt = [
@@ -278,20 +288,19 @@ def _for_search(H: int = 12, seed: int = 100) -> Data:
     return Data(base_policy(SEARCHED_AT, UNEQUAL, seed), problem_of(UNEQUAL, seed), SEARCHED_AT, H, seed)
 
 
-@searched(SEARCH, arms=(BASE, IMITATION, QUICKEST, VERIFIER, "policy gradient"), grid=(1e-3, 3e-3, 1e-2, 3e-2))
-def search(arm: str, rate: float) -> float:
-    """The loss of an arm on contexts kept for the choice, of another seed: wrong traces, and squared error of the
-    verifier."""
-    if arm == BASE:
-        policy = base_policy(SEARCHED_AT, UNEQUAL, 100, rate)
-        problem = problem_of(UNEQUAL, 100)
-        contexts = problem.contexts(2000, seed=8000)
-        ids = torch.cat(
-            [problem.prompts(contexts), problem.traces(contexts, max(SEARCHED_AT["budgets"]), seed=8001)], 1
-        )
-        with torch.no_grad():
-            logits = policy(ids[:, :-1])[:, problem.k :]
-        return F.cross_entropy(logits.flatten(0, 1), ids[:, problem.k + 1 :].flatten()).item()
+def base_loss(arm: str, rate: float) -> float:
+    """The base policy's cross entropy on traces of contexts kept for the choice."""
+    policy = base_policy(SEARCHED_AT, UNEQUAL, 100, rate)
+    problem = problem_of(UNEQUAL, 100)
+    contexts = problem.contexts(2000, seed=8000)
+    ids = torch.cat([problem.prompts(contexts), problem.traces(contexts, max(SEARCHED_AT["budgets"]), seed=8001)], 1)
+    with torch.no_grad():
+        logits = policy(ids[:, :-1])[:, problem.k :]
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, problem.k + 1 :].flatten()).item()
+
+
+def learner_loss(arm: str, rate: float) -> float:
+    """The loss of an arm on contexts kept for the choice: wrong traces, and squared error of the verifier."""
     data = _for_search()
     if arm == VERIFIER:
         judge = data.verifier(rate)
@@ -299,16 +308,18 @@ def search(arm: str, rate: float) -> float:
         traces = data.sample(data.base, data.problem.prompts(contexts), 8001)
         wanted = data.problem.rewards(contexts, traces)
         return ((verified(judge, data.problem.prompts(contexts), traces) - wanted) ** 2).mean().item()
-    if arm == "policy gradient":
-        judge = data.verifier(rate_of(VERIFIER)) if _is_known(VERIFIER) else data.verifier(3e-3)
-        policy = data.climbed(lambda prompts, traces: verified(judge, prompts, traces), rate)
-    else:
-        policy = data.imitated(rate, quickest=arm == QUICKEST)
+    return 1 - success(data.judged(data.imitated(rate, quickest=arm == QUICKEST), 8000), data.H)
+
+
+def gradient_loss(arm: str, rate: float) -> float:
+    """Wrong traces behind climbing what the verifier says."""
+    data = _for_search()
+    judge = data.verifier(rate_of(VERIFIER))
+    policy = data.climbed(lambda prompts, traces: verified(judge, prompts, traces), rate)
     return 1 - success(data.judged(policy, 8000), data.H)
 
 
-def _is_known(arm: str) -> bool:
-    try:
-        return math.isfinite(rate_of(arm))
-    except KeyError:
-        return False
+# one after the other: each needs the rates of those before
+searched(SEARCHES[BASE], arms=(BASE,), grid=GRID)(base_loss)
+searched(SEARCHES[IMITATION], arms=(IMITATION, QUICKEST, VERIFIER), grid=GRID)(learner_loss)
+searched(SEARCHES[GRADIENT], arms=(GRADIENT,), grid=GRID)(gradient_loss)

@@ -31,7 +31,7 @@ def rebase_counts(scores: Sequence[float], width: int, *, temperature: float = 0
     equal scores the first comes first. Raises ValueError without a score, for one that is not finite, and for width < 1.
 
     >>> rebase_counts([0.9, 0.5, 0.5, 0.1], 8)
-    [6, 1, 1, 0]
+    [7, 1, 0, 0]
     """
     known = [checks.number("scores", score) for score in scores]
     if not known:
