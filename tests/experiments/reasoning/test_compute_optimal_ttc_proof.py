@@ -17,7 +17,9 @@ from assay.evidence.types import Verdict
 from assay.evidence.verdict import judge
 from assay.experiments import experiments_of
 from assay.experiments.reasoning import compute_optimal_ttc as room
+from assay.experiments.reasoning import compute_optimal_ttc_curves as curves
 from assay.experiments.reasoning import compute_optimal_ttc_runs as runs
+from assay.experiments.reasoning import compute_optimal_ttc_units as made
 from assay.experiments.reasoning.samples import Drawn
 from assay.methods.core.reasoning.budget import Budget, Spent
 from assay.methods.core.reasoning.generator import Sample, Sampling
@@ -33,7 +35,22 @@ GIVES = {  # accuracy by strategy and budget: of easy questions, of hard ones
 }
 
 
-def question(i: int, *, known: bool = True) -> room.Unit:
+def behind(found: list[Outcome], pilot: int, tokens: float) -> list[Outcome]:
+    """The same outcomes behind a pilot, which samples take among theirs."""
+
+    def paid(one):
+        joins = one.strategy == "parallel"
+        more, used = (0.0, one.n) if joins else (tokens, one.n + pilot)
+        return made.Counted(one.item, one.strategy, one.n, one.accuracy, one.tokens + more, float(used))
+
+    return [paid(one) for one in found if one.n >= pilot]
+
+
+def with_outcomes(one: made.Unit, found: list[Outcome]) -> made.Unit:
+    return replace(one, outcomes=found, behind=behind(found, 2, 10.0))
+
+
+def question(i: int, *, known: bool = True, pilot: int = 2) -> made.Unit:
     """Half of the questions are hard, where only the search helps; the pilot tells which, if it is `known`."""
     chance = np.random.default_rng(i)
     hard = int(i % 2)
@@ -42,19 +59,20 @@ def question(i: int, *, known: bool = True) -> room.Unit:
     def of(strategy, points, kind=Outcome, **more):
         return [
             kind(name, strategy, n, float(np.clip(pair[hard] + chance.normal(0, 0.05), 0, 1)), 50.0 + 5 * n, **more)
-            for n, pair in zip(room.NS, points, strict=False)
+            for n, pair in zip(runs.NS, points, strict=False)
             if pair is not None
         ]
 
     tells = (1 - hard if known else chance.random()) + chance.normal(0, 0.1)
     slow = [
-        room._Stopped(name, "early stop", k, right, 50.0 + 5 * used, used)
+        made.Counted(name, "early stop", k, right, 50.0 + 5 * used, used)
         for k, used, right in ((1, 1.0, 0.3), (2, 9.0, 0.45))
     ]
     found = [one for strategy, points in GIVES.items() for one in of(strategy, points)]
     vote = of("majority", GIVES["parallel"])
-    return room.Unit(
-        name, f"q{i}", room.WORDINGS[i // 2 % 3], found, vote, slow, tells, 1.0 - hard, 10.0, [(0.9, True), (0.1, False)]
+    return made.Unit(
+        name, f"q{i}", room.WORDINGS[i // 2 % 3], found, behind(found, pilot, 5.0 * pilot), vote, slow, tells, 1.0 - hard,
+        [(0.9, True), (0.1, False)],
     )  # fmt: skip
 
 
@@ -68,7 +86,6 @@ def world(monkeypatch):
     monkeypatch.setattr(room.runs, "learn_sets", lambda n: [])
     monkeypatch.setattr(room.runs, "fitted", lambda found, ledger: None)
     monkeypatch.setattr(room, "unit", lambda one, *_: one)
-    monkeypatch.setattr(room, "DRAWS", 200)
     monkeypatch.setattr(room, "resampled", lambda units, draws=200, seed=0: RESAMPLED(units, 200, seed))
     put([question(i) for i in range(MANY)])
     return put
@@ -118,15 +135,37 @@ def test_a_policy_turned_round_is_refuted(world, monkeypatch):
 
 
 def test_a_dear_pilot_changes_the_verdict(world):
-    assert verdict_of(SAVED, {**POINT, "pilot": 14}) not in PAYS
+    assert verdict_of(SAVED, POINT) in PAYS
+    world([question(i, pilot=14) for i in range(MANY)])
+    assert verdict_of(SAVED, POINT) not in PAYS
+
+
+def test_a_policy_that_changes_nothing_is_no_worse_than_its_baseline(world):
+    """Its pilot's samples are among those that it chooses, so that a pilot alone refutes nothing."""
+    world([with_outcomes(u, [o for o in u.outcomes if o.strategy == "parallel"]) for u in map(question, range(MANY))])
+    record = record_of(SAVED, POINT)
+    assert record.measured.median == record.measured.high == 1.0
+    assert judge(record).verdict is Verdict.DOES_NOT_PAY
+
+
+def test_where_nothing_is_ever_right_nothing_is_refuted(world):
+    def never(one):
+        lost = {name: [replace(o, accuracy=0.0) for o in getattr(one, name)] for name in
+                ("outcomes", "behind", "majority", "stopping")}  # fmt: skip
+        return replace(one, **lost)
+
+    world([never(question(i)) for i in range(MANY)])
+    record = record_of(SAVED, POINT)
+    assert (record.measured.low, record.measured.high) == (1.0, 1.0)
+    assert judge(record).verdict is Verdict.DOES_NOT_PAY
 
 
 def test_tokens_alone_can_refute(world):
     """A strategy that spends few generations and very many tokens."""
 
     def dear(one):
-        return replace(
-            one, outcomes=[replace(o, tokens=o.tokens * (30 if o.strategy == "beam of 2" else 1)) for o in one.outcomes]
+        return with_outcomes(
+            one, [replace(o, tokens=o.tokens * (30 if o.strategy == "beam of 2" else 1)) for o in one.outcomes]
         )
 
     world([dear(question(i)) for i in range(MANY)])
@@ -137,7 +176,7 @@ def test_tokens_alone_can_refute(world):
 
 def test_a_free_rival_that_is_as_good_changes_the_verdict(world):
     quick = [
-        replace(u, stopping=[replace(one, accuracy=0.5, used=3.5) if one.n == 2 else one for one in u.stopping])
+        replace(u, stopping=[replace(one, accuracy=0.5, used=2.5) if one.n == 2 else one for one in u.stopping])
         for u in map(question, range(MANY))
     ]
     world(quick)
@@ -151,7 +190,7 @@ def test_one_strategy_that_is_best_for_all_is_not_the_policys_gain(world):
 
     def helped(one):
         best = [replace(o, accuracy=0.7 if o.strategy == "beam of 2" else o.accuracy) for o in one.outcomes]
-        return replace(one, outcomes=best)
+        return with_outcomes(one, best)
 
     world([helped(question(i)) for i in range(MANY)])
     record = record_of(SAVED, POINT)
@@ -171,20 +210,20 @@ def test_an_oracle_that_is_not_charged_stands_in_the_record_only(world):
 
 def level(costs, right):
     columns = np.array(costs, dtype=float)[:, None].repeat(3, 1)
-    return room.Curve(columns, 2 * columns, np.array(right, dtype=float)[:, None].repeat(3, 1))
+    return curves.Curve(columns, 2 * columns, np.array(right, dtype=float)[:, None].repeat(3, 1))
 
 
 def test_savings_are_taken_where_both_are_right_as_often():
     weights = np.full(3, 1 / 3)
     base = level([1, 2, 4, 8], [0.2, 0.4, 0.5, 0.6])
-    assert room.saving(base, base, weights) == pytest.approx(1)
-    assert room.saving(base, level([2, 4, 8, 16], [0.2, 0.4, 0.5, 0.6]), weights) == pytest.approx(0.5)
-    assert room.saving(base, level([1, 2], [0.2, 0.6]), weights, "tokens") == pytest.approx(4)
-    assert room.saving(base, level([1, 8], [0.2, 0.3]), weights) == pytest.approx(1.5 / 8), "it never gets as far"
-    assert room.saving(base, level([3], [0.9]), weights) == pytest.approx(8 / 3)
+    assert curves.saving(base, base, weights) == pytest.approx(1)
+    assert curves.saving(base, level([2, 4, 8, 16], [0.2, 0.4, 0.5, 0.6]), weights) == pytest.approx(0.5)
+    assert curves.saving(base, level([1, 2], [0.2, 0.6]), weights, "tokens") == pytest.approx(4)
+    assert curves.saving(base, level([1, 8], [0.2, 0.3]), weights) == pytest.approx(1.5 / 8), "it never gets as far"
+    assert curves.saving(base, level([3], [0.9]), weights) == pytest.approx(8 / 3)
     dips = level([1, 2, 4], [0.2, 0.1, 0.4])
-    assert room.fewest(dips.generations.mean(1), dips.right.mean(1), 0.3) == pytest.approx(3)
-    assert room.fewest(np.array([1.0]), np.array([0.1]), 0.3) == float("inf")
+    assert curves.fewest(dips.generations.mean(1), dips.right.mean(1), 0.3) == pytest.approx(3)
+    assert curves.fewest(np.array([1.0]), np.array([0.1]), 0.3) == float("inf")
 
 
 def test_the_interval_resamples_questions_with_all_their_wordings():
@@ -195,10 +234,10 @@ def test_the_interval_resamples_questions_with_all_their_wordings():
 
 
 def test_stopping_early():
-    assert room.stopped(["1", "2", "2", "1", "1"], 3) == ("1", 5)
-    assert room.stopped(["", "2", "", "2"], 2) == ("2", 4)
-    assert room.stopped(["", ""], 1) == ("", 2)
-    assert room.stopped(["1", "2"], 5) == ("1", 2)
+    assert made.stopped(["1", "2", "2", "1", "1"], 3) == ("1", 5)
+    assert made.stopped(["", "2", "", "2"], 2) == ("2", 4)
+    assert made.stopped(["", ""], 1) == ("", 2)
+    assert made.stopped(["1", "2"], 5) == ("1", 2)
 
 
 # --------------------------------------------------------------------------------------------------- searches on written samples
@@ -232,6 +271,9 @@ def test_a_search_sees_what_the_samples_say_as_often_as_they_say_it():
     (later,) = writer([one.prompt], Sampling(0.8, max_new_tokens=8), n=2, first=3)
     assert [s.spent.prompt for s in later] == [20, 0]
     (digits,) = writer([one.prompt + " "], Sampling(0.8, max_new_tokens=1), n=3000)
+    assert Counter(s.text for s in digits[:24]) == {"4": 15, "5": 7, "no idea": 2}, (
+        "none is drawn again before all were"
+    )
     shares = Counter(s.text for s in digits)
     assert shares["4"] / 3000 == pytest.approx(15 / 24, abs=0.03)
     assert shares["5"] / 3000 == pytest.approx(7 / 24, abs=0.03)
@@ -252,6 +294,15 @@ def test_samples_are_taken_apart_without_loss():
         assert tuple(t for p in parts for t in p.tokens) == sample.tokens
         assert sum(len(p.logprobs) for p in parts) == len(sample.logprobs)
         assert all(len(p.text) == 1 for p in parts[:-1])
+
+
+def test_the_verifier_sees_how_long_the_numbers_of_the_question_are():
+    """Not those of the examples in front of it."""
+    for wording in room.WORDINGS:
+        for level, longest in ((1, 1), (2, 2)):
+            (item,) = items("sum", level=level, n=1, part="judged")
+            trace = runs.of_sample(prompt(item, wording), drawn().samples[0])
+            assert runs.features(trace, 0)[4:6] == [longest - 2, longest]
 
 
 def test_searches_give_answers_of_the_samples_and_a_verifier_guides_them():
@@ -275,7 +326,12 @@ def test_a_units_pilot_is_apart_from_what_is_spent():
     assert found.oracle == 0.0
     assert found.predicted > 0.8
     assert {o.accuracy for o in [*found.outcomes, *found.majority, *found.stopping]} == {0.0}
-    assert found.pilot_tokens == 8.0
+    paid = [(o.tokens, o.used) for o in found.behind if o.strategy == "beam of 2" and o.n == 4]
+    assert paid == [(o.tokens + 8.0, 6) for o in found.outcomes if o.strategy == "beam of 2" and o.n == 4]
+    joined = {o.n: o for o in found.behind if o.strategy == "parallel"}
+    assert {n: (o.used, o.tokens) for n, o in joined.items()} == {n: (n, 20 + 4 * n) for n in (2, 4, 8, 16)}
+    assert joined[2].accuracy == 1.0, "the pilot's own samples are all there is"
+    assert joined[16].accuracy == 0.0, "of sixteen the pilot's are two"
     assert sorted({o.n for o in found.outcomes if o.strategy == "parallel"}) == [1, 2, 4, 8, 16]
     one = next(o for o in found.outcomes if o.strategy == "parallel" and o.n == 4)
     assert one.tokens == 20 + 4 * 4

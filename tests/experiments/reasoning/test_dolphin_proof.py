@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from tests.properties.sabotage import PAYS, record_of, verdict_of
 
-from assay.evidence.types import Verdict
 from assay.evidence.verdict import judge
 from assay.experiments import experiments_of
 from assay.experiments.reasoning import dolphin as room
@@ -24,7 +23,7 @@ from assay.experiments.reasoning import dolphin_faults as faults
 from assay.experiments.reasoning import dolphin_task as task
 from assay.methods.core.sandbox import protections
 from assay.methods.reasoning import dolphin
-from assay.methods.reasoning.dolphin import Baseline, Idea, Outcome, Study, practice
+from assay.methods.reasoning.dolphin import Baseline, Idea, Outcome, Study, practice, repair
 
 LOOP, REPAIR, KNOWN = "dolphin/improvement-rate", "dolphin/execution-success", "dolphin/novel-ideas"
 
@@ -89,12 +88,37 @@ def test_feedback_that_is_lost_is_noticed(offline, monkeypatch):
 
 
 def test_feedback_of_anything_is_noticed(offline, monkeypatch):
-    """Ideas on top of whatever ran, not of what improved."""
-    monkeypatch.setattr(
-        Study, "wins", property(lambda self: [one for one in self.entries if one.outcome in ("maintained", "declined")])
-    )
-    assert verdict_of(LOOP, POINT) is not Verdict.REPRODUCED
-    assert verdict_of(LOOP, POINT) not in PAYS
+    """Ideas on top of whatever ran, as many as improved, and on top of what did not improve."""
+
+    def anything(study):
+        ran = [one for one in study.entries if one.score is not None]
+        return random.Random(len(ran)).sample(ran, sum(one.outcome == "improved" for one in ran))
+
+    for wins in (anything, lambda study: [one for one in study.entries if one.outcome in ("maintained", "declined")]):
+        monkeypatch.setattr(Study, "wins", property(wins))
+        assert verdict_of(LOOP, POINT) not in PAYS
+
+
+def test_a_seed_that_is_lucky_and_a_script_that_ran_before_improve_nothing(offline, monkeypatch):
+    monkeypatch.setattr(room, "runner", lambda part="search": lambda source, seed: Outcome(0.8 + 0.1 * (seed % 3)))
+    lucky = record_of(LOOP, {"seeds": 3, "loops": 2, "ideas": 4})
+    assert (lucky.measured.median, lucky.baseline) == (0, 0)
+    assert judge(lucky).verdict not in PAYS
+    study = Study(apart, baseline=Baseline(0.8, 0.01), bank=False)
+    for loop in (1, 2):
+        study.tell(loop, Idea("a"), dolphin.practise("same", lambda source, seed: Outcome(0.9)))
+    assert [room.improving(study, loop) for loop in (1, 2, 3)] == [100, 0, 0]
+
+
+def test_edits_change_the_reference_and_what_they_are_put_on():
+    reference = ast.literal_eval(re.search(r"SETTINGS = (\{.*?\})", task.SCRIPT, re.DOTALL)[1])
+    for title, _, changed in task.EDITS + task.COPIES:
+        assert {**reference, **changed} != reference, title
+    propose = task.OfflineProposer(0)
+    (below,) = propose([], 1, 1)
+    win = SimpleNamespace(idea=below)
+    changed = propose.settings[below.text]
+    assert all(propose.settings[one.text] != changed for one in propose([win], 300, 2) if " on top" in one.title)
 
 
 def test_all_arms_of_a_seed_begin_alike_and_the_rival_has_no_wins(offline):
@@ -136,14 +160,16 @@ def test_the_script_learns_digits_and_the_broken_edits_raise():
 
 # -------------------------------------------------------------------------------------------------------------------- repairs
 
+BETWEEN = "".join(f"    idle{n} = str('{n}')\n" for n in range(8))
 SMALL = [
-    "def f():\n    n = '4'\n    m = 3\n    return m + n\nf()\n",
-    "def f(n, text):\n    return text[n]\nf('abc', 1)\n",
-    "def g(x):\n    scale = '2'\n    return x - scale\ng(3)\n",
+    f"def f():\n    n = '4'\n{BETWEEN}    return 3 + n\nf()\n",
+    f"def g(x):\n    scale = '2'\n{BETWEEN}    return x - scale\ng(3)\n",
+    f"def f(k):\n    last = '1'\n{BETWEEN}    return k[last]\nf([1, 2])\n",
+    f"def f():\n    low, high = '0', 3\n{BETWEEN}    return range(high + low)\nf()\n",
     "def h(k, v):\n    return v[k] + 1\nh([1, 2], 0)\n",
     "def f(width):\n    return widht + 1\nf(1)\n",
-    "print(math.pi)\n",
 ]
+"""Four whose fault lies far above the line that raises, and two that the traceback names."""
 
 
 IDLE = "".join(f"idle{n} = str('{n}')\n" for n in range(40))
@@ -163,6 +189,7 @@ def here(part="search"):
     )
 
 
+@pytest.mark.slow
 def test_a_structure_that_is_not_looked_at_is_noticed(monkeypatch):
     monkeypatch.setattr(room, "runner", here)
     cases = [(str(i % 2), text + f"# {n}\n" + IDLE) for n in range(2) for i, text in enumerate(SMALL)]
@@ -170,8 +197,19 @@ def test_a_structure_that_is_not_looked_at_is_noticed(monkeypatch):
     honest = record_of(REPAIR, {"each": 1, "seed": 0})
     assert (honest.measured.median, honest.baseline) == (100, pytest.approx(100 / 3))
     assert judge(honest).verdict in PAYS
-    monkeypatch.setattr(practice, "local_structure", lambda source, failures: [])
-    assert verdict_of(REPAIR, {"each": 1, "seed": 0}) not in PAYS
+    assert honest.free < honest.measured.low  # the lines nearest by
+    assert honest.controls["random"] < honest.measured.low
+    with monkeypatch.context() as broken:
+        broken.setattr(practice, "local_structure", lambda source, failures: [])
+        assert verdict_of(REPAIR, {"each": 1, "seed": 0}) not in PAYS
+    for lines in (room.any_lines, room.nearest_lines):
+        monkeypatch.setattr(repair, "suspects", lines)
+        assert verdict_of(REPAIR, {"each": 1, "seed": 0}) not in PAYS
+
+
+RAISED = (
+    "Traceback (most recent call last):\n  File \"run.py\", line 2, in <module>\nNameError: name 'x' is not defined"
+)
 
 
 def test_faults_are_of_every_kind_change_one_line_and_are_kept_where_they_raise():
@@ -183,8 +221,10 @@ def test_faults_are_of_every_kind_change_one_line_and_are_kept_where_they_raise(
         found.setdefault(kind, []).append(text)
         if all(len(found.get(one, ())) >= 3 for one in faults.PLANTERS):
             break
-    raising = iter([False, True] * 400)
-    cases = room.planted(lambda text, seed: SimpleNamespace(ok=next(raising)), 2)
+    raising = iter([Outcome(1.0), Outcome(None, "ended by its limit of cpu time"), Outcome(None, RAISED)] * 400)
+    ran = {}
+    cases = room.planted(lambda text, seed: ran.setdefault(text, next(raising)), 2)
+    assert all(ran[text].error == RAISED for _, text in cases)
     assert [kind for kind, _ in cases] == [kind for kind in faults.PLANTERS for _ in range(2)]
     assert len({text for _, text in cases}) == len(cases)
 
@@ -222,11 +262,32 @@ def words(texts):
     return np.stack(rows)
 
 
+def test_an_idea_is_told_without_its_title_and_halves_share_no_paper(monkeypatch):
+    for paper in room.papers():
+        told = room.told_again(paper)
+        subtitle = paper.title.partition(":")[2].strip() or paper.title
+        assert subtitle not in told.text or subtitle in f"{paper.claims}"
+    monkeypatch.setattr(room, "papers", papers_of)
+    monkeypatch.setattr(room, "embedder", lambda: words)
+    used = {}
+
+    def noted(hidden, shown, embed, threshold, way, seed):
+        used.setdefault(way, []).append(({one.slug for one in (*hidden, *shown)}, threshold))
+        return [one.slug for one in hidden], [one.slug for one in shown]
+
+    monkeypatch.setattr(room, "accepted", noted)
+    record = record_of(KNOWN, {"splits": 4, "each": 12})
+    for calls in used.values():
+        learnt = set().union(*(slugs for slugs, _ in calls[:-4]))
+        assert not learnt & set().union(*(slugs for slugs, _ in calls[-4:]))
+    assert judge(record).verdict not in PAYS  # what lets everything through
+
+
 def test_a_ranking_by_nothing_is_noticed(monkeypatch):
     monkeypatch.setattr(room, "papers", papers_of)
     monkeypatch.setattr(room, "embedder", lambda: words)
     monkeypatch.setattr(room, "told_again", lambda paper: Idea(f"{paper.title} {paper.family}"))
-    point = {"splits": 12, "each": 20}
+    point = {"splits": 12, "each": 12}
     honest = record_of(KNOWN, point)
     assert honest.measured.low > 90  # of its own topic, each known idea is found
     assert honest.baseline == 50

@@ -140,11 +140,25 @@ def test_steps_of_tokens_write_what_whole_samples_write(writer):
         for tokens in (1, 2):
             (trace,) = search.beam_search(writer, Same(), prompt, sampling, n=1, width=1, delimiter=tokens)
             assert trace.finished
-            if most % tokens == 0:
-                assert trace.text == plain.text
-                assert [t for s in trace.samples for t in s.tokens] == list(plain.tokens)
+            assert trace.text == plain.text
+            assert [t for s in trace.samples for t in s.tokens] == list(plain.tokens)
     with pytest.raises(ValueError, match="delimiter"):
         search.expand(writer, [Trace("a")], [1], GREEDY, delimiter=0)
+
+
+def test_a_stop_text_that_two_steps_share_ends_the_trace():
+    class Letter:
+        """Writes "a.\n\nb", a letter a call, as a server does that sees no more than it is asked for."""
+
+        def __call__(self, prompts, sampling, *, n=1, first=0, seed=0):
+            text = "a.\n\nb"[len(prompts[0]) - 1]
+            return [[Sample(text, (0,), (-0.1,), "length", Spent(1, 1, 0, 1))]]
+
+    sampling = Sampling(0.0, max_new_tokens=5, stop=("\n\n",))
+    (trace,) = search.beam_search(Letter(), Same(), "p", sampling, n=1, width=1, delimiter=1)
+    assert trace.finished
+    assert trace.text == "a."
+    assert len(trace.steps) == len(trace.samples) == 4
 
 
 def test_the_first_samples_of_all_strategies_are_the_same():
@@ -210,7 +224,9 @@ def test_lookahead_scores_by_what_comes():
     assert ahead == [[0.9], [0.0], [0.0], [0.5]]
     assert len(writer.asked) == 2, "equal traces are rolled out once"
     assert spent.completion == 2
-    assert Lookahead(writer, inner, Sampling(), steps=0).score(traces)[0] == plain
+    judging = Spent(prompt=1, calls=1)
+    assert Lookahead(writer, inner, Sampling(), steps=0).score(traces) == (plain, judging), "judged once, charged once"
+    assert Lookahead(writer, inner, Sampling(), steps=1).score(traces[-1:]) == ([[0.5]], judging)
 
 
 def test_revisions_see_the_last_four_attempts_and_equal_prompts_get_different_samples():
@@ -223,6 +239,8 @@ def test_revisions_see_the_last_four_attempts_and_equal_prompts_get_different_sa
     traces, _ = revised(alike, Same(), "p", Sampling(), lambda p, a: "same", chains=3, length=2)
     assert [trace.text for trace in traces] == ["0", "0", "1", "1", "2", "2"]
     assert {trace.prompt for trace in traces} == {"p"}
+    same, _ = revised(Scripted(), Same(), "p", Sampling(), lambda p, a: "same", chains=2, length=3)
+    assert [trace.text for trace in same] == ["0", "0", "2", "1", "1", "3"], "a prompt that comes again, a new sample"
     with pytest.raises(ValueError, match="again"):
         attempt(Strategy("revise", length=2), 2, "p", writer, Same(), Sampling(), find)
 
@@ -290,6 +308,9 @@ def test_labels_are_the_share_of_rollouts_that_end_right():
     assert budget.spent("verify").calls == 20, "the first step stands in both traces and is rolled out once"
     assert budget.spent("solve").calls == 0
     assert min(first for *_, first, _ in writer.calls) > 1000, "no sample that answers are made of"
+    ends, goes_on = Trace("p", ("1",), finished=True), Trace("p", ("1", "0"), finished=True)
+    labels = monte_carlo(writer, [ends, goes_on], Sampling(), lambda p, text: text == "1", rollouts=10)
+    assert labels == [[1.0], [0.0, 0.0]], "what is finished is right or not, whoever goes on from its text"
     assert monte_carlo(writer, [replace(done, steps=("1",))], Sampling(), lambda p, t: True) == [[1.0]]
 
 
@@ -312,6 +333,12 @@ def test_soft_labels_are_learnt_as_probabilities():
         ProcessReward(lambda trace, i: [1.0]).fit(traces, [[0.5]] * 400)
     with pytest.raises(ValueError, match="labels"):
         ProcessReward(lambda trace, i: [1.0]).fit(traces, [[0.5]])
+    with pytest.raises(ValueError, match="labels"):  # as many in all, but not for each
+        ProcessReward(lambda trace, i: [1.0]).fit([two, Trace("p", ("0",))], [[0.5], [0.5, 0.1]])
+    growing = ProcessReward(lambda trace, i: [float(len(trace.prompt))] * len(trace.prompt))
+    growing.fit([Trace("pp", ("0",)), Trace("pp", ("1",))], [[0.0], [1.0]])
+    with pytest.raises(ValueError, match="features"):
+        growing.score([Trace("p", ("0",))])
     with pytest.raises(ValueError, match="finite"):
         ProcessReward(lambda trace, i: [math.nan]).fit(traces, [[0.5]] * 400)
     with pytest.raises(ValueError, match="fit must"):
@@ -354,6 +381,21 @@ def test_questions_fall_into_the_bins_they_were_fitted_in():
     assert policy.bin_of(2) == 4
 
 
+def test_questions_that_are_equally_hard_share_a_bin():
+    """A new question has its value only: what is chosen for the value must be the best for all questions that have it."""
+    log = [
+        Outcome(f"q{i}", s, 4, float((s == "often") == (i < 8)), 1.0) for i in range(10) for s in ("often", "seldom")
+    ]
+    for values in ([0.5] * 10, [0.0] * 8 + [1.0] * 2, [0.0] * 9 + [1.0]):
+        hard = {f"q{i}": value for i, value in enumerate(values)}
+        policy = ComputeOptimalPolicy(bins=5).fit(log, hard)
+        got = {(o.item, o.strategy): o.accuracy for o in log}
+        mine = np.mean([got[item, policy.predict(value, 4)] for item, value in hard.items()])
+        assert mine >= mean_of(log, "often", 4)
+    renamed = {f"q{9 - i}": value for i, value in enumerate([0.0] * 9 + [1.0])}
+    assert len(cross_validated(log, renamed, bins=5)) == 10
+
+
 def test_bins_are_of_equal_size_and_follow_their_questions():
     rng = np.random.default_rng(0)
     for items, bins in ((23, 5), (10, 3), (7, 7)):
@@ -389,8 +431,9 @@ def test_groups_stay_together_and_every_question_gets_one_outcome_a_budget():
     found = cross_validated(log, hard, bins=2, groups=groups)
     assert sorted((o.item, o.n) for o in found) == sorted((item, n) for item in hard for n in (1, 4))
     # a strategy that only one group's questions know to be right is never chosen for that group
-    marked = [replace(o, accuracy=float(o.strategy == f"only {groups[o.item]}")) for o in log]
-    marked += [Outcome(i, f"only {g}", 4, float(groups[i] == g), 1.0) for i in hard for g in set(groups.values())]
+    marked = [
+        Outcome(i, f"only {g}", 4, float(groups[i] == g), 1.0) for i in hard for g in sorted(set(groups.values()))
+    ]
     assert all(o.accuracy == 0 for o in cross_validated(marked, hard, bins=2, groups=groups) if o.n == 4)
 
 
@@ -461,6 +504,9 @@ def test_a_policy_from_logs_of_the_evaluation_harness(tmp_path):
     assert next(o.tokens for o in log if o.item == "0" and o.n == 4 and o.strategy == "long") == 6 + 4
     with pytest.raises(ValueError, match="same questions"):
         of_logs({"short": logs["short"], "long": logs["long"][1:]}, (1,))
+    other = [replace(one, target="4") for one in logs["long"]]
+    with pytest.raises(ValueError, match="same questions"):  # numbered alike, and another task's
+        of_logs({"short": logs["short"], "long": other}, (1,))
     with pytest.raises(ValueError, match="budgets"):
         of_logs(logs, (5,))
     judge = of_logs({"long": logs["long"]}, (4,), score=lambda prompt, text: float(text == "5"))
@@ -484,6 +530,15 @@ def test_bad_input_is_named():
         Outcome("q", "s", 1, 1.5, 0.0)
     with pytest.raises(ValueError, match="log"):
         policy.fit([], hard)
+    for short in (log[1:], log[:-1]):  # a strategy that was not tried on one question is not compared on others
+        with pytest.raises(ValueError, match="every question"):
+            policy.fit(short, hard)
+        with pytest.raises(ValueError, match="every question"):
+            cross_validated(short, hard)
+    with pytest.raises(ValueError, match="groups"):
+        cross_validated(log, hard, groups={"q0": "a"})
+    with pytest.raises(ValueError, match="folds must leave"):
+        cross_validated([Outcome("q", "s", 1, 1.0, 1.0)], {"q": 0.5}, bins=1)
     with pytest.raises(ValueError, match="folds"):
         cross_validated(log, hard, folds=1)
     for empty in (pass_rate, mean_score):

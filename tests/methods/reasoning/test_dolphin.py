@@ -40,6 +40,8 @@ from assay.methods.reasoning.dolphin import (
     research,
     similarity_scorer,
 )
+from assay.methods.reasoning.dolphin.repair import candidates
+from assay.methods.reasoning.dolphin.tracebacks import told
 
 WORDS = ("wide", "deep", "dropout", "noise", "adam", "cosine", "shift", "pca", "smooth", "prune")
 
@@ -117,6 +119,10 @@ def test_scores_by_similarity_run_from_one_to_ten_and_known_ideas_are_found():
     assert scores[2] == 1
     assert 1 < scores[1] < 10
     assert similarity_scorer(embed, "wide")([Document("pca")] * 2) == [10, 10]
+    chance = np.random.default_rng(0)
+    for _ in range(200):  # rounding leads to no score above ten
+        found = similarity_scorer(lambda texts: chance.normal(size=(len(texts), 8)), "x")([Document("y")] * 20)
+        assert (min(found), max(found)) == (1, 10)
     found = known_from(Idea("wide"), documents, embed, threshold=0.9)
     assert found == documents[0]
     assert known_from(Idea("prune"), documents, embed, threshold=0.9) is None
@@ -188,6 +194,66 @@ def test_methods_constructors_and_signatures_stand_in_the_structure():
     assert local_structure("def broken(:\n", [failure]) == []
 
 
+GROUP = """
+def f():
+    raise ValueError("two\\n  lines")
+def main():
+    found = []
+    try:
+        f()
+    except ValueError as error:
+        found.append(error)
+    raise ExceptionGroup("many", [*found, ExceptionGroup("in", found)])
+main()
+"""
+
+
+def test_exception_groups_and_messages_of_several_lines_are_read(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(GROUP)
+    text = subprocess.run([sys.executable, "-I", script], capture_output=True, text=True, check=False).stderr
+    failures = own_frames(parse(text), GROUP)
+    assert [one.kind for one in failures] == ["ExceptionGroup", "ValueError", "ValueError"]
+    assert [[f.line for f in one.frames] for one in failures] == [[11, 10], [7, 3], [7, 3]]
+    assert failures[0].message == "many (2 sub-exceptions)"
+    assert failures[1].message == "two\n  lines"
+
+
+def test_recursion_local_classes_and_other_lines_are_read():
+    (failure,) = parse(run_here("def f():\n    f()\nf()\n"))
+    assert failure.kind == "RecursionError"
+    assert len(told([failure], []).splitlines()) < 5
+    many = Failure("RecursionError", "", 500 * (Frame("a", 1, "f"), Frame("a", 2, "g")))
+    assert len(told([many], []).splitlines()) == 3
+    (failure,) = parse(run_here("def f():\n    class Own(Exception): pass\n    raise Own('é')\nf()\n"))
+    assert (failure.kind, failure.message) == ("f.<locals>.Own", "é")
+    assert parse(TRACE.replace("\n", "\r\n")) == parse(TRACE)
+    assert parse(TRACE + "\nended by its limit") == parse(TRACE)
+
+
+def test_frames_of_other_files_are_left_out():
+    source = "import helper\nhelper.run()\n"
+    frames = (
+        Frame("/scratch/run.py", 2, "<module>", "helper.run()"), Frame("/scratch/helper.py", 1, "run", "x = 1 / 0"),
+        Frame("/scratch/helper.py", 90, "deep"), Frame("<string>", 1, "<module>"),
+    )  # fmt: skip
+    failure = Failure("ZeroDivisionError", "", frames)
+    (own,) = own_frames([failure], source)
+    assert own.frames == frames[:1]
+    assert [part.name for part in local_structure(source, [failure])] == ["<module>"]  # line 90 is nowhere
+    assert not is_library("/home/u/my-site-packages-tools/run.py")
+
+
+def test_functions_of_one_name_stand_side_by_side():
+    source = (
+        "class A:\n    @property\n    def x(self):\n        return g()\n    @x.setter\n    def x(self, v):\n"
+        "        pass\nasync def g():\n    class B:\n        def h(self):\n            return 1\n    return B().h()\n"
+    )
+    failure = Failure("E", "", (Frame("s", 4, "x"), Frame("s", 7, "x"), Frame("s", 11, "h")))
+    names = [part.name for part in local_structure(source, [failure])]
+    assert names == ["g.B.h", "A.x, line 6", "A.x", "g"]
+
+
 def test_text_that_is_no_traceback_and_syntax_errors():
     assert parse("") == []
     assert parse("KeyError: not behind a traceback\nwarning: x") == []
@@ -244,6 +310,17 @@ def test_a_repair_that_changes_nothing_is_a_round_lost_and_costs_no_run():
         practise("bad", run, rounds=-1)
 
 
+def test_a_metric_that_is_no_number_is_named_and_each_round_has_its_number():
+    for metric in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="metric"):
+            Outcome(metric)
+    assert type(Outcome(np.float32(0.5)).metric) is float
+    run, _ = scripted({"bad": TRACE})
+    asked = []
+    practise("bad", run, lambda request: asked.append(request.round) or "bad")
+    assert asked == [1, 2, 3, 4, 5]
+
+
 def test_without_the_structure_the_repairer_sees_the_frames_alone():
     source = "def f():\n    return x\nf()\n"
     trace = run_here(source).replace('"<string>"', '"run.py"')
@@ -270,6 +347,7 @@ def test_scripts_run_in_the_sandbox_and_print_their_metric_last():
         outcome = run(text, 0)
         assert not outcome.ok, text
         assert "last line of stdout" in outcome.error
+    assert "SyntaxError" in run("x = '\ud800'\n", 0).error
     network = "import socket\nsocket.create_connection(('10.0.0.1', 80), timeout=2)\n"
     assert "OSError" in run(network, 0).error or "Network" in run(network, 0).error
 
@@ -318,7 +396,8 @@ def test_the_rules_mend_what_they_know(fault):
 
 
 def test_the_code_around_a_failure_mends_what_its_line_cannot():
-    """The fault lies where the value was made, two lines above the one that raises, and in the call that led there."""
+    """The fault lies where the value was made, two lines above the one that raises; the call that led there is in the
+    traceback already."""
     made = "def f():\n    n = '4'\n    m = 3\n    return m + n\nf()\n"
     assert repaired(made).source == made.replace("'4'", "4")
     assert not repaired(made, structure=False).last.ok
@@ -326,7 +405,42 @@ def test_the_code_around_a_failure_mends_what_its_line_cannot():
     assert not repaired(called, rounds=1).last.ok
     swapped = "def f(n, text):\n    return text[n]\nf('abc', 1)\n"
     assert repaired(swapped).source == swapped.replace("'abc', 1", "1, 'abc'")
-    assert not repaired(swapped, structure=False).last.ok
+    assert repaired(swapped, structure=False).source == swapped.replace("'abc', 1", "1, 'abc'")
+
+
+def test_lines_are_counted_as_python_counts_them_and_parentheses_are_kept():
+    for end in ("\n", "\r\n"):
+        broken = f"a = 'x\x0cy\u2028z'  # é{end}def f(width):{end}    return widht + 1{end}f(1){end}"
+        frames = (Frame("run.py", 4, "<module>"), Frame("run.py", 3, "f"))
+        (first, *_) = candidates(Attempt(broken, (Failure("NameError", "name 'widht'", frames),)), ())
+        assert first == broken.replace("widht", "width")
+    matrix = "import numpy as np\na = np.zeros((2, 3))\nb = (a + a) @ a\n"
+    assert repaired(matrix).source == matrix.replace("@ a\n", "@ a.T\n")
+    wrong = "import numpy as np\nz = np.zeros(3)\nz.sum()\ny = (z + z).summ()\n"
+    assert repaired(wrong).source == wrong.replace("summ", "sum")
+
+
+def test_an_import_is_put_above_decorators():
+    broken = "@staticmethod\ndef f():\n    return math.pi\nf()\n"
+    assert repaired(broken).source == "import math\n" + broken
+
+
+def test_a_repair_that_ends_without_a_traceback_is_not_built_on():
+    broken = "n = '3'\nm = '4'\nk = n - m\n"
+    failure = Failure("TypeError", "unsupported", (Frame("run.py", 3, "<module>"),))
+    first = RuleRepair()(Request((Attempt(broken, (failure,)),)))
+    second = RuleRepair()(Request((Attempt(broken, (failure,)), Attempt(first, ()))))
+    assert first != second
+    assert None not in (first, second)
+
+
+def test_sources_that_cannot_be_parsed_are_not_looked_into():
+    failure = Failure("ValueError", "", (Frame("run.py", 1, "<module>"),))
+    for source in ("x\0", "x = '\ud800'", "-" * 200_000 + "1", "x = ("):
+        assert local_structure(source, [failure]) == []
+        assert RuleRepair()(Request((Attempt(source, (failure,)),))) is None
+    chain = "x = " + "+".join(["1"] * 900) + "\n"
+    assert [part.name for part in local_structure(chain, [failure])] == ["<module>"]
 
 
 def test_a_repair_builds_on_what_went_further_and_forgets_what_did_not():
@@ -445,6 +559,68 @@ def test_the_journal_replays_to_the_same_study_and_goes_on_where_it_was_broken_o
         Study(embed, baseline=base, journal=path)
 
 
+def test_a_journal_knows_its_settings_its_embedding_and_its_writer(tmp_path):
+    path, base = tmp_path / "study.jsonl", Baseline(0.5, 0.01)
+    study = research(Study(embed, baseline=base, journal=path), fixed, write, look_up, loops=1, ideas=5)
+    for other in ({"threshold": 0.9}, {"feedback": False}, {"bank": False}, {"higher_is_better": False}):
+        with pytest.raises(ValueError, match="is a journal of"):
+            Study(embed, baseline=base, journal=path, **other)
+    with pytest.raises(ValueError, match="embed must give what it gave"):
+        Study(lambda texts: 1 + embed(texts), baseline=base, journal=path)
+    second = Study(embed, baseline=base, journal=path)
+    second.tell(2, Idea("pca"), None)
+    with pytest.raises(RuntimeError, match="somebody else"):
+        study.tell(2, Idea("prune"), None)
+    assert len(study.entries) == 5  # what the journal does not hold the study does not hold
+    assert len(Study(embed, baseline=base, journal=path).entries) == 6
+
+
+def test_a_round_with_fewer_ideas_is_whole_and_one_broken_off_keeps_other_ideas():
+    asked = []
+
+    def few(wins, count, loop):
+        asked.append(loop)
+        return [Idea(f"{WORDS[loop]} {n}", summary=WORDS[loop + 3 * n]) for n in range(2)]
+
+    study = Study(embed, baseline=Baseline(0.5, 0.01))
+    for loops in (2, 3):
+        research(study, few, write, lambda source, seed: Outcome(0.4), loops=loops, ideas=5)
+    assert asked == [1, 2, 3]
+    broken = Study(embed, baseline=Baseline(0.5, 0.01))
+    research(broken, fixed, write, look_up, loops=1, ideas=4, most_runs=2)
+    research(broken, lambda wins, count, loop: ideas_of(6)[::-1], write, look_up, loops=1, ideas=4)
+    assert [one.idea for one in broken.entries] == [*ideas_of(2), *ideas_of(6)[:3:-1]]
+
+
+def test_repairs_count_as_runs_and_what_is_known_costs_none():
+    study = Study(embed, baseline=Baseline(0.5, 0.01))
+    fails = lambda source, seed: Outcome(None, TRACE)  # noqa: E731
+    research(study, fixed, write, fails, lambda request: request.last.source + "#", loops=1, ideas=6, most_runs=8)
+    assert study.runs == 8
+    novel = Study(embed, baseline=Baseline(0.5, 0.01))
+    shelf = [Document("wide"), Document("adam")]
+    found = lambda idea: known_from(idea, shelf, embed, threshold=0.8)  # noqa: E731
+    research(novel, fixed, write, look_up, loops=1, ideas=6, known=found)
+    assert [one.outcome == "known" for one in novel.entries] == [True, False, False, False, True, False]
+    with pytest.raises(TypeError, match="idea must be"):
+        research(novel, lambda wins, count, loop: ["wide"], write, look_up, loops=2)
+
+
+def test_embedders_that_are_none_are_named():
+    widths = iter([2, 3])
+    bank = Bank(lambda texts: np.ones((1, next(widths))))
+    bank.add(Idea("a"))
+    with pytest.raises(ValueError, match="width 2"):
+        bank.look(Idea("b"))
+    with pytest.raises(ValueError, match="row a text"):
+        known_from(Idea("a"), [Document("b")], lambda texts: np.ones((3, 2)), threshold=0.5)
+    assert similarity_scorer(embed, "wide")([]) == []
+    asked = []
+    counted = Study(lambda texts: asked.append(texts) or embed(texts), baseline=Baseline(0.5, 0.01))
+    research(counted, fixed, write, look_up, loops=1, ideas=3)
+    assert len(asked) == 3
+
+
 def test_the_best_is_measured_anew_on_fresh_seeds():
     rng = np.random.default_rng(0)
     noise = {(idea.title, seed): rng.normal(0, 0.05) for idea in ideas_of(10) for seed in (0, *range(100, 150))}
@@ -457,6 +633,10 @@ def test_the_best_is_measured_anew_on_fresh_seeds():
     found = confirmed(study, noisy, seeds=range(100, 150))
     assert study.best.score - found.score > 0.03  # the best of ten that are worth the same
     assert abs(found.score - 0.5) < 3 * found.delta
+    with pytest.raises(ValueError, match="fresh"):
+        confirmed(study, noisy, seeds=[100, 0])
+    with pytest.raises(ValueError, match="different"):
+        confirmed(study, noisy, seeds=[100, 100])
 
 
 def test_less_may_be_better():
@@ -512,4 +692,11 @@ def test_a_model_repairs_with_what_it_is_shown():
     assert (practice.source, practice.last.metric) == ("x = 3\n", 0.8)
     assert "called by <module>, line 3" in model.asked[0]
     assert budget.spent("solve").completion == 2
+    prose = Says("```py\nx = 3\n```\nThat is it.\n```text\n...")
+    assert ModelRepair(prose)(Request((Attempt("x", ()),))) == "x = 3\n"
+    assert "```python\nx\n```" in prose.asked[0]
+    seeds = []
+    again = lambda prompts, sampling, *, n=1, first=0, seed=0: seeds.append(seed) or model(prompts, sampling)  # noqa: E731
+    practise("x = 3\n", lambda source, seed: Outcome(None, TRACE), ModelRepair(again), rounds=3)
+    assert seeds == [1, 2, 3]
     assert ModelRepair(Says("no block"))(Request((Attempt("x\n", ()),))) is None

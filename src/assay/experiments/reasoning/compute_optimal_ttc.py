@@ -9,24 +9,16 @@ ratio of generations where both are right equally often.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from assay.experiments.core import Figure, Operator, experiment
 from assay.experiments.reasoning import compute_optimal_ttc_runs as runs
-from assay.experiments.reasoning.compute_optimal_ttc_runs import (
-    CHAINS,
-    LENGTH,
-    MODEL,
-    NS,
-    PARALLEL,
-    ROOM,
-    SAMPLES,
-    draw,
-)
-from assay.experiments.reasoning.samples import Drawn, generator
+from assay.experiments.reasoning.compute_optimal_ttc_curves import Curve, averaged, curve, interval, resampled, saving
+from assay.experiments.reasoning.compute_optimal_ttc_runs import CHAINS, LENGTH, MODEL, PARALLEL, ROOM, SAMPLES, draw
+from assay.experiments.reasoning.compute_optimal_ttc_units import Unit, question_of, unit
+from assay.experiments.reasoning.samples import generator
 from assay.methods.core.reasoning.budget import Budget, Spent
 from assay.methods.core.reasoning.verifier import Verifier
 from assay.methods.reasoning.compute_optimal_ttc import (
@@ -36,204 +28,27 @@ from assay.methods.reasoning.compute_optimal_ttc import (
     cross_validated,
     inference_multiplier,
     matched_size,
-    mean_score,
     outcomes,
-    pass_rate,
 )
-from assay.workloads.reasoning import WORDINGS, Wording
+from assay.workloads.reasoning import WORDINGS
 
-DRAWS = 2000  # resamplings of the questions
-ORDERS = 64  # orders of the samples that early stopping is averaged over
 SPLITS = 4  # random halvings of the bins that the policy is averaged over
-AGREE = (1, 2, 3, 4, 5, 6, 8)
 RATIOS = (0.16, 0.79, 22.0)
 """Tokens generated over tokens trained on, of the paper's comparison, as recalled."""
-
 
 __all__ = ["draw", "generations_saved", "small_beats_large"]
 
 
-# -------------------------------------------------------------------------------------------------------------- what came of it
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A question in one wording: what every strategy gives for it, and what was seen of it beforehand.
-
-    `majority` and `stopping` are the rivals': outcomes of a majority vote at each budget, and of one that stops when so many agree.
-    """
-
-    name: str
-    question: str
-    wording: Wording
-    outcomes: list[Outcome]
-    majority: list[Outcome]
-    stopping: list[Outcome]
-    predicted: float
-    oracle: float
-    pilot_tokens: float
-    samples: list[tuple[float, bool]]  # score, and whether it is right
-
-
-def unit(one: Drawn, wording: Wording, verifier: Verifier, pilot: int, most: int) -> Unit:
-    """Every strategy on a question. The last `pilot` samples say how hard it is; all the others are made of those before them."""
-    name = f"{wording}: {question_of(one)}"
-    target, budgets, left = one.item.answer, [n for n in NS if n <= most], len(one.samples) - pilot
-    everything = runs.samples_run(one, verifier)
-    own = Attempts(everything.answers[:left], everything.scores[:left], everything.chains[:left])
-    read, tokens = runs.tokens_of(one)
-    spent = list(tokens[:left].astype(float))
-
-    def of(strategy: str, how: Literal["weighted", "majority"]) -> list[Outcome]:
-        return outcomes(name, strategy, own, target, budgets, how=how, tokens=spent, prompt_tokens=read)
-
-    searches = [
-        Outcome(name, run.strategy, run.n, float(run.attempts.choose() == target), float(run.tokens))
-        for run in runs.searched(one, verifier, left, most)
-    ]
-    return Unit(
-        name,
-        question_of(one),
-        wording,
-        [*of(PARALLEL.name, "weighted"), *searches],
-        of("majority", "majority"),
-        _stopping(name, own, target, read, spent, most),
-        mean_score(everything.scores[left:]),
-        pass_rate([answer == target for answer in own.answers]),
-        float(tokens[left:].sum()),
-        [(score, answer == target) for score, answer in zip(everything.scores, everything.answers, strict=True)],
-    )
-
-
-def question_of(one: Drawn) -> str:
-    """The question, which is the same in all wordings."""
-    return f"{one.item.kind} {one.item.level}: {one.item.question}"
-
-
-def _stopping(name: str, own: Attempts, target: str, read: float, tokens: Sequence[float], most: int) -> list[Outcome]:
-    """A majority vote that stops as soon as k samples agree, or after `most`: the mean over orders of the samples. `n` is k."""
-    chance = np.random.default_rng(0)
-    orders = [chance.permutation(len(own.answers))[:most].tolist() for _ in range(ORDERS)]
-    found: list[Outcome] = []
-    for k in AGREE:
-        seen = [stopped([own.answers[i] for i in order], k) for order in orders]
-        spent = [sum(tokens[i] for i in order[:n]) for order, (_, n) in zip(orders, seen, strict=True)]
-        right = float(np.mean([said == target for said, _ in seen]))
-        used = float(np.mean([n for _, n in seen]))
-        found.append(_Stopped(name, "early stop", k, right, read + float(np.mean(spent)), used))
-    return found
-
-
-@dataclass(frozen=True)
-class _Stopped(Outcome):
-    used: float = 0.0  # generations
-
-
-def stopped(answers: Sequence[str], k: int) -> tuple[str, int]:
-    """The answer as soon as k samples give it, and how many samples that took; the most frequent of all where none comes to k.
-
-    >>> stopped(["7", "8", "7", "7"], 2), stopped(["7", "8", "9"], 2)
-    (('7', 3), ('7', 3))
-    """
-    counts: dict[str, int] = {}
-    for n, answer in enumerate(answers, 1):
-        if not answer:
-            continue
-        counts[answer] = counts.get(answer, 0) + 1
-        if counts[answer] >= k:
-            return answer, n
-    return max(counts, key=lambda answer: counts[answer]) if counts else "", len(answers)
-
-
-# --------------------------------------------------------------------------------------------------------------------- curves
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Points of a way to spend, (points, units) each: generations, tokens of all kinds, and how often it is right."""
-
-    generations: np.ndarray
-    tokens: np.ndarray
-    right: np.ndarray
-
-
-def curve(units: Sequence[Unit], found: Sequence[Outcome], *, generations: float = 0.0, charged: bool = False) -> Curve:
-    """The points of one outcome a unit and budget. With `charged` the pilot's tokens are added, as `generations` are."""
-    by = {(one.item, one.n): one for one in found}
-    points = sorted({one.n for one in found})
-    grid = [[by[u.name, n] for u in units] for n in points]
-    pilots = np.array([u.pilot_tokens if charged else 0.0 for u in units])
-    return Curve(
-        np.array([[one.used if isinstance(one, _Stopped) else float(one.n) for one in row] for row in grid])
-        + generations,
-        np.array([[one.tokens for one in row] for row in grid]) + pilots,
-        np.array([[one.accuracy for one in row] for row in grid]),
-    )
-
-
-def fewest(costs: np.ndarray, right: np.ndarray, target: float) -> float:
-    """The least cost at which the accuracy reaches `target`: between two points on the line through them, infinite where it never does.
-
-    >>> fewest(np.array([1.0, 2.0, 4.0]), np.array([0.2, 0.4, 0.4]), 0.3)
-    1.5
-    """
-    best, before = -np.inf, 0.0
-    order = np.argsort(costs)
-    for cost, value in zip(costs[order], right[order], strict=True):
-        if value >= target:
-            return float(cost if best == -np.inf else before + (cost - before) * (target - best) / (value - best))
-        if value > best:
-            best = value
-        before = cost
-    return float("inf")
-
-
-def saving(base: Curve, other: Curve, weights: np.ndarray, what: str = "generations") -> float:
-    """The cost of `base` over that of `other` where they are right as often: as `base` at its best, or `other` where that is less.
-
-    `weights` are the units', with sum 1. Below 1 `other` needs more.
-    """
-    right = [each.right @ weights for each in (base, other)]
-    target = min(float(values.max()) for values in right)
-    costs = [getattr(each, what) @ weights for each in (base, other)]
-    return fewest(costs[0], right[0], target) / fewest(costs[1], right[1], target)
-
-
-def resampled(units: Sequence[Unit], draws: int = DRAWS, seed: int = 0) -> list[np.ndarray]:
-    """Weights of the units with questions drawn again; all wordings of a question go together."""
-    questions = sorted({u.question for u in units})
-    place = np.array([questions.index(u.question) for u in units])
-    chance = np.random.default_rng(seed)
-    found = []
-    for _ in range(draws):
-        counts = np.bincount(chance.integers(0, len(questions), len(questions)), minlength=len(questions))[place]
-        found.append(counts / counts.sum())
-    return found
-
-
-def interval(base: Curve, other: Curve, draws: Sequence[np.ndarray], what: str = "generations") -> dict[str, float]:
-    """The saving on all units, and the middle 95 % of it over the draws."""
-    n = base.right.shape[1]
-    low, high = np.quantile([saving(base, other, weights, what) for weights in draws], [0.025, 0.975])
-    return {"median": saving(base, other, np.full(n, 1 / n), what), "low": float(low), "high": float(high)}
-
-
-def averaged(curves: Sequence[Curve]) -> Curve:
-    """The mean of curves with the same budgets."""
-    stacked = [np.mean([getattr(c, name) for c in curves], axis=0) for name in ("generations", "tokens", "right")]
-    return Curve(*stacked)
-
-
 def policy_curve(
-    units: Sequence[Unit], difficulty: Mapping[str, float], bins: int, folds: int, *, pilot: int = 0
+    units: Sequence[Unit], difficulty: Mapping[str, float], bins: int, folds: int, *, charged: bool = False
 ) -> Curve:
-    """The policy, cross-validated, over several random halvings. With `pilot` the samples that told the difficulty are charged."""
-    log = [one for u in units for one in u.outcomes]
+    """The policy, cross-validated, over several random halvings; with `charged` behind a pilot, which is counted."""
+    log = [one for u in units for one in (u.behind if charged else u.outcomes)]
     groups = {u.name: u.question for u in units}
     found = [
         cross_validated(log, difficulty, bins=bins, folds=folds, groups=groups, seed=seed) for seed in range(SPLITS)
     ]
-    return averaged([curve(units, each, generations=float(pilot), charged=pilot > 0) for each in found])
+    return averaged([curve(units, each) for each in found])
 
 
 def random_curve(units: Sequence[Unit]) -> Curve:
@@ -247,7 +62,7 @@ def random_curve(units: Sequence[Unit]) -> Curve:
     return curve(units, found)
 
 
-def curves_of(units: Sequence[Unit], bins: int, folds: int, pilot: int) -> dict[str, Curve]:
+def curves_of(units: Sequence[Unit], bins: int, folds: int) -> dict[str, Curve]:
     """The policy, its baseline and everything that stands beside it."""
     predicted, oracle = {u.name: u.predicted for u in units}, {u.name: u.oracle for u in units}
     turned = [u.predicted for u in units]
@@ -256,10 +71,10 @@ def curves_of(units: Sequence[Unit], bins: int, folds: int, pilot: int) -> dict[
     parallel = [one for u in units for one in u.outcomes if one.strategy == PARALLEL.name]
     return {
         BASE: curve(units, parallel),
-        POLICY: policy_curve(units, predicted, bins, folds, pilot=pilot),
+        POLICY: policy_curve(units, predicted, bins, folds, charged=True),
         UNCHARGED: policy_curve(units, predicted, bins, folds),
         ORACLE: policy_curve(units, oracle, bins, folds),
-        SHUFFLED: policy_curve(units, shuffled, bins, folds, pilot=pilot),
+        SHUFFLED: policy_curve(units, shuffled, bins, folds, charged=True),
         FIXED: policy_curve(units, predicted, 1, folds),
         RANDOM: random_curve(units),
         MAJORITY: curve(units, [one for u in units for one in u.majority]),
@@ -268,7 +83,8 @@ def curves_of(units: Sequence[Unit], bins: int, folds: int, pilot: int) -> dict[
 
 
 BASE, POLICY, UNCHARGED, ORACLE, SHUFFLED = (
-    "best-of-N weighted", "the policy, pilot charged", "the policy, pilot not charged", "oracle difficulty, not charged",
+    "best-of-N weighted", "the policy, pilot charged", "the policy, pilot not charged",
+    "oracle difficulty by the judged samples, not charged",
     "difficulty of another question",
 )  # fmt: skip
 FIXED, RANDOM, MAJORITY, STOPPING = (
@@ -294,7 +110,8 @@ DEPARTURES = {
     "four examples, are drawn at full only and are in its details",
     "verifier": "logistic regression on the probabilities of the tokens and the length, fitted to 16 roll-outs from each step",
     "n": "16 at most at small, a step of a search being one token, taken at random from those of the samples that begin alike",
-    "pilot": "2 samples of each question, charged: the paper takes 2048 and charges none",
+    "pilot": "2 samples of each question, charged, and among its samples where the policy chooses those: the paper takes 2048 and charges "
+    "none",
 }
 POINTS: dict[str, list[dict[str, Any]]] = {
     "smoke": [{"items": 4, "samples": 24, "learn": 4, "revised": 0, "n": 8, "bins": 2, "folds": 2, "pilot": 2}],
@@ -320,15 +137,16 @@ def generations_saved(
     """Generations of best-of-N weighted over those of the policy where both are right as often.
 
     That is where best-of-N weighted is at its best, or the policy where it is less often right. A sample, a beam and a greedy roll-out of a
-    lookahead are a generation each. Controls: the difficulty deleted (one strategy for all questions, chosen by the same
-    cross-validation), a random strategy for each question, and the vote that stops when k agree as the rival. The interval resamples
-    questions with all their wordings; what was chosen for each stays. In the details: the same in tokens of all kinds (read and not kept,
-    generated, judged), by wording, what the verifier's roll-outs took once, and revisions against as many samples.
+    lookahead are a generation each. The pilot's samples count; a policy that chooses samples behind them draws so many fewer. Controls: the
+    difficulty deleted (one strategy for all questions, chosen by the same cross-validation), a random strategy for each question, and the
+    vote that stops when k agree as the rival. The interval resamples questions with all their wordings; what was chosen for each stays. In
+    the details: the same in tokens of all kinds (read and not kept, generated, judged), by wording, what the verifier's roll-outs took
+    once, and revisions against as many samples.
     """
     ledger = Budget()
     verifier = runs.fitted(runs.learn_sets(learn), ledger)
     units = [unit(one, wording, verifier, pilot, n) for wording, one in runs.judged_sets(items, samples)]
-    named = curves_of(units, bins, folds, pilot)
+    named = curves_of(units, bins, folds)
     draws = resampled(units)
     base = named[BASE]
     found = {name: interval(base, each, draws) for name, each in named.items() if name != BASE}
@@ -398,7 +216,7 @@ def _in_wording(units: Sequence[Unit], named: Mapping[str, Curve], wording: str)
 def _table(units: Sequence[Unit], bins: int) -> dict[str, str]:
     """What the policy chooses for each bin, from the hardest, and budget, fitted to all questions: what a user would get."""
     policy = ComputeOptimalPolicy(bins=bins).fit(
-        [one for u in units for one in u.outcomes], {u.name: u.predicted for u in units}
+        [one for u in units for one in u.behind], {u.name: u.predicted for u in units}
     )
     return {f"bin {b} of {bins}, {n}": name for (b, n), name in sorted(policy.table_.items())}
 
@@ -410,7 +228,7 @@ def _rollouts(spent: Spent, units: Sequence[Unit], named: Mapping[str, Curve]) -
         "tokens": float(spent.tokens),
         "generations": float(spent.calls),
         "tokens for each question here": spent.tokens / len(units),
-        "questions until they are a tenth of the tokens": 10 * spent.tokens / each,
+        "questions until they are a tenth of all tokens": 9 * spent.tokens / each,
     }
 
 

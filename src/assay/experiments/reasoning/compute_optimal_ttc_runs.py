@@ -1,8 +1,9 @@
 """What every strategy gives for every question, from the samples that the experiments share.
 
-Searches are run on these samples: behind a prefix, the next token is that of a sample which begins with it, drawn at random. So a search
-sees the model's own continuations as often as the model wrote them, and nothing that it did not write in the samples of a question. The
-questions are those of three kinds together, so that some are easy and some are hard.
+Searches are run on these samples: behind a prefix, the next token is that of a sample which begins with it, drawn at random, and none is
+drawn again before all were (best-of-N draws none twice, either). So a search sees the model's own continuations as often as the model
+wrote them, and nothing that it did not write in the samples of a question. The questions are those of three kinds together, so that some
+are easy and some are hard.
 
 Revisions need prompts of their own; `draw` draws those of a few questions, for a set of this room.
 """
@@ -74,7 +75,7 @@ def pieces(sample: Sample) -> list[Piece]:
 
 class Replay:
     """A generator over samples that are there already, by their prompts: it continues a prompt and a beginning as samples with this
-    beginning went on, each drawn at random; at temperature 0 as most of them did, by one step.
+    beginning went on, in a random order, from the start again when all were given; at temperature 0 as most of them did, by one step.
 
     Whole prompts get their samples in the order they were drawn. With `max_new_tokens` 1 a continuation is one piece, else all of the rest.
     """
@@ -105,10 +106,11 @@ class Replay:
         if base is None or not goes_on:
             raise LookupError(f"no sample begins with {text[-40:]!r}")
         read = self.samples[base][0].spent.prompt + len(begun)
+        order = np.random.default_rng(seed_of(seed, text)).permutation(len(goes_on))
         found = []
         for k, number in enumerate(numbers):
             if sampling.temperature:
-                rest = goes_on[seed_of(seed, text, number) % len(goes_on)]
+                rest = goes_on[order[number % len(order)]]
             else:
                 most = Counter(rest[0].text for rest in goes_on).most_common(1)[0][0]
                 rest = next(rest for rest in goes_on if rest[0].text == most)
@@ -145,8 +147,9 @@ def features(trace: Trace, i: int) -> list[float]:
     """
     logprobs = [value for sample in trace.samples[: i + 1] for value in sample.logprobs]
     text = "".join(trace.steps[: i + 1])
-    asked = trace.prompt.rstrip().splitlines()[-2:]
-    longest = max((len(number) for number in re.findall(r"\d+", " ".join(asked))), default=0)
+    lines = trace.prompt.rstrip().splitlines()
+    asked = next((line for line in reversed(lines) if re.search(r"\d", line)), "")  # the lines above it are of examples
+    longest = max(map(len, re.findall(r"\d+", asked)), default=0)
     digits = sum(letter.isdigit() for letter in text)
     ended = float(trace.finished and i == len(trace.steps) - 1)
     mean = sum(logprobs) / max(len(logprobs), 1)

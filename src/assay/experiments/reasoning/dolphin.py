@@ -2,9 +2,8 @@
 find what is known?
 
 No model that writes code runs here. Ideas are drawn from a list of edits of a real script, which are then really run,
-in the sandbox; repairs come from
-rules; whether an idea is known is told by sentence embeddings. What is measured is thus the loop, and not a model's
-imagination.
+in the sandbox; repairs come from rules; whether an idea is known is told by sentence embeddings. What is measured is
+thus the loop, and not a model's imagination.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ from assay.experiments.reasoning.dolphin_task import EDITS, OfflineProposer, dig
 from assay.measure.stats import Interval, student_interval
 from assay.methods.core.sandbox import Limits, Sandbox
 from assay.methods.reasoning.dolphin import (
+    Attempt,
     Baseline,
     Document,
     Entry,
@@ -41,8 +41,9 @@ from assay.methods.reasoning.dolphin import (
     research,
     similarity_scorer,
 )
-from assay.methods.reasoning.dolphin.practice import Request, Runner
-from assay.methods.reasoning.dolphin.repair import candidates
+from assay.methods.reasoning.dolphin.practice import Runner
+from assay.methods.reasoning.dolphin.repair import named_lines
+from assay.methods.reasoning.dolphin.tracebacks import Part, kept_lines, own_frames, parse
 
 WORKERS = 2
 LIMITS = Limits(wall_seconds=120, cpu_seconds=30)
@@ -79,15 +80,30 @@ def in_threads(function: Callable[[int], Any], count: int) -> list[Any]:
 
 
 def improving(study: Study, loop: int) -> float:
-    """The share of a round's ideas that were run and improved, in per cent; 0 where none was run."""
-    ran = [one for one in study.entries if one.loop == loop and one.runs]
-    return 100 * sum(one.outcome == "improved" for one in ran) / len(ran) if ran else 0.0
+    """The share of a round's ideas that were run and improved, in per cent; 0 where none was run. A script that an
+    earlier idea had come to is no improvement."""
+    seen: set[str] = set()
+    found: list[bool] = []
+    for one in study.entries:
+        if one.runs and one.loop == loop:
+            found.append(one.outcome == "improved" and one.source not in seen)
+        seen.add(one.source)
+    return 100 * float(np.mean(found)) if found else 0.0
+
+
+def measured(run: Runner, base: Baseline, seed: int) -> Baseline:
+    """The reference script's score under one seed, with the delta of several."""
+    score = run(script_of({}), seed).metric
+    assert score is not None  # it ran for `base`
+    return Baseline(score, base.delta)
 
 
 def studied(
     arm: str, seed: int, run: Runner, base: Baseline, embed: Any, loops: int, ideas: int
 ) -> tuple[Study, OfflineProposer]:
-    """One study of an arm; all arms of a seed draw the same first round."""
+    """One study of an arm; all arms of a seed draw the same first round. Ideas are held against the reference script
+    under their own seed: under one that is lucky each edit that changes nothing would count as an improvement."""
+    base = measured(run, base, seed % 3)
     studies: list[Study] = []
 
     def anybody(_: Sequence[Entry]) -> list[Entry]:
@@ -114,7 +130,8 @@ def studied(
     paper={"task": "point clouds, pictures and sentences", "model": "GPT-4o and DeepSeek-V2.5", "loops": 3},
     departures={
         "task": "digits by a small network in numpy, whose training takes a third of a second",
-        "model": "none: ideas are drawn from a list of edits, and with feedback put on top of what improved",
+        "model": "none: ideas are drawn from a list of edits, and with feedback three in four are put on top of what "
+        "improved: how large the gain is follows from that share, whether there is one does not",
         "loops": "5 at full, where the paper has 3",
     },
     refuted_if="in the last round, the whole interval lies below the share of improvements of the first",
@@ -122,15 +139,14 @@ def studied(
     minutes=60,
 )
 def improvement_rate(seeds: int, loops: int, ideas: int) -> Figure:
-    """Per cent of the ideas run in the last round that improve on the reference script by more than one standard error.
+    """Per cent of the ideas run in the last round that improve on the reference script, under the same seed, by more than
+    one standard error.
 
     The baseline is the same study's first round, and the interval that of the paired gain over studies, Student's t.
-    Deleted: no feedback, so that
-    single edits are drawn in each round. Random: feedback of as many ideas that were chosen among all that ran. Rival
-    and free: two edits at random. An idea
-    on top of a win may keep what the win gained: what it adds stands in the details, and so does what the best idea is
-    worth on digits
-    that no idea has seen, on fresh seeds, and what the bank turned away.
+    Deleted: no feedback, so that single edits are drawn in each round. Random: feedback of as many ideas that were
+    chosen among all that ran. Rival and free: two edits at random. An idea on top of a win may keep what the win gained:
+    what it adds stands in the details, and so does what the best idea is worth on digits that no idea has seen, on
+    fresh seeds, for the first ten studies, and what the bank turned away.
     """
     run, embed = runner(), embedder()
     base = measured_baseline(run, script_of({}), seeds=range(3))
@@ -152,6 +168,7 @@ def improvement_rate(seeds: int, loops: int, ideas: int) -> Figure:
     }
     reference = measured_baseline(test, script_of({}), seeds=FRESH)
     last = {arm: float(rates[arm][:, -1].mean()) for arm in arms}
+    added = _added([one["feedback"] for one in found])
     return Figure(
         first + gain.median,
         "%",
@@ -164,7 +181,7 @@ def improvement_rate(seeds: int, loops: int, ideas: int) -> Figure:
             "by round": {arm: rates[arm].mean(0).tolist() for arm in arms},
             "over two edits at random": _told(student_interval((ours[:, -1] - rates["rival"][:, -1]).tolist())),
             "over feedback of anything": _told(student_interval((ours[:, -1] - rates["random"][:, -1]).tolist())),
-            "over the win below": _told(student_interval(_added([one["feedback"] for one in found]))),
+            "over the win below": _told(student_interval(added)) if len(added) > 1 else None,
             "accuracy of the best on fresh digits and seeds": {
                 "the reference script": reference.score,
                 **{arm: _told(student_interval(values)) for arm, values in worth.items()},
@@ -203,7 +220,7 @@ def _added(studies: Sequence[Study]) -> list[float]:
             if one.score is not None and (below := scores.get(one.idea.title.partition(" on top of ")[2])) is not None
         ]
         found += [float(np.mean(pairs))] if pairs else []
-    return found if len(found) > 1 else [0.0, 0.0]
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------------- repairs
@@ -218,36 +235,35 @@ def scripts() -> list[str]:
     return [script_of(settings).replace("BUDGET = 4e7", "BUDGET = 2e6") for settings in some]
 
 
+def raises(source: str, outcome: Outcome) -> bool:
+    """Whether a traceback names a line of the script: one that a limit ended, or whose metric is no number, is left
+    out."""
+    return not outcome.ok and any(one.frames for one in own_frames(parse(outcome.error), source))
+
+
 def planted(run: Runner, each: int, seed: int = 0) -> list[tuple[str, str]]:
     """`each` scripts of every kind of fault that really raise in the script's own code, (kind, script)."""
     found: dict[str, list[str]] = {kind: [] for kind in PLANTERS}
     for kind, text in itertools.islice(faulty(scripts(), seed), 40 * each * len(PLANTERS)):
-        if len(found[kind]) < each and text not in found[kind] and not run(text, 0).ok:
+        if len(found[kind]) < each and text not in found[kind] and raises(text, run(text, 0)):
             found[kind].append(text)
         if all(len(own) == each for own in found.values()):
             break
     return [(kind, text) for kind, own in found.items() for text in own]
 
 
-class AnyLine:
-    """The control: the rules of `RuleRepair` at a line of the script chosen at random."""
+def any_lines(attempt: Attempt, parts: Sequence[Part]) -> list[int]:
+    """The lines that the traceback names, and behind them all others at random."""
+    lines = list(range(1, len(kept_lines(attempt.source)) + 1))
+    random.Random(attempt.source).shuffle(lines)
+    return list(dict.fromkeys([*named_lines(attempt), *lines]))
 
-    def __call__(self, request: Request) -> str | None:
-        """The first change of that line that was not tried."""
-        base = request.attempts[0]
-        if not base.failures or not base.failures[-1].frames:
-            return None
-        chance = random.Random(f"{len(request.attempts)} {base.source}")
-        failure = base.failures[-1]
-        for _ in range(200):
-            line = chance.randint(1, len(base.source.splitlines()))
-            frame = type(failure.frames[-1])("run.py", line, "<module>")
-            moved = type(base)(base.source, (type(failure)(failure.kind, failure.message, (frame,)),))
-            tried = {one.source for one in request.attempts}
-            for text in candidates(moved, ()):
-                if text not in tried:
-                    return text
-        return None
+
+def nearest_lines(attempt: Attempt, parts: Sequence[Part]) -> list[int]:
+    """The lines that the traceback names, and behind them all others, the nearest to the innermost first."""
+    named = named_lines(attempt)
+    lines = sorted(range(1, len(kept_lines(attempt.source)) + 1), key=lambda line: abs(line - named[0]))
+    return list(dict.fromkeys([*named, *lines]))
 
 
 @experiment(
@@ -258,7 +274,7 @@ class AnyLine:
         "full": [{"each": 40, "seed": 0}],
     },
     operator=Operator(
-        "repairing a script that raises", free="the same rules at the line of the script that the traceback names"
+        "repairing a script that raises", free="the same rules at the lines nearest to the one that raises"
     ),
     paper={"scripts": "15 that a model wrote", "repairer": "DeepSeek-V2.5", "rounds": 5},
     departures={
@@ -272,26 +288,26 @@ class AnyLine:
 def execution_success(each: int, seed: int) -> Figure:
     """Per cent of the scripts that run after at most five repairs by the rules that know the code around the failure.
 
-    Baseline and deleted: the same rules with the own frames of the traceback alone. Random: the rules at random lines.
-    Rival: no repair is
-    cheaper than that of the line named, so that the rival is the baseline with as many rounds as it can use. The
-    interval is Student's t of the paired gain over scripts.
-    A run that ends well is called repaired, as in the paper; how often the result is the unbroken script stands in the
-    details.
+    Baseline and deleted: the same rules at all own lines that the traceback names, its callers' too. Random: behind
+    these at random lines, in place of those that the code around the failure points to. Rival and free: behind these at
+    the lines nearest to the one that raises. All have five repairs. The interval is Student's t of the paired gain over
+    scripts. How large the gain is follows from the mix of faults, which is ours: as many of each kind, by fault in the
+    details. A run that ends well is called repaired, as in the paper; how often it gives an unbroken script's metric
+    stands in the details.
     """
     run = runner()
     cases = planted(run, each, seed)
-    whole = set(scripts())
+    whole = {run(text, 0).metric for text in scripts()}
     ways: dict[str, Any] = {
         "structure": {"repair": RuleRepair(), "structure": True, "rounds": 5},
         "traceback": {"repair": RuleRepair(), "structure": False, "rounds": 5},
-        "traceback, 20 rounds": {"repair": RuleRepair(), "structure": False, "rounds": 20},
-        "random lines": {"repair": AnyLine(), "structure": True, "rounds": 5},
+        "random lines": {"repair": RuleRepair(lines=any_lines), "structure": False, "rounds": 5},
+        "nearest lines": {"repair": RuleRepair(lines=nearest_lines), "structure": False, "rounds": 5},
     }
 
     def tried(i: int) -> dict[str, tuple[bool, bool, int]]:
         made = {name: practise(cases[i][1], run, **way) for name, way in ways.items()}
-        return {name: (one.last.ok, one.source in whole, one.repairs) for name, one in made.items()}
+        return {name: (one.last.ok, one.last.metric in whole, one.repairs) for name, one in made.items()}
 
     found = in_threads(tried, len(cases))
     success = {name: np.array([100.0 * one[name][0] for one in found]) for name in ways}
@@ -303,11 +319,11 @@ def execution_success(each: int, seed: int) -> Figure:
         base + gain.low,
         base + gain.high,
         baseline=base,
-        free=base,
+        free=float(success["nearest lines"].mean()),
         controls={
             "deleted": base,
             "random": float(success["random lines"].mean()),
-            "rival": float(success["traceback, 20 rounds"].mean()),
+            "rival": float(success["nearest lines"].mean()),
         },
         details={
             "scripts": len(cases),
@@ -318,7 +334,7 @@ def execution_success(each: int, seed: int) -> Figure:
                 }
                 for kind in dict.fromkeys(kind for kind, _ in cases)
             },
-            "is the unbroken script again, %": {
+            "gives an unbroken script's metric, %": {
                 name: 100 * float(np.mean([one[name][1] for one in found])) for name in ways
             },
             "repairs a script": {name: float(np.mean([one[name][2] for one in found])) for name in ways},
@@ -339,35 +355,33 @@ def documents_of(some: Sequence[Paper]) -> list[Document]:
 def told_again(paper: Paper) -> Idea:
     """The paper's method in the words of its claims: what was gained over what, without its title and its summary."""
     claims = " ".join(f"{claim.metric}, against {claim.baseline}." for claim in paper.claims)
-    return Idea(paper.title.partition(":")[2].strip() or paper.title, summary=claims)
+    return Idea(paper.claims[0].metric, summary=claims)
 
 
 def accepted(
     hidden: Sequence[Paper], shown: Sequence[Paper], embed: Any, threshold: float, way: str, seed: int
-) -> tuple[int, int]:
-    """Of ideas of hidden papers (novel) and of shown ones (known), how many a check lets through: (novel, known)."""
+) -> tuple[list[str], list[str]]:
+    """Of ideas of hidden papers (novel) and of shown ones (known), those that a check lets through, by slug."""
     documents = documents_of(shown)
-    passed = {True: 0, False: 0}
-    for novel, paper in [*((True, one) for one in hidden), *((False, one) for one in shown)]:
-        idea = told_again(paper)
+    passed: tuple[list[str], list[str]] = ([], [])
+    for known, paper in [*((0, one) for one in hidden), *((1, one) for one in shown)]:
         kept = documents
-        if way == "ranked":
+        topic = similarity_scorer(embed, paper.family)
+        if way in ("ranked", "random"):
             text = ATTRIBUTES.format(saves=", ".join(paper.saves), models=", ".join(paper.models))
-            kept = ranked(
-                documents, similarity_scorer(embed, paper.family), similarity_scorer(embed, text), least=LEAST
-            )
+            kept = ranked(documents, topic, similarity_scorer(embed, text), least=LEAST)
+        if way == "random":
+            kept = random.Random(f"{seed} {paper.slug}").sample(documents, len(kept))
         elif way == "plain":
-            kept = ranked(
-                documents, similarity_scorer(embed, paper.family), lambda d: [10.0] * len(d), least=1.0, most=10
-            )
-        elif way == "random":
-            kept = random.Random(f"{seed} {paper.slug}").sample(documents, min(10, len(documents)))
+            kept = ranked(documents, topic, lambda d: [10.0] * len(d), least=1.0, most=10)
         elif way == "none":
             kept = []
-        passed[novel] += known_from(idea, kept, embed, threshold=threshold) is None
-    return passed[True], passed[False]
+        if known_from(told_again(paper), kept, embed, threshold=threshold) is None:
+            passed[known].append(paper.slug)
+    return passed
 
 
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 LEAST = 4.0
 """Scores by similarity that are kept: the paper's 8 of a model's scores keeps a tenth of the documents here, or
 none."""
@@ -395,49 +409,63 @@ def novel_ideas(splits: int, each: int) -> Figure:
     """Per cent of novel ideas among those that pass the check against documents ranked by topic and by attributes.
 
     Half of the ideas are known by construction, so that without retrieval (baseline, deleted) half of what passes is
-    novel. Random: as many
-    documents at random. Rival and free: the nearest of all documents. In the details: ten documents by topic alone,
-    and how many novel ideas each way turns away
-    wrongly. The threshold is chosen on the papers of every other split, by the most right decisions of the ranked way,
-    and judged on the
-    others; the interval is Student's t over splits.
+    novel. Random: as many documents at random. Rival and free: the nearest of all documents. In the details: ten
+    documents by topic alone, and how many novel ideas each way turns away wrongly. Each way has its own threshold,
+    chosen by the most right decisions on one half of the papers; the other half is judged. Splits share papers: the
+    interval is a bootstrap over papers, and more splits do not narrow it beyond that.
     """
     embed = embedder()
-    everything = list(papers())
+    everything = sorted(papers(), key=lambda paper: random.Random(paper.slug).random())
+    learn, judged = everything[::2], everything[1::2]
     ways = ("ranked", "plain", "random", "none", "all")
 
-    def split(seed: int) -> tuple[list[Paper], list[Paper]]:
-        drawn = random.Random(f"novel {seed}").sample(everything, 2 * each)
+    def split(half: Sequence[Paper], seed: int) -> tuple[list[Paper], list[Paper]]:
+        drawn = random.Random(f"novel {seed}").sample(half, 2 * each)
         return drawn[:each], drawn[each:]
 
-    def right(threshold: float) -> float:
-        found = [accepted(*split(1000 + seed), embed, threshold, "ranked", seed) for seed in range(max(2, splits // 4))]
-        return float(np.mean([novel + each - known for novel, known in found]))
+    def chosen(way: str) -> float:
+        def right(threshold: float) -> float:
+            found = [accepted(*split(learn, n), embed, threshold, way, n) for n in range(max(2, splits // 4))]
+            return float(np.mean([len(novel) + each - len(known) for novel, known in found]))
 
-    threshold = max((0.3, 0.4, 0.5, 0.6, 0.7), key=right)
-    found = {way: [accepted(*split(seed), embed, threshold, way, seed) for seed in range(splits)] for way in ways}
-    share = {way: [100 * novel / max(1, novel + known) for novel, known in own] for way, own in found.items()}
-    value = student_interval(share["ranked"])
-    mean = {way: float(np.mean(own)) for way, own in share.items()}
+        return max(THRESHOLDS, key=right)
+
+    thresholds = {way: chosen(way) for way in ways}
+    found = {way: [accepted(*split(judged, n), embed, thresholds[way], way, n) for n in range(splits)] for way in ways}
+    slugs = [one.slug for one in judged]
+    counts = {
+        way: np.array([[sum(part[known].count(slug) for part in own) for known in (0, 1)] for slug in slugs])
+        for way, own in found.items()
+    }
+    share = {way: _novel(own.sum(0)) for way, own in counts.items()}
+    drawn = np.random.default_rng(0).integers(0, len(slugs), (2000, len(slugs)))
+    shares = {way: np.array([_novel(own[picks].sum(0)) for picks in drawn]) for way, own in counts.items()}
+    low, high = np.quantile(shares["ranked"], (0.025, 0.975))
+    gain = np.quantile(shares["ranked"] - shares["all"], (0.025, 0.975))
     return Figure(
-        value.median,
+        share["ranked"],
         "%",
-        value.low,
-        value.high,
-        baseline=mean["none"],
-        free=mean["all"],
-        controls={"deleted": mean["none"], "random": mean["random"], "rival": mean["all"]},
-        arms={"ten documents by topic alone": mean["plain"]},
+        float(low),
+        float(high),
+        baseline=share["none"],
+        free=share["all"],
+        controls={"deleted": share["none"], "random": share["random"], "rival": share["all"]},
+        arms={"ten documents by topic alone": share["plain"]},
         details={
-            "threshold": threshold,
+            "thresholds": thresholds,
             "novel ideas let through, %": {
-                way: 100 * float(np.mean([novel for novel, _ in own])) / each for way, own in found.items()
+                way: 100 * float(own[:, 0].sum()) / (each * splits) for way, own in counts.items()
             },
             "known ideas let through, %": {
-                way: 100 * float(np.mean([known for _, known in own])) / each for way, own in found.items()
+                way: 100 * float(own[:, 1].sum()) / (each * splits) for way, own in counts.items()
             },
-            "over all documents": _told(
-                student_interval((np.array(share["ranked"]) - np.array(share["all"])).tolist())
-            ),
+            "over all documents": {
+                "median": share["ranked"] - share["all"], "low": float(gain[0]), "high": float(gain[1]),
+            },
         },
-    )
+    )  # fmt: skip
+
+
+def _novel(passed: np.ndarray) -> float:
+    """Per cent of novel ones of (novel, known) ideas; 0 where none passed."""
+    return 100 * float(passed[0]) / max(1.0, float(passed.sum()))

@@ -7,6 +7,8 @@ import ast
 import random
 from collections.abc import Callable, Iterator, Sequence
 
+from assay.methods.reasoning.dolphin.tracebacks import kept_lines
+
 Planter = Callable[["Source", random.Random], str | None]
 
 
@@ -15,7 +17,7 @@ class Source:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.lines = text.splitlines(keepends=True)
+        self.lines = kept_lines(text)
         self.tree = ast.parse(text)
 
     def nodes(self, kind: type[ast.expr]) -> list[ast.expr]:
@@ -58,7 +60,7 @@ def _name(source: Source, chance: random.Random) -> str | None:
 def _attribute(source: Source, chance: random.Random) -> str | None:
     node = chance.choice([n for n in source.nodes(ast.Attribute) if isinstance(n, ast.Attribute) and len(n.attr) > 2])
     assert isinstance(node, ast.Attribute)
-    return source.changed(node, f"{source.of(node.value)}.{_slip(node.attr, chance)}")
+    return source.changed(node, source.of(node).removesuffix(node.attr) + _slip(node.attr, chance))
 
 
 def _key(source: Source, chance: random.Random) -> str | None:
@@ -138,8 +140,8 @@ def faulty(scripts: Sequence[str], seed: int) -> Iterator[tuple[str, str]]:
     """(kind of fault, script) without end, kinds in turn, the script and the place at random; whether it raises is
     seen by running it.
 
-    The planters know nothing of any repairer, and it nothing of them; but both know the slips that Python names in its
-    errors.
+    Each kind is one that a repairer by rules can know: what share is repaired follows from that, and only how ways of
+    repairing differ is measured.
     """
     chance = random.Random(seed)
     while True:

@@ -201,19 +201,19 @@ def embedder() -> Callable[[Sequence[str]], np.ndarray]:
 
 
 EDITS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("Wider hidden layer", "Four times as many hidden units hold more features of strokes.", {"width": 64}),
-    ("Much wider hidden layer", "Sixteen times the units, trained for as many fewer steps.", {"width": 256}),
-    ("Narrow hidden layer", "Half the hidden units, so that more steps fit into the budget.", {"width": 8}),
+    ("Wider hidden layer", "Twice as many hidden units hold more features of strokes.", {"width": 64}),
+    ("Much wider hidden layer", "Eight times the units, trained for as many fewer steps.", {"width": 256}),
+    ("Narrow hidden layer", "A quarter of the hidden units, so that more steps fit into the budget.", {"width": 8}),
     (
-        "Rectified linear units",
-        "Replace the squashing function by max(0, x), whose gradient does not vanish.",
-        {"activation": "relu"},
+        "Sigmoid units",
+        "Replace max(0, x) by a squashing function, whose gradient is smooth.",
+        {"activation": "sigmoid"},
     ),
     ("Hyperbolic tangent", "A squashing function that is centred at zero.", {"activation": "tanh"}),
     ("Larger learning rate", "Ten times the step size for gradient descent.", {"rate": 1.0}),
     ("Smaller learning rate", "A tenth of the step size, for a calmer descent.", {"rate": 0.01}),
     ("Moderately larger steps", "Three times the step size.", {"rate": 0.3}),
-    ("Momentum", "Average gradients over ten steps while descending.", {"momentum": 0.9}),
+    ("Longer momentum", "Average gradients over thirty steps while descending, not over ten.", {"momentum": 0.97}),
     ("Adam", "Divide each gradient by its running magnitude.", {"adam": True}),
     ("Small batches", "Sixteen digits a step, and four times as many steps.", {"batch": 16}),
     ("Tiny batches", "Four digits a step: many noisy updates.", {"batch": 4}),
@@ -240,16 +240,16 @@ EDITS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Mirrored digits", "Turn half of the training pictures left to right.", {"mirror": True}),
     ("Coarse pictures", "Average two by two pixels before the network sees them.", {"coarse": True}),
     ("Swish units", "A smooth activation that is x times its sigmoid.", {"activation": "rellu"}),
-    ("Double width by configuration", "Read the number of hidden units from a text field.", {"width": "32"}),
-    ("Whole spectrum", "Keep eighty directions of variance of the pixels.", {"components": "16"}),
+    ("Double width by configuration", "Read the number of hidden units from a text field.", {"width": "64"}),
+    ("Whole spectrum", "Keep sixty-four directions of variance of the pixels.", {"components": "64"}),
     ("Percentage dropout", "Give dropout in per cent.", {"dropout": "0.2"}),
 )
 """Ideas as title, summary and settings. The last four raise: settings that the script does not know, or texts in place
 of numbers."""
 COPIES: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("A wider hidden layer", "Use four times as many hidden units, which hold more features of strokes.", {"width": 64}),
-    ("ReLU: rectified linear units", "Replace the squashing function by max(0, x): its gradient does not vanish.", {"activation": "relu"}),
-    ("Descent with momentum", "Average the gradients over ten steps while descending.", {"momentum": 0.9}),
+    ("A wider hidden layer", "Use twice as many hidden units, which hold more features of strokes.", {"width": 64}),
+    ("Units that are sigmoid", "Replace max(0, x) by a squashing function: its gradient is smooth.", {"activation": "sigmoid"}),
+    ("A longer momentum", "Average the gradients over thirty steps while descending, and not over ten.", {"momentum": 0.97}),
     ("The Adam optimiser", "Divide each gradient by its own running magnitude.", {"adam": True}),
     ("Smoothed labels", "Label smoothing: spread a tenth of the target over all of the classes.", {"smoothing": 0.1}),
     ("Input noise, Gaussian", "Add a little Gaussian random noise to the pixels of training digits.", {"noise": 0.1}),
@@ -263,8 +263,7 @@ class OfflineProposer:
     """Draws from `EDITS` and `COPIES`; with wins, three ideas in four put another edit on top of one of them.
 
     `wins_by` may give other entries in the place of the wins: the control. `pairs` draws two edits at random wherever
-    a win would stand: the
-    rival, which has as many edits an idea and no feedback.
+    a win would stand: the rival, which has as many edits an idea and no feedback.
     """
 
     def __init__(
@@ -284,6 +283,8 @@ class OfflineProposer:
             below = self._below(wins, loop, chance) if combined else None
             if below is not None:
                 under, settings = below
+                while {**settings, **changed} == settings:  # what is there already is no idea
+                    title, summary, changed = chance.choice(EDITS + COPIES)
                 title, summary = f"{title} on top of {under}", f"{summary} Kept from before: {under}."
                 changed = {**settings, **changed}
             idea = Idea(title, summary=summary)

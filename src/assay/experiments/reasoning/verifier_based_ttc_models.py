@@ -49,7 +49,7 @@ IMITATION, QUICKEST, VERIFIER, USELESS, BASE, BEST, TRUE = (
     "true rewards of the traces written meanwhile",
 )  # fmt: skip
 GRADIENT = "policy gradient"
-GRID = (1e-3, 3e-3, 1e-2, 3e-2)
+GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 SEARCHES = {
     BASE: "verifier_based_ttc/base",
     **dict.fromkeys((IMITATION, QUICKEST, VERIFIER), "verifier_based_ttc/learners"),
@@ -320,6 +320,6 @@ def gradient_loss(arm: str, rate: float) -> float:
 
 
 # one after the other: each needs the rates of those before
-searched(SEARCHES[BASE], arms=(BASE,), grid=GRID)(base_loss)
+searched(SEARCHES[BASE], arms=(BASE,), grid=(1e-3, 3e-3, 1e-2, 3e-2))(base_loss)
 searched(SEARCHES[IMITATION], arms=(IMITATION, QUICKEST, VERIFIER), grid=GRID)(learner_loss)
 searched(SEARCHES[GRADIENT], arms=(GRADIENT,), grid=GRID)(gradient_loss)

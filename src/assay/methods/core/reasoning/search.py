@@ -7,7 +7,7 @@ worth, and books both. Other searches of the papers stand in their rooms, on the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 from assay import checks
@@ -45,8 +45,8 @@ def expand(
     """`counts[i]` next steps behind `traces[i]`, each a trace of its own; equal traces given twice get different steps.
 
     A step ends with `delimiter`, which is kept in it, so that the text reads on; at the model's end or `sampling`'s limit the trace is
-    finished. A number as `delimiter` makes every step of so many tokens: a trace is then finished by the step that reaches `sampling`'s
-    limit.
+    finished. With a number as `delimiter` every step has so many tokens. `sampling`'s limit and its stop texts then hold for the whole
+    trace: its last step is shorter where the limit is near, and a stop text that two steps share ends it, too.
 
     The prefix is charged as read for the first step of each trace and as kept for its siblings (a server with a prefix cache; a
     generator that holds no cache reads it again: its samples say what was read). Raises ValueError for a finished trace.
@@ -57,39 +57,52 @@ def expand(
     if wrong := [trace for trace, count in zip(traces, counts, strict=True) if trace.finished and count]:
         raise ValueError(f"traces must not be finished where steps are asked for, got {checks.shown(wrong[0].text)}")
     if isinstance(delimiter, str):
-        asked = replace(sampling, stop=(delimiter, *(text for text in sampling.stop if text != delimiter)))
+        sampling = replace(sampling, stop=(delimiter, *(text for text in sampling.stop if text != delimiter)))
     else:
-        asked = replace(sampling, max_new_tokens=checks.whole("delimiter", delimiter, low=1))
+        checks.whole("delimiter", delimiter, low=1)
     seen: dict[str, int] = {}  # so many samples behind this prefix are taken
-    asking: list[tuple[int, int, int]] = []  # place, count and first number
+    asking: list[_Asked] = []
     for i, (trace, count) in enumerate(zip(traces, counts, strict=True)):
         if count:
             prefix = trace.prompt + trace.text
-            asking.append((i, count, seen.get(prefix, 0)))
+            left = sampling.max_new_tokens
+            if not isinstance(delimiter, str):
+                left = max(1, min(delimiter, left - trace.completion))
+            asking.append(_Asked(i, prefix, count, seen.get(prefix, 0), left))
             seen[prefix] = seen.get(prefix, 0) + count
     found: list[list[Trace]] = [[] for _ in traces]
-    for (i, _, _), samples in zip(asking, _drawn(generator, traces, asking, asked, seed), strict=True):
+    for one, samples in zip(asking, _drawn(generator, asking, sampling, seed), strict=True):
         if budget is not None:
             for sample in samples:
                 budget.book("solve", sample.spent)
-        found[i] = [_grown(traces[i], sample, delimiter, finished, sampling) for sample in samples]
+        found[one.place] = [_grown(traces[one.place], sample, delimiter, finished, sampling) for sample in samples]
     return found
 
 
-def _drawn(
-    generator: Generator, traces: Sequence[Trace], asking: Sequence[tuple[int, int, int]], sampling: Sampling, seed: int
-) -> list[list[Sample]]:
-    """Samples of each (place, count, first number): in one call if the generator can, else one for each count and first number."""
-    prefixes = [traces[i].prompt + traces[i].text for i, _, _ in asking]
-    if isinstance(generator, UnevenGenerator):
-        counts, firsts = [count for _, count, _ in asking], [first for _, _, first in asking]
-        return generator.uneven(prefixes, sampling, counts, firsts, seed=seed)
-    by_size: dict[tuple[int, int], list[int]] = {}
-    for k, (_, count, first) in enumerate(asking):
-        by_size.setdefault((count, first), []).append(k)
+@dataclass(frozen=True)
+class _Asked:
+    """Next steps of one trace: its place, its text, how many, the number of the first, and how long they may be."""
+
+    place: int
+    prefix: str
+    count: int
+    first: int
+    limit: int
+
+
+def _drawn(generator: Generator, asking: Sequence[_Asked], sampling: Sampling, seed: int) -> list[list[Sample]]:
+    """The samples asked for: in one call if the generator can and all may be equally long, else in a call for each shape."""
+    if isinstance(generator, UnevenGenerator) and len({one.limit for one in asking}) == 1:
+        counts, firsts = [one.count for one in asking], [one.first for one in asking]
+        asked = replace(sampling, max_new_tokens=asking[0].limit)
+        return generator.uneven([one.prefix for one in asking], asked, counts, firsts, seed=seed)
+    by_shape: dict[tuple[int, int, int], list[int]] = {}
+    for k, one in enumerate(asking):
+        by_shape.setdefault((one.count, one.first, one.limit), []).append(k)
     found: list[list[Sample]] = [[] for _ in asking]
-    for (count, first), members in by_size.items():
-        drawn = generator([prefixes[k] for k in members], sampling, n=count, first=first, seed=seed)
+    for (count, first, limit), members in by_shape.items():
+        asked = replace(sampling, max_new_tokens=limit)
+        drawn = generator([asking[k].prefix for k in members], asked, n=count, first=first, seed=seed)
         for k, samples in zip(members, drawn, strict=True):
             found[k] = samples
     return found
@@ -97,17 +110,25 @@ def _drawn(
 
 def _grown(trace: Trace, sample: Sample, delimiter: str | int, finished: Finished | None, sampling: Sampling) -> Trace:
     if isinstance(delimiter, str):
-        goes_on, end = sample.ended == "stop" and sample.matched == delimiter, delimiter
+        goes_on = sample.ended == "stop" and sample.matched == delimiter
+        steps = (*trace.steps, sample.text + (delimiter if goes_on else ""))
     else:
-        most = sampling.max_new_tokens - trace.completion
-        goes_on, end = sample.ended == "length" and sample.spent.completion < most, ""
-    grown = replace(
-        trace,
-        steps=(*trace.steps, sample.text + (end if goes_on else "")),
-        samples=(*trace.samples, sample),
-        finished=not goes_on,
-    )
+        goes_on = sample.ended == "length" and trace.completion + sample.spent.completion < sampling.max_new_tokens
+        steps = (*trace.steps, sample.text)
+        met = [at for text in sampling.stop if (at := "".join(steps).find(text)) >= 0]
+        if met:
+            steps, goes_on = _cut(steps, min(met)), False
+    grown = replace(trace, steps=steps, samples=(*trace.samples, sample), finished=not goes_on)
     return replace(grown, finished=True) if finished is not None and finished(grown.text) else grown
+
+
+def _cut(steps: Sequence[str], length: int) -> tuple[str, ...]:
+    """Steps whose texts together are no longer than `length`."""
+    found = []
+    for text in steps:
+        found.append(text[:length])
+        length -= len(found[-1])
+    return tuple(found)
 
 
 def judged(verifier: Verifier, traces: Sequence[Trace], *, budget: Budget | None = None) -> list[Trace]:

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from assay import checks
+from assay.methods.core.reasoning.answers import canonical, extract
 from assay.methods.core.reasoning.estimates import subsets
 from assay.methods.core.reasoning.logs import Logged
 from assay.methods.reasoning.compute_optimal_ttc.strategies import Attempts
@@ -105,14 +106,14 @@ def of_logs(
 
     `score` judges (prompt, text) in [0, 1] for a weighted vote; without it the majority is taken. `tokens` counts those of a text; without
     it every sample counts 1. An answer is right where the log says so of a sample that gives it. Raises ValueError for questions that
-    are not the same in all logs, and budgets above the samples there are.
+    are not the same in all logs (by their names and what they want for an answer), and budgets above the samples there are.
     """
     if not logs:
         raise ValueError("logs must hold at least one, got none")
-    names = {one.item for one in next(iter(logs.values()))}
+    wanted = {one.item: _wanted(one) for one in next(iter(logs.values()))}
     found: list[Outcome] = []
     for strategy, log in logs.items():
-        if {one.item for one in log} != names:
+        if {one.item: _wanted(one) for one in log} != wanted:
             raise ValueError(f"logs must be of the same questions, got others in {strategy!r}")
         for one in log:
             right = next((a for a, ok in zip(one.answers, one.right, strict=True) if ok), NEVER)
@@ -125,6 +126,11 @@ def of_logs(
                 how="majority" if score is None else "weighted", tokens=counted, prompt_tokens=read, draws=draws, seed=seed,
             )  # fmt: skip
     return found
+
+
+def _wanted(one: Logged) -> str:
+    """The answer that a question wants, without the working that some tasks put in front of it."""
+    return extract(one.target) if "####" in one.target else canonical(one.target)
 
 
 # ---------------------------------------------------------------------------------------------------------------- difficulty
@@ -179,7 +185,8 @@ class ComputeOptimalPolicy:
 
     `fit` reads a log and the difficulty of its questions: higher values are easier, and values must be had for new questions in the same
     way. Afterwards `table_` is {(bin, n): strategy} and `edges_` are the values between the bins. With one bin it is the best fixed
-    strategy; with one strategy it is that strategy. Of equal ones that with fewer tokens wins, then the first in the log.
+    strategy; with one strategy it is that strategy. Of equal ones that with fewer tokens wins, then the first in the log. Questions that
+    are equally hard cannot be told apart, so they share a bin: with many equal values bins are larger than others, or hold nothing.
 
     When NOT to use it: to say what it gains on the questions it was fitted to, which is above zero by choice alone: `cross_validated`.
 
@@ -196,11 +203,9 @@ class ComputeOptimalPolicy:
         self.edges_: list[float] = []
 
     def fit(self, log: Sequence[Outcome], difficulty: Mapping[str, float]) -> ComputeOptimalPolicy:
-        """Choose. Raises ValueError for a question without a difficulty, and an outcome that stands twice."""
-        of_item = difficulty_bins(_known(log, difficulty), self.bins)
-        easiest = [max(difficulty[i] for i, b in of_item.items() if b == k) for k in range(self.bins)]
-        hardest = [min(difficulty[i] for i, b in of_item.items() if b == k) for k in range(self.bins)]
-        self.edges_ = [(low + high) / 2 for low, high in zip(easiest[:-1], hardest[1:], strict=True)]
+        """Choose. Raises ValueError for a question without a difficulty, an outcome that stands twice, and one that is missing: what is
+        tried with n generations must be tried on all questions."""
+        self.edges_, of_item = _parted(_known(log, difficulty), self.bins)
         self.table_ = _table(log, of_item)
         return self
 
@@ -226,22 +231,33 @@ def _known(log: Sequence[Outcome], difficulty: Mapping[str, float]) -> dict[str,
     seen = {(one.item, one.strategy, one.n) for one in log}
     if len(seen) != len(log):
         raise ValueError("log must hold an outcome once for each question, strategy and n")
-    return {one.item: difficulty[one.item] for one in log}
+    items = {one.item for one in log}
+    for strategy, n in dict.fromkeys((one.strategy, one.n) for one in log):
+        if lacking := sorted(item for item in items if (item, strategy, n) not in seen):
+            raise ValueError(f"log must hold {strategy!r} with n = {n} for every question, got none for {lacking[0]!r}")
+    return {item: difficulty[item] for item in sorted(items)}
+
+
+def _parted(difficulty: Mapping[str, float], bins: int) -> tuple[list[float], dict[str, int]]:
+    """The values between the bins of `difficulty_bins`, and the bin of each question by its value alone, as for a new question."""
+    of_item = difficulty_bins(difficulty, bins)
+    easiest = [max(difficulty[i] for i, b in of_item.items() if b == k) for k in range(bins)]
+    hardest = [min(difficulty[i] for i, b in of_item.items() if b == k) for k in range(bins)]
+    edges = [(low + high) / 2 for low, high in zip(easiest[:-1], hardest[1:], strict=True)]
+    return edges, {item: bisect_right(edges, value) for item, value in difficulty.items()}
 
 
 def _table(log: Sequence[Outcome], of_item: Mapping[str, int]) -> dict[tuple[int, int], str]:
-    """The best strategy of each bin and budget, among those that have an outcome for all questions of the bin that any has one for."""
+    """The best strategy of each bin and budget."""
     found: dict[tuple[int, int], dict[str, list[Outcome]]] = {}
     for one in log:
         if one.item in of_item:
             found.setdefault((of_item[one.item], one.n), {}).setdefault(one.strategy, []).append(one)
     table = {}
     for key, tried in found.items():
-        most = max(map(len, tried.values()))
         means = {
             name: (float(np.mean([o.accuracy for o in own])), -float(np.mean([o.tokens for o in own])))
             for name, own in tried.items()
-            if len(own) == most
         }
         table[key] = max(means, key=lambda name: means[name])
     return table
@@ -259,12 +275,15 @@ def cross_validated(
     """What the policy gives for each question and budget, chosen on the other folds of its bin: the paper's two-fold cross-validation.
 
     Each bin is cut into `folds` at random; questions of one group (the same question asked in several ways) stay together. The outcomes
-    returned are those of the chosen strategies, under their names. A fold for which the others of its bin hold nothing takes the choice of
-    all bins. Raises ValueError as `fit` does, and where the other folds hold no outcome of a budget.
+    returned are those of the chosen strategies, under their names. Bins are parted by values alone, as `predict` parts them. A fold for
+    which the others of its bin hold nothing takes the choice of all bins. Raises ValueError as `fit` does, and where the other folds hold
+    no outcome of a budget.
     """
     folds = checks.whole("folds", folds, low=2)
-    of_item = difficulty_bins(_known(log, difficulty), bins)
+    _, of_item = _parted(_known(log, difficulty), bins)
     random = np.random.default_rng(checks.whole("seed", seed, low=0))
+    if groups is not None and (missing := sorted(set(of_item) - set(groups))):
+        raise ValueError(f"groups must be given for every question of the log, got none for {missing[0]!r}")
     group = {item: item if groups is None else groups[item] for item in of_item}
     order = random.permutation(sorted(set(group.values()))).tolist()
     found: list[Outcome] = []
@@ -273,8 +292,8 @@ def cross_validated(
         by_item.setdefault(one.item, []).append(one)
     fold_of: dict[str, int] = {}
     for b in range(bins):
-        members = [name for name in order if any(group[i] == name and of_item[i] == b for i in of_item)]
-        for place, name in enumerate(members):
+        there = {group[item] for item, own in of_item.items() if own == b}
+        for place, name in enumerate([name for name in order if name in there]):
             fold_of.setdefault(name, place % folds)  # a group that lies in two bins stays in one fold
     for fold in range(folds):
         inside = {item for item in of_item if fold_of[group[item]] == fold}
@@ -282,8 +301,9 @@ def cross_validated(
         table, whole = _table(rest, of_item), _table(rest, dict.fromkeys(of_item, 0))
         for item in sorted(inside):
             for n in dict.fromkeys(one.n for one in by_item[item]):
-                name = table.get((of_item[item], n)) or whole.get((0, n))
-                if name is None:
+                chosen = [each[key] for each, key in ((table, (of_item[item], n)), (whole, (0, n))) if key in each]
+                if not chosen:
                     raise ValueError(f"folds must leave outcomes of {n} generations to choose from, got {folds}")
+                name = chosen[0]
                 found += [one for one in by_item[item] if one.n == n and one.strategy == name]
     return found

@@ -36,8 +36,9 @@ def monte_carlo(
 ) -> list[list[float]]:
     """For every step of every trace the share of `rollouts` continuations that end right: the soft labels that the paper fits its PRM to.
 
-    Behind the last step of a finished trace nothing can follow: its label is 1 or 0. A text that stands in several traces is rolled out
-    once. Everything that was drawn is booked as "verify". The labels need the right answers: this is for questions of a training set.
+    Behind the last step of a finished trace nothing can follow: its label is 1 or 0, even where another trace goes on from its text. A
+    text that stands in several traces is rolled out once. Everything that was drawn is booked as "verify". The labels need the right
+    answers: this is for questions of a training set.
 
     When NOT to use it: where steps have labels already, or where samples that share prefixes are at hand in numbers; the roll-outs are
     `rollouts` whole answers a step.
@@ -57,13 +58,11 @@ def monte_carlo(
             for sample in samples:
                 if budget is not None:
                     budget.book("verify", sample.spent)
-    return [
-        [
-            asked[trace.prompt, text] if (trace.prompt, text) in asked else float(right(trace.prompt, text))
-            for text in texts_of(trace)
-        ]
-        for trace in traces
-    ]
+    found = [[asked.get((trace.prompt, text), 0.0) for text in texts_of(trace)] for trace in traces]
+    for trace, own in zip(traces, found, strict=True):
+        if trace.finished and own:
+            own[-1] = float(right(trace.prompt, trace.text))
+    return found
 
 
 class ProcessReward:
@@ -95,9 +94,9 @@ class ProcessReward:
         from sklearn.linear_model import LogisticRegression
 
         rows = self._rows(traces)
+        if [len(own) for own in labels] != [len(trace.steps) for trace in traces]:
+            raise ValueError("labels must be one a step for every trace, got other numbers of them")
         wanted = np.array([checks.number("labels", y, low=0, high=1) for own in labels for y in own])
-        if len(wanted) != len(rows):
-            raise ValueError(f"labels must be one a step, {len(rows)}, got {len(wanted)}")
         if not len(rows) or wanted.min() == wanted.max():
             raise ValueError("labels must hold different values, got one kind only")
         mean, scale = rows.mean(0), rows.std(0)
@@ -117,7 +116,10 @@ class ProcessReward:
         mean, scale, weights, bias = self._fitted
         if not any(trace.steps for trace in traces):
             return [[] for _ in traces], Spent()
-        z = (self._rows(traces) - mean) / scale @ weights + bias
+        rows = self._rows(traces)
+        if rows.shape[1] != len(mean):
+            raise ValueError(f"features must be as many as in fit, {len(mean)}, got {rows.shape[1]}")
+        z = (rows - mean) / scale @ weights + bias
         flat = iter((0.5 + 0.5 * np.tanh(z / 2)).tolist())
         return [[next(flat) for _ in trace.steps] for trace in traces], Spent()
 
@@ -169,8 +171,14 @@ class Lookahead:
             longer = {(one.prompt, one.text): after for one, (after,) in zip(_once(ledger), grown, strict=True)}
             ledger = [trace if trace.finished else longer[trace.prompt, trace.text] for trace in ledger]
         scores, judging = self.verifier.score(traces)
-        ends, more = self.verifier.score(ledger)
-        found = [[*own[:-1], end[-1]] if own else [] for own, end in zip(scores, ends, strict=True)]
+        grew = [i for i, trace in enumerate(traces) if ledger[i] is not trace]
+        if not grew:
+            return scores, kept.spent() + judging
+        ends, more = self.verifier.score([ledger[i] for i in grew])
+        found = [list(own) for own in scores]
+        for i, end in zip(grew, ends, strict=True):
+            if found[i]:
+                found[i][-1] = end[-1]
         return found, kept.spent() + judging + more
 
 

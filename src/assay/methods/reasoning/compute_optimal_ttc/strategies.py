@@ -199,18 +199,19 @@ def revised(
     (first,) = generator([prompt], sampling, n=chains, seed=seed)
     book(budget, first)
     made: list[list[Sample]] = [[sample] for sample in first]
+    taken = {
+        prompt: chains
+    }  # so many samples of a prompt stand in chains: whoever asks it again, in any round, gets the next
     for _ in range(length - 1):
-        seen: dict[str, int] = {}
-        wanted: dict[tuple[str, int], int] = {}  # chains that ask the same prompt get different samples of it
+        asking: dict[str, list[int]] = {}
         for c, chain in enumerate(made):
-            asked = again(prompt, [sample.text for sample in chain[-ATTEMPTS:]])
-            wanted[asked, seen.get(asked, 0)] = c
-            seen[asked] = seen.get(asked, 0) + 1
-        for asked, count in seen.items():
-            (samples,) = generator([asked], sampling, n=count, seed=seed)
+            asking.setdefault(again(prompt, [sample.text for sample in chain[-ATTEMPTS:]]), []).append(c)
+        for asked, members in asking.items():
+            (samples,) = generator([asked], sampling, n=len(members), first=taken.get(asked, 0), seed=seed)
+            taken[asked] = taken.get(asked, 0) + len(members)
             book(budget, samples)
-            for k, sample in enumerate(samples):
-                made[wanted[asked, k]].append(sample)
+            for c, sample in zip(members, samples, strict=True):
+                made[c].append(sample)
     traces = [of_sample(prompt, sample) for chain in made for sample in chain]
     return judged(verifier, traces, budget=budget), [c for c, chain in enumerate(made) for _ in chain]
 

@@ -56,7 +56,7 @@ def similarity_scorer(embed: Embedder, text: str) -> Scorer:
             return []
         near = embedded(embed, [one.text for one in documents]) @ embedded(embed, [text])[0]
         spread = float(near.max() - near.min())
-        return (1 + 9 * (near - near.min()) / spread if spread else np.full(len(near), 10.0)).tolist()
+        return (1 + 9 * ((near - near.min()) / spread) if spread else np.full(len(near), 10.0)).tolist()
 
     return score
 

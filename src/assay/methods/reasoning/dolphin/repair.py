@@ -12,48 +12,57 @@ import builtins
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from assay.methods.reasoning.dolphin.practice import Attempt, Request
-from assay.methods.reasoning.dolphin.tracebacks import Failure, Part, tree_of
+from assay.methods.reasoning.dolphin.tracebacks import Failure, Part, kept_lines, tree_of
 
 ALIASES = {"np": "numpy", "pd": "pandas", "plt": "matplotlib.pyplot", "nn": "torch.nn", "F": "torch.nn.functional"}
 """Names under which modules are commonly imported."""
 _QUOTED = re.compile(r"'([^']+)'")
+_DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+Lines = Callable[[Attempt, Sequence[Part]], Sequence[int]]
+"""Where a wrong value may have been made, likeliest first, by a failure and the code around its frames."""
 
 
 class RuleRepair:
-    """Gives the first candidate that was not tried yet, built on the last source whose failure differs from the one
-    before.
+    """Gives the first candidate that was not tried yet, built on the last source whose traceback differs from that of
+    the one before.
 
-    Without the structure the only line it may change is that of the innermost own frame; with it also the lines on
-    which the names of that
-    line are made, and the calls that led there. Names of the function and its module come before all others of the
-    file then.
+    Without the structure the lines that it may change are those that the traceback names, the innermost first. With it
+    also those on which the names of that line are made, and other calls of its function; names of the function come
+    before all others of the file then. `lines` looks elsewhere instead.
 
     When NOT to use it: for faults that are no slip of a name, an argument, a shape or a type. It knows of nothing else.
     """
+
+    def __init__(self, *, lines: Lines | None = None) -> None:
+        self.lines = suspects if lines is None else lines
 
     def __call__(self, request: Request) -> str | None:
         """The repaired source, None where no rule has anything left."""
         base = request.attempts[0]
         for attempt in request.attempts[1:]:
-            if _sign(attempt) != _sign(base):
+            if _sign(attempt) not in (None, _sign(base)):
                 base = attempt
         tried = {attempt.source for attempt in request.attempts}
         parts = Request((base,), request.structure).parts
-        return next((one for one in candidates(base, parts) if one not in tried and _parses(one)), None)
+        found = candidates(base, parts, self.lines)
+        return next((one for one in found if one not in tried and tree_of(one) is not None), None)
 
 
-def candidates(attempt: Attempt, parts: Sequence[Part]) -> Iterator[str]:
+def candidates(attempt: Attempt, parts: Sequence[Part], lines: Lines | None = None) -> Iterator[str]:
     """Sources with one change each, the likeliest first. `parts` is the code around the frames, empty for nothing
-    known of it."""
-    if not attempt.failures or not _parses(attempt.source):
+    known of it; wrong values are looked for at `lines`, by default `suspects`."""
+    tree = tree_of(attempt.source)
+    if tree is None:
         return
     failure = next((one for one in reversed(attempt.failures) if one.frames), None)
     if failure is None:
         return
-    script = _Script(attempt.source)
+    script = _Script(attempt.source, tree)
     line = failure.frames[-1].line
     if failure.kind in ("NameError", "UnboundLocalError"):
         yield from _missing_name(script, failure, line, parts)
@@ -64,24 +73,20 @@ def candidates(attempt: Attempt, parts: Sequence[Part]) -> Iterator[str]:
     elif failure.kind == "TypeError" and "argument" in failure.message:
         yield from _wrong_arguments(script, failure, line, parts)
     else:
-        for at in _lines(script, failure, line, parts):
-            yield from _wrong_value(
-                script, at, calls_only=at != line and any(at == where for p in parts for _, where in p.called_at)
-            )
+        callers = {frame.line for frame in failure.frames} | {at for part in parts for _, at in part.called_at}
+        for at in (suspects if lines is None else lines)(attempt, parts):
+            yield from _wrong_value(script, at, calls_only=at != line and at in callers)
 
 
 class _Script:
     """A source, its lines and its tree, and changes of a node's text."""
 
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self.lines = source.splitlines(keepends=True)
-        tree = tree_of(source)
-        assert tree is not None  # candidates are made of sources that parse
-        self.tree = tree
+    def __init__(self, source: str, tree: ast.Module) -> None:
+        self.source, self.tree = source, tree
+        self.lines = kept_lines(source)
         self.names = [n.id for n in ast.walk(self.tree) if isinstance(n, ast.Name)]
         self.names += [n.arg for n in ast.walk(self.tree) if isinstance(n, ast.arg)]
-        self.names += [n.name for n in ast.walk(self.tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        self.names += [n.name for n in ast.walk(self.tree) if isinstance(n, _DEFINITIONS)]
         self.names += [
             a.asname or a.name
             for n in ast.walk(self.tree)
@@ -92,16 +97,24 @@ class _Script:
         self.texts = [n.value for n in ast.walk(self.tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
 
     def at(self, line: int, kind: type[ast.AST] | tuple[type[ast.AST], ...]) -> list[ast.expr]:
-        """The expressions of a kind that begin and end on a line, in order."""
+        """The expressions of a kind that begin and end on a line, in order; not those of an f-string, of which Python
+        before 3.12 does not say where they stand."""
+        inside = {id(n) for text in ast.walk(self.tree) if isinstance(text, ast.JoinedStr) for n in ast.walk(text)}
         found = [
             n for n in ast.walk(self.tree)
-            if isinstance(n, kind) and isinstance(n, ast.expr) and n.lineno == line == n.end_lineno
+            if isinstance(n, kind) and isinstance(n, ast.expr) and n.lineno == line == n.end_lineno and
+            id(n) not in inside
         ]  # fmt: skip
         return sorted(found, key=lambda n: n.col_offset)
 
     def text(self, node: ast.expr) -> str:
         """The node as it is written."""
         return ast.get_source_segment(self.source, node) or ""
+
+    def operand(self, node: ast.expr) -> str:
+        """The same, in parentheses unless it binds as tightly as a name: those around it are not part of a node."""
+        text = self.text(node)
+        return text if isinstance(node, ast.Name | ast.Attribute | ast.Call | ast.Subscript) else f"({text})"
 
     def with_text(self, node: ast.expr, text: str) -> str:
         """The source with another text in the node's place."""
@@ -115,8 +128,9 @@ def _missing_name(script: _Script, failure: Failure, line: int, parts: Sequence[
     module = ALIASES.get(name, name if name in sys.stdlib_module_names else "")
     if module:
         text = f"import {module}\n" if module == name else f"import {module} as {name}\n"
-        first = next((n.lineno for n in script.tree.body if not _docstring_or_future(n)), 1) - 1
-        yield "".join([*script.lines[:first], text, *script.lines[first:]])
+        first = next((n for n in script.tree.body if not _docstring_or_future(n)), script.tree.body[0])
+        at = min([first.lineno, *(n.lineno for n in getattr(first, "decorator_list", ()))]) - 1
+        yield "".join([*script.lines[:at], text, *script.lines[at:]])
     near: list[str] = []
     if parts:
         inside = parts[0]
@@ -151,7 +165,7 @@ def _renamed(script: _Script, line: int, old: str, names: Sequence[str], kind: t
             if isinstance(node, ast.Name) and node.id == old:
                 yield script.with_text(node, new)
             elif isinstance(node, ast.Attribute) and node.attr == old:
-                yield script.with_text(node, f"{script.text(node.value)}.{new}")
+                yield script.with_text(node, re.sub(r"\w+$", new, script.text(node)))
             elif isinstance(node, ast.Constant) and node.value == old:
                 yield script.with_text(node, repr(new))
 
@@ -188,25 +202,29 @@ def _wrong_arguments(script: _Script, failure: Failure, line: int, parts: Sequen
 
 def _call(script: _Script, node: ast.Call, arguments: Sequence[str], keywords: Sequence[ast.keyword]) -> str:
     named = [f"{k.arg}={ast.unparse(k.value)}" if k.arg else f"**{ast.unparse(k.value)}" for k in keywords]
-    return f"{script.text(node.func)}({', '.join([*arguments, *named])})"
+    return f"{script.operand(node.func)}({', '.join([*arguments, *named])})"
 
 
-def _lines(script: _Script, failure: Failure, line: int, parts: Sequence[Part]) -> list[int]:
-    """Where a value may have gone wrong: the line itself; with the code around it, where its names were made and the
-    calls that led there."""
-    if not parts:
-        return [line]
-    wanted = {n.id for n in ast.walk(script.tree) if isinstance(n, ast.Name) and n.lineno == line}
-    inside = parts[0]
+def named_lines(attempt: Attempt) -> list[int]:
+    """The lines that the traceback names, the innermost first."""
+    failure = next((one for one in reversed(attempt.failures) if one.frames), None)
+    return list(dict.fromkeys(frame.line for frame in reversed(failure.frames))) if failure is not None else []
+
+
+def suspects(attempt: Attempt, parts: Sequence[Part]) -> list[int]:
+    """The lines that the traceback names; with the code around them behind the innermost first those where its names
+    were made and, last, the other calls of its function and whatever else in the file has such a name."""
+    line, *callers = named_lines(attempt)
+    tree = tree_of(attempt.source) if parts else None
+    if tree is None:
+        return [line, *callers]
+    wanted = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and n.lineno == line}
     made = [
-        n.lineno for n in ast.walk(script.tree)
+        n.lineno for n in ast.walk(tree)
         if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id in wanted and n.lineno != line
     ]  # fmt: skip
-    near = sorted((at for at in made if inside.first <= at < line), reverse=True)
-    callers = [at for part in parts[:1] for _, at in part.called_at] + [
-        frame.line for frame in reversed(failure.frames[:-1])
-    ]
-    return list(dict.fromkeys([line, *near, *callers, *(at for at in made if at not in near)]))
+    near = sorted((at for at in made if parts[0].first <= at < line), reverse=True)
+    return list(dict.fromkeys([line, *near, *callers, *(at for _, at in parts[0].called_at), *made]))
 
 
 def _wrong_value(script: _Script, line: int, *, calls_only: bool) -> Iterator[str]:
@@ -218,7 +236,7 @@ def _wrong_value(script: _Script, line: int, *, calls_only: bool) -> Iterator[st
     for node in () if calls_only else script.at(line, ast.BinOp):
         assert isinstance(node, ast.BinOp)
         if isinstance(node.op, ast.MatMult):
-            left, right = script.text(node.left), script.text(node.right)
+            left, right = script.operand(node.left), script.operand(node.right)
             yield script.with_text(node, f"{left} @ {_turned(right)}")
             yield script.with_text(node, f"{_turned(left)} @ {right}")
     for node in script.at(line, ast.Call):
@@ -236,7 +254,3 @@ def _turned(text: str) -> str:
 def _sign(attempt: Attempt) -> tuple[str, str] | None:
     """By what two failures are told apart."""
     return (attempt.failures[-1].kind, attempt.failures[-1].message) if attempt.failures else None
-
-
-def _parses(source: str) -> bool:
-    return tree_of(source) is not None

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line (?P<line>\d+)(?:, in (?P<function>.+))?$')
 _HEAD = "Traceback (most recent call last):"
-_GROUP = re.compile(r"^ *[|+](?: |-|$)[-+ ]*")
-"""What stands before the lines of an exception group: its members are drawn as branches."""
+_GROUP = re.compile(r"^(?:  )+(?:[|+] |\+-[-+ \d]*$)")
+"""What stands before the lines of an exception group, and between its members."""
 _ERROR = re.compile(r"^(?P<kind>[^\W\d](?:\w|\.|<locals>)*)(?::(?: (?P<message>.*))?)?$")
 _LIBRARY = ("/site-packages/", "/dist-packages/")
 
@@ -42,7 +42,7 @@ class Failure:
 
 def parse(text: str) -> list[Failure]:
     """The exceptions of a traceback as Python prints it, in its order: causes first, what ended the program last. Of an
-    exception group its members come behind it.
+    exception group the members that were raised come behind it.
 
     A message is its first line and what is indented below it. Other text around it is passed over; "" and text without
     a traceback give none.
@@ -52,7 +52,9 @@ def parse(text: str) -> list[Failure]:
     """
     found: list[Failure] = []
     frames: list[Frame] | None = None
-    lines = [_ungrouped(line) for line in lines_of(text)]
+    lines = lines_of(text)
+    if any(line.endswith(f"+ Exception Group {_HEAD}") for line in lines):
+        lines = [_GROUP.sub("", line) for line in lines]
     for n, line in enumerate(lines):
         place = _FRAME.match(line)
         if line.strip().removeprefix("Exception Group ") == _HEAD:
@@ -63,15 +65,15 @@ def parse(text: str) -> list[Failure]:
             code = after.strip() if after.startswith("    ") else ""
             frames.append(Frame(place["file"], int(place["line"]), place["function"] or "<module>", code))
         elif frames is not None and line and not line.startswith(" ") and (error := _ERROR.match(line)):
-            below = itertools.takewhile(lambda after: after[:1] in (" ", "\t"), lines[n + 1 :])
+            below = itertools.takewhile(_continues, lines[n + 1 :])
             found.append(Failure(error["kind"], "\n".join([error["message"] or "", *below]), tuple(frames)))
             frames = None
     return found
 
 
-def _ungrouped(line: str) -> str:
-    """A line without the branches of an exception group."""
-    return line[branch.end() :] if (branch := _GROUP.match(line)) and not line.startswith("+") else line
+def _continues(line: str) -> bool:
+    """Whether a line behind an error belongs to its message."""
+    return line.startswith((" ", "\t")) and not _FRAME.match(line)
 
 
 def lines_of(text: str) -> list[str]:
