@@ -222,6 +222,7 @@ def by_letters(monkeypatch):
     monkeypatch.setattr(grove, "live", lambda: TreeGenerator(model, Letters(), name="tiny"))
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_tokens_and_pruning_is_seen(monkeypatch):
     by_letters(monkeypatch)
     KEPT.clear()
