@@ -273,3 +273,12 @@ def test_cuda_calibration(own_cache):
     assert found.device == "cuda"
     assert found.peak_flops["bfloat16"] > found.peak_flops["float64"]
     assert found.bandwidth(1) == found.memory_bandwidth
+
+
+def test_products_that_a_processor_takes_long_for_are_not_tried():
+    """A processor without instructions for a type would calibrate for minutes."""
+    from assay.measure.machine import SHAPES, SLOW_SHAPES, _short_enough
+
+    assert list(_short_enough(SHAPES, 1e12)) == list(SHAPES)
+    assert list(_short_enough(SHAPES, 2.2e9)) == [(1024, 1024, 1024), (512, 2048, 512)]
+    assert _short_enough(SHAPES, 1e8) == SLOW_SHAPES

@@ -16,7 +16,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ SIMD = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "amx_", "avx512", "n
 # m, k, n of a matrix product (m, k) @ (k, n): some fit in the caches, one streams; the best one counts
 SHAPES = ((2048, 1536, 576), (1024, 1024, 1024), (512, 2048, 512), (2048, 2048, 2048))
 SLOW_SHAPES = ((512, 512, 512),)  # for types whose products are slow on many processors
+LONGEST_PRODUCT = 1.0  # seconds: what a processor without instructions for a type takes longer for is not tried
 CUDA_SHAPES = ((4096, 4096, 4096), (8192, 8192, 8192), (8192, 4096, 2048))
 METHOD = 1  # part of the cache key: raise it when the way rates are measured changes
 LONGEST = 10.0  # seconds after which no new round begins
@@ -338,16 +339,36 @@ def _products(device: str) -> list[Case]:
     for name in ("float32", "bfloat16", "int8", "float16", "float64"):
         dtype = getattr(torch, name)
         shapes = CUDA_SHAPES if device == "cuda" else SLOW_SHAPES if name in ("float16", "float64") else SHAPES
-        for m, k, n in shapes:
+        product = torch._int_mm if name == "int8" else torch.mm
+        try:
+            rate = _rate(product, dtype, device)
+        except (RuntimeError, AttributeError, NotImplementedError):
+            continue
+        for m, k, n in _short_enough(shapes, rate):
             a = torch.ones((m, k), dtype=dtype, device=device)
             b = torch.ones((n, k), dtype=dtype, device=device).t()
-            product = torch._int_mm if name == "int8" else torch.mm
-            try:
-                product(a, b)
-            except (RuntimeError, AttributeError, NotImplementedError):
-                break
             found.append((name, 2 * m * k * n, functools.partial(product, a, b)))
     return found
+
+
+def _rate(product: Callable[[Any, Any], Any], dtype: Any, device: str) -> float:
+    """Operations a second of a small product. Raises what torch raises where it lacks it."""
+    import torch
+
+    ((m, k, n),) = SLOW_SHAPES
+    a, b = torch.ones((m, k), dtype=dtype, device=device), torch.ones((n, k), dtype=dtype, device=device).t()
+    product(a, b)  # the first one chooses its code
+    synchronize()
+    begin = time.perf_counter()
+    product(a, b)
+    synchronize()
+    return 2 * m * k * n / max(time.perf_counter() - begin, 1e-9)
+
+
+def _short_enough(shapes: Sequence[tuple[int, int, int]], rate: float) -> Sequence[tuple[int, int, int]]:
+    """The shapes whose product takes no longer than `LONGEST_PRODUCT` at a rate; the small one where none does."""
+    kept = [shape for shape in shapes if 2 * math.prod(shape) <= rate * LONGEST_PRODUCT]
+    return kept or SLOW_SHAPES
 
 
 def _seconds(run: Callable[[], Any], clock: Callable[[], float]) -> float:
