@@ -1,6 +1,5 @@
 """ETS: the integer programme against enumeration, the search, and a cache that holds each token of the tree once."""
 
-import gc
 import itertools
 import math
 from dataclasses import replace
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tests.tiny import tiny_model
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from assay.methods.core.generation.slices import cache_of
 from assay.methods.core.reasoning.budget import Budget, Spent
@@ -292,7 +292,7 @@ def test_what_is_pruned_is_really_given_back():
     for step in range(2, 6):
         trie.add([[1, step, step], [1, step, 9]], own_cache(2, 2, seed=step))
     before = {ids: trie.keys[1][:, trie.match(ids)].clone() for ids in [(1, 3, 9), (1, 4, 4)]}
-    storages = [x.untyped_storage().data_ptr() for x in trie.keys]
+    storages = [StorageWeakRef(x.untyped_storage()) for x in (*trie.keys, *trie.values)]
     trie.keep([[1, 3, 9], [1, 4, 4, 8]])
     assert trie.tokens == 5
     assert trie.nbytes == 5 * 2 * 2 * 2 * 4 * 4
@@ -300,9 +300,7 @@ def test_what_is_pruned_is_really_given_back():
         assert torch.equal(trie.keys[1][:, trie.match(ids)], keys)
     assert len(trie.match([1, 2, 2])) == 1
     del before
-    gc.collect()
-    alive = {x.untyped_storage().data_ptr() for x in gc.get_objects() if issubclass(type(x), torch.Tensor)}
-    assert not alive & set(storages) - {x.untyped_storage().data_ptr() for x in (*trie.keys, *trie.values)}
+    assert all(storage.expired() for storage in storages)
     trie.keep([])
     assert trie.tokens == trie.nbytes == 0
 

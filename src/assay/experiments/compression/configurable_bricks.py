@@ -64,7 +64,7 @@ MASKING = Operator("the neurons of MLPs on each token", free="the dense model, w
 MASKED_POINTS: dict[str, list[dict[str, Any]]] = {
     "smoke": [{"windows": 2, "window": 32, "weights": "as released"}],
     "small": [
-        {"windows": 12, "window": 64, "weights": "as released"},
+        {"windows": 10, "window": 64, "weights": "as released"},
         {"windows": 4, "window": 64, "weights": "off the grid"},
     ],
     "full": [
@@ -223,7 +223,7 @@ SMALLER = "SmolLM2-135M-Instruct, sixty times smaller: no larger one comes with 
     "configurable_bricks/specialised-neurons",
     points={
         "smoke": [{"functions": ["python", "english", "arithmetic"], "passages": 6, "length": 32}],
-        "small": [{"functions": APART, "passages": 20, "length": 64}],
+        "small": [{"functions": APART, "passages": 16, "length": 64}],
         "full": [
             {"functions": APART, "passages": 150, "length": 128},
             {"functions": list(FUNCTIONS), "passages": 150, "length": 128},
@@ -235,7 +235,7 @@ SMALLER = "SmolLM2-135M-Instruct, sixty times smaller: no larger one comes with 
     departures={
         "functions": "kinds of text that are to be had offline and as far apart as the paper's: Python, English, other languages, "
         "arithmetic. A second kind of code, which the paper has not, is told from the first at full only",
-        "passages": "20 for fitting and as many held out a function at small, of equal length; 150 at full: there is no more English",
+        "passages": "16 for fitting and as many held out a function at small, of equal length; 150 at full: there is no more English",
         "model": SMALLER,
     },
     tolerance=0,
@@ -411,14 +411,14 @@ def overlaps(chosen: Chosen) -> dict[str, float]:
     "configurable_bricks/pruning-hits-its-function",
     points={
         "smoke": [{"functions": ["python", "arithmetic"], "passages": 4, "judged": 2, "length": 24}],
-        "small": [{"functions": list(FUNCTIONS), "passages": 16, "judged": 4, "length": 48}],
+        "small": [{"functions": list(FUNCTIONS), "passages": 12, "judged": 3, "length": 48}],
         "full": [{"functions": list(FUNCTIONS), "passages": 150, "judged": 100, "length": 128}],
     },
     operator=SPECIALISING,
     paper=PAPER_FUNCTIONS | {"share": 0.05},
     departures={
         "functions": "kinds of text that are to be had offline: Python, C++, English, other languages, arithmetic",
-        "passages": "16 for fitting and 4 held out a function at small, of equal length; 150 and 100 at full",
+        "passages": "12 for fitting and 3 held out a function at small, of equal length; 150 and 100 at full",
         "model": SMALLER,
         "share": "5 % of each layer's neurons; whether of a layer or of all, the paper leaves open",
     },
