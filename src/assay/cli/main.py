@@ -19,6 +19,7 @@ def build() -> Any:
     from assay.cli import (
         apply,
         audit,
+        code,
         digest,
         doctor,
         evidence,
@@ -62,6 +63,7 @@ def build() -> Any:
         name = module.__name__.rsplit(".", 1)[1]
         app.command(name=name)(getattr(module, name))
     app.add_typer(evidence.app, name="evidence")
+    app.add_typer(code.app, name="code")
 
     @app.callback(invoke_without_command=True)
     def options(

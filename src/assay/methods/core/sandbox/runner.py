@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -144,10 +144,12 @@ def _nobody() -> int | None:
     return random.SystemRandom().choice(USERS) if os.geteuid() == 0 else None
 
 
-def _around(scratch: Path, readable: Sequence[Path], limits: Limits, user: int | None) -> list[str]:
+def _around(
+    scratch: Path, readable: Sequence[Path], limits: Limits, user: int | None, *, writes: bool = True
+) -> list[str]:
     """What a program is started by. A user who is nobody does not reach a folder below /root, say: root shows it to it elsewhere first."""
     if user is None:
-        return _bubblewrap(scratch, {path: path for path in readable}, limits)
+        return _bubblewrap(scratch, {path: path for path in readable}, limits, writes=writes)
     shown = {Path(f"/mnt/{n}"): path for n, path in enumerate(readable)}
     outer = [
         str(shutil.which("bwrap")),
@@ -172,10 +174,10 @@ def _around(scratch: Path, readable: Sequence[Path], limits: Limits, user: int |
         f"--regid={user}",
         "--clear-groups",
     ]
-    return [*outer, "--", *_bubblewrap(Path("/mnt/scratch"), shown, limits)]
+    return [*outer, "--", *_bubblewrap(Path("/mnt/scratch"), shown, limits, writes=writes)]
 
 
-def _bubblewrap(scratch: Path, readable: Mapping[Path, Path], limits: Limits) -> list[str]:
+def _bubblewrap(scratch: Path, readable: Mapping[Path, Path], limits: Limits, *, writes: bool) -> list[str]:
     """The sandbox itself, of folders that are here and what they are called inside."""
     own = ["--size", str(limits.tmp_mib * MIB)]  # of memory: a file system without a size would hold half of it
     shm = [*own, "--tmpfs", "/dev/shm"]
@@ -195,7 +197,9 @@ def _bubblewrap(scratch: Path, readable: Mapping[Path, Path], limits: Limits) ->
         command += ["--ro-bind-try", folder, folder]
     for here, path in readable.items():
         command += ["--ro-bind", str(here), str(path)]
-    command += ["--bind", str(scratch), INSIDE, "--chdir", INSIDE, "--remount-ro", "/"]
+    command += ["--bind" if writes else "--ro-bind", str(scratch), INSIDE, "--chdir", INSIDE, "--remount-ro", "/"]
+    if not writes:
+        command += ["--remount-ro", "/tmp", "--remount-ro", "/dev/shm"]
     for name, value in _environment().items():
         command += ["--setenv", name, value]
     return [*command, "--"]
@@ -254,34 +258,75 @@ class Sandbox:
         stdin: bytes = b"",
         collect: Sequence[str] = (),
         limits: Limits | None = None,
+        pass_fds: Sequence[int] = (),
     ) -> Ran:
         """Run a command in a scratch folder that holds `files`, give it `stdin`, and read the files named in `collect` afterwards.
 
         Names are relative, without ".."; of a file that the program made only a regular one is read, never what a link points to, and
-        not more than `files_mib`. Raises ValueError for other names and an empty command, OSError where the program cannot be
-        started. A program that ends badly raises nothing: see `Ran.ended`.
+        not more than `files_mib`. `pass_fds` are open files that the command gets beside its three. Raises ValueError for other names and
+        an empty command, OSError where the program cannot be started. A program that ends badly raises nothing: see `Ran.ended`.
         """
         limits = limits or self.limits
+        for name in collect:
+            _check_name(name)
+        with self._prepared(command, files or {}, limits) as (started, scratch):
+            ran = _watched(started, scratch, stdin, limits, protected=self.protected, pass_fds=pass_fds)
+            found = {name: data for name in collect if (data := _collected(scratch, name, limits)) is not None}
+        return Ran(**{**ran.__dict__, "files": found})
+
+    @contextlib.contextmanager
+    def start(
+        self, command: Sequence[str], *, files: Mapping[str, bytes | str] | None = None, limits: Limits | None = None
+    ) -> Iterator[subprocess.Popen[bytes]]:
+        """Start a command that answers questions on its stdin and stdout until the `with` ends, which ends all its processes.
+
+        It writes nowhere, so that nothing is kept from one question to the next; its scratch folder can be read. Of `limits` only those
+        that the system keeps by itself hold (processor time of each process, number of processes): who asks watches the rest.
+        """
+        limits = limits or self.limits
+        with self._prepared(command, files or {}, limits, writes=False) as (started, scratch):
+            process = subprocess.Popen(
+                started,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=scratch,
+                env=_environment_of(scratch, protected=self.protected),
+                start_new_session=True,
+            )
+            watcher = watch.Watcher(process.pid, scratch)
+            try:
+                yield process
+            finally:
+                watcher.look()
+                watcher.kill()
+                process.wait()
+                for pipe in (process.stdin, process.stdout):
+                    with contextlib.suppress(OSError):
+                        pipe.close()  # type: ignore[union-attr]
+
+    @contextlib.contextmanager
+    def _prepared(
+        self, command: Sequence[str], files: Mapping[str, bytes | str], limits: Limits, *, writes: bool = True
+    ) -> Iterator[tuple[list[str], Path]]:
+        """The whole command line, and the scratch folder with its files."""
         command = [str(part) for part in command]
         if not command or "\0" in "".join(command):
             raise ValueError(f"command must hold a program and its arguments, got {checks.shown(command)}")
-        for name in (*(files or {}), *collect):
+        for name in files:
             _check_name(name)
         with tempfile.TemporaryDirectory(prefix="assay-sandbox-", ignore_cleanup_errors=True) as folder:
             user = _nobody() if self.protected else None
             scratch = Path(folder) / "scratch"
             scratch.mkdir()
-            for name, content in (files or {}).items():
+            for name, content in files.items():
                 path = scratch / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content.encode() if isinstance(content, str) else content)
             if user is not None:
                 _hand_over(scratch, user)
-            around = _around(scratch, self.readable, limits, user) if self.protected else []
-            started = [*around, *_own_limits(limits, user), *command]
-            ran = _watched(started, scratch, stdin, limits, protected=self.protected)
-            found = {name: data for name in collect if (data := _collected(scratch, name, limits)) is not None}
-        return Ran(**{**ran.__dict__, "files": found})
+            around = _around(scratch, self.readable, limits, user, writes=writes) if self.protected else []
+            yield [*around, *_own_limits(limits, user), *command], scratch
 
 
 def _check_name(name: str) -> None:
@@ -331,7 +376,14 @@ def _own_limits(limits: Limits, user: int | None) -> list[str]:
     return [program, f"--cpu={seconds}:{seconds + 1}", f"--fsize={limits.files_mib * MIB}", "--core=0", *counted, "--"]
 
 
-def _watched(command: list[str], scratch: Path, stdin: bytes, limits: Limits, *, protected: bool) -> Ran:
+def _environment_of(scratch: Path, *, protected: bool) -> dict[str, str]:
+    """What bubblewrap is started with, or the program itself; bubblewrap clears it and sets `_environment`."""
+    return {} if protected else _environment() | {"HOME": str(scratch), "TMPDIR": str(scratch)}
+
+
+def _watched(
+    command: list[str], scratch: Path, stdin: bytes, limits: Limits, *, protected: bool, pass_fds: Sequence[int] = ()
+) -> Ran:
     began = time.perf_counter()
     process = subprocess.Popen(
         command,
@@ -339,8 +391,9 @@ def _watched(command: list[str], scratch: Path, stdin: bytes, limits: Limits, *,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=scratch,
-        env={} if protected else _environment() | {"HOME": str(scratch), "TMPDIR": str(scratch)},
+        env=_environment_of(scratch, protected=protected),
         start_new_session=True,
+        pass_fds=tuple(pass_fds),
     )
     streams = _Streams(process, stdin, limits.output_bytes)
     watcher = watch.Watcher(process.pid, scratch)

@@ -1,0 +1,341 @@
+"""Measure one program, or two in turns: every cost with its meter and its spread, and none for a program that is wrong."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from assay import checks
+from assay.codebench.cases import Input, entry_point_of
+from assay.errors import InputError, MissingError
+from assay.measure.stats import Interval, paired_ratio
+from assay.methods.core.programs.judging import judge
+from assay.methods.core.programs.processes import (
+    CompileError,
+    Language,
+    Program,
+    program_of,
+    pytest_suite,
+    python_package,
+    run_program,
+)
+from assay.methods.core.programs.workers import METERS, Outcome, Workers
+from assay.methods.core.sandbox import Limits, Sandbox, SandboxMissing
+from assay.workloads.programs.task import UNKNOWN
+
+SUFFIXES: dict[str, Language] = {
+    ".py": "python",
+    ".js": "node",
+    ".cjs": "node",
+    ".c": "c",
+    ".cpp": "cpp",
+    ".cc": "cpp",
+    ".cxx": "cpp",
+}
+PAIRS = 10
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a program cost on one case by one meter: the repeats, their median, and their coefficient of variation (0: all equal)."""
+
+    meter: str
+    case: int
+    repeats: tuple[float, ...]
+    charged: bool = False
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.repeats)
+
+    @property
+    def variation(self) -> float:
+        mean = statistics.fmean(self.repeats)
+        return statistics.stdev(self.repeats) / mean if len(self.repeats) > 1 and mean > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A program's report. `wrong` says why it has no costs; `checked` how many cases had an expected answer."""
+
+    program: str
+    checked: int
+    cases: int
+    wrong: str = ""
+    costs: tuple[Cost, ...] = ()
+
+    def total(self, meter: str) -> float:
+        """The medians of all cases together."""
+        return sum(cost.median for cost in self.costs if cost.meter == meter)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Before against after. `ratio` is before / after: above 1 the new one is cheaper; None where one of them is wrong."""
+
+    before: str
+    after: str
+    meter: str
+    wrong: str = ""
+    ratio: Interval | None = None
+    totals: tuple[tuple[float, float], ...] = ()
+    by_case: tuple[float, ...] = field(default_factory=tuple)
+
+    @property
+    def verdict(self) -> str:
+        """cheaper, dearer, no difference seen, or wrong."""
+        if self.wrong or self.ratio is None:
+            return "wrong"
+        if self.ratio.low > 1:
+            return "cheaper"
+        return "dearer" if self.ratio.high < 1 else "no difference seen"
+
+
+def measure(
+    path: Path,
+    cases: Sequence[Input],
+    *,
+    entry: str | None = None,
+    meters: Sequence[str] = ("cpu_seconds", "operations", "peak_bytes"),
+    repeats: int = 5,
+    limits: Limits | None = None,
+    say: Say = lambda _: None,
+) -> Measured:
+    """Run a program on all cases, judge it where the answer is known, and say what it costs by each meter.
+
+    Raises InputError for a file of no known kind, a meter that cannot measure it, or a program that defines no such function; MissingError
+    where the sandbox, a compiler or valgrind is missing.
+    """
+    checks.whole("repeats", repeats, low=1)
+    calls = _calls(cases)
+    with _Bench(path, calls=calls, entry=entry, limits=limits) as bench:
+        for meter in meters:
+            bench.allows(meter)
+        costs: list[Cost] = []
+        wrong = ""
+        for meter in meters:
+            for number, case in enumerate(cases):
+                say(f"{path.name}: {meter}, case {number + 1} of {len(cases)}")
+                outcomes = bench.run(meter, case, repeats)
+                wrong = wrong or _wrong(number, case, outcomes)
+                if not wrong:
+                    found = tuple(float(outcome.cost or 0.0) for outcome in outcomes)
+                    costs.append(Cost(meter, number, found, any(outcome.charged for outcome in outcomes)))
+    checked = sum(case.expected is not UNKNOWN for case in cases)
+    return Measured(str(path), checked, len(cases), wrong, () if wrong else tuple(costs))
+
+
+def compare(
+    before: Path,
+    after: Path,
+    cases: Sequence[Input],
+    *,
+    entry: str | None = None,
+    meter: str = "cpu_seconds",
+    pairs: int = PAIRS,
+    limits: Limits | None = None,
+    say: Say = lambda _: None,
+) -> Comparison:
+    """Run two programs in turns (A B, B A, ...) on all cases; a pair is the whole list of cases by each.
+
+    Both are judged: by the expected answers, and where a case has none the new one by the answer of the old one. Costs of pairs that are
+    the same at every run (operations, instructions) need two pairs only. Errors are those of `measure`.
+    """
+    checks.whole("pairs", pairs, low=1)
+    calls = _calls(cases)
+    names = (str(before), str(after))
+    with (
+        _Bench(before, calls=calls, entry=entry, limits=limits) as old,
+        _Bench(after, calls=calls, entry=entry or old.entry or None, limits=limits) as new,
+    ):
+        old.allows(meter)
+        new.allows(meter)
+        known = list(cases)
+        for number, case in enumerate(cases):
+            say(f"judging case {number + 1} of {len(cases)}")
+            first = old.run(meter, case, 1)
+            if wrong := _wrong(number, case, first):
+                return Comparison(*names, meter, f"{before.name}: {wrong}")
+            if case.expected is UNKNOWN:
+                known[number] = Input(case.args, case.kwargs, case.stdin, first[0].value, case.compare)
+            if wrong := _wrong(number, known[number], new.run(meter, case, 1)):
+                return Comparison(*names, meter, f"{after.name}: {wrong}")
+        totals, each = [], [([], []) for _ in cases]  # type: ignore[var-annotated]
+        for pair in range(pairs):
+            say(f"pair {pair + 1} of {pairs}")
+            sums = [0.0, 0.0]
+            for number, case in enumerate(known):
+                for which in (0, 1) if pair % 2 == 0 else (1, 0):
+                    [outcome] = (old, new)[which].run(meter, case, 1)
+                    if wrong := _wrong(number, case, [outcome]):
+                        return Comparison(*names, meter, f"{(before, after)[which].name}: {wrong}")
+                    sums[which] += float(outcome.cost or 0.0)
+                    each[number][which].append(float(outcome.cost or 0.0))
+            totals.append((sums[0], sums[1]))
+    if any(min(pair) <= 0 for pair in totals):
+        raise InputError(f"--meter: the cost by {meter} is below what it can tell: take larger cases or another meter")
+    by_case = tuple(
+        statistics.median(a) / statistics.median(b) if statistics.median(b) else float("nan") for a, b in each
+    )
+    return Comparison(*names, meter, "", _ratio(totals), tuple(totals), by_case)
+
+
+def compare_suites(
+    before: Path,
+    after: Path,
+    tests: Path | None = None,
+    *,
+    pairs: int = PAIRS,
+    limits: Limits | None = None,
+    say: Say = lambda _: None,
+) -> Comparison:
+    """Run a suite of pytest on two versions in turns and compare the processor time of the whole runs.
+
+    Two folders with their own tests, or two files and `tests`, a file beside which each is put under the name of `before`, by which the
+    tests import it. A version whose tests fail is wrong. Tests see a copy in the sandbox: no network, nothing else of the disk.
+    """
+    checks.whole("pairs", pairs, low=1)
+    limits = limits or Limits(wall_seconds=600, cpu_seconds=600, memory_mib=4096)
+    programs = [_suite(path, tests, before.name) for path in (before, after)]
+    names = (str(before), str(after))
+    sandbox = _sandbox(limits)
+    totals = []
+    for pair in range(pairs + 1):  # the first warms up and judges
+        say("the tests pass before and after?" if not pair else f"pair {pair} of {pairs}")
+        costs = [0.0, 0.0]
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            [[outcome]] = run_program(sandbox, programs[which], [b""], limits=limits)
+            if outcome.state != "returned":
+                return Comparison(
+                    *names,
+                    "cpu_seconds",
+                    f"{(before, after)[which].name}: its tests do not pass: {outcome.error[-300:]}",
+                )
+            costs[which] = float(outcome.cost or 0.0)
+        if pair:
+            totals.append((costs[0], costs[1]))
+    if any(min(pair) <= 0 for pair in totals):
+        raise InputError("the tests cost less than starting Python: nothing can be compared by them")
+    return Comparison(*names, "cpu_seconds", "", _ratio(totals), tuple(totals))
+
+
+def _suite(path: Path, tests: Path | None, name: str) -> Program:
+    if path.is_dir() and tests is None:
+        return pytest_suite(path)
+    if path.is_file() and tests is not None and tests.is_file():
+        whole = pytest_suite(tests.parent, [tests.name])
+        files = {tests.name: tests.read_bytes(), name: path.read_bytes()}
+        return Program(whole.command, "python", files)
+    raise InputError(f"--pytest wants two folders with tests, or two files and a file of tests, got {path} and {tests}")
+
+
+def _ratio(totals: Sequence[tuple[float, float]]) -> Interval:
+    """Costs that are the same every time have no noise: their ratio is exact."""
+    if len(set(totals)) == 1 and len(totals) > 1:
+        exact = totals[0][0] / totals[0][1]
+        return Interval(exact, exact, exact, len(totals))
+    return paired_ratio([a for a, _ in totals], [b for _, b in totals])
+
+
+def _calls(cases: Sequence[Input]) -> bool:
+    if not cases:
+        raise InputError("cases must be one or more, got none")
+    return cases[0].stdin is None
+
+
+def _wrong(number: int, case: Input, outcomes: Sequence[Outcome]) -> str:
+    for outcome in outcomes:
+        expected = outcome.value if case.expected is UNKNOWN else case.expected
+        found = judge([expected], [outcome], _lines if case.stdin is not None else case.same)
+        if not found.right:
+            return found.why.replace("case 0", f"case {number + 1}", 1)
+    return ""
+
+
+def _lines(expected: Any, got: Any) -> bool:
+    """Output of a program, without blanks at the ends of lines and empty lines at the end."""
+    return bool(
+        [line.rstrip() for line in str(expected).rstrip().splitlines()]
+        == [line.rstrip() for line in str(got).rstrip().splitlines()]
+    )
+
+
+def _sandbox(limits: Limits | None) -> Sandbox:
+    try:
+        return Sandbox(limits)
+    except SandboxMissing as error:
+        raise MissingError(f"{error} (assay code runs no program without it)") from None
+
+
+class _Bench:
+    """One program, ready to be run by any meter; its processes live until the `with` ends."""
+
+    def __init__(self, path: Path, *, calls: bool, entry: str | None, limits: Limits | None) -> None:
+        self.path, self.calls, self.limits = path, calls, limits
+        self.sandbox = _sandbox(limits)
+        self.language = SUFFIXES.get(path.suffix)
+        self._workers: dict[str, Workers] = {}
+        self.entry = ""
+        if path.is_dir() and not calls:
+            self.language, self.source = "python", ""
+            self.program = python_package(path.parent, path.name)
+            return
+        if self.language is None or not path.is_file():
+            raise InputError(
+                f"FILE must be a program ({', '.join(SUFFIXES)}), or a package's folder for cases with stdin, got {path}"
+            )
+        try:
+            self.source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from None
+        if not calls:
+            try:
+                self.program = program_of(self.source, self.language)
+            except CompileError as error:
+                raise InputError(f"{path} does not compile: {error}") from None
+            except FileNotFoundError as error:
+                raise MissingError(str(error)) from None
+        elif self.language == "python":
+            self.entry = entry_point_of(self.source, entry, str(path))
+        else:
+            raise InputError(
+                f"cases with args call a Python function: {path} is {self.language}, write cases with stdin"
+            )
+
+    def __enter__(self) -> _Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for workers in self._workers.values():
+            workers.close()
+
+    def allows(self, meter: str) -> None:
+        """Raises InputError for a meter that cannot measure this program, MissingError where its tool is missing."""
+        if meter not in METERS:
+            raise InputError(f"--meter must be one of {', '.join(METERS)}, got {meter!r}")
+        if meter == "operations" and not self.calls:
+            raise InputError("--meter operations counts calls of Python functions: whole programs have no such count")
+        if meter == "instructions":
+            import shutil
+
+            if shutil.which("valgrind") is None:
+                raise MissingError(
+                    "instructions are counted by valgrind, which is not installed (Debian: apt install valgrind)"
+                )
+
+    def run(self, meter: str, case: Input, repeats: int) -> list[Outcome]:
+        """The outcomes of one case."""
+        if not self.calls:
+            assert case.stdin is not None
+            return run_program(
+                self.sandbox, self.program, [case.stdin.encode()], meter=meter, repeats=repeats, limits=self.limits
+            )[0]
+        if meter not in self._workers:
+            self._workers[meter] = Workers(meter, limits=self.limits, sandbox=self.sandbox)
+        return self._workers[meter].run(self.source, self.entry, [case.args], keywords=[case.kwargs], repeats=repeats)[
+            0
+        ]

@@ -1,0 +1,107 @@
+"""Figures of one run of samples, held against sums done by hand."""
+
+import json
+
+import pytest
+
+from assay.cli.main import main
+from assay.codebench.scores import document, dps_of, eff_scores, problem_of, score
+from assay.methods.core.programs.runs import Costs, Run, Settings
+
+SETTINGS = Settings("operations", cases=1)
+
+
+def costs(*levels):
+    return Costs([[[level]] if not isinstance(level, str) else [level] for level in levels])
+
+
+EXPERT, SLOW = costs(1e4, 2e4, 4e4), costs(2e4, 4e4, 16e4)
+RUN = Run(
+    "T/1",
+    ["", "", "bad", ""],
+    {"expert": EXPERT, "slow": SLOW},
+    [EXPERT, costs(15e3, 3e4, 6e4), None, costs(1e4, 2e4, "time")],
+)
+
+
+def test_scores_of_a_task_by_hand():
+    time_out = 2 * 4e4
+    middle = (
+        3 * (time_out - 15e3) / (time_out - 1e4)
+        + 3 * (time_out - 3e4) / (time_out - 2e4)
+        + 4 * (time_out - 6e4) / (time_out - 4e4)
+    ) / 10
+    assert eff_scores(RUN, SETTINGS) == pytest.approx([1.0, middle, 0.0, 0.6])
+    found = dps_of(RUN, SETTINGS)
+    assert [place.dps for place in found.places] == [100.0, 50.0, 0.0]
+    problem = problem_of(RUN)
+    assert (list(problem.best), problem.samples[2]) == ([4e4], None)
+
+
+def test_figures_name_their_denominators():
+    plain = Run("T/2", ["", "bad", "bad", "bad"])
+    found = score([RUN, plain], SETTINGS, [1, 4, 5])
+    by_name = {figure.name: figure for figure in found.figures}
+    assert by_name["pass@1"].value == pytest.approx((0.75 + 0.25) / 2)
+    assert (by_name["pass@1"].tasks, by_name["eff@1"].tasks) == (2, 1)
+    assert by_name["pass@1 of these"].value == pytest.approx(0.75)
+    assert by_name["eff@4"].value == pytest.approx(1.0)
+    assert by_name["efficient@1"].value == 0.0  # nobody is strictly cheaper than the best
+    assert by_name["efficient@1 within 1 %"].value == pytest.approx(0.25)
+    assert by_name["eff@1"].low is None
+    assert any("k = 5" in why for why in found.left_out)
+    assert any("1 tasks have no references" in why for why in found.left_out)
+    told = json.dumps(document([RUN, plain], found, SETTINGS), allow_nan=False)
+    assert json.loads(told)["tasks"][1] == {
+        "task": "T/2",
+        "right": [True, False, False, False],
+        "why": ["", "bad", "bad", "bad"],
+    }
+    with pytest.raises(ValueError, match="one or more"):
+        score([], SETTINGS)
+
+
+def test_only_wrong_samples_are_no_reason_to_fail():
+    wrong = Run("T/3", ["bad"], {"expert": EXPERT, "slow": SLOW}, [None])
+    by_name = {figure.name: figure.value for figure in score([wrong], SETTINGS).figures}
+    assert by_name == {"pass@1": 0.0, "eff@1": 0.0, "efficient@1": 0.0, "efficient@1 within 1 %": 0.0}
+
+
+def test_the_command_line_scores_a_file_of_samples(tmp_path, capsys):
+    from assay.workloads.programs.task import bank
+
+    task = min(bank().values(), key=lambda task: task.sizes[-1])
+    samples = tmp_path / "samples.jsonl"
+    lines = [
+        {"task_id": task.id, "solution": task.programs["expert"]},
+        {"task_id": task.id, "solution": "def f(): pass"},
+    ]
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = [
+        "code",
+        "score",
+        str(samples),
+        "--tasks",
+        "humaneval",
+        "--meter",
+        "operations",
+        "--journal",
+        str(tmp_path / "j.jsonl"),
+    ]
+    assert main([*run, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    figures = {figure["name"]: figure["value"] for figure in found["figures"]}
+    assert figures["pass@1"] == 0.5
+    assert 0.45 <= figures["eff@1"] <= 0.55
+    assert main([*run, "--k", "1,3"]) == 0
+    out = capsys.readouterr().out
+    assert "over 1 tasks" in out
+    assert "left out: k = 3" in out
+    for arguments, says in [
+        ((str(samples), "--tasks", "humaneval", "--meter", "x"), "--meter must be one of"),
+        ((str(samples), "--tasks", "humaneval", "--k", "a"), "--k must be whole numbers"),
+        ((str(tmp_path / "none"), "--tasks", "humaneval"), "cannot be read"),
+        ((str(samples), "--tasks", str(tmp_path / "none")), "cannot be read"),
+    ]:
+        assert main(["code", "score", *arguments]) == 2
+        assert says in capsys.readouterr().err

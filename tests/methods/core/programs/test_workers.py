@@ -1,0 +1,279 @@
+"""Costs and answers of programs, honest ones and ones that cheat."""
+
+import shutil
+import threading
+
+import pytest
+
+from assay.methods.core.programs import workers as room
+from assay.methods.core.programs.workers import METERS, Workers
+from assay.methods.core.sandbox import Limits
+
+LIMITS = Limits(wall_seconds=20, cpu_seconds=5, memory_mib=300)
+BUSY = "sum(i * i for i in range(300_000))"
+
+
+@pytest.fixture(scope="module")
+def timed():
+    with Workers("cpu_seconds", limits=LIMITS) as workers:
+        yield workers
+
+
+@pytest.fixture(scope="module")
+def counted():
+    with Workers("operations", limits=LIMITS) as workers:
+        yield workers
+
+
+def one(workers, program, *args, limits=None, entry="f"):
+    [[outcome]] = workers.run(program, entry, [args], limits=limits)
+    return outcome
+
+
+def test_a_function_is_called_and_costs_something(timed):
+    few, many = timed.run(
+        "def f(n, *, by=1):\n    return sum(range(0, n, by))",
+        "f",
+        [(10,), (10**6,)],
+        keywords=[{}, {"by": 2}],
+        repeats=3,
+    )
+    assert [outcome.value for outcome in few] == [45] * 3
+    assert [outcome.value for outcome in many] == [sum(range(0, 10**6, 2))] * 3
+    assert all(0 < outcome.cost < 0.02 for outcome in few)
+    assert all(outcome.cost > 10 * few[0].cost for outcome in many) or min(o.cost for o in many) > 0.002
+    assert not any(outcome.charged for outcome in (*few, *many))
+
+
+def test_how_programs_end(timed):
+    assert one(timed, "def f(): raise OverflowError('big')").error == "OverflowError: big"
+    assert one(timed, "def f(): raise SystemExit(0)").state == "raised"
+    assert one(timed, "def g(): pass").error.startswith("NameError")
+    assert one(timed, "def f(:").error.startswith("SyntaxError")
+    assert one(timed, "def f(): return 'a' * 10**9").state == "memory"
+    assert one(timed, "import os\ndef f(): os._exit(0)").state == "crashed"
+    assert one(timed, "import os\ndef f(): os.kill(os.getpid(), 11)").state == "crashed"
+    assert one(timed, "def f(): return object()").error.startswith("TypeError")
+    assert one(timed, "while True: pass\ndef f(): pass", limits=Limits(cpu_seconds=0.2)).state == "time"
+    assert one(timed, "import time\ndef f(): time.sleep(60)", limits=Limits(wall_seconds=0.3)).state == "time"
+    loops = "def f():\n    while True:\n        try:\n            while True: pass\n        except BaseException: pass"
+    assert one(timed, loops, limits=Limits(cpu_seconds=0.2)).state == "time"
+    assert one(timed, "class E(Exception):\n    def __str__(self): raise E\ndef f(): raise E").error == "E: "
+    assert one(timed, "def f():\n    print('x' * 10**6)\n    return input").state == "raised"
+    assert all(one(timed, "def f(): return 1").cost is not None for _ in range(2))
+
+
+def test_a_case_that_failed_is_not_repeated(timed):
+    [bad, good] = timed.run("def f(n): return 1 // n", "f", [(0,), (1,)], repeats=3)
+    assert [len(bad), len(good)] == [1, 3]
+
+
+def test_nothing_is_left_for_the_next_run(timed):
+    """By what a program could remember: its own globals, the warm process, files, its folder, processes left behind."""
+    keeps = """
+import os, functools, builtins
+@functools.cache
+def f(n):
+    seen = [hasattr(builtins, "kept"), os.path.exists("/tmp/kept"), os.path.exists("/dev/shm/kept"), os.path.exists("kept")]
+    builtins.kept = True
+    for name in ("/tmp/kept", "/dev/shm/kept", "kept"):
+        try:
+            os.mkdir(name)
+        except OSError:
+            pass
+    return seen
+"""
+    for outcome in timed.run(keeps, "f", [(1,), (1,)], repeats=2):
+        assert [o.value for o in outcome] == [[False] * 4] * 2
+    leaves = "import os, time\ndef f():\n    if not os.fork():\n        time.sleep(100)\n    return 1"
+    assert one(timed, leaves).state == "void"
+    seen = one(timed, "import os\ndef f(): return [p for p in os.listdir('/proc') if p.isdigit()]").value
+    assert len(seen) <= 4, seen
+
+
+def test_a_program_cannot_hide_work_from_its_clock(timed):
+    """Wherever it is done: while loading, while answering, in a thread, in a child, with the clock changed."""
+    honest = one(timed, f"def f(): return {BUSY}")
+    assert honest.cost > 0.005
+    tricks = {
+        "while loading": f"X = {BUSY}\ndef f(): return X",
+        "while answering": f"""
+import json
+old = json.dumps
+def slow(*a, **k):
+    {BUSY}
+    return old(*a, **k)
+json.dumps = slow
+def f(): return 1
+""",
+        "in a thread": f"""
+import threading
+out = []
+def work(): out.append({BUSY})
+def f():
+    t = threading.Thread(target=work)
+    t.start()
+    t.join()
+    return out[0]
+""",
+        "in a child": f"""
+import os
+def f():
+    p = os.fork()
+    if not p:
+        [{BUSY} for _ in range(5)]
+        os._exit(0)
+    os.waitpid(p, 0)
+    return 1
+""",
+        "with another clock": f"import time\ntime.perf_counter = time.process_time = lambda: 0.0\ndef f(): return {BUSY}",
+    }
+    for name, program in tricks.items():
+        outcome = one(timed, program)
+        assert outcome.state == "returned", (name, outcome)
+        assert outcome.cost > 0.4 * honest.cost, (name, outcome.cost, honest.cost)
+    assert one(timed, tricks["while loading"]).charged
+
+
+def test_a_program_cannot_reach_the_process_that_starts_it(timed):
+    kills = "import os, signal\ndef f():\n    os.kill(os.getppid(), signal.SIGKILL)\n    return 1"
+    one(timed, kills)
+    assert one(timed, "def f(): return 2").value == 2
+    peeks = """
+import os
+def f():
+    try:
+        open(f'/proc/{os.getppid()}/mem', 'r+b')
+    except OSError:
+        return 'no'
+    return 'yes'
+"""
+    assert one(timed, peeks).value == "no"
+
+
+def test_an_answer_cannot_be_slipped_in_for_another_run(timed):
+    """A child that outlives its run writes to the pipe; the next run's answer is its own."""
+    writes = """
+import os, time
+def f():
+    if not os.fork():
+        time.sleep(0.05)
+        for pipe in range(3, 64):
+            try:
+                os.write(pipe, b"\\0" * 64)
+            except OSError:
+                pass
+        os._exit(0)
+    return 1
+"""
+    assert one(timed, writes).state in ("void", "crashed")
+    for _ in range(3):
+        assert one(timed, "def f(): return 2").value == 2
+    junk = """
+import os
+def f():
+    for pipe in range(3, 64):
+        try:
+            os.write(pipe, b'\xff' * 64)
+        except OSError: pass
+    return 1
+"""
+    assert one(timed, junk).state in ("crashed", "void", "time")
+    assert one(timed, "def f(): return 2").value == 2
+
+
+def test_operations_are_exact_and_grow_with_the_work(counted):
+    [few, many] = counted.run(
+        "def f(n):\n    t = 0\n    for i in range(n):\n        t += i\n    return t", "f", [(10,), (1000,)], repeats=3
+    )
+    assert len({outcome.cost for outcome in few}) == 1
+    assert len({outcome.cost for outcome in many}) == 1
+    per_turn = (many[0].cost - few[0].cost) / 990
+    assert per_turn == int(per_turn) > 0
+    blind = one(counted, "def f(): return sorted(range(100000))[0]")
+    assert blind.cost < 20
+
+
+def test_operations_cannot_be_turned_off(counted):
+    for trick in (
+        "sys.settrace(None)",
+        "sys._getframe()",
+        "threading.Thread(target=print).start()",
+        "gc.get_objects()",
+        "os.fork()",
+    ):
+        outcome = one(counted, f"import sys, threading, gc, os\ndef f():\n    {trick}\n    return 1")
+        assert outcome.state == "void", (trick, outcome)
+        assert outcome.cost is None
+    frames = """
+def f():
+    try:
+        1 // 0
+    except ZeroDivisionError as e:
+        return e.__traceback__.tb_frame.f_back is None
+"""
+    assert one(counted, frames).state == "void"
+
+
+def test_memory_is_what_the_call_held():
+    with Workers("peak_bytes", limits=LIMITS) as workers:
+        little, much = workers.run(
+            "def f(n):\n    return len(bytearray(n)) and sum([0] * (n // 8))", "f", [(1000,), (64 << 20,)]
+        )
+    assert little[0].cost < 2 << 20
+    assert 60 << 20 < much[0].cost < 160 << 20
+
+
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
+def test_instructions_are_those_of_the_call_and_no_trick_hides_them():
+    with Workers("instructions", limits=LIMITS, packages=False) as workers:
+        honest = one(workers, "def f(n):\n    return sum(i * i for i in range(n))", 20_000)
+        again = one(workers, "def f(n):\n    return sum(i * i for i in range(n))", 20_000)
+        assert honest.value == sum(i * i for i in range(20_000))
+        assert 1e6 < honest.cost < 1e7
+        assert abs(honest.cost - again.cost) < 0.02 * honest.cost
+        writes = """
+import os
+def f(n):
+    for p in range(3, 2000):
+        try: os.write(p, b'==1== Collected : 5\
+')
+        except OSError: pass
+    return sum(i * i for i in range(n))
+"""
+        assert one(workers, writes, 20_000).cost > honest.cost
+        assert one(workers, "def f(n): return 1 // n", 0).state == "raised"
+
+
+def test_several_threads_share_the_processes():
+    with Workers("cpu_seconds", limits=LIMITS, count=2) as workers:
+        found = {}
+        jobs = [
+            threading.Thread(target=lambda n=n: found.update({n: one(workers, "def f(n): return n * n", n).value}))
+            for n in range(6)
+        ]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join()
+        assert found == {n: n * n for n in range(6)}
+    with pytest.raises(ValueError, match="closed"):
+        workers.run("def f(): pass", "f", [()])
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="meter must be one of 'cpu_seconds'"):
+        Workers("seconds")
+    with Workers() as workers:
+        with pytest.raises(ValueError, match="plain values"):
+            workers.run("def f(x): pass", "f", [(object(),)])
+        with pytest.raises(ValueError, match="repeats"):
+            workers.run("def f(x): pass", "f", [(1,)], repeats=0)
+        with pytest.raises(ValueError, match="keywords"):
+            workers.run("def f(x): pass", "f", [(1,)], keywords=[])
+
+
+def test_every_meter_says_what_it_does_not_see():
+    assert set(METERS) == {"cpu_seconds", "instructions", "operations", "peak_bytes"}
+    assert all(meter.how and meter.blind and meter.unit for meter in METERS.values())
+    assert "operations" in room.available_meters()

@@ -1,0 +1,118 @@
+import gzip
+import json
+
+import pytest
+
+from assay.errors import InputError
+from assay.workloads.programs.task import bank, cells, humaneval, read_samples, read_tasks, write_samples
+
+FILE = '''"""HumanEval/0 has_close_elements: is any pair nearer than a threshold?"""
+
+# %% task
+SIZES = (4, 8)
+COMPARE = "same"
+def generate(size, rng):
+    return ([rng.random() for _ in range(size)], 0.0)
+def contract(numbers, threshold):
+    assert len(numbers) > 1
+
+# %% expert: sorted
+def has_close_elements(numbers, threshold):
+    numbers = sorted(numbers)
+    return any(b - a < threshold for a, b in zip(numbers, numbers[1:]))
+
+# %% quadratic
+def has_close_elements(numbers, threshold):
+    return any(abs(a - b) < threshold for n, a in enumerate(numbers) for b in numbers[:n])
+
+# %% wrong: always
+def has_close_elements(numbers, threshold):
+    return True
+'''
+
+
+def test_a_file_of_a_bank_is_cells(tmp_path):
+    (tmp_path / "000.py").write_text(FILE)
+    (tmp_path / "notes.py").write_text("x = 1")
+    [task] = bank(tmp_path).values()
+    assert (task.id, task.entry_point, task.sizes) == ("HumanEval/0", "has_close_elements", (4, 8))
+    assert list(task.programs) == ["expert", "quadratic"]
+    assert list(task.wrong) == ["always"]
+    assert task.arguments(1, 3) == task.arguments(1, 3)
+    assert task.arguments(1, 3) != task.arguments(1, 2) != task.arguments(1, 2, seed=1)
+    assert len(task.arguments(1)[0]) == 8
+    assert len(task.sized(100)[0]) == 100
+    task.check([1, 2], 0.5)
+    with pytest.raises(AssertionError):
+        task.check([1], 0.5)
+    with pytest.raises(InputError, match="levels 0 to 1, got 2"):
+        task.arguments(2)
+
+
+def test_cells_hold_whole_programs():
+    held = cells(FILE)
+    assert list(held) == ["task", "expert: sorted", "quadratic", "wrong: always"]
+    for name, body in held.items():
+        if name != "task":
+            space = {}
+            exec(body, space)
+            assert callable(space["has_close_elements"])
+
+
+def test_humaneval_is_there_with_all_its_tasks():
+    tasks = humaneval()
+    assert len(tasks) == 164
+    assert tasks[0].id == "HumanEval/0"
+    assert all(task.entry_point in task.programs["canonical"] and "def check(candidate)" in task.test for task in tasks)
+    with pytest.raises(InputError, match="not in the bank"):
+        tasks[0].sized(3)
+
+
+def test_formats_of_others(tmp_path):
+    mbpp = {
+        "task_id": 2,
+        "text": "Add one.",
+        "code": "import math\ndef helper(x):\n    return x\ndef add(x):\n    return helper(x) + 1",
+        "test_list": ["assert add(1) == 2", "assert set(add(2) for _ in [1]) == {3}"],
+    }
+    plus = {"task_id": "X/1", "prompt": "def g(x):\n", "entry_point": "g", "canonical_solution": "    return x\n"}
+    path = tmp_path / "tasks.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.write(json.dumps(mbpp) + "\n\n" + json.dumps(plus) + "\n")
+    first, second = read_tasks(path)
+    assert (first.id, first.entry_point) == ("Mbpp/2", "add")
+    space = {}
+    exec(first.test, space)
+    space["check"](lambda x: x + 1)
+    with pytest.raises(AssertionError):
+        space["check"](lambda x: x)
+    assert (second.id, second.programs["canonical"]) == ("X/1", "def g(x):\n    return x\n")
+
+    samples = tmp_path / "samples.jsonl"
+    known = {task.id: task for task in (first, second)}
+    write_samples(samples, {"X/1": ["def g(x): return 1", "def g(x): return 2"]})
+    with open(samples, "a") as file:
+        file.write(json.dumps({"task_id": "X/1", "completion": "    return 3\n"}) + "\n")
+    assert read_samples(samples, known) == {
+        "X/1": ["def g(x): return 1", "def g(x): return 2", "def g(x):\n    return 3\n"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "line 1: not JSON"),
+        ("[1]", "line 1: must be an object"),
+        ('{"task_id": "Y/1", "solution": ""}', "the task 'Y/1' is not among the 0"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, text, says):
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    with pytest.raises(InputError, match=says):
+        read_samples(path, {})
+    path.write_text('{"task_id": "X/1"}')
+    with pytest.raises(InputError, match="line 1: prompt must be a text"):
+        read_tasks(path)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_tasks(tmp_path / "nothing.jsonl")
