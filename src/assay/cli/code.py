@@ -103,13 +103,11 @@ def compare(
                 before, after, tests, pairs=pairs, limits=_limits(max(seconds, 600), max(memory, 4096)), say=say
             )
     if json:
-        ratio = (
-            None
-            if found.ratio is None
-            else {"median": found.ratio.median, "low": found.ratio.low, "high": found.ratio.high}
-        )
-        if ratio is not None:
-            ratio = {key: value if value < float("inf") else None for key, value in ratio.items()}
+        bounds = None if found.ratio is None else (found.ratio.median, found.ratio.low, found.ratio.high)
+        ratio = None  # a bound that is not known is null: JSON has no infinity
+        if bounds is not None:
+            known = (value if value < float("inf") else None for value in bounds)
+            ratio = dict(zip(("median", "low", "high"), known, strict=True))
         print_json({"before": found.before, "after": found.after, "meter": found.meter, "verdict": found.verdict, "wrong": found.wrong,
                     "ratio": ratio, "pairs": [list(pair) for pair in found.totals], "by_case": list(found.by_case)})  # fmt: skip
     elif found.ratio is None:

@@ -192,7 +192,7 @@ def read_samples(path: Path, tasks: Mapping[str, Task]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for number, line in _lines(path):
         name = line.get("task_id")
-        if name not in tasks:
+        if not isinstance(name, str) or name not in tasks:
             raise InputError(f"{path}, line {number}: the task {name!r} is not among the {len(tasks)} tasks given")
         if isinstance(line.get("solution"), str):
             program = line["solution"]

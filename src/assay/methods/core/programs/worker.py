@@ -218,7 +218,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "timed":
         timed(int(sys.argv[2]), sys.argv[3:])
     sys.path.insert(0, os.getcwd())
-    from values import encode  # type: ignore[import-not-found]
+    from values import encode
 
     sys.path.pop(0)
     if sys.argv[1] == "once":
