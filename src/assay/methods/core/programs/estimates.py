@@ -33,7 +33,7 @@ def hodges_lehmann(values: ArrayLike) -> float:
 
     Raises ValueError for no values or ones that are not finite.
 
-    >>> hodges_lehmann([1.0, 2.0, 30.0])
+    >>> hodges_lehmann([1.0, 2.0, 3.0, 2.0, 2.0, 30.0])
     2.0
     """
     found = _finite("values", values)

@@ -93,6 +93,7 @@ def _run(receive: int, send: int, mark: bytes, job: dict[str, Any]) -> NoReturn:
         else:
             value = function(*arguments, **keywords)
         _write(send, mark, b"D")
+        _read(receive)  # its clock is right only while it waits
         _write(send, mark, b"V", struct.pack("<q", -1 if operations is None else operations) + encode(value))
     except BaseException as error:  # a program may raise what it likes, SystemExit too; it is told, not handled
         _write(send, mark, b"E", _told(error))
