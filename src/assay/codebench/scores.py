@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import assay.methods.code.coffe as coffe
+import assay.methods.code.enamel as enamel
+import assay.methods.code.evalperf as evalperf
 from assay import checks
-from assay.methods.code import coffe, enamel, evalperf
 from assay.methods.core.programs.estimates import interval, pass_at_k
 from assay.methods.core.programs.runs import Costs, Run, Settings
 

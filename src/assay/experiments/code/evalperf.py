@@ -113,7 +113,7 @@ def on_input(task: Task, args: Args | None, run: Bench, filters: Filters) -> OnI
 def of_task(task: Task, workers: Workers, seconds: float, runs: int, filters: Filters) -> dict[str, OnInput]:
     """A task through the pipeline, and the same programs on the inputs it is held against."""
     run = Bench(task, workers, runs)
-    synthesise = timed(task.sized, seconds + 1)
+    synthesise = timed(lambda scale: task.sized(scale), seconds + 1)
     found = curate(
         task.programs, [synthesise], run, valid=lambda args: valid(task, args), filters=filters, stops=Stops()
     )

@@ -100,8 +100,7 @@ def rank_weights(n: int, k: int) -> NDArray[np.float64]:
     checks.whole("n", n, low=1)
     checks.whole("k", k, low=1, high=n)
     above = np.arange(n, k, -1, dtype=np.float64)
-    weights: NDArray[np.float64] = np.cumprod(np.concatenate(([k / n], 1 - (k - 1) / (above - 1))))[::-1]
-    return weights
+    return np.cumprod(np.concatenate(([k / n], 1 - (k - 1) / (above - 1))), dtype=np.float64)[::-1]
 
 
 def eff_at_k(scores: ArrayLike, k: int) -> float | NDArray[np.float64]:

@@ -76,8 +76,8 @@ class Report:
         for question, title in QUESTIONS.items():
             if said := self.statements(question):
                 lines += ["", title, *(f"  {statement}" for statement in said)]
-        for title, said in (("How many tasks it takes", self.power), ("Mind", self.guards)):
-            lines += ["", title, *(f"  {statement}" for statement in said)]
+        for title, further in (("How many tasks it takes", self.power), ("Mind", self.guards)):
+            lines += ["", title, *(f"  {statement}" for statement in further)]
         return "\n".join(lines) + "\n"
 
     def as_dict(self) -> dict[str, Any]:

@@ -435,7 +435,7 @@ def power_of_pairs(n: int, only_first: float, only_second: float, *, alpha: floa
 
 
 def tasks_for_pairs(only_first: float, only_second: float, *, alpha: float = ALPHA, power: float = POWER) -> int:
-    """About the fewest tasks that tell two programs apart by `mcnemar` with probability `power`, which each alone pass such shares of the tasks.
+    """About the fewest tasks that tell two programs apart by `mcnemar` with probability `power`, which each alone pass such shares.
 
     The power rises with the tasks but for the smallest dents, so that one or two fewer may do as well. Raises ValueError for equal
     shares, and where more than 20000 tasks were needed.

@@ -96,7 +96,7 @@ def artists(figure: Any) -> list[dict[str, Any]]:
                 "points": points,
                 "bars": bars,
                 "bands": [
-                    {"x": _numbers(path.vertices[:, 0]), "y": _numbers(path.vertices[:, 1])}
+                    {"x": _numbers(_corners(path)[:, 0]), "y": _numbers(_corners(path)[:, 1])}
                     for each in axes.collections
                     if isinstance(each, PolyCollection)
                     for path in each.get_paths()
@@ -143,6 +143,10 @@ def _bars(group: Any) -> dict[str, Any]:
 def _label(artist: Any) -> str:
     text = str(artist.get_label())
     return "" if text.startswith("_") else text
+
+
+def _corners(path: Any) -> Any:
+    return path.vertices
 
 
 def _numbers(values: Any) -> list[Any]:

@@ -89,8 +89,8 @@ def _fits(name: str, mark: Any, other: Any) -> bool:
         corners = list(zip(other["x"], other["y"], strict=True))
         return _among(edges, corners) and _among(corners, edges)
     if name == "points":
-        places = (sorted(zip(each["x"], each["y"], strict=True)) for each in (mark, other))
-        return same(*places) and same(mark.get("label", other["label"]), other["label"])
+        one, two = (sorted(zip(each["x"], each["y"], strict=True)) for each in (mark, other))
+        return same(one, two) and same(mark.get("label", other["label"]), other["label"])
     return all(same(value, other[key]) for key, value in mark.items())
 
 
