@@ -21,7 +21,7 @@ from assay.methods.core.reasoning.generator import Sample, Sampling, seed_of
 from assay.workloads.reasoning import WORDINGS, items, prompt
 
 CLAIM = "bag_of_tricks_ttc/temperature-gain"
-POINT = {"way": "majority", "n": 4, "learn": 12, "judged": 16, "wordings": list(WORDINGS), "worked": 0}
+POINT = {"way": "majority", "n": 4, "learn": 12, "judged": 12, "wordings": list(WORDINGS), "worked": 0}
 
 
 @cache
@@ -53,16 +53,10 @@ class World:
         item, part = known()[text]
         strength = seed_of("strength", item.question) / 2**63
         share = strength + self.shift(temperature, part) if temperature else float(strength > 1 - self.greedy)
-        chance = np.random.default_rng(seed_of(text, temperature)).random((high, 3))
-        if not temperature:
-            chance[:] = chance[0]
-        answers = np.where(chance[:, 0] < share, 0, np.where(chance[:, 1] < 0.7, 1, 2 + 7 * chance[:, 2])).astype(int)
-        return [
-            self.sample(f" {int(item.answer) + off}.", off == 0, len(text) if not k else 0, float(chance[low + k, 2]))
-            for k, off in enumerate(answers[low:high])
-        ]
+        return list(drawn(type(self), text, temperature, share, low, high))
 
-    def sample(self, said, right, read, chance):
+    @staticmethod
+    def sample(said, right, read, chance):
         spent = Spent(read, len(said), calls=1)
         return Sample(said, (1,) * len(said), (-0.1 - chance,) * len(said), "stop", spent)
 
@@ -70,8 +64,23 @@ class World:
 class Sure(World):
     """Is surer of what is right."""
 
-    def sample(self, said, right, read, chance):
-        return super().sample(said, right, read, 0.0 if right else 3.0)
+    @staticmethod
+    def sample(said, right, read, chance):
+        return World.sample(said, right, read, 0.0 if right else 3.0)
+
+
+@cache
+def drawn(world, text, temperature, share, low, high):
+    """Samples of a world, whose worlds share most of them."""
+    item, _ = known()[text]
+    chance = np.random.default_rng(seed_of(text, temperature)).random((high, 3))
+    if not temperature:
+        chance[:] = chance[0]
+    answers = np.where(chance[:, 0] < share, 0, np.where(chance[:, 1] < 0.7, 1, 2 + 7 * chance[:, 2])).astype(int)
+    return [
+        world.sample(f" {int(item.answer) + off}.", off == 0, len(text) if not k else 0, float(chance[low + k, 2]))
+        for k, off in enumerate(answers[low:high])
+    ]
 
 
 def record(monkeypatch, shift, *, greedy=0.0, whole=False, world=World):
@@ -155,10 +164,16 @@ def test_where_only_the_default_is_bad_any_temperature_does(monkeypatch):
 
 
 def test_an_interval_is_not_closed_because_nothing_was_seen_to_change():
-    assert experiment.bounds([0.0] * 60, exact=False) == (0.0, -5.0, 5.0)
-    assert experiment.bounds([0.0] * 60, exact=True) == (0.0, 0.0, 0.0)
-    mean, low, high = experiment.bounds([0.0, 100.0] * 30, exact=False)
-    assert low < mean == 50 < high
+    can, cannot = [100.0] * 60, [0.0] * 60
+    assert experiment.bounds(cannot, can) == (0.0, -5.0, 5.0)
+    assert experiment.bounds(cannot, cannot) == (0.0, 0.0, 0.0)
+    assert experiment.bounds(cannot, [0.0] * 40 + [30.0] * 20) == (0.0, -1.5, 1.5)
+    lost = [-100.0] + [0.0] * 59
+    mean, low, high = experiment.bounds(lost, can)
+    assert low < mean < 0 < high == pytest.approx(mean + 5)  # one that lost does not show that none can gain
+    assert experiment.bounds([-each for each in lost], can) == pytest.approx((-mean, -high, -low), abs=1)
+    mean, low, high = experiment.bounds([-100.0, 0.0, 100.0] * 20, can)
+    assert (mean, low, high) == experiment.over_items([-100.0, 0.0, 100.0] * 20)
 
 
 def test_a_rival_on_the_same_samples_is_told(monkeypatch):

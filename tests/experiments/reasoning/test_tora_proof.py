@@ -2,6 +2,8 @@
 
 import random
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,8 +23,12 @@ from assay.workloads.reasoning import items, prompt
 SUMS, STORIES = "tora/math-7b", "tora/math-34b-sc50"
 POINTS = {
     SUMS: {"kinds": room.SUMS, "wordings": ["plain"], "n_items": 30, "timed": 0},
-    STORIES: {"kinds": room.STORIES, "wordings": ["plain", "question"], "n_items": 20, "k": 8},
+    STORIES: {"kinds": room.STORIES, "wordings": ["plain", "question"], "n_items": 30, "k": 8},
 }
+
+
+PROGRAMS = room.programs.__wrapped__
+WITH_TOOL = replace(room.GREEDY, stop=(*room.GREEDY.stop, OUTPUT))
 
 
 class Writer:
@@ -37,7 +43,7 @@ class Writer:
             for item in items(kind, level=level, n=30, part="judged"):
                 for wording in ("plain", "question"):
                     self.known[room.tool_prompt(item, wording)] = item
-                    self.known[prompt(item, wording)] = item
+                    self.known[prompt(item, wording, worked=kind == "story")] = item
 
     def __call__(self, prompts, sampling, *, n=1, first=0, seed=0):
         return [[self.sample(text, sampling, k) for k in range(first, first + n)] for text in prompts]
@@ -61,7 +67,7 @@ class Writer:
             guess = item.answer if roll < self.knows else usual
             said = f"The answer is \\boxed{{{printed if printed and self.reading else guess}}}."
         spent = Spent(len(text) // 4, self.tokens if "```python" in said else 3, 0, 1)
-        return Sample(said, (), (), "stop", spent)
+        return Sample(said, (1,), (-0.5,), "stop", spent)
 
 
 def run(program):
@@ -91,7 +97,13 @@ def test_a_model_that_copies_and_reads_pays():
     assert record.baseline < 50
     assert record.free < 60
     assert max(record.controls.values()) < 60
-    assert judged(STORIES).verdict in PAYS
+    votes = record_of(STORIES, POINTS[STORIES])
+    assert judge(votes).verdict in PAYS
+    assert votes.controls["deleted"] == votes.baseline
+    assert 40 < votes.controls["random"] < votes.measured.low
+    assert (
+        votes.free == votes.controls["rival"] == pytest.approx(votes.arms["text alone, worked out, one answer"], abs=20)
+    )
 
 
 def test_outputs_that_do_not_come_pay_no_more(monkeypatch):
@@ -183,6 +195,8 @@ def test_a_vote_drawn_again_is_the_vote_in_the_long_run():
     assert room.voted(answers, "1", 5, draws=4000) == pytest.approx(drawn.count("1") / 4000, abs=0.04)
     assert room.voted(answers, "1", 1000) > 0.95
     assert room.voted(answers, "9", 5) == 0
+    assert room.voted(["7"] + [""] * 19, "7", 1, draws=4000) == pytest.approx(0.05, abs=0.02)
+    assert room.voted(["7"] + [""] * 19, "7", 200) > 0.95
 
 
 def test_a_swapped_output_is_another_ones():
@@ -200,30 +214,96 @@ class Store(dict):
     def add(self, found):
         self.update(found)
 
+    def has(self, keys):
+        return self.keys() >= set(keys)
+
     def __call__(self, prompts, sampling, *, n=1, first=0, seed=0):
         numbers = range(first, first + n)
         return [[self[room.key_of(room.MODEL, text, sampling, seed, k)] for k in numbers] for text in prompts]
 
 
-def test_what_is_drawn_with_kept_caches_is_all_that_the_experiments_ask_for(writer, monkeypatch):
-    """Every segment of every arm lies under the key of the text it continues, and what comes out is the same."""
-    store, point = Store(), {"kinds": room.STORIES, "wordings": ["plain"], "n_items": 6, "k": 8}
-    fresh = room.asked(point["kinds"], point["wordings"], 6, votes=8)
+def loop_of(writer, stop_at=None):
+    """The tool loop by restarts, which counts its prompts and is stopped at one of its calls."""
 
     def loop(prompts, sampling, tool, *, calls=tora.CALLS, n=1):
+        loop.asked.append(list(prompts))
+        if len(loop.asked) == stop_at:
+            raise KeyboardInterrupt
         return tora.with_tools(writer, prompts, sampling, tool, calls=calls, n=n)
 
-    room._draw(store, loop, run, items("story", level=2, n=6, part="judged"), "plain", 8)
+    loop.asked = []
+    return loop
+
+
+def add_shared(store, writer, kinds, wordings, n_items):
+    """Text answers to sums, which are there for all rooms."""
+    for wording, questions in room.turns(kinds, wordings, n_items):
+        short, warm = room.plainly(questions, wording)
+        for text, own in zip(short, writer(short, warm, n=24), strict=True):
+            store.add([(room.key_of(room.MODEL, text, warm, 0, k), sample) for k, sample in enumerate(own)])
+
+
+@pytest.mark.parametrize(("kinds", "votes"), [(room.SUMS, 0), (room.STORIES, 8)])
+def test_what_is_drawn_with_kept_caches_is_all_that_the_experiments_ask_for(writer, monkeypatch, kinds, votes):
+    """Every segment of every arm lies under the key of the text it continues, and what comes out is the same."""
+    store, wordings = Store(), ["plain", "question"]
+    fresh = room.asked(kinds, wordings, 6, votes=votes)
+    for wording, questions in room.turns(kinds, wordings, 6):
+        found = room.every_arm(loop_of(writer), run, questions, wording, votes)
+        begins = found[-1][0]  # the last that is written: by it a group is known to be there
+        assert begins == room.key_of(room.MODEL, room.tool_prompt(questions[-1], wording), WITH_TOOL, 0, 0)
+        store.add(found)
+    assert all(sample.logprobs == () for sample in store.values())
+    if not votes:
+        add_shared(store, writer, kinds, wordings, 6)
     monkeypatch.setattr(samples, "generator", lambda *_: store)
     room.kept.cache_clear()
-    again = room.asked(point["kinds"], point["wordings"], 6, votes=8)
-    assert all(sample.logprobs == () for sample in store.values())
+    again = room.asked(kinds, wordings, 6, votes=votes)
     for one, other in zip(fresh, again, strict=True):
         assert [row.text for row in (one.tool, *one.arms.values(), *one.votes)] == [
             row.text for row in (other.tool, *other.arms.values(), *other.votes)
         ]
-        assert (one.greedy.answers, one.drawn.answers) == (other.greedy.answers, other.drawn.answers)
+        assert one.drawn.answers == other.drawn.answers
+        assert votes or one.greedy.answers == other.greedy.answers
         assert room.total(one.tool) == room.total(other.tool)
+
+
+def test_drawing_goes_on_behind_the_last_group_that_is_there(writer, monkeypatch):
+    store, small = Store(), {"kinds": room.SUMS[:1], "wordings": ["plain", "question"], "n_items": 4}
+    add_shared(store, writer, small["kinds"], small["wordings"], 4)
+    monkeypatch.setattr(samples, "generator", lambda *_: store)
+    monkeypatch.setattr(room, "load_model", lambda name: SimpleNamespace(model=None, tokenizer=None))
+    monkeypatch.setattr(room, "SMALL", small)
+    monkeypatch.setattr(room, "STORY", small | {"kinds": room.STORIES, "wordings": ["plain"], "k": 3})
+    room.kept.cache_clear()
+    first, second = loop_of(writer, stop_at=6), loop_of(writer)
+    monkeypatch.setattr(room, "ToolLoop", lambda *_: first)
+    with pytest.raises(KeyboardInterrupt):
+        room.draw()
+    assert len(first.asked) == 6  # four of the first group, and two of the second
+    known = len(store)
+    monkeypatch.setattr(room, "ToolLoop", lambda *_: second)
+    assert room.draw() == {room.MODEL: store}
+    assert not {text for own in first.asked[:4] for text in own} & {text for own in second.asked for text in own}
+    assert {text for own in first.asked[4:] for text in own} <= {text for own in second.asked for text in own}
+    assert len(store) > known
+
+
+def test_questions_take_turns_in_the_wordings():
+    groups = list(room.turns([["sum", 2], ["story", 2]], room.WORDINGS, 7))
+    assert [(wording, len(own)) for wording, own in groups] == [*zip(room.WORDINGS, (3, 2, 2), strict=True)] * 2
+    assert len({item.question for _, own in groups for item in own}) == 14
+
+
+def test_a_program_may_wait_for_the_processor_and_is_run_once(monkeypatch):
+    """What a sum prints must not depend on what else the machine does: the limit is the program's own time."""
+    limits = room.sandbox().sandbox.limits
+    assert limits.wall_seconds > 20 * limits.cpu_seconds == 100
+    ran = []
+    monkeypatch.setattr(room, "sandbox", lambda: lambda program: ran.append(program) or tora.Output(program))
+    real = PROGRAMS()
+    assert [real(text).shown for text in "aba"] == ["a", "b", "a"]
+    assert ran == ["a", "b"]
 
 
 def test_prompts_hold_examples_with_programs_and_the_deciding_points_are_named():

@@ -4,6 +4,7 @@ free is as good.
 Items and samples are made here, with chances that the test knows, so that nothing is drawn from a model.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -70,6 +71,7 @@ def world(monkeypatch):
         made = World(chances, **more)
         monkeypatch.setattr(sets, "shared", made.shared)
         monkeypatch.setattr(sets, "generator", made.generator)
+        monkeypatch.setattr(room, "resampled", partial(sets.resampled, draws=200))
         return made
 
     return make
@@ -211,16 +213,24 @@ def test_points_are_counted_as_gains_say(right, point):
 
 def test_rounds_see_the_last_answer_only(world):
     made = world([0.0])
-    asked = []
+    asked, numbers = [], []
 
     def generator(model, name):
         kept = made.generator(model, name)
-        return lambda prompts, *rest, **more: (asked.append(list(prompts)), kept(prompts, *rest, **more))[1]
+
+        def noted(prompts, *rest, **more):
+            asked.append(list(prompts))
+            numbers.append(more["first"])
+            return kept(prompts, *rest, **more)
+
+        return noted
 
     sets.generator = generator  # `world` puts the real one back
     found = {("sum", 2, "plain"): made.shared("sum", 2, "plain", "judged", 2, 4)}
-    ok = sets.rethought(found, 2, 3)
-    assert [len(own) for own in ok["sum", 2, "plain"]] == [3, 3]
+    ok, tokens = sets.rethought(found, 2, 3)["sum", 2, "plain"]
+    assert [len(own) for own in ok] == [3, 3]
+    assert tokens == 3 * 32  # each round reads its prompt
+    assert numbers == [1, 2]  # a round that asks the same again is answered anew
     for texts in asked:
         for text, one in zip(texts, found["sum", 2, "plain"], strict=True):
             assert text.startswith(one.prompt)

@@ -118,10 +118,10 @@ def by_hand(model, tokenizer, prompt, sampling, number, seed, calls=CALLS):
     ("kind", "changes"),
     [
         ("Llama", {}),
-        ("Mistral", {"sliding_window": 9}),
-        ("Qwen2", {}),
+        pytest.param("Mistral", {"sliding_window": 9}, marks=pytest.mark.slow),
+        pytest.param("Qwen2", {}, marks=pytest.mark.slow),
         ("Gemma2", {"sliding_window": 9}),
-        ("GPTNeoX", {}),
+        pytest.param("GPTNeoX", {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_kept_cache_writes_what_a_restart_and_a_reference_write(kind, changes):
@@ -161,6 +161,19 @@ def test_through_a_generator_it_is_the_same_and_restarts_read_the_whole_text():
     assert several > 3
     third = with_tools(generator, PROMPTS, WARM, tool, n=1, first=2, seed=5)
     assert [[one.text for one in own] for own in third] == [[own[2].text] for own in restarted]
+
+
+def test_a_fence_that_is_not_on_its_own_line_is_the_tools_in_the_text_and_in_the_tokens():
+    """The model closes its program with a space behind the fence, and calls on the same line."""
+    closed = f"{PROGRAM.rstrip()} "
+    words = [*WORDS, closed]
+    model, tokenizer = model_of(words=words, likely=LIKELY | {closed: 4.0, OUTPUT: 2.0}), Words(words)
+    kept = [one for (one,) in ToolLoop(model, tokenizer)(PROMPTS, WARM, tool, seed=2)]
+    others = with_tools(TransformersGenerator(model, tokenizer, name="tiny"), PROMPTS, WARM, tool, seed=2)
+    for row, (other,) in zip(kept, others, strict=True):
+        assert row.text == other.text
+        assert [one.spent.prompt for one in row.segments] == [one.spent.prompt for one in other.segments]
+    assert any(f"{closed}\n{OUTPUT}\n" in row.text for row in kept)
 
 
 def fed(model, run):
@@ -288,6 +301,20 @@ def test_programs_run_while_other_rows_are_written():
     quick = ToolLoop(model, tokenizer)(PROMPTS, WARM, tool, n=4, seed=5)
     assert seen == [True]
     assert [[one.text for one in own] for own in found] == [[one.text for one in own] for own in quick]
+
+
+def test_rows_that_come_back_wait_for_each_other(monkeypatch):
+    """To join copies the caches of all rows: it is done for as many as are being written, or when none is."""
+    joined, real = [], loop_module._Batch.add
+
+    def add(batch, rows):
+        joined.append((len(rows), len(batch.rows)))
+        real(batch, rows)
+
+    monkeypatch.setattr(loop_module._Batch, "add", add)
+    found = ToolLoop(model_of(), Words())(PROMPTS, WARM, tool, n=4, seed=5)
+    assert sum(new for new, _ in joined) == sum(len(one.segments) for own in found for one in own) > 16
+    assert all(new >= written for new, written in joined)
 
 
 def test_an_output_that_leaves_no_room_ends_the_trajectory():
@@ -427,6 +454,7 @@ def test_the_mask_is_that_of_the_loops_tokens():
     assert both["labels"][1].tolist() == [-100, -100, 3, 1] + [-100] * (len(one.input_ids) - 4)
 
 
+@pytest.mark.slow
 def test_lora_learns_trajectories_and_goes_on_behind_outputs():
     """Through peft and transformers' own loss: the adapters learn to call the tool, and the loop runs the tuned model."""
     from peft import LoraConfig, get_peft_model
@@ -517,6 +545,18 @@ def test_bad_input_is_named():
     recurrent = MambaForCausalLM(sizes).eval()
     with pytest.raises(TypeError, match="keeps a recurrent state"):
         ToolLoop(recurrent, tokenizer)(PROMPTS, WARM, tool)
+
+
+def test_an_output_is_an_answer_in_full_and_what_failed_is_none():
+    """Votes would be given to error messages, and long numbers lose their middle."""
+    called, silent = Sample(PROGRAM, (), (), "stop", Spent(3, 2, 0, 1)), Sample("", (), (), "stop", Spent(9, 1, 0, 1))
+    long = Trajectory("?", (called, silent), (Output("11...19", "1" * 450 + "9"),))
+    assert (long.answer, long.value) == ("1" * 450 + "9",) * 2
+    assert "11...19" in long.text
+    failed = Trajectory("?", (called, silent), (Output("NameError: name 'x' is not defined", "3", True),))
+    assert failed.answer == failed.value == ""
+    said = replace(failed, segments=(called, replace(silent, text="Then it is 12.")))
+    assert said.answer == "12"
 
 
 def test_a_trajectory_without_a_segment_behind_its_output_has_the_programs_value():

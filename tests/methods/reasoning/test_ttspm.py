@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -73,6 +74,19 @@ def test_the_first_crossing_is_exact_where_logarithms_round():
         assert model.saturation(model.marginal(N) * (1 - 1e-9)) == N + 1
 
 
+def test_the_crossing_is_the_papers_formula():
+    for p, ceiling, eps in itertools.product((0.02, 0.17, 0.63, 0.98), (0.3, 1.0), (1e-5, 0.013)):
+        wanted = math.ceil(math.log(eps / (ceiling * p)) / math.log(1 - p)) if ceiling * p > eps else 0
+        assert TTSPM(p, ceiling).saturation(eps) == wanted
+
+
+@pytest.mark.parametrize("p", [1e-300, 1e-20, 1e-12, 1e-6])
+def test_a_tiny_chance_has_its_crossing_too(p):
+    """1 - p is 1 in floating point, or has lost digits that its powers would need."""
+    assert TTSPM(p).saturation(p / 10) == pytest.approx(math.log(10) / p, rel=1e-6)
+    assert TTSPM(p).marginal(round(1 / p)) == pytest.approx(p / math.e, rel=1e-5)
+
+
 def test_saturation_falls_with_the_threshold_and_has_its_ends():
     points = [TTSPM(0.1, 0.9).saturation(eps) for eps in (1e-6, 1e-3, 0.01, 0.05, 0.0899, 0.0901, 0.5)]
     assert points == sorted(points, reverse=True)
@@ -107,10 +121,13 @@ def test_a_fit_finds_what_made_the_points(p, ceiling, items):
 def test_a_fit_is_the_least_of_scipys_too():
     from scipy.optimize import curve_fit
 
-    sizes, noisy = np.array([1, 2, 3, 5, 8, 13]), [0.21, 0.3, 0.41, 0.5, 0.52, 0.57]
-    found = TTSPM.fit(sizes.tolist(), noisy)
-    (ceiling, p), _ = curve_fit(lambda N, F, q: F * (1 - (1 - q) ** N), sizes, noisy, p0=[0.5, 0.2])
-    assert (found.p, found.ceiling) == pytest.approx((p, ceiling), rel=1e-4)
+    sizes, noisy = np.array([1, 2, 3, 5, 8, 13]), np.array([0.21, 0.3, 0.41, 0.5, 0.52, 0.57])
+    for items in (None, 20):
+        share = (noisy * 20 + 0.5) / 21  # items weight by the inverse of the binomial variance
+        sigma = None if items is None else np.sqrt(share * (1 - share) / items)
+        found = TTSPM.fit(sizes.tolist(), noisy.tolist(), items=items)
+        (ceiling, p), _ = curve_fit(lambda N, F, q: F * (1 - (1 - q) ** N), sizes, noisy, p0=[0.5, 0.2], sigma=sigma)
+        assert (found.p, found.ceiling) == pytest.approx((p, ceiling), rel=1e-4)
 
 
 def test_a_fit_stays_within_its_bounds():
@@ -183,6 +200,10 @@ def test_forgetting_lowers_the_limit():
     assert Chain(0.0, start=0.4).predict(7) == 0.4
 
 
+def test_an_item_is_at_risk_up_to_its_first_success():
+    assert rethinking_rate([[False, True, False, True], [False, False, False], [True, True]]).p == pytest.approx(2 / 6)
+
+
 def test_parallel_and_sequential_estimates_agree_for_independent_draws():
     right = drawn([0.25] * 4000, 8)
     sequential = rethinking_rate(right).p
@@ -240,6 +261,7 @@ def test_stopping_is_a_limit_until_the_first_success():
     while stopper([False] * asked):
         asked += 1
     assert asked == stopper.limit
+    assert Stopper(BetaTTSPM(4e3, 4e3), eps=1e-9).limit == pytest.approx(4e12)  # found without counting up to it
     posterior = BetaTTSPM(0.3, 0.9).posterior(0, asked)
     assert posterior.marginal(0) <= 0.05 < BetaTTSPM(0.3, 0.9).posterior(0, asked - 1).marginal(0)
 
@@ -284,6 +306,12 @@ def test_a_vote_saturates_below_coverage_and_may_fall():
     assert covered[0, 1] == 1
     assert (votes[:, 1] <= covered[:, 1]).all()
     assert fit(items, upto=8, selector="majority").spread is None
+
+
+def test_no_answer_is_never_voted_for_where_there_is_another():
+    items = logged([[True, False, False, False]], [["1", "", "", ""]])
+    assert accuracies(items, [4], selector="majority")[0, 0] == 1
+    assert accuracies(items, [1], selector="majority")[0, 0] == 0.25
 
 
 def test_restarts_of_a_local_search_saturate_too():

@@ -108,8 +108,8 @@ class Sets:
         kept = self._known.get(text, {}).get(sampling, [])
         if seed or len(kept) < first + n:
             return None
-        read = kept[0].spent.prompt
-        return [with_prompt(one, 0 if i else read) for i, one in enumerate(kept[first : first + n])]
+        read = with_prompt(kept[first], kept[0].spent.prompt)  # no other is charged for the prompt
+        return [read, *kept[first + 1 : first + n]]
 
 
 @cache

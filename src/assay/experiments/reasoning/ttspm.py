@@ -57,17 +57,18 @@ def planned(fits: Mapping[Group, Fit], judged: Groups, each: int) -> dict[str, A
 
     Coverage on the judged part, so an oracle chooses. "every question alike" is no plan; "groups shuffled" has the
     plan's numbers in another order, on average over orders; "gains as counted" spreads by the learn part's own
-    accuracies up to `FEW`, without a model.
+    accuracies up to `FEW`, without a model: at `FEW` samples a question that is every question alike.
     """
     order = list(judged)
     most = min(len(one.samples) for drawn in judged.values() for one in drawn)
     sizes = [len(judged[group]) for group in order]
     total = each * sum(sizes)
+    solved = {group: [(sum(one.right), len(one.samples)) for one in drawn] for group, drawn in judged.items()}
 
     def reached(counts: Sequence[int]) -> np.ndarray:
         return by_question(
             {
-                group: np.array([coverage(sum(o.right), len(o.right), N) if N else 0.0 for o in judged[group]])
+                group: np.array([coverage(c, n, N) if N else 0.0 for c, n in solved[group]])
                 for group, N in zip(order, counts, strict=True)
             }
         )

@@ -119,9 +119,9 @@ def greedy(found: Groups) -> dict[Group, np.ndarray]:
 AGAIN = "Let me check that again.\n"
 
 
-def rethought(found: Groups, items: int, rounds: int) -> dict[Group, list[list[bool]]]:
-    """Whether each round's answer is right, (items, rounds), of the sums in plain wording: a round sees the answer
-    before it and no other."""
+def rethought(found: Groups, items: int, rounds: int) -> dict[Group, tuple[list[list[bool]], float]]:
+    """Whether each round's answer is right, (items, rounds), of the sums in plain wording, and all tokens of an item's
+    rounds: a round sees the answer before it and no other, and reads its prompt anew."""
     kept = generator(MODEL, ROOM)
     seen = {}
     for group, drawn in found.items():
@@ -131,13 +131,16 @@ def rethought(found: Groups, items: int, rounds: int) -> dict[Group, list[list[b
         sampling: Sampling = sampling_of("sum", False, 0.8)
         texts = [one.samples[0].text for one in asked]
         ok = [[right(one.item, text)] for one, text in zip(asked, texts, strict=True)]
+        tokens = sum(one.samples[0].spent.tokens for one in asked)
         for number in range(1, rounds):
             prompts = [_again(one.prompt, text, group[2]) for one, text in zip(asked, texts, strict=True)]
             # another number each round: the same prompt would give the same sample again
-            texts = [samples[0].text for samples in kept(prompts, sampling, n=1, first=number)]
+            answers = [sample for (sample,) in kept(prompts, sampling, n=1, first=number)]
+            texts = [answer.text for answer in answers]
+            tokens += sum(answer.spent.tokens for answer in answers)
             for own, one, text in zip(ok, asked, texts, strict=True):
                 own.append(right(one.item, text))
-        seen[group] = ok
+        seen[group] = ok, tokens / len(asked)
     return seen
 
 
@@ -151,7 +154,7 @@ def _again(prompt: str, answer: str, wording: Wording) -> str:
 def rethinking(found: Groups, items: int, rounds: int) -> dict[str, Any]:
     """What rethinking reaches beside what the two chains say, all fitted on the first half of the rounds, by group."""
     seen = {}
-    for group, ok in rethought(found, items, rounds).items():
+    for group, (ok, tokens) in rethought(found, items, rounds).items():
         half = [own[: rounds // 2] for own in ok]
         chain, absorbing = Chain.fit(half), rethinking_rate(half)
         samples = [one.right[:rounds] for one in found[group][:items]]
@@ -163,6 +166,8 @@ def rethinking(found: Groups, items: int, rounds: int) -> dict[str, Any]:
             "ever right": float(np.mean([any(own) for own in ok])),
             "the paper's chain said": absorbing.predict(rounds),
             "ever right of as many independent samples": float(np.mean([any(own) for own in samples])),
+            "tokens of the rounds": tokens,
+            "tokens of as many independent samples": float(tokens_of(found[group][:items], [rounds]).mean()),
         }
     return seen
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from assay import checks
 from assay.methods.core.reasoning.answers import extract
 from assay.methods.core.reasoning.budget import Budget, Purpose
-from assay.methods.core.reasoning.generator import Generator, Sample, Sampling
+from assay.methods.core.reasoning.generator import Generator, Sample, Sampling, seed_of
 from assay.methods.core.reasoning.samples import with_prompt
 from assay.methods.core.reasoning.search import expand, judged
 from assay.methods.core.reasoning.trace import Trace, of_sample
@@ -35,6 +35,11 @@ class Asking:
     delimiter: str = "\n"
     seed: int = 0
     repeat: int = 0
+
+    @property
+    def _own_seed(self) -> int:
+        """Of this repeat: no other seed's, and no other repeat's."""
+        return seed_of("repeat", self.seed, self.repeat) if self.repeat else self.seed
 
     def samples(self, n: int, *, seed: int | None = None) -> list[Sample]:
         """`n` samples of the prompt, the numbers `repeat * n` and on; with a limit on the budget as many as it covers, at least one.
@@ -76,7 +81,7 @@ class Asking:
             delimiter=self.delimiter,
             finished=self.finished,
             budget=self.budget,
-            seed=self.seed + self.repeat,
+            seed=self._own_seed,
         )
         different = [list({trace.steps: trace for trace in reversed(own)}.values())[::-1] for own in drawn]
         scored = iter(self.judged([trace for own in different for trace in own]))
@@ -84,7 +89,7 @@ class Asking:
 
     def once(self, prompt: str, purpose: Purpose, number: int) -> Sample:
         """One sample of another prompt, booked as `purpose`."""
-        ((sample,),) = self.generator([prompt], self.sampling, first=number, seed=self.seed + self.repeat)
+        ((sample,),) = self.generator([prompt], self.sampling, first=number, seed=self._own_seed)
         book(self.budget, purpose, [sample])
         return sample
 

@@ -185,12 +185,12 @@ def run(
                 )  # fmt: skip
                 found = WAYS[setting.way](asking, setting.n, **dict(setting.options))
                 hits += found.answer == question.answer
-                spent = budget.spent()
-                cost += spent.tokens
-                completion += spent.completion
-                failed += 0 if found.answer else spent.tokens
-                for purpose in PURPOSES:
-                    ledger[purpose] += budget.spent(purpose).tokens
+                spent = sum(entry.spent.tokens for entry in budget.entries)
+                cost += spent
+                failed += 0 if found.answer else spent
+                for entry in budget.entries:
+                    ledger[entry.purpose] += entry.spent.tokens
+                    completion += entry.spent.completion
             right.append(hits / repeats)
             costs.append(cost / repeats)
         each = len(questions) * repeats

@@ -71,13 +71,10 @@ class Remembered:
 
     def score(self, traces: Sequence[Trace]) -> Scores:
         """As the verifier has it."""
-        unknown = {
-            (trace.prompt, trace.text): trace
-            for trace in traces
-            if any((trace.prompt, text) not in self._known for text in texts_of(trace))
-        }
-        found, spent = self.verifier.score(list(unknown.values())) if unknown else ([], Spent())
-        for trace, scores in zip(unknown.values(), found, strict=True):
-            for text, score in zip(texts_of(trace), scores, strict=True):
-                self._known.setdefault((trace.prompt, text), score)
+        asked = dict.fromkeys((trace.prompt, text) for trace in traces for text in texts_of(trace))
+        unknown = [one for one in asked if one not in self._known]
+        # each text as a trace of one step: a verifier scores all steps that it is given
+        each = [Trace(prompt, (text,)) for prompt, text in unknown]
+        found, spent = self.verifier.score(each) if each else ([], Spent())
+        self._known.update((one, score) for one, (score,) in zip(unknown, found, strict=True))
         return [[self._known[trace.prompt, text] for text in texts_of(trace)] for trace in traces], spent

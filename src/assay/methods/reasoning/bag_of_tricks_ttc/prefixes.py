@@ -50,8 +50,8 @@ class SharedPrefixes:
 
     Samples have the same random streams as the generator's own, so they are the same up to rounding, and they are charged for what they
     would have cost alone; `seconds` are those of the call, shared equally. The prompts of the last call are remembered, with the logits
-    of every beginning (a vocabulary's worth each): ask for all settings of some prompts, then for the next. Examples that all prompts
-    begin with are read once. Our own addition.
+    of every beginning (a vocabulary's worth each), until weights change: ask for all settings of some prompts, then for the next. Examples
+    that all prompts begin with are read once. Our own addition.
 
     Raises ValueError as the generator does, and TypeError for a model whose cache is not keys and values token by token.
 
@@ -63,7 +63,7 @@ class SharedPrefixes:
         self.generator = generator
         self.rows = 0
         """Beginnings that the model was asked about."""
-        self._asked: tuple[str, ...] = ()
+        self._asked: Any = None  # the prompts, and the weights' places and versions
         self._known: _Known | None = None
 
     @property
@@ -106,8 +106,9 @@ class SharedPrefixes:
 
     def _of(self, prompts: Sequence[str], sampling: Sampling) -> _Known:
         encoded = [self.generator._encode(prompt, sampling) for prompt in prompts]  # also looks whether they fit
-        if self._known is None or self._asked != tuple(prompts):
-            self._asked, self._known = tuple(prompts), self._read(encoded)
+        asked = tuple(prompts), tuple((each.data_ptr(), each._version) for each in self.generator.model.parameters())
+        if self._known is None or self._asked != asked:
+            self._asked, self._known = asked, self._read(encoded)
         return self._known
 
     def _read(self, encoded: list[list[int]]) -> _Known:

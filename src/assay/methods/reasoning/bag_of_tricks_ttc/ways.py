@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from assay import checks
 from assay.methods.core.reasoning import selectors
+from assay.methods.core.reasoning.generator import seed_of
 from assay.methods.reasoning.bag_of_tricks_ttc.asking import Asking, Outcome
 
 
@@ -32,7 +33,7 @@ def majority(asking: Asking, n: int = 32, *, tries: int = 5) -> Outcome:
     Gives the first sample with that answer. What was drawn in vain is booked like the rest.
     """
     for round_ in range(checks.whole("tries", tries, low=1)):
-        samples = asking.samples(n, seed=asking.seed + round_)
+        samples = asking.samples(n, seed=seed_of("again", asking.seed, round_) if round_ else asking.seed)
         answers = [asking.answer_of(sample.text) for sample in samples]
         if any(answers) or asking.budget.over:
             break

@@ -13,12 +13,13 @@ import re
 from fractions import Fraction
 
 from assay import checks
-from assay.methods.core.reasoning.answers import LONGEST, canonical, number
+from assay.methods.core.reasoning.answers import LONGEST, number
 
 Value = Fraction | float
 POINTS = 8
 CLOSE = 1e-9  # of formulas that hold a root or pi, relative
 _OPEN, _SHUT = "([", ")]"
+_THOUSANDS = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?")
 _LARGEST = 10_000  # bits of a number that is exact
 _CONSTANTS = {"pi": math.pi}
 _FUNCTIONS = {"sqrt": math.sqrt, "sin": math.sin, "cos": math.cos, "tan": math.tan, "log": math.log, "exp": math.exp}
@@ -92,18 +93,21 @@ def _same(answer: str, reference: str, percent: bool, tolerance: float) -> bool:
             and a[0] == b[0]
             and all(_same(x, y, percent, tolerance) for x, y in zip(a[1], b[1], strict=True))
         )
-    if canonical(answer) == canonical(reference):
-        return True
-    return _same_values(answer, reference)
+    return answer.lower() == reference.lower() or _same_values(answer, reference)
 
 
 def _number(text: str) -> Fraction | None:
     """The value of a number, also in brackets and as a fraction of two in brackets."""
     found = re.fullmatch(r"(-?)\(([^()]+)\)/\(([^()]+)\)", text)
     if found:
-        above, below = number(found[2]), number(found[3])
+        above, below = _single(found[2]), _single(found[3])
         return None if above is None or not below else (-1 if found[1] else 1) * above / below
-    return number(text.rstrip("%"))
+    return _single(text.rstrip("%"))
+
+
+def _single(text: str) -> Fraction | None:
+    """The value of a number, whose commas part thousands: with another comma it is two."""
+    return None if "," in text and not _THOUSANDS.fullmatch(text) else number(text)
 
 
 def _parts(text: str) -> tuple[str, list[str]] | None:

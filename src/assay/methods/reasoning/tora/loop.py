@@ -1,7 +1,7 @@
 """The loop on a local model that keeps its cache: a row that calls the tool waits, and reads the output alone when it comes.
 
 While programs run the other rows go on. A row that comes back reads the tokens of its output behind the keys and values that it had, and
-joins those that are being written.
+joins those that are being written once as many have come back: to join copies the caches of all.
 """
 
 from __future__ import annotations
@@ -125,13 +125,14 @@ class ToolLoop:
                 if running and not joining and not batch.rows:
                     wait(running, return_when=FIRST_COMPLETED)
                 back = [running.pop(future) for future in list(running) if self._came(future, running[future], calls)]
-                back = [row for row in back if row.ended == "stop" and self._fits(row, sampling)]
-                self._read(back)
-                for row in joining + back:
-                    row.growing = Growing(self.tokenizer, sampling.stop)
-                    row.stream = torch.Generator().manual_seed(seed_of(seed, row.prompt + row.text, row.number))
-                batch.add(joining + back)
-                joining = []
+                joining += [row for row in back if row.ended == "stop" and self._fits(row, sampling)]
+                if len(joining) >= len(batch.rows):  # joining copies the caches of all rows, so few wait for more
+                    self._read([row for row in joining if row.logits is None])
+                    for row in joining:
+                        row.growing = Growing(self.tokenizer, sampling.stop)
+                        row.stream = torch.Generator().manual_seed(seed_of(seed, row.prompt + row.text, row.number))
+                    batch.add(joining)
+                    joining = []
                 if not batch.rows:
                     continue
                 for row in batch.step(sampling, end_tokens(self.model)):
@@ -162,7 +163,8 @@ class ToolLoop:
         if len(row.outputs) == calls:
             row.ended, row.cache = "calls", None
             return True
-        matched = segment.matched if segment.matched == OUTPUT else ""
+        own_line = segment.matched == OUTPUT and (not before or before.endswith("\n"))
+        matched = OUTPUT if own_line else ""  # elsewhere it opens no block, and is left out as in the text
         whole = segment.text + matched
         kept = list(segment.tokens)
         if self.tokenizer.decode(kept) != whole:  # the last token reaches beyond what counts: it was not run yet

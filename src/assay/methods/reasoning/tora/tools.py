@@ -41,7 +41,8 @@ class PythonTool:
 
     Raises `SandboxMissing` where programs cannot be run safely, ValueError and TypeError for limits out of range.
 
-    When NOT to use it: for a tool that must keep its state from one program to the next; each begins anew, as released.
+    When NOT to use it: for a tool that must keep its state from one program to the next; each begins anew, as released. Where the model
+    runs on the same processors, programs wait for them: give a sandbox whose limit is `cpu_seconds`, or sums are stopped too.
     """
 
     def __init__(self, sandbox: Sandbox | None = None, *, shown: int = SHOWN) -> None:

@@ -40,8 +40,14 @@ class Trajectory:
 
     @property
     def answer(self) -> str:
-        """Its answer, canonical, "" for none. Where the limit of calls ended it, that is what its last program printed."""
-        return self.value if self.ended == "calls" else answer_of(self.text)
+        """Its answer, canonical, "" for none. Where the limit of calls ended it, that is what its last program printed.
+
+        An output counts in full, whatever the model was shown of it, and one of a program that failed not at all.
+        """
+        if self.ended == "calls":
+            return self.value
+        said = [replace(output, shown="" if output.failed else output.printed) for output in self.outputs]
+        return answer_of(replace(self, outputs=tuple(said)).text)
 
     @property
     def value(self) -> str:

@@ -1,8 +1,9 @@
 """When another sample, or another round of rethinking, no longer pays (Wang et al., 2025, arXiv 2505.20522).
 
-    found = fit("results/samples_gsm8k_2026-01-01.jsonl", upto=8)      # samples that were logged: nothing is generated
-    found.curve.saturation(0.01)                                       # so many samples; the next one gains 0.01 at
-    most found.predict(32)                                                  # accuracy with 32 samples, and an interval
+    found = fit("results/samples_gsm8k_2026-01-01.jsonl", upto=8)   # samples that were logged: nothing is generated
+    found.curve.saturation(0.01)                                    # so many; the next one gains 0.01 at most
+    found.predict(32)                                               # accuracy with 32 by that curve, and an interval
+    found.model.predict(32)                                         # where items are unequal: by the Beta model
 
 - `curve`: the paper's model of one chance for all items, F(N) = F_max (1 - (1 - p)^N), its gains, its saturation
   point, and its fit.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from assay import checks
+from assay.methods.reasoning.ttspm.curve import first_crossing
 
 LARGEST = 1e4
 """a + b of a fit at most: beyond it items of a few dozen samples cannot be told from equal ones (our choice)."""
@@ -57,16 +58,7 @@ class BetaTTSPM:
 
     def saturation(self, eps: float) -> int:
         """The least N at which another sample adds `eps` at most. Raises ValueError unless eps > 0."""
-        eps = checks.number("eps", eps, above=0)
-        low, high = -1, 1  # marginal(low) > eps, where -1 stands for before the first
-        if self.marginal(0) <= eps:
-            return 0
-        while self.marginal(high) > eps:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.marginal(middle) > eps else (low, middle)
-        return high
+        return first_crossing(self.marginal, eps)
 
     def posterior(self, correct: int, n: int) -> BetaTTSPM:
         """What is known of an item of which `correct` of `n` samples were right."""

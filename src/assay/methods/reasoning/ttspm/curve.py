@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,27 @@ from assay import checks
 
 _GRID = 1 / (1 + np.exp(-np.linspace(-14, 14, 561)))
 """Chances among which a fit looks first: from about a millionth to as near to 1, evenly in the logit."""
+
+
+_TINY = 1e-3
+"""Below it 1 - p loses digits that its powers would need."""
+
+
+def first_crossing(marginal: Callable[[int], float], eps: float) -> int:
+    """The least N at which `marginal(N)`, which never rises and comes as near to 0 as one likes, is `eps` at most.
+
+    Raises ValueError unless eps > 0.
+    """
+    eps = checks.number("eps", eps, above=0)
+    if marginal(0) <= eps:
+        return 0
+    low, high = 0, 1  # marginal(low) > eps
+    while marginal(high) > eps:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if marginal(middle) > eps else (low, middle)
+    return high
 
 
 @dataclass(frozen=True)
@@ -49,25 +70,18 @@ class TTSPM:
 
     def marginal(self, N: int) -> float:
         """What unit N + 1 adds: predict(N + 1) - predict(N)."""
-        return self.ceiling * self.p * (1 - self.p) ** checks.whole("N", N, low=0)
+        N = checks.whole("N", N, low=0)
+        fails = (1 - self.p) ** N if self.p > _TINY else math.exp(N * math.log1p(-self.p))
+        return self.ceiling * self.p * fails
 
     def saturation(self, eps: float) -> int:
         """The least N at which another unit adds `eps` at most; 0 where the first adds no more.
 
-        With a price for a unit and a worth for a solved item, `eps` is the price over the worth. Raises ValueError
+        It is ceil(ln(eps / (ceiling p)) / ln(1 - p)), looked for by halving, since that quotient may round to the wrong
+        side. With a price for a unit and a worth for a solved item, `eps` is the price over the worth. Raises ValueError
         unless eps > 0.
         """
-        eps = checks.number("eps", eps, above=0)
-        if self.marginal(0) <= eps:
-            return 0
-        if self.p == 1:
-            return 1
-        N = max(math.ceil(math.log(eps / self.marginal(0)) / math.log1p(-self.p)), 1)
-        while self.marginal(N) > eps:  # the quotient of logarithms may round to the wrong side
-            N += 1
-        while N > 1 and self.marginal(N - 1) <= eps:
-            N -= 1
-        return N
+        return first_crossing(self.marginal, eps)
 
     @classmethod
     def fit(cls, N: Sequence[int], accuracy: Sequence[float], *, items: int | None = None) -> TTSPM:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from assay import checks
 from assay.methods.reasoning.ttspm.beta import BetaTTSPM
-from assay.methods.reasoning.ttspm.curve import TTSPM
+from assay.methods.reasoning.ttspm.curve import TTSPM, first_crossing
 
 Model = TTSPM | BetaTTSPM
 
@@ -78,10 +78,7 @@ class Stopper:
     @property
     def limit(self) -> int:
         """Samples of an item that stays unsolved: the least n with a / (a + b + n) <= eps."""
-        n = 0
-        while self.prior.posterior(0, n).mean > self.eps:
-            n += 1
-        return n
+        return first_crossing(lambda n: self.prior.posterior(0, n).mean, self.eps)
 
     def __call__(self, right: Sequence[bool]) -> bool:
         """Whether to go on after samples of which these were right."""
