@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import random
 import re
 import subprocess
@@ -207,9 +208,9 @@ def test_a_structure_that_is_not_looked_at_is_noticed(monkeypatch):
         assert verdict_of(REPAIR, {"each": 1, "seed": 0}) not in PAYS
 
 
-RAISED = (
-    "Traceback (most recent call last):\n  File \"run.py\", line 2, in <module>\nNameError: name 'x' is not defined"
-)
+def raised(line):
+    where = f'File "run.py", line {line}, in <module>'
+    return f"Traceback (most recent call last):\n  {where}\nNameError: name 'x' is not defined"
 
 
 def test_faults_are_of_every_kind_change_one_line_and_are_kept_where_they_raise():
@@ -221,12 +222,38 @@ def test_faults_are_of_every_kind_change_one_line_and_are_kept_where_they_raise(
         found.setdefault(kind, []).append(text)
         if all(len(found.get(one, ())) >= 3 for one in faults.PLANTERS):
             break
-    raising = iter([Outcome(1.0), Outcome(None, "ended by its limit of cpu time"), Outcome(None, RAISED)] * 400)
-    ran = {}
-    cases = room.planted(lambda text, seed: ran.setdefault(text, next(raising)), 2)
-    assert all(ran[text].error == RAISED for _, text in cases)
+    chance, ran = random.Random(0), {}
+
+    def run(text, seed):
+        """Ends well, is ended, or raises."""
+        error = ran.setdefault(text, chance.choice([None, "ended by its limit of cpu time", raised(2)]))
+        return Outcome(1.0) if error is None else Outcome(None, error)
+
+    cases = room.planted(run, 2)
+    assert all(ran[text] == raised(2) for _, text in cases)
     assert [kind for kind, _ in cases] == [kind for kind in faults.PLANTERS for _ in range(2)]
     assert len({text for _, text in cases}) == len(cases)
+
+
+def test_a_traceback_is_said_to_point_at_a_fault_only_where_it_does():
+    scripts = room.scripts()
+    for kind, text in itertools.islice(faults.faulty(scripts, 1), 16):
+        line = room.changed_line(text, scripts)
+        assert (line is None) == (kind == "an import is missing")
+        assert room.told_where(text, Outcome(None, raised(line or 2)))
+        assert line is None or not room.told_where(text, Outcome(None, raised(line + 1)))
+
+
+def test_scripts_that_no_way_differs_on_leave_it_open():
+    """Sixty-five of a hundred by both ways, and not one script apart: that is not certainty."""
+    same = np.repeat([100.0, 0.0], [21, 11])
+    found = room.difference(same, same)
+    assert (found.median, found.high) == (0, pytest.approx(10.9, abs=0.1))
+    assert found.low == -found.high
+    assert room.difference(np.repeat(100.0, 320), np.repeat(100.0, 320)).high < 1.2
+    apart = room.difference(same, np.roll(same, 3))
+    assert apart.low < 0 < apart.high
+    assert room.difference(np.full(9, 100.0), np.repeat([100.0, 0.0], [2, 7])).low > 30
 
 
 # ------------------------------------------------------------------------------------------------------------- what is known

@@ -173,7 +173,9 @@ def test_where_more_is_worse_it_is_refuted(monkeypatch):
         world(lambda task, each: 0.4 - 0.3 * (each.iterations > 1)),
     )
     monkeypatch.setattr(room, "seen", lambda *_, **__: {"learn": good["learn"], "judged": bad["judged"]})
-    assert judge(record_of(GAIN, POINT)).verdict is Verdict.REFUTED
+    record = record_of(GAIN, {**POINT, "reader": room.MODEL})
+    assert judge(record).verdict is Verdict.REFUTED
+    assert set(record.details["right by wording"]) == set(room.WORDINGS)
 
 
 def test_a_model_that_holds_is_reproduced(monkeypatch):
@@ -242,13 +244,13 @@ def test_the_rule_reads_what_stands_in_the_prompt_and_nothing_else():
     assert all(not one.text for one in runs.answered(by, asked, Allocation(0, 3)))
 
 
-def test_a_majority_is_charged_for_all_its_samples():
+def test_a_majority_is_charged_for_all_its_samples_and_speaks_for_itself():
     class Says:
         name = "says"
 
         def __call__(self, prompts, sampling, *, n=1, first=0, seed=0):
             assert sampling.temperature > 0
-            said = ["Foo.", "It is a.Bar", "Bar", ""][:n]
+            said = ["Foo.", "It is a.Bar and no other", "Bar", ""] * (n // 4)
             return [
                 [
                     Sample(text, (0,) * 3, (), "stop", Spent(100 if not k else 0, 3, calls=1))
@@ -258,9 +260,60 @@ def test_a_majority_is_charged_for_all_its_samples():
             ]
 
     by = replace(runs.reader_of(room.RULE, "base"), generator=Says())
-    for one in runs.voted(by, runs.questions("base", n=2)):
-        assert one.text == "Bar"
+    for one in runs.voted(by, runs.questions("base", n=2), runs.VOTE):
+        assert one.text == "It is a.Bar and no other"  # judged as any sentence is
         assert one.tokens == 100 + 3 * runs.VOTES
+
+
+def test_a_sample_votes_for_a_name_that_the_question_does_not_give():
+    asked = "Which class does Flag inherit from?"
+    said = {" Enum": "Enum", " Enum is what Flag inherits from.": "Enum", " Flag": "", "": "", " none": "none"}
+    assert {text: runs.vote_of(asked, text) for text in said} == said
+
+
+class InOneWording:
+    """Knows all answers, and gives them where it is asked in the words of the task."""
+
+    name = "in one wording"
+
+    def __init__(self):
+        self.asked = []
+        tasks = [(task, part, n) for task in ("base", "grand") for part, n in (("learn", 6), ("judged", 6))]
+        self.known = {
+            each.question: each.answer for task, part, n in tasks for each in runs.questions(task, n=n, part=part)
+        }
+
+    def __call__(self, prompts, sampling, *, n=1, first=0, seed=0):
+        self.asked += prompts
+        found = []
+        for prompt in prompts:
+            question = next(each for each in self.known if f"{each}\n" in prompt.rsplit("\n\n", 1)[-1])
+            said = self.known[question] if prompt.endswith("Output:") else "nothing"
+            found.append([Sample(f" {said}", (0,), (), "stop", Spent(len(prompt.split()), 1, calls=1))] * n)
+        return found
+
+
+def test_every_question_is_asked_in_one_wording_and_keeps_its_place(monkeypatch):
+    model = InOneWording()
+    monkeypatch.setattr(runs, "kept", lambda: model)
+    monkeypatch.setattr(runs, "GRID", [Allocation(0), Allocation(1), Allocation(0, 1)])
+    monkeypatch.setattr(runs, "BARE", [])
+    seen = room.seen(room.MODEL, 6, 6)
+    for part in seen.values():
+        for own in part.values():
+            for each in own.right.values():
+                assert each.tolist() == [0, 0, 1] * 2
+            assert own.votes.right[runs.VOTE].tolist() == [0, 0, 1] * 2
+    told = room.by_wording(seen, {"one": lambda task, budget: Allocation(1)}, 2048)
+    assert told == {"plain": {"one": 0}, "question": {"one": 0}, "task": {"one": 1}}
+    for mark in ("- ", "Fact: "):
+        assert any(f"\n{mark}" in f"\n{prompt}" for prompt in model.asked)
+    places = runs.in_wordings(room.MODEL, {"learn": 7, "judged": 5})
+    assert sorted(place for own in places.values() for place in own) == [
+        *(("judged", i) for i in range(5)), *(("learn", i) for i in range(7)),
+    ]  # fmt: skip
+    assert [len(own) for own in places.values()] == [5, 4, 3]
+    assert list(runs.in_wordings(room.RULE, {"judged": 5})) == ["question"]
 
 
 def test_half_a_question_keeps_the_ratio_finite():
@@ -270,7 +323,8 @@ def test_half_a_question_keeps_the_ratio_finite():
     assert low < 0 < high
 
 
-def test_the_deciding_points_are_the_models():
+def test_the_deciding_points_are_the_models_and_equal_in_all_wordings():
+    assert all(size % len(room.WORDINGS) == 0 for sizes in room.SIZES.values() for size in sizes.values())
     found = experiments_of("rag_inference_scaling")
     assert {one.claim for one in found} == {GAIN, FIT}
     for one in found:

@@ -5,6 +5,7 @@ Most tests script how often each arm is right at each budget, so that nothing is
 broken verifier.
 """
 
+import numpy as np
 import pytest
 import torch
 from tests.properties.sabotage import PAYS, record_of
@@ -14,7 +15,12 @@ from assay.evidence.verdict import judge
 from assay.experiments.rates import Rate
 from assay.experiments.reasoning import verifier_based_ttc as room
 from assay.experiments.reasoning import verifier_based_ttc_models as models
+from assay.experiments.reasoning.samples import Drawn
+from assay.methods.core.reasoning.budget import Spent
+from assay.methods.core.reasoning.generator import Sample
+from assay.methods.reasoning.compute_optimal_ttc import Attempts
 from assay.methods.reasoning.verifier_based_ttc import returns
+from assay.workloads.reasoning import items
 
 CLAIM = "verifier_based_ttc/verifier-beats-imitation"
 RECIPE = {**models.RECIPE, "judged": 200}
@@ -42,18 +48,19 @@ def scripted(monkeypatch):
     monkeypatch.setattr(room, "in_parallel", lambda function, runs: [function(*run) for run in runs])
     monkeypatch.setattr(room, "searched_rate", lambda arm: Rate(1e-3, (3e-4, 1e-3, 3e-3)))
     monkeypatch.setattr(models, "chosen", lambda *_: Rate(3e-3, (1e-3, 3e-3, 1e-2)))
+    monkeypatch.setattr(room, "language_model", lambda questions: {})
 
     def script(unequal, alike=None):
-        def outcomes(recipe, seed):
+        def outcomes(recipe, seed, name):
             same = dict.fromkeys((models.BASE, models.IMITATION, models.VERIFIER), (0.99, 0.99, 0.99))
-            found = {}
-            for name, shares in (("unequal", unequal), ("alike", alike or same)):
-                found[name] = {
+            shares = unequal if name == "unequal" else alike or same
+            return {
+                name: {
                     str(H): {arm: steps(each[i] - 0.005 * (seed * (i + 1) % 3), H) for arm, each in shares.items()}
                     for i, H in enumerate(recipe["budgets"])
-                }
-                found[f"{name}, base policy"] = {"heterogeneity": 1.0, "anti-concentration": 0.1, "H": 24}
-            return found
+                },
+                f"{name}, base policy": {"heterogeneity": 1.0, "anti-concentration": 0.1, "H": 24},
+            }
 
         monkeypatch.setattr(room, "outcomes", outcomes)
 
@@ -108,6 +115,51 @@ def test_a_rival_without_a_verifier_may_gain_as_much(scripted):
 def test_an_arm_that_learnt_nothing_decides_nothing(scripted):
     scripted({**GROWING, models.VERIFIER: (0.02, 0.04, 0.06), models.IMITATION: (0.01, 0.01, 0.02)})
     assert verdict() is Verdict.UNDECIDED
+    scripted({**GROWING, models.IMITATION: (0.1, 0.2, 0.41)})  # no more than the base policy that it starts from
+    assert verdict() is Verdict.UNDECIDED
+
+
+def test_no_context_is_judged_that_was_trained_on():
+    recipe = {**models.SMOKE, "contexts": 64, "traces": 1, "judged": 300, "budgets": [4]}
+    problem = models.problem_of(models.UNEQUAL, 0)
+    torch.manual_seed(0)
+    base = models.Decoder(problem.V + 1, problem.k + 5, recipe, problem.V + 1).eval()
+    data, drawn = models.Data(base, problem, recipe, 4, 0), []
+    real = data.sample
+    data.sample = lambda policy, prompts, seed: drawn.append(prompts) or real(policy, prompts, seed)
+    assert len(data.judged(base)) == 300
+    data.judged(base, 8000)
+    data.best_of(data.verifier(1e-3), N=2)
+    learnt = {tuple(row) for row in problem.prompts(data.contexts).tolist()}
+    assert len(learnt) > 50
+    assert [len(prompts) for prompts in drawn] == [300] * 4
+    assert not any(tuple(row) in learnt for prompts in drawn for row in prompts.tolist())
+    assert len({tuple(row) for row in drawn[0].tolist()}) > 150
+    with pytest.raises(ValueError, match="contexts"):
+        models.Data(base, models.Planted(V=2, k=1), {**recipe, "judged": 5}, 4, 0).held_out()
+
+
+def test_a_real_models_samples_are_told_by_wording(monkeypatch):
+    """A sum that is right in one of three samples, and a verifier that knows which."""
+
+    def drawn(text, tokens):
+        return Sample(text, tuple(range(tokens)), (-0.1,) * tokens, "stop", Spent(0, tokens, 0, 1))
+
+    item = items("sum", level=1, n=1)[0]
+    one = Drawn(item, "", [drawn(" 99", 2), drawn(f" {item.answer}", 3), drawn(" 99", 2)] * 8)
+    attempts = Attempts(tuple(one.answers), tuple(map(float, one.right)), tuple(range(24)))
+    monkeypatch.setattr(room.sums, "learn_sets", lambda n: [])
+    monkeypatch.setattr(room.sums, "fitted", lambda found, ledger: None)
+    monkeypatch.setattr(room.sums, "judged_sets", lambda n, samples: [(w, one) for w in room.WORDINGS])
+    monkeypatch.setattr(room.sums, "samples_run", lambda *_: attempts)
+    found = room.language_model(1)
+    assert set(found) == set(room.WORDINGS)
+    told = found["task"]
+    assert told["anti-concentration"] == pytest.approx(1 / 3)
+    assert told["heterogeneity"]["mean"] == pytest.approx(np.std([0, 6, 0] * 8, ddof=1))
+    assert told["right"]["by the verifier"]["16"] == 1
+    assert told["right"]["by count"]["16"] < 0.1
+    assert told["right"]["by count"]["1"] == pytest.approx(1 / 3, abs=0.01)
 
 
 def test_both_ways_are_charged_the_same_words():

@@ -199,6 +199,28 @@ def test_a_rule_may_ask_in_the_models_stead():
     assert len(cut.samples) == 1
 
 
+def test_one_call_behind_examples_of_follow_ups_is_forced_to_answer():
+    """They invite a follow-up, which nobody would answer."""
+    made = reader(lambda prompt: " far" if prompt.endswith("So the final answer is:") else " Follow up: Who is red?")
+    (once,) = iter_drag(made, ["Who runs?"], Allocation(1, 1, 1))
+    (none,) = iter_drag(made, ["Who runs?"], Allocation(1, 1, 3), follow_up=lambda question, answers: "")
+    assert (once.text, none.text) == ("far", "far")
+    assert once.samples == none.samples
+    assert made.generator.prompts[-1].endswith("Answer: So the final answer is:")
+    iter_drag(made, ["Who runs?"], Allocation(1, 0, 1))
+    assert made.generator.prompts[-1].endswith("Answer:")  # nothing was shown
+
+
+def test_documents_without_a_mark_do_not_end_a_round_at_its_first_line():
+    made = reader(chained, prompts=Prompts(document=""))
+    (found,) = iter_drag(made, ["Where is the fox?"], Allocation(1, 1, 5))
+    assert len(found.steps) == 2
+    assert all("\n" not in stop for stop in made.generator.stops)
+    marked = reader(chained)
+    iter_drag(marked, ["Where is the fox?"], Allocation(1, 1, 5))
+    assert "\nDocument:" in marked.generator.stops[0]
+
+
 def test_demonstrations_of_rounds_show_follow_ups_with_documents_of_their_own():
     made = reader(lambda prompt: " fox")
     iter_drag(made, ["Who runs?"], Allocation(1, 2, 3))
@@ -207,6 +229,9 @@ def test_demonstrations_of_rounds_show_follow_ups_with_documents_of_their_own():
     assert first.endswith("\nSo the final answer is: frog")
     assert first.count("Document: ") == len({line for line in first.split("\n") if line.startswith("Document: ")}) > 1
     assert second.endswith("\nAnswer: whale")
+    single = reader(lambda prompt: " fox", examples=[Example("Who swims?", "whale", (("Who swims?", "whale"),))])
+    iter_drag(single, ["Who runs?"], Allocation(1, 1, 3))
+    assert "Follow up:" not in single.generator.prompts[0]  # of one step: it answers at once
 
 
 # ------------------------------------------------------------------------------------------------------------ retrieval
@@ -229,6 +254,10 @@ def test_bm25_finds_what_shares_rare_words():
     assert found[2] == [0, 1]  # nothing in common: the first ones
     assert Bm25(TEXTS)(["fox"], 0) == [[]]
     assert len(Bm25(TEXTS)(["fox"], 99)[0]) == len(TEXTS)
+    alike = [f"fox {'red' if i % 3 else 'blue'}" for i in range(60)]
+    assert Bm25(alike)(["blue"], 60) == [
+        [*range(0, 60, 3), *(i for i in range(60) if i % 3)]
+    ]  # the first of equal ones
 
 
 def test_vectors_are_those_nearest():
@@ -260,6 +289,13 @@ def test_two_tasks_give_the_parameters_back_exactly():
     assert model.c_ == pytest.approx(-1.0)
     assert model.score(rows, accuracy) == pytest.approx(1)
     assert AllocationModel(floor=1e-9, informed=False).fit(rows, accuracy).score(rows, accuracy) < 0.999
+
+
+def test_accuracies_are_held_within_the_floor_before_the_logit():
+    rows, _ = curves([(0.3, 0.1), (0.1, 0.4)])
+    for worst, held in ((0.0, 0.005), (1.0, 0.995)):
+        assert AllocationModel().fit(rows, np.full(len(rows), worst)).predict(rows) == pytest.approx(held)
+    assert AllocationModel(floor=0.1).fit(rows, np.zeros(len(rows))).predict(rows) == pytest.approx(0.1)
 
 
 def test_of_one_task_only_the_sum_is_known_and_it_says_so():
@@ -299,6 +335,8 @@ def test_the_optimum_never_falls_with_the_limit_and_is_above_every_fixed_one():
         assert all(scores[each] <= p for limit, p in zip(limits, best, strict=True) if lengths[each] <= limit)
         assert lengths[optimum(scores, lengths, 300)] <= 300
     assert len(feasible(lengths, 500)) == len(GRID)
+    same = dict.fromkeys(GRID, 0.5)
+    assert lengths[optimum(same, lengths, 500)] == min(lengths.values())  # of equal ones the shortest
 
 
 def test_the_model_chooses_what_is_best_under_it():
@@ -357,6 +395,9 @@ GOOD = [[1, 0, 1, 0.1, 0.0], [2, 0, 1, 0.1, 0.0]]
         (lambda: Bm25([]), "texts"),
         (lambda: Vectors(np.zeros(3), len), "vectors"),
         (lambda: Vectors(np.full((2, 2), np.nan), len), "vectors"),
+        (lambda: Vectors(np.eye(2), lambda texts: np.ones((len(texts), 3)))(["a"], 1), "embed"),
+        (lambda: Vectors(np.eye(2), lambda texts: np.ones(2))(["a"], 1), "embed"),
+        (lambda: Vectors(np.eye(2), lambda texts: np.full((1, 2), np.nan))(["a"], 1), "embed"),
         (lambda: feasible({Allocation(1): 50.0}, 10), "limit"),
         (lambda: informativeness({Allocation(0): 0.1}), "scores"),
         (lambda: AllocationModel().predict(GOOD), "fit"),

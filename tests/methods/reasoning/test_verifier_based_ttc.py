@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -83,6 +84,27 @@ def test_anti_concentration_falls_with_e_and_is_a_share():
     assert anti_concentration([[2.0, 2.0]]) == 0.0
 
 
+def test_anti_concentration_counts_from_roots_of_e_above_the_mean():
+    own = [[0.0, 0.0, 0.0, 4.0]]  # mean 1, deviation 2
+    assert [anti_concentration(own, e) for e in (0.0, 1.0, 2.0, 2.25, 2.3)] == [0.25] * 4 + [0.0]
+
+
+def test_equal_returns_that_are_no_whole_numbers_have_no_spread():
+    same = [[0.1] * 3, [0.3] * 7]
+    found = heterogeneity(same)
+    assert (found.mean, found.median, found.flat) == (0.0, 0.0, 1.0)
+    assert anti_concentration([*same, [0.0, 0.0, 0.0, 4.0]]) == 0.25
+
+
+def test_the_jackknife_leaves_each_prompt_out_once():
+    own = np.random.default_rng(3).integers(0, 9, (7, 5)).astype(float)
+    left = [math.sqrt(np.delete(own, i, 0).var(1, ddof=1).mean()) for i in range(7)]
+    found = heterogeneity(own.tolist())
+    assert found.error == pytest.approx(math.sqrt(6 / 7 * np.sum((left - np.mean(left)) ** 2)))
+    assert found.median == pytest.approx(np.median(own.std(1, ddof=1)))
+    assert heterogeneity([[1.0, 2.0]]).error == math.inf  # one prompt says nothing about others
+
+
 def test_cutting_is_annotating_anew():
     problem = Planted()
     contexts = problem.contexts(200, 1)
@@ -111,7 +133,8 @@ def test_advice_follows_the_rates():
     assert recommend(10.0, 0.2, 400, 32).way == "verifier"
     assert recommend(10.0, 0.2, 4, 32).way == "imitation"  # too few prompts
     assert recommend(0.0, 0.2, 400, 32).way == "imitation"  # alike
-    assert recommend(10.0, 0.0, 400, 32).way == "imitation"  # nothing above the mean
+    for c in (0.0, 0.04):
+        assert recommend(10.0, c, 400, 32).way == "imitation"  # next to nothing above the mean
     grown = [recommend(H / 4, 0.2, H, H) for H in (16, 64, 256)]
     ratio = [one.imitation_rate / one.verifier_rate for one in grown]
     assert np.allclose(np.diff(np.log(ratio)), np.log(2))  # the gap grows like the root of H
@@ -158,6 +181,14 @@ def test_reweighting_stays_in_its_ball_and_uses_it(divergence):
         last = reached
     assert last == pytest.approx(rewards.max())
     assert np.allclose(reweighted(rewards.tolist(), 0.0, divergence=divergence), 1 / 50)
+
+
+@pytest.mark.parametrize("divergence", ["chi2", "kl"])
+def test_reweighting_knows_rewards_by_their_differences_alone(divergence):
+    wanted = reweighted([-1.0, 0.0, 1.0, 1.0], 0.3, divergence=divergence)
+    for scale in (1e308, 1e-300, 7.0):
+        assert reweighted([-scale, 0.0, scale, scale], 0.3, divergence=divergence) == pytest.approx(wanted)
+    assert reweighted([5.0], 0.3, divergence=divergence).tolist() == [1.0]
 
 
 @pytest.mark.parametrize("divergence", ["chi2", "kl"])
@@ -308,6 +339,18 @@ def test_policy_gradients_climb_the_score_and_the_penalty_holds_them(base):
     noise = torch.Generator().manual_seed(0)
     useless = climbed(lambda prompts, traces: torch.rand(traces.shape, generator=noise), 0.1)
     assert useless[0, 2] < 0.5
+
+
+def test_policy_gradients_credit_a_word_with_what_comes_later_and_with_no_more_than_the_mean(base):
+    def climbed(score, steps):
+        return chances(policy_gradient(base, PROMPTS, score, sample, steps=steps, lr=0.05, kl=0.0, batch=200))
+
+    def late(prompts, traces):
+        """The first word is right, and it is the second step that pays."""
+        return torch.stack([torch.zeros(len(traces)), right(traces).float()], 1)
+
+    assert climbed(late, 100)[0, 2] > 0.8
+    assert torch.equal(climbed(lambda prompts, traces: torch.ones(traces.shape), 5), chances(base))  # all alike
 
 
 # --------------------------------------------------------------------------------------------------------------- bad input

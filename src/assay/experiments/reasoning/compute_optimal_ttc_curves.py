@@ -11,6 +11,9 @@ from assay.experiments.reasoning.compute_optimal_ttc_units import Counted, Unit
 from assay.methods.reasoning.compute_optimal_ttc import Outcome
 
 DRAWS = 2000  # resamplings of the questions
+REACHED = 0.9
+"""So much of the way from one sample to the best accuracy is where costs are compared: near the best itself curves are flat, and whose
+accuracy is a hair higher there would decide about many generations."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,17 @@ def fewest(costs: np.ndarray, right: np.ndarray, target: float) -> float:
     return float("inf")
 
 
-def saving(base: Curve, other: Curve, weights: np.ndarray, what: str = "generations") -> float:
-    """The cost of `base` over that of `other` where they are right as often: as `base` at its best, or `other` where that is less.
+def saving(
+    base: Curve, other: Curve, weights: np.ndarray, what: str = "generations", reached: float = REACHED
+) -> float:
+    """The cost of `base` over that of `other` where they are right as often: `reached` of the way from the first point of `base` to where
+    it is at its best, or `other` where that is less.
 
     `weights` are the units', with sum 1. Below 1 `other` needs more. Where one of them is never right nothing is compared: 1.
     """
     right = [each.right @ weights for each in (base, other)]
-    target = min(float(values.max()) for values in right)
+    best, first = min(float(values.max()) for values in right), float(right[0][0])
+    target = first + reached * (best - first) if best > first else best
     if target <= 0:
         return 1.0
     costs = [getattr(each, what) @ weights for each in (base, other)]

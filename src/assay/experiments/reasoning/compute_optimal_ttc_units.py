@@ -1,4 +1,7 @@
-"""What every way to spend gives for a question in one wording: strategies without and behind a pilot, votes, and votes that stop early."""
+"""What every way to spend gives for a question in one wording: strategies without and behind a pilot, votes, and votes that stop early.
+
+They stop when samples agree, or when the verifier is sure.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,9 @@ from assay.workloads.reasoning import Wording
 
 ORDERS = 64  # sets, or orders, of the samples that an outcome is averaged over
 AGREE = (1, 2, 3, 4, 5, 6, 8)
+SURE = (0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 1.2, 1.6, 2.4, 4.0)
+"""Sums of the verifier's scores at which a weighted vote stops."""
+FEW = 4  # samples at most of one that gives up early
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,9 @@ class Counted(Outcome):
 class Unit:
     """A question in one wording: what every strategy gives for it, and what was seen of it beforehand.
 
-    `outcomes` are those without a pilot, `behind` those behind one, which is charged. `majority` and `stopping` are the rivals': outcomes
-    of a majority vote at each budget, and of one that stops when so many agree.
+    `outcomes` are those without a pilot, `behind` those behind one, which is charged and whose samples are used again, `apart` those with a
+    pilot that only tells the difficulty. `majority`, `stopping` and `sure` are the rivals': outcomes of a majority vote at each budget, of
+    one that stops when so many agree, and of weighted votes that stop when the verifier's scores of an answer add up to so much.
     """
 
     name: str
@@ -40,8 +47,10 @@ class Unit:
     wording: Wording
     outcomes: list[Outcome]
     behind: list[Outcome]
+    apart: list[Outcome]
     majority: list[Outcome]
     stopping: list[Outcome]
+    sure: list[Outcome]
     predicted: float
     oracle: float
     samples: list[tuple[float, bool]]  # score, and whether it is right
@@ -67,22 +76,25 @@ def unit(one: Drawn, wording: Wording, verifier: Verifier, pilot: int, most: int
         Outcome(name, run.strategy, run.n, float(run.attempts.choose() == target), float(run.tokens))
         for run in runs.searched(one, verifier, left, most)
     ]
-    spent_before = float(tokens[left:].sum())
+    alone, spent_before = [*of(PARALLEL.name, "weighted"), *searches], float(tokens[left:].sum())
+    apart: list[Outcome] = [
+        Counted(name, each.strategy, each.n, each.accuracy, each.tokens + spent_before, each.n + pilot)
+        for each in alone
+        if each.n >= pilot
+    ]
     return Unit(
         name,
         question_of(one),
         wording,
-        [*of(PARALLEL.name, "weighted"), *searches],
+        alone,
         [
             *_joined(name, everything, left, target, [n for n in budgets if n >= pilot], read, tokens.tolist()),
-            *(
-                Counted(name, each.strategy, each.n, each.accuracy, each.tokens + spent_before, each.n + pilot)
-                for each in searches
-                if each.n >= pilot
-            ),
+            *(each for each in apart if each.strategy != PARALLEL.name),
         ],
+        apart,
         of("majority", "majority"),
         _stopping(name, own, target, read, spent, most),
+        [*_sure(name, own, target, read, spent, most), *_sure(name, own, target, read, spent, FEW)],
         mean_score(everything.scores[left:]),
         pass_rate([answer == target for answer in own.answers]),
         [(score, answer == target) for score, answer in zip(everything.scores, everything.answers, strict=True)],
@@ -124,29 +136,57 @@ def _joined(
 
 def _stopping(name: str, own: Attempts, target: str, read: float, tokens: Sequence[float], most: int) -> list[Outcome]:
     """A majority vote that stops as soon as k samples agree, or after `most`: the mean over orders of the samples. `n` is k."""
-    chance = np.random.default_rng(0)
-    orders = [chance.permutation(len(own.answers))[:most].tolist() for _ in range(ORDERS)]
     found: list[Outcome] = []
+    orders = _orders(own, most)
     for k in AGREE:
         seen = [stopped([own.answers[i] for i in order], k) for order in orders]
-        spent = [sum(tokens[i] for i in order[:n]) for order, (_, n) in zip(orders, seen, strict=True)]
-        right = float(np.mean([said == target for said, _ in seen]))
-        used = float(np.mean([n for _, n in seen]))
-        found.append(Counted(name, "early stop", k, right, read + float(np.mean(spent)), used))
+        found.append(_early(name, "early stop", k, seen, orders, target, read, tokens))
     return found
 
 
-def stopped(answers: Sequence[str], k: int) -> tuple[str, int]:
-    """The answer as soon as k samples give it, and how many samples that took; the most frequent of all where none comes to k.
+def _sure(name: str, own: Attempts, target: str, read: float, tokens: Sequence[float], most: int) -> list[Outcome]:
+    """A weighted vote that stops as soon as an answer's scores add up to one of `SURE`, or after `most`. `n` is the number of that sum."""
+    found: list[Outcome] = []
+    orders = _orders(own, most)
+    for number, enough in enumerate(SURE, 1):
+        seen = [stopped([own.answers[i] for i in order], enough, [own.scores[i] for i in order]) for order in orders]
+        found.append(_early(name, f"sure of at most {most}", number, seen, orders, target, read, tokens))
+    return found
 
-    >>> stopped(["7", "8", "7", "7"], 2), stopped(["7", "8", "9"], 2)
-    (('7', 3), ('7', 3))
+
+def _orders(own: Attempts, most: int) -> list[list[int]]:
+    chance = np.random.default_rng(0)
+    return [chance.permutation(len(own.answers))[:most].tolist() for _ in range(ORDERS)]
+
+
+def _early(
+    name: str,
+    strategy: str,
+    number: int,
+    seen: Sequence[tuple[str, int]],
+    orders: Sequence[Sequence[int]],
+    target: str,
+    read: float,
+    tokens: Sequence[float],
+) -> Outcome:
+    """The mean over orders of the answers that a vote gave, and of the samples that it took."""
+    spent = [sum(tokens[i] for i in order[:n]) for order, (_, n) in zip(orders, seen, strict=True)]
+    right, used = float(np.mean([said == target for said, _ in seen])), float(np.mean([n for _, n in seen]))
+    return Counted(name, strategy, number, right, read + float(np.mean(spent)), used)
+
+
+def stopped(answers: Sequence[str], enough: float, weights: Sequence[float] | None = None) -> tuple[str, int]:
+    """The answer as soon as its samples weigh `enough` (1 each without `weights`), and how many samples that took; that of the largest
+    weight of all where none comes to it.
+
+    >>> stopped(["7", "8", "7", "7"], 2), stopped(["7", "8", "9"], 2), stopped(["7", "8", "7"], 0.8, [0.3, 0.9, 0.3])
+    (('7', 3), ('7', 3), ('8', 2))
     """
-    counts: dict[str, int] = {}
+    sums: dict[str, float] = {}
     for n, answer in enumerate(answers, 1):
         if not answer:
             continue
-        counts[answer] = counts.get(answer, 0) + 1
-        if counts[answer] >= k:
+        sums[answer] = sums.get(answer, 0.0) + (1.0 if weights is None else weights[n - 1])
+        if sums[answer] >= enough:
             return answer, n
-    return max(counts, key=lambda answer: counts[answer]) if counts else "", len(answers)
+    return max(sums, key=lambda answer: sums[answer]) if sums else "", len(answers)

@@ -21,7 +21,7 @@ from assay.catalogue import Paper, papers
 from assay.experiments.core import Figure, Operator, experiment
 from assay.experiments.reasoning.dolphin_faults import PLANTERS, faulty
 from assay.experiments.reasoning.dolphin_task import EDITS, OfflineProposer, digits_file, embedder, script_of
-from assay.measure.stats import Interval, student_interval
+from assay.measure.stats import Interval, share_interval, student_interval
 from assay.methods.core.sandbox import Limits, Sandbox
 from assay.methods.reasoning.dolphin import (
     Attempt,
@@ -252,6 +252,31 @@ def planted(run: Runner, each: int, seed: int = 0) -> list[tuple[str, str]]:
     return [(kind, text) for kind, own in found.items() for text in own]
 
 
+def told_where(text: str, outcome: Outcome) -> bool:
+    """Whether a traceback names the line that the fault stands in; a missing import has none, and counts as told."""
+    line = changed_line(text, scripts())
+    return line is None or line in named_lines(Attempt(text, tuple(own_frames(parse(outcome.error), text))))
+
+
+def changed_line(text: str, known: Sequence[str]) -> int | None:
+    """The line in which a script differs from one of the known ones; None where it has another number of lines."""
+    lines = kept_lines(text)
+    for one in known:
+        apart = [n for n, (a, b) in enumerate(zip(lines, kept_lines(one), strict=False), 1) if a != b]
+        if len(apart) == 1 and len(lines) == len(kept_lines(one)):
+            return apart[0]
+    return None
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> Interval:
+    """The mean of paired differences of per cents with Student's interval. Where no script differs that would be of
+    no width: then it is as wide as the share that may differ, of which none was seen (exact)."""
+    if (ours == theirs).all():
+        left_open = 100 * share_interval(0, len(ours)).high
+        return Interval(0.0, -left_open, left_open, len(ours))
+    return student_interval((ours - theirs).tolist())
+
+
 def any_lines(attempt: Attempt, parts: Sequence[Part]) -> list[int]:
     """The lines that the traceback names, and behind them all others at random."""
     lines = list(range(1, len(kept_lines(attempt.source)) + 1))
@@ -278,7 +303,8 @@ def nearest_lines(attempt: Attempt, parts: Sequence[Part]) -> list[int]:
     ),
     paper={"scripts": "15 that a model wrote", "repairer": "DeepSeek-V2.5", "rounds": 5},
     departures={
-        "scripts": "variants of a real script with one planted fault each, of eight kinds, that really raise",
+        "scripts": "variants of a real script with one planted fault each, of eight kinds, that really raise: nearly all at a line that "
+        "the traceback names, where the code around it has little to add",
         "repairer": "rules, the same with and without the code around the failure: no model that writes code runs here",
     },
     refuted_if="the whole interval lies below what the traceback alone repairs",
@@ -291,9 +317,10 @@ def execution_success(each: int, seed: int) -> Figure:
     Baseline and deleted: the same rules at all own lines that the traceback names, its callers' too. Random: behind
     these at random lines, in place of those that the code around the failure points to. Rival and free: behind these at
     the lines nearest to the one that raises. All have five repairs. The interval is Student's t of the paired gain over
-    scripts. How large the gain is follows from the mix of faults, which is ours: as many of each kind, by fault in the
-    details. A run that ends well is called repaired, as in the paper; how often it gives an unbroken script's metric
-    stands in the details.
+    scripts; where no script differs it is what that leaves open. How large the gain is follows from the mix of faults,
+    which is ours: as many of each kind, by fault in the details. A run that ends well is called repaired, as in the
+    paper. In the details: how often it gives an unbroken script's metric, at how many of the faults the traceback
+    points, where only ways that look further can differ, and on how many scripts they do.
     """
     run = runner()
     cases = planted(run, each, seed)
@@ -305,13 +332,15 @@ def execution_success(each: int, seed: int) -> Figure:
         "nearest lines": {"repair": RuleRepair(lines=nearest_lines), "structure": False, "rounds": 5},
     }
 
+    told = [told_where(text, run(text, 0)) for _, text in cases]
+
     def tried(i: int) -> dict[str, tuple[bool, bool, int]]:
         made = {name: practise(cases[i][1], run, **way) for name, way in ways.items()}
         return {name: (one.last.ok, one.last.metric in whole, one.repairs) for name, one in made.items()}
 
     found = in_threads(tried, len(cases))
     success = {name: np.array([100.0 * one[name][0] for one in found]) for name in ways}
-    gain = student_interval((success["structure"] - success["traceback"]).tolist())
+    gain = difference(success["structure"], success["traceback"])
     base = float(success["traceback"].mean())
     return Figure(
         base + gain.median,
@@ -333,6 +362,10 @@ def execution_success(each: int, seed: int) -> Figure:
                     for name in ways
                 }
                 for kind in dict.fromkeys(kind for kind, _ in cases)
+            },
+            "faults that the traceback points at, %": 100 * float(np.mean(told)),
+            "scripts that one way alone repairs": {
+                name: int((success["structure"] != success[name]).sum()) for name in ways if name != "structure"
             },
             "gives an unbroken script's metric, %": {
                 name: 100 * float(np.mean([one[name][1] for one in found])) for name in ways

@@ -5,7 +5,7 @@ Questions of three tasks (one needs one document, two need a second that the que
 allocation of a grid: documents, demonstrations, rounds. What is chosen or fitted (the allocation of a budget, standard
 RAG's number of documents, the allocation model) is chosen on questions of the part "learn" and judged on others. A
 budget covers all tokens, read and written, summed over calls. Which documents are retrieved is decided by BM25; the
-reader is a small language model, or a rule, which reads perfectly.
+reader is a small language model, asked in three wordings, or a rule, which reads perfectly.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from assay.methods.reasoning.rag_inference_scaling import (
 )
 from assay.methods.reasoning.rag_inference_scaling.allocation import determination, rows_of
 from assay.workloads.documents import Task
+from assay.workloads.reasoning import WORDINGS
 
 BUDGETS = (64, 128, 256, 512, 1024, 2048)
 """Of all tokens of an answer. The last decides; the model of allocations is fitted on what the first ones up to `KNOWN`
@@ -52,7 +53,7 @@ SMALL = (1e-3, 1e-2, 1e-1)
 """What is added to the numbers of an allocation before their logarithm: the paper gives no amount."""
 SIZES: dict[str, dict[str, int]] = {
     "smoke": {"learn": 6, "judged": 12},
-    "small": {"learn": 6, "judged": 12},
+    "small": {"learn": 18, "judged": 36},
     "full": {"learn": 24, "judged": 48},
 }
 BY_RULE = {"learn": 14, "judged": 20}  # nearly all questions of the task that has fewest
@@ -73,11 +74,12 @@ PAPER = {
 }
 DEPARTURES = {
     "reader": "SmolLM2-135M, greedy; a second point has a rule that reads perfectly in its place",
-    "tasks": "two about the classes of the standard library, checked by a program",
+    "tasks": "two about the classes of the standard library, checked by a program, a third of each in each of three wordings",
     "retriever": "BM25, whose ranks are the same everywhere; what MiniLM finds is in the details of the rule's point",
     "documents": "0 to 8 of at most 10 words, as the reader is slow",
-    "demonstrations": "0, 1 or 3",
-    "rounds": "at most 3 calls; demonstrations of one-step questions answer at once",
+    "demonstrations": "0, 1 or 3; those of one-step questions answer at once",
+    "rounds": "at most 2 calls; follow-ups are asked by a rule that knows how such questions are built, in the model's stead, which "
+    "seldom asks a second; nothing is decoded under constraints",
     "budget": "all tokens, 64 to 2,048; the figures with only the read ones charged stand in the details",
 }
 RAG = Operator(
@@ -218,7 +220,7 @@ def gain_interval(ours: np.ndarray, theirs: np.ndarray, sizes: Sequence[int]) ->
     paper=PAPER,
     departures=DEPARTURES,
     refuted_if="the whole interval of the gain over standard RAG at the largest budget lies below 0 %",
-    measured_here="right answers (containment) about classes of the standard library, at up to 2,048 tokens",
+    measured_here="right answers (containment) about classes of the standard library, in three wordings, at up to 2,048 tokens",
     minutes=90,
 )
 def gain_over_rag(reader: str, learn: int, judged: int) -> Figure:
@@ -227,8 +229,8 @@ def gain_over_rag(reader: str, learn: int, judged: int) -> Figure:
 
     Standard RAG may choose its number of documents; DRAG and IterDRAG all three numbers, task by task as the paper
     does. Controls at the same budget: demonstrations without their documents (the method deleted: what the form of an
-    answer is worth by itself), a random allocation, and the majority of a few samples of standard RAG. The interval
-    resamples questions. Half a question is added to both counts. Arms: as many documents as fit, one kind of call
+    answer is worth by itself), a random allocation, and the majority of samples of standard RAG. The interval resamples
+    questions. Half a question is added to both counts. Arms: as many documents as fit, one kind of call
     alone, the allocation model, the best in hindsight.
     """
     parts = seen(reader, learn, judged)
@@ -264,6 +266,7 @@ def gain_over_rag(reader: str, learn: int, judged: int) -> Figure:
                 task: {name: float(own.right[choose(task, budget)].mean()) for name, choose in ways.items()}
                 for task, own in parts["judged"].items()
             },
+            "right by wording": by_wording(parts, ways, budget) if reader != RULE else "the rule reads one",
             "right by budget": curve(parts, "tokens"),
             "right by budget, only read tokens charged": curve(parts, "read"),
             "chosen": {task: shown(ways["chosen"](task, budget)) for task in parts["judged"]},
@@ -307,7 +310,7 @@ def beside(parts: Parts, budget: float) -> dict[str, np.ndarray]:
         found |= {each: (learnt.bare, own.bare) for each in BARE if learnt.bare.tokens[each].mean() <= budget}
         best = max(found, key=lambda each: found[each][0].right[each].mean())
         bare.append(found[best][1].right[best])
-        votes.append(own.votes.right[VOTE] if vote_tokens(own) <= budget else own.right[standard(task, budget)])
+        votes.append(own.votes.right[VOTE] if vote_tokens(learnt) <= budget else own.right[standard(task, budget)])
     return {"demonstrations without documents": np.concatenate(bare), "majority of standard RAG": np.concatenate(votes)}
 
 
@@ -320,6 +323,21 @@ def vote_tokens(own: Seen) -> float:
 def rights_of_learn(parts: Parts, choose: Choice, budget: float) -> float:
     """How often a way is right on the questions that it was chosen on."""
     return float(np.mean([own.right[choose(task, budget)].mean() for task, own in parts["learn"].items()]))
+
+
+def by_wording(parts: Parts, ways: Mapping[str, Choice], budget: float) -> dict[str, dict[str, float]]:
+    """The share that is right of the questions in each wording, with what was chosen over all of them."""
+    return {
+        wording: {
+            name: float(
+                np.concatenate(
+                    [own.right[choose(task, budget)][k :: len(WORDINGS)] for task, own in parts["judged"].items()]
+                ).mean()
+            )
+            for name, choose in ways.items()
+        }
+        for k, wording in enumerate(WORDINGS)
+    }
 
 
 def curve(parts: Parts, charged: str) -> dict[str, dict[str, float]]:
@@ -371,7 +389,7 @@ def table(own: Seen) -> dict[str, dict[str, float]]:
     ),
     refuted_if="the whole interval of the coefficient lies below 0: worse than one accuracy for all allocations",
     refutes=lambda record: record["measured"]["high"] < 0,
-    measured_here="on questions that the model was not fitted on, all tasks and allocations together",
+    measured_here="of accuracies, on questions that the model was not fitted on, all tasks and allocations together",
     minutes=90,
 )
 def allocation_fit(reader: str, learn: int, judged: int) -> Figure:

@@ -1,8 +1,9 @@
 """What the readers of RAG inference scaling say: every question at every allocation, by a small language model or by a
 rule.
 
-The model's samples are read from a file where they are in one. The documents differ a little with the version of
-Python: what is in no file is drawn when it is asked for, which takes some minutes, and kept.
+The model is asked in three wordings, each of them for a third of a task's questions; the rule needs one. Its samples
+are read from a file where they are in one. The documents differ a little with the version of Python: what is in no file
+is drawn when it is asked for, which takes half an hour, and kept.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from assay.workloads.documents import (
     Task,
     documents,
     exact,
+    first_line,
     follow_up,
     looked_up,
     names,
@@ -46,6 +48,7 @@ from assay.workloads.documents import (
     right,
 )
 from assay.workloads.models import load_model
+from assay.workloads.reasoning import WORDINGS, Wording
 
 ROOM, MODEL, RULE = "rag_inference_scaling", "smollm2-135m", "rule"
 NOTHING = Allocation(0)
@@ -55,15 +58,21 @@ BARE = [Allocation(2, 3), Allocation(4, 3)]  # with demonstrations that have no 
 GRID = [*ONE_CALL, *ROUNDS]
 ASKED: dict[str, tuple[Task, ...]] = {MODEL: ("base", "grand"), RULE: TASKS}
 CUT = 10  # words of a document that are read; retrieval sees the whole
-PLAIN = Prompts(document="- ")
-VOTES, VOTE, VOTE_TEMPERATURE = 4, Allocation(2), 0.8  # samples of the majority vote, and what each of them reads
-NEW_TOKENS = 20  # of a sample at most
+WORDED: dict[Wording, Prompts] = {
+    "plain": Prompts(document="", question=""),
+    "question": Prompts(document="- "),
+    "task": Prompts("Fact: ", "Input: ", "Output:", "Answer each question from the facts above it.\n\n"),
+}
+READ_BY_RULE: Wording = "question"
+VOTES, VOTE, VOTE_TEMPERATURE = 16, Allocation(2), 0.8
+"""Samples of the majority vote: with what they write, about as many tokens as demonstrations take; and what each reads."""
+NEW_TOKENS = 40  # of a sample at most: without examples it writes sentences
 
 
 @dataclass(frozen=True)
 class Seen:
     """What the questions of one task and part gave, a row an allocation: right and exact answers, tokens read, tokens
-    in all, whether all documents that are needed were read.
+    in all, whether all documents that are needed were read. Questions in one wording stand `WORDINGS` apart.
     """
 
     right: Mapping[Allocation, np.ndarray]
@@ -85,7 +94,8 @@ class ByRule:
     def __call__(
         self, prompts: Sequence[str], sampling: Sampling, *, n: int = 1, first: int = 0, seed: int = 0
     ) -> list[list[Sample]]:
-        return [[self._said(prompt)] * n for prompt in prompts]
+        said = [self._said(prompt) for prompt in prompts]
+        return [[one, *[replace(one, spent=replace(one.spent, prompt=0))] * (n - 1)] for one in said]
 
     def _said(self, prompt: str) -> Sample:
         *shown, last = prompt.split("\n\n")
@@ -137,11 +147,11 @@ def found_by() -> Retriever:
     return Bm25([each.text for each in documents()])
 
 
-def reader_of(name: str, task: Task) -> Reader:
+def reader_of(name: str, task: Task, wording: Wording = READ_BY_RULE) -> Reader:
     """The reader of a task; examples are questions of the part "shown"."""
     shown = [Example(each.question, each.answer, each.steps) for each in questions(task, n=3, part="shown")]
     generator: Generator = ByRule() if name == RULE else kept()
-    return Reader([each.text for each in documents()], found_by(), generator, shown, PLAIN, CUT, NEW_TOKENS)
+    return Reader([each.text for each in documents()], found_by(), generator, shown, WORDED[wording], CUT, NEW_TOKENS)
 
 
 def answered(reader: Reader, asked: Sequence[Question], allocation: Allocation) -> list[Answered]:
@@ -159,24 +169,42 @@ def seen(reader: str, learn: int, judged: int) -> dict[str, dict[Task, Seen]]:
     """What a reader does with the questions of both parts, at every allocation."""
     found: dict[str, dict[Task, Seen]] = {"learn": {}, "judged": {}}
     for task in ASKED[reader]:
-        by = reader_of(reader, task)
-        parts = [questions(task, n=learn, part="learn"), questions(task, n=judged, part="judged")]
-        asked = [each for part in parts for each in part]  # read together: they share their examples
-        texts = [each.question for each in asked]
-        at = {allocation: answered(by, asked, allocation) for allocation in GRID}
-        bare = {allocation: drag(by, texts, allocation, bare=True) for allocation in BARE}
-        votes = voted(by, asked)
-        for part, chosen in (("learn", slice(0, learn)), ("judged", slice(learn, None))):
-            found[part][task] = replace(
-                _seen(asked, at, chosen), bare=_seen(asked, bare, chosen), votes=_seen(asked, {VOTE: votes}, chosen)
+        parts = {"learn": questions(task, n=learn, part="learn"), "judged": questions(task, n=judged, part="judged")}
+        answers: list[dict[Allocation, dict[Place, Answered]]] = [{}, {}, {}]
+        for wording, places in in_wordings(reader, {part: len(own) for part, own in parts.items()}).items():
+            by = reader_of(reader, task, wording)
+            asked = [parts[part][i] for part, i in places]  # read together: they share their examples
+            for way, allowed, own in zip((answered, bare, voted), (GRID, BARE, [VOTE]), answers, strict=True):
+                for allocation in allowed:
+                    said = way(by, asked, allocation)
+                    own.setdefault(allocation, {}).update(zip(places, said, strict=True))
+        for part, asked in parts.items():
+            at, without, votes = (
+                _seen(asked, {each: [said[part, i] for i in range(len(asked))] for each, said in own.items()})
+                for own in answers
             )
+            found[part][task] = replace(at, bare=without, votes=votes)
     return found
 
 
-def _seen(asked: Sequence[Question], at: Mapping[Allocation, Sequence[Answered]], chosen: slice) -> Seen:
+Place = tuple[str, int]
+"""A part, and the number of a question in it."""
+
+
+def in_wordings(reader: str, sizes: Mapping[str, int]) -> dict[Wording, list[Place]]:
+    """The questions of parts of these sizes by the wording they are asked in: those of each part in turn."""
+    if reader == RULE:
+        return {READ_BY_RULE: [(part, i) for part, size in sizes.items() for i in range(size)]}
+    return {
+        wording: [(part, i) for part, size in sizes.items() for i in range(k, size, len(WORDINGS))]
+        for k, wording in enumerate(WORDINGS)
+    }
+
+
+def _seen(asked: Sequence[Question], at: Mapping[Allocation, Sequence[Answered]]) -> Seen:
     def each(what: Callable[[Question, Answered], float]) -> dict[Allocation, np.ndarray]:
         return {
-            allocation: np.array([what(q, a) for q, a in zip(asked[chosen], said[chosen], strict=True)], dtype=float)
+            allocation: np.array([what(q, a) for q, a in zip(asked, said, strict=True)], dtype=float)
             for allocation, said in at.items()
         }
 
@@ -189,8 +217,15 @@ def _seen(asked: Sequence[Question], at: Mapping[Allocation, Sequence[Answered]]
     )
 
 
-def voted(reader: Reader, asked: Sequence[Question]) -> list[Answered]:
-    """The most frequent answer of some samples of standard RAG: of a sample the last name of its first line."""
+def bare(reader: Reader, asked: Sequence[Question], allocation: Allocation) -> list[Answered]:
+    """The same with demonstrations that have no documents."""
+    return drag(reader, [each.question for each in asked], allocation, bare=True)
+
+
+def voted(reader: Reader, asked: Sequence[Question], allocation: Allocation) -> list[Answered]:
+    """The most frequent answer of some samples of standard RAG, in the words of the first that gives it, which are then
+    judged like any other's: a sample's vote is the last name of its first line that the question does not name.
+    """
     sampler = Sampling(VOTE_TEMPERATURE, 1.0, reader.new_tokens, ("\n",))
     drawn: list[list[Sample]] = []
 
@@ -198,11 +233,23 @@ def voted(reader: Reader, asked: Sequence[Question]) -> list[Answered]:
         drawn.extend(reader.generator(prompts, sampler, n=VOTES))
         return drawn
 
-    said = drag(replace(reader, generator=Recorded(many)), [each.question for each in asked], VOTE)
-    votes = [majority([(names(sample.text) or [""])[-1] for sample in samples]) for samples in drawn]
-    return [
-        replace(one, text=vote, samples=tuple(samples)) for one, vote, samples in zip(said, votes, drawn, strict=True)
-    ]
+    said = drag(replace(reader, generator=Recorded(many)), [each.question for each in asked], allocation)
+    found = []
+    for one, samples in zip(said, drawn, strict=True):
+        votes = [vote_of(one.question, sample.text) for sample in samples]
+        first = samples[votes.index(majority(votes))]
+        found.append(replace(one, text=first_line(first.text), samples=tuple(samples)))
+    return found
+
+
+def vote_of(question: str, text: str) -> str:
+    """What a sample votes for, "" for nothing: names with a capital letter go before other words.
+
+    >>> vote_of("Which class does Flag inherit from?", " Flag inherits from Enum, as Flag does.")
+    'Enum'
+    """
+    said = [name for name in names(text) if name not in names(question)]
+    return ([name for name in said if name != name.lower()] or said or [""])[-1]
 
 
 @dataclass(frozen=True)

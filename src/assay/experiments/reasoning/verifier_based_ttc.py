@@ -2,8 +2,8 @@
 
 Decoders trained here (`verifier_based_ttc_models`) answer a didactic problem within budgets of H steps. At each budget
 imitation and policy gradients against a learned verifier start from one base policy, with the same contexts, as many
-sampled traces and as many words of training, the verifier's included. Contexts that are judged were not trained on
-(but by chance); seeds differ in everything, the secret table too. The budgets go from where the base policy is rarely
+sampled traces and as many words of training, the verifier's included. Contexts that are judged are none of these;
+seeds differ in everything, the secret table too. The budgets go from where the base policy is rarely
 right to where it is right less than half the time: before, nobody is right, and after, everybody; that range is our
 choice, and so how steep gaps are. What the models decide is on whose side they are.
 """
@@ -11,18 +11,22 @@ choice, and so how steep gaps are. What the models decide is on whose side they 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from assay.experiments.core import Figure, Operator, Trained, experiment
 from assay.experiments.mixers.training import in_parallel, over_seeds
+from assay.experiments.reasoning import compute_optimal_ttc_runs as sums
+from assay.experiments.reasoning.samples import DIRECT
 from assay.experiments.reasoning.verifier_based_ttc_models import (
     BASE,
     BEST,
     FULL,
     GRADIENT,
     IMITATION,
+    MIXTURES,
     QUICKEST,
     RECIPE,
     SMOKE,
@@ -35,7 +39,12 @@ from assay.experiments.reasoning.verifier_based_ttc_models import (
     searched_rate,
     success,
 )
+from assay.methods.core.reasoning.budget import Budget
+from assay.methods.reasoning.compute_optimal_ttc import outcomes as voted
+from assay.methods.reasoning.verifier_based_ttc import anti_concentration, heterogeneity, recommend, returns
+from assay.workloads.reasoning import WORDINGS
 
+SAMPLED = (1, 2, 4, 8, 16)
 Seen = dict[str, Any]
 RATED = {IMITATION: IMITATION, QUICKEST: QUICKEST, VERIFIER: GRADIENT}
 """The learning rate that each arm has."""
@@ -58,9 +67,36 @@ def growth(seen: Seen, arm: str, budgets: Sequence[int], *, mixture: str = "uneq
     return 100 * (gap(seen, arm, budgets[-1], mixture=mixture) - max(gap(seen, arm, budgets[0], mixture=mixture), 0.0))
 
 
-def guessing(H: int, V: int = 8, k: int = 3) -> float:
-    """How often words by chance are right: the trivial floor (all of the first k words must be)."""
-    return V**-k if k <= H else 0.0
+def language_model(questions: int) -> dict[str, Any]:
+    """What a real model's samples are like, by wording: SmolLM2-135M on short sums, nothing of it trained.
+
+    The heterogeneity and anti-concentration of returns, in tokens of an answer, and what the rates speak for; and how
+    often the vote of N samples is right, weighted by a verifier that was fitted on other questions, or by count alone.
+    """
+    found: dict[str, Any] = {}
+    verifier = sums.fitted(sums.learn_sets(max(1, questions // 3)), Budget())
+    judged = sums.judged_sets(questions, sums.SAMPLES)
+    for wording in WORDINGS:
+        own = [one for asked, one in judged if asked == wording]
+        first = [
+            [sample.spent.completion if ok else None for sample, ok in zip(one.samples, one.right, strict=True)]
+            for one in own
+        ]
+        by_question = [returns(steps, DIRECT).tolist() for steps in first]
+        sigma, c = heterogeneity(by_question), anti_concentration(by_question)
+        right: dict[str, dict[int, list[float]]] = {}
+        for one in own:
+            attempts = sums.samples_run(one, verifier)
+            for name, how in (("by the verifier", "weighted"), ("by count", "majority")):
+                for each in voted("question", name, attempts, one.item.answer, SAMPLED, how=how):  # type: ignore[arg-type]
+                    right.setdefault(name, {}).setdefault(each.n, []).append(each.accuracy)
+        found[wording] = {
+            "heterogeneity": asdict(sigma),
+            "anti-concentration": c,
+            "the rates speak for": recommend(sigma.mean, c, len(own), DIRECT).way,
+            "right": {name: {str(n): float(np.mean(values)) for n, values in by.items()} for name, by in right.items()},
+        }
+    return found
 
 
 @experiment(
@@ -99,10 +135,12 @@ def verifier_beats_imitation(recipe: Recipe) -> Figure:
     The interval is Student's t over seeds. The controls are growths too: the method deleted is the base policy, random
     a verifier whose scores are noise, the rival (and free) imitation of the quickest right traces, which uses the same
     rewards without a verifier. An arm says what the gap grows by where one strong expert makes all traces alike:
-    theory wants none there. The bi-level return, in steps, is in the details beside accuracy: its gap grows with H by
-    its very unit, so that it decides nothing.
+    theory wants none there, for no trace is far above their mean. An arm must beat the base policy, from which it
+    starts, to count as trained. In the details: the bi-level return, in steps, whose gap grows with H by its very unit,
+    so that it decides nothing; and what the samples of a real language model are like.
     """
-    found: list[Seen] = in_parallel(outcomes, [(dict(recipe), seed) for seed in range(recipe["seeds"])])
+    made = in_parallel(outcomes, [(dict(recipe), seed, name) for name in MIXTURES for seed in range(recipe["seeds"])])
+    found: list[Seen] = [{**made[seed], **made[seed + recipe["seeds"]]} for seed in range(recipe["seeds"])]
     budgets = recipe["budgets"]
     low_and_high = [budgets[0], budgets[-1]]
 
@@ -140,8 +178,8 @@ def verifier_beats_imitation(recipe: Recipe) -> Figure:
         trained={
             arm: Trained(
                 [success(seen["unequal"][str(budgets[-1])][arm], budgets[-1]) for seen in found],
-                guessing(budgets[-1]),
-                "words by chance",
+                float(np.mean([success(seen["unequal"][str(budgets[-1])][BASE], budgets[-1]) for seen in found])),
+                "the base policy",
                 searched_rate(rated).rate,
                 searched_rate(rated).rates,
                 higher_is_better=True,
@@ -165,5 +203,6 @@ def verifier_beats_imitation(recipe: Recipe) -> Figure:
                 for mixture in ("unequal", "alike")
             },
             "base policies": {name: [seen[f"{name}, base policy"] for seen in found] for name in ("unequal", "alike")},
+            "SmolLM2-135M on sums": language_model(recipe["sums"]),
         },
     )

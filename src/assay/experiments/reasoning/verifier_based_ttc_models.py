@@ -33,17 +33,18 @@ from assay.methods.reasoning.verifier_based_ttc.training import verified
 Recipe = Mapping[str, Any]
 RECIPE: dict[str, Any] = {
     "width": 32, "layers": 2, "heads": 2, "base_steps": 500, "contexts": 64, "traces": 32, "verifier_steps": 100,
-    "gradient_steps": 100, "batch": 64, "kl": 0.02, "judged": 1000, "budgets": [6, 12, 24], "seeds": 3,
+    "gradient_steps": 100, "batch": 64, "kl": 0.02, "judged": 1000, "budgets": [6, 12, 24], "seeds": 3, "sums": 24,
 }  # fmt: skip
 FULL: dict[str, Any] = {
     **RECIPE, "width": 64, "base_steps": 4000, "contexts": 256, "verifier_steps": 600, "gradient_steps": 600, "judged": 4000,
-    "budgets": [6, 12, 24, 48], "seeds": 5,
+    "budgets": [6, 12, 24, 48], "seeds": 5, "sums": 48,
 }  # fmt: skip
 SMOKE: dict[str, Any] = {
-    **RECIPE, "base_steps": 20, "contexts": 16, "verifier_steps": 5, "gradient_steps": 5, "judged": 50, "budgets": [6, 12],
+    **RECIPE, "base_steps": 20, "contexts": 16, "verifier_steps": 5, "gradient_steps": 5, "judged": 50, "budgets": [6, 12], "sums": 2,
 }  # fmt: skip
 UNEQUAL: dict[str, Any] = {}  # experts of three strengths, as `Planted` has them
 ALIKE: dict[str, Any] = {"strengths": (0.97,), "weights": (1.0,)}
+MIXTURES = {"unequal": UNEQUAL, "alike": ALIKE}
 IMITATION, QUICKEST, VERIFIER, USELESS, BASE, BEST, TRUE = (
     "imitation", "imitation of the quickest", "verifier", "useless verifier", "base policy", "best of 4 by the verifier",
     "true rewards of the traces written meanwhile",
@@ -164,7 +165,7 @@ class Data:
         """Imitation of all right traces, or of the quickest one of each context."""
         rows = (self.first <= self.H).nonzero()[:, 0]
         if quickest:
-            names = (self.contexts[rows] * torch.tensor([self.problem.V**i for i in range(self.problem.k)])).sum(1)
+            names = self._names(self.contexts[rows])
             best: dict[int, int] = {}
             for name, row in zip(names.tolist(), rows.tolist(), strict=True):
                 if name not in best or self.first[row] < self.first[best[name]]:
@@ -206,16 +207,29 @@ class Data:
             seed=self.seed,
         )
 
+    def _names(self, contexts: Tensor) -> Tensor:
+        """A number for each context."""
+        return (contexts * torch.tensor([self.problem.V**i for i in range(self.problem.k)])).sum(1)
+
+    def held_out(self, part: int = 5000) -> Tensor:
+        """Contexts that neither way has learnt from, to be judged by."""
+        n = self.recipe["judged"]
+        drawn = self.problem.contexts(4 * n, seed=part + self.seed)
+        fresh = drawn[~torch.isin(self._names(drawn), self._names(self.contexts))]
+        if len(fresh) < n:
+            raise ValueError(f"contexts must leave enough others to judge by, got {self.recipe['contexts']}")
+        return fresh[:n]
+
     def judged(self, policy: nn.Module, part: int = 5000) -> list[int]:
         """Steps of first success of one trace for each held-out context."""
-        contexts = self.problem.contexts(self.recipe["judged"], seed=part + self.seed)
+        contexts = self.held_out(part)
         traces = self.sample(policy, self.problem.prompts(contexts), 6000 + self.seed)
         return self.problem.first(contexts, traces).tolist()
 
     def best_of(self, verifier: nn.Module, N: int = 4) -> list[int]:
         """Of N traces of the base policy for each held-out context, that with the largest sum of the verifier's
         chances."""
-        contexts = self.problem.contexts(self.recipe["judged"], seed=5000 + self.seed)
+        contexts = self.held_out()
         prompts = self.problem.prompts(contexts)
         drawn = [self.sample(self.base, prompts, 7000 + 31 * self.seed + i) for i in range(N)]
         scores = torch.stack([verified(verifier, prompts, traces).sum(1) for traces in drawn])
@@ -224,49 +238,48 @@ class Data:
 
 
 def noise(prompts: Tensor, traces: Tensor) -> Tensor:
-    """A useless verifier: a chance for each step that has nothing to do with it, but is the same for the same trace."""
+    """A useless verifier: a chance for each step that has nothing to do with it, the same for the same batch of traces."""
     seed = int((traces * torch.arange(1, traces.shape[1] + 1)).sum()) % 2**31
     return torch.rand(traces.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def outcomes(recipe: Recipe, seed: int) -> dict[str, Any]:
-    """Everything of one seed: {mixture: {H: {arm: steps of first success on held-out contexts}}}, and what the base
-    policies are like."""
-    seen: dict[str, Any] = {}
-    for name, mixture in (("unequal", UNEQUAL), ("alike", ALIKE)):
-        problem, base = problem_of(mixture, seed), base_policy(recipe, mixture, seed)
-        budgets = recipe["budgets"] if name == "unequal" else [recipe["budgets"][0], recipe["budgets"][-1]]
-        seen[name] = {}
-        for H in budgets:
-            data = Data(base, problem, recipe, H, seed)
-            verifier = data.verifier(rate_of(VERIFIER))
+def outcomes(recipe: Recipe, seed: int, name: str) -> dict[str, Any]:
+    """Everything of one seed and mixture: {mixture: {H: {arm: steps of first success on held-out contexts}}}, and what
+    the base policy is like."""
+    mixture = MIXTURES[name]
+    problem, base = problem_of(mixture, seed), base_policy(recipe, mixture, seed)
+    budgets = recipe["budgets"] if name == "unequal" else [recipe["budgets"][0], recipe["budgets"][-1]]
+    seen: dict[str, Any] = {name: {}}
+    for H in budgets:
+        data = Data(base, problem, recipe, H, seed)
+        verifier = data.verifier(rate_of(VERIFIER))
 
-            def score(prompts: Tensor, traces: Tensor, judge: nn.Module = verifier) -> Tensor:
-                return verified(judge, prompts, traces)
+        def score(prompts: Tensor, traces: Tensor, judge: nn.Module = verifier) -> Tensor:
+            return verified(judge, prompts, traces)
 
-            def true(prompts: Tensor, traces: Tensor, problem: Planted = problem) -> Tensor:
-                return problem.rewards(prompts[:, :-1], traces)
+        def true(prompts: Tensor, traces: Tensor, problem: Planted = problem) -> Tensor:
+            return problem.rewards(prompts[:, :-1], traces)
 
-            arms = {
-                BASE: data.judged(base),
-                IMITATION: data.judged(data.imitated(rate_of(IMITATION))),
-                VERIFIER: data.judged(data.climbed(score, rate_of(GRADIENT))),
+        arms = {
+            BASE: data.judged(base),
+            IMITATION: data.judged(data.imitated(rate_of(IMITATION))),
+            VERIFIER: data.judged(data.climbed(score, rate_of(GRADIENT))),
+        }
+        if name == "unequal":
+            arms |= {
+                QUICKEST: data.judged(data.imitated(rate_of(QUICKEST), quickest=True)),
+                USELESS: data.judged(data.climbed(noise, rate_of(GRADIENT))),
+                BEST: data.best_of(verifier),
+                TRUE: data.judged(data.climbed(true, rate_of(GRADIENT))),
             }
-            if name == "unequal":
-                arms |= {
-                    QUICKEST: data.judged(data.imitated(rate_of(QUICKEST), quickest=True)),
-                    USELESS: data.judged(data.climbed(noise, rate_of(GRADIENT))),
-                    BEST: data.best_of(verifier),
-                    TRUE: data.judged(data.climbed(true, rate_of(GRADIENT))),
-                }
-            seen[name][str(H)] = arms
-        by_prompt = [
-            [float(max(H - one + 1, 0)) for one in data.first[i :: recipe["contexts"]].tolist()]
-            for i in range(recipe["contexts"])
-        ]
-        seen[f"{name}, base policy"] = {
-            "heterogeneity": heterogeneity(by_prompt).mean, "anti-concentration": anti_concentration(by_prompt), "H": H,
-        }  # fmt: skip
+        seen[name][str(H)] = arms
+    by_prompt = [
+        [float(max(H - one + 1, 0)) for one in data.first[i :: recipe["contexts"]].tolist()]
+        for i in range(recipe["contexts"])
+    ]
+    seen[f"{name}, base policy"] = {
+        "heterogeneity": heterogeneity(by_prompt).mean, "anti-concentration": anti_concentration(by_prompt), "H": H,
+    }  # fmt: skip
     return seen
 
 

@@ -144,10 +144,11 @@ def iter_drag(
     With `follow_up` a rule asks in the model's stead, for models too small to (our choice): a call then answers one
     follow-up, and the last of them the question. Demonstrations show the same form, with the documents of their own
     follow-ups. Documents that stand in the prompt already are not repeated. Where the model answers at once, only one
-    call is allowed or the rule asks nothing, this is `drag` with demonstrations of this form. Source: section 3.3 of
-    the paper, which holds the model to the form by constrained decoding; here (our choice, so that any server will do)
-    what is in neither form counts as the final answer. Raises ValueError for more shots than there are examples and
-    more than 5 iterations.
+    call is allowed or the rule asks nothing, this is `drag` with demonstrations of this form, in the last two cases
+    with the final answer forced where those show follow-ups. Source: section 3.3 of the paper, which holds the model to
+    the form by constrained decoding; here (our choice, so that any server will do) what is in neither form counts as
+    the final answer. Prompts have no limit: what an allocation reads is measured, and `feasible` says which ones a
+    budget allows. Raises ValueError for more shots than there are examples and more than 5 iterations.
 
     When NOT to use it: without demonstrations, for a model that does not know the form; or where one document answers.
     """
@@ -158,14 +159,19 @@ def iter_drag(
         _Chain(question, shown + _documents(reader, ranked) + _question(reader, question), [list(ranked)])
         for question, ranked in zip(questions, found, strict=True)
     ]
-    going_on = (f"\n{INTERMEDIATE}", f"\n{reader.prompts.document.strip()}", "\n\n")
+    before_documents = reader.prompts.document.strip()  # without a mark for them every new line would be one
+    going_on = (f"\n{INTERMEDIATE}", *([f"\n{before_documents}"] if before_documents else []), "\n\n")
+    chained = any(len(example.steps) > 1 for example in reader.examples[: allocation.shots])
     asked = chains
     if follow_up is not None and allocation.iterations > 1:
         _go_on(reader, allocation, [(chain, follow_up(chain.question, [])) for chain in chains], True)
     for left in reversed(range(allocation.iterations)):
         forced = not left and follow_up is None  # to give the final answer, without one to its follow-up
         for chain in asked:
-            chain.prompt += FINAL if forced and chain.steps else ""
+            if chain.steps:
+                chain.prompt += FINAL if forced else ""
+            elif chained and (forced or follow_up is not None):  # examples invite a follow-up that nobody would answer
+                chain.prompt += f" {FINAL}"
         stop = going_on if follow_up is None and left else ("\n",)
         more = []
         for chain, sample in zip(asked, _asked(reader, [chain.prompt for chain in asked], stop, budget), strict=True):

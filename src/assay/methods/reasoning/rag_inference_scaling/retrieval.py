@@ -66,16 +66,19 @@ class Vectors:
         known = np.ascontiguousarray(vectors, dtype=np.float32)
         if known.ndim != 2 or not len(known) or not np.isfinite(known).all():
             raise ValueError(f"vectors must be a matrix of finite numbers with a row a document, got {known.shape}")
-        self._embed, self._many = embed, len(known)
+        self._embed, self._many, self._wide = embed, len(known), known.shape[1]
         self._index = faiss.IndexFlatIP(known.shape[1])
         self._index.add(known)
 
     def __call__(self, queries: Sequence[str], k: int) -> list[list[int]]:
-        """As `Retriever` has it."""
+        """As `Retriever` has it. Raises ValueError where `embed` gives no such vectors for the queries."""
         k = min(checks.whole("k", k, low=0), self._many)
         if not k or not queries:
             return [[] for _ in queries]
         asked = np.ascontiguousarray(self._embed(queries), dtype=np.float32)
+        if asked.shape != (len(queries), self._wide) or not np.isfinite(asked).all():
+            wanted = f"{len(queries)} vectors of {self._wide} finite numbers"
+            raise ValueError(f"embed must give {wanted} for as many queries, got shape {asked.shape}")
         found: list[list[int]] = self._index.search(asked, k)[1].tolist()
         return found
 

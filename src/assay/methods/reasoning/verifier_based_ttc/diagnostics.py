@@ -69,7 +69,7 @@ def heterogeneity(returns_by_prompt: Sequence[Sequence[float]]) -> Heterogeneity
     >>> round(found.mean, 6), found.flat
     (4.0, 0.5)
     """
-    variances = np.array([own.var(ddof=1) for own in _by_prompt(returns_by_prompt, 2)])
+    variances = np.array([own.var(ddof=1) if np.ptp(own) > 0 else 0.0 for own in _by_prompt(returns_by_prompt, 2)])
     n, mean = len(variances), math.sqrt(variances.mean())
     left_out = np.sqrt(np.maximum(variances.sum() - variances, 0.0) / max(n - 1, 1))
     error = math.sqrt((n - 1) / n * ((left_out - left_out.mean()) ** 2).sum()) if n > 1 else math.inf
@@ -124,9 +124,8 @@ def anti_concentration(returns_by_prompt: Sequence[Sequence[float]], e: float = 
     e = checks.number("e", e, low=0)
     shares = []
     for own in _by_prompt(returns_by_prompt, 2):
-        spread = own.std(ddof=1)
-        if spread > 0:
-            shares.append(float((own >= own.mean() + spread * math.sqrt(e)).mean()))
+        if np.ptp(own) > 0:  # the deviation of equal ones is not always 0 in floating point
+            shares.append(float((own >= own.mean() + own.std(ddof=1) * math.sqrt(e)).mean()))
     return float(np.mean(shares)) if shares else 0.0
 
 

@@ -28,6 +28,7 @@ def reweighted(rewards: Sequence[float], radius: float, *, divergence: Literal["
     checks.choice("divergence", divergence, ("chi2", "kl"))
     if not len(known):
         raise ValueError("rewards must hold at least one trace, got none")
+    known = known / (float(np.abs(known).max()) or 1.0)  # so that no difference overflows
     n, spread = len(known), float(np.ptp(known))
     if spread == 0 or radius == 0:
         return np.full(n, 1 / n)
