@@ -455,3 +455,16 @@ def test_a_learned_verifier_finds_what_tells_right_from_wrong():
         verifier.Learned(features).score([Trace("p", ("1",))])
     with pytest.raises(ValueError, match="finite"):
         verifier.Learned(lambda p, t: [math.nan]).fit(["p"] * 2, ["1", "2"], [True, False])
+
+
+def test_a_comma_belongs_to_a_number_only_between_thousands():
+    """ "1,2" is no twelve: whoever answers with two numbers has not given that one."""
+    from assay.methods.core.reasoning.answers import canonical, extract, number
+
+    assert [canonical(text) for text in ("1,2", "1,200", "12,345,678", "1,2000")] == [
+        "1,2",
+        "1200",
+        "12345678",
+        "1,2000",
+    ]
+    assert (number("3,4"), extract("it is 1,2"), extract("answer: 1,200 apples")) == (None, "2", "1200")

@@ -9,7 +9,8 @@ from fractions import Fraction
 from assay import checks
 
 LONGEST = 400  # characters of an answer that is read as a number: longer ones are kept as text
-_NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?"
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"  # "1,200" is a number, "1,2" is two
+_NUMBER = rf"[-+]?(?:{_WHOLE}(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{{1,3}})?"
 _FRACTION = re.compile(rf"({_NUMBER})\s*/\s*({_NUMBER})\Z")
 _LATEX = re.compile(r"\\d?frac\{(-?\d+)\}\{(-?\d+)\}")
 _ANSWER = re.compile(r"answer(?:\s+is|\s*[:=])", re.IGNORECASE)
