@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,15 +15,15 @@ from assay.evidence.verdict import judge
 from assay.experiments import experiments_of
 from assay.experiments.reasoning import ets as room
 from assay.experiments.reasoning import ets_trees as grove
-from assay.experiments.reasoning.ets_trees import ETS, NARROW, REBASE, Task
-from assay.methods.core.reasoning.budget import Spent
+from assay.experiments.reasoning import samples
+from assay.experiments.reasoning.ets_trees import ETS, KV, NARROW, REBASE, Task
+from assay.methods.core.reasoning.budget import Budget, Spent
 from assay.methods.core.reasoning.generator import Sample, Sampling, seed_of
-from assay.methods.core.reasoning.samples import SampleCache
-from assay.methods.core.reasoning.verifier import texts_of
-from assay.methods.reasoning.ets import Rebase, TreeGenerator
+from assay.methods.core.reasoning.verifier import Chance, texts_of
+from assay.methods.reasoning.ets import Rebase, Searched, TreeGenerator
 from assay.workloads.reasoning import items, prompt
 
-SETTINGS = {"level": 3, "lambda_c": 3.0, "lambda_s": 0.5, "n_items": 8, "wordings": ["plain"]}
+SETTINGS = {"level": 3, "lambda_c": 5.0, "lambda_s": 0.5, "n_items": 8, "wordings": ["plain"]}
 POINT = {**room.SMALL, **SETTINGS, "searched": 1}
 CLAIMS = ["ets/kv-reduction", "ets/throughput"]
 LENGTH = 10  # tokens of every step
@@ -31,8 +32,8 @@ TASK = room.TASK
 
 def worked(text):
     """The numbers and signs of the last question in a prompt, and the lines behind it."""
-    question, _, done = text.rsplit("\n\n", 1)[-1].partition("\n")
-    return question.removeprefix("What is ").removesuffix("?").split(), [line for line in done.split("\n") if line]
+    question, _, done = text.rsplit("What is ", 1)[-1].partition("?")
+    return question.split(), [line for line in done.split("\n") if line and ":" not in line]
 
 
 def added(value, words, at):
@@ -46,6 +47,25 @@ class Adding:
 
     def __call__(self, prompts, sampling, *, n=1, first=0, seed=0):
         return [[self.line(text, k, seed, k == first) for k in range(first, first + n)] for text in prompts]
+
+    def uneven(self, prompts, sampling, counts, firsts, *, seed=0):
+        draw = self if "\n" in sampling.stop else self.solutions
+        return [
+            draw([text], sampling, n=n, first=low, seed=seed)[0]
+            for text, n, low in zip(prompts, counts, firsts, strict=True)
+        ]
+
+    def solutions(self, prompts, sampling, *, n, first, seed):
+        return [[self.solution(text, k, seed) for k in range(first, first + n)] for text in prompts]
+
+    def solution(self, text, number, seed):
+        lines = [""]
+        while "answer" not in lines[-1]:
+            lines.append(self.line("\n".join([text.rstrip("\n"), *lines[1:], ""]), number, seed, False).text)
+        return Sample("\n".join(lines[1:]), (1,), (), "stop", Spent(50, LENGTH), "\n\n")
+
+    def keep(self, texts):
+        pass
 
     def line(self, text, number, seed, reads):
         words, lines = worked(text)
@@ -80,6 +100,7 @@ def directions(texts):
     return np.array([[np.cos(seed_of(text, k) % 1000) for k in range(8)] for text in texts])
 
 
+search_all = grove.trees.__wrapped__
 KEPT = {}
 """Trees by their way and what was broken: those that nothing is broken about are searched once for all tests."""
 BROKEN = {}
@@ -88,7 +109,7 @@ BROKEN = {}
 def kept_trees(way, task):
     key = (way, task, BROKEN.get(way), Adding.fails)
     if key not in KEPT:
-        KEPT[key] = [[grove.grown(way, task, item, w, grove.steps()) for w in task.wordings] for item in task.items]
+        KEPT[key] = search_all(way, task)
     return KEPT[key]
 
 
@@ -123,8 +144,8 @@ class Letters:
         return "".join(chr(token) for token in tokens)
 
 
-def verdicts():
-    return [judge(record_of(claim, POINT)).verdict for claim in CLAIMS]
+def verdicts(**changes):
+    return [judge(record_of(claim, POINT | changes)).verdict for claim in CLAIMS]
 
 
 def instead(monkeypatch, select, way=ETS):
@@ -146,10 +167,10 @@ def test_what_works_pays_and_the_figures_follow(unmeasured):
     assert cache.measured.median < cache.details["without any prompt, as released"][0]
     assert 1 < cache.details["with the examples"][0] < cache.measured.median
     assert quality.candidate - quality.baseline == pytest.approx(cache.details["ETS less REBASE"][0])
-    share = np.mean([tree.right for own in grove.trees(REBASE, the_task()) for tree in own])
+    share = np.mean([tree.right for tree in grove.trees(REBASE, the_task())])
     assert quality.baseline == pytest.approx(share)
     worked_on = cache.details["all tokens of a search, generated and read"]
-    drawn = [[r.drawn for r in own[0].found.rounds] for own in grove.trees(ETS, the_task())]
+    drawn = [[r.drawn for r in tree.found.rounds] for tree in grove.trees(ETS, the_task())]
     assert worked_on[ETS] == pytest.approx(50 + LENGTH * np.mean([sum(each) for each in drawn]))
     assert worked_on[ETS] == worked_on[REBASE]  # as many samples: ETS saves cache, no tokens
 
@@ -187,13 +208,13 @@ def test_pruning_what_is_good_loses_the_quality(monkeypatch, unmeasured):
 
 
 def test_fewer_trajectories_that_hold_as_little_are_the_better_baseline(monkeypatch, unmeasured):
-    monkeypatch.setattr(room, "narrowest", lambda task: 2)
+    monkeypatch.setattr(room, "narrowest", lambda task: 1)
     assert judge(record_of(CLAIMS[0], POINT)).verdict is Verdict.DOES_NOT_PAY
 
 
 def test_a_task_at_the_floor_shows_no_quality(monkeypatch, unmeasured):
     monkeypatch.setattr(Adding, "fails", 1.0)
-    assert set(verdicts()) & set(PAYS) == set()
+    assert set(verdicts(n_items=3)) & set(PAYS) == set()
 
 
 def test_what_would_refute_is_what_is_said():
@@ -212,7 +233,7 @@ SHORT = Task("steps", 1, 1.0, 6, 2.0, 0.5, 4, 2, ("plain",))
 
 def by_letters(monkeypatch):
     """Steps end with every "e" of a tiny model that knows nothing; trees are of that model, searched anew each time."""
-    monkeypatch.setattr(grove, "verifier", lambda *_: grove.Chance())
+    monkeypatch.setattr(grove, "verifier", lambda *_: Chance())
     monkeypatch.setattr(Task, "sampling", property(lambda task: Sampling(1.0, 1.0, 6)))
     search = grove.tree_search
     monkeypatch.setattr(grove, "tree_search", lambda *a, **k: search(*a, **{**k, "delimiter": "e", "rounds": 4}))
@@ -248,6 +269,28 @@ def test_the_timed_searches_run(monkeypatch):
     assert trial.baseline()[0] >= 4
     assert trial.candidate()[0] >= 4
     assert trial.free()[0] >= 4
+
+
+def test_every_round_searches_the_next_questions_and_every_process_begins_with_others(monkeypatch):
+    seen = []
+
+    def searched(way, task, item, wording, generator, embed):
+        seen.append((way, task.asked.index((item, wording))))
+        return SimpleNamespace(found=SimpleNamespace(rounds=()))
+
+    monkeypatch.setattr(room, "grown", searched)
+    monkeypatch.setattr(room, "ready", lambda *_: None)
+    monkeypatch.setattr(room, "PROCESS", 2)
+    for process in (0, 1):
+        monkeypatch.setattr(room.os, "getpid", lambda process=process: process)
+        trial = room.faster_search(**{**TASK, "n_items": 5, "wordings": ["plain", "task"], "searched": 2})
+        seen.clear()
+        for at in (0, 2):
+            for run in (trial.candidate, trial.baseline, trial.free, trial.candidate, trial.arms[KV]):
+                run()
+            both = [(2 * process + at + k) % 5 for k in range(2)]
+            assert seen == [(way, k) for way in (ETS, REBASE, NARROW, ETS, KV) for k in both]
+            seen.clear()
 
 
 # ------------------------------------------------------------------------------------------------------------- the parts
@@ -298,11 +341,22 @@ def test_the_free_baseline_is_the_narrowest_that_is_as_right_on_the_pilot_part(m
     assert room.narrowest(task) == 4
     monkeypatch.setattr(Adding, "fails", 0.8)
     assert room.narrowest(task) == 16
+    pilots = room.pilots(task)
+    assert sorted(pilots) == [4, 8, 16]
+    assert {item.part for pilot in pilots.values() for item in pilot.items} == {"pilot"}
+
+
+def test_the_answer_is_the_one_whose_scores_are_the_largest_together():
+    (item,) = items("steps", level=1, n=1)
+    for score, right in ((0.9, True), (0.7, False)):
+        given = [(item.answer, score), ("999", 0.4), ("999", 0.4)]
+        traces = [grove.Trace("p", (f"The answer is {said}.",), scores=(own,)) for said, own in given]
+        assert grove.Tree(item, "plain", Searched(tuple(traces), ()), Budget()).right is right
 
 
 def test_random_keeps_as_many_as_ets():
     task = Task("steps", 3, 0.5, 16, 2.0, 0.5, 8, 1, ("plain",))
-    (tree,) = grove.trees(REBASE, task)[0]
+    (tree,) = grove.trees(REBASE, task)
     leaves = [replace(trace, finished=False) for trace in tree.found.traces]
     ets = grove.selector(ETS, task)
     drawn = grove.Random(ets)(leaves, 16)
@@ -311,13 +365,44 @@ def test_random_keeps_as_many_as_ets():
     assert drawn != grove.Random(ets, seed=1)(leaves, 16)
 
 
+def test_questions_are_asked_in_one_wording_each_in_turn():
+    task = Task("steps", 1, 0.5, 2, 1.0, 0.0, 2, 7)
+    assert [wording for _, wording in task.asked] == ["plain", "question", "task"] * 2 + ["plain"]
+    assert [(tree.item, tree.wording) for tree in search_all(REBASE, task)] == task.asked
+
+
+def test_what_is_drawn_ahead_is_what_searches_ask_for_in_few_batches(monkeypatch, tmp_path):
+    monkeypatch.setattr(samples, "FOLDER", tmp_path)
+    monkeypatch.setattr(samples, "cache_dir", lambda: tmp_path)
+    source, asked = grove.Steps(), []
+    monkeypatch.setattr(grove, "steps", lambda: source)
+    monkeypatch.setattr(grove, "live", Adding)
+    draw = Adding.uneven
+    monkeypatch.setattr(Adding, "uneven", lambda *a, **k: asked.append(a[1:2] + a[3:]) or draw(*a, **k))
+    task = Task("steps", 2, 0.5, 6, 2.0, 0.5, 3, 4, ("plain", "task"))
+    ways = [(way, task) for way in (REBASE, ETS, NARROW)]
+    grove.ahead(ways)
+    assert len(asked) <= 2 * task.rounds
+    drawn = [(text, k) for texts, counts, firsts in asked for text, n, low in zip(texts, counts, firsts, strict=True)
+             for k in range(low, low + n)]  # fmt: skip
+    assert len(set(drawn)) == len(drawn)
+    asked.clear()
+    found = [search_all(*each) for each in ways]
+    assert not asked
+    source.asked.clear()
+    monkeypatch.setattr(grove, "steps", Adding)
+    for own, each in zip(found, ways, strict=True):
+        assert [tree.found for tree in own] == [tree.found for tree in search_all(*each)]
+
+
 def test_missing_steps_are_drawn_once_and_kept(monkeypatch, tmp_path):
     model = tiny_model(vocab_size=128)
     tree = TreeGenerator(model, Letters(), name=grove.MODEL)
     monkeypatch.undo()
     monkeypatch.setattr(grove, "live", lambda: tree)
+    monkeypatch.setattr(samples, "FOLDER", tmp_path)  # nothing is checked in
+    monkeypatch.setattr(samples, "cache_dir", lambda: tmp_path)
     source = grove.Steps()
-    source.own.cache = SampleCache(tmp_path / "samples.jsonl")
     sampling = Sampling(1.0, 1.0, 4)
     found = source.uneven(["ab", "cd"], sampling, [3, 2], [0, 1])
     wanted = tree.uneven(["ab", "cd"], sampling, [3, 2], [0, 1])
@@ -327,3 +412,11 @@ def test_missing_steps_are_drawn_once_and_kept(monkeypatch, tmp_path):
     source._tree = None
     assert source.uneven(["ab"], sampling, [2], [0])[0] == found[0][:2]
     assert len(source.asked) == 5
+    monkeypatch.setattr(grove, "live", lambda: tree)
+    asked = []
+    draw = TreeGenerator.uneven
+    monkeypatch.setattr(TreeGenerator, "uneven", lambda *a, **k: asked.append(a[1:2] + a[3:]) or draw(*a, **k))
+    more = source.uneven(["ab", "cd", "ab"], sampling, [5, 2, 1], [0, 0, 7])
+    assert asked == [(["ab", "cd", "ab"], [2, 2, 1], [3, 0, 7])]  # what is there is not drawn again
+    assert [s.tokens for s in more[0]] == [s.tokens for s in tree.uneven(["ab"], sampling, [5], [0])[0]]
+    assert [s.spent.prompt for s in more[0]] == [2, 0, 0, 0, 0]

@@ -239,6 +239,9 @@ def test_every_arm_is_measured_where_it_is_asked_for():
     )
     assert found["budgets told, not enforced"]["tokens of the answer"] == pytest.approx(100)
     assert found["uniform split"]["accuracy"] < found["the method"]["accuracy"]
+    rule = records(plan="rule", every=True)[0].details["arms"]
+    assert found["a rule's plan"] == rule["the method"]
+    assert "a rule's plan" not in rule
 
 
 # ------------------------------------------------------------------------------------------------------------------ the parts
@@ -253,6 +256,33 @@ def test_a_limit_is_cut_out_of_the_longest_sample():
     cut = arms.cut(whole, Sampling(0.1, 0.9, 4), decode)
     assert cut == Sample("abcd", (1, 2, 3, 4), (), "length", Spent(4, 4, calls=1, seconds=2.0))
     assert arms.cut(whole, Sampling(0.1, 0.9, 6), decode) is whole
+
+
+def test_the_choice_of_a_cap_or_a_total():
+    def took(tokens, *right):
+        return arms.Seen(list(right), [tokens] * 2, [tokens] * 2, [tokens] * 2, {})
+
+    caps = {16: took(16.0, 0, 0), 48: took(48.0, 1, 0), 64: took(64.0, 1, 1), 256: took(99.0, 1, 0)}
+    assert room.chosen(caps, 0.5) == 48
+    assert room.chosen(caps, 0.9) == 64
+    assert room.chosen({**caps, 64: caps[16]}, 0.9) == 48  # none: the most accurate one
+    lost = {**caps, 256: took(99.0, 0, 0)}  # thinking to the end loses the answer that a cap keeps
+    assert room.chosen(lost, lost[256].accuracy - room.MARGIN) == 64
+    assert room.chosen(dict.fromkeys(caps, caps[16]), -0.05) == 256
+
+
+def test_one_cap_takes_exactly_as_many_tokens():
+    def cap(tokens, right):
+        return arms.Seen(right, [tokens] * 2, [tokens] * 2, [tokens + 5.0] * 2, {})
+
+    caps = {16: cap(16.0, [0.0, 0.0]), 48: cap(48.0, [1.0, 0.0]), 64: cap(60.0, [1.0, 1.0])}
+    mixed = room.at_equal(caps, 24)
+    assert (mixed.mean, mixed.right, mixed.every) == (24, [0.25, 0.0], [29.0, 29.0])
+    assert room.at_equal(caps, 48).right == [1.0, 0.0]
+    assert room.at_equal(caps, 4) is caps[16]
+    assert room.at_equal(caps, 99) is caps[64]
+    deleted = records()[0].details["arms"]
+    assert deleted["one cap for all at as many tokens"]["tokens"] == pytest.approx(deleted["the method"]["tokens"])
 
 
 def test_questions_stand_under_one_wording_each():

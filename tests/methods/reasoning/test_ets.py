@@ -71,7 +71,7 @@ def chosen(kept):
 
 def test_the_programme_finds_what_enumeration_finds():
     rng = np.random.default_rng(0)
-    for _ in range(25):
+    for _ in range(15):
         shares, ancestors, clusters = random_tree(rng, int(rng.integers(1, 8)))
         lambda_c, lambda_s = float(rng.choice([0.3, 1.0, 3.0])), float(rng.choice([0.0, 0.4, 1.5]))
         tokens = rng.integers(1, 30, len(shares)).astype(float).tolist()
@@ -168,6 +168,9 @@ def test_rebase_gives_out_the_width_and_more_to_the_better():
         )
     assert rebase_counts([0.7] * 4, 4) == [1, 1, 1, 1]
     assert rebase_counts([0.5, 0.5], 3) == [2, 1]
+    low, high = 0.27467859843071885, 0.4947031502198378
+    # equal ones, as many steps as there are of them left: by rounding a share lies a hair above one
+    assert rebase_counts([low, low, high, low, low, high, low, low, low], 16) == [2, 1, 4, 1, 1, 4, 1, 1, 1]
     assert rebase_counts([1.0, 0.0], 100, temperature=0.01) == [100, 0]
     for wrong in (([], 1), ([0.5], 0), ([math.nan], 2)):
         with pytest.raises(ValueError, match=r"scores|width"):
@@ -222,6 +225,59 @@ def test_equal_texts_are_one_ancestor_and_shared_ones_are_cheaper():
     assert Ets(lambda_c=1.9, lambda_s=0.0).kept(together, 3) == [True, True, False]
     apart = traces([0.5] * 3, [("a\n", "x\n"), ("c\n", "y\n"), ("b\n", "z\n")])
     assert sum(Ets(lambda_c=1.9, lambda_s=0.0).kept(apart, 3)) == 1
+
+
+def test_equal_leaves_are_one_node_and_stay_or_go_together():
+    """Two copies of a leaf cost what one does, and are worth both: apart each would be too dear for its reward."""
+    given = traces([0.5] * 4, [("a\n", "x\n"), ("a\n", "x\n"), ("b\n", "y\n"), ("c\n", "z\n")])
+    ets = Ets(lambda_c=1.8, lambda_s=0.0)
+    assert ets.kept(given, 4) == [True, True, False, False]
+    assert ets(given, 4) == [2, 2, 0, 0]
+    rng = np.random.default_rng(7)
+    for unit in ("nodes", "tokens"):
+        for _ in range(6):
+            texts = [(f"{rng.integers(2)}\n", f"{'ab'[rng.integers(2)]}{'c' * rng.integers(3)}\n") for _ in range(9)]
+            given = [
+                replace(trace, samples=tuple(Sample(s, (1,) * len(s), (), "stop", Spent()) for s in trace.steps))
+                for trace in traces(rng.random(9).tolist(), texts)
+            ]
+            found = Ets(lambda_c=2.0, lambda_s=0.4, embed=letters, unit=unit).kept(given, 9)
+            worth = by_text(found, given, unit)
+            leaves = list(dict.fromkeys(trace.text for trace in given))
+            sets = itertools.product([False, True], repeat=len(leaves))
+            best = max(
+                by_text([dict(zip(leaves, own, strict=True))[trace.text] for trace in given], given, unit)
+                for own in sets
+                if any(own)
+            )
+            assert worth == pytest.approx(best, abs=1e-9)
+
+
+def by_text(kept, given, unit):
+    """What a set of traces is worth at a price of 2 and a prize of 0.4, counted over texts."""
+    counts = rebase_counts([trace.score for trace in given], 9)
+    sizes = {"".join(t.steps[:k]): len(t.steps[k - 1]) for t in given for k in range(1, len(t.steps) + 1)}
+    if unit == "nodes":
+        sizes = dict.fromkeys(sizes, 1) | {"": 1}
+    held = {"".join(t.steps[:k]) for t, own in zip(given, kept, strict=True) if own for k in range(len(t.steps) + 1)}
+    last = list(dict.fromkeys(trace.steps[-1] for trace in given))
+    number = dict(zip(last, clusters_of(letters(last)), strict=True)) if len(last) > 1 else {}
+    covered = {number[t.steps[-1]] for t, own in zip(given, kept, strict=True) if own and number}
+    reward = sum(count for count, own in zip(counts, kept, strict=True) if own) / 9
+    cost = sum(size for text, size in sizes.items() if text in held) / sum(sizes.values())
+    return reward - 2.0 * cost + (0.4 * len(covered) / len(set(number.values())) if number else 0.0)
+
+
+def test_how_often_a_step_was_written_does_not_move_the_clusters():
+    """Three that lie in a row: the last is near the middle one, and far from the first, which comes four times."""
+    angles = {"x\n": 0.0, "y\n": 0.245, "z\n": 0.53}
+
+    def embed(texts):
+        return np.array([[math.cos(angles[text]), math.sin(angles[text])] for text in texts])
+
+    given = traces([0.5] * 6, [(f"{k}\n", text) for k, text in enumerate(["x\n"] * 4 + ["y\n", "z\n"])])
+    ets = Ets(embed=embed, cut=0.1)
+    assert ets._clusters([trace.steps[-1] for trace in given]) == [0] * 6
 
 
 def test_clusters_are_those_of_the_last_steps():

@@ -11,9 +11,11 @@ An expert's free way to hold less is REBASE with fewer trajectories, as few as l
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,14 +25,13 @@ from assay.experiments.core import Figure, Guard, Operator, Quality, Trial, expe
 from assay.experiments.reasoning import ets_trees as grove
 from assay.experiments.reasoning.ets_trees import (
     BEAM,
-    BLIND,
     CHAINS,
     ETS,
     KV,
     NARROW,
-    ORACLE,
     RANDOM,
     REBASE,
+    WAYS,
     Task,
     Tree,
     grown,
@@ -46,45 +47,42 @@ from assay.workloads.reasoning import Kind, Wording, prompt
 MARGIN = 0.05  # of accuracy: what may be lost
 DRAWS = 2000
 WIDTHS = (8, 4)  # among which the free baseline's is chosen
-PILOT = 8  # questions that choose it
+PILOT = 12  # questions that choose it
+PROCESS = 12  # questions that a process is ahead of the one before it
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-def accuracy(of: Sequence[Sequence[Tree]]) -> np.ndarray:
-    """The share of right answers of each question, over its wordings."""
-    return np.array([np.mean([tree.right for tree in own]) for own in of])
+def accuracy(of: Sequence[Tree]) -> np.ndarray:
+    """Whether the answer to each question is right, 1 or 0."""
+    return np.array([float(tree.right) for tree in of])
 
 
-def single(of: Sequence[Sequence[Tree]]) -> np.ndarray:
+def single(of: Sequence[Tree]) -> np.ndarray:
     """How often one chain is right, of each question."""
-    return np.array([np.mean([[a == tree.item.answer for a in tree.answers] for tree in own]) for own in of])
+    return np.array([np.mean([answer == tree.item.answer for answer in tree.answers]) for tree in of])
 
 
-def majority(of: Sequence[Sequence[Tree]]) -> np.ndarray:
-    """How often the most frequent answer is right, of each question."""
-    return np.array([np.mean([selectors.majority(tree.answers) == tree.item.answer for tree in own]) for own in of])
+def majority(of: Sequence[Tree]) -> np.ndarray:
+    """Whether the most frequent answer is right, of each question."""
+    return np.array([float(selectors.majority(tree.answers) == tree.item.answer) for tree in of])
 
 
-def best(of: Sequence[Sequence[Tree]]) -> np.ndarray:
-    """How often the answer of the best-scored trace is right, of each question."""
-    return np.array(
-        [
-            np.mean([t.answers[selectors.best_of_n([x.score for x in t.found.traces])] == t.item.answer for t in own])
-            for own in of
-        ]
-    )
+def best(of: Sequence[Tree]) -> np.ndarray:
+    """Whether the answer of the best-scored trace is right, of each question."""
+    chosen = [tree.answers[selectors.best_of_n([trace.score for trace in tree.found.traces])] for tree in of]
+    return np.array([float(answer == tree.item.answer) for answer, tree in zip(chosen, of, strict=True)])
 
 
-def covered(of: Sequence[Sequence[Tree]]) -> np.ndarray:
-    """How often some answer is right, of each question."""
-    return np.array([np.mean([tree.item.answer in tree.answers for tree in own]) for own in of])
+def covered(of: Sequence[Tree]) -> np.ndarray:
+    """Whether some answer is right, of each question."""
+    return np.array([float(tree.item.answer in tree.answers) for tree in of])
 
 
-def held(of: Sequence[Sequence[Tree]], asked: np.ndarray | float) -> np.ndarray:
+def held(of: Sequence[Tree], asked: np.ndarray | float) -> np.ndarray:
     """Tokens that the cache holds on average over the rounds, of each question: the tree, and `asked` tokens of prompt."""
-    return np.array([np.mean([tree.found.tokens for tree in own]) for own in of]) + asked
+    return np.array([tree.found.tokens for tree in of]) + asked
 
 
 def ratio(over: np.ndarray, under: np.ndarray) -> tuple[float, float, float]:
@@ -103,29 +101,36 @@ def difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, floa
     return float(gap.mean()), float(low), float(high)
 
 
+def pilots(task: Task) -> dict[int, Task]:
+    """Searches of the pilot part that choose the free baseline, by their number of trajectories."""
+    pilot = replace(task, part="pilot", n_items=min(PILOT, task.n_items), lambda_c=0.0, lambda_s=0.0)
+    return {width: replace(pilot, narrow=width) for width in (task.width, *WIDTHS) if width <= task.width}
+
+
 def narrowest(task: Task) -> int:
-    """The fewest trajectories of REBASE whose accuracy on the pilot part is at most `MARGIN` below that of all; all where none is."""
-    pilot = replace(
-        task, part="pilot", n_items=min(PILOT, task.n_items), wordings=("plain",), lambda_c=0.0, lambda_s=0.0
-    )
-    least = accuracy(trees(REBASE, replace(pilot, narrow=task.width))).mean() - MARGIN
-    fitting = [
-        w for w in WIDTHS if w < task.width and accuracy(trees(NARROW, replace(pilot, narrow=w))).mean() >= least
-    ]
-    return min(fitting, default=task.width)
+    """The fewest trajectories of REBASE whose accuracy on the pilot part is at most `MARGIN` below that of all."""
+    found = {width: accuracy(trees(NARROW, pilot)).mean() for width, pilot in pilots(task).items()}
+    return min(width for width, right in found.items() if right >= found[task.width] - MARGIN)
 
 
-def question_tokens(task: Task) -> Any:
-    """Tokens of each question's prompt behind the examples that all of them share, which are held once for all; over the wordings."""
+@cache
+def examples(task: Task, wording: Wording) -> str:
+    """What all prompts of a wording begin with."""
+    return os.path.commonprefix([prompt(item, wording, worked=True) for item in task.items])
+
+
+def question_tokens(task: Task) -> np.ndarray:
+    """Tokens of each question's prompt behind the examples that all of its wording share, which are held once for all."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder(grove.MODEL))
-    found = []
-    for wording in task.wordings:
-        asked = [prompt(item, wording, worked=True) for item in task.items]
-        shared = len(tokenizer(os.path.commonprefix(asked))["input_ids"])
-        found.append([len(tokenizer(text)["input_ids"]) - shared for text in asked])
-    return np.mean(found, 0)
+
+    def tokens(text: str) -> int:
+        return len(tokenizer(text)["input_ids"])
+
+    return np.array(
+        [tokens(prompt(item, wording, worked=True)) - tokens(examples(task, wording)) for item, wording in task.asked]
+    )
 
 
 def quality_of(task: Task) -> Quality:
@@ -135,8 +140,8 @@ def quality_of(task: Task) -> Quality:
     base, chains = float(theirs.mean()), trees(CHAINS, task)
     controls = {
         "deleted": single(chains), "random": accuracy(trees(RANDOM, task)), "rival": accuracy(trees(NARROW, task)),
-        KV: accuracy(trees(KV, task)), BEAM: accuracy(trees(BEAM, task)), BLIND: accuracy(trees(BLIND, task)),
-        "best of N chains": best(chains), "majority of N chains": majority(chains),
+        KV: accuracy(trees(KV, task)), BEAM: accuracy(trees(BEAM, task)), "best of N chains": best(chains),
+        "majority of N chains": majority(chains),
     }  # fmt: skip
     rival = f"REBASE with {task.narrow} trajectories"
     return Quality(base + gap, base, base + low, base + high, {k: float(v.mean()) for k, v in controls.items()}, rival)
@@ -144,11 +149,10 @@ def quality_of(task: Task) -> Quality:
 
 def shown(task: Task) -> dict[str, Any]:
     """What both records tell besides: accuracy by wording and against all tokens, ceilings, and what was kept."""
-    ways = (REBASE, ETS, KV, RANDOM, BEAM, NARROW, CHAINS, BLIND, ORACLE)
-    found = {way: trees(way, task) for way in ways}
+    found = {way: trees(way, task) for way in WAYS}
 
     def each(of: Callable[[Tree], float]) -> dict[str, float]:
-        return {way: float(np.mean([of(tree) for own in found[way] for tree in own])) for way in ways}
+        return {way: float(np.mean([of(tree) for tree in own])) for way, own in found.items()}
 
     def kept(tree: Tree) -> float:
         choices = [r.kept / r.unfinished for r in tree.found.rounds if r.kept]
@@ -156,16 +160,16 @@ def shown(task: Task) -> dict[str, Any]:
 
     return {
         "accuracy by wording": {
-            way: {w: float(np.mean([own[k].right for own in found[way]])) for k, w in enumerate(task.wordings)}
-            for way in ways
+            way: {w: float(np.mean([tree.right for tree in own if tree.wording == w])) for w in task.wordings}
+            for way, own in found.items()
         },
         "all tokens of a search, generated and read": each(lambda tree: tree.worked),
         "tokens of the tree in the cache": each(lambda tree: tree.found.tokens),
         "most tokens of the tree in the cache": each(lambda tree: max(r.tokens for r in tree.found.rounds)),
         "share of leaves that go on": each(kept),
         "rounds": each(lambda tree: len(tree.found.rounds)),
-        "some answer right": {way: float(covered(found[way]).mean()) for way in ways},
-        "best of N": {way: float(best(found[way]).mean()) for way in ways},
+        "some answer right": {way: float(covered(own).mean()) for way, own in found.items()},
+        "best of N": {way: float(best(own).mean()) for way, own in found.items()},
         "one chain right": float(single(found[CHAINS]).mean()),
         "majority of N chains": float(majority(found[CHAINS]).mean()),
         "ETS less REBASE": difference(accuracy(found[ETS]), accuracy(found[REBASE])),
@@ -200,19 +204,19 @@ def _storages() -> dict[int, int]:
 
 
 def measured(task: Task, n: int) -> dict[str, Any]:
-    """What REBASE and ETS hold while the model searches the first `n` questions anew, in the first wording: by count of the trie, and as
+    """What REBASE and ETS hold while the model searches `n` questions anew, the first of the first wording: by count of the trie, and as
     bytes of all tensors that are alive, the passes' own logits and the last steps' keys too. The examples lie in the trie before."""
     found: dict[str, Any] = {}
-    source = grove.live()
+    source, first = grove.live(), task.wordings[0]
+    picked = [k for k, (_, wording) in enumerate(task.asked) if wording == first][:n]
     for way in (REBASE, ETS):
         generator = TreeGenerator(source.model, source.tokenizer, name=source.name)
         watch, same = Alive(source.model), 0
         counted: list[int] = []
         hook = source.model.register_forward_hook(lambda *_, g=generator, c=counted: c.append(g.trie.nbytes))
-        for k, item in enumerate(task.items[:n]):
-            ready(generator, task)
-            tree = grown(way, task, item, task.wordings[0], generator)
-            stored = trees(way, task)[k][0]
+        for k in picked:
+            ready(generator, [examples(task, first)])
+            tree, stored = grown(way, task, task.items[k], first, generator), trees(way, task)[k]
             same += [t.text for t in tree.found.traces] == [t.text for t in stored.found.traces]
         hook.remove()
         watch.close()
@@ -222,7 +226,7 @@ def measured(task: Task, n: int) -> dict[str, Any]:
             "bytes alive, mean": float(np.mean(watch.seen)), "bytes alive, peak": float(max(watch.seen)),
             "bytes in the trie, mean": float(np.mean(counted)), "bytes in the trie, peak": float(max(counted)),
             "trie's bytes over its tokens'": generator.trie.nbytes / max(generator.trie.tokens * per_token, 1),
-            "searches that repeat the stored one": same / n,
+            "searches that repeat the stored one": same / len(picked),
         }  # fmt: skip
         del generator
     for what in ("bytes alive, mean", "bytes alive, peak", "bytes in the trie, mean", "bytes in the trie, peak"):
@@ -230,12 +234,11 @@ def measured(task: Task, n: int) -> dict[str, Any]:
     return found
 
 
-def ready(generator: TreeGenerator, task: Task) -> None:
-    """Hold the examples that all questions share, and nothing else."""
-    examples = os.path.commonprefix([prompt(item, task.wordings[0], worked=True) for item in task.items])
-    generator.keep([examples])
+def ready(generator: TreeGenerator, texts: Sequence[str]) -> None:
+    """Hold these texts, which questions share, and nothing else."""
+    generator.keep(texts)
     if not generator.trie.tokens:
-        generator([examples], Sampling(0.0, max_new_tokens=1))
+        generator(texts, Sampling(0.0, max_new_tokens=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------- experiments
@@ -259,8 +262,8 @@ GUARD = Guard("share of right answers", MARGIN, higher_is_better=True, relative=
 REFUTED = "REBASE takes certainly less than ETS, or ETS is certainly less accurate than as many leaves at random"
 TASK: dict[str, Any] = {"kind": "steps", "level": 2, "temperature": 0.5, "width": 16, "lambda_c": 1.0, "lambda_s": 1.5}
 SMOKE = {**TASK, "width": 4, "n_items": 2, "wordings": ["plain"]}
-SMALL = {**TASK, "n_items": 20, "wordings": ["plain", "question", "task"]}
-FULL = {**TASK, "n_items": 100, "wordings": ["plain", "question", "task"]}
+SMALL = {**TASK, "n_items": 30, "wordings": ["plain", "question", "task"]}
+FULL = {**TASK, "n_items": 240, "wordings": ["plain", "question", "task"]}
 
 
 def task_of(
@@ -317,7 +320,7 @@ def smaller_cache(searched: int, **point: Any) -> Figure:
     def over(way: str, prompt_tokens: Any = asked) -> float:
         return ratio(held(trees(REBASE, task), prompt_tokens), held(trees(way, task), prompt_tokens))[0]
 
-    whole = np.array([np.mean([t.budget.entries[0].spent.prompt for t in own]) for own in trees(REBASE, task)])
+    whole = np.array([tree.budget.entries[0].spent.prompt for tree in trees(REBASE, task)])
     return Figure(
         value,
         "x",
@@ -354,23 +357,27 @@ def smaller_cache(searched: int, **point: Any) -> Figure:
     minutes=240,
 )
 def faster_search(searched: int, **point: Any) -> Trial:
-    """Searches of the first `searched` questions by the model itself: REBASE's time over ETS's, both with the cache as a trie.
+    """Searches of `searched` questions by the model itself: REBASE's time over ETS's, both with the cache as a trie.
 
-    Drawing, judging, embedding, the integer programme and pruning are all timed; the examples' keys and values are there already.
-    Each token of a stretch that many rows share is read once for all of them. The cache limits nothing here, so that a gain must come
-    from reading less; with as many samples a round the rest of the work is the same.
+    Every round takes the next questions, all ways the same ones, and every process begins with others, so that the interval over
+    processes is one over questions too. Drawing, judging, embedding, the integer programme and pruning are all timed; the examples' keys
+    and values are there already. Each token of a stretch that many rows share is read once for all of them. The cache limits nothing here,
+    so that a gain must come from reading less; with as many samples a round the rest of the work is the same.
     """
     task, source = task_of(**point), grove.live()
     grove.verifier(task.kind, task.level, task.temperature)
+    shared, start = [examples(task, wording) for wording in task.wordings], os.getpid() * PROCESS
 
-    def run(way: str) -> Callable[[], Any]:
+    def run(way: str, a_round: int = 1) -> Callable[[], Any]:
         generator = TreeGenerator(source.model, source.tokenizer, name=source.name)
+        calls = itertools.count()
 
         def once() -> list[int]:
-            steps = 0
-            for item in task.items[:searched]:
-                ready(generator, task)
-                tree = grown(way, task, item, task.wordings[0], generator, embed=grove.meanings)
+            steps, at = 0, start + next(calls) // a_round * searched
+            for k in range(at, at + searched):
+                ready(generator, shared)
+                item, wording = task.asked[k % task.n_items]
+                tree = grown(way, task, item, wording, generator, embed=grove.meanings)
                 steps += sum(r.drawn for r in tree.found.rounds)
             return [steps]
 
@@ -378,7 +385,7 @@ def faster_search(searched: int, **point: Any) -> Trial:
 
     return Trial(
         run(REBASE),
-        run(ETS),
+        run(ETS, 2),  # a round times the candidate against itself besides
         free=run(NARROW),
         arms={KV: run(KV)},
         quality=lambda: quality_of(task),
@@ -389,5 +396,9 @@ def faster_search(searched: int, **point: Any) -> Trial:
 def draw() -> dict[str, Kept]:
     """Every sample that the experiments ask for at `small` and `smoke`."""
     for point in (SMALL, SMOKE):
-        shown(task_of(**point))
+        unchosen = Task(**{**point, "narrow": point["width"], "wordings": tuple(point["wordings"])})
+        grove.ahead([(NARROW, pilot) for pilot in pilots(unchosen).values()])
+        task = task_of(**point)
+        grove.ahead([(way, task) for way in WAYS])
+        shown(task)
     return {grove.MODEL: grove.steps()}

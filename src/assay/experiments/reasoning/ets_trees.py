@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -20,23 +20,23 @@ from assay.methods.core.reasoning.budget import Budget
 from assay.methods.core.reasoning.generator import Generator, Sample, Sampling, seed_of
 from assay.methods.core.reasoning.samples import key_of, with_prompt
 from assay.methods.core.reasoning.trace import Trace
-from assay.methods.core.reasoning.verifier import Chance, Checker, Learned, Verifier
+from assay.methods.core.reasoning.verifier import Learned
 from assay.methods.reasoning.ets import Beam, Ets, Rebase, Searched, Select, TreeGenerator, tree_search
 from assay.workloads.models import load_model
 from assay.workloads.reasoning import WORDINGS, Item, Kind, Part, Wording, answer_of, items, prompt
 
 MODEL, ROOM = "smollm2-135m", "ets"
-STEP = 40  # new tokens of a step at most
+STEP, SOLUTION = 40, 64  # new tokens at most, of a step and of a whole solution
 LEARN, EACH = 12, 6  # questions and solutions of each that the verifier is fitted on
 REBASE, ETS, KV, RANDOM, BEAM = "REBASE", "ETS", "ETS-KV", "as many leaves at random", "beam search"
-CHAINS, BLIND, ORACLE = "independent chains", "ETS, scores by chance", "ETS, an oracle's scores"
-NARROW = "REBASE, narrower"
-WAYS = (REBASE, ETS, KV, RANDOM, BEAM, CHAINS, BLIND, ORACLE, NARROW)
+CHAINS, NARROW = "independent chains", "REBASE, narrower"
+WAYS = (REBASE, ETS, KV, RANDOM, BEAM, CHAINS, NARROW)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is searched: a kind of question, how its steps are drawn, ETS's settings, and `narrow`, the width of the free baseline."""
+    """What is searched: a kind of question, how its steps are drawn, ETS's settings, and `narrow`, the width of the free baseline. Each
+    question is asked in one wording, in turn: more questions say more than one asked twice."""
 
     kind: Kind
     level: int
@@ -61,44 +61,61 @@ class Task:
     def items(self) -> list[Item]:
         return items(self.kind, level=self.level, n=self.n_items, part=self.part)
 
+    @property
+    def asked(self) -> list[tuple[Item, Wording]]:
+        """Every question and its wording."""
+        return [(item, self.wordings[k % len(self.wordings)]) for k, item in enumerate(self.items)]
+
 
 # ------------------------------------------------------------------------------------------------------------- who writes
 
 
-class Steps(Kept):
-    """Steps that are checked in, or kept by this machine; those of a round that are in neither are drawn in one batch by a `TreeGenerator`.
+class LackingError(LookupError):
+    """Steps that are not there yet: texts, and the numbers asked for, from and to."""
 
-    They are kept without log-probabilities and times, which nothing here looks at.
+    def __init__(self, sampling: Sampling, asked: Sequence[tuple[str, int, int]]) -> None:
+        super().__init__(f"steps of {len(asked)} texts were not drawn")
+        self.sampling, self.asked = sampling, asked
+
+
+class Steps(Kept):
+    """Steps that are checked in, or kept by this machine; those of a round that are in neither are drawn in one batch by a `TreeGenerator`,
+    of each text from the first one on that lacks: what one way of choosing drew, the next one finds.
+
+    They are kept without log-probabilities and times, which nothing here looks at. With `drawing` off it raises LackingError instead.
     """
 
     def __init__(self) -> None:
         super().__init__(MODEL, ROOM)
         self._tree: TreeGenerator | None = None
+        self.drawing = True
 
     def uneven(
         self, prompts: Sequence[str], sampling: Sampling, counts: Sequence[int], firsts: Sequence[int], *, seed: int = 0
     ) -> list[list[Sample]]:
         """As `UnevenGenerator` has it."""
-        asked = [
-            [key_of(self.name, text, sampling, seed, k) for k in range(low, low + n)]
-            for text, n, low in zip(prompts, counts, firsts, strict=True)
-        ]
-        lacking = [i for i, keys in enumerate(asked) if not self.has(keys)]
+        lacking: dict[int, list[str]] = {}  # the keys of each prompt from the first one on that is nowhere
+        for i, (text, n, low) in enumerate(zip(prompts, counts, firsts, strict=True)):
+            keys = [key_of(self.name, text, sampling, seed, k) for k in range(low, low + n)]
+            if not self.has(keys):
+                lacking[i] = keys[next(k for k, key in enumerate(keys) if self.own.cache.get(key) is None) :]
         if lacking:
+            if not self.drawing:
+                ends = {i: firsts[i] + counts[i] for i in lacking}
+                raise LackingError(
+                    sampling, [(prompts[i], ends[i] - len(keys), ends[i]) for i, keys in lacking.items()]
+                )
             if self._tree is None:
                 self._tree = live()
-            drawn = self._tree.uneven(
-                [prompts[i] for i in lacking],
-                sampling,
-                [counts[i] for i in lacking],
-                [firsts[i] for i in lacking],
-                seed=seed,
-            )
-            for i, samples in zip(lacking, drawn, strict=True):
+            texts = [prompts[i] for i in lacking]
+            many = [len(keys) for keys in lacking.values()]
+            froms = [firsts[i] + counts[i] - n for i, n in zip(lacking, many, strict=True)]
+            drawn = self._tree.uneven(texts, sampling, many, froms, seed=seed)
+            for keys, samples in zip(lacking.values(), drawn, strict=True):
                 read = samples[0].spent.prompt
                 bare = [replace(s, logprobs=(), spent=replace(s.spent, cached=0, seconds=0.0)) for s in samples]
-                self.add(list(zip(asked[i], [with_prompt(s, read) for s in bare], strict=True)))
-            self._tree.keep([prompts[i] for i in lacking])
+                self.add(list(zip(keys, [with_prompt(s, read) for s in bare], strict=True)))
+            self._tree.keep(texts)
         return [
             self([text], sampling, n=n, first=low, seed=seed)[0]
             for text, n, low in zip(prompts, counts, firsts, strict=True)
@@ -176,18 +193,20 @@ def features(asked: str, text: str) -> list[float]:
 def verifier(kind: Kind, level: int, temperature: float) -> Learned:
     """A verifier fitted on every beginning of solutions of other questions, by whether its lines are those of the worked solution."""
     task = Task(kind, level, temperature, EACH, 0.0, 0.0, EACH, LEARN, ("plain",), "learn")
+    asked = [prompt(item, wording, worked=True) for item, wording in task.asked]
+    sampling = replace(task.sampling, max_new_tokens=SOLUTION)
+    drawn = steps().uneven(asked, sampling, [EACH] * LEARN, [0] * LEARN)
     prompts, texts, right = [], [], []
-    for item in task.items:
-        asked = prompt(item, "plain", worked=True)
-        found = tree_search(
-            steps(), Chance(), asked, task.sampling, width=EACH, select=one_each, rounds=task.rounds, finished=finished
-        )
-        for trace in found.traces:
-            for k in range(len(trace.steps)):
-                prompts.append(asked)
-                texts.append("".join(trace.steps[: k + 1]))
-                lines = [line for line in texts[-1].split("\n") if line]
-                right.append(lines == list(item.steps[: len(lines)]))
+    for item, question, samples in zip(task.items, asked, drawn, strict=True):
+        for sample in samples:
+            text = ""
+            for k, line in enumerate(sample.text.split("\n")[: task.rounds], 1):
+                if not line or finished(text):
+                    break
+                text += f"{line}\n"
+                prompts.append(question)
+                texts.append(text)
+                right.append(text.splitlines() == list(item.steps[:k]))
     return Learned(features).fit(prompts, texts, right)
 
 
@@ -237,19 +256,9 @@ def selector(way: str, task: Task, *, embed: Any = vectors) -> Select:
     """How a way chooses leaves."""
     ets = Ets(task.lambda_c, task.lambda_s, embed)
     chosen: dict[str, Select] = {
-        REBASE: Rebase(), NARROW: Rebase(), ETS: ets, BLIND: ets, ORACLE: ets, KV: replace(ets, lambda_s=0.0), RANDOM: Random(ets),
-        BEAM: Beam(), CHAINS: one_each,
+        REBASE: Rebase(), NARROW: Rebase(), ETS: ets, KV: replace(ets, lambda_s=0.0), RANDOM: Random(ets), BEAM: Beam(), CHAINS: one_each,
     }  # fmt: skip
     return chosen[way]
-
-
-def judge_of(way: str, task: Task, item: Item, asked: str) -> Verifier:
-    """Who scores the steps of a way."""
-    if way == BLIND:
-        return Chance()
-    if way == ORACLE:
-        return Checker({asked: item.answer}, find=partial(answer_of, item))
-    return verifier(task.kind, task.level, task.temperature)
 
 
 # ------------------------------------------------------------------------------------------------------------- trees
@@ -286,7 +295,7 @@ def grown(way: str, task: Task, item: Item, wording: Wording, generator: Generat
     asked, budget = prompt(item, wording, worked=True), Budget()
     found = tree_search(
         generator,
-        judge_of(way, task, item, asked),
+        verifier(task.kind, task.level, task.temperature),
         asked,
         task.sampling,
         width=task.narrow if way == NARROW else task.width,
@@ -299,6 +308,40 @@ def grown(way: str, task: Task, item: Item, wording: Wording, generator: Generat
 
 
 @cache
-def trees(way: str, task: Task) -> list[list[Tree]]:
-    """Searches of all questions, each in every wording."""
-    return [[grown(way, task, item, wording, steps()) for wording in task.wordings] for item in task.items]
+def trees(way: str, task: Task) -> list[Tree]:
+    """Searches of all questions, those of one wording after each other: what draws then reads their examples once."""
+    found = {
+        item: grown(way, task, item, wording, steps())
+        for wording in task.wordings for item, own in task.asked if own == wording
+    }  # fmt: skip
+    return [found[item] for item in task.items]
+
+
+def ahead(wanted: Sequence[tuple[str, Task]]) -> None:
+    """Draw what these ways ask for in these tasks, round by round, the searches of all questions of a wording together: a pass over many
+    rows takes little longer than one over few."""
+    source = steps()
+    for _, task in wanted:
+        verifier(task.kind, task.level, task.temperature)
+    for wording in WORDINGS:
+        left = [(way, task, item) for way, task in wanted for item, own in task.asked if own == wording]
+        while left:
+            lacking: dict[Sampling, dict[str, tuple[int, int]]] = {}
+            waiting = []
+            source.drawing = False
+            try:
+                for way, task, item in left:
+                    try:
+                        grown(way, task, item, wording, source)
+                    except LackingError as error:
+                        waiting.append((way, task, item))
+                        known = lacking.setdefault(error.sampling, {})
+                        for text, low, high in error.asked:
+                            other = known.get(text, (low, high))
+                            known[text] = min(low, other[0]), max(high, other[1])
+            finally:
+                source.drawing = True
+            for sampling, asked in lacking.items():
+                counts = [high - low for low, high in asked.values()]
+                source.uneven(list(asked), sampling, counts, [low for low, _ in asked.values()])
+            left = waiting

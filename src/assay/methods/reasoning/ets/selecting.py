@@ -22,6 +22,8 @@ Embed = Callable[[Sequence[str]], np.ndarray]
 
 CUT = 0.05
 """The cosine distance up to which steps count as one, by the released code; it belongs to the embedding and is to be set anew with it."""
+HAIR = 1e-9
+"""What a share may lie above a whole number by rounding: three of three equal scores are to get one step each, not two and one and none."""
 
 
 def rebase_counts(scores: Sequence[float], width: int, *, temperature: float = 0.2) -> list[int]:
@@ -43,7 +45,7 @@ def rebase_counts(scores: Sequence[float], width: int, *, temperature: float = 0
     counts = [0] * len(known)
     for place, i in enumerate(order):
         rest = sum(weights[place:])  # summed anew: what is left after subtractions is not exact
-        counts[i] = min(left, math.ceil(left * weights[place] / rest)) if rest else 0
+        counts[i] = min(left, math.ceil(left * weights[place] / rest - HAIR)) if rest else 0
         left -= counts[i]
     return counts
 
@@ -116,7 +118,13 @@ def choose(
     rows, columns, numbers = zip(*entries, strict=True)
     matrix = coo_array((numbers, (rows, columns)), shape=(len(bounds), len(value))).tocsr()
     whole = np.r_[np.ones(leaves), np.zeros(inner + len(kinds))]  # the others follow from the leaves
-    found = milp(-value, integrality=whole, bounds=Bounds(0, 1), constraints=LinearConstraint(matrix, bounds, np.inf))
+    found = milp(
+        -value,
+        integrality=whole,
+        bounds=Bounds(0, 1),
+        constraints=LinearConstraint(matrix, bounds, np.inf),
+        options={"mip_rel_gap": 0.0},  # by default it stops 0.01 % below the best
+    )
     if found.x is None:
         raise RuntimeError(f"the integer programme was not solved: {found.message}")
     return [bool(x > 0.5) for x in found.x[:leaves]]
@@ -174,8 +182,9 @@ class Beam:
 class Ets:
     """ETS: leaves are pruned by `choose`, then REBASE shares the width out among those that are kept (arXiv 2502.13575).
 
-    The reward of a leaf is its share of REBASE's counts. Its ancestors are the texts before it: equal texts are one node, since the cache
-    holds them once (our choice; the released code counts every sample). `embed` gives the last steps' vectors, clustered by `clusters_of`;
+    The reward of a leaf is its share of REBASE's counts. Its ancestors are the texts before it. Equal texts are one node, leaves too, since
+    the cache holds them once: equal leaves have one price and their rewards together, and stay or go together (our choice; the released
+    code counts every sample). `embed` gives the last steps' vectors, clustered by `clusters_of`, each text once;
     None, lambda_s = 0 (ETS-KV), or texts that are all equal leave the diversity term out. `unit` is what a node costs: 1 ("nodes", as
     released), or its tokens, which the trace's samples must know. lambda_s is the paper's for a width of 16; it takes 1.4 for 64.
 
@@ -215,22 +224,32 @@ class Ets:
     def kept(self, traces: Sequence[Trace], width: int) -> list[bool]:
         """Which traces are kept."""
         counts = rebase_counts([trace.score for trace in traces], width, temperature=self.temperature)
+        leaves = {trace.text: trace for trace in traces}
+        shares = dict.fromkeys(leaves, 0.0)
+        for trace, count in zip(traces, counts, strict=True):
+            shares[trace.text] += count / width
         costs = ancestor_costs = None
         if self.unit == "tokens":
-            sizes = [[len(sample.tokens) for sample in trace.samples] for trace in traces]
+            sizes = [[len(sample.tokens) for sample in trace.samples] for trace in leaves.values()]
             costs = [float(own[-1]) for own in sizes]
             ancestor_costs = {
-                "".join(trace.steps[:k]): float(own[k - 1]) for trace, own in zip(traces, sizes, strict=True) for k in range(1, len(own))
+                "".join(trace.steps[:k]): float(own[k - 1])
+                for trace, own in zip(leaves.values(), sizes, strict=True) for k in range(1, len(own))
             }  # fmt: skip
-        return choose(
-            [count / width for count in counts],
-            [["".join(trace.steps[:k]) for k in range(self.unit == "tokens", len(trace.steps))] for trace in traces],
+        stays = choose(
+            list(shares.values()),
+            [
+                ["".join(leaf.steps[:k]) for k in range(self.unit == "tokens", len(leaf.steps))]
+                for leaf in leaves.values()
+            ],
             lambda_c=self.lambda_c,
             lambda_s=self.lambda_s,
-            clusters=self._clusters([trace.steps[-1] for trace in traces]),
+            clusters=self._clusters([leaf.steps[-1] for leaf in leaves.values()]),
             costs=costs,
             ancestor_costs=ancestor_costs,
         )
+        kept = dict(zip(leaves, stays, strict=True))
+        return [kept[trace.text] for trace in traces]
 
     def _clusters(self, texts: Sequence[str]) -> list[int] | None:
         distinct = list(dict.fromkeys(texts))
@@ -239,4 +258,5 @@ class Ets:
         vectors = np.asarray(self.embed(distinct))
         if len(vectors) != len(distinct):
             raise ValueError(f"embed must give a vector for each of {len(distinct)} texts, got {len(vectors)}")
-        return clusters_of(vectors[[distinct.index(text) for text in texts]], cut=self.cut)
+        numbers = dict(zip(distinct, clusters_of(vectors, cut=self.cut), strict=True))
+        return [numbers[text] for text in texts]
