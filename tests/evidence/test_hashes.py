@@ -105,3 +105,21 @@ def test_a_record_is_stale_when_something_it_ran_has_changed(monkeypatch):
         assert any(name.endswith("csrc/w8a8.cpp") for name in native)
         assert any(name.endswith("csrc/panels.h") for name in native)
         assert not hashes.is_stale(make(claim="xattention/perplexity", hashes=native))
+
+
+def test_programs_of_a_bank_count_though_nothing_imports_them(monkeypatch, tmp_path):
+    import assay.workloads.programs.task  # noqa: F401
+
+    folder = hashes.BANKS["assay.workloads.programs.task"]
+    found = hashes.of_this_process("enamel/eff-at-1")
+    assert f"bank {folder}" in found
+    assert not hashes.is_stale(make(claim="enamel/eff-at-1", hashes=found))
+    changed = make(claim="enamel/eff-at-1", hashes={**found, f"bank {folder}": "0" * 10})
+    assert hashes.changes(changed) == [f"bank {folder}"]
+    assert hashes.is_stale(make(claim="enamel/eff-at-1", hashes={"bank ../../../etc": "0" * 10}))
+    for name, text in (("000.py", "x = 1"), ("001.py", "x = 2")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(hashes, "PACKAGE", tmp_path.parent)
+    before = hashes._bank.__wrapped__(tmp_path.name)
+    (tmp_path / "001.py").rename(tmp_path / "002.py")
+    assert hashes._bank.__wrapped__(tmp_path.name) != before

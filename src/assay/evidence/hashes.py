@@ -33,6 +33,11 @@ VERSIONS = (
 )
 DIGITS = 10
 NATIVE = (".cpp", ".h")
+BANKS = {
+    "assay.workloads.programs.task": "workloads/programs/humaneval",
+    "assay.workloads.programs.datascience": "workloads/programs/datascience/bank",
+}
+"""Folders of programs that a module reads and does not import."""
 MODULE = r"assay(\.\w{1,100}){1,9}|(\w{1,100}/){0,9}\w{1,100}\.(cpp|h)"
 """What names a module or a native source of ours."""
 
@@ -50,6 +55,7 @@ def of_this_process(claim: str) -> dict[str, str]:
             found[name] = of_file(Path(file))
     for native in native_sources():
         found[str(native.relative_to(PACKAGE))] = of_file(native)
+    found |= {f"bank {folder}": _bank(folder) for module, folder in BANKS.items() if module in sys.modules}
     rates = PACKAGE / "experiments" / "rates.json"
     if "assay.experiments.rates" in sys.modules and rates.exists():
         found["rates"] = _rates(rates, claim.split("/")[0])
@@ -91,6 +97,8 @@ def _is_current(name: str, value: str, claim: str) -> bool:
         return versions().get(name) == value
     if name == "rates":
         return _rates(PACKAGE / "experiments" / "rates.json", claim.split("/")[0]) == value
+    if name.startswith("bank "):
+        return name.removeprefix("bank ") in BANKS.values() and _bank(name.removeprefix("bank ")) == value
     if not re.fullmatch(MODULE, name):  # of a record that came from anywhere: no other file is opened by its word
         return False
     file = PACKAGE / name
@@ -103,6 +111,13 @@ def _is_current(name: str, value: str, claim: str) -> bool:
         if now == value:
             return True
     return value in _everything()  # moved, otherwise as it was
+
+
+@functools.cache
+def _bank(folder: str) -> str:
+    """One hash over the programs of a bank, by their names too: they are read by these."""
+    files = sorted((PACKAGE / folder).glob("*.py"))
+    return _digest(" ".join(f"{file.name} {of_file(file)}" for file in files))
 
 
 @functools.cache

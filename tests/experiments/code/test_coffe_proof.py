@@ -16,6 +16,7 @@ from assay.experiments.code.coffe_inputs import (
     ARMS,
     CANONICAL,
     CONTRACTS,
+    DEAREST,
     DELETED,
     DOUBLED,
     RANDOM,
@@ -38,7 +39,7 @@ from assay.workloads.programs.task import Task
 
 CLAIM = "coffe/efficient-at-1"
 POINT = room.POINTS["smoke"][0]
-ALL = (*ARMS, TESTS, WORST)
+ALL = (*ARMS, DEAREST, TESTS, WORST)
 
 
 def task_seen(
@@ -51,7 +52,7 @@ def task_seen(
         **{f"slow {n}": 2.0 + n for n in range(slower)},
         **{f"fast {n}": 0.5 for n in range(faster)},
     }
-    scale = {CONTRACTS: 1.0, DELETED: 1.0, RANDOM: 0.5, DOUBLED: 0.7, TESTS: 0.1, WORST: 1.2}
+    scale = {CONTRACTS: 1.0, DELETED: 1.0, RANDOM: 0.5, DOUBLED: 0.7, DEAREST: 1.1, TESTS: 0.1, WORST: 1.2}
     by_arm = {arm: {name: [0.01 * cost ** scale[arm]] * 3 for name, cost in costs.items()} for arm in ALL}
     return Seen(
         f"task {number}",

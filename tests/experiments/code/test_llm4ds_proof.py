@@ -91,3 +91,17 @@ def test_contestants_that_run_here_are_asked_judged_and_reported(monkeypatch):
     figure = experiments.above_baseline(**{**POINT, "contestants_here": True})
     assert figure.arms == {"contestants that run here": 0.0}
     assert "models on" in figure.details["contestants here, in words"]
+
+
+def test_what_the_model_said_to_every_task_is_checked_in(monkeypatch):
+    """So that it is judged without the model; a prompt that changes has to be asked anew (`draw`)."""
+
+    def asked(*_, **__):
+        raise AssertionError("the model was asked")
+
+    monkeypatch.setattr(experiments.samples._Model, "__call__", asked)
+    experiments.samples.generator.cache_clear()
+    said = experiments.reply([room.prompt_of(task) for task in load()])
+    experiments.samples.generator.cache_clear()
+    assert len(said) == len(load())
+    assert sum("def " in text for text in said) > 50

@@ -22,9 +22,6 @@ from assay.evidence.types import Estimate, Verdict
 from assay.evidence.verdict import judge
 from assay.experiments import experiments_of
 from assay.experiments.compression import efficient_dnns as room
-from assay.experiments.compression import efficient_dnns_codesign as nets
-from assay.experiments.compression import efficient_dnns_digits as digits
-from assay.experiments.compression import efficient_dnns_search as searches
 from assay.experiments.rates import FILE, Rate
 from assay.methods.compression.efficient_dnns import CostTable, FBNetBlock, Space, codesign, tables
 from assay.methods.compression.efficient_dnns.nets import conv_bn
@@ -37,9 +34,6 @@ SHIFTED = {"batch": 8, "train": 1024, "epochs": 3, "seeds": 3, "compiled": False
 def rates(monkeypatch):
     monkeypatch.setattr(room, "chosen", lambda name, arm: Rate(0.1, (0.03, 0.1, 0.3)))
     monkeypatch.setattr(room, "nearest_mean", lambda data, test: 0.0)  # what is trained for moments is held to no floor
-    monkeypatch.setattr(
-        room, "in_parallel", lambda function, runs: [function(*run) for run in runs]
-    )  # sees the sabotage
 
 
 def test_experiments_load():
@@ -55,16 +49,16 @@ def test_experiments_load():
 
 def test_every_arm_was_searched_inside_its_grid():
     known = json.loads(FILE.read_text(encoding="utf-8"))
-    for name, arms in ((searches.SEARCH, {"super-net", "network", "largest"}), (nets.CODESIGN, set(nets.ARMS))):
+    for name, arms in ((room.SEARCH, {"super-net", "network", "largest"}), (room.CODESIGN, set(room.ARMS))):
         assert set(known[name]["arms"]) == arms
         for arm, found in known[name]["arms"].items():
             assert known[name]["grid"][0] < found["rate"] < known[name]["grid"][-1], arm
 
 
 def test_no_digit_is_both_learnt_and_judged():
-    sizes = {part: len(digits.digits_of(part)[1]) for part in ("weights", "theta", "choose", "test")}
+    sizes = {part: len(room.digits_of(part)[1]) for part in ("weights", "theta", "choose", "test")}
     assert sizes == {"weights": 800, "theta": 200, "choose": 347, "test": 450}
-    flat = {part: {tuple(row) for row in digits.digits_of(part)[0].flatten(1).tolist()} for part in sizes}
+    flat = {part: {tuple(row) for row in room.digits_of(part)[0].flatten(1).tolist()} for part in sizes}
     for one, other in itertools.combinations(flat, 2):
         assert not flat[one] & flat[other]
 
@@ -93,7 +87,6 @@ def toy_space():
 @pytest.mark.slow
 def test_a_search_that_learns_nothing_is_noticed(monkeypatch, rates):
     monkeypatch.setattr(room, "space_of_digits", toy_space)
-    monkeypatch.setattr(searches, "space_of_digits", toy_space)
     costs = tuple({"keep": 10.0, "bury": 40.0} for _ in range(8))
     monkeypatch.setattr(room, "table_of_digits", lambda space: CostTable("us", costs, 50.0))
     claim = "efficient_dnns/search-cost"
@@ -107,7 +100,7 @@ def test_a_search_that_learns_nothing_is_noticed(monkeypatch, rates):
 
     generator = torch.Generator().manual_seed(0)
 
-    def blind(net, *data, real=searches.search, **settings):
+    def blind(net, *data, real=room.search, **settings):
         found = real(net, *data, **settings)
         with torch.no_grad():
             for theta in net.thetas():
@@ -115,41 +108,41 @@ def test_a_search_that_learns_nothing_is_noticed(monkeypatch, rates):
         odds = [torch.rand(2, generator=generator).tolist() for _ in found.probabilities]
         return replace(found, probabilities=tuple(dict(zip(("keep", "bury"), pair, strict=True)) for pair in odds))
 
-    monkeypatch.setattr(searches, "search", blind)
+    monkeypatch.setattr(room, "search", blind)
     assert verdict_of(claim, SEARCHED) in (Verdict.REFUTED, Verdict.DOES_NOT_PAY)
 
 
 def tried(value, macs=1.0):
-    return searches.Tried((f"{value} {macs}",), value, value, 0.5, macs)
+    return room.Tried((f"{value} {macs}",), value, value, 0.5, macs)
 
 
 def test_the_cost_until_a_network_is_good_enough():
     networks = [tried(3.0, 10), tried(1.0, 20), tried(2.0, 30), tried(0.5, 40)]
-    assert searches.cost_in_order(networks, 1.0) == 30
-    assert searches.cost_in_order(networks, 0.1) == 100
-    assert searches.cost_in_order([networks[0]] * 3 + networks, 1.0) == 30  # what comes again is not paid for again
+    assert room.cost_in_order(networks, 1.0) == 30
+    assert room.cost_in_order(networks, 0.1) == 100
+    assert room.cost_in_order([networks[0]] * 3 + networks, 1.0) == 30  # what comes again is not paid for again
     equal = [replace(one, macs=1.0) for one in networks]
     for goal in (3.0, 2.5, 1.0, 0.5):
-        orders = [searches.cost_in_order(order, goal) for order in itertools.permutations(equal)]
-        assert searches.cost_in_any_order(equal, goal) == pytest.approx(sum(orders) / len(orders))
-    assert searches.cost_in_any_order(equal, 0.1) == 4
-    assert searches.best_of(networks).chosen_by == 0.5
+        orders = [room.cost_in_order(order, goal) for order in itertools.permutations(equal)]
+        assert room.cost_in_any_order(equal, goal) == pytest.approx(sum(orders) / len(orders))
+    assert room.cost_in_any_order(equal, 0.1) == 4
+    assert room.best_of(networks).chosen_by == 0.5
 
 
 def test_the_rival_learns_from_rewards():
     """Search by reinforcement is no straw man: over a plain reward its later networks are better than its first."""
     space = Space(nn.Identity, tuple({"a": nn.Identity, "b": nn.Identity} for _ in range(6)), nn.Identity)
     task = SimpleNamespace(space=space, seed=0, tried=lambda names: tried(float(names.count("b"))))
-    found = [one.chosen_by for one in searches.by_reinforcement(task, 60)]
+    found = [one.chosen_by for one in room.by_reinforcement(task, 60)]
     assert sum(found[-20:]) / 20 < 1 < sum(found[:10]) / 10
 
 
 def test_a_network_of_a_seed_is_trained_once(monkeypatch):
     count = []
-    monkeypatch.setattr(searches, "train", lambda net, *rest, **more: count.append(1) or 640)
+    monkeypatch.setattr(room, "train", lambda net, *rest, **more: count.append(1) or 640)
     space = toy_space()
     macs = CostTable("macs", tuple({"keep": 0.0, "bury": 5.0} for _ in range(8)), 10.0)
-    task = searches.Task(space, macs, macs, 1, 0.1, 0)
+    task = room.Task(space, macs, macs, 1, 0.1, 0)
     first, again = task.tried(("keep",) * 8), task.tried(("keep",) * 8)
     assert first is again
     assert count == [1]
@@ -225,13 +218,13 @@ def test_a_faster_rival_of_equal_accuracy_refutes_the_shifts():
 
 
 def test_the_arms_are_one_network_that_mixes_in_different_ways():
-    sizes = {arm: sum(p.numel() for p in nets.codesigned(arm).parameters()) for arm in nets.ARMS}
+    sizes = {arm: sum(p.numel() for p in room.codesigned(arm).parameters()) for arm in room.ARMS}
     assert sizes["shift"] == sizes["none"] == sizes["average"] < sizes["before"]
-    shifting = [m for m in nets.codesigned("shift").modules() if isinstance(m, codesign.Shift2d)]
+    shifting = [m for m in room.codesigned("shift").modules() if isinstance(m, codesign.Shift2d)]
     assert len(shifting) == 1 + 2 * 2 + 2  # the stem, two of each strided unit, one of each other
-    assert not any(isinstance(m, codesign.Shift2d) for m in nets.codesigned("none").modules())
+    assert not any(isinstance(m, codesign.Shift2d) for m in room.codesigned("none").modules())
     assert sizes["resnet"] == pytest.approx(sizes["shiftresnet"], rel=0.05)
-    images, labels = nets.drawn_digits("test", 50, 3)
+    images, labels = room.drawn_digits("test", 50, 3)
     assert images.shape == (50, 1, 16, 16)
     assert float(images.min()) == -1 < 0.5 < float(images.max()) <= 1
     assert len(labels.unique()) == 10

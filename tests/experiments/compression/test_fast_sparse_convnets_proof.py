@@ -179,9 +179,6 @@ def test_weights_left_at_random_are_noticed(monkeypatch):
     monkeypatch.setattr(training.Trainer, "run", imitated)
     monkeypatch.setattr(training.Trainer, "accuracy", lambda self, model: model.worth)
     monkeypatch.setattr(room, "chosen", lambda name, arm: Rate(0.01, (0.003, 0.01)))
-    monkeypatch.setattr(
-        room, "in_parallel", lambda function, runs: [function(*run) for run in runs]
-    )  # sees the sabotage
     honest = record_of("fast_sparse_convnets/speedup", NETWORK)
     assert judge(honest).verdict in PAYS
     assert honest.quality.candidate == pytest.approx(0.577, abs=0.005)

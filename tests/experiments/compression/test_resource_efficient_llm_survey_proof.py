@@ -84,7 +84,7 @@ def honest(monkeypatch):
     for name, decoder in decoders.items():
         for format in room.FOUR:
             for tokens in (64, 128, 512, 1024):
-                for new in (4, 12):
+                for new in (4, 8, 24):
                     parts = [taken(first_blocks(decoder, n), format, [tokens], new, off[name]) for n in (1, 5)]
                     whole = taken(decoder, format, [tokens], new, off[name])
                     seen[name, format, tokens, new] = whole, parts
@@ -237,7 +237,7 @@ def test_records_count_formats_and_models_as_often_as_they_are_independent(hones
     monkeypatch.setattr(room, "student_interval", lambda values: counted.append(len(values)) or real(values))
     for claim in (MEMORY, PREFILL, DECODE, ORDERS):
         record_of(claim, POINTS[claim])
-    assert counted == [9, 3, 3, 3]  # models and formats; formats; formats; models
+    assert counted == [9, 4, 4, 3]  # models and formats; formats; formats; models
 
 
 def test_what_others_took_behind_as_long_a_prompt_is_a_control(honest, monkeypatch):

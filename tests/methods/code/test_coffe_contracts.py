@@ -236,7 +236,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(VALUES, VALUES), min_size=1, max_size=8))
 def test_every_candidate_holds_on_every_input_it_came_from(inputs):
     for one in candidates(inputs, ["first", "second"]):
@@ -418,6 +418,14 @@ def test_every_text_evaluates_to_arguments_of_the_observed_types(seed, scale):
         assert len(args[0]) <= 2 * scale
         assert all(type(row) is list for row in args[4])
         assert all(type(word) is str for word in args[10])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(VALUES, VALUES), min_size=1, max_size=4), st.integers(0, 99))
+def test_whatever_was_observed_is_grown_into_something_that_evaluates(inputs, seed):
+    for one in Doubling(inputs, scale=16, seed=seed).proposals(4):
+        assert len(value_here(one)) == 2
+        assert value_here(one) == value_here(one)
 
 
 @pytest.mark.parametrize(

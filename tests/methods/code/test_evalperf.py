@@ -430,6 +430,23 @@ def test_a_task_is_curated_with_the_input_that_all_programs_finish():
     assert found.references[-1].score == 100.0
 
 
+def test_what_did_not_finish_is_asked_first_on_the_next_input():
+    asked = []
+
+    def run(text, args):
+        asked.append((text, len(args[0])))
+        return machine()(text, args)
+
+    programs = {"canonical": "1.0", "a": "0.9", "slow": "1.5", "b": "0.8"}
+    found = curate(programs, [from_generator(lambda size, rng: ([0] * size,))], run)
+    assert found.chosen.scale == 256
+    tried = asked[asked.index(("0.9", 8192)) :]
+    assert tried[:2] == [("0.9", 8192), ("1.5", 8192)]
+    assert tried[2:6] == [("1.5", 4096), ("1.5", 2048), ("1.5", 1024), ("1.5", 512)]
+    assert tried[6:] == [(text, 256) for text in ("1.5", "1.0", "0.9", "0.8")]
+    assert [profile[0] for profile in found.profiles] == [1000.0 * 256 ** float(text) for text in programs.values()]
+
+
 def test_a_task_without_differences_does_not_pass():
     programs = {"canonical": "1.0", **{f"variant {n}": "1.0" for n in range(10)}}
     found = curate(programs, [from_generator(lambda size, rng: ([0] * size,))], machine())

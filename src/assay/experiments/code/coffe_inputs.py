@@ -35,8 +35,8 @@ from assay.methods.core.programs.workers import Outcome, Workers
 from assay.methods.core.sandbox import Limits
 from assay.workloads.programs.task import Task
 
-CONTRACTS, DELETED, RANDOM, DOUBLED, TESTS, WORST = (
-    "contracts", "no contracts", "random", "doubled", "original tests", "hand-made worst cases",
+CONTRACTS, DELETED, RANDOM, DOUBLED, DEAREST, TESTS, WORST = (
+    "contracts", "no contracts", "random", "doubled", "contracts, dearest of all", "original tests", "hand-made worst cases",
 )  # fmt: skip
 ARMS: dict[str, tuple[Sequence[str], bool]] = {
     CONTRACTS: (MANNERS, True),
@@ -112,6 +112,7 @@ def seen_of(
         right = right_of(workers, task, programs, [*tests, *(task.arguments(0, number) for number in range(10))])
         inputs = {
             **{arm: found[: wanted if arm == CONTRACTS else OTHERS] for arm, found in made.inputs.items()},
+            DEAREST: dearest(workers, task, made.inputs[CONTRACTS]),
             TESTS: tests[:wanted],
             WORST: [task.arguments(level, number) for number in range(OTHERS)],
         }
@@ -169,6 +170,13 @@ def inputs_of(task: Task, workers: Workers, tests: Sequence[tuple[Any, ...]], *,
         inputs[arm] = [args for args in evaluated(run, found.inputs) if args is not None]
         proposed[arm] = found.proposed
     return Made(contracts.accepted, inputs, proposed)
+
+
+def dearest(workers: Workers, task: Task, cases: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Of the inputs those that the canonical program spends most on, in one run each: what more selection than the paper's would give."""
+    costs = [row[0].cost or 0.0 for row in workers.run(task.programs[CANONICAL], task.entry_point, cases)]
+    best = sorted(range(len(cases)), key=lambda n: -costs[n])[:OTHERS]
+    return [cases[n] for n in best]
 
 
 def right_of(

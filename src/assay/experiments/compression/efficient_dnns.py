@@ -8,48 +8,288 @@ measured with people; no experiment here stands for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from assay.experiments.compression.efficient_dnns_codesign import (
-    ARMS,
-    CODESIGN,
-    COMPILED,
-    TIMED,
-    drawn_digits,
-    fresh,
-    judged,
-    whole_networks,
-)
-from assay.experiments.compression.efficient_dnns_digits import digits_of, forward, nearest_mean
-from assay.experiments.compression.efficient_dnns_search import (
-    BATCH,
-    SEARCH,
-    Found,
-    Tried,
-    of_seed,
-    space_of_digits,
-    table_of_digits,
-    typical,
-)
 from assay.experiments.core import Figure, Guard, Operator, Quality, Trained, Trial, experiment
-from assay.experiments.mixers.training import in_parallel
-from assay.experiments.rates import chosen
+from assay.experiments.rates import chosen, searched
 from assay.experiments.seeds import paired
 from assay.measure.clock import compare_many
 from assay.measure.stats import student_interval
-from assay.methods.compression.efficient_dnns import CostTable, counted_table
+from assay.methods.compression.efficient_dnns import (
+    CostTable,
+    Net,
+    Space,
+    SuperNet,
+    counted_table,
+    dirac_net,
+    fbnet_loss,
+    fbnet_space,
+    measured_table,
+    resnet,
+    search,
+    shiftresnet,
+    squeezenext_23,
+    with_bits,
+)
+from assay.workloads.images import digits_split, photograph
+
+Data = tuple[Tensor, Tensor]
+Architecture = tuple[str, ...]
+
+PARTS = {"weights": slice(0, 800), "theta": slice(800, 1000), "choose": slice(1000, None)}
+"""Of the digits for training: for weights and theta 80 and 20 %, as in the paper, and the rest for choosing learning rates."""
+
+
+@cache
+def digits_of(part: str) -> Data:
+    """The digits of a part of `PARTS`, or of "test": images (n, 1, 8, 8), labels (n,)."""
+    images, labels, test_images, test_labels = digits_split(seed=0)
+    if part == "test":
+        return test_images, test_labels
+    return images[PARTS[part]], labels[PARTS[part]]
+
+
+def batches(data: Data, batch: int, generator: torch.Generator) -> Iterator[Data]:
+    """One pass over the data in a random order, without a last batch that is smaller."""
+    images, labels = data
+    order = torch.randperm(len(images), generator=generator)
+    for picks in order[: len(order) // batch * batch].split(batch):
+        yield images[picks], labels[picks]
+
+
+def train(net: nn.Module, data: Data, rate: float, epochs: int, seed: int, batch: int = 64) -> int:
+    """SGD with momentum 0.9, the rate falling to 0 on half a cosine; returns the number of images passed.
+
+    Raises ValueError for a loss that is not finite.
+    """
+    optimizer = torch.optim.SGD(net.parameters(), rate, momentum=0.9, weight_decay=1e-4)
+    steps = epochs * (len(data[0]) // batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    generator = torch.Generator().manual_seed(seed)
+    net.train()
+    for _ in range(epochs):
+        for images, labels in batches(data, batch, generator):
+            loss = F.cross_entropy(net(images), labels)
+            if not math.isfinite(float(loss.detach())):
+                raise ValueError(f"the loss is not finite at rate {rate:g}")
+            optimizer.zero_grad()
+            torch.autograd.backward([loss])
+            optimizer.step()
+            schedule.step()
+    return steps * batch
+
+
+@torch.no_grad()
+def logits_of(net: nn.Module, images: Tensor) -> Tensor:
+    """What the network says in inference, (n, classes)."""
+    net.eval()
+    return torch.cat([net(part) for part in images.split(256)])
+
+
+def forward(net: Any, images: Tensor) -> Tensor:
+    """One pass in inference: what is timed."""
+    with torch.inference_mode():
+        out: Tensor = net(images)
+    return out
+
+
+def accuracy(net: nn.Module, data: Data) -> float:
+    """The share of the images that are told right."""
+    return float((logits_of(net, data[0]).argmax(1) == data[1]).double().mean())
+
+
+def nearest_mean(data: Data, test: Data) -> float:
+    """The accuracy of the trivial rule: the class whose average image is the nearest."""
+    (images, labels), (unseen, wanted) = data, test
+    means = torch.stack([images[labels == label].flatten(1).mean(0) for label in labels.unique()])
+    found = labels.unique()[torch.cdist(unseen.flatten(1), means).argmin(1)]
+    return float((found == wanted).double().mean())
+
 
 # ----------------------------------------------------------------------------------- the search: how much it costs, what it finds
 
+SEARCH = "efficient_dnns/search"
+OPERATORS = ("k3_e1", "k3_e3", "k5_e3", "k3_e6", "skip")
+BATCH = 64  # images of the tabled latency: on a single 8-pixel image all operators wait for the interpreter alike
 SEARCHING = Operator(
     "architecture search",
     free="random search: networks drawn at random, trained alike until one is as good",
 )
+
+
+def space_of_digits() -> Space:
+    """Six layers of inverted bottlenecks over 8 x 8 digits, of five operators each (four where width and size change)."""
+    return fbnet_space(
+        [(16, 3, 1), (32, 3, 2)], stem=16, stem_stride=1, operators=OPERATORS, num_classes=10, in_chans=1
+    )
+
+
+def table_of_digits(space: Space) -> CostTable:
+    """Microseconds of every operator on a batch of digits, on this machine."""
+    return measured_table(space, digits_of("weights")[0][:BATCH], rounds=10)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A network that was trained: FBNet's loss on the part kept for choosing, and on the test digits; accuracy; MACs of its training."""
+
+    architecture: Architecture
+    chosen_by: float
+    loss: float
+    accuracy: float
+    macs: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """One seed of the search: the space, its two tables, and how candidates are trained."""
+
+    space: Space
+    latency: CostTable
+    macs: CostTable  # of one image
+    epochs: int  # of a candidate
+    rate: float
+    seed: int
+    known: dict[tuple[Architecture, float], Tried] = field(default_factory=dict)
+
+    def tried(self, architecture: Architecture, rate: float | None = None) -> Tried:
+        """Train that network from scratch on the weights' part; a second time it would come out the same, and is looked up."""
+        key = (architecture, rate or self.rate)
+        if key in self.known:
+            return self.known[key]
+        torch.manual_seed(self.seed)
+        net = self.space.network(architecture)
+        images = train(net, digits_of("weights"), key[1], self.epochs, self.seed)
+        cost = torch.tensor(self.latency.cost(architecture))
+        losses = [
+            float(fbnet_loss(logits_of(net, part[0]), part[1], cost)) for part in map(digits_of, ("theta", "test"))
+        ]
+        macs = 3.0 * images * self.macs.cost(architecture)  # forward, and twice as much back
+        self.known[key] = Tried(architecture, losses[0], losses[1], accuracy(net, digits_of("test")), macs)
+        return self.known[key]
+
+    def largest(self) -> Architecture:
+        """The operator of most MACs at every layer: the network that nobody searched."""
+        return tuple(max(layer, key=lambda name: layer[name]) for layer in self.macs.layers)
+
+
+def best_of(tried: Sequence[Tried]) -> Tried:
+    """The one that the part kept for choosing prefers."""
+    return min(tried, key=lambda one: one.chosen_by)
+
+
+def typical(tried: Sequence[Tried]) -> float:
+    """The geometric mean of their losses on test digits: the guard's margin is a share, and losses differ by factors."""
+    return math.exp(float(np.mean([math.log(one.loss) for one in tried])))
+
+
+def by_gradients(task: Task, epochs: int, draws: int, rate: float) -> tuple[Tried, float]:
+    """DNAS: search, train the most likely network and some that are drawn, keep the best; and the MACs of all that."""
+    torch.manual_seed(task.seed)
+    net = SuperNet(task.space)
+    found = search(
+        net, task.latency, digits_of("weights"), digits_of("theta"), epochs=epochs, warmup=max(1, epochs // 9),
+        batch=32, rate=rate, theta_rate=0.1, seed=task.seed,
+    )  # fmt: skip
+    everything = task.macs.fixed + sum(sum(layer.values()) for layer in task.macs.layers)
+    macs = 3.0 * found.images * everything  # as for a candidate, though a step of theta needs no gradients of weights
+    generator = torch.Generator().manual_seed(task.seed)
+    wanted = dict.fromkeys([found.best, *(net.sample(generator) for _ in range(draws))])
+    tried = [task.tried(architecture) for architecture in wanted]
+    return best_of(tried), macs + sum(one.macs for one in tried)
+
+
+def by_reinforcement(task: Task, candidates: int, rate: float = 0.3) -> list[Tried]:
+    """The paper's rival: a policy, one distribution a layer, that is rewarded for less of FBNet's loss (REINFORCE).
+
+    The advantage is the reward less its mean so far, over its spread. MnasNet's policy is a recurrent network; over so few layers a
+    table does (our choice). Every candidate is trained from scratch; one that comes again is looked up, and costs nothing again.
+    """
+    torch.manual_seed(task.seed)
+    policy = [torch.zeros(len(layer), requires_grad=True) for layer in task.space.layers]
+    optimizer = torch.optim.Adam(policy, rate)
+    generator = torch.Generator().manual_seed(1000 + task.seed)
+    tried: list[Tried] = []
+    for _ in range(candidates):
+        picks = [int(torch.multinomial(row.detach().softmax(0), 1, generator=generator)) for row in policy]
+        names = tuple(list(layer)[pick] for layer, pick in zip(task.space.layers, picks, strict=True))
+        tried.append(task.tried(names))
+        rewards = np.array([-one.chosen_by for one in tried])
+        if len(tried) < 3:
+            continue
+        advantage = float((rewards[-1] - rewards.mean()) / (rewards.std() + 1e-9))
+        likely = torch.stack([row.log_softmax(0)[pick] for row, pick in zip(policy, picks, strict=True)]).sum()
+        optimizer.zero_grad()
+        torch.autograd.backward([-advantage * likely])
+        optimizer.step()
+    return tried
+
+
+def at_random(task: Task, candidates: int) -> list[Tried]:
+    """Different networks drawn at random, each trained as all are; the whole space where it has no more."""
+    generator = torch.Generator().manual_seed(2000 + task.seed)
+    wanted: dict[Architecture, None] = {}
+    while len(wanted) < min(candidates, math.prod(len(layer) for layer in task.space.layers)):
+        wanted[task.space.random(generator)] = None
+    return [task.tried(architecture) for architecture in wanted]
+
+
+def cost_in_order(tried: Sequence[Tried], goal: float) -> float:
+    """MACs until a network is as good as `goal` on the part kept for choosing; of all of them where none is. Each is paid for once."""
+    paid: dict[Architecture, float] = {}
+    for one in tried:
+        paid[one.architecture] = one.macs
+        if one.chosen_by <= goal:
+            break
+    return sum(paid.values())
+
+
+def cost_in_any_order(tried: Sequence[Tried], goal: float) -> float:
+    """The mean of that over all orders: of n networks of which m are good enough, (n + 1) / (m + 1) are tried, at most n."""
+    good = sum(one.chosen_by <= goal for one in tried)
+    number = min(len(tried), (len(tried) + 1) / (good + 1))
+    return number * sum(one.macs for one in tried) / len(tried)
+
+
+@searched(SEARCH, arms=("super-net", "network", "largest"), grid=(0.01, 0.03, 0.1, 0.3, 1.0))
+def search_rate(arm: str, rate: float) -> float:
+    """The cross entropy on the digits kept for the choice of rates, after a training as long as that of `small`.
+
+    Of the super-net: with the likeliest operators alone. Of "network": the mean over three random ones.
+    """
+    space = space_of_digits()
+    weights, held = digits_of("weights"), digits_of("choose")
+    macs = counted_table(space, weights[0][:1], "macs")
+    task = Task(space, macs, macs, 8, rate, 100)
+    if arm == "super-net":
+        torch.manual_seed(task.seed)
+        whole = SuperNet(space)
+        search(
+            whole, macs, weights, digits_of("theta"), epochs=6, warmup=1, batch=32, rate=rate, theta_rate=0.1,
+            seed=task.seed,
+        )  # fmt: skip
+        hot = [F.one_hot(theta.argmax(), len(theta)).float() for theta in whole.thetas()]
+        with torch.no_grad():  # statistics of batch norms are those of mixtures: take the batch's own
+            whole.train()
+            return float(F.cross_entropy(whole(held[0], hot), held[1]))
+    generator = torch.Generator().manual_seed(task.seed)
+    networks = [task.largest()] if arm == "largest" else [space.random(generator) for _ in range(3)]
+    losses = []
+    for architecture in networks:
+        torch.manual_seed(task.seed)
+        net = space.network(architecture)
+        train(net, weights, rate, task.epochs, task.seed)
+        losses.append(float(F.cross_entropy(logits_of(net, held[0]), held[1])))
+    return sum(losses) / len(losses)
 
 
 @experiment(
@@ -102,12 +342,33 @@ def search_cost(epochs: int, candidates: int, train_epochs: int, draws: int, see
     table = table_of_digits(space)
     macs = counted_table(space, digits_of("weights")[0][:1], "macs")
     rates = {arm: chosen(SEARCH, arm) for arm in ("super-net", "network", "largest")}
-    each = {arm: rate.rate for arm, rate in rates.items()}
-    runs = [(seed, table, macs, each, epochs, candidates, train_epochs, draws) for seed in range(seeds)]
-    found: list[Found] = in_parallel(of_seed, runs)
-    ours, theirs = [one.ours for one in found], [one.theirs for one in found]
-    largest, random = [one.largest for one in found], [tried for one in found for tried in one.random]
-    gain = student_interval([one.gain for one in found])
+    ours: list[Tried] = []
+    theirs: list[Tried] = []
+    largest: list[Tried] = []
+    fastest: list[Tried] = []
+    rival: list[Tried] = []
+    random: list[Tried] = []
+    gains: list[float] = []
+    free: list[float] = []
+    spent: list[float] = []
+    reached: list[bool] = []
+    for seed in range(seeds):
+        task = Task(space, table, macs, train_epochs, rates["network"].rate, seed)
+        found, cost = by_gradients(task, epochs, draws, rates["super-net"].rate)
+        policy, drawn = by_reinforcement(task, candidates), at_random(task, candidates)
+        paid = cost_in_order(policy, found.chosen_by)
+        gains.append(math.log(paid / cost))
+        free.append(math.log(paid / cost_in_any_order(drawn, found.chosen_by)))
+        reached.append(best_of(policy).chosen_by <= found.chosen_by)
+        each = sum(one.macs for one in drawn) / len(drawn)
+        spent.append(cost / each)
+        rival.append(best_of(drawn[: max(1, int(cost / each))]))
+        random += drawn
+        ours.append(found)
+        theirs.append(best_of(policy))
+        largest.append(task.tried(task.largest(), rates["largest"].rate))
+        fastest.append(task.tried(table.cheapest()))
+    gain = student_interval(gains)
     base = typical(theirs)
     share = paired([math.log(one.loss) for one in ours], [math.log(one.loss) for one in theirs])
     floor = nearest_mean(digits_of("weights"), digits_of("test"))
@@ -123,7 +384,7 @@ def search_cost(epochs: int, candidates: int, train_epochs: int, draws: int, see
         math.exp(gain.low),
         math.exp(gain.high),
         baseline=1.0,
-        free=math.exp(float(np.mean([one.free for one in found]))),
+        free=math.exp(float(np.mean(free))),
         quality=Quality(
             typical(ours),
             base,
@@ -132,20 +393,20 @@ def search_cost(epochs: int, candidates: int, train_epochs: int, draws: int, see
             controls={
                 "deleted": typical(largest),
                 "random": typical(random),
-                "rival": typical([one.rival for one in found]),
-                "the fastest network": typical([one.fastest for one in found]),
+                "rival": typical(rival),
+                "the fastest network": typical(fastest),
             },
             rival="the best of as many random networks as DNAS's training would have paid for, at most of those tried",
         ),
         trained={
             "DNAS": trained(ours, "network"),
             "reinforcement": trained(theirs, "network"),
-            "random": trained([one.rival for one in found], "network"),
+            "random": trained(rival, "network"),
             "largest": trained(largest, "largest"),
         },
         details={
-            "networks that the search's training would have paid for": [one.spent for one in found],
-            "reinforcement got there": [one.reached for one in found],
+            "networks that the search's training would have paid for": spent,
+            "reinforcement got there": reached,
             "found": [list(one.architecture) for one in ours],
             "by reinforcement": [list(one.architecture) for one in theirs],
             "test loss": {"DNAS": [one.loss for one in ours], "reinforcement": [one.loss for one in theirs]},
@@ -263,10 +524,95 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
 
 # -------------------------------------------------------------------------------------------------- co-design: shifts for kernels
 
+CODESIGN = "efficient_dnns/codesign"
+CANVAS, DIGIT = 16, 12  # pixels a side: of the image, and of the digit on it
+ARMS = ("before", "shift", "none", "average", "few bits", "resnet", "shiftresnet")
+COMPILED = ("before", "shift", "average")
+TIMED = (*COMPILED, "resnet", "shiftresnet")
 BUILT = Operator(
     "a small network for images",
     free="the network before the co-design (ShuffleNetV2's units with depthwise convolutions), compiled with Inductor",
 )
+
+
+def codesigned(arm: str) -> Net:
+    """The network of an arm. All but the residual ones are one network that mixes neighbours in another way."""
+    if arm == "resnet":
+        return resnet(depths=(1, 1, 1), widths=(8, 16, 32), in_chans=1)
+    if arm == "shiftresnet":
+        return shiftresnet((1, 1, 1), (8, 16, 32), expansion=9, in_chans=1)
+    sizes: dict[str, Any] = {"last": 96, "pool_stem": False, "num_classes": 10, "in_chans": 1}
+    mix: Any = {"before": "depthwise", "few bits": "shift"}.get(arm, arm)
+    net = dirac_net((2, 2), (24, 48, 96), mix=mix, **sizes)
+    if arm == "few bits":
+        with_bits(net, weights=1, activations=4)
+    return net
+
+
+@cache
+def drawn_digits(part: str, n: int, seed: int) -> Data:
+    """`n` of a part's digits, enlarged to 12 pixels a side, each at a random place of a canvas of 16: (n, 1, 16, 16) in [-1, 1].
+
+    "train" is the part for weights and that for theta.
+    """
+    parts = ("weights", "theta") if part == "train" else (part,)
+    images, labels = (torch.cat(tensors) for tensors in zip(*map(digits_of, parts), strict=True))
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(images), (n,), generator=generator)
+    places = torch.randint(CANVAS - DIGIT + 1, (n, 2), generator=generator).tolist()
+    large = F.interpolate(images, (DIGIT, DIGIT), mode="bilinear")[picks, 0]
+    canvas = torch.zeros(n, 1, CANVAS, CANVAS)
+    for image, digit, (top, left) in zip(canvas, large, places, strict=True):
+        image[0, top : top + DIGIT, left : left + DIGIT] = digit
+    return 2 * canvas - 1, labels[picks]
+
+
+def fresh(arm: str) -> Any:
+    """The arm's network with its first weights, as it is timed: in inference, batch norms folded into convolutions, channels last."""
+    torch.manual_seed(0)
+    net: Any = codesigned(arm).eval()
+    for unit in [m for m in net.modules() if isinstance(m, nn.Sequential) and len(m) > 1]:
+        if isinstance(unit[0], nn.Conv2d) and isinstance(unit[1], nn.BatchNorm2d):
+            unit[0], unit[1] = fuse_conv_bn_eval(unit[0], unit[1]), nn.Identity()
+    return net.to(memory_format=torch.channels_last)
+
+
+def trained_net(arm: str, n: int, epochs: int, rate: float, seed: int) -> Net:
+    """The arm's network after its training; all arms of a seed see the same images in the same order."""
+    torch.manual_seed(seed)
+    net = codesigned(arm)
+    train(net, drawn_digits("train", n, seed), rate, epochs, seed, batch=64)
+    return net
+
+
+@searched(CODESIGN, arms=ARMS, grid=(0.01, 0.03, 0.1, 0.3, 1.0, 3.0))
+def codesign_rate(arm: str, rate: float) -> float:
+    """The cross entropy on digits kept for the choice."""
+    net = trained_net(arm, 1024, 6, rate, 100)
+    images, labels = drawn_digits("choose", 1000, 1_000_000)
+    return float(F.cross_entropy(logits_of(net, images), labels))
+
+
+def whole_networks() -> dict[str, dict[str, float]]:
+    """Parameters, MACs and milliseconds of the papers' networks for large images, on one photograph, with first weights, not compiled."""
+    from assay.measure.cost import count_cost
+
+    built = {
+        "SqueezeNext-23": (squeezenext_23(), 227),
+        "ShuffleNetV2's units": (dirac_net(mix="depthwise"), 224),
+        "DiracDeltaNet": (dirac_net(), 224),
+        "DiracDeltaNet without shifts": (dirac_net(mix="none"), 224),
+    }
+    picture = photograph("china")[None]
+    inputs = {name: F.interpolate(picture, (side, side), mode="bilinear") for name, (_, side) in built.items()}
+    runs = {name: partial(forward, net.eval(), inputs[name]) for name, (net, _) in built.items()}
+    timings = compare_many(runs, rounds=6, max_seconds=10.0)
+    found = {}
+    for name, (net, _) in built.items():
+        cost = count_cost(net, inputs[name])
+        milliseconds = 1e3 * float(np.median(timings.seconds[name]))
+        found[name] = {"parameters": cost.params, "macs": cost.macs, "bytes": cost.bytes, "milliseconds": milliseconds}
+    return found
 
 
 def refutes(record: Mapping[str, Any]) -> bool:
@@ -329,9 +675,11 @@ def codesign_speedup(batch: int, train: int, epochs: int, seeds: int, compiled: 
 
     def measured() -> dict[str, list[float]]:
         if not found:
-            runs = [(arm, train, epochs, rates[arm].rate, seed) for arm in ARMS for seed in range(seeds)]
-            for (arm, *_), share in zip(runs, in_parallel(judged, runs), strict=True):
-                found.setdefault(arm, []).append(share)
+            test = drawn_digits("test", 2000, 1_000_001)
+            for arm in ARMS:
+                found[arm] = [
+                    accuracy(trained_net(arm, train, epochs, rates[arm].rate, seed), test) for seed in range(seeds)
+                ]
         return found
 
     def quality() -> Quality:

@@ -242,9 +242,3 @@ def csr_network(model: nn.Module) -> nn.Module:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, SparseConv1x1)}
     swap(model, {name: CsrConv1x1(layer) for name, layer in layers.items()})
     return model
-
-
-def accuracy_of(trainer: Trainer, arm: str, rate: float, seed: int) -> float:
-    """The accuracy of a trained arm; of the pruned one as it is timed, with sparse layers."""
-    model: nn.Module = trainer.run(arm, rate, seed)
-    return trainer.accuracy(sparse_network(model)[0] if arm == "pruned" else model)

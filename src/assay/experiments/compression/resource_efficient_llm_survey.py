@@ -534,7 +534,7 @@ TIMES: dict[str, dict[str, Any]] = {
         "new_tokens": 3,
         "repeats": 1,
     },
-    "small": {"models": MODELS, "formats": THREE, "threads": [0], "tokens": [128, 512], "new_tokens": 4, "repeats": 1},
+    "small": {"models": MODELS, "formats": FOUR, "threads": [0], "tokens": [128, 512], "new_tokens": 4, "repeats": 2},
     "full": {
         "models": MODELS,
         "formats": FOUR,
@@ -546,7 +546,7 @@ TIMES: dict[str, dict[str, Any]] = {
 }
 LONG: dict[str, dict[str, Any]] = {
     **TIMES,
-    "small": {**TIMES["small"], "tokens": [128, 1024], "new_tokens": 12},
+    "small": {**TIMES["small"], "tokens": [128, 1024], "new_tokens": 24, "repeats": 1},
 }
 
 
@@ -610,7 +610,7 @@ ORDERS: dict[str, dict[str, Any]] = {
         "new_tokens": 3,
         "repeats": 1,
     },
-    "small": {"models": MODELS, "formats": THREE, "threads": 0, "tokens": [64, 512], "new_tokens": 4, "repeats": 1},
+    "small": {"models": MODELS, "formats": FOUR, "threads": 0, "tokens": [64, 512], "new_tokens": 8, "repeats": 1},
     "full": {
         "models": MODELS,
         "formats": FOUR,

@@ -138,7 +138,8 @@ def _container(value: Any, column: list[Any], manner: str, times: int, size: int
         return f"sorted({text}{', reverse=True' if manner == 'reversed' else ''})"
     if manner == "shuffled" and kind is list and all(type(item) is int for item in items):
         return f"random.sample(range(1, {size + 1}), {size})"
-    if manner == "shuffled" and not flat and all(type(cell) is int for item in items for cell in item):
+    tables = kind is list and all(isinstance(item, list) for item in items)
+    if manner == "shuffled" and tables and all(type(cell) is int for item in items for cell in item):
         side = max(int(size**0.5), 1)
         cells = f"random.sample(range(1, {side * side + 1}), {side * side})"
         return f"(lambda n, cells: [cells[k * n:k * n + n] for k in range(n)])({side}, {cells})"

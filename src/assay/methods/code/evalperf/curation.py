@@ -21,7 +21,8 @@ from assay.methods.code.evalperf.inputs import Args, Sampled, Stops, Synthesiser
 
 
 class Outcome(Protocol):
-    """One run of a program: `state` is "returned", "time" and "memory" where it gave up, or anything else; `cost` None unless returned."""
+    """One run of a program: `state` is "returned", "time" and "memory" where it gave up, or anything else; `cost`, above 0, None unless it
+    returned."""
 
     @property
     def state(self) -> str: ...
@@ -80,12 +81,15 @@ def curate(
         ]
     costs = [_median(_profile(run(programs[canonical], one.args))) for one in candidates if one.args is not None]
     profiled: dict[int, tuple[tuple[float, ...], ...]] = {}
+    asked = list(programs)
 
     def all_finish(index: int) -> bool:
-        found = profiles_on(programs, candidates[index].args or (), run)
-        if found is not None:
-            profiled[index] = found
-        return found is not None
+        found = profiles_on({name: programs[name] for name in asked}, candidates[index].args or (), run)
+        if isinstance(found, str):  # what does not finish here is asked first on the next candidate
+            asked.insert(0, asked.pop(asked.index(found)))
+            return False
+        profiled[index] = tuple(found[name] for name in programs)
+        return True
 
     best = choose_input(costs, all_finish)
     profiles = None if best is None else profiled[best]
@@ -94,15 +98,15 @@ def curate(
     return Curated(tuple(programs), tuple(sampled), chosen, profiles, suitability(profiles, filters), levels)
 
 
-def profiles_on(programs: Mapping[str, str], args: Args, run: Run) -> tuple[tuple[float, ...], ...] | None:
-    """The costs of each program on an input, one a repeat; None as soon as one of them does not finish."""
-    found = []
-    for text in programs.values():
+def profiles_on(programs: Mapping[str, str], args: Args, run: Run) -> dict[str, tuple[float, ...]] | str:
+    """The costs of each program on an input, one a repeat; the name of the first that does not finish, if there is one."""
+    found = {}
+    for name, text in programs.items():
         profile = _profile(run(text, args))
         if profile is None:
-            return None
-        found.append(profile)
-    return tuple(found)
+            return name
+        found[name] = profile
+    return found
 
 
 def _ended(outcomes: Sequence[Outcome]) -> str:

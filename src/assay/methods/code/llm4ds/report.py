@@ -2,7 +2,8 @@
 
 Success is counted by tasks: of several attempts the first counts, and all of them together are looked at by a mixed model. Models are
 compared on tasks that all of them tried, times on tasks that all of them solved. Families of tests are adjusted by Holm: all models against
-one rate (rates are tested one after the other, nested as they are: no further adjustment is needed), all models by one factor, all pairs.
+one rate, all models by one factor, all pairs. Several rates are several families: for one model they are nested, so that the lowest
+that is not passed ends the matter, but over all models and rates together errors add up a little.
 """
 
 from __future__ import annotations
@@ -335,6 +336,10 @@ def _guards(
         )
     if len(first) > 1:
         found.append(f"{len(first)} models: p-values are adjusted by Holm, and the adjusted ones decide.")
+        if len(p0) > 1:
+            found.append(
+                f"{len(p0)} rates: each is a family of tests of its own; over all of them errors add up a little."
+            )
     return found
 
 

@@ -355,7 +355,9 @@ several the first). Return the matplotlib figure."""
 
 
 def cases(rng):
-    yield ([rng.randint(0, 9) + (12 if 12 <= at <= 20 else 0) for at in range(40)],)
+    values = [rng.randint(0, 9) + (12 if 12 <= at <= 20 else 0) for at in range(40)]
+    yield ([*values[:35], 99, *values[36:]],)  # a peak of one number, and one of the mean
+    yield (values,)
 
 
 def answer(values):
