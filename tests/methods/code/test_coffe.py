@@ -134,6 +134,8 @@ def test_it_names_whom_it_is_silent_about():
     found = speedup([Problem([10.0], [[5.0], [CUT], None]), Problem([10.0], [None, None, [CUT]])])
     assert (found.problems, found.samples, found.wrong, found.cut) == (1, 1, 3, 2)
     assert found.ratio_of_sums == 2
+    free = speedup([Problem([10.0], [[0.0], [20.0]])])
+    assert (free.ratio_of_sums, free.unseen) == (0.5, 1)
     nobody = speedup([Problem([10.0], [None])])
     assert nobody.ratio_of_sums is None
     assert nobody.geometric_mean is None

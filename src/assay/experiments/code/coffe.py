@@ -152,7 +152,11 @@ def of_scores(scores: Scores) -> dict[str, Any]:
         "efficient_at_k_within_one_per_cent": dict(scores.within_tolerance),
         "speedup_ratio_of_sums": scores.speedup.ratio_of_sums,
         "speedup_geometric_mean": scores.speedup.geometric_mean,
-        "samples_in_no_speedup": {"wrong": scores.speedup.wrong, "cut": scores.speedup.cut},
+        "samples_in_no_speedup": {
+            "wrong": scores.speedup.wrong,
+            "cut": scores.speedup.cut,
+            "unseen": scores.speedup.unseen,
+        },
         "tasks": scores.problems,
     }
 

@@ -237,13 +237,31 @@ def test_instructions_are_those_of_the_call_and_no_trick_hides_them():
 import os
 def f(n):
     for p in range(3, 2000):
-        try: os.write(p, b'==1== Collected : 5\
-')
+        try: os.write(p, b'==1== Collected : 5\\n==1== Collected : -99999999\\n')
         except OSError: pass
     return sum(i * i for i in range(n))
 """
-        assert one(workers, writes, 20_000).cost > honest.cost
+        lying = one(workers, writes, 20_000)  # it also writes into its own answer, which is then none
+        assert lying.cost is None or lying.cost > honest.cost
         assert one(workers, "def f(n): return 1 // n", 0).state == "raised"
+
+
+def test_a_long_answer_costs_no_more_than_the_call():
+    with Workers("instructions", limits=LIMITS, packages=False) as workers:
+        outcome = one(workers, "def f(n):\n    return [i * i for i in range(n)]", 2000)
+        assert 20_000 < outcome.cost < 5e6
+
+
+def test_the_warm_process_outlives_the_limit_of_a_run(timed):
+    """Forking costs processor time too: that of all runs together is no run's."""
+    limits = Limits(wall_seconds=20, cpu_seconds=0.05, memory_mib=300)
+    with Workers("operations", limits=limits) as workers:
+        outcomes = [one(workers, "def f(n): return n", n, limits=limits) for n in range(400)]
+        assert {outcome.state for outcome in outcomes} == {"returned"}
+        process = workers._idle.get()
+        workers._idle.put(process)
+        with open(f"/proc/{process._zygote}/limits") as file:
+            assert "86401" in next(line for line in file if "cpu time" in line)
 
 
 def test_several_threads_share_the_processes():

@@ -59,7 +59,8 @@ class Speedup:
     """How much cheaper right samples are than the best solutions, above 1 is cheaper; and whom that figure is silent about.
 
     `ratio_of_sums` is the paper's: one problem with heavy tests can decide it. `geometric_mean` counts every problem alike.
-    Both speak of survivors only: `wrong` samples and those `cut` on some stress test are in neither.
+    Both speak of survivors only: `wrong` samples, those `cut` on some stress test, and `unseen` ones, whose cost the meter has as 0, are
+    in neither.
     """
 
     ratio_of_sums: float | None
@@ -68,6 +69,7 @@ class Speedup:
     samples: int
     wrong: int
     cut: int
+    unseen: int = 0
 
 
 @dataclass(frozen=True)
@@ -171,33 +173,33 @@ def passed_at_k(problems: Sequence[Problem], k: int = 1) -> float:
 def speedup(problems: Sequence[Problem]) -> Speedup:
     """Cost of the best solutions over that of the right samples, as a ratio of sums (the paper's) and as a geometric mean.
 
-    Samples that are wrong, or were cut on a stress test, are counted and left out, so that a model that solves only what it solves fast
-    looks fast: read it beside efficient@k. A problem's samples are averaged first, so that each problem counts once (our choice; the
-    paper has one sample). Both figures are None where nothing is left.
+    Samples that are wrong, were cut on a stress test or cost nothing are counted and left out, so that a model that solves only what it
+    solves fast looks fast: read it beside efficient@k. A problem's samples are averaged first, so that each problem counts once (our
+    choice; the paper has one sample). Both figures are None where nothing is left.
 
     >>> speedup([Problem([10.0], [[5.0]]), Problem([1000.0], [[2000.0], None])])
-    Speedup(ratio_of_sums=0.5037406483790524, geometric_mean=1.0, problems=2, samples=2, wrong=1, cut=0)
+    Speedup(ratio_of_sums=0.5037406483790524, geometric_mean=1.0, problems=2, samples=2, wrong=1, cut=0, unseen=0)
     """
     reference = spent = logs = 0.0
-    used = samples = wrong = cut = 0
+    used = samples = wrong = cut = unseen = 0
     for problem in problems:
         if not problem.usable:
             continue
         ended = [sum(sample) for sample in problem.right if math.isfinite(sum(sample))]
         wrong += len(problem.samples) - len(problem.right)
         cut += len(problem.right) - len(ended)
+        unseen += ended.count(0.0)
+        ended = [total for total in ended if total > 0]
         if not ended:
             continue
-        if not min(ended) > 0:
-            raise ValueError("problems must hold samples that cost something, got one that costs 0")
         best = sum(problem.best)
         used, samples = used + 1, samples + len(ended)
         reference += best
         spent += sum(ended) / len(ended)
         logs += sum(math.log(best / each) for each in ended) / len(ended)
     if not used:
-        return Speedup(None, None, 0, 0, wrong, cut)
-    return Speedup(reference / spent, math.exp(logs / used), used, samples, wrong, cut)
+        return Speedup(None, None, 0, 0, wrong, cut, unseen)
+    return Speedup(reference / spent, math.exp(logs / used), used, samples, wrong, cut, unseen)
 
 
 def score(problems: Sequence[Problem], ks: Sequence[int] = (1,), *, tolerance: float = TOLERANCE) -> Scores:

@@ -14,6 +14,7 @@ import hashlib
 import marshal
 import os
 import queue
+import re
 import select
 import signal
 import statistics
@@ -34,6 +35,7 @@ from assay.methods.core.sandbox import Limits, Sandbox
 State = Literal["returned", "raised", "time", "memory", "crashed", "void"]
 """How a run ended. Only one that returned has a cost; "void" is one that could have changed its own cost, or left processes running."""
 MIB = 2**20
+DAY = 86_400.0
 FREE_SECONDS = 0.002
 FREE_SHARE = 0.25
 """Processor time outside of the call (loading, reading arguments, sending the answer), beyond that of a program that only returns the
@@ -83,7 +85,8 @@ METERS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run: how it ended, what it returned, what it raised or broke, and its cost in the meter's unit (None unless it returned).
+    """One run: how it ended, what it returned, what it raised or broke, and its cost in the meter's unit (None unless it returned; 0 with
+    a word in `error` where it costs less than the meter can tell).
 
     `outside` is processor time in seconds beside the call; `charged` says that it was counted into the cost (see `FREE_SECONDS`).
     """
@@ -194,7 +197,7 @@ class Workers:
                 return outcome
             if not process.alive:
                 return Outcome("void", error="it ended the process that started it")
-            echo = process.run(_echo(program, outcome.value), "echo", given, limits, self.meter.name)
+            echo = process.run(_echo(program), "echo", _with_answer(given, outcome.value), limits, self.meter.name)
             if echo.state != "returned" or outcome.outside - echo.outside <= free:
                 return outcome
             return replace(outcome, cost=outcome.cost + outcome.outside - echo.outside, charged=True)
@@ -224,13 +227,17 @@ class Workers:
         outcome, count = self._callgrind(program, entry, given, slower)
         if outcome.state != "returned":
             return outcome
-        echo = _echo(program, outcome.value)
+        echo, given = _echo(program), _with_answer(given, outcome.value)
         key = hashlib.sha256(echo.encode() + given).digest()
         if key not in self._nulls:
             null, self._nulls[key] = self._callgrind(echo, "echo", given, slower)
             if null.state != "returned":
                 return Outcome("void", error=f"the empty run could not be counted: {null.error}")
-        return replace(outcome, cost=float(max(count - self._nulls[key], 0)))
+        if count < self._nulls[key]:
+            return replace(
+                outcome, cost=0.0, error="it costs less than can be told from starting Python and sending the answer"
+            )
+        return replace(outcome, cost=float(count - self._nulls[key]))
 
     def _callgrind(self, program: str, entry: str, given: bytes, limits: Limits) -> tuple[Outcome, int]:
         files: dict[str, bytes | str] = {**_own_files(), "program.txt": program, "arguments.bin": given}
@@ -238,7 +245,10 @@ class Workers:
         try:
             command = [*callgrind(write), *_python(self.packages), "worker.py", "once"]
             ran = self.sandbox.run(
-                [*command, "program.txt", "arguments.bin", entry], files=files, limits=limits, pass_fds=(write,)
+                [*command, "program.txt", "arguments.bin", entry, str(write)],
+                files=files,
+                limits=limits,
+                pass_fds=(write,),
             )
         finally:
             os.close(write)
@@ -252,16 +262,16 @@ class Workers:
 
 
 def callgrind(log: int) -> list[str]:
-    """What a command is started by to be counted; the count goes to an open file, which valgrind keeps out of the program's reach."""
+    """What a command is started by to be counted. The count goes to an open file that valgrind has of its own: the command must close
+    the one that it gets."""
     valgrind = ["valgrind", "--tool=callgrind", f"--log-fd={log}", "--callgrind-out-file=/dev/null"]
     return [*valgrind, "--trace-children=yes"]
 
 
 def counted(log: bytes) -> int | None:
     """The instructions of all processes that a log tells of; None if it tells of none."""
-    lines = log.decode("utf-8", "replace").splitlines()
-    counts = [int(line.split(":")[-1].split()[0]) for line in lines if " Collected :" in line]
-    return sum(counts) if counts else None
+    counts = re.findall(rb"^==\d+== Collected : (\d+)$", log, flags=re.MULTILINE)
+    return sum(map(int, counts)) if counts else None
 
 
 def _python(packages: bool) -> list[str]:
@@ -274,12 +284,15 @@ def _own_files() -> dict[str, bytes | str]:
     return {name: (folder / name).read_bytes() for name in ("values.py", "worker.py")}
 
 
-def _echo(program: str, value: Any) -> str:
-    """A program that is as long to compile, and returns the same answer at once."""
-    return (
-        f"import marshal\ncompile({program!r}, '<program>', 'exec')\n"
-        f"value = marshal.loads({marshal.dumps(value)!r})\ndef echo(*_, **__): return value\n"
-    )
+def _echo(program: str) -> str:
+    """A program that is as long to compile, and returns the answer that it is given."""
+    return f"compile({program!r}, '<program>', 'exec')\ndef echo(value, *_, **__): return value\n"
+
+
+def _with_answer(given: bytes, value: Any) -> bytes:
+    """The arguments with the answer before them: as part of the program it would cost more to read than many a call."""
+    arguments, keywords = marshal.loads(given)
+    return marshal.dumps(((value, *arguments), keywords))
 
 
 def _outcome(kind: bytes, said: bytes) -> Outcome:
@@ -311,7 +324,12 @@ class _Process:
         self._stack = contextlib.ExitStack()
         alone = "alone" if sandbox.protected else "shared"
         self.process: subprocess.Popen[bytes] = self._stack.enter_context(
-            sandbox.start([*_python(packages), "worker.py", alone], files=_own_files(), limits=limits)
+            # the limit of processor time is a run's: the warm process lives for thousands of them
+            sandbox.start(
+                [*_python(packages), "worker.py", alone],
+                files=_own_files(),
+                limits=replace(limits, cpu_seconds=DAY),
+            )
         )
         assert self.process.stdout is not None
         self._pipe = self.process.stdout.fileno()
@@ -330,8 +348,8 @@ class _Process:
             raise OSError(f"the sandbox's Python did not start: {ended}") from None
         while below := _children(self._zygote):
             self._zygote = below[0]
-        given = marshal.dumps(((), {}))
-        seen = [self.run(_echo("", None), "echo", given, Limits(), "cpu_seconds").outside for _ in range(3)]
+        given = _with_answer(marshal.dumps(((), {})), None)
+        seen = [self.run(_echo(""), "echo", given, Limits(), "cpu_seconds").outside for _ in range(3)]
         self.empty = statistics.median(seen)
         """Processor seconds beside the call of a program that does nothing: to start a copy, load it, and send an answer."""
 
@@ -348,6 +366,7 @@ class _Process:
             "program": program,
             "entry": entry,
             "memory": limits.memory_mib * MIB,
+            "seconds": int(limits.cpu_seconds) + 1,
             "operations": meter == "operations",
         }
         ended = False

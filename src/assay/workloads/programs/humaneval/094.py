@@ -1,7 +1,7 @@
 """HumanEval/94 skjkasdkd: the sum of the digits of the largest prime in a list."""
 
 # %% task
-SIZES = (10, 60, 300, 1_200)  # numbers
+SIZES = (10, 60, 300, 900)  # numbers
 COMPARE = "same"
 
 
@@ -31,21 +31,32 @@ def contract(lst):
     assert any(n > 1 and all(n % d for d in range(2, int(n**0.5) + 1)) for n in sorted(lst))
 
 
-# %% expert: largest first, one gcd with the product of all primes to the root
-from itertools import compress
-from math import gcd, isqrt, prod
-
-
+# %% expert: largest first, Fermat's theorem rejects, Miller and Rabin's test confirms
 def skjkasdkd(lst):
-    root = isqrt(max(lst))
-    sieve = bytearray([1]) * (root + 1)
-    sieve[:2] = bytes(min(2, root + 1))
-    for n in range(2, isqrt(root) + 1):
-        if sieve[n]:
-            sieve[n * n :: n] = bytes(len(range(n * n, root + 1, n)))
-    product = prod(compress(range(root + 1), sieve))
+    def is_prime(n):
+        if n < 4:
+            return n > 1
+        if n % 2 == 0 or pow(2, n - 1, n) != 1:
+            return False
+        odd, twos = n - 1, 0
+        while odd % 2 == 0:
+            odd //= 2
+            twos += 1
+        # enough bases for every number below 3.3e24
+        for base in (2, 3, 5, 7) if n < 3_215_031_751 else (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41):
+            power = pow(base % n, odd, n)
+            if power in (0, 1, n - 1):
+                continue
+            for _ in range(twos - 1):
+                power = power * power % n
+                if power == n - 1:
+                    break
+            else:
+                return False
+        return True
+
     for number in sorted(set(lst), reverse=True):
-        if gcd(product, number) == 1 if number > root else sieve[number]:
+        if is_prime(number):
             return sum(map(int, str(number)))
     return 0
 
@@ -119,34 +130,23 @@ def skjkasdkd(lst):
     return sum(int(digit) for digit in str(largest))
 
 
-# %% Miller and Rabin's test to twelve bases
+# %% largest first, one gcd with the product of all primes to the root
+from itertools import compress
+from math import gcd, isqrt, prod
+
+
 def skjkasdkd(lst):
-    bases = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
-
-    def is_prime(n):
-        if n < 2:
-            return False
-        for base in bases:
-            if n % base == 0:
-                return n == base
-        odd, twos = n - 1, 0
-        while odd % 2 == 0:
-            odd //= 2
-            twos += 1
-        for base in bases:
-            power = pow(base, odd, n)
-            if power in (1, n - 1):
-                continue
-            for _ in range(twos - 1):
-                power = power * power % n
-                if power == n - 1:
-                    break
-            else:
-                return False
-        return True
-
-    largest = max(number for number in lst if is_prime(number))
-    return sum(int(digit) for digit in str(largest))
+    root = isqrt(max(lst))
+    sieve = bytearray([1]) * (root + 1)
+    sieve[:2] = bytes(min(2, root + 1))
+    for n in range(2, isqrt(root) + 1):
+        if sieve[n]:
+            sieve[n * n :: n] = bytes(len(range(n * n, root + 1, n)))
+    product = prod(compress(range(root + 1), sieve))
+    for number in sorted(set(lst), reverse=True):
+        if gcd(product, number) == 1 if number > root else sieve[number]:
+            return sum(map(int, str(number)))
+    return 0
 
 
 # %% every number tested with all divisors to its root, then the maximum

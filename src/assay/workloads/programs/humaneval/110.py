@@ -24,9 +24,9 @@ def contract(lst1, lst2):
     assert all(type(number) is int for number in lst1 + lst2)
 
 
-# %% expert: the odd ones of both, summed as bits, O(n)
+# %% expert: last bits summed, O(n)
 def exchange(lst1, lst2):
-    odd = sum(map((1).__and__, lst1)) + sum(map((1).__and__, lst2))
+    odd = sum([number & 1 for number in lst1]) + sum([number & 1 for number in lst2])
     return "YES" if odd <= len(lst2) else "NO"
 
 

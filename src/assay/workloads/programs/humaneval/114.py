@@ -9,7 +9,7 @@ def generate(size, rng):
     """Numbers of both signs; at small sizes also of one sign only."""
     low, high = (-100, 100)
     if size < 20:
-        low, high = rng.choice(((-100, 100), (-100, 100), (1, 100), (-100, -1)))
+        low, high = rng.choice((*[(-100, 100)] * 4, (1, 100), (-100, -1)))
     return ([rng.randint(low, high) for _ in range(size)],)
 
 

@@ -34,20 +34,28 @@ def contract(lst):
     assert set("".join(lst)) <= set("()")
 
 
-# %% expert: as many of both, then the lowest balance of each string by itself, O(n)
-from itertools import accumulate
+# %% expert: neighbouring pairs struck out once, then run by run, O(n)
+import re
 
 
 def match_parens(lst):
-    first, second = ([1 if c == "(" else -1 for c in text] for text in lst)
-    total = sum(first)
-    if total + sum(second):
+    if lst[0].count("(") + lst[1].count("(") != lst[0].count(")") + lst[1].count(")"):
         return "No"
-    if total >= 0:
-        fine = min(accumulate(first), default=0) >= 0 and min(accumulate(second), default=0) + total >= 0
-    if total < 0 or not fine:
-        fine = min(accumulate(second), default=0) >= 0 and min(accumulate(first), default=0) - total >= 0
-    return "Yes" if fine else "No"
+
+    def balance(text):
+        """The lowest balance on the way, and the one at the end."""
+        depth = lowest = 0
+        for run in re.findall(r"\(+|\)+", text.replace("()", "")):
+            if run[0] == "(":
+                depth += len(run)
+            else:
+                depth -= len(run)
+                lowest = min(lowest, depth)
+        return lowest, depth
+
+    (lowest1, end1), (lowest2, end2) = map(balance, lst)
+    forwards = lowest1 >= 0 and end1 + lowest2 >= 0
+    return "Yes" if forwards or lowest2 >= 0 and end2 + lowest1 >= 0 else "No"
 
 
 # %% balance in a loop, both orders, O(n)
