@@ -12,6 +12,7 @@ from typing import Any
 
 from assay.errors import InputError
 from assay.methods.core.programs.workers import Workers
+from assay.methods.core.sandbox import Limits
 from assay.workloads.programs.compare import Compare, named
 from assay.workloads.programs.task import UNKNOWN
 
@@ -95,7 +96,8 @@ def _evaluated(expression: Any, where: str) -> tuple[Any, ...]:
         ast.parse(expression, mode="eval")
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise InputError(f"{where}: python must be an expression: {error}") from None
-    with Workers() as workers:
+    limits = Limits(wall_seconds=60, cpu_seconds=20, memory_mib=2048, output_bytes=64 * 2**20)
+    with Workers(limits=limits) as workers:
         [[outcome]] = workers.run(f"def arguments():\n    return ({expression}\n)\n", "arguments", [()])
     if outcome.state != "returned":
         raise InputError(f"{where}: the expression {outcome.error}")

@@ -36,6 +36,9 @@ SUFFIXES: dict[str, Language] = {
     ".cxx": "cpp",
 }
 PAIRS = 10
+EXACT = ("operations",)
+"""Meters by which equal programs cost the same. Of the others equal figures are chance: memory is counted in pages, and what callgrind
+counts depends a little on where things lie, so that two pairs of equal programs can differ alike."""
 Say = Callable[[str], None]
 
 
@@ -142,8 +145,8 @@ def compare(
 ) -> Comparison:
     """Run two programs in turns (A B, B A, ...) on all cases; a pair is the whole list of cases by each.
 
-    Both are judged: by the expected answers, and where a case has none the new one by the answer of the old one. Costs of pairs that are
-    the same at every run (operations, instructions) need two pairs only. Errors are those of `measure`.
+    Both are judged: by the expected answers, and where a case has none the new one by the answer of the old one. Operations, the same at
+    every run, need two pairs only. Errors are those of `measure`.
     """
     checks.whole("pairs", pairs, low=1)
     calls = _calls(cases)
@@ -181,7 +184,7 @@ def compare(
     by_case = tuple(
         statistics.median(a) / statistics.median(b) if statistics.median(b) else float("nan") for a, b in each
     )
-    return Comparison(*names, meter, "", _ratio(totals), tuple(totals), by_case)
+    return Comparison(*names, meter, "", _ratio(totals, exact=meter in EXACT), tuple(totals), by_case)
 
 
 def compare_suites(
@@ -233,11 +236,11 @@ def _suite(path: Path, tests: Path | None, name: str) -> Program:
     raise InputError(f"--pytest wants two folders with tests, or two files and a file of tests, got {path} and {tests}")
 
 
-def _ratio(totals: Sequence[tuple[float, float]]) -> Interval:
-    """Costs that are the same every time have no noise: their ratio is exact."""
-    if len(set(totals)) == 1 and len(totals) > 1:
-        exact = totals[0][0] / totals[0][1]
-        return Interval(exact, exact, exact, len(totals))
+def _ratio(totals: Sequence[tuple[float, float]], *, exact: bool = False) -> Interval:
+    """By a meter that is `exact`, costs that are the same in two pairs have no noise: neither has their ratio."""
+    if exact and len(set(totals)) == 1 and len(totals) > 1:
+        known = totals[0][0] / totals[0][1]
+        return Interval(known, known, known, len(totals))
     return paired_ratio([a for a, _ in totals], [b for _, b in totals])
 
 

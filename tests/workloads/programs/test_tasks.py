@@ -88,6 +88,11 @@ def test_formats_of_others(tmp_path):
         space["check"](lambda x: x)
     assert (second.id, second.programs["canonical"]) == ("X/1", "def g(x):\n    return x\n")
 
+    sanitized = mbpp | {"test_imports": ["import math"], "test_list": ["assert math.isclose(add(1), 2)"]}
+    path.with_name("s.jsonl").write_text(json.dumps(sanitized))
+    exec(read_tasks(path.with_name("s.jsonl"))[0].test, space)
+    space["check"](lambda x: x + 1)
+
     samples = tmp_path / "samples.jsonl"
     known = {task.id: task for task in (first, second)}
     write_samples(samples, {"X/1": ["def g(x): return 1", "def g(x): return 2"]})
@@ -116,3 +121,14 @@ def test_bad_lines_are_named(tmp_path, text, says):
         read_tasks(path)
     with pytest.raises(InputError, match="cannot be read"):
         read_tasks(tmp_path / "nothing.jsonl")
+    good = {"task_id": 1, "code": "def f(): pass", "test_list": ["f()"]}
+    for change, what in (
+        ({"test_list": "f()"}, "test_list must hold texts"),
+        ({"test_list": ["f("]}, "is not Python"),
+        ({"test_list": ["1"]}, "calls a function"),
+        ({"code": None}, "code and test_setup_code must hold texts"),
+        ({"task_id": None}, "task_id must be"),
+    ):
+        path.write_text(json.dumps(good | change))
+        with pytest.raises(InputError, match=what):
+            read_tasks(path)

@@ -140,7 +140,7 @@ def variance_ratio(pools: Sequence[Sequence[float]], n: int = 5, k: int = 2, dra
     departures={
         "problems": "those of assay's bank, chosen because their inputs can grow and the expert's cost can be measured",
         "samples": "HumanEval's canonical solutions: no language model is needed, and the paper scores them too",
-        "references": "assay's own, with inputs of its own sizes",
+        "references": "assay's own, with inputs of sizes that assay chose: the larger they are, the lower is the figure",
         "meter": "processor time of a process of its own, seen from outside",
     },
     refuted_if="the whole interval of the canonical solutions' eff@1 lies above four fifths of their pass@1",

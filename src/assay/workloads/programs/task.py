@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from assay import checks
 from assay.errors import InputError, MissingError
 from assay.workloads.programs.compare import Compare, named, same
 
@@ -161,20 +162,31 @@ def read_tasks(path: Path) -> list[Task]:
 
 
 def _of_mbpp(line: Mapping[str, Any], where: str) -> Task:
-    tests, code = line["test_list"], line.get("code", "")
-    calls = [
-        node.func.id
-        for test in tests
-        for node in ast.walk(ast.parse(test))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    ]
+    tests, code, setup = line["test_list"], line.get("code", ""), line.get("test_setup_code") or ""
+    tests_before = line.get("test_imports") or []
+    for key, texts in (
+        ("test_list", tests),
+        ("test_imports", tests_before),
+        ("code and test_setup_code", [code, setup]),
+    ):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{where}: {key} must hold texts, got {checks.shown(texts)}")
+    if not isinstance(line.get("task_id"), (str, int)):
+        raise InputError(f"{where}: task_id must be a number or a text, got {line.get('task_id')!r}")
+    try:
+        calls = [
+            node.func.id
+            for test in tests
+            for node in ast.walk(ast.parse(test))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        ]
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise InputError(f"{where}: a test in test_list is not Python: {error}") from None
     defined = re.findall(r"^def (\w+)", code, flags=re.MULTILINE)
     entry = next((name for name in calls if name in defined), calls[0] if calls else "")
     if not entry:
         raise InputError(f"{where}: no test in test_list calls a function")
-    body = "".join(
-        f"    {test}\n" for test in [line.get("test_setup_code", "") or "pass", *tests] for test in test.splitlines()
-    )
+    body = "".join(f"    {row}\n" for text in [*tests_before, setup or "pass", *tests] for row in text.splitlines())
     test = f"def check(candidate):\n    globals()[{entry!r}] = candidate\n{body}"
     name = str(line["task_id"])
     return Task(

@@ -23,6 +23,8 @@ def test_cases_are_read_off_a_test_before_the_program_changes_them():
     test = "def check(candidate):\n    assert candidate([2, 1]) == [1, 2]\n    for n in range(2):\n        candidate([n], n)\n"
     with Workers() as workers:
         assert observed_cases(workers, program, "f", test) == [([2, 1],), ([0], 0), ([1], 1)]
+        swaps = "def check(candidate):\n    globals()['f'] = candidate\n    assert f(n=1, x=[3]) == [3]\n"  # as MBPP's tests do
+        assert observed_cases(workers, program, "f", swaps) == [([3], 1)]
         with pytest.raises(ValueError, match="must pass its own test"):
             observed_cases(workers, "def f(x): return 0", "f", test)
 

@@ -65,6 +65,21 @@ def test_programs_that_do_not_work(sandbox):
         run_program(sandbox, program_of("", "python"), [b""], meter="operations")
 
 
+def test_work_of_a_process_that_nobody_waits_for_counts(sandbox):
+    """The system adds a child's time to its parent's only where that waits for it."""
+    hides = """import os, signal
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+read, write = os.pipe()
+if not os.fork():
+    os.write(write, str(sum(i * i for i in range(3_000_000))).encode())
+    os._exit(0)
+print(os.read(read, 100).decode())
+"""
+    [[hidden]] = run_program(sandbox, program_of(hides, "python"), [b""])
+    assert hidden.charged
+    assert hidden.cost > 0.1
+
+
 def test_a_package_runs_as_one(sandbox, tmp_path):
     folder = tmp_path / "tool"
     folder.mkdir()

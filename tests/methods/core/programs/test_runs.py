@@ -7,7 +7,8 @@ import pytest
 
 from assay.methods.core.programs import runs as room
 from assay.methods.core.programs.runs import Costs, Run, Settings, run_all, run_task
-from assay.methods.core.programs.workers import Workers
+from assay.methods.core.programs.workers import Outcome, Workers
+from assay.workloads.programs.compare import close, same
 from assay.workloads.programs.task import Task
 
 TASK = Task(
@@ -97,12 +98,20 @@ def test_what_was_run_is_not_run_again(tmp_path, monkeypatch, found):
         {"settings": replace(SETTINGS, seed=1)},
         {"machine": "another"},
         {"tasks": {TASK.id: replace(TASK, generator=TASK.generator + "\n")}},
+        {"tasks": {TASK.id: replace(TASK, compare=close())}},
     ):
         given = {"samples": samples, "tasks": tasks, "settings": SETTINGS, "machine": ""} | changed
         before = len(calls)
         run_all(given["samples"], given["tasks"], given["settings"], journal=journal, machine=given["machine"])
         assert len(calls) == before + 1, changed
     assert all(json.loads(line)["key"] for line in journal.read_text().splitlines() if "torn" not in line)
+
+
+def test_every_repeat_is_judged():
+    seen = [Outcome("returned", 7, cost=2.0), Outcome("returned", None, cost=1.0)]
+    assert room._did(seen, 7, TASK) == "wrong"
+    assert room._did(seen[:1] * 2, 7, TASK) == [2.0, 2.0]
+    assert TASK.compare is same
 
 
 def test_settings_are_checked():

@@ -55,6 +55,19 @@ def test_a_subclass_becomes_what_it_derives_from_and_runs_nothing():
     assert decode(encode(Loud([1]))) == [1]
     assert decode(encode(Text("a"))) == "a"
 
+    class Lies:
+        @property
+        def __class__(self):
+            raise AssertionError("a program's own code ran")
+
+    with pytest.raises(TypeError, match="a Lies is not a plain value"):
+        encode(Lies())
+
+    class Number(complex):
+        real = property(lambda self: 7.0)
+
+    assert decode(encode(Number(1, 2))) == 1 + 2j
+
 
 def test_what_is_no_plain_value_is_refused():
     deep = []
@@ -71,6 +84,7 @@ def test_what_is_no_plain_value_is_refused():
         b'{"b": "?"}',
         b'{"i": "x"}',
         b'{"d": [1]}',
+        b'{"f": 1' + b"0" * 400 + b"}",
         b"[" * 100_000,
         json.dumps({"a": 1, "b": 2}).encode(),
     ):

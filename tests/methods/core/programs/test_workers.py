@@ -1,13 +1,15 @@
 """Costs and answers of programs, honest ones and ones that cheat."""
 
+import os
 import shutil
+import tempfile
 import threading
 
 import pytest
 
 from assay.methods.core.programs import workers as room
 from assay.methods.core.programs.workers import METERS, Workers
-from assay.methods.core.sandbox import Limits
+from assay.methods.core.sandbox import Limits, protections
 
 LIMITS = Limits(wall_seconds=20, cpu_seconds=5, memory_mib=300)
 BUSY = "sum(i * i for i in range(300_000))"
@@ -86,25 +88,28 @@ def f(n):
     for outcome in timed.run(keeps, "f", [(1,), (1,)], repeats=2):
         assert [o.value for o in outcome] == [[False] * 4] * 2
     leaves = "import os, time\ndef f():\n    if not os.fork():\n        time.sleep(100)\n    return 1"
-    assert one(timed, leaves).state == "void"
+    assert one(timed, leaves).error.startswith("PermissionError")
     seen = one(timed, "import os\ndef f(): return [p for p in os.listdir('/proc') if p.isdigit()]").value
     assert len(seen) <= 4, seen
 
 
 def test_a_program_cannot_hide_work_from_its_clock(timed):
-    """Wherever it is done: while loading, while answering, in a thread, in a child, with the clock changed."""
+    """Wherever it is done: while loading, while answering, in a thread, with the clock changed."""
     honest = one(timed, f"def f(): return {BUSY}")
     assert honest.cost > 0.005
     tricks = {
         "while loading": f"X = {BUSY}\ndef f(): return X",
         "while answering": f"""
-import json
-old = json.dumps
-def slow(*a, **k):
-    {BUSY}
-    return old(*a, **k)
-json.dumps = slow
-def f(): return 1
+import os
+old = os.getpid
+def slow(frame, event, arg):
+    if event == "c_call" and not done:
+        done.append({BUSY})
+done = []
+def f():
+    import sys
+    sys.setprofile(slow)
+    return 1
 """,
         "in a thread": f"""
 import threading
@@ -115,16 +120,6 @@ def f():
     t.start()
     t.join()
     return out[0]
-""",
-        "in a child": f"""
-import os
-def f():
-    p = os.fork()
-    if not p:
-        [{BUSY} for _ in range(5)]
-        os._exit(0)
-    os.waitpid(p, 0)
-    return 1
 """,
         "with another clock": f"import time\ntime.perf_counter = time.process_time = lambda: 0.0\ndef f(): return {BUSY}",
     }
@@ -152,23 +147,7 @@ def f():
 
 
 def test_an_answer_cannot_be_slipped_in_for_another_run(timed):
-    """A child that outlives its run writes to the pipe; the next run's answer is its own."""
-    writes = """
-import os, time
-def f():
-    if not os.fork():
-        time.sleep(0.05)
-        for pipe in range(3, 64):
-            try:
-                os.write(pipe, b"\\0" * 64)
-            except OSError:
-                pass
-        os._exit(0)
-    return 1
-"""
-    assert one(timed, writes).state in ("void", "crashed")
-    for _ in range(3):
-        assert one(timed, "def f(): return 2").value == 2
+    """What a program writes to the pipe is its own run's end; the next run's answer is its own."""
     junk = """
 import os
 def f():
@@ -200,7 +179,8 @@ def test_operations_cannot_be_turned_off(counted):
         "sys._getframe()",
         "threading.Thread(target=print).start()",
         "gc.get_objects()",
-        "os.fork()",
+        "next((g := (g.gi_frame for _ in [1])))",
+        "sys.addaudithook(print)",
     ):
         outcome = one(counted, f"import sys, threading, gc, os\ndef f():\n    {trick}\n    return 1")
         # a thread does not start at all, which the program meets as an error
@@ -216,11 +196,67 @@ def f():
     assert one(counted, frames).state == "void"
 
 
+def test_operations_are_counted_by_nothing_that_a_program_can_put_elsewhere(counted):
+    """Its own tracing, its own counting, other built-ins, values that work while they are written: each costs what the work costs."""
+    work = "sum(i for i in range(3000))"
+    honest = one(counted, f"def f(): return {work}")
+    assert honest.cost > 3000
+    for trick in (
+        "import sys\nsys.settrace = lambda *_: None",
+        "import __main__\n__main__._Counter = None\n__main__.settrace = lambda *_: None",
+        "import struct, os\nos.write = struct.pack = lambda *_: b''",
+    ):
+        outcome = one(counted, f"{trick}\ndef f(): return {work}")
+        assert (outcome.state, outcome.cost) == ("returned", honest.cost), (trick, outcome)
+    ran = "ran = []\ndef work(*_):\n    ran.append(1)\n    raise OSError('it ran')\n"
+    for lies in (
+        "class X(complex):\n    real = property(work)\ndef f(): return X(1)",
+        "class X(list):\n    __class__ = property(work)\n    __iter__ = work\ndef f(): return X([1])",
+        "import builtins, base64, json\nbuiltins.issubclass = json.encoder.JSONEncoder.encode = work\ndef f(): return 1",
+    ):
+        outcome = one(counted, ran + lies)
+        assert outcome.state == "returned", (lies, outcome)
+    assert one(counted, ran + "class X:\n    __class__ = property(work)\ndef f(): return X()").error.startswith(
+        "TypeError"
+    )
+
+
+def test_operations_of_loading_count_where_they_are_many(counted):
+    table = one(counted, "T = [i * i for i in range(3000)]\ndef f(n): return T[n]", 7)
+    assert table.charged
+    assert table.cost > 15_000
+    outcome = one(counted, "import csv, pprint\nT = [i for i in range(100)]\ndef f(n): return T[n]", 7)
+    assert not outcome.charged
+    assert outcome.cost < 10
+    assert one(counted, "import sys\nsys.settrace(None)\ndef f(): return 1").state == "void"
+    starts = "import threading\nthreading.Thread(target=print).start()\ndef f(): return 1"
+    assert "can't start new thread" in one(counted, starts).error
+
+
+@pytest.mark.parametrize("call", ["os.fork()", "os.execv('/bin/true', ['true'])", "os.memfd_create('x')", "clone(17)"])
+def test_nothing_is_done_where_no_meter_sees_it(timed, call):
+    """The system adds up neither a child that nobody waits for nor what a program was before it became another."""
+    start = "import os, ctypes\ndef clone(flags):\n    if ctypes.CDLL(None, use_errno=True).syscall(NUMBER, flags, 0, 0, 0, 0) < 0:"
+    start += "\n        raise PermissionError"
+    number = {"x86_64": 56, "aarch64": 220}.get(os.uname().machine, 0)
+    outcome = one(timed, f"{start}\ndef f():\n    {call}\n    return 1".replace("NUMBER", str(number)))
+    assert (outcome.state, outcome.error.split(":")[0]) == ("raised", "PermissionError")
+
+
 def test_memory_is_what_the_call_held():
     with Workers("peak_bytes", limits=LIMITS) as workers:
         little, much = workers.run(
             "def f(n):\n    return len(bytearray(n)) and sum([0] * (n // 8))", "f", [(1000,), (64 << 20,)]
         )
+        forgets = """
+import ctypes
+def f(n):
+    held = bytearray(n)
+    del held
+    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
+    open('/proc/self/clear_refs', 'w').write('5')
+"""
+        assert "Read-only" in one(workers, forgets, 64 << 20).error
     assert little[0].cost < 2 << 20
     assert 60 << 20 < much[0].cost < 160 << 20
 
@@ -244,6 +280,8 @@ def f(n):
         lying = one(workers, writes, 20_000)  # it also writes into its own answer, which is then none
         assert lying.cost is None or lying.cost > honest.cost
         assert one(workers, "def f(n): return 1 // n", 0).state == "raised"
+        assert one(workers, "import os\ndef f(n): os._exit(0)", 0).state == "crashed"
+        assert one(workers, "x = '\ud800'\ndef f(n): return n", 0).state == "raised"
 
 
 def test_a_long_answer_costs_no_more_than_the_call():
@@ -278,6 +316,58 @@ def test_several_threads_share_the_processes():
         assert found == {n: n * n for n in range(6)}
     with pytest.raises(ValueError, match="closed"):
         workers.run("def f(): pass", "f", [()])
+    with pytest.raises(ValueError, match="closed"), workers._process():  # one that saw them open and then had to wait
+        pass
+
+
+FORGES = """
+import os, struct, sys, time
+def own():
+    frame = sys._getframe()
+    while "mark" not in frame.f_locals:
+        frame = frame.f_back
+    return frame.f_locals
+def put(kind, data=b""):
+    os.write(own()["send"], struct.pack("<I16sc", len(data), own()["mark"], kind) + data)
+"""
+
+
+def test_no_message_of_a_program_harms_who_reads_it(timed):
+    value = (
+        FORGES
+        + "def f():\n    put(b'D')\n    put(b'V', bytes(16) + b'{\"f\":1' + b'0' * 400 + b'}')\n    time.sleep(9)"
+    )
+    assert one(timed, value).state == "void"
+    assert one(timed, "def f(): return 1").value == 1  # of which it left a message unread
+    other = FORGES + "def f():\n    put(b'L')\n    time.sleep(9)"
+    assert one(timed, other).state == "void"
+    assert one(timed, FORGES + "def f():\n    put(b'D')\n    put(b'X', b'0')\n    time.sleep(9)").state == "crashed"
+    assert one(timed, "def f(): return 1").value == 1
+    ends = "import os, threading, time\ndef f():\n    threading.Thread(target=lambda: (time.sleep(0.0015), os._exit(0))).start()"
+    for _ in range(6):
+        assert one(timed, ends).state in ("returned", "crashed")
+
+
+def test_time_passes_also_while_a_program_writes_without_an_end_or_does_not_read(timed):
+    short = Limits(wall_seconds=0.4, cpu_seconds=5, memory_mib=300)
+    floods = FORGES + "while True:\n    os.write(own()['send'], bytes(21))\n    time.sleep(0.0002)\ndef f(): pass"
+    assert one(timed, floods, limits=short).state == "time"
+    deaf = FORGES + "put(b'L')\ntime.sleep(60)\ndef f(x): pass"
+    assert one(timed, deaf, "x" * 10**6, limits=short).state == "time"
+    assert one(timed, "def f(): return 1").value == 1
+
+
+def test_what_is_interrupted_leaves_nothing_behind(monkeypatch, tmp_path):
+    def left():
+        return len(os.listdir("/proc/self/fd")), list(tmp_path.iterdir())
+
+    protections()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = left()
+    monkeypatch.setattr(room._Process, "_message", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with Workers() as workers, pytest.raises(KeyboardInterrupt) as caught:
+        one(workers, "def f(): return 1")
+    assert left() == before, caught  # the traceback keeps what was not closed
 
 
 def test_bad_input_is_named():
@@ -290,6 +380,13 @@ def test_bad_input_is_named():
             workers.run("def f(x): pass", "f", [(1,)], repeats=0)
         with pytest.raises(ValueError, match="keywords"):
             workers.run("def f(x): pass", "f", [(1,)], keywords=[])
+
+
+def test_a_count_is_that_of_whole_lines():
+    assert room.counted(b"==1== Collected : 120\n==2== Collected : 3\n") == 123
+    assert room.counted(b"==1== Collected : -5\n==2== Collected : 120\n") == 120
+    assert room.counted(b"==1== Collected : 5==2== Collected : 120\n") is None
+    assert room.counted(b"") is None
 
 
 def test_every_meter_says_what_it_does_not_see():

@@ -59,12 +59,17 @@ def observed_cases(workers: Workers, program: str, entry_point: str, test: str) 
     """
     recorder = (
         f"{program}\n\n{test}\n\n"
-        "def _observed():\n"
-        "    import copy\n"
-        "    calls = []\n"
-        "    def candidate(*arguments):\n"
+        "import copy, inspect\n"
+        "def _observed(copy=copy, inspect=inspect):\n"
+        f"    right, calls = {entry_point}, []\n"  # a test may put the candidate under its name
+        "    def candidate(*arguments, **keywords):\n"
+        "        if keywords:\n"
+        "            bound = inspect.signature(right).bind(*arguments, **keywords)\n"
+        "            arguments, keywords = bound.args, bound.kwargs\n"
+        "        if keywords:\n"
+        "            raise TypeError('a test must not need names of arguments')\n"
         "        calls.append(copy.deepcopy(arguments))\n"
-        f"        return {entry_point}(*arguments)\n"
+        "        return right(*arguments)\n"
         "    check(candidate)\n"
         "    return calls\n"
     )

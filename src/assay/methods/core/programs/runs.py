@@ -22,9 +22,11 @@ from assay.methods.core.sandbox import Limits
 Say = Callable[[str], None]
 CASES = 4
 """Inputs of each level of size."""
+ALIKE = (1, 1.0, True, 1 + 1e-7, [1], (1,), [1, 2], [2, 1], [(0, 0), (0, 1), (1, 1)], [(0, 1), (1, 1), (0, 0)])
+"""Values by which comparators are told apart."""
 CHECKS = 8
 """Inputs of level 0 that a program is judged on, beside those of the task's own test."""
-RULES = 1
+RULES = 2
 """Counted up when what a run does changes: older journals are then not read."""
 
 
@@ -188,7 +190,7 @@ def _did(outcomes: Sequence[Outcome], wanted: Any, task: Task) -> list[float] | 
     for outcome in outcomes:
         if outcome.state != "returned":
             return "overflow" if outcome.error.startswith("OverflowError") else outcome.state
-    if not judge([wanted], outcomes[:1], task.compare).right:
+    if not judge([wanted] * len(outcomes), outcomes, task.compare).right:
         return "wrong"
     return [float(outcome.cost or 0.0) for outcome in outcomes]
 
@@ -232,6 +234,7 @@ def _key(task: Task, programs: Sequence[str], settings: Settings, machine: str) 
         task.generator,
         task.test,
         list(task.sizes),
+        [[task.compare(one, other) for other in ALIKE] for one in ALIKE],
         list(programs),
     ]
     return hashlib.sha256(json.dumps([*made_of, asdict(settings), machine]).encode()).hexdigest()

@@ -6,11 +6,16 @@ it imports the standard library only.
 
 from __future__ import annotations
 
-import base64
+import builtins
 import json
-import math
+from _json import encode_basestring_ascii, make_encoder
+from base64 import b64decode
+from binascii import b2a_base64
+from math import isfinite
 from typing import Any
 
+globals()["__builtins__"] = dict(vars(builtins))  # of our own: in the sandbox a program could change everybody's
+_WRITTEN = make_encoder(None, repr, encode_basestring_ascii, None, ":", ",", False, False, True)
 DEEPEST = 200
 """Nested deeper than this is no plain value: reading it would meet the limit of recursion."""
 
@@ -18,17 +23,19 @@ DEEPEST = 200
 def encode(value: Any) -> bytes:
     """`value` as bytes. Raises TypeError for what is no plain value; subclasses become the type that they derive from.
 
+    Nothing of the value's own runs meanwhile, whatever it says that it is.
+
     >>> decode(encode({"a": (1, 2.5, {3})}))
     {'a': (1, 2.5, {3})}
     """
-    return json.dumps(_packed(value, 0), separators=(",", ":")).encode()
+    return "".join(_WRITTEN(_packed(value, 0), 0)).encode()
 
 
 def decode(data: bytes) -> Any:
     """The value that `encode` wrote. Raises ValueError for other bytes."""
     try:
         return _unpacked(json.loads(data))
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError, RecursionError) as error:
         raise ValueError(f"not a plain value: {error}") from None
 
 
@@ -37,30 +44,32 @@ def _packed(value: Any, depth: int) -> Any:
         raise TypeError(f"a value nested deeper than {DEEPEST} is not plain")
     if value is None or value is True or value is False:
         return value
-    if isinstance(value, str):
+    kind = type(value)  # isinstance would ask the value too
+    if issubclass(kind, str):
         return str.__str__(value)
-    if isinstance(value, int):
+    if issubclass(kind, int):
         number = int.__index__(value)
         return (
             number if abs(number) < 2**63 else {"i": hex(number)}
         )  # long ones as hexadecimal: decimal is quadratic, and limited
-    if isinstance(value, float):
-        return float.__float__(value) if math.isfinite(value) else {"f": repr(float.__float__(value))}
-    if isinstance(value, complex):
+    if issubclass(kind, float):
+        return float.__float__(value) if isfinite(value) else {"f": repr(float.__float__(value))}
+    if issubclass(kind, complex):
+        value = complex.__pos__(value)
         return {"c": [_packed(value.real, depth + 1), _packed(value.imag, depth + 1)]}
-    if isinstance(value, list):
+    if issubclass(kind, list):
         return [_packed(item, depth + 1) for item in list.__iter__(value)]
-    if isinstance(value, tuple):
+    if issubclass(kind, tuple):
         return {"t": [_packed(item, depth + 1) for item in tuple.__iter__(value)]}
-    if isinstance(value, dict):
+    if issubclass(kind, dict):
         return {"d": [[_packed(key, depth + 1), _packed(item, depth + 1)] for key, item in dict.items(value)]}
-    if isinstance(value, set):
+    if issubclass(kind, set):
         return {"s": [_packed(item, depth + 1) for item in set.__iter__(value)]}
-    if isinstance(value, frozenset):
+    if issubclass(kind, frozenset):
         return {"z": [_packed(item, depth + 1) for item in frozenset.__iter__(value)]}
-    if isinstance(value, bytes):
-        return {"b": base64.b64encode(value).decode()}
-    raise TypeError(f"a {type(value).__name__} is not a plain value")
+    if issubclass(kind, bytes):
+        return {"b": b2a_base64(value, newline=False).decode()}
+    raise TypeError(f"a {kind.__name__} is not a plain value")
 
 
 def _unpacked(found: Any) -> Any:
@@ -84,5 +93,5 @@ def _unpacked(found: Any) -> Any:
     if mark == "c":
         return complex(*map(_unpacked, held))
     if mark == "b":
-        return base64.b64decode(held, validate=True)
+        return b64decode(held, validate=True)
     raise ValueError(f"an unknown mark {mark!r}")

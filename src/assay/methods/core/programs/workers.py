@@ -24,7 +24,9 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fcntl import ioctl
 from pathlib import Path
+from termios import FIONREAD
 from typing import Any, Literal
 
 from assay import checks
@@ -33,13 +35,15 @@ from assay.methods.core.programs.values import decode
 from assay.methods.core.sandbox import Limits, Sandbox
 
 State = Literal["returned", "raised", "time", "memory", "crashed", "void"]
-"""How a run ended. Only one that returned has a cost; "void" is one that could have changed its own cost, or left processes running."""
+"""How a run ended. Only one that returned has a cost; "void" is one that could have changed its own cost."""
 MIB = 2**20
 DAY = 86_400.0
 FREE_SECONDS = 0.002
 FREE_SHARE = 0.25
 """Processor time outside of the call (loading, reading arguments, sending the answer), beyond that of a program that only returns the
 answer, is forgiven up to the larger of these: 2 ms, or a quarter of the call. More was work that belongs to the call, and all counts."""
+FREE_OPERATIONS = 10_000
+"""The same for operations while loading, but for those of what is imported."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,13 @@ METERS = {
             "operations",
             "operations",
             "operations of CPython's interpreter during the call, the same at every run",
-            "everything inside of built-in functions written in C: sorted() is one operation",
+            "everything inside of built-in functions written in C: sorted() is one operation; a program that was written to deceive it",
         ),
         Meter(
             "peak_bytes",
             "bytes",
             "most memory that the process held, less what it held before the call",
-            "what fits into memory that the interpreter holds anyway, about 0.3 MB",
+            "what fits into memory that the interpreter holds anyway, about 0.3 MB; what it holds since it was loaded",
         ),
     )
 }
@@ -88,7 +92,8 @@ class Outcome:
     """One run: how it ended, what it returned, what it raised or broke, and its cost in the meter's unit (None unless it returned; 0 with
     a word in `error` where it costs less than the meter can tell).
 
-    `outside` is processor time in seconds beside the call; `charged` says that it was counted into the cost (see `FREE_SECONDS`).
+    `outside` is processor time in seconds beside the call; `charged` says that work beside the call was counted into the cost (see
+    `FREE_SECONDS` and `FREE_OPERATIONS`).
     """
 
     state: State
@@ -145,10 +150,14 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """End the processes that wait; a run that is going on ends its own."""
+        """End the processes that wait; a run that is going on ends its own, and one that waits for a process is refused."""
         self._open = False
-        while not self._idle.empty():
-            process = self._idle.get()
+        waiting = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                waiting.append(self._idle.get_nowait())
+        for process in waiting:
+            self._idle.put(None)
             if process is not None:
                 process.close()
 
@@ -206,6 +215,8 @@ class Workers:
     def _process(self) -> Iterator[_Process]:
         process = self._idle.get()
         try:
+            if not self._open:
+                raise ValueError("the workers are closed")
             if process is None or not process.alive:
                 process = _Process(self.sandbox, self.limits, self.packages)
             yield process
@@ -222,6 +233,10 @@ class Workers:
 
     def _count(self, program: str, entry: str, given: bytes, limits: Limits) -> Outcome:
         """Under callgrind, which is some fifty times slower: so are the limits of time."""
+        try:
+            program.encode()
+        except UnicodeEncodeError as error:
+            return Outcome("raised", error=f"UnicodeEncodeError: {error}")
         slower = replace(limits, cpu_seconds=limits.cpu_seconds * 60 + 20, wall_seconds=limits.wall_seconds * 60 + 30)
         slower = replace(slower, memory_mib=limits.memory_mib + 512)
         outcome, count = self._callgrind(program, entry, given, slower)
@@ -257,6 +272,8 @@ class Workers:
         if not ran.ok or count is None:
             state: State = {"memory": "memory", "wall time": "time", "cpu time": "time"}.get(ran.ended, "crashed")  # type: ignore[assignment]
             return Outcome(state, error=f"ended by {ran.ended}, {ran.stderr.decode('utf-8', 'replace')[-300:]}"), 0
+        if len(ran.stdout) < inside.HEAD.size:
+            return Outcome("crashed", error="it ended without an answer"), 0
         length, _, kind = inside.HEAD.unpack(ran.stdout[: inside.HEAD.size])
         return _outcome(kind, ran.stdout[inside.HEAD.size : inside.HEAD.size + length]), count
 
@@ -303,8 +320,11 @@ def _outcome(kind: bytes, said: bytes) -> Outcome:
     if kind == b"F":
         return Outcome("void", error=said.decode("utf-8", "replace"))
     try:
-        (operations,) = struct.unpack("<q", said[:8])
-        return Outcome("returned", decode(said[8:]), cost=float(operations))
+        size = inside.COUNTS.size
+        operations, loading = inside.COUNTS.unpack(said[:size])
+        charged = loading > max(FREE_OPERATIONS, FREE_SHARE * operations)
+        cost = float(operations + loading if charged else operations)
+        return Outcome("returned", decode(said[size:]), cost=cost, charged=charged)
     except (ValueError, struct.error) as error:
         return Outcome("void", error=str(error))
 
@@ -332,8 +352,10 @@ class _Process:
             )
         )
         assert self.process.stdout is not None
-        self._pipe = self.process.stdout.fileno()
-        os.set_blocking(self._pipe, False)
+        assert self.process.stdin is not None
+        self._pipe, self._to = self.process.stdout.fileno(), self.process.stdin.fileno()
+        for pipe in (self._pipe, self._to):
+            os.set_blocking(pipe, False)
         self._poll = select.poll()
         self._poll.register(self._pipe, select.POLLIN)
         self._buffer = bytearray()
@@ -341,17 +363,21 @@ class _Process:
         self._most = limits.output_bytes
         self._zygote = self.process.pid
         self.alive = True
+        self.empty = 0.0
+        """Processor seconds beside the call of a program that does nothing: to start a copy, load it, and send an answer."""
         try:
             self._message(bytes(16), Limits(wall_seconds=60), time.monotonic(), ending=True)
+            while below := _children(self._zygote):
+                self._zygote = below[0]
+            given = _with_answer(marshal.dumps(((), {})), None)
+            seen = [self.run(_echo(""), "echo", given, Limits(), "cpu_seconds").outside for _ in range(3)]
+            self.empty = statistics.median(seen)
         except _Ended as ended:
             self.close()
             raise OSError(f"the sandbox's Python did not start: {ended}") from None
-        while below := _children(self._zygote):
-            self._zygote = below[0]
-        given = _with_answer(marshal.dumps(((), {})), None)
-        seen = [self.run(_echo(""), "echo", given, Limits(), "cpu_seconds").outside for _ in range(3)]
-        self.empty = statistics.median(seen)
-        """Processor seconds beside the call of a program that does nothing: to start a copy, load it, and send an answer."""
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """End it and all below it."""
@@ -369,13 +395,14 @@ class _Process:
             "seconds": int(limits.cpu_seconds) + 1,
             "operations": meter == "operations",
         }
-        ended = False
         try:
-            self._send(mark, marshal.dumps(job))
+            self._send(mark, marshal.dumps(job), limits, began)
             outcome = self._steps(mark, given, limits, began, meter)
         except _Ended as early:
-            outcome, ended = early.outcome, early.outcome.state == "crashed"
-        if not ended:
+            outcome = early.outcome
+        if outcome.state == "crashed" or self._unread():  # what one run left unread the next one would read
+            self.close()
+        else:
             self._finish(mark)
         return outcome
 
@@ -383,27 +410,23 @@ class _Process:
         kind, said = self._message(mark, limits, began)
         if kind != b"L":
             return _outcome(kind, said)
-        self._send(mark, given)
+        self._send(mark, given, limits, began)
         kind, said = self._message(mark, limits, began)
         if kind != b"A":
             return _outcome(kind, said)
         held = self._forget_peak() if meter == "peak_bytes" else 0
         before = self._still_clock()
-        self._send(mark, b"")
+        self._send(mark, b"", limits, began)
         kind, said = self._message(mark, limits, began)
         if kind != b"D":
             return _outcome(kind, said)
         call = self._still_clock() - before
         peak = self._memory("VmHWM") - held if meter == "peak_bytes" else 0
-        self._send(mark, b"")
+        self._send(mark, b"", limits, began)
         kind, said = self._message(mark, limits, began)
         outcome = _outcome(kind, said)
         if outcome.state != "returned":
             return outcome
-        assert self._child is not None
-        if _children(self._child):
-            return Outcome("void", error="it left processes running")
-        call += _of_ended_children(self._child)
         outside = self._still_clock() - call
         cost = {"cpu_seconds": call, "operations": outcome.cost, "peak_bytes": float(max(peak, 0))}[meter]
         return replace(outcome, cost=cost, outside=outside)
@@ -420,19 +443,31 @@ class _Process:
                 pass
         except _Ended:
             self.close()  # the next run starts another
+        if self.alive and _children(self._zygote):  # somebody else said so
+            self.close()
 
-    def _send(self, mark: bytes, data: bytes) -> None:
-        assert self.process.stdin is not None
+    def _unread(self) -> bool:
+        return not self.alive or ioctl(self._to, FIONREAD, bytes(4)) != bytes(4)
+
+    def _send(self, mark: bytes, data: bytes, limits: Limits, began: float) -> None:
+        """What is not read in time is not waited for: who should read may have been stopped."""
+        rest = memoryview(inside.HEAD.pack(len(data), mark, b"J") + data)
+        room = select.poll()
+        room.register(self._to, select.POLLOUT)
         try:
-            self.process.stdin.write(inside.HEAD.pack(len(data), mark, b"J") + data)
-            self.process.stdin.flush()
+            while rest:
+                if room.poll(20):
+                    rest = rest[os.write(self._to, rest) :]
+                elif time.monotonic() - began > limits.wall_seconds:
+                    self.close()
+                    raise _Ended("time", f"more than {limits.wall_seconds:g} s")
         except OSError:
             self.close()
             raise _Ended("crashed", "the sandbox's Python ended") from None
 
     def _message(self, mark: bytes, limits: Limits, began: float, *, ending: bool = False) -> tuple[bytes, bytes]:
-        """The next message of this run; what other runs left behind is dropped."""
-        pause = 1
+        """The next message of this run; what other runs left behind is dropped. Time passes also for one who sends without an end."""
+        pause, looked = 1, time.monotonic()
         while True:
             while (found := self._parsed()) is not None:
                 theirs, kind, said = found
@@ -450,9 +485,10 @@ class _Process:
                     self.close()
                     raise _Ended("crashed", "the sandbox's Python ended")
                 self._buffer += data
-                continue
-            pause = min(pause * 2, 20)
-            if time.monotonic() - began > limits.wall_seconds:
+                if time.monotonic() - looked < 0.02:
+                    continue
+            pause, looked = min(pause * 2, 20), time.monotonic()
+            if looked - began > limits.wall_seconds:
                 self._seek()
                 raise _Ended("time", f"more than {limits.wall_seconds:g} s")
             if not ending and self._seek() and self._clock() > limits.cpu_seconds:
@@ -496,15 +532,21 @@ class _Process:
         last = self._clock()
         for _ in range(50):
             time.sleep(0.00005)
-            fields = Path(f"/proc/{self._child}/stat").read_text().rpartition(")")[2].split()
+            state = self._told("stat").rpartition(")")[2].split()[0]
             now = self._clock()
-            if fields[0] == "S" and now == last:
+            if state == "S" and now == last:
                 break
             last = now
         return last
 
+    def _told(self, file: str) -> str:
+        try:
+            return Path(f"/proc/{self._child}/{file}").read_text()
+        except OSError:
+            raise _Ended("crashed", "the process is no more") from None
+
     def _memory(self, name: str) -> int:
-        for line in Path(f"/proc/{self._child}/status").read_text().splitlines():
+        for line in self._told("status").splitlines():
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
         raise _Ended("crashed", "the process is no more")
@@ -535,9 +577,3 @@ def _children(pid: int) -> list[int]:
         for task in os.listdir(f"/proc/{pid}/task"):
             found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
     return found
-
-
-def _of_ended_children(pid: int) -> float:
-    """Processor seconds of processes that this one started and waited for."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")

@@ -199,7 +199,7 @@ def _bubblewrap(scratch: Path, readable: Mapping[Path, Path], limits: Limits, *,
         command += ["--ro-bind", str(here), str(path)]
     command += ["--bind" if writes else "--ro-bind", str(scratch), INSIDE, "--chdir", INSIDE, "--remount-ro", "/"]
     if not writes:
-        command += ["--remount-ro", "/tmp", "--remount-ro", "/dev/shm"]
+        command += ["--remount-ro", "/tmp", "--remount-ro", "/dev/shm", "--remount-ro", "/proc"]
     for name, value in _environment().items():
         command += ["--setenv", name, value]
     return [*command, "--"]
