@@ -17,7 +17,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     Unbiased for k samples of the model; Chen et al. 2021 (arXiv 2107.03374). As a product, so that it does not overflow. Raises ValueError
     unless 0 <= c <= n and 1 <= k <= n: a k that is larger than n has no estimate.
 
-    >>> pass_at_k(5, 2, 1), pass_at_k(5, 5, 3), round(pass_at_k(4, 1, 2), 3)
+    >>> round(pass_at_k(5, 2, 1), 3), pass_at_k(5, 5, 3), round(pass_at_k(4, 1, 2), 3)
     (0.4, 1.0, 0.5)
     """
     checks.whole("n", n, low=1)

@@ -118,6 +118,8 @@ class Workers:
     `packages=False` only the standard library can be imported. `sandbox` None makes one, which raises SandboxMissing where there are
     no namespaces. Times want one run at a time on an otherwise idle core; the other meters do not mind.
 
+    >>> METERS["operations"].unit
+    'operations'
     >>> with Workers("operations") as workers:  # doctest: +SKIP
     ...     workers.run("def f(n): return n + 1", "f", [(1,)])[0][0].value
     2
