@@ -132,6 +132,7 @@ def run_here() -> room.Report | str:
     points={
         "smoke": [{"p0": 0.5, "correction": "holm", "repetitions": 200, "contestants_here": False}],
         "small": [{"p0": 0.5, "correction": "holm", "repetitions": 20_000, "contestants_here": True}],
+        "full": [{"p0": 0.5, "correction": "holm", "repetitions": 200_000, "contestants_here": True}],
     },
     operator=Operator(
         "telling the success rates of assistants from a threshold", free="reading the bare percentages, without a test"
