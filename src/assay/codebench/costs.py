@@ -36,6 +36,8 @@ SUFFIXES: dict[str, Language] = {
     ".cxx": "cpp",
 }
 PAIRS = 10
+LEAST_PAIRS = 6
+"""Below this many the sign test excludes nothing."""
 EXACT = ("operations",)
 """Meters by which equal programs cost the same. Of the others equal figures are chance: memory is counted in pages, and what callgrind
 counts depends a little on where things lie, so that two pairs of equal programs can differ alike."""
@@ -241,7 +243,10 @@ def _ratio(totals: Sequence[tuple[float, float]], *, exact: bool = False) -> Int
     if exact and len(set(totals)) == 1 and len(totals) > 1:
         known = totals[0][0] / totals[0][1]
         return Interval(known, known, known, len(totals))
-    return paired_ratio([a for a, _ in totals], [b for _, b in totals])
+    found = paired_ratio([a for a, _ in totals], [b for _, b in totals])
+    if found.low == found.high and len(totals) < LEAST_PAIRS:  # equal by chance: so few say nothing about the rest
+        return Interval(found.median, 0.0, float("inf"), len(totals))
+    return found
 
 
 def _calls(cases: Sequence[Input]) -> bool:
