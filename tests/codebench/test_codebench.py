@@ -1,9 +1,9 @@
 """`assay code` through its command line: what users see, for right, slow, wrong and broken programs."""
 
 import json
-import shutil
 
 import pytest
+from tests.tools import needs
 
 from assay.cli.main import main
 from assay.codebench import compare, measure, read_cases
@@ -178,8 +178,8 @@ def test_bad_input_takes_one_line(folder, capsys, monkeypatch, arguments, says):
     (folder / "broken.py").write_text("def (")
     (folder / "stdin.jsonl").write_text('{"stdin": ""}')
     (folder / "bad.jsonl").write_text('{"python": "(x,)"}')
-    if "broken.c" in arguments and shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed")
+    if "broken.c" in arguments:
+        needs("gcc")
     error = said(capsys, "code", *arguments, code=2).err
     assert says in error, error
     assert "Traceback" not in error

@@ -1,6 +1,5 @@
-import shutil
-
 import pytest
+from tests.tools import needs
 
 from assay.methods.core.programs import processes as room
 from assay.methods.core.programs.processes import (
@@ -33,8 +32,7 @@ def sandbox():
 
 @pytest.mark.parametrize("language", list(SUM))
 def test_whole_programs_answer_and_cost_more_for_more(sandbox, language):
-    if shutil.which(TOOLS[language]) is None:
-        pytest.skip(f"{TOOLS[language]} is not installed")
+    needs(TOOLS[language])
     program = program_of(SUM[language], language)
     few, many = run_program(sandbox, program, [b"10", b"30000000"])
     assert [few[0].value.strip(), many[0].value.strip()] == ["45", str(sum(range(30_000_000)))]

@@ -1,11 +1,11 @@
 """Costs and answers of programs, honest ones and ones that cheat."""
 
 import os
-import shutil
 import tempfile
 import threading
 
 import pytest
+from tests.tools import needs
 
 from assay.methods.core.programs import workers as room
 from assay.methods.core.programs.workers import METERS, Workers
@@ -261,8 +261,8 @@ def f(n):
     assert 60 << 20 < much[0].cost < 160 << 20
 
 
-@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
 def test_instructions_are_those_of_the_call_and_no_trick_hides_them():
+    needs("valgrind")
     with Workers("instructions", limits=LIMITS, packages=False) as workers:
         honest = one(workers, "def f(n):\n    return sum(i * i for i in range(n))", 20_000)
         again = one(workers, "def f(n):\n    return sum(i * i for i in range(n))", 20_000)
@@ -285,6 +285,7 @@ def f(n):
 
 
 def test_a_long_answer_costs_no_more_than_the_call():
+    needs("valgrind")
     with Workers("instructions", limits=LIMITS, packages=False) as workers:
         outcome = one(workers, "def f(n):\n    return [i * i for i in range(n)]", 2000)
         assert 20_000 < outcome.cost < 5e6

@@ -1,0 +1,13 @@
+"""Programs that tests need beside Python: where one is missing a test is skipped, and in CI, which installs them, it fails."""
+
+import os
+import shutil
+
+import pytest
+
+
+def needs(tool: str) -> None:
+    """Skip the test that calls this, with the reason, unless `tool` is installed."""
+    if shutil.which(tool) is None:
+        assert not os.environ.get("ASSAY_TEST_ALL"), f"{tool} is not installed, and every test was asked for"
+        pytest.skip(f"{tool} is not installed")
