@@ -30,8 +30,9 @@ from assay.methods.code.llm4ds.contestants import (
 )
 from assay.methods.code.llm4ds.judging import Question, Ran, Runner, Sandboxed, Verdict, judge
 from assay.methods.code.llm4ds.mixed import Mixed, mixed_logistic
+from assay.methods.code.llm4ds.outcomes import Outcome
 from assay.methods.code.llm4ds.report import Answer, Report
-from assay.methods.code.llm4ds.study import Experiment, Outcome, read
+from assay.methods.code.llm4ds.study import Experiment, read
 
 __all__ = [
     "Answer",

@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from assay.measure.stats import Interval
 from assay.methods.code.llm4ds.mixed import mixed_logistic
+from assay.methods.code.llm4ds.outcomes import Outcome
 from assay.methods.core.programs.hypotheses import (
     LEAST_EXPECTED,
     Finding,
@@ -31,12 +32,21 @@ from assay.methods.core.programs.hypotheses import (
     wilson,
 )
 
-if TYPE_CHECKING:
-    from assay.methods.code.llm4ds.study import Experiment, Outcome
-
 LEAST_SOLVED = 5
 """Tasks that a model must have solved to take part in the comparison of times, and that all must have solved together; our choice."""
 POWER = 0.8
+
+
+class Tried(Protocol):
+    """What a report reads of an experiment: tasks with their levels of each factor, models, and every outcome by model, task, attempt."""
+
+    tasks: dict[str, dict[str, str]]
+    models: dict[str, str]
+    factors: tuple[str, ...]
+    metrics: tuple[str, ...]
+
+    @property
+    def outcomes(self) -> tuple[Outcome, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ QUESTIONS = {
 }
 
 
-def made(experiment: Experiment, p0: Sequence[float], alpha: float, margin: float, delta: float, seed: int) -> Report:
+def made(experiment: Tried, p0: Sequence[float], alpha: float, margin: float, delta: float, seed: int) -> Report:
     """The report on an experiment."""
     first = _first_attempts(experiment)
     models = list(experiment.models)
@@ -120,7 +130,7 @@ def made(experiment: Experiment, p0: Sequence[float], alpha: float, margin: floa
     return Report(n, rates, tuple(answers), tuple(guards), tuple(_power(n, p0, alpha, delta)))
 
 
-def _first_attempts(experiment: Experiment) -> dict[str, dict[str, Outcome]]:
+def _first_attempts(experiment: Tried) -> dict[str, dict[str, Outcome]]:
     found: dict[str, dict[str, Outcome]] = {model: {} for model in experiment.models}
     for one in experiment.outcomes:  # by attempt
         found[one.model].setdefault(one.task, one)
@@ -151,7 +161,7 @@ def _success(passed: Mapping[str, Sequence[bool]], p0: Sequence[float], alpha: f
 
 
 def _by_factor(
-    experiment: Experiment,
+    experiment: Tried,
     passed: Mapping[str, Sequence[bool]],
     common: Sequence[str],
     factor: str,
@@ -276,7 +286,7 @@ def _differ(p: float, alpha: float) -> str:
     return "they differ" if p <= alpha else "no significant difference"
 
 
-def _attempts(experiment: Experiment, alpha: float, guards: list[str]) -> list[Answer]:
+def _attempts(experiment: Tried, alpha: float, guards: list[str]) -> list[Answer]:
     """The mixed model, where there are several attempts."""
     if all(one.attempt == 1 for one in experiment.outcomes):
         return []
@@ -307,7 +317,7 @@ def _attempts(experiment: Experiment, alpha: float, guards: list[str]) -> list[A
 
 
 def _guards(
-    experiment: Experiment, first: Mapping[str, Mapping[str, Outcome]], common: Sequence[str], p0: Sequence[float]
+    experiment: Tried, first: Mapping[str, Mapping[str, Outcome]], common: Sequence[str], p0: Sequence[float]
 ) -> list[str]:
     found = [
         f"The rates tested against ({', '.join(f'{100 * rate:g} %' for rate in p0)}) are conventions: none is what guessing gives.",
