@@ -1,9 +1,9 @@
 """Imitate successful long traces, or learn from rewards? (Setlur et al., ICML 2025, arXiv 2502.12118)
 
     found = fit("results/samples_gsm8k_2026-01-01.jsonl")      # samples that were logged: nothing is generated
-    found.heterogeneity, found.anti_concentration              # how unequal a prompt's traces are, how often one is
-    far above their mean found.advice(prompts=500)                                  # which of the two the paper's
-    rates speak for
+    found.heterogeneity                                        # how unequal the traces of one prompt are
+    found.anti_concentration                                   # how often one is far above their mean
+    found.advice(prompts=500)                                  # which of the two the paper's rates speak for
 
 - `diagnostics`: returns of traces, heterogeneity, anti-concentration, success at cut budgets, and the advice; as numpy
   functions and for logs.
