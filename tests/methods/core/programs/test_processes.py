@@ -27,7 +27,7 @@ TOOLS = {"python": "python3", "node": "node", "c": "gcc", "cpp": "g++"}
 
 @pytest.fixture(scope="module")
 def sandbox():
-    return Sandbox(Limits(wall_seconds=30, cpu_seconds=20, memory_mib=1024))
+    return Sandbox(Limits(wall_seconds=120, cpu_seconds=20, memory_mib=1024))
 
 
 @pytest.mark.parametrize("language", list(SUM))
