@@ -67,6 +67,30 @@ def test_only_wrong_samples_are_no_reason_to_fail():
     assert by_name == {"pass@1": 0.0, "eff@1": 0.0, "efficient@1": 0.0, "efficient@1 within 1 %": 0.0}
 
 
+def test_costs_of_efficient_at_k_are_means_without_the_extremes():
+    repeats = [[[[10.0, 11.0, 12.0, 13.0, 20.0, 900.0]]] * 3, [[[10.0, 10.0, 15.0, 15.0, 15.0, 900.0]]] * 3]
+    run = Run("T/4", [""], {"expert": Costs(repeats[0])}, [Costs(repeats[1])])
+    problem = problem_of(run)
+    assert (problem.best, problem.samples) == ([14.0], [[13.75]])  # the medians are the other way round
+    assert {f.name: f.value for f in score([run], Settings("cpu_seconds", cases=1)).figures}["efficient@1"] == 1.0
+    assert problem_of(Run("T/5", [""], {"expert": costs(1.0, 2.0, 3.0)}, [EXPERT])).best == [3.0]
+    two = Costs([[[2.0, 4.0]]] * 3)
+    assert problem_of(Run("T/6", [""], {"expert": two}, [two])).best == [3.0]
+
+
+@pytest.mark.parametrize("sample", [costs(0.0, 0.0, 0.0), costs(1e5, 1e5, 9e5)])
+def test_costs_that_the_meter_does_not_see_are_left_out_and_told(sample):
+    """Programs that hold little more memory than the interpreter has anyway."""
+    free = Run("T/7", [""], {"expert": costs(0.0, 0.0, 0.0), "slow": costs(0.0, 1e6, 9e6)}, [sample])
+    found = score([free], Settings("peak_bytes", cases=1))
+    by_name = {figure.name: figure.value for figure in found.figures}
+    assert by_name == {"pass@1": 1.0, "DPS": 100.0 if not sample.levels[-1][0][0] else 50.0, "DPS_norm": by_name["DPS"]}
+    assert len([why for why in found.left_out if "too little to be seen" in why]) == 2
+    assert document([free], found, Settings("peak_bytes", cases=1))["tasks"][0]["score"] is None
+    both = score([free, RUN], Settings("peak_bytes", cases=1))
+    assert {figure.name: figure.tasks for figure in both.figures}["eff@1"] == 1
+
+
 def test_the_command_line_scores_a_file_of_samples(tmp_path, capsys):
     from assay.workloads.programs.task import bank
 

@@ -16,7 +16,7 @@ import assay.methods.code.coffe as coffe
 import assay.methods.code.enamel as enamel
 import assay.methods.code.evalperf as evalperf
 from assay import checks
-from assay.methods.core.programs.estimates import interval, pass_at_k
+from assay.methods.core.programs.estimates import hodges_lehmann, interval, pass_at_k
 from assay.methods.core.programs.runs import Costs, Run, Settings
 
 CUT = ("time", "memory", "overflow")
@@ -24,6 +24,8 @@ NOISES = {"instructions": evalperf.NOISE, "operations": 1_000.0, "cpu_seconds": 
 """Below what a cost is noise, in each meter's unit: the paper's for instructions, our choice for the others."""
 TOLERANCES = {"cpu_seconds": 0.01}
 """How far beyond the time-out a cost may lie, as the paper allows seconds; none for meters that repeat exactly."""
+UNSEEN = 1e-12
+"""What a program that costs less than the meter sees is taken to cost: the least there is, and above 0."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,9 @@ def score(runs: Sequence[Run], settings: Settings, ks: Sequence[int] = (1,)) -> 
       there on, one that is wrong anywhere 0 everywhere.
     - DPS (EvalPerf, the paper's protocol): the dearest input of the last level; the references are the task's right programs in clusters.
     - efficient@k (COFFE): the inputs of the last level together, held against the cheapest right program; beside it the same within 1 %.
+      By a meter that varies by more than that, chance decides between programs that cost the same.
 
-    A k above the samples of a task that counts is left out and told, never lowered.
+    A k above the samples of a task that counts is left out and told, never lowered; so are tasks of which the meter sees no cost.
     """
     if not runs:
         raise ValueError("runs must be one or more, got none")
@@ -69,30 +72,40 @@ def score(runs: Sequence[Run], settings: Settings, ks: Sequence[int] = (1,)) -> 
         figures += [
             _mean(f"pass@{k} of these", [pass_at_k(len(run.why), sum(run.right), k) for run in measured]) for k in kept
         ]
-    effs = {run.task: eff_scores(run, settings) for run in measured}
-    figures += [_mean(f"eff@{k}", [float(enamel.eff_at_k(values, k)) for values in effs.values()]) for k in kept]
+    effs = [values for run in measured if (values := eff_scores(run, settings)) is not None]
+    if len(effs) < len(measured):
+        left_out.append(
+            f"{len(measured) - len(effs)} tasks have an expert who costs too little to be seen: not in eff@k"
+        )
+    if effs:
+        figures += [_mean(f"eff@{k}", [float(enamel.eff_at_k(values, k)) for values in effs]) for k in kept]
     places = [(run, found) for run in measured if (found := dps_of(run, settings)) is not None]
     if len(places) < len(measured):
         left_out.append(f"{len(measured) - len(places)} tasks have no right sample: they are not scored by DPS")
     if places:
         figures.append(_mean("DPS", [found.dps for _, found in places]))
         figures.append(_mean("DPS_norm", [found.dps_norm for _, found in places]))
-    problems = [problem_of(run) for run in measured]
-    for k in kept:
+    problems = [problem for run in measured if (problem := problem_of(run)).usable]
+    if len(problems) < len(measured):
+        unseen = len(measured) - len(problems)
+        left_out.append(f"{unseen} tasks have a cheapest program that costs too little to be seen: not in efficient@k")
+    for k in kept if problems else ():
         figures.append(_mean(f"efficient@{k}", [coffe.efficient_at_k([one], k) for one in problems]))
         near = [coffe.efficient_at_k([one], k, tolerance=coffe.TOLERANCE) for one in problems]
         figures.append(_mean(f"efficient@{k} within 1 %", near))
     return Scored(tuple(figures), tuple(left_out))
 
 
-def eff_scores(run: Run, settings: Settings) -> list[float]:
-    """ENAMEL's score of every sample of a task, 0 for a wrong one."""
+def eff_scores(run: Run, settings: Settings) -> list[float] | None:
+    """ENAMEL's score of every sample of a task, 0 for a wrong one; None where the meter sees nothing of the expert's on a level."""
     rules = enamel.Settings(
         cases=(1, *(settings.cases for _ in range(3))),
         repeats=settings.repeats,
         tolerance=TOLERANCES.get(settings.meter, 0.0),
     )
     expert = run.references.get("expert") or _cheapest(run)
+    if any(max(map(hodges_lehmann, level)) == 0 for level in _finished(expert)):
+        return None
     found = enamel.references([[], *_finished(expert)], rules)
     scores = []
     for costs in run.samples:
@@ -111,7 +124,7 @@ def dps_of(run: Run, settings: Settings) -> Any:
     many = len(last[0])
     dearest = max(range(many), key=lambda n: sum(_one(level[n]) for level in last))
     known = [_one(level[dearest]) for level in last]
-    levels = evalperf.references([cost for cost in known if cost > 0], noise=noise)
+    levels = evalperf.references([max(cost, UNSEEN) for cost in known], noise=noise)
     right = [costs is not None for costs in run.samples]
     names = [f"sample {n}" for n in range(len(right))]
     by_name = {name: _dearest(costs, dearest) for name, costs in zip(names, run.samples, strict=True)}
@@ -120,14 +133,19 @@ def dps_of(run: Run, settings: Settings) -> Any:
 
 
 def problem_of(run: Run) -> coffe.Problem:
-    """COFFE's problem of a task: the inputs of the last level, the cheapest right program, and the samples."""
+    """COFFE's problem of a task: the inputs of the last level, the cheapest right program, and the samples.
+
+    A cost is the paper's, the mean of the repeats but for one smallest and one largest; of fewer than three repeats all count.
+    """
     sums = {
-        name: [_one(case) for case in costs.levels[-1]] for name, costs in run.references.items() if not costs.failed
+        name: [_trimmed(case) for case in costs.levels[-1]]
+        for name, costs in run.references.items()
+        if not costs.failed
     }
     best = sums[coffe.best_solution(sums)]
     cut = [math.inf] * len(best)
     samples = [
-        None if costs is None else cut if costs.failed else [_one(case) for case in costs.levels[-1]]
+        None if costs is None else cut if costs.failed else [_trimmed(case) for case in costs.levels[-1]]
         for costs in run.samples
     ]
     return coffe.Problem(best, samples)
@@ -136,7 +154,7 @@ def problem_of(run: Run) -> coffe.Problem:
 def _dearest(costs: Costs | None, case: int) -> float | None:
     if costs is None or costs.failed:
         return None
-    return max(_one(costs.levels[-1][case]), 1e-12)  # below what the meter sees, and yet the cheapest
+    return max(_one(costs.levels[-1][case]), UNSEEN)
 
 
 def _case(case: list[float] | str) -> Any:
@@ -148,6 +166,13 @@ def _case(case: list[float] | str) -> Any:
 def _one(case: list[float] | str) -> float:
     """One cost of a case: the median of its repeats."""
     return math.inf if isinstance(case, str) else statistics.median(case)
+
+
+def _trimmed(case: list[float] | str) -> float:
+    """One cost of a case as COFFE has it."""
+    if isinstance(case, str):
+        return math.inf
+    return coffe.cost_of_runs(case) if len(case) > 2 else statistics.fmean(case)
 
 
 def _finished(costs: Costs) -> list[list[list[float]]]:

@@ -13,6 +13,7 @@ from assay.evidence.verdict import judge
 from assay.experiments.code import coffe as room
 from assay.experiments.code import coffe_inputs
 from assay.experiments.code.coffe_inputs import (
+    AGAIN,
     ARMS,
     CANONICAL,
     CONTRACTS,
@@ -52,8 +53,9 @@ def task_seen(
         **{f"slow {n}": 2.0 + n for n in range(slower)},
         **{f"fast {n}": 0.5 for n in range(faster)},
     }
-    scale = {CONTRACTS: 1.0, DELETED: 1.0, RANDOM: 0.5, DOUBLED: 0.7, DEAREST: 1.1, TESTS: 0.1, WORST: 1.2}
-    by_arm = {arm: {name: [0.01 * cost ** scale[arm]] * 3 for name, cost in costs.items()} for arm in ALL}
+    scale = {CONTRACTS: 1.0, DELETED: 1.0, RANDOM: 0.5, DOUBLED: 0.7, DEAREST: 1.1, TESTS: -0.1, WORST: 1.2}
+    measured = {**costs, AGAIN: 1.1 if number % 2 else 0.9}
+    by_arm = {arm: {name: [0.01 * cost ** scale[arm]] * 3 for name, cost in measured.items()} for arm in ALL}
     return Seen(
         f"task {number}",
         ("len(xs) > 0",),
@@ -86,6 +88,9 @@ def test_the_claim_holds_where_solutions_that_pass_are_slower_than_the_best_know
     assert judge(record).verdict is Verdict.DIRECTION_HOLDS
     assert record.measured.median == 1
     assert 0.5 < record.measured.low < 0.8  # eight tasks
+    assert record.free == 0  # on the tests the best known ones cost more
+    assert record.arms["the reference the solution itself"] == 0.5
+    assert record.arms["the reference a right program at random"] == pytest.approx(0.25)
     others = record.details["programs_of_the_bank_against_humaneval_solutions"]
     assert others["pass_at_k"] == pytest.approx({"1": 0.8, "3": 1.0})
     assert others["efficient_at_k"]["1"] == pytest.approx(0.2)
@@ -94,6 +99,12 @@ def test_the_claim_holds_where_solutions_that_pass_are_slower_than_the_best_know
 def test_it_is_refuted_where_they_are_the_best_known(world):
     world(*[task_seen(n, faster=0) for n in range(12)])
     assert verdict_of(CLAIM, POINT) is Verdict.REFUTED
+
+
+def test_it_pays_nothing_where_the_tests_of_humaneval_say_the_same(world):
+    found = [task_seen(n) for n in range(12)]
+    world(*[replace(one, costs={**one.costs, TESTS: one.costs[CONTRACTS]}) for one in found])
+    assert verdict_of(CLAIM, POINT) not in PAYS
 
 
 def test_contracts_that_let_invalid_inputs_through_show_nothing(world):
@@ -123,10 +134,34 @@ def test_a_tie_with_the_best_is_below_by_the_strict_rule_only():
     assert room.below(room.problems([tied]), tolerance=1.01) == 0
 
 
+def test_the_reference_is_chosen_by_other_inputs_than_those_that_judge():
+    """Of two that cost the same the cheaper by the same runs would be the luckier one."""
+    one = task_seen(0, slower=0, faster=2)
+    lucky = {**one.costs[CONTRACTS], "fast 0": [0.012], "fast 1": [0.008], CANONICAL: [0.01]}
+    judged = replace(one, costs={**one.costs, CONTRACTS: lucky})
+    (first,) = room.problems([judged])
+    assert (first.best, first.samples) == ([0.012], [[0.01]])
+    assert room.below([first]) == 0
+    assert room.problems([judged], chosen_on=CONTRACTS)[0].best == [0.008]
+    assert room.problems([judged], without=("fast 0",))[0].best == [0.008]
+    (worst,) = room.problems([replace(judged, costs={**judged.costs, WORST: {**lucky, "fast 1": [0.9]}})], WORST)
+    assert worst.best == [0.9]
+    assert room.problems([judged], without=("fast 0", "fast 1")) == []
+    assert room.against_all([judged]) == 0.5
+
+
+def test_the_solution_run_again_says_what_chance_does():
+    again = room.against_itself([task_seen(n) for n in range(4)])
+    assert [row.best[0] for row in again] == pytest.approx([0.009, 0.011, 0.009, 0.011])
+    assert room.below(again) == 0.5
+    assert room.below(again, tolerance=room.CLEARLY) == 0
+    assert all(AGAIN not in room.others(task_seen(n), CONTRACTS) for n in range(2))
+
+
 def test_separation_is_the_geometric_mean_over_pairs_that_truly_differ():
     one = task_seen(0, slower=1, faster=0)
     assert separation([one], WORST).ratio == pytest.approx(2**1.2)
-    assert separation([one], TESTS).ratio == pytest.approx(2**0.1)
+    assert separation([one], TESTS).ratio == pytest.approx(2**-0.1)
     turned = replace(one, costs={**one.costs, CONTRACTS: {CANONICAL: [0.02], "slow 0": [0.01]}})
     assert separation([turned], CONTRACTS).ratio == pytest.approx(0.5)
     assert separation([turned], CONTRACTS).wrong_order == 1
@@ -207,21 +242,22 @@ TASK = Task(
         )
     ),
 )  # fmt: skip
-SETTINGS = {"scale": 64, "seconds": 2.0, "repeats": 3, "level": 2, "meter": "operations", "wanted": 2}
+SETTINGS = {"scale": 64, "seconds": 2.0, "repeats": 3, "level": 2, "meter": "operations", "wanted": 2, "rated": 6}
 
 
 @pytest.mark.skipif(
     not protections().full and not os.environ.get("ASSAY_TEST_ALL"), reason="bubblewrap is not installed"
 )
 def test_on_a_real_task_contracts_keep_inputs_valid_and_without_them_right_programs_fail(monkeypatch):
-    monkeypatch.setattr(coffe_inputs, "RATED", 6)
     honest = seen_of(TASK, **SETTINGS)
     assert honest.right == {CANONICAL, "counting", "stack"}
     assert any("count('(')" in text for text in honest.contracts)
     assert all(honest.valid[CONTRACTS])
     assert not all(honest.valid[RANDOM])
     assert agreement([honest], CONTRACTS) == agreement([honest], WORST) == 1
+    assert honest.costs[CONTRACTS][AGAIN] == honest.costs[CONTRACTS][CANONICAL]  # operations do not vary
     assert agreement([honest], RANDOM) < 1
+    monkeypatch.setattr(coffe_inputs, "ARMS", {arm: ARMS[arm] for arm in (CONTRACTS, DELETED)})
     monkeypatch.setattr(coffe_inputs, "mine", lambda miner, program, *_, **__: Contracts(program, (), (), 0))
     with Workers(packages=False) as workers:
         seen = observed_cases(workers, GROUPS, "groups", TASK.test)

@@ -19,7 +19,7 @@ from assay.workloads.programs.task import Task
 
 CLAIM = "evalperf/tasks"
 POINT = {**room.POINTS["small"][0], "most": 100}
-GENERATOR = "def generate(size, rng):\n    return ('a' * size,)\n"
+GENERATOR = "def generate(size, rng):\n    return (range(size),)\n"
 
 
 class Machine:
@@ -74,8 +74,9 @@ def test_with_the_pipeline_as_it_is_the_direction_holds():
     record = record_of(CLAIM, POINT)
     assert judge(record).verdict is Verdict.DIRECTION_HOLDS
     assert (record.measured.median, record.baseline) == (10, 0)
-    assert 0 < record.free < record.measured.low
+    assert 0 < record.free < record.measured.low < record.measured.median < record.measured.high
     assert 0 < record.controls["random"] < record.measured.low
+    assert record.arms[room.SAME] == 0
     assert record.details["why_not"]["sampled"] == {"clusters": 2}
     assert record.details["why_not"]["tests of the package"]["cost"] >= 10
     assert record.details["dps"]["expert"] == 100
@@ -100,11 +101,13 @@ def test_a_random_scale_in_place_of_the_last_is_no_method(monkeypatch):
 
 
 def test_clusters_that_never_part_refute_it(monkeypatch):
+    monkeypatch.setattr(room, "bank", lambda: {str(n): made_up(n, str(n)) for n in range(2)})
     monkeypatch.setattr(clustering, "clusters", lambda costs, **_: [tuple(range(len(costs)))])
     assert verdict() is Verdict.REFUTED
 
 
 def test_costs_that_vary_are_told(monkeypatch):
+    monkeypatch.setattr(room, "bank", lambda: {str(n): made_up(n, str(n)) for n in range(2)})
     calm = record_of(CLAIM, POINT).details["variation_percent"]
     monkeypatch.setattr(Machine, "noise", 0.5)
     wild = record_of(CLAIM, POINT).details["variation_percent"]
@@ -121,21 +124,47 @@ def test_tests_that_are_large_enough_refute_it(monkeypatch):
 
 
 def test_one_scale_that_is_right_for_all_tasks_is_as_good(monkeypatch):
-    monkeypatch.setattr(room, "FIXED", 10_000)
-    monkeypatch.setattr(room, "bank", lambda: {str(n): made_up(5 * (n == 5), str(n)) for n in range(9)})
+    monkeypatch.setattr(room, "bank", lambda: {str(n): made_up(5 * (n == 3), str(n)) for n in range(4)})
     record = record_of(CLAIM, POINT)
-    assert record.free == record.measured.median
+    assert record.free == record.measured.median == 3
     assert judge(record).verdict not in PAYS
 
 
-def test_the_released_procedure_loses_tasks_with_a_program_slower_than_the_canonical_one(monkeypatch):
-    monkeypatch.setattr(room, "bank", lambda: {str(n): made_up(n % 2, str(n), slower=n < 4) for n in range(8)})
+def test_the_one_scale_is_chosen_on_the_other_tasks():
+    fine, bad = (room.OnInput(room.Suitability(reason, 8)) for reason in ("", "cost"))
+
+    def task(*scales):
+        return room.Seen({}, {2**n: fine if 2**n in scales else bad for n in range(1, 5)}, "", None)
+
+    assert room.one_scale([task(2, 4), task(4), task(4, 8)]) == [1, 1, 1]
+    assert room.one_scale([task(2), task(4), task(4)]) == [0, 0.5, 0.5]  # two scales are equals without the second
+    assert room.one_scale([task(2)]) == [0]
+    assert room.at_random(task(2, 4)) == 0.5
+    assert room.at_random(room.Seen({}, {}, "", None)) == 0
+
+
+def test_all_tasks_that_pass_are_no_certainty(monkeypatch):
+    monkeypatch.setattr(room, "bank", lambda: {str(n): made_up(n, str(n)) for n in range(5)})
     record = record_of(CLAIM, POINT)
-    assert record.measured.median == 8
-    assert record.arms[room.LAST] == 4
-    assert record.details["why_not"][room.LAST] == {"input": 4}
+    assert record.measured.median == record.measured.high == 5
+    assert 2.8 < record.measured.low < 2.9  # Wilson's
+
+
+def test_a_meter_whose_noise_makes_clusters_is_told_by_one_program_in_place_of_all(monkeypatch):
+    monkeypatch.setattr(Machine, "noise", 30)
+    monkeypatch.setattr(room, "bank", lambda: {str(n): made_up(5, str(n)) for n in range(3)})
+    record = record_of(CLAIM, POINT)
+    assert record.arms[room.SAME] > 0
+
+
+def test_the_released_procedure_loses_tasks_with_a_program_slower_than_the_canonical_one(monkeypatch):
+    monkeypatch.setattr(room, "bank", lambda: {str(n): made_up(n % 2, str(n), slower=n < 2) for n in range(4)})
+    record = record_of(CLAIM, POINT)
+    assert record.measured.median == 4
+    assert record.arms[room.LAST] == 2
+    assert record.details["why_not"][room.LAST] == {"input": 2}
     monkeypatch.setattr(room, "curate", lambda *args, **rest: curate(*args, **rest, keep="last"))
-    assert record_of(CLAIM, POINT).measured.median == 4
+    assert record_of(CLAIM, POINT).measured.median == 2
 
 
 def test_the_contract_is_asked(monkeypatch, made_up_bank):

@@ -464,6 +464,15 @@ def test_a_strategy_is_filtered_by_the_contracts_and_its_draws_are_inputs():
     assert len(found.inputs) == 2
 
 
+def test_a_strategy_whose_filter_lets_nothing_through_costs_calls_and_no_more():
+    def nothing(args):
+        return False
+
+    never = ByStrategy(st.just(SEEN[0]).filter(nothing))
+    found = stress(never, GROUPS, SEEDS, accepting(run, GROUPS, "groups"), wanted=1, calls=2)
+    assert (found.inputs, found.calls, found.refused) == ((), 2, {"no input in the answer": 2})
+
+
 # ------------------------------------------------------------------------------------------------------------------------ by a model
 
 
@@ -528,6 +537,19 @@ def test_the_file_level_edits_a_program_and_generates_stdin():
     assert evaluated(run, [one]) == evaluated(run, [one])
     assert 50 <= int(evaluated(run, [one])[0][0]) <= 99
     assert found.refused == {"no input in the answer": 1, "a contract or the program refused it": 1}
+
+
+def test_a_program_of_the_file_level_may_use_buffers_and_exit():
+    texts = (
+        "import sys\nsys.stdout.write(sys.stdin.readline().upper())\nsys.exit()",
+        "import sys\nsys.stdout.buffer.write(sys.stdin.buffer.readline().upper())\nexit(0)",
+        "print(input().upper())",
+    )
+    for text in texts:
+        (ended,) = run(as_function(text), "main", [("a\u00e9\nb\n",)])
+        assert (ended.state, ended.value.strip()) == ("returned", "AÉ" if "buffer" not in text else "Aé")
+    with pytest.raises(SystemExit):
+        run(as_function("import sys\nsys.exit(3)"), "main", [("",)])
 
 
 # -------------------------------------------------------------------------------------------------------------------------- bad input

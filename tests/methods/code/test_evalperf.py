@@ -324,6 +324,18 @@ def test_sizes_count_each_object_once():
     assert not within_64_bits([{2**63: 0}])
 
 
+def test_values_that_share_parts_or_hold_themselves_are_gone_through_once():
+    doubled = [2**63]
+    for _ in range(60):
+        doubled = [doubled, doubled]
+    endless = []
+    endless.append(endless)
+    assert deep_size(doubled) < 60 * 100
+    assert not within_64_bits(doubled)
+    assert deep_size(endless) > 0
+    assert within_64_bits(endless)
+
+
 def test_generators_of_the_bank_are_synthesisers():
     made = from_generator(lambda size, rng: ([rng.random() for _ in range(size)],), seed=5)
     assert made(16) == made(16)
@@ -362,6 +374,7 @@ def test_filters_in_the_order_of_the_paper():
     assert suitability(spread(9)).reason == "programs"
     assert suitability(spread(10)).passes
     assert suitability(spread(cheapest=9_999.0)).reason == "cost"
+    assert suitability(spread(cheapest=10_000.0)).reason == "clusters"  # dear enough, and too near to noise to part
     assert suitability(spread(clusters_=3)).reason == "clusters"
     assert suitability(spread(clusters_=4)).passes
     noisy = spread()
@@ -371,6 +384,7 @@ def test_filters_in_the_order_of_the_paper():
     each = [100 * np.std(profile) / np.mean(profile) for profile in noisy]
     assert seen.variation == pytest.approx(np.percentile(each, 99))
     assert suitability(noisy, Filters(percentile=90)).passes
+    assert suitability(noisy, Filters(most_variation=seen.variation)).passes
     assert suitability([[cost] for cost, *_ in noisy]).passes  # one repeat varies by nothing
     assert (seen.programs, seen.clusters, seen.cheapest) == (12, 6, pytest.approx(1e6))
 
@@ -447,6 +461,31 @@ def test_what_did_not_finish_is_asked_first_on_the_next_input():
     assert [profile[0] for profile in found.profiles] == [1000.0 * 256 ** float(text) for text in programs.values()]
 
 
+@pytest.mark.parametrize("failure", [TimeoutError(), MemoryError(), SynthesiserError("no")])
+def test_a_smaller_input_that_cannot_be_made_again_is_no_candidate(failure):
+    made = set()
+
+    def once(scale):
+        if scale in made and scale > 64:
+            raise failure
+        made.add(scale)
+        return listed(scale)
+
+    programs = {"canonical": "1.0", "slow": "1.5"}
+    assert curate(programs, [listed], machine()).chosen.scale == 256
+    assert curate(programs, [once], machine()).chosen.scale == 64
+
+
+def test_a_repeat_that_did_not_finish_is_no_profile():
+    def run(text, args):
+        cost = 1000.0 * len(args[0])
+        again = Ran("time", None) if text == "stuck" and len(args[0]) > 8 else Ran("returned", cost)
+        return [Ran("returned", cost), again]
+
+    found = curate({"canonical": "fine", "other": "stuck"}, [listed], run, stops=Stops(last_power=6))
+    assert found.chosen.scale == 8
+
+
 def test_a_task_without_differences_does_not_pass():
     programs = {"canonical": "1.0", **{f"variant {n}": "1.0" for n in range(10)}}
     found = curate(programs, [from_generator(lambda size, rng: ([0] * size,))], machine())
@@ -499,3 +538,10 @@ def test_what_is_missing_or_strange_is_named():
         timed(listed, 0)
     with pytest.raises(ValueError, match="percent must be"):
         percentile([1.0], 101)
+    with pytest.raises(ValueError, match="profiles must hold a cost"):
+        suitability([[], *([1e6] for _ in range(9))])
+    for name, bad in (("least_programs", 0), ("least_clusters", 0), ("least_cost", -1.0), ("most_variation", math.nan)):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            Filters(**{name: bad})
+    with pytest.raises(ValueError, match="percentile must be"):
+        Filters(percentile=101)

@@ -1,6 +1,7 @@
 """What COFFE's contracts do to stress inputs, of one task of the bank after another: how many are valid, and what they tell apart.
 
-Contracts are mined from the inputs of HumanEval's own tests; the bank's hand-written contract, which nothing here sees, says what is valid.
+Contracts are mined from the inputs of HumanEval's own tests, so that those tests pass with them by construction: the paper's rule of
+acceptance says nothing here. The bank's hand-written contract, which nothing here sees, says which stress inputs are valid.
 The same generator and budget serve every arm. What each program costs on an arm's inputs is measured in turns.
 """
 
@@ -45,9 +46,10 @@ ARMS: dict[str, tuple[Sequence[str], bool]] = {
     DOUBLED: (("repeated",), False),
 }
 """The manners of the generator, and whether contracts filter. Without them an input is accepted when the right program ends on it."""
-CANONICAL = "canonical"
+CANONICAL, AGAIN = "canonical", "canonical, run again"
+"""HumanEval's own solution, and the same text measured as if it were another program: what that differs by is chance."""
 RATED = 20
-"""Inputs of an arm that are rated valid or not; programs are measured on the first ones."""
+"""Inputs of an arm that are rated valid or not, but for smoke; programs are measured on the first ones."""
 OTHERS = 3
 """Inputs of the arms beside the paper's that programs are measured on."""
 CUT = ("time", "memory")
@@ -62,7 +64,8 @@ class Seen:
     """What was seen of one task.
 
     `valid` says of each arm's inputs whether the hand-written contract allows them; `agree` which share of the right programs returned on
-    each what the canonical one did. `costs` are by arm and program, a number each input: infinite where the program did not return.
+    each what the canonical one did. `costs` are by arm and program (`AGAIN` among them), a number each input: infinite where the program
+    did not return.
     `strict` are counts of proposals: (valid, valid and refused by the mined contracts, invalid, invalid and let through). `deviation` is
     by how much the meter differed from run to run, by arm; `at_stake` is that of `at_stake`.
     """
@@ -98,25 +101,35 @@ def is_valid(task: Task, args: Sequence[Any]) -> bool:
 
 
 def seen_of(
-    task: Task, *, scale: int, seconds: float, repeats: int, wanted: int, level: int, meter: str = "cpu_seconds"
+    task: Task,
+    *,
+    scale: int,
+    seconds: float,
+    repeats: int,
+    wanted: int,
+    level: int,
+    meter: str = "cpu_seconds",
+    rated: int = RATED,
 ) -> Seen:
     """Mine contracts, make every arm's inputs, and measure all programs of the task on them.
 
-    `scale` is that of the generator, `seconds` the limit of one run, `level` that of the hand-made worst cases.
+    `scale` is that of the generator, `seconds` the limit of one run, `level` that of the hand-made worst cases. So many inputs of an arm
+    are `rated`, and programs are measured on the first `wanted`.
     """
     limits = Limits(wall_seconds=4 * seconds + 2, cpu_seconds=seconds, memory_mib=1024)
     programs = {**task.programs, **{f"wrong: {name}": text for name, text in task.wrong.items()}}
     with Workers(meter, limits=limits, packages=False) as workers:
         tests = observed_cases(workers, task.programs[CANONICAL], task.entry_point, task.test)
-        made = inputs_of(task, workers, tests, scale=scale, wanted=max(wanted, RATED))
+        made = inputs_of(task, workers, tests, scale=scale, wanted=max(wanted, rated))
+        few = min(OTHERS, wanted)
         right = right_of(workers, task, programs, [*tests, *(task.arguments(0, number) for number in range(10))])
         inputs = {
-            **{arm: found[: wanted if arm == CONTRACTS else OTHERS] for arm, found in made.inputs.items()},
-            DEAREST: dearest(workers, task, made.inputs[CONTRACTS]),
+            **{arm: found[: wanted if arm == CONTRACTS else few] for arm, found in made.inputs.items()},
+            DEAREST: dearest(workers, task, made.inputs[CONTRACTS])[:few],
             TESTS: tests[:wanted],
-            WORST: [task.arguments(level, number) for number in range(OTHERS)],
+            WORST: [task.arguments(level, number) for number in range(few)],
         }
-        kept = {name: programs[name] for name in sorted(right)}
+        kept = {name: programs[name] for name in sorted(right)} | {AGAIN: programs[CANONICAL]}
         ran = {
             arm: measure_all(workers, task.entry_point, kept, cases, repeats=repeats) for arm, cases in inputs.items()
         }
@@ -208,7 +221,7 @@ def _agreeing(task: Task, ran: Mapping[str, list[list[Outcome]]], cases: int) ->
     found = []
     for number in range(cases):
         expected = ran[CANONICAL][number][0]
-        others = [of_cases[number][0] for name, of_cases in ran.items() if name != CANONICAL]
+        others = [of_cases[number][0] for name, of_cases in ran.items() if name not in (CANONICAL, AGAIN)]
         ended = [one for one in others if one.state not in CUT]
         if expected.state == "returned" and ended:
             found.append(mean([judge([expected.value], [one], task.compare).right for one in ended]))

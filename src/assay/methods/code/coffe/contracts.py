@@ -1,6 +1,6 @@
 """Contracts: asserts about a program's inputs, each accepted only if the program with it still passes every correctness test.
 
-Whoever writes them, a language model (`ModelContracts`) or a miner of what tests give (`ObservedContracts`), the same loop judges.
+Whoever writes them, a language model (`ContractsByModel`) or a miner of what tests give (`ObservedContracts`), the same loop judges.
 """
 
 from __future__ import annotations

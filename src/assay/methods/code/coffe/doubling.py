@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from assay import checks
-from assay.methods.code.coffe.programs import Args
+from assay.methods.code.coffe.programs import Args, Unusable
 from assay.methods.code.coffe.stress import AT_ONCE, SCALE, StressInput, observed, value_here
 
 if TYPE_CHECKING:
@@ -241,9 +241,10 @@ class ByStrategy:
         self.seed = checks.whole("seed", seed)
 
     def inputs(self, code: str, seeds: Sequence[StressInput], number: int = AT_ONCE) -> list[StressInput]:
-        """Up to `number` different inputs, as literal values."""
+        """Up to `number` different inputs, as literal values. Raises Unusable where the strategy's filter lets none through."""
         from hypothesis import HealthCheck, Phase, given, settings
         from hypothesis import seed as start
+        from hypothesis.errors import Unsatisfiable
 
         found: list[Args] = []
 
@@ -259,6 +260,9 @@ class ByStrategy:
         def draw(args: Args) -> None:
             found.append(args)
 
-        draw()
         self.seed += 1
+        try:
+            draw()
+        except Unsatisfiable as error:
+            raise Unusable("the strategy's filter lets nothing through") from error
         return [observed(args) for args in found[:number]]

@@ -120,10 +120,17 @@ def {name}():
 _FILE = """
 def main(stdin, _source={source!r}):
     import contextlib, io, sys
-    sys.stdin, out = io.StringIO(stdin), io.StringIO()
-    with contextlib.redirect_stdout(out):
-        exec(compile(_source, "main.py", "exec"), {{"__name__": "__main__"}})
-    return out.getvalue()
+    before, out = sys.stdin, io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
+    sys.stdin = io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8")
+    try:
+        with contextlib.redirect_stdout(out):
+            exec(compile(_source, "main.py", "exec"), {{"__name__": "__main__"}})
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
+    finally:
+        sys.stdin = before
+    return out.buffer.getvalue().decode()
 """
 
 
@@ -140,6 +147,8 @@ def passing(run: Run, test: str, entry_point: str) -> Callable[[str], bool]:
 
 def as_function(program: str) -> str:
     """A program that reads stdin as one with a function `main(stdin)` that returns what it prints: file-level problems.
+
+    It may read and write the buffers of `sys.stdin` and `sys.stdout`, and end by `exit()`; another code than 0 is raised.
 
     >>> scope = {}
     >>> exec(as_function("print(int(input()) * 2)"), scope)

@@ -45,7 +45,7 @@ class Problem:
 
     @property
     def usable(self) -> bool:
-        """Whether the best solution itself ended on every test: otherwise nothing can be held against it."""
+        """Whether the best solution itself ended on every test, at a cost that the meter sees: else nothing can be held against it."""
         return 0 < sum(self.best) < math.inf
 
     @property

@@ -98,6 +98,13 @@ class Filters:
     split: float = FILTER_SPLIT
     noise: float = NOISE
 
+    def __post_init__(self) -> None:
+        for name in ("least_programs", "least_clusters"):
+            checks.whole(name, getattr(self, name), low=1)
+        for name in ("least_cost", "most_variation", "split", "noise"):
+            checks.number(name, getattr(self, name), low=0)
+        checks.number("percentile", self.percentile, low=0, high=100)
+
 
 @dataclass(frozen=True)
 class Suitability:
@@ -129,6 +136,8 @@ def suitability(profiles: Sequence[Sequence[float]] | None, filters: Filters = F
         return Suitability("input", 0)
     if len(profiles) < filters.least_programs:
         return Suitability("programs", len(profiles))
+    if not all(map(len, profiles)):
+        raise ValueError("profiles must hold a cost for each program at least, got one without any")
     costs = [[valid_cost(cost) for cost in profile] for profile in profiles]
     means = [fmean(profile) for profile in costs]
     variation = percentile(

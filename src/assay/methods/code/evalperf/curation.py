@@ -17,7 +17,16 @@ from assay.methods.code.evalperf.clustering import (
     references,
     suitability,
 )
-from assay.methods.code.evalperf.inputs import Args, Sampled, Stops, Synthesiser, as_args, choose_input, sample_inputs
+from assay.methods.code.evalperf.inputs import (
+    Args,
+    Sampled,
+    Stops,
+    Synthesiser,
+    SynthesiserError,
+    as_args,
+    choose_input,
+    sample_inputs,
+)
 
 
 class Outcome(Protocol):
@@ -74,11 +83,7 @@ def curate(
     sampled = sample_inputs(synthesisers, lambda args: _ended(run(programs[canonical], args)), valid, stops)
     candidates = [one for one in sampled if one.args is not None]
     if keep == "all":
-        candidates += [
-            replace(one, args=as_args(one.synthesise(scale)), scale=scale)
-            for one in candidates
-            for scale in one.smaller()
-        ]
+        candidates += [again for one in candidates for scale in one.smaller() if (again := _at(one, scale)) is not None]
     costs = [_median(_profile(run(programs[canonical], one.args))) for one in candidates if one.args is not None]
     profiled: dict[int, tuple[tuple[float, ...], ...]] = {}
     asked = list(programs)
@@ -107,6 +112,14 @@ def profiles_on(programs: Mapping[str, str], args: Args, run: Run) -> dict[str, 
             return name
         found[name] = profile
     return found
+
+
+def _at(one: Sampled, scale: int) -> Sampled | None:
+    """The same sampling with the input of a smaller scale; None where the synthesiser, which made it once, gives up now."""
+    try:
+        return replace(one, args=as_args(one.synthesise(scale)), scale=scale)
+    except (TimeoutError, MemoryError, SynthesiserError):
+        return None
 
 
 def _ended(outcomes: Sequence[Outcome]) -> str:

@@ -171,21 +171,22 @@ def deep_size(value: Any, *, most: int | None = None) -> int:
     >>> deep_size([1, 1]) == sys.getsizeof([1, 1]) + sys.getsizeof(1)
     True
     """
-    total, seen = 0, set()
+    total = 0
     for one in _inside(value):
-        if id(one) not in seen:
-            seen.add(id(one))
-            total += sys.getsizeof(one)
-            if most is not None and total > most:
-                break
+        total += sys.getsizeof(one)
+        if most is not None and total > most:
+            break
     return total
 
 
 def _inside(value: Any) -> Iterable[Any]:
-    """A value and everything in it."""
-    left = [value]
+    """A value and everything in it, each object once: lists may share parts, and hold themselves."""
+    left, seen = [value], set()
     while left:
         one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
         yield one
         if isinstance(one, dict):
             left.extend(one)
