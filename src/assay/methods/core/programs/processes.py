@@ -33,6 +33,11 @@ EMPTY = {"python": "", "node": "", "c": "int main(void) { return 0; }\n", "cpp":
 TIMER = ".assay-timer.py"
 NULLS = 5
 """Runs of the empty program, of which the median is subtracted."""
+SLOWER = 60
+"""How many times slower, about, a program runs while its instructions are counted: limits of time grow by as much."""
+FILES = 64
+LOG = 200
+"""Files that a counted program may have open, and the number of the log, which lies above."""
 UNSEEN_SECONDS = 0.05
 UNSEEN_SHARE = 0.25
 """Processor time of the whole sandbox, beyond that of the program and of starting it, is forgiven up to the larger of these: what is seen
@@ -192,20 +197,30 @@ def _once(sandbox: Sandbox, program: Program, stdin: bytes, meter: str, limits: 
             return _outcome(ran, ran.cpu_seconds)
         used = float(struct.unpack("<d", said[:8])[0])
         return replace(_outcome(ran, used), outside=ran.cpu_seconds - used)
-    slower = replace(limits, cpu_seconds=limits.cpu_seconds * 60 + 20, wall_seconds=limits.wall_seconds * 60 + 30)
-    slower = replace(slower, memory_mib=limits.memory_mib + 512)
-    ran, said = _reported(
-        sandbox, lambda log: [*callgrind(log), *_without(log), *program.command], files, stdin, slower
+    slower = replace(
+        limits,
+        cpu_seconds=limits.cpu_seconds * SLOWER + 20,
+        wall_seconds=limits.wall_seconds * SLOWER + 30,
+        memory_mib=limits.memory_mib + 512,
     )
+    ran, said = _reported(sandbox, lambda pipe: _counting(program, pipe), files, stdin, slower)
     count = counted(said)
-    if count is None:
-        return Outcome("crashed", error=f"callgrind counted nothing: {said.decode('utf-8', 'replace')[-300:]}")
-    return _outcome(ran, float(count))
+    if ran.ok and count is None:
+        return Outcome("crashed", ran.text, f"callgrind counted nothing: {said.decode('utf-8', 'replace')[-300:]}")
+    return _outcome(ran, float(count or 0))
 
 
-def _without(pipe: int) -> list[str]:
-    """What starts a command without an open file. (Debian's sh cannot close one with a number above 9.)"""
-    return ["/bin/bash", "-c", f'exec {pipe}>&-; exec "$@"', "bash"]
+def _counting(program: Program, pipe: int) -> list[str]:
+    """What starts a program under callgrind, which writes to a pipe that the program cannot reach.
+
+    The pipe gets a number above all that the program may have open; valgrind gives out none of those. Nothing but the program is counted
+    where it is a binary: no shell.
+    """
+    binary = "main" in program.files
+    command = ["./main"] if binary else list(program.command)
+    ready = "chmod +x main; " if binary else ""
+    aside = f'{ready}exec {LOG}>&{pipe} {pipe}>&-; ulimit -S -n {FILES}; exec "$@"'  # Debian's sh knows no numbers above 9
+    return ["/bin/bash", "-c", aside, "bash", *callgrind(LOG), *command]
 
 
 def _reported(
