@@ -11,3 +11,12 @@ def needs(tool: str) -> None:
     if shutil.which(tool) is None:
         assert not os.environ.get("ASSAY_TEST_ALL"), f"{tool} is not installed, and every test was asked for"
         pytest.skip(f"{tool} is not installed")
+
+
+def needs_sandbox() -> None:
+    """The same for the sandbox that programs run in."""
+    from assay.methods.core.sandbox import protections
+
+    if not protections().full:
+        assert not os.environ.get("ASSAY_TEST_ALL"), f"{protections().missing}, and every test was asked for"
+        pytest.skip("no namespaces here")

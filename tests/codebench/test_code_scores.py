@@ -61,6 +61,16 @@ def test_figures_name_their_denominators():
         score([], SETTINGS)
 
 
+def test_a_task_that_does_not_answer_is_told_and_in_no_figure():
+    broken = Run("T/2", [], unjudged="T/2: the right program must pass its own test")
+    found = score([broken, RUN], SETTINGS, [1])
+    assert found.figures == score([RUN], SETTINGS, [1]).figures
+    assert "T/2 in all figures: T/2: the right program must pass its own test" in found.left_out
+    assert document([broken, RUN], found, SETTINGS)["tasks"][0]["unjudged"].startswith("T/2")
+    with pytest.raises(ValueError, match="must pass its own test"):
+        score([broken], SETTINGS)
+
+
 def test_only_wrong_samples_are_no_reason_to_fail():
     wrong = Run("T/3", ["bad"], {"expert": EXPERT, "slow": SLOW}, [None])
     by_name = {figure.name: figure.value for figure in score([wrong], SETTINGS).figures}

@@ -50,6 +50,12 @@ def test_a_program_is_measured_by_every_meter(folder, capsys):
     assert "Not seen: everything inside of built-in functions" in text
 
 
+def test_a_meter_that_is_named_twice_counts_once(folder, capsys):
+    run = ("code", "measure", folder / "slow.py", "--cases", folder / "cases.jsonl", "--repeats", 1, "--json")
+    once = json.loads(said(capsys, *run, "--meter", "operations").out)
+    assert json.loads(said(capsys, *run, *["--meter", "operations"] * 2).out) == once
+
+
 def test_a_wrong_program_has_no_cost(folder, capsys):
     text = said(capsys, "code", "measure", folder / "wrong.py", "--cases", folder / "cases.jsonl", code=1).out
     assert "case 1 gave 500000, not 499500: a program that is wrong has no cost" in text
@@ -157,6 +163,14 @@ def test_two_versions_are_compared_by_their_tests(folder, capsys):
         (("measure", "slow.py", "--cases", "cases.jsonl", "--meter", "joules"), "--meter must be one of cpu_seconds"),
         (("measure", "slow.py", "--cases", "cases.jsonl", "--repeats", "0"), "--repeats must be"),
         (("measure", "slow.py", "--cases", "cases.jsonl", "--seconds", "0"), "--seconds must be"),
+        (
+            ("measure", "slow.py", "--cases", "cases.jsonl", "--entry", "g"),
+            "--entry must name a function of slow.py, got",
+        ),
+        (
+            ("compare", "slow.py", "two.py", "--cases", "cases.jsonl"),
+            "function of two.py, got 'total'; it defines a, b",
+        ),
         (("measure", "slow.c", "--cases", "cases.jsonl"), "cases with args call a Python function"),
         (("measure", "broken.c", "--cases", "stdin.jsonl"), "does not compile"),
         (

@@ -37,7 +37,8 @@ def measure(
     with saying("starting the sandbox") as say:
         inputs = read_cases(cases)
         stdin = inputs[0].stdin is not None
-        meters = meter or (["cpu_seconds", "peak_bytes"] if stdin else ["cpu_seconds", "operations", "peak_bytes"])
+        usual = ["cpu_seconds", "peak_bytes"] if stdin else ["cpu_seconds", "operations", "peak_bytes"]
+        meters = list(dict.fromkeys(meter or usual))
         found = run(file, inputs, entry=entry, meters=meters, repeats=repeats, limits=limits, say=say)
     if json:
         costs = [
@@ -144,8 +145,10 @@ def score(
     k: Annotated[str, typer.Option("--k", help="For which k, with commas: 1,10.")] = "1",
     meter: Annotated[str, typer.Option(help=METER)] = "cpu_seconds",
     repeats: Annotated[int, typer.Option(help="Runs of each input; meters that repeat exactly take one.")] = 6,
-    seconds: Annotated[float, typer.Option(help="Processor time that one call may take.")] = 5.0,
-    memory: Annotated[int, typer.Option(help="MiB that it may hold.")] = 1024,
+    seconds: Annotated[
+        float, typer.Option(help="Processor time that one call may take; more where the reference's takes half of it.")
+    ] = 5.0,
+    memory: Annotated[int, typer.Option(help="MiB that it may hold.")] = 4096,
     journal: Annotated[
         Path | None,
         typer.Option(
@@ -156,19 +159,19 @@ def score(
 ) -> None:
     """Run a model's programs once and say how often they are right, and how efficient: pass@k, eff@k, DPS, efficient@k."""
     import hashlib
+    from dataclasses import replace
 
     from assay.cli.output import print_json, saying, wrapped
     from assay.codebench import scores
+    from assay.codebench.costs import check_meter
     from assay.errors import InputError, MissingError
     from assay.measure.machine import machine as here
     from assay.methods.core.programs.runs import Settings, run_all
-    from assay.methods.core.programs.workers import METERS
     from assay.methods.core.sandbox import SandboxMissing
     from assay.paths import cache_dir
     from assay.workloads.programs.task import bank, humaneval, read_samples, read_tasks
 
-    if meter not in METERS:
-        raise InputError(f"--meter must be one of {', '.join(METERS)}, got {meter!r}")
+    check_meter(meter)
     try:
         ks = sorted({_whole("--k", int(one)) for one in k.split(",")})
     except ValueError as error:
@@ -191,7 +194,13 @@ def score(
         raise MissingError(f"{error} (assay code runs no program without it)") from None
     except ValueError as error:
         raise InputError(str(error)) from None
-    found = scores.score(runs, settings, ks)
+    try:
+        found = scores.score(runs, settings, ks)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if untried := len(known) - len(runs):
+        note = f"{untried} of {len(known)} tasks have no samples: they are in no figure"
+        found = replace(found, left_out=(*found.left_out, note))
     if json:
         print_json(scores.document(runs, found, settings) | {"journal": str(journal)})
         return

@@ -109,15 +109,22 @@ def _evaluated(expression: Any, where: str) -> tuple[Any, ...]:
 
 
 def entry_point_of(program: str, name: str | None, where: str) -> str:
-    """The function to call: `name`, or the only public one that the program defines at its top level."""
+    """The function to call: `name`, or the only public one that the program defines at its top level.
+
+    Raises InputError where there are several or none, and for a name that stands nowhere in the program.
+    """
     try:
         tree = ast.parse(program)
     except (SyntaxError, ValueError, RecursionError) as error:
         raise InputError(f"{where} is not Python: {error}") from None
     defined = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
-    if name is not None:
-        return name
     public = [found for found in defined if not found.startswith("_")]
+    if name is not None:
+        bound = {getattr(node, key, None) for node in ast.walk(tree) for key in ("name", "asname", "id")}
+        if not {name, "*"} & bound:
+            listed = ", ".join(public) or "none"
+            raise InputError(f"--entry must name a function of {where}, got {name!r}; it defines {listed}")
+        return name
     if len(public) != 1:
         raise InputError(f"--entry must name the function of {where} to call: {', '.join(public) or 'it defines none'}")
     return public[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -249,6 +250,16 @@ def _ratio(totals: Sequence[tuple[float, float]], *, exact: bool = False) -> Int
     return found
 
 
+def check_meter(meter: str) -> None:
+    """Raises InputError for a meter that is none, MissingError where its tool is missing."""
+    if meter not in METERS:
+        raise InputError(f"--meter must be one of {', '.join(METERS)}, got {meter!r}")
+    if meter == "instructions" and shutil.which("valgrind") is None:
+        raise MissingError(
+            "instructions are counted by valgrind, which is not installed (Debian: apt install valgrind)"
+        )
+
+
 def _calls(cases: Sequence[Input]) -> bool:
     if not cases:
         raise InputError("cases must be one or more, got none")
@@ -323,17 +334,9 @@ class _Bench:
 
     def allows(self, meter: str) -> None:
         """Raises InputError for a meter that cannot measure this program, MissingError where its tool is missing."""
-        if meter not in METERS:
-            raise InputError(f"--meter must be one of {', '.join(METERS)}, got {meter!r}")
+        check_meter(meter)
         if meter == "operations" and not self.calls:
             raise InputError("--meter operations counts calls of Python functions: whole programs have no such count")
-        if meter == "instructions":
-            import shutil
-
-            if shutil.which("valgrind") is None:
-                raise MissingError(
-                    "instructions are counted by valgrind, which is not installed (Debian: apt install valgrind)"
-                )
 
     def run(self, meter: str, case: Input, repeats: int) -> list[Outcome]:
         """The outcomes of one case."""

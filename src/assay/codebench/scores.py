@@ -19,7 +19,6 @@ from assay import checks
 from assay.methods.core.programs.estimates import hodges_lehmann, interval, pass_at_k
 from assay.methods.core.programs.runs import Costs, Run, Settings
 
-CUT = ("time", "memory", "overflow")
 NOISES = {"instructions": evalperf.NOISE, "operations": 1_000.0, "cpu_seconds": 1e-4, "peak_bytes": 300_000.0}
 """Below what a cost is noise, in each meter's unit: the paper's for instructions, our choice for the others."""
 TOLERANCES = {"cpu_seconds": 0.01}
@@ -56,13 +55,17 @@ def score(runs: Sequence[Run], settings: Settings, ks: Sequence[int] = (1,)) -> 
     - efficient@k (COFFE): the inputs of the last level together, held against the cheapest right program; beside it the same within 1 %.
       By a meter that varies by more than that, chance decides between programs that cost the same.
 
-    A k above the samples of a task that counts is left out and told, never lowered; so are tasks of which the meter sees no cost.
+    A k above the samples of a task that counts is left out and told, never lowered; so is a task whose own programs do not answer, or of
+    which the meter sees no cost.
     """
+    left_out = [f"{run.task} in all figures: {run.unjudged}" for run in runs if run.unjudged]
+    runs = [run for run in runs if not run.unjudged]
     if not runs:
-        raise ValueError("runs must be one or more, got none")
+        raise ValueError("; ".join(left_out) or "runs must be one or more, got none")
     measured = [run for run in runs if run.measured]
     fewest = min(len(run.why) for run in runs)
-    left_out = [f"k = {k}: a task has {fewest} samples" for k in ks if checks.whole("k", k, low=1) > fewest]
+    few = next(run.task for run in runs if len(run.why) == fewest)
+    left_out += [f"k = {k}: {few} has {fewest} samples" for k in ks if checks.whole("k", k, low=1) > fewest]
     kept = [k for k in ks if k <= fewest]
     figures = [_mean(f"pass@{k}", [pass_at_k(len(run.why), sum(run.right), k) for run in runs]) for k in kept]
     if not measured:
@@ -104,17 +107,13 @@ def eff_scores(run: Run, settings: Settings) -> list[float] | None:
         tolerance=TOLERANCES.get(settings.meter, 0.0),
     )
     expert = run.references.get("expert") or _cheapest(run)
-    if any(max(map(hodges_lehmann, level)) == 0 for level in _finished(expert)):
+    if any(max(map(hodges_lehmann, level)) == 0 for level in expert.finished):
         return None
-    found = enamel.references([[], *_finished(expert)], rules)
-    scores = []
-    for costs in run.samples:
-        if costs is None:
-            scores.append(0.0)
-            continue
-        did = [[_case(case) for case in level] for level in costs.levels]
-        scores.append(enamel.sample_score([[[0.0]], *did], found, rules).value)
-    return scores
+    found = enamel.references([[], *expert.finished], rules)
+    return [
+        0.0 if costs is None else enamel.sample_score([[[0.0]], *costs.levels], found, rules).value
+        for costs in run.samples
+    ]
 
 
 def dps_of(run: Run, settings: Settings) -> Any:
@@ -157,12 +156,6 @@ def _dearest(costs: Costs | None, case: int) -> float | None:
     return max(_one(costs.levels[-1][case]), UNSEEN)
 
 
-def _case(case: list[float] | str) -> Any:
-    if isinstance(case, str):
-        return "cut" if case in CUT else "wrong"
-    return case
-
-
 def _one(case: list[float] | str) -> float:
     """One cost of a case: the median of its repeats."""
     return math.inf if isinstance(case, str) else statistics.median(case)
@@ -173,10 +166,6 @@ def _trimmed(case: list[float] | str) -> float:
     if isinstance(case, str):
         return math.inf
     return coffe.cost_of_runs(case) if len(case) > 2 else statistics.fmean(case)
-
-
-def _finished(costs: Costs) -> list[list[list[float]]]:
-    return [[case for case in level if not isinstance(case, str)] for level in costs.levels]
 
 
 def _cheapest(run: Run) -> Costs:
@@ -195,6 +184,8 @@ def document(runs: Sequence[Run], scored: Scored, settings: Settings) -> dict[st
     tasks: list[Mapping[str, Any]] = []
     for run in runs:
         line: dict[str, Any] = {"task": run.task, "right": run.right, "why": run.why}
+        if run.unjudged:
+            line["unjudged"] = run.unjudged
         if run.measured:
             line |= {"score": eff_scores(run, settings), "costs": [costs and costs.levels for costs in run.samples]}
             line["references"] = {name: costs.levels for name, costs in run.references.items()}

@@ -13,7 +13,6 @@ from assay.methods.code.enamel import (
     PAPER,
     References,
     Settings,
-    case_of,
     eff_at_k,
     evaluate,
     level_score,
@@ -23,6 +22,7 @@ from assay.methods.code.enamel import (
     sample_score,
 )
 from assay.methods.core.programs.estimates import hodges_lehmann, pass_at_k
+from assay.methods.core.programs.runs import CUT
 from assay.methods.core.programs.workers import Outcome
 
 ONE_EACH = Settings(cases=(1, 1, 1, 1), repeats=1)
@@ -206,12 +206,13 @@ def test_faster_than_the_reference_is_above_one_unless_clipped():
 @pytest.mark.parametrize("level", [1, 2, 3])
 def test_a_cut_ends_its_level_and_the_later_ones_but_keeps_the_earlier(level):
     run = [[[0.1]], [[1.0]], [[2.0]], [[4.0]]]
-    cut = [*run[:level], ["cut"]]
+    cut = [*run[:level], ["time"]]
     score = sample_score(cut, FOUND, ONE_EACH)
     assert score.levels[:level] == sample_score(run, FOUND, ONE_EACH).levels[:level]
     assert score.levels[level:] == (0.0,) * (4 - level)
     assert score.right
     assert score.ended == f"cut on level {level}"
+    assert all(sample_score([*run[:level], [end]], FOUND, ONE_EACH) == score for end in CUT)
     later = [*cut, *run[level + 1 :]]  # what somebody ran all the same is not looked at
     assert sample_score(later, FOUND, ONE_EACH) == score
     dear = [*run[:level], [[8.02]], *run[level + 1 :]]
@@ -226,16 +227,17 @@ def test_beyond_the_time_out_but_within_the_tolerance_only_that_level_is_lost():
 @pytest.mark.parametrize("level", range(4))
 def test_a_wrong_answer_anywhere_takes_everything(level):
     run = [[[0.1]], [[1.0]], [[2.0]], [[4.0]]]
-    run[level] = ["wrong"]
-    score = sample_score(run, FOUND, ONE_EACH)
-    assert (score.value, score.right, score.ended) == (0.0, False, f"wrong on level {level}")
+    for end in ("wrong", "raised", "crashed", "void"):
+        run[level] = [end]
+        score = sample_score(run, FOUND, ONE_EACH)
+        assert (score.value, score.right, score.ended) == (0.0, False, f"wrong on level {level}")
 
 
 def test_a_cut_on_the_first_level_is_wrong_and_what_comes_first_counts():
-    assert not sample_score([["cut"]], FOUND, ONE_EACH).right
+    assert not sample_score([["time"]], FOUND, ONE_EACH).right
     two = Settings(cases=(1, 2, 1, 1), repeats=1)
-    assert sample_score([[[0.1]], ["cut", "wrong"]], FOUND, two).right
-    assert not sample_score([[[0.1]], ["wrong", "cut"]], FOUND, two).right
+    assert sample_score([[[0.1]], ["time", "wrong"]], FOUND, two).right
+    assert not sample_score([[[0.1]], ["wrong", "time"]], FOUND, two).right
 
 
 def test_a_level_or_case_that_is_missing_is_told():
@@ -344,7 +346,7 @@ def test_a_run_is_ended_at_the_time_out_the_tolerance_and_the_start():
     machine = Machine(COSTS)
     evaluated(machine, ["square"])
     limits = {limits for program, _, limits in machine.ran if program == "square"}
-    assert [one.cpu_seconds for one in limits] == [pytest.approx(8.0 + 0.01 + enamel.ALLOWANCE)]
+    assert [one.cpu_seconds for one in limits] == [pytest.approx(1.25 * 8.0 + 0.01 + enamel.ALLOWANCE)]
     assert [one.memory_mib for one in limits] == [4096]
     assert {limits for program, _, limits in machine.ran if program == "expert"} == {None}
 
@@ -387,10 +389,27 @@ def test_a_measurement_that_cannot_be_is_refused():
         evaluate(Machine(COSTS), "f", "raises", {"same": "same"}, CASES, lambda a, b: a == b, settings=ONE_EACH)
 
 
-def test_a_case_is_what_its_first_failure_was():
-    fine, late = Outcome("returned", 42, cost=1.0), Outcome("time", error="")
-    same = lambda a, b: a == b  # noqa: E731
-    assert case_of([fine, fine], 42, same) == [1.0, 1.0]
-    assert case_of([fine, late], 42, same) == "cut"
-    assert case_of([fine, Outcome("returned", 41, cost=1.0)], 42, same) == "wrong"
-    assert case_of([Outcome("crashed", error="")], 42, same) == "wrong"
+def test_runs_and_scores_of_samples_see_the_same_cuts():
+    """`assay code score` waits longer than a measurement of ours does, and yet the same programs score the same."""
+    from assay.codebench.scores import eff_scores
+    from assay.methods.core.programs import runs
+
+    names = ["same", "half", "square", "overflows", "full", "raises"]
+    task = SimpleNamespace(
+        id="T/1", entry_point="f", programs={"expert": "expert"}, sizes=(1, 1, 2, 4), test="", inputs=(),
+        compare=lambda a, b: a == b, arguments=lambda level, number, seed=0: CASES[level][0],
+    )  # fmt: skip
+    ours = evaluated(Machine(COSTS), names)
+    for seconds in (1e3, 4.5):  # of which the reference takes 4
+        settings = runs.Settings(cases=1, repeats=1, seconds=seconds)
+        found = runs.run_task(task, names, Machine(COSTS), settings)
+        assert found.right == [True] * 6
+        assert eff_scores(found, settings) == pytest.approx([ours.scores[name].value for name in names])
+
+
+def test_a_run_that_a_slower_machine_makes_long_is_no_cut():
+    machine = Machine({"expert": float, "near": lambda n: 1.9 * n})
+    machine.slowness = lambda count: 1.0 if count <= 4 else 1.2
+    found = evaluated(machine, ["near"])
+    assert found.references.time_out == pytest.approx(9.6)
+    assert found.scores["near"].levels[3] == pytest.approx(0.1)

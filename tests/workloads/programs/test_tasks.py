@@ -103,6 +103,57 @@ def test_formats_of_others(tmp_path):
     }
 
 
+def test_tasks_with_lists_of_arguments(tmp_path):
+    """As EvalPlus writes them: no test, but inputs on which answers are those of the canonical program."""
+    line = {"task_id": "X/1", "prompt": "def g(x):\n", "entry_point": "g", "canonical_solution": "    return x\n"}
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(
+        json.dumps(line | {"base_input": [[1], [2.5]], "plus_input": [[[3]]], "atol": 0.01, "contract": ""})
+    )
+    (task,) = read_tasks(path)
+    assert (task.inputs, task.test) == (((1,), (2.5,), ([3],)), "")
+    assert task.compare(1.0, 1.009)
+    assert not task.compare(1.0, 1.1)
+    path.write_text(json.dumps(line | {"test": "def check(candidate):\n    assert candidate(1) == 1\n"}))
+    (task,) = read_tasks(path)
+    assert (task.inputs, task.compare(1.0, 1.0 + 1e-7)) == ((), False)
+    for wrong, says in (
+        ({"base_input": [1]}, "base_input must be a list of lists"),
+        ({"base_input": [[1]], "atol": "x"}, "atol must be a number"),
+        ({"test": 3}, "test must be a text"),
+    ):
+        path.write_text(json.dumps(line | wrong))
+        with pytest.raises(InputError, match=f"line 1: {says}"):
+            read_tasks(path)
+    path.write_text(f"{json.dumps(line)}\n{json.dumps(line)}\n")
+    with pytest.raises(InputError, match="line 2: the task 'X/1' is there twice"):
+        read_tasks(path)
+
+
+@pytest.mark.parametrize(
+    ("tests", "same", "other"),
+    [
+        (["assert f(1) == (4, 5)"], (4, 5), (5, 4)),
+        (["assert set(f(1)) == set((4, 5))", "assert set(f(2)) == {4}"], (5, 4), (5, 5)),
+        (["assert sorted(f(1)) == [4, 5]"], (5, 4), (4,)),
+        (["assert math.isclose(f(1), 4.0, rel_tol=0.001)"], 4.001, 4.1),
+        (["assert set(f(1)) == {4, 5}", "assert f(2) == (4, 5)"], (4, 5), (5, 4)),
+    ],
+)
+def test_answers_are_compared_as_tests_of_mbpp_do(tmp_path, tests, same, other):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(
+        json.dumps({"task_id": 2, "code": "def f(n): ...", "test_list": tests, "test_imports": ["import math"]})
+    )
+    (task,) = read_tasks(path)
+    expected = 4.0 if "isclose" in tests[0] else (4, 5)
+    assert task.compare(expected, same)
+    assert not task.compare(expected, other)
+    samples = tmp_path / "samples.jsonl"
+    samples.write_text('{"task_id": 2, "solution": "a"}\n{"task_id": "Mbpp/2", "solution": "b"}\n')
+    assert read_samples(samples, {task.id: task}) == {"Mbpp/2": ["a", "b"]}
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -25,7 +25,6 @@ from assay.experiments.core import Figure, Operator, experiment
 from assay.methods.code.enamel import (
     PAPER,
     Evaluated,
-    NoReference,
     Score,
     Settings,
     eff_at_k,
@@ -34,6 +33,7 @@ from assay.methods.code.enamel import (
     sample_score,
 )
 from assay.methods.core.programs.estimates import hodges_lehmann
+from assay.methods.core.programs.runs import NoReference
 from assay.methods.core.programs.workers import Workers
 from assay.workloads.programs.task import Task, bank
 

@@ -22,25 +22,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from assay import checks
 from assay.methods.core.programs.estimates import hodges_lehmann, interval
-from assay.methods.core.programs.judging import judge, measure_all
-from assay.methods.core.programs.workers import Outcome, Workers
+from assay.methods.core.programs.runs import CUT, Case, Costs, Ended, measured
+from assay.methods.core.programs.workers import Workers
 from assay.methods.core.sandbox import Limits
 
-Case = Sequence[float] | Literal["cut", "wrong"]
-"""A program on one case: the costs of its repeats, or "cut" (out of time, out of memory, an overflow), or "wrong" (any other failure)."""
 ALLOWANCE = 0.05
 """Seconds of processor time that starting a program and reading its arguments may take beside the call; our choice."""
-
-
-class NoReference(ValueError):
-    """A reference that does not return on a case, so that nothing can be held against it."""
+SLACK = 1.25
+"""A run goes on for so many time-outs, for the machine may become slower meanwhile: the score says afterwards what was too dear."""
 
 
 @dataclass(frozen=True)
@@ -225,15 +221,15 @@ class Score:
 
 
 def sample_score(levels: Sequence[Sequence[Case]], found: References, settings: Settings = PAPER) -> Score:
-    """The score of a sample from what it did, levels[level][case], by the mean of its level scores weighted by hardness.
+    """The score of a sample from what it did, levels[level][case] (`runs.measured`), by the mean of its level scores weighted by hardness.
 
-    Levels and cases are gone through in order. The first that is "wrong" makes the sample wrong: everything is 0. The first that is "cut",
-    or whose cost is beyond the time-out and its tolerance, ends it: its level and all later ones are 0, and what comes after is not looked
-    at; on the first level it makes the sample wrong. A level's cost is that of its dearest case, each by the Hodges-Lehmann estimate of
-    its repeats. Raises ValueError where a level or case that is needed is missing.
+    Levels and cases are gone through in order. The first that ended by one of `runs.CUT`, or whose cost is beyond the time-out and its
+    tolerance, ends it: its level and all later ones are 0, and what comes after is not looked at; on the first level it makes the sample
+    wrong. The first that ended otherwise makes it wrong too: everything is 0. A level's cost is that of its dearest case, each by the
+    Hodges-Lehmann estimate of its repeats. Raises ValueError where a level or case that is needed is missing.
 
     >>> found = References((None, 1.0, 2.0, 4.0), 8.0)
-    >>> sample_score([[[1.0]], [[1.0]], [[5.0]], ["cut"]], found, Settings(cases=(1, 1, 1, 1)))
+    >>> sample_score([[[1.0]], [[1.0]], [[5.0]], ["time"]], found, Settings(cases=(1, 1, 1, 1)))
     Score(value=0.45, levels=(0.0, 1.0, 0.5, 0.0), right=True, ended='cut on level 3')
     """
     if len(found.levels) != len(settings.hardness):
@@ -265,7 +261,7 @@ def _walked(
             raise ValueError(f"levels must have {many} cases on level {level}, got {len(costs)}")
         case = levels[level][number]
         if isinstance(case, str):
-            return costs, checks.choice("levels", case, ("cut", "wrong"))
+            return costs, "cut" if checks.choice("levels", case, get_args(Ended)) in CUT else "wrong"
         if max(case, default=0.0) > found.time_out + settings.tolerance:
             return costs, "cut"
         costs.append(hodges_lehmann(case))
@@ -305,8 +301,8 @@ def evaluate(
     The reference is measured on all levels first, which says when to end a run; its answers are the expected ones, by `compare(expected,
     got)`. Then level by level all samples that are left are run in turns, the reference between them: from those runs of it the scores
     follow, so that a machine which becomes slower does so for both (our choice; the paper keeps the first). A sample that was wrong or cut
-    is run no more. Costs are in the unit of the workers' meter; only with seconds does the time-out end a run while it is going on, with
-    other meters the workers' own limits do, and a run that was too dear counts as cut afterwards.
+    is run no more. Costs are in the unit of the workers' meter. By seconds a run is ended after `SLACK` time-outs, by other meters the
+    workers' own limits end it; what returned too dear counts as cut afterwards.
 
     Raises ValueError for no samples and for other numbers of cases than the settings say, NoReference for a reference that does not return.
     """
@@ -314,69 +310,26 @@ def evaluate(
         raise ValueError("samples must be one or more, got none")
     if (given := tuple(map(len, cases))) != settings.cases:
         raise ValueError(f"cases must be {settings.cases} by level, got {given}")
-    before: list[list[list[float]]] = []
-    expected: list[list[Any]] = []
-    for level, of_level in enumerate(cases):
-        seen = measure_all(workers, entry_point, {"": reference}, of_level, repeats=settings.repeats_of(level))
-        before.append([_reference_costs(outcomes) for outcomes in seen[""]])
-        expected.append([outcomes[0].value for outcomes in seen[""]])
+    repeats = [settings.repeats_of(level) for level in range(len(cases))]
+
+    def run(programs: Mapping[str, str], limits: Mapping[str, Limits] | None = None) -> dict[str, Costs]:
+        return measured(workers, entry_point, programs, cases, compare, trusted="", repeats=repeats, limits=limits)
+
+    before = run({"": reference})[""].finished
     first = references(before, settings)
-    limits = _limits(workers, first.time_out, settings)
-    between: list[list[list[float]]] = []
-    runs: dict[str, list[list[Case]]] = {name: [] for name in samples}
-    left = {f"sample {name}": name for name in samples}  # the reference's label, "", is none of these
-    for level, of_level in enumerate(cases):
-        seen = measure_all(
-            workers,
-            entry_point,
-            {"": reference, **{label: samples[name] for label, name in left.items()}},
-            of_level,
-            repeats=settings.repeats_of(level),
-            limits=dict.fromkeys(left, limits),
-        )
-        between.append([_reference_costs(outcomes) for outcomes in seen.pop("")])
-        for label, of_cases in seen.items():
-            did = [case_of(outcomes, want, compare) for outcomes, want in zip(of_cases, expected[level], strict=True)]
-            runs[left[label]].append(did)
-            if any(isinstance(case, str) for case in did):
-                del left[label]
-    found = references(between, settings)
+    named = {f"sample {name}": name for name in samples}  # the reference's label, "", is none of these
+    programs = {"": reference, **{label: samples[name] for label, name in named.items()}}
+    seen = run(programs, dict.fromkeys(named, _limits(workers, first.time_out, settings)))
+    found = references(seen[""].finished, settings)
     pairs = [(one, other) for one, other in zip(first.levels, found.levels, strict=True) if one and other]
     drift = max(max(pair) / min(pair) for pair in pairs)
-    scores = {name: sample_score(runs[name], found, settings) for name in samples}
+    runs = {name: seen[label].levels for label, name in named.items()}
+    scores = {name: sample_score(levels, found, settings) for name, levels in runs.items()}
     return Evaluated(scores, found, runs, sample_score(before, found, settings), drift)
-
-
-def case_of(outcomes: Sequence[Outcome], wanted: Any, compare: Callable[[Any, Any], bool]) -> Case:
-    """What a program did on a case, from its repeats in order: its costs, or how the first that failed did.
-
-    Out of time, out of memory and an OverflowError are "cut"; a wrong answer, any other exception, and a run that could have changed its
-    own cost are "wrong".
-
-    >>> case_of([Outcome("returned", 4, cost=0.2), Outcome("time")], 4, lambda expected, got: expected == got)
-    'cut'
-    """
-    costs: list[float] = []
-    for outcome in outcomes:
-        if outcome.state in ("time", "memory"):
-            return "cut"
-        if outcome.state == "raised" and outcome.error.startswith("OverflowError"):
-            return "cut"
-        if outcome.cost is None or not judge([wanted], [outcome], compare).right:
-            return "wrong"
-        costs.append(outcome.cost)
-    return costs
-
-
-def _reference_costs(outcomes: Sequence[Outcome]) -> list[float]:
-    costs = [outcome.cost for outcome in outcomes if outcome.cost is not None]
-    if len(costs) < len(outcomes):
-        raise NoReference(f"reference must return on every case, ended by {outcomes[-1].state}: {outcomes[-1].error}")
-    return costs
 
 
 def _limits(workers: Workers, time_out: float, settings: Settings) -> Limits:
     if workers.meter.unit != "s":
         return Limits(memory_mib=settings.memory_mib)
-    seconds = time_out + settings.tolerance + ALLOWANCE
+    seconds = SLACK * time_out + settings.tolerance + ALLOWANCE
     return Limits(wall_seconds=10 * seconds + 10, cpu_seconds=seconds, memory_mib=settings.memory_mib)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import gzip
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 from assay import checks
 from assay.errors import InputError, MissingError
-from assay.workloads.programs.compare import Compare, named, same
+from assay.workloads.programs.compare import Compare, close, named, same, unordered
 
 UNKNOWN: Any = ...
 """The expected value of a case for which none is known."""
@@ -41,7 +42,8 @@ class Task:
     """A function to write: its text, right and wrong programs, and inputs of any size.
 
     `programs` are right ones by name ("canonical" and "expert" among them where they are known), whole texts that define `entry_point`.
-    `sizes` are those of the levels, of which level 0 is for correctness. `test` is a program that defines `check(candidate)` and raises.
+    `sizes` are those of the levels, of which level 0 is for correctness. `test` is a program that defines `check(candidate)` and raises;
+    `inputs` are arguments that programs are judged on beside those that it calls them with.
     """
 
     id: str
@@ -54,6 +56,7 @@ class Task:
     contract: str = ""
     test: str = ""
     compare: Compare = same
+    inputs: tuple[tuple[Any, ...], ...] = ()
 
     @cached_property
     def _generate(self) -> Callable[[int, random.Random], tuple[Any, ...]]:
@@ -144,21 +147,41 @@ def humaneval() -> list[Task]:
 def read_tasks(path: Path) -> list[Task]:
     """Tasks from a file of JSON lines (.gz too) as HumanEval, MBPP and EvalPlus have them.
 
-    HumanEval and EvalPlus: task_id, prompt, entry_point, canonical_solution, test. MBPP: task_id, text (or prompt), code, test_list,
-    from whose calls the entry point is read. Raises InputError naming the line and what is missing.
+    HumanEval: task_id, prompt, entry_point, canonical_solution, test. EvalPlus: the same with base_input and plus_input in the place of
+    test, lists of arguments; floats may then differ by one in a million, or by atol. MBPP: task_id, text (or prompt), code, test_list, from
+    whose calls the entry point is read. Raises InputError naming the line and what is missing, and for a task that is there twice.
     """
-    found = []
+    found: dict[str, Task] = {}
     for number, line in _lines(path):
-        if "test_list" in line:
-            found.append(_of_mbpp(line, f"{path}, line {number}"))
-            continue
-        for key in ("task_id", "prompt", "entry_point", "canonical_solution"):
-            if not isinstance(line.get(key), str):
-                raise InputError(f"{path}, line {number}: {key} must be a text, got {line.get(key)!r}")
-        program = line["prompt"] + line["canonical_solution"]
-        test = line.get("test", "")
-        found.append(Task(line["task_id"], line["entry_point"], line["prompt"], {"canonical": program}, test=str(test)))
-    return found
+        where = f"{path}, line {number}"
+        task = _of_mbpp(line, where) if "test_list" in line else _of_humaneval(line, where)
+        if task.id in found:
+            raise InputError(f"{where}: the task {task.id!r} is there twice")
+        found[task.id] = task
+    return list(found.values())
+
+
+def _of_humaneval(line: Mapping[str, Any], where: str) -> Task:
+    for key in ("task_id", "prompt", "entry_point", "canonical_solution"):
+        if not isinstance(line.get(key), str):
+            raise InputError(f"{where}: {key} must be a text, got {checks.shown(line.get(key))}")
+    test = line.get("test") or ""
+    if not isinstance(test, str):
+        raise InputError(f"{where}: test must be a text, got {checks.shown(test)}")
+    inputs: list[tuple[Any, ...]] = []
+    for key in ("base_input", "plus_input"):
+        given = line.get(key) or []
+        if not isinstance(given, list) or not all(isinstance(arguments, list) for arguments in given):
+            raise InputError(f"{where}: {key} must be a list of lists of arguments, got {checks.shown(given)}")
+        inputs += [tuple(arguments) for arguments in given]
+    atol = line.get("atol") or 0
+    if isinstance(atol, bool) or not isinstance(atol, (int, float)) or not 0 <= atol < math.inf:
+        raise InputError(f"{where}: atol must be a number of at least 0, got {checks.shown(atol)}")
+    program = line["prompt"] + line["canonical_solution"]
+    return Task(
+        line["task_id"], line["entry_point"], line["prompt"], {"canonical": program}, test=test,
+        compare=close(atol=max(atol, 1e-6)) if inputs else same, inputs=tuple(inputs),
+    )  # fmt: skip
 
 
 def _of_mbpp(line: Mapping[str, Any], where: str) -> Task:
@@ -174,10 +197,11 @@ def _of_mbpp(line: Mapping[str, Any], where: str) -> Task:
     if not isinstance(line.get("task_id"), (str, int)):
         raise InputError(f"{where}: task_id must be a number or a text, got {line.get('task_id')!r}")
     try:
+        trees = [ast.parse(test) for test in tests]
         calls = [
             node.func.id
-            for test in tests
-            for node in ast.walk(ast.parse(test))
+            for tree in trees
+            for node in ast.walk(tree)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         ]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -195,7 +219,23 @@ def _of_mbpp(line: Mapping[str, Any], where: str) -> Task:
         str(line.get("text", line.get("prompt", ""))),
         {"canonical": code},
         test=test,
+        compare=_compared_by(trees, entry),
     )
+
+
+def _compared_by(tests: Sequence[ast.Module], entry: str) -> Compare:
+    """How tests compare what a function returns: in any order where all make a set of it or sort it, nearly where they call isclose."""
+    around: set[str] = set()
+    for tree in tests:
+        holding = {
+            getattr(node.func, "id", getattr(node.func, "attr", ""))
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call)
+            and any(isinstance(given, ast.Call) and getattr(given.func, "id", "") == entry for given in node.args)
+        }
+        around.add("unordered" if holding & {"set", "sorted"} else "close" if "isclose" in holding else "same")
+    kind = around.pop() if len(around) == 1 else "same"
+    return {"unordered": unordered, "close": close(rtol=1e-3), "same": same}[kind]
 
 
 def read_samples(path: Path, tasks: Mapping[str, Task]) -> dict[str, list[str]]:
@@ -204,8 +244,12 @@ def read_samples(path: Path, tasks: Mapping[str, Task]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for number, line in _lines(path):
         name = line.get("task_id")
+        if isinstance(name, (int, str)) and name not in tasks and f"Mbpp/{name}" in tasks:  # as MBPP numbers its tasks
+            name = f"Mbpp/{name}"
         if not isinstance(name, str) or name not in tasks:
-            raise InputError(f"{path}, line {number}: the task {name!r} is not among the {len(tasks)} tasks given")
+            raise InputError(
+                f"{path}, line {number}: the task {checks.shown(name)} is not among the {len(tasks)} tasks given"
+            )
         if isinstance(line.get("solution"), str):
             program = line["solution"]
         elif isinstance(line.get("completion"), str):

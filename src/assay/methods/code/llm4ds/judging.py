@@ -100,7 +100,7 @@ class Sandboxed:
             json.dumps({"program": program, "entry_point": task.entry_point, "kind": task.kind, "cases": cases})
             for task, program, cases in jobs
         ]
-        longest = START + 4 * self.seconds * len(jobs)
+        longest = START + (10 * self.seconds + 10) * len(jobs)
         limits = Limits(
             wall_seconds=longest,
             cpu_seconds=longest,

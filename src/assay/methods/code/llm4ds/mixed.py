@@ -1,8 +1,8 @@
 """Several attempts a task: a logistic regression with a task's own difficulty as a random effect.
 
 Attempts at one task are alike, so that counting them as so many tasks finds differences that are none. Here every task shifts the
-log-odds of all models by a normal number of its own, which is integrated out (Gauss and Hermite). By maximum likelihood, with
-scipy.
+log-odds of all models by a normal number of its own, which is integrated out over a grid that is finer the more attempts a task has.
+By maximum likelihood, with scipy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from assay import checks
 from assay.errors import MissingError
 from assay.methods.core.programs.hypotheses import Finding
 
-NODES = 61
+FAR = 8.0  # in standard deviations: where the grid ends
 WIDEST = 8.0  # of the standard deviation over tasks, in log-odds; beyond it nothing changes
 
 
@@ -60,8 +60,7 @@ def mixed_logistic(passed: Mapping[str, Mapping[str, tuple[int, int]]]) -> Mixed
     for at, model in enumerate(models):
         if not 0 < wins[:, at].sum() < tries[:, at].sum():
             raise ValueError(f"passed must hold a success and a failure of every model, got neither both of {model!r}")
-    nodes, weights = np.polynomial.hermite_e.hermegauss(NODES)
-    weights = np.log(weights / weights.sum())
+    nodes, weights = _grid(float(tries.sum(axis=1).max()))
 
     def minus_log_likelihood(parameters: np.ndarray) -> float:
         *odds, log_spread = parameters
@@ -86,6 +85,17 @@ def mixed_logistic(passed: Mapping[str, Mapping[str, tuple[int, int]]]) -> Mixed
         spread,
         finding,
     )
+
+
+def _grid(attempts: float) -> tuple[np.ndarray, np.ndarray]:
+    """Difficulties in standard deviations, and the logarithms of their weights.
+
+    So many attempts leave no more than 2 / sqrt(attempts) of log-odds open about a task, the step is at most as wide at the widest spread.
+    """
+    step = 2 / (WIDEST * np.sqrt(max(attempts, 16.0)))
+    nodes = np.arange(-FAR, FAR + step / 2, step)
+    weights = -(nodes**2) / 2
+    return nodes, weights - np.log(np.exp(weights).sum())
 
 
 def _log_likelihood(

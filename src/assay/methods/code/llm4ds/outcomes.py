@@ -11,7 +11,7 @@ from assay import checks
 @dataclass(frozen=True)
 class Outcome:
     """One attempt of a model at a task: whether it passed, its seconds, and for plots how similar the picture was to the right one
-    (0 to 1).
+    (-1 to 1, as structural similarity is).
 
     Raises TypeError and ValueError for values that are none; seconds are above 0.
     """

@@ -200,7 +200,8 @@ def _by_factor(
         answers.append(Answer("factor", f"{model} by {factor}", finding, p, p <= alpha, said))
     if len(passed) > 1 and all(len(some) >= 3 for some in of_level.values()):
         share = [sum(own[at] for own in passed.values()) / len(passed) for at in range(len(common))]
-        overall = compare_groups({level: [share[at] for at in some] for level, some in of_level.items()}).overall
+        groups = {level: [share[at] for at in some] for level, some in of_level.items()}
+        overall = compare_groups(groups, alpha=alpha).overall
         differs = "depends on" if overall.p <= alpha else "does not significantly depend on"
         said = f"all models: how many solve a task {differs} {factor}: {overall.method} over tasks, {_p(overall.p)}."
         answers.append(Answer("factor", f"all by {factor}", overall, overall.p, overall.p <= alpha, said))

@@ -44,6 +44,9 @@ class Experiment:
     ) -> None:
         if not tasks or not models:
             raise ValueError(f"tasks and models must hold at least one each, got {len(tasks)} and {len(models)}")
+        for name, given in (("models", models), ("factors", factors)):
+            if isinstance(given, str):
+                raise TypeError(f"{name} must be a list of names, got {given!r}")
         if not isinstance(models, Mapping) and len(set(models)) != len(models):
             raise ValueError(f"models must have different names, got {checks.shown(list(models))}")
         self.tasks = {task: dict(own) for task, own in tasks.items()}
@@ -56,14 +59,17 @@ class Experiment:
         self._outcomes: dict[tuple[str, str, int], Outcome] = {}
 
     def record(self, outcomes: Iterable[Outcome]) -> None:
-        """Add what came out. Raises ValueError for a task or model that is not of the experiment, and an attempt recorded before."""
+        """Add what came out, all of it or nothing. Raises ValueError for a task or model that is not of the experiment, and an attempt
+        recorded before."""
+        new: dict[tuple[str, str, int], Outcome] = {}
         for outcome in outcomes:
             if outcome.task not in self.tasks or outcome.model not in self.models:
                 raise ValueError(f"outcomes must be of the experiment's tasks and models, got {checks.shown(outcome)}")
             key = outcome.model, outcome.task, outcome.attempt
-            if key in self._outcomes:
+            if key in self._outcomes or key in new:
                 raise ValueError(f"outcomes must have every attempt once, got {key} twice")
-            self._outcomes[key] = outcome
+            new[key] = outcome
+        self._outcomes |= new
 
     @property
     def outcomes(self) -> tuple[Outcome, ...]:

@@ -27,7 +27,12 @@ def prepared(value: Any) -> Any:
         if "__frame__" in value:
             import pandas as pd
 
-            return pd.DataFrame(value["__frame__"])
+            # a column of texts keeps its None, which newer versions of pandas would make NaN of
+            columns = {
+                name: pd.Series(each, dtype=object) if None in each and any(type(x) is str for x in each) else each
+                for name, each in value["__frame__"].items()
+            }
+            return pd.DataFrame(columns)
         if "__array__" in value:
             import numpy as np
 
@@ -60,38 +65,47 @@ def _base(value: Any) -> Any:
 
 
 def artists(figure: Any) -> list[dict[str, Any]]:
-    """What is drawn in each pair of axes of a figure."""
+    """What is drawn in each pair of axes of a figure that was drawn, axes from the top left on: `row` and `column` say where they stand.
+
+    Bars, ticks and texts come in the order that a reader sees, from the left and the bottom (texts from the top).
+    """
     from matplotlib.collections import PathCollection, PolyCollection
     from matplotlib.container import BarContainer
     from matplotlib.patches import Wedge
 
+    shown = [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    boxes = [axes.get_position(original=True) for axes in shown]
+    rows, columns = sorted({-round(box.y1, 3) for box in boxes}), sorted({round(box.x0, 3) for box in boxes})
     found = []
-    for axes in figure.axes:
-        if axes.get_label() == "<colorbar>":
-            continue
-        legend = axes.get_legend()
-        said = [] if legend is None else [text.get_text() for text in legend.get_texts()]
+    for axes, box in zip(shown, boxes, strict=True):
+        said = _legend(axes, figure)
         dots = [line for line in axes.lines if line.get_linestyle() in ("None", "", " ") and _marked(line)]
         lines = [_curve(line) | {"drawstyle": line.get_drawstyle()} for line in axes.lines if line not in dots]
         clouds = [each for each in axes.collections if isinstance(each, PathCollection)]
         points = [_cloud(each) for each in clouds] + [_curve(line) for line in dots]
-        bars = [_bars(group) for group in axes.containers if isinstance(group, BarContainer)]
+        bars = [_bars(group, axes) for group in axes.containers if isinstance(group, BarContainer)]
         for marks in (lines, points, bars):
             if len(marks) == len(said) and not any(
                 mark["label"] for mark in marks
             ):  # a legend that was given its texts
                 marks[:] = [mark | {"label": text} for mark, text in zip(marks, said, strict=True)]
+        xticks, yticks = (_ticks(axis, cells=bool(axes.images)) for axis in (axes.xaxis, axes.yaxis))
         found.append(
             {
-                "title": axes.get_title(),
+                "row": rows.index(-round(box.y1, 3)),
+                "column": columns.index(round(box.x0, 3)),
+                "title": _title(axes, figure, alone=len(shown) == 1),
                 "xlabel": axes.get_xlabel(),
                 "ylabel": axes.get_ylabel(),
+                "yside": axes.yaxis.get_label_position(),
                 "xscale": axes.get_xscale(),
                 "yscale": axes.get_yscale(),
                 "legend": said,
-                "texts": [text.get_text() for text in axes.texts],
-                "xticks": [text.get_text() for text in axes.get_xticklabels()],
-                "yticks": [text.get_text() for text in axes.get_yticklabels()],
+                "texts": _texts(axes),
+                "xticks": [text for _, text in xticks],
+                "yticks": [text for _, text in yticks],
+                "xtickat": [at for at, _ in xticks],
+                "ytickat": [at for at, _ in yticks],
                 "lines": lines,
                 "points": points,
                 "bars": bars,
@@ -110,7 +124,35 @@ def artists(figure: Any) -> list[dict[str, Any]]:
                 "limits": [[float(end) for end in image.get_clim()] for image in axes.images],
             }
         )
-    return found
+    return sorted(found, key=lambda axes: (axes["row"], axes["column"]))
+
+
+def _title(axes: Any, figure: Any, *, alone: bool) -> str:
+    """The title wherever it stands; that of the figure where there is one pair of axes only."""
+    said = [axes.get_title(loc) for loc in ("center", "left", "right")]
+    return str(next((text for text in said if text), figure.get_suptitle() if alone else ""))
+
+
+def _legend(axes: Any, figure: Any) -> list[str]:
+    """The texts of the legend, or of the figure's."""
+    legends = [axes.get_legend()] if axes.get_legend() else figure.legends
+    return [text.get_text() for legend in legends for text in legend.get_texts()]
+
+
+def _ticks(axis: Any, *, cells: bool) -> list[tuple[float, str]]:
+    """Where ticks are and what they say, those that say something, from the left or the bottom; those of an image in the order of cells."""
+    said = zip(axis.get_majorticklocs(), [label.get_text() for label in axis.get_majorticklabels()], strict=False)
+    return sorted(((float(at), text) for at, text in said if text), reverse=not cells and bool(axis.get_inverted()))
+
+
+def _texts(axes: Any) -> list[str]:
+    """Texts in the order of reading."""
+    placed = []
+    for text in axes.texts:
+        if text.get_text():
+            x, y = text.get_transform().transform(text.get_unitless_position())
+            placed.append((-round(y), round(x), text.get_text()))
+    return [text for _, _, text in sorted(placed)]
 
 
 def _marked(line: Any) -> bool:
@@ -126,15 +168,18 @@ def _cloud(dots: Any) -> dict[str, Any]:
     return {"x": _numbers(at[:, 0]), "y": _numbers(at[:, 1]), "label": _label(dots)}
 
 
-def _bars(group: Any) -> dict[str, Any]:
-    """Bars by where they stand and how far they reach: across for horizontal ones."""
+def _bars(group: Any, axes: Any) -> dict[str, Any]:
+    """Bars by where they stand and how far they reach, across for horizontal ones, in the order in which a reader sees them."""
     flat = getattr(group, "orientation", "vertical") == "horizontal"
     boxes = [(each.get_x(), each.get_y(), each.get_width(), each.get_height()) for each in group.patches]
+    if flat:
+        boxes = [(y, x, h, w) for x, y, w, h in boxes]
+    boxes.sort(key=lambda box: box[0] + box[2] / 2, reverse=bool((axes.yaxis if flat else axes.xaxis).get_inverted()))
     return {
-        "at": [float(y + h / 2 if flat else x + w / 2) for x, y, w, h in boxes],
-        "length": [float(w if flat else h) for _, _, w, h in boxes],
-        "from": [float(x if flat else y) for x, y, _, _ in boxes],
-        "width": [float(h if flat else w) for _, _, w, h in boxes],
+        "at": [float(start + width / 2) for start, _, width, _ in boxes],
+        "length": [float(length) for _, _, _, length in boxes],
+        "from": [float(low) for _, low, _, _ in boxes],
+        "width": [float(width) for _, _, width, _ in boxes],
         "horizontal": flat,
         "label": _label(group),
     }
@@ -223,7 +268,7 @@ def serve(seconds: float) -> None:
                 pipe.write(json.dumps(_answer(json.loads(line))))
             os._exit(0)
         os.close(writer)
-        text = _read(reader, 4 * seconds)
+        text = _read(reader, child, 10 * seconds + 10)  # as it may wait for a processor; its own time ends it sooner
         for end in (os.kill, os.killpg):
             with contextlib.suppress(ProcessLookupError):
                 end(child, signal.SIGKILL)
@@ -240,14 +285,17 @@ def _answer(job: dict[str, Any]) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"[:500]}
 
 
-def _read(reader: int, seconds: float) -> str:
-    """What comes before the other end closes, or in so many seconds."""
+def _read(reader: int, child: int, seconds: float) -> str:
+    """What comes before the other end closes, its process ends, or in so many seconds."""
     found, until = b"", time.monotonic() + seconds
     with os.fdopen(reader, "rb", buffering=0) as pipe:
-        while (left := until - time.monotonic()) > 0 and select.select([pipe], [], [], left)[0]:
-            if not (part := pipe.read(65536)):
+        while time.monotonic() < until:
+            if select.select([pipe], [], [], 0.05)[0]:
+                if not (part := pipe.read(65536)):
+                    break
+                found += part
+            elif os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 break
-            found += part
     return found.decode("utf-8", "replace")
 
 

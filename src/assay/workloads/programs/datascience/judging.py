@@ -15,6 +15,9 @@ import numpy as np
 TOLERANCE = 1e-6
 MARKS = ("lines", "points", "bars", "bands", "wedges", "images")
 """Kinds of marks: a figure has those that a task asks for, and none of the others."""
+PLACES = (
+    "row", "column", "title", "xlabel", "ylabel", "yside", "legend", "texts", "xticks", "yticks", "xtickat", "ytickat", "limits",
+)  # fmt: skip
 WINDOW = 7
 
 
@@ -51,8 +54,10 @@ def same(expected: Any, got: Any, tolerance: float = TOLERANCE) -> bool:
 def figure_fault(expected: Mapping[str, Any] | Sequence[Mapping[str, Any]], seen: Sequence[Mapping[str, Any]]) -> str:
     """What is wrong with a figure, "" for nothing: `expected` says of each pair of axes what counts, `seen` is from `harness.artists`.
 
-    Marks of a kind may come in any order; texts and ticks in theirs. Scales are linear unless it says otherwise. Colours, sizes and
-    decoration do not count, nor what is not named, but for marks of other kinds, which must not be there.
+    Marks of a kind may come in any order but for wedges; texts and ticks in that of a reader; a set of texts says what a legend must hold.
+    Ticks that are named stand at their bars, or at 0, 1, 2, ... under an image. A line may run either way, and a straight one may have more
+    points than its ends. Scales are linear unless it says otherwise. Colours, sizes and decoration do not count, nor what is not named,
+    but for marks of other kinds, which must not be there.
     """
     wanted = [expected] if isinstance(expected, Mapping) else list(expected)
     if len(wanted) != len(seen):
@@ -67,18 +72,40 @@ def _axes_fault(wanted: Mapping[str, Any], seen: Mapping[str, Any]) -> str:
         if len(marks) != len(left):
             return f"{len(left)} {name}, not {len(marks)}"
         for mark in marks:
-            at = next((at for at, other in enumerate(left) if _fits(name, mark, other)), None)
+            allowed = left[:1] if name == "wedges" else left
+            at = next((at for at, other in enumerate(allowed) if _fits(name, mark, other)), None)
             if at is None:
                 return f"{name} with other data, places or labels"
             del left[at]
     for name in ("xscale", "yscale"):
         if seen[name] != wanted.get(name, "linear"):
             return f"{name} is {seen[name]}, not {wanted.get(name, 'linear')}"
-    for name in ("title", "xlabel", "ylabel", "legend", "texts", "xticks", "yticks", "limits"):
-        shown = [text for text in seen[name] if text] if name in ("xticks", "yticks", "texts") else seen[name]
-        if name in wanted and not same(wanted[name], shown):
-            return f"{name} is {shown!r}, not {wanted[name]!r}"
+    for name in PLACES:
+        if name not in wanted:
+            continue
+        held, want = seen[name], wanted[name]
+        if not (want <= set(held) if isinstance(want, set) else same(want, held)):
+            return f"{name} is {held!r}, not {want!r}"
+    for axis, flat in (("x", False), ("y", True)):
+        if f"{axis}ticks" in wanted and f"{axis}tickat" not in wanted and not _ticks_fit(seen, axis, flat):
+            return f"{axis}ticks stand elsewhere than what they name"
     return ""
+
+
+def _ticks_fit(seen: Mapping[str, Any], axis: str, flat: bool) -> bool:
+    """Whether ticks stand at their bars, or at the middles of an image's cells."""
+    at = seen[f"{axis}tickat"]
+    if seen["images"]:
+        return same(list(range(len(at))), at)
+    rows = [group for group in seen["bars"] if group["horizontal"] == flat]
+    return all(
+        len(at) == len(row["at"])
+        and all(
+            abs(tick - bar) <= width / 2 + TOLERANCE
+            for tick, bar, width in zip(at, row["at"], row["width"], strict=True)
+        )
+        for row in rows
+    )
 
 
 def _fits(name: str, mark: Any, other: Any) -> bool:
@@ -91,7 +118,29 @@ def _fits(name: str, mark: Any, other: Any) -> bool:
     if name == "points":
         one, two = (sorted(zip(each["x"], each["y"], strict=True)) for each in (mark, other))
         return same(one, two) and same(mark.get("label", other["label"]), other["label"])
+    if name == "lines":
+        mark = {"drawstyle": "default", **mark}
+        other = other if mark["drawstyle"] != "default" else _like(mark, other)
     return all(same(value, other[key]) for key, value in mark.items())
+
+
+def _like(mark: Mapping[str, Any], line: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A line the other way round where it then begins as `mark` does; of one that `mark` draws by its two ends, the ends."""
+    x, y = mark.get("x", []), mark.get("y", [])
+    if len(x) == len(y) == 2 < len(line["x"]) and _straight(x, y, line):
+        ends = sorted(zip(line["x"], line["y"], strict=True))
+        line = {**line, "x": [ends[0][0], ends[-1][0]], "y": [ends[0][1], ends[-1][1]]}
+    if x and y and line["x"] and not same([x[0], y[0]], [line["x"][0], line["y"][0]]):
+        line = {**line, "x": line["x"][::-1], "y": line["y"][::-1]}
+    return line
+
+
+def _straight(x: Sequence[float], y: Sequence[float], line: Mapping[str, Any]) -> bool:
+    """Whether all points of a line lie on the one through two ends."""
+    if x[0] == x[1] or any(isinstance(value, str) for value in (*line["x"], *line["y"])):
+        return False
+    slope = (y[1] - y[0]) / (x[1] - x[0])
+    return all(same(y[0] + slope * (a - x[0]), b) for a, b in zip(line["x"], line["y"], strict=True))
 
 
 def _among(some: Sequence[Any], others: Sequence[Any]) -> bool:

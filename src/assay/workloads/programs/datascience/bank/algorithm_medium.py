@@ -20,6 +20,7 @@ def cases(rng):
             array([[rng.randint(0, 4), rng.randint(0, 4)] for _ in range(8)]),
             k,
         )
+    yield array([[3, 0], [2, 2], [4, 4]]), [0, 1, 2], array([[0, 0]]), 1  # nearer across than along the streets
 
 
 def answer(X, y, queries, k):

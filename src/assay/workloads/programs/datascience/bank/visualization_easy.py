@@ -304,7 +304,7 @@ def cases(rng):
 
 def answer(days, east, west):
     lines = [{"x": days, "y": east, "label": "east"}, {"x": days, "y": west, "label": "west"}]
-    return {"lines": lines, "legend": ["east", "west"], "xlabel": "Day"}
+    return {"lines": lines, "legend": {"east", "west"}, "xlabel": "Day"}
 
 
 # %% solution

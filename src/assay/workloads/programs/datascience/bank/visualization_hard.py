@@ -100,7 +100,7 @@ def answer(labels, scores):
         "lines": lines,
         "xlabel": "False positive rate",
         "ylabel": "True positive rate",
-        "legend": [f"AUC = {area:.2f}"],
+        "legend": {f"AUC = {area:.2f}"},
     }
 
 
@@ -301,8 +301,8 @@ def cases(rng):
 
 def answer(months, rain, temperature):
     return [
-        {"bars": [{"length": rain}], "xticks": months, "ylabel": "Rain (mm)"},
-        {"lines": [{"y": temperature}], "ylabel": "Temperature (C)"},
+        {"bars": [{"length": rain}], "xticks": months, "ylabel": "Rain (mm)", "yside": "left", "row": 0, "column": 0},
+        {"lines": [{"y": temperature}], "ylabel": "Temperature (C)", "yside": "right", "row": 0, "column": 0},
     ]
 
 
@@ -367,7 +367,7 @@ def answer(values):
         {"x": list(range(n)), "y": values, "label": "raw"},
         {"x": list(range(3, n - 3)), "y": means, "label": "7-point mean"},
     ]
-    return {"lines": lines, "legend": ["raw", "7-point mean"], "title": f"peak at {means.index(max(means)) + 3}"}
+    return {"lines": lines, "legend": {"raw", "7-point mean"}, "title": f"peak at {means.index(max(means)) + 3}"}
 
 
 # %% solution

@@ -67,7 +67,7 @@ def cases(rng):
 def answer(quarters, goods, services):
     low = {"length": goods, "from": [0] * len(goods), "label": "goods"}
     high = {"length": services, "from": goods, "label": "services"}
-    return {"bars": [low, high], "xticks": quarters, "legend": ["goods", "services"], "ylabel": "Revenue"}
+    return {"bars": [low, high], "xticks": quarters, "legend": {"goods", "services"}, "ylabel": "Revenue"}
 
 
 # %% solution
@@ -113,7 +113,7 @@ def answer(names, before, after):
         {"at": [at + off for at in range(len(names))], "length": values, "width": [0.4] * len(names), "label": label}
         for off, values, label in ((-0.2, before, "before"), (0.2, after, "after"))
     ]
-    return {"bars": bars, "xticks": names, "legend": ["before", "after"]}
+    return {"bars": bars, "xticks": names, "xtickat": list(range(len(names))), "legend": {"before", "after"}}
 
 
 # %% solution
@@ -239,7 +239,7 @@ def answer(first, second):
             counts[min(int((value - low) / width), 7)] += 1
         length = [count / len(values) / width for count in counts]
         bars.append({"at": [low + (at + 0.5) * width for at in range(8)], "length": length, "label": label})
-    return {"bars": bars, "legend": ["first", "second"]}
+    return {"bars": bars, "legend": {"first", "second"}}
 
 
 # %% solution
@@ -358,8 +358,8 @@ def cases(rng):
 
 def answer(x, speed, height):
     return [
-        {"lines": [{"x": x, "y": speed}], "title": "Speed"},
-        {"points": [{"x": x, "y": height}], "title": "Height"},
+        {"lines": [{"x": x, "y": speed}], "title": "Speed", "row": 0, "column": 0},
+        {"points": [{"x": x, "y": height}], "title": "Height", "row": 0, "column": 1},
     ]
 
 
