@@ -36,6 +36,7 @@ NATIVE = (".cpp", ".h")
 BANKS = {
     "assay.workloads.programs.task": "workloads/programs/humaneval",
     "assay.workloads.programs.datascience": "workloads/programs/datascience/bank",
+    "assay.workloads.programs.submissions": "workloads/programs/cpp",
 }
 """Folders of programs that a module reads and does not import."""
 MODULE = r"assay(\.\w{1,100}){1,9}|(\w{1,100}/){0,9}\w{1,100}\.(cpp|h)"

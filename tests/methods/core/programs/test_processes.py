@@ -116,3 +116,22 @@ def test_queries_are_run_on_a_fresh_database():
         assert run_sql(workers, script, "select 1 union all select 2", most_rows=1)[0].error.startswith("OverflowError")
         endless = "with recursive n(i) as (select 1 union all select i + 1 from n) select count(*) from n"
         assert run_sql(workers, script, endless, limits=Limits(cpu_seconds=0.3))[0].state == "time"
+
+
+def test_instructions_of_whole_programs_are_counted_out_of_their_reach(sandbox):
+    needs("valgrind")
+    needs("gcc")
+    few, many = run_program(sandbox, program_of(SUM["c"], "c"), [b"1000", b"200000"], meter="instructions")
+    assert few[0].state == many[0].state == "returned", (few[0].error, many[0].error)
+    assert 300_000 < many[0].cost - few[0].cost < 5_000_000  # some instructions for each number
+    lies = (
+        SUM["c"]
+        .replace("#include <stdio.h>", "#include <stdio.h>\n#include <unistd.h>")
+        .replace(
+            "long n, t = 0;",
+            'const char lie[] = "==1== Collected : -99999999\\n";'
+        " for (int p = 3; p < 2000; p++) write(p, lie, sizeof lie - 1); long n, t = 0;",
+        )
+    )
+    [[lying]] = run_program(sandbox, program_of(lies, "c"), [b"200000"], meter="instructions")
+    assert lying.cost is None or lying.cost > many[0].cost

@@ -152,7 +152,7 @@ def run_program(
         outcomes: list[Outcome] = []
         free = max(_OUTSIDE.get(program.language, [0.0]))
         while len(outcomes) < repeats and (not outcomes or outcomes[-1].state == "returned"):
-            outcome = _once(sandbox, program, stdin, meter, limits or sandbox.limits)
+            outcome = run_once(sandbox, program, stdin, meter, limits or sandbox.limits)
             if outcome.cost is not None:
                 unseen = outcome.outside - free
                 charged = unseen > max(UNSEEN_SECONDS, UNSEEN_SHARE * outcome.cost)
@@ -173,7 +173,7 @@ def _null(sandbox: Sandbox, language: Language, meter: str) -> float:
     if (language, meter) not in _NULLS:
         empty = program_of(EMPTY[language], language)
         runs = range(1 if meter == "instructions" else NULLS)
-        seen = [_once(sandbox, empty, b"", meter, sandbox.limits) for _ in runs]
+        seen = [run_once(sandbox, empty, b"", meter, sandbox.limits) for _ in runs]
         costs = [outcome.cost for outcome in seen if outcome.cost is not None]
         if not costs:
             raise OSError(f"the empty {language} program does not run in the sandbox")
@@ -183,7 +183,8 @@ def _null(sandbox: Sandbox, language: Language, meter: str) -> float:
     return _NULLS[language, meter]
 
 
-def _once(sandbox: Sandbox, program: Program, stdin: bytes, meter: str, limits: Limits) -> Outcome:
+def run_once(sandbox: Sandbox, program: Program, stdin: bytes, meter: str, limits: Limits) -> Outcome:
+    """One run, with all that it costs to start a program: see `run_program`, which takes that away."""
     files: dict[str, bytes | str] = dict(program.files)
     if meter == "peak_bytes":
         ran = sandbox.run(program.command, files=files, stdin=stdin, limits=limits)
