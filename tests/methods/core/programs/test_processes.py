@@ -130,7 +130,7 @@ def test_instructions_of_whole_programs_are_counted_out_of_their_reach(sandbox):
         .replace(
             "long n, t = 0;",
             'const char lie[] = "==1== Collected : -99999999\\n";'
-        " for (int p = 3; p < 2000; p++) write(p, lie, sizeof lie - 1); long n, t = 0;",
+            " for (int p = 3; p < 2000; p++) write(p, lie, sizeof lie - 1); long n, t = 0;",
         )
     )
     [[lying]] = run_program(sandbox, program_of(lies, "c"), [b"200000"], meter="instructions")
