@@ -1,4 +1,4 @@
-"""`assay code`: what a program costs, whether a change made it cheaper, and how efficient a model's programs are."""
+"""`assay code`: what a program costs, whether a change made it cheaper, how efficient a model's programs are, and a cheaper one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    help="What programs cost: measure one, compare two, score a model's.", no_args_is_help=True, rich_markup_mode=None
+    help="What programs cost: measure one, compare two, score a model's, make one cheaper.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 CASES = "JSON lines: args (and kwargs), python (an expression for the tuple of arguments) or stdin, and expected where it is known."
@@ -215,6 +217,76 @@ def score(
             f"On assay's own references and inputs, by {meter}; these are no leaderboard's figures. Kept in {journal}"
         )
     )
+
+
+@app.command()
+def optimise(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A Python file with functions.")],
+    tests: Annotated[Path, typer.Option(help="Tests for pytest that import FILE by its name.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the new program here.")] = None,
+    write: Annotated[bool, typer.Option("--write", help="Write the new program over FILE.")] = False,
+    meter: Annotated[str, typer.Option(help="cpu_seconds, operations (CPython's) or peak_bytes.")] = "cpu_seconds",
+    minutes: Annotated[float, typer.Option(help="For how long to search; deciding comes on top.")] = 5.0,
+    seconds: Annotated[float, typer.Option(help="Processor time that one run may take.")] = 10.0,
+    memory: Annotated[int, typer.Option(help="MiB that it may hold.")] = 1024,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Search for a cheaper program that does the same on the tests and on inputs made of theirs; print what to change as a diff."""
+    from assay.cli.output import print_json, saying
+    from assay.codebench.optimise import optimise as search
+    from assay.codebench.optimised import document
+    from assay.errors import InputError
+    from assay.paths import atomic_file
+
+    limits = _limits(seconds, memory)
+    if not 0 < minutes <= 24 * 60:
+        raise InputError(f"--minutes must be a number above 0 and at most 1440, got {minutes}")
+    if output is not None and output.exists() and file.exists() and output.samefile(file):
+        raise InputError("--output must not be FILE itself: say --write to write over it")
+    with saying("starting the sandbox") as say:
+        found = search(file, tests, meter=meter, minutes=minutes, limits=limits, say=say)
+    for target in [one for one in (output, file if write else None) if one is not None]:
+        if target is output or found.found:
+            with atomic_file(target) as path:
+                path.write_bytes(found.program.encode())
+    if json:
+        print_json(document(found))
+        return
+    _print_optimised(found)
+    print(found.diff, end="")
+
+
+def _print_optimised(found: Any) -> None:
+    """What is told goes to stderr, so that stdout is the diff and nothing else."""
+    import sys
+
+    from assay.cli.output import wrapped
+    from assay.methods.core.programs.workers import METERS
+
+    def tell(text: str, hang: int = 11) -> None:
+        print(wrapped(text, hang), file=sys.stderr)
+
+    for step in found.steps:
+        tell(f"line {step.line:<5} {step.rule}: {step.why}")
+    for one in found.classes:
+        spread = f"{one.ratio.low:.3g} to {one.ratio.high:.3g}"
+        costs = f"{_shown(one.before, found.meter)} -> {_shown(one.after, found.meter)}"
+        tell(f"inputs     {one.name}: {costs}, {one.ratio.median:.3g}x ({spread}): {one.verdict}")
+    tried = f"{found.candidates} candidates tried" + "".join(f", {count} {why}" for why, count in found.refused.items())
+    tell(f"search     {tried}")
+    if not found.found:
+        tell(f"result     {found.why}")
+        return
+    tested = ", ".join(f"{count} {what}" for what, count in found.tested.items())
+    known = "; ".join(f"{name}({kinds})" for name, kinds in found.functions.items())
+    tell(f"the same   on {tested}; arguments as the tests have them: {known}")
+    words = "" if found.ratio.low == found.ratio.high else f" ({found.ratio.low:.3g} to {found.ratio.high:.3g}, 95 %)"
+    how = METERS[found.meter].how
+    tell(
+        f"result     {found.ratio.median:.3g}x cheaper{words} on all inputs kept back together, by {found.meter}: {how}"
+    )
+    if dearer := [one.name for one in found.classes if one.verdict == "dearer"]:
+        tell(f"but        dearer on {'; '.join(dearer)}")
 
 
 def _print_measured(found: Any, meters: list[str]) -> None:

@@ -1,0 +1,440 @@
+"""Make a program cheaper without changing what it does, as far as its tests and inputs that nobody chose can tell.
+
+    found = optimise(Path("mine.py"), Path("test_mine.py"))
+    print(found.diff)
+
+Candidates are edits of `methods.core.programs.rewriting`, those of the hottest lines first, and the bank's expert programs for functions
+that resemble one of its tasks. Each must do what the program did on the calls that the tests make and on inputs made of those, and be
+cheaper beyond noise; they are accepted one after another. Half of the made inputs are kept back: only they decide, at the end, whether the
+result is handed over and by how much it is cheaper.
+"""
+
+from __future__ import annotations
+
+import ast
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from assay import checks
+from assay.codebench import retrieval
+from assay.codebench.behaviour import COSTER, Call, Observer, Recorded, Suite, alike, fails, hottest, record
+from assay.codebench.costs import EXACT, PAIRS, _ratio, _sandbox
+from assay.codebench.optimised import Class, Optimised, Step
+from assay.codebench.variations import grown, shape, size, varied
+from assay.errors import InputError
+from assay.measure.stats import Interval
+from assay.methods.core.programs.rewriting import edits
+from assay.methods.core.programs.workers import METERS, Workers
+from assay.methods.core.sandbox import Limits, Sandbox
+
+VARIED = 80
+"""Inputs made of those of the tests by small changes; half of them are kept back."""
+DOUBLINGS = (2, 4, 6, 8, 10, 12)
+DEAREST = 3
+"""Sizes of grown inputs that are kept of each function: the largest ones."""
+ENOUGH_SECONDS = 0.2
+"""An input this dear is the largest of its function."""
+SCREEN = 6
+"""Pairs by which a candidate is accepted; with fewer none can show a difference."""
+LITTLE = frozenset(
+    (
+        "append-loop",
+        "range-len",
+        "generator-argument",
+        "global-in-loop",
+        "constant-membership",
+        "double-copy",
+        "copied-iterable",
+    )
+)
+"""Rules that save a constant factor: tried last, for what they make may no longer look like what the others look for."""
+MORE = 1.01
+"""What a candidate must seem to gain after two pairs to be given the rest."""
+PLUGINS = (
+    "fixture '",
+    "unrecognized arguments",
+    "not natively supported",
+    "unknown hook",
+    "Unknown pytest.mark",
+    "not found in `markers`",
+)
+"""What pytest says where a plugin is missing, which it looks for in all packages: that takes seconds each time."""
+Say = Callable[[str], None]
+
+
+def optimise(
+    file: Path,
+    tests: Path,
+    *,
+    meter: str = "cpu_seconds",
+    minutes: float = 5.0,
+    limits: Limits | None = None,
+    seed: int = 0,
+    say: Say = lambda _: None,
+) -> Optimised:
+    """Search for a cheaper program that does the same; see the module.
+
+    `tests` is a file of pytest that imports `file` by its name. What must stay the same: what is returned (types, order, and which objects
+    are one), arguments and global variables afterwards, what is printed, and the type of an exception. Raises InputError where the tests
+    do not pass on the program as it is, call none of its functions with plain values, or the program answers differently each time;
+    MissingError without a sandbox.
+    When NOT to use it: for functions whose arguments are no plain values (objects, arrays), or that tests reach through classes only.
+    """
+    if meter not in METERS or meter == "instructions":
+        raise InputError(f"--meter must be one of cpu_seconds, operations, peak_bytes, got {meter!r}")
+    checks.number("minutes", minutes, above=0)
+    source = _read(file)
+    if not tests.is_file():
+        raise InputError(f"--tests must be a file of tests for pytest, got {tests}")
+    search = _Search(
+        file,
+        tests,
+        source,
+        meter,
+        limits or Limits(cpu_seconds=10, wall_seconds=50, memory_mib=1024, output_bytes=64 * 2**20),
+    )
+    try:
+        return search.run(time.monotonic() + 60 * minutes, seed, say)
+    finally:
+        search.close()
+
+
+def _read(file: Path) -> str:
+    if file.suffix != ".py" or not file.is_file():
+        raise InputError(f"FILE must be a Python file, got {file}")
+    try:
+        source = file.read_bytes().decode("utf-8")
+        ast.parse(source)
+    except (OSError, UnicodeDecodeError, SyntaxError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not Python: {error}") from None
+    return source
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Calls that are made one after another in one process, and what the program did on them. Of a name: they are costed together."""
+
+    name: str
+    calls: tuple[Call, ...]
+    does: Any
+
+    @property
+    def costing(self) -> list[Call]:
+        """Those that return: one that raises costs nothing."""
+        return [call for call, (ended, *_) in zip(self.calls, self.does[0], strict=True) if ended == "returned"]
+
+
+class _Search:
+    def __init__(self, file: Path, tests: Path, source: str, meter: str, limits: Limits) -> None:
+        self.file, self.tests, self.source, self.meter, self.limits = file, tests, source, meter, limits
+        self.suite = Suite(tests, file.name)
+        self.sandbox: Sandbox = _sandbox(limits)
+        self.suite_limits = replace(limits, cpu_seconds=600, wall_seconds=600, memory_mib=max(limits.memory_mib, 4096))
+        self.observer = Observer(self.sandbox, limits)
+        self.costs = Workers(meter, limits=limits, sandbox=self.sandbox)
+        self.refused: Counter[str] = Counter()
+        self.candidates = 0
+
+    def close(self) -> None:
+        self.observer.close()
+        self.costs.close()
+
+    def run(self, until: float, seed: int, say: Say) -> Optimised:
+        say("the tests pass?")
+        why = fails(self.sandbox, self.suite, self.source, self.suite_limits)
+        if any(word in why for word in PLUGINS):
+            self.suite = replace(self.suite, plugins=True)
+            why = fails(self.sandbox, self.suite, self.source, self.suite_limits)
+        if why:
+            raise InputError(f"{self.tests} must pass on {self.file} as it is: {_first_failure(why)}")
+        say("recording what the tests call")
+        seen = record(self.sandbox, self.suite, self.source, self.suite_limits)
+        if not seen.calls:
+            hidden = f" ({', '.join(seen.opaque)} were called with other values)" if seen.opaque else ""
+            raise InputError(
+                f"{self.tests} must call functions of {self.file.name} with plain values (numbers, texts, lists, dicts){hidden}"
+            )
+        asked = self._known("", seen.calls)
+        known = sum(len(batch.calls) for batch in asked)
+        if known * 2 < len(seen.calls):
+            raise InputError(
+                f"{self.file} cannot be compared: on {len(seen.calls) - known} of {len(seen.calls)} calls of the tests it does something "
+                "else each time, takes too long, or returns what is no plain value"
+            )
+        made = varied(seen.calls, VARIED, seed)
+        names = list(dict.fromkeys(call.function for call in seen.calls))
+        searched = self._small(made[::2], names)
+        say("looking for inputs that are dear")
+        dear, kept_dear = self._dear(seen.calls, names, (time.monotonic() + until) / 2, say)
+        told = Optimised(
+            str(self.file),
+            self.meter,
+            self.source,
+            self.source,
+            functions={name: _shapes(seen.calls, name) for name in names},
+        )
+        program, steps = self._greedy(seen, [*asked, *searched, *dear], _costing([*searched, *dear]), until, say)
+        if not steps:
+            early = " in the time there was: give more --minutes" if time.monotonic() > until else ""
+            return self._nothing(told, f"nothing found that is cheaper beyond noise{early}")
+        say("deciding by what was kept back")
+        kept = self._small(made[1::2], names)
+        if wrong := self._wrong(program, [*kept, *kept_dear]):
+            return self._nothing(
+                told, f"nothing handed over: what was found did something else on an input that was kept back, {wrong}"
+            )
+        if fails(self.sandbox, self.suite, program, self.suite_limits):
+            return self._nothing(told, "nothing handed over: the tests do not pass on what was found")
+        ratio, classes = self._decided(program, _costing([*kept, *kept_dear]), say)
+        if ratio.low <= 1:
+            return self._nothing(
+                replace(told, classes=classes), "nothing found that is cheaper beyond noise on what was kept back"
+            )
+        tested = {
+            "calls of the tests": known,
+            "made inputs": _count([*searched, *dear]),
+            "kept back": _count([*kept, *kept_dear]),
+        }
+        return replace(
+            told,
+            program=program,
+            steps=tuple(steps),
+            ratio=ratio,
+            classes=classes,
+            tested=tested,
+            candidates=self.candidates,
+            refused=dict(self.refused),
+        )
+
+    def _nothing(self, told: Optimised, why: str) -> Optimised:
+        return replace(told, why=why, candidates=self.candidates, refused=dict(self.refused))
+
+    # ----------------------------------------------------------------------------------------------------------------- inputs
+
+    def _known(self, name: str, calls: Sequence[Call]) -> list[_Batch]:
+        """What the program does on calls, in batches; those on which that is not known, or not the same twice, are left out."""
+        if not calls:
+            return []
+        does = self.observer.does(self.source, calls)
+        if does is None and len(calls) > 1:
+            half = len(calls) // 2
+            return self._known(name, calls[:half]) + self._known(name, calls[half:])
+        again = self.observer.does(self.source, calls) if does is not None else None
+        if does is None or again is None:
+            return []
+        sure = [one == other and one[0] != "unknown" for one, other in zip(does[0], again[0], strict=True)]
+        if all(sure):
+            return [
+                _Batch(
+                    name,
+                    tuple(calls),
+                    (does[0], {key: text for key, text in does[1].items() if again[1].get(key) == text}),
+                )
+            ]
+        return self._known(name, [call for call, is_sure in zip(calls, sure, strict=True) if is_sure])
+
+    def _small(self, calls: Sequence[Call], names: Sequence[str]) -> list[_Batch]:
+        found: list[_Batch] = []
+        for name in names:
+            found += self._known(f"{name}, as in the tests", [call for call in calls if call.function == name])
+        return found
+
+    def _dear(
+        self, calls: Sequence[Call], names: Sequence[str], until: float, say: Say
+    ) -> tuple[list[_Batch], list[_Batch]]:
+        """Grown inputs of each function, for the search and to be kept back: as large as a fifth of a second allows."""
+        both: tuple[list[_Batch], list[_Batch]] = ([], [])
+        for name in names:
+            own = [call for call in calls if call.function == name]
+            found: tuple[list[_Batch], list[_Batch]] = ([], [])
+            for doublings in DOUBLINGS:
+                if time.monotonic() > until:
+                    break
+                say(f"inputs of {name}: {2**doublings:,} times as large")
+                costs: list[float] = []
+                for which in (0, 1):
+                    new = [(call, self._seconds(call)) for call in grown(own, doublings, 2, seed=which).get(name, [])]
+                    costs += [cost if cost is not None else 2 * ENOUGH_SECONDS for _, cost in new]
+                    held = [call for call, cost in new if cost is not None]
+                    known = self._known(f"{name}, {_sizes(held)}", held)
+                    found[which].extend(known)
+                    if held and not known:  # what it returns is too much to be looked at
+                        costs.append(2 * ENOUGH_SECONDS)
+                if costs and max(costs) > ENOUGH_SECONDS:
+                    break
+            for which in (0, 1):
+                both[which].extend(found[which][-DEAREST:])
+        return both
+
+    def _seconds(self, call: Call) -> float | None:
+        """Processor seconds of a call of the program; None where it meets a limit or raises."""
+        workers = self.observer.workers
+        limits = replace(self.limits, cpu_seconds=min(2.0, self.limits.cpu_seconds), wall_seconds=20)
+        [[outcome]] = workers.run(
+            self.source + COSTER.format(name=call.function),
+            "_assay_cost",
+            [([(call.args, dict(call.kwargs))],)],
+            limits=limits,
+        )
+        return outcome.cost
+
+    # ----------------------------------------------------------------------------------------------------------------- search
+
+    def _greedy(
+        self, seen: Recorded, batches: Sequence[_Batch], costing: Mapping[str, list[Call]], until: float, say: Say
+    ) -> tuple[str, list[Step]]:
+        program = self.source
+        steps: list[Step] = []
+        heat = hottest(self.source, seen.seconds)
+        observed: dict[str, list[tuple[Any, ...]]] = {}
+        for call in (*seen.calls, *seen.inner):
+            if not call.kwargs:
+                observed.setdefault(call.function, []).append(call.args)
+        tried = {program}
+        again = True
+        while again and time.monotonic() < until:
+            again = False
+            for rule, line, candidate, why in self._proposals(program, heat, observed, first=not steps):
+                if candidate in tried or time.monotonic() > until:
+                    continue
+                tried.add(candidate)
+                self.candidates += 1
+                say(f"line {line}: {rule}")
+                if self._wrong(candidate, batches):
+                    self.refused["does something else"] += 1
+                    continue
+                ratio = self._ratio(program, candidate, costing)
+                if ratio is None or ratio.low <= 1:
+                    self.refused["not cheaper beyond noise"] += 1
+                    continue
+                if fails(self.sandbox, self.suite, candidate, self.suite_limits):
+                    self.refused["the tests fail"] += 1
+                    continue
+                program, again = candidate, True
+                steps.append(Step(rule, line, why, ratio))
+                break
+        return program, steps
+
+    def _proposals(
+        self, program: str, heat: Counter[str], observed: Mapping[str, list[tuple[Any, ...]]], *, first: bool
+    ) -> list[tuple[str, int, str, str]]:
+        lines = program.splitlines()
+        found = []
+        for edit in edits(program, observed=observed):
+            warmth = max((heat[line.strip()] for line in lines[edit.line - 1 : edit.end_line]), default=0.0)
+            found.append((warmth, (edit.rule, edit.line, edit.program, edit.why)))
+        found.sort(key=lambda one: (one[1][0] in LITTLE, -one[0]))
+        proposals = [one for _, one in found]
+        if first:
+            for name in observed:
+                at = next((n for n, line in enumerate(lines, 1) if line.startswith(f"def {name}(")), 1)
+                proposals += [
+                    ("known-faster-program", at, text, why) for text, why in retrieval.candidates(program, name)
+                ]
+        return proposals
+
+    def _wrong(self, program: str, batches: Sequence[_Batch]) -> str:
+        """The first call on which a version does something else."""
+        for batch in batches:
+            at = alike(batch.does, self.observer.does(program, batch.calls))
+            if at is not None:
+                call = batch.calls[max(at, 0)]
+                return f"{call.function}{checks.shown(call.args)}" if at >= 0 else "a global variable at the end"
+        return ""
+
+    # ------------------------------------------------------------------------------------------------------------------ costs
+
+    def _pair(
+        self, programs: Sequence[str], groups: Mapping[str, list[Call]], turned: bool
+    ) -> list[tuple[float, float]] | None:
+        """Costs of two programs on each class of inputs, one after the other; None where one of them could not be run."""
+        found = []
+        for calls in groups.values():
+            costs = [0.0, 0.0]
+            for which in (1, 0) if turned else (0, 1):
+                text = programs[which] + COSTER.format(name=calls[0].function)
+                [[outcome]] = self.costs.run(
+                    text, "_assay_cost", [([(call.args, dict(call.kwargs)) for call in calls],)]
+                )
+                if outcome.cost is None:
+                    return None
+                costs[which] = float(outcome.cost)
+            found.append((costs[0], costs[1]))
+        return found
+
+    def _ratio(self, before: str, after: str, groups: Mapping[str, list[Call]]) -> Interval | None:
+        totals: list[tuple[float, float]] = []
+        for pair in range(SCREEN):
+            found = self._pair((before, after), groups, bool(pair % 2))
+            if found is None:
+                return None
+            totals.append((sum(a for a, _ in found), sum(b for _, b in found)))
+            if min(totals[-1]) <= 0:
+                return None
+            if pair == 1 and statistics.median(a / b for a, b in totals) < MORE:
+                return None
+            if pair == 1 and self.meter in EXACT:
+                break
+        return _ratio(totals, exact=self.meter in EXACT)
+
+    def _decided(self, program: str, groups: Mapping[str, list[Call]], say: Say) -> tuple[Interval, tuple[Class, ...]]:
+        rows: list[list[tuple[float, float]]] = []
+        for pair in range(2 if self.meter in EXACT else PAIRS):
+            say(f"pair {pair + 1}")
+            found = self._pair((self.source, program), groups, bool(pair % 2))
+            if found is None:
+                return Interval(1.0, 0.0, float("inf"), 0), ()
+            rows.append(found)
+        totals = [(sum(a for a, _ in row), sum(b for _, b in row)) for row in rows]
+        exact = self.meter in EXACT
+        classes = []
+        for n, (name, calls) in enumerate(groups.items()):
+            pairs = [row[n] for row in rows]
+            if min(min(pair) for pair in pairs) > 0:
+                before, after = (statistics.median(pair[which] for pair in pairs) for which in (0, 1))
+                classes.append(Class(name, len(calls), before, after, _ratio(pairs, exact=exact)))
+        if not totals or min(min(pair) for pair in totals) <= 0:
+            return Interval(1.0, 0.0, float("inf"), 0), tuple(classes)
+        return _ratio(totals, exact=exact), tuple(classes)
+
+
+def _first_failure(said: str) -> str:
+    """The line of pytest's report that says what failed."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))]
+    return (told or lines or ["no tests ran"])[-1]
+
+
+def _costing(batches: Sequence[_Batch]) -> dict[str, list[Call]]:
+    """Calls that are costed together, by the names of their batches."""
+    found: dict[str, list[Call]] = {}
+    for batch in batches:
+        if batch.costing:
+            found.setdefault(batch.name, []).extend(batch.costing)
+    return found
+
+
+def _count(batches: Sequence[_Batch]) -> int:
+    return sum(len(batch.calls) for batch in batches)
+
+
+def _sizes(calls: Sequence[Call]) -> str:
+    """How large arguments are, in words."""
+    held = max((sum(map(size, call.args)) for call in calls), default=0)
+    if held:
+        return f"about {held:,} elements"
+    return f"numbers to {max((abs(one) for call in calls for one in call.args if isinstance(one, (int, float))), default=0):,.6g}"
+
+
+def _shapes(calls: Sequence[Call], name: str) -> str:
+    columns: dict[int, set[str]] = {}
+    for call in calls:
+        if call.function == name:
+            for n, value in enumerate(call.args):
+                columns.setdefault(n, set()).add(shape(value))
+    return ", ".join(" or ".join(sorted(column)) for _, column in sorted(columns.items()))
