@@ -220,7 +220,9 @@ def _counting(program: Program, pipe: int) -> list[str]:
     binary = "main" in program.files
     command = ["./main"] if binary else list(program.command)
     ready = "chmod +x main; " if binary else ""
-    aside = f'{ready}exec {LOG}>&{pipe} {pipe}>&-; ulimit -S -n {FILES}; exec "$@"'  # Debian's sh knows no numbers above 9
+    aside = (
+        f'{ready}exec {LOG}>&{pipe} {pipe}>&-; ulimit -S -n {FILES}; exec "$@"'  # Debian's sh knows no numbers above 9
+    )
     return ["/bin/bash", "-c", aside, "bash", *callgrind(LOG), *command]
 
 
