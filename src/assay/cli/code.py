@@ -14,7 +14,10 @@ app = typer.Typer(
 )
 
 CASES = "JSON lines: args (and kwargs), python (an expression for the tuple of arguments) or stdin, and expected where it is known."
-METER = "cpu_seconds, operations (CPython's), peak_bytes or instructions (valgrind; some fifty times slower)."
+METER = (
+    "cpu_seconds, operations (CPython's), peak_bytes, instructions (valgrind; some fifty times slower) or hardware_instructions "
+    "(the processor's own counter, where the system lends it)."
+)
 
 
 @app.command()

@@ -30,6 +30,8 @@ from termios import FIONREAD
 from typing import Any, Literal
 
 from assay import checks
+from assay.errors import MissingError
+from assay.methods.core.programs import counter
 from assay.methods.core.programs import worker as inside
 from assay.methods.core.programs.values import decode
 from assay.methods.core.sandbox import Limits, Sandbox
@@ -72,6 +74,12 @@ METERS = {
             "waiting for memory; start-up differs by about 50,000 instructions from run to run",
         ),
         Meter(
+            "hardware_instructions",
+            "instructions",
+            "instructions of the call in user mode, by the processor's own counter, read by another process",
+            "waiting for memory; it differs a little from run to run, and most virtual machines lend no counter",
+        ),
+        Meter(
             "operations",
             "operations",
             "operations of CPython's interpreter during the call, the same at every run",
@@ -105,10 +113,12 @@ class Outcome:
 
 
 def available_meters() -> list[str]:
-    """The meters that work on this machine; callgrind is tried, not just looked for."""
+    """The meters that work on this machine; callgrind and the processor's counter are tried, not just looked for."""
     from assay.measure.instructions import available_tools
 
-    return [name for name in METERS if name != "instructions" or "callgrind" in available_tools()]
+    missing = set() if "callgrind" in available_tools() else {"instructions"}
+    missing |= set() if counter.available() else {"hardware_instructions"}
+    return [name for name in METERS if name not in missing]
 
 
 class Workers:
@@ -135,6 +145,10 @@ class Workers:
         sandbox: Sandbox | None = None,
     ) -> None:
         self.meter = METERS[checks.choice("meter", meter, list(METERS))]
+        if meter == "hardware_instructions" and not counter.available():
+            raise MissingError(
+                "this machine lends no counter of instructions: take the meter instructions, by valgrind"
+            )
         self.limits = limits or Limits()
         checks.whole("count", count, low=1)
         self.packages = checks.flag("packages", packages)
@@ -418,11 +432,15 @@ class _Process:
             return _outcome(kind, said)
         held = self._forget_peak() if meter == "peak_bytes" else 0
         before = self._still_clock()
-        self._send(mark, b"", limits, began)
-        kind, said = self._message(mark, limits, began)
-        if kind != b"D":
-            return _outcome(kind, said)
-        call = self._still_clock() - before
+        with self._counter(meter) as instructions:
+            self._send(mark, b"", limits, began)
+            kind, said = self._message(mark, limits, began)
+            if kind != b"D":
+                return _outcome(kind, said)
+            call = self._still_clock() - before
+            executed = instructions.read() if instructions is not None else 0.0
+        if executed is None:
+            return Outcome("void", error="the processor's counter was lent to somebody else meanwhile")
         peak = self._memory("VmHWM") - held if meter == "peak_bytes" else 0
         self._send(mark, b"", limits, began)
         kind, said = self._message(mark, limits, began)
@@ -430,8 +448,21 @@ class _Process:
         if outcome.state != "returned":
             return outcome
         outside = self._still_clock() - call
-        cost = {"cpu_seconds": call, "operations": outcome.cost, "peak_bytes": float(max(peak, 0))}[meter]
+        cost = {
+            "cpu_seconds": call,
+            "hardware_instructions": executed,
+            "operations": outcome.cost,
+            "peak_bytes": float(max(peak, 0)),
+        }[meter]
         return replace(outcome, cost=cost, outside=outside)
+
+    def _counter(self, meter: str) -> contextlib.AbstractContextManager[counter.Counter | None]:
+        if meter != "hardware_instructions":
+            return contextlib.nullcontext()
+        if not self._seek():
+            raise _Ended("crashed", "the process is no more")
+        assert self._child is not None
+        return counter.Counter(self._child)
 
     def _finish(self, mark: bytes) -> None:
         """Let the copy end, or end it, and wait until the warm one says so."""
