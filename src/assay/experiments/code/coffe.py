@@ -235,7 +235,7 @@ POINTS: dict[str, list[dict[str, Any]]] = {
         }
     ],
     "small": [
-        {"tasks": 18, "scale": 1000, "seconds": 0.5, "repeats": 3, "level": 2, "meter": "cpu_seconds", "wanted": WANTED}
+        {"tasks": 12, "scale": 1000, "seconds": 0.5, "repeats": 3, "level": 2, "meter": "cpu_seconds", "wanted": WANTED}
     ],
     "full": [
         {
