@@ -154,6 +154,32 @@ def test_two_versions_are_compared_by_their_tests(folder, capsys):
     assert found["verdict"] == "cheaper", found
 
 
+def test_a_javascript_function_is_called(folder, capsys):
+    needs("node")
+    loop = "let t = 0;\n  for (let i = 0; i < n; i++) t += i;\n  return t;"
+    (folder / "slow.js").write_text(f"function total(n) {{\n  {loop}\n}}\n")
+    (folder / "quick.js").write_text("const total = (n) => (n * (n - 1)) / 2;\n")
+    (folder / "two.js").write_text("function helper() {}\nfunction total(n) { return helper() }\n")
+    (folder / "calls.jsonl").write_text(
+        '{"args": [20000000], "expected": 199999990000000}\n{"args": [{"__js__": "1 + 1"}]}\n'
+    )
+    run = ("--cases", folder / "calls.jsonl", "--json")
+    found = json.loads(said(capsys, "code", "measure", folder / "slow.js", *run, "--repeats", 2).out)
+    assert (found["checked"], found["right"]) == (1, True)
+    assert [cost["meter"] for cost in found["costs"]] == ["cpu_seconds", "cpu_seconds", "peak_bytes", "peak_bytes"]
+    found = json.loads(said(capsys, "code", "compare", folder / "slow.js", folder / "quick.js", *run, "--pairs", 6).out)
+    assert found["verdict"] == "cheaper"
+    assert "two.js to call: helper, total" in said(capsys, "code", "measure", folder / "two.js", *run, code=2).err
+    assert not json.loads(said(capsys, "code", "measure", folder / "two.js", *run, "--entry", "total", code=1).out)[
+        "right"
+    ]
+    for wrong in (["--meter", "operations"], ["--entry", "a b"]):
+        assert (
+            wrong[0][2:].replace("entry", "entry_point")
+            in said(capsys, "code", "measure", folder / "slow.js", *run, *wrong, code=2).err
+        )
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -171,7 +197,7 @@ def test_two_versions_are_compared_by_their_tests(folder, capsys):
             ("compare", "slow.py", "two.py", "--cases", "cases.jsonl"),
             "function of two.py, got 'total'; it defines a, b",
         ),
-        (("measure", "slow.c", "--cases", "cases.jsonl"), "cases with args call a Python function"),
+        (("measure", "slow.c", "--cases", "cases.jsonl"), "cases with args call a Python or JavaScript function"),
         (("measure", "broken.c", "--cases", "stdin.jsonl"), "does not compile"),
         (
             ("measure", "slow.py", "--cases", "stdin.jsonl", "--meter", "operations"),

@@ -42,7 +42,8 @@ def measure(
     with saying("starting the sandbox") as say:
         inputs = read_cases(cases)
         stdin = inputs[0].stdin is not None
-        usual = ["cpu_seconds", "peak_bytes"] if stdin else ["cpu_seconds", "operations", "peak_bytes"]
+        python = not stdin and file.suffix not in (".js", ".cjs")
+        usual = ["cpu_seconds", "operations", "peak_bytes"] if python else ["cpu_seconds", "peak_bytes"]
         meters = list(dict.fromkeys(meter or usual))
         found = run(file, inputs, entry=entry, meters=meters, repeats=repeats, limits=limits, say=say)
     if json:

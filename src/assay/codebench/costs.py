@@ -14,6 +14,7 @@ from assay.codebench.cases import Input, entry_point_of
 from assay.errors import InputError, MissingError
 from assay.measure.stats import Interval, paired_ratio
 from assay.methods.core.programs.judging import judge
+from assay.methods.core.programs.node import NODE_METERS, NodeWorkers, functions_of
 from assay.methods.core.programs.processes import (
     CompileError,
     Language,
@@ -283,6 +284,13 @@ def _lines(expected: Any, got: Any) -> bool:
     )
 
 
+def _only_function(program: str, where: str) -> str:
+    found = functions_of(program)
+    if len(found) != 1:
+        raise InputError(f"--entry must name the function of {where} to call: {', '.join(found) or 'none was found'}")
+    return found[0]
+
+
 def _sandbox(limits: Limits | None) -> Sandbox:
     try:
         return Sandbox(limits)
@@ -297,7 +305,7 @@ class _Bench:
         self.path, self.calls, self.limits = path, calls, limits
         self.sandbox = _sandbox(limits)
         self.language = SUFFIXES.get(path.suffix)
-        self._workers: dict[str, Workers] = {}
+        self._workers: dict[str, Workers | NodeWorkers] = {}
         self.entry = ""
         if path.is_dir() and not calls:
             self.language, self.source = "python", ""
@@ -320,9 +328,11 @@ class _Bench:
                 raise MissingError(str(error)) from None
         elif self.language == "python":
             self.entry = entry_point_of(self.source, entry, str(path))
+        elif self.language == "node":
+            self.entry = entry or _only_function(self.source, str(path))
         else:
             raise InputError(
-                f"cases with args call a Python function: {path} is {self.language}, write cases with stdin"
+                f"cases with args call a Python or JavaScript function: {path} is {self.language}, write cases with stdin"
             )
 
     def __enter__(self) -> _Bench:
@@ -337,6 +347,8 @@ class _Bench:
         check_meter(meter)
         if meter == "operations" and not self.calls:
             raise InputError("--meter operations counts calls of Python functions: whole programs have no such count")
+        if self.calls and self.language == "node" and meter not in NODE_METERS:
+            raise InputError(f"--meter must be {' or '.join(NODE_METERS)} for a JavaScript function, got {meter!r}")
 
     def run(self, meter: str, case: Input, repeats: int) -> list[Outcome]:
         """The outcomes of one case."""
@@ -345,8 +357,24 @@ class _Bench:
             return run_program(
                 self.sandbox, self.program, [case.stdin.encode()], meter=meter, repeats=repeats, limits=self.limits
             )[0]
+        if self.language == "node":
+            return self._node(meter, case, repeats)
         if meter not in self._workers:
             self._workers[meter] = Workers(meter, limits=self.limits, sandbox=self.sandbox)
-        return self._workers[meter].run(self.source, self.entry, [case.args], keywords=[case.kwargs], repeats=repeats)[
-            0
-        ]
+        workers = self._workers[meter]
+        assert isinstance(workers, Workers)
+        return workers.run(self.source, self.entry, [case.args], keywords=[case.kwargs], repeats=repeats)[0]
+
+    def _node(self, meter: str, case: Input, repeats: int) -> list[Outcome]:
+        if case.kwargs:
+            raise InputError("kwargs are for Python functions: give a JavaScript function an object among its args")
+        try:
+            if meter not in self._workers:
+                self._workers[meter] = NodeWorkers(meter, limits=self.limits, fresh=True, sandbox=self.sandbox)
+            workers = self._workers[meter]
+            assert isinstance(workers, NodeWorkers)
+            return workers.run(self.source, self.entry, [case.args], repeats=repeats)[0]
+        except FileNotFoundError as error:
+            raise MissingError(str(error)) from None
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{self.path}: {error}") from None
