@@ -11,6 +11,7 @@ from assay.codebench import optimise as module
 from assay.codebench import retrieval
 from assay.codebench.behaviour import Call, Observer, Suite, alike, hottest, record
 from assay.codebench.optimise import optimise
+from assay.codebench.optimised import Optimised
 from assay.codebench.variations import grown, size, varied
 from assay.errors import InputError
 from assay.methods.core.sandbox import Limits, Sandbox, protections
@@ -78,6 +79,11 @@ def test_the_command_prints_a_diff_and_writes_only_where_it_is_told(folder, caps
         (("none.py", "--tests", "test_words.py"), "FILE must be a Python file"),
         (("words.py", "--tests", "none.py"), "--tests must be a file of tests"),
         (("broken.py", "--tests", "test_words.py"), "is not Python"),
+        (("words.py", "--tests", "words.py"), "must have another name than FILE"),
+        (("marked.py", "--tests", "test_words.py"), "must be UTF-8 without a byte order mark"),
+        (("latin.py", "--tests", "test_words.py"), "it is iso-8859-1: save it as that first"),
+        (("words.py", "--tests", "test_words.py", "-o", "."), "cannot be written"),
+        (("words.py", "--tests", "test_words.py", "-o", "test_words.py/new.py"), "cannot be written"),
         (("words.py", "--tests", "test_words.py", "--minutes", "0"), "--minutes must be"),
         (("words.py", "--tests", "test_words.py", "--meter", "joules"), "--meter must be one of"),
         (("words.py", "--tests", "test_words.py", "-o", "words.py"), "say --write"),
@@ -86,9 +92,50 @@ def test_the_command_prints_a_diff_and_writes_only_where_it_is_told(folder, caps
 def test_bad_input_takes_one_line(folder, capsys, monkeypatch, arguments, says):
     monkeypatch.chdir(folder)
     (folder / "broken.py").write_text("def (")
+    (folder / "marked.py").write_bytes(b"\xef\xbb\xbfdef f(): pass\n")
+    (folder / "latin.py").write_bytes("# coding: latin-1\nx = 'é'\n".encode())
     error = said(capsys, *arguments, code=2).err
     assert says in error
     assert "Traceback" not in error
+
+
+def test_a_file_that_changed_meanwhile_is_left_and_its_mode_is_kept(folder, capsys, monkeypatch):
+    file = folder / "words.py"
+    file.chmod(0o750)
+    found = Optimised("words.py", "operations", SLOW, "x = 1\n", ratio=module.Interval(2, 2, 2, 2))
+    monkeypatch.setattr(module, "optimise", lambda *_, **__: found)
+    run = (file, "--tests", folder / "test_words.py", "--write")
+    said(capsys, *run)
+    assert (file.read_text(), file.stat().st_mode & 0o777) == ("x = 1\n", 0o750)
+    assert "was changed during the search" in said(capsys, *run, code=2).err
+    assert file.read_text() == "x = 1\n"
+
+
+def test_a_diff_has_the_lines_that_patch_has():
+    old = "a = 1\n\x0c\ndef f():\n    return '\u2028'\n"
+    assert Optimised("f.py", "operations", old, old.replace("1", "2")).diff == (
+        "--- a/f.py\n+++ b/f.py\n@@ -1,4 +1,4 @@\n-a = 1\n+a = 2\n \x0c\n def f():\n     return '\u2028'\n"
+    )
+
+
+def test_no_input_that_the_search_used_is_kept_back(monkeypatch):
+    """Of whole numbers few other ones are grown: the same ones for both."""
+    calls = [Call("f", (number,)) for number in range(5)]
+    monkeypatch.setattr(module, "grown", lambda own, doublings, count, seed: {"f": calls[seed : seed + 3]})
+    search = module._Search.__new__(module._Search)
+    monkeypatch.setattr(search, "_seconds", lambda call: 1.0, raising=False)
+    monkeypatch.setattr(
+        search, "_known", lambda name, calls: [module._Batch(name, tuple(calls), None)] if calls else []
+    )
+    used, kept = search._dear(calls[:1], calls[:1], ["f"], math.inf, print)
+    assert [[call.args[0] for batch in part for call in batch.calls] for part in (used, kept)] == [[1, 2], [3]]
+
+
+def test_files_beside_the_program_are_said_to_be_missing(folder, monkeypatch):
+    said = "E   ModuleNotFoundError: No module named 'helper'\n=== short test summary info ===\nERROR test_words.py\n"
+    monkeypatch.setattr(module, "fails", lambda *_: said)
+    with pytest.raises(InputError, match=r"No module named 'helper' .*there are words.py and test_words.py alone"):
+        optimise(folder / "words.py", folder / "test_words.py")
 
 
 def test_tests_that_fail_on_the_program_as_it_is_are_refused(folder):
@@ -148,6 +195,7 @@ WAYS = {  # of the same function, each of which a caller could tell from the fir
     "def f(xs): return sum(xs) + 0.0": "def f(xs): return sum(xs)",
     "def f(xs): return {1: 2, 3: 4}": "def f(xs): return {3: 4, 1: 2}",
     "def f(xs): return {1: 2}.keys()": "def f(xs): return [1]",
+    "class S(str): pass\ndef f(xs): return S('a')": "class S(str): pass\ndef f(xs): return S('b')",
 }
 
 
@@ -194,6 +242,7 @@ def test_a_function_that_resembles_a_known_task_is_offered_its_experts_program()
     exec(programs[0][0], scope)
     assert scope["rolling"]([1, 3, 2]) == [1, 3, 3]
     assert (scope["rolling"].__doc__, scope["x"]) == ("Largest so far.", 1)
+    assert retrieval.candidates(source.replace("x = 1", "_rolling_rolling_max = 1"), "rolling") == []
     assert retrieval.candidates("def f(a, b, c):\n    return a\n", "f") == []
 
 

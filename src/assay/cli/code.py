@@ -236,6 +236,9 @@ def optimise(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Search for a cheaper program that does the same on the tests and on inputs made of theirs; print what to change as a diff."""
+    import os
+    import shutil
+
     from assay.cli.output import print_json, saying
     from assay.codebench.optimise import optimise as search
     from assay.codebench.optimised import document
@@ -247,12 +250,20 @@ def optimise(
         raise InputError(f"--minutes must be a number above 0 and at most 1440, got {minutes}")
     if output is not None and output.exists() and file.exists() and output.samefile(file):
         raise InputError("--output must not be FILE itself: say --write to write over it")
+    for target in [one for one in (output, file if write else None) if one is not None]:
+        folder = next(one for one in (target.absolute().parent, *target.absolute().parents) if one.exists())
+        if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise InputError(f"{target} cannot be written: name a file in a folder that you may write to")
     with saying("starting the sandbox") as say:
         found = search(file, tests, meter=meter, minutes=minutes, limits=limits, say=say)
     for target in [one for one in (output, file if write else None) if one is not None]:
+        if target is file and found.found and file.read_bytes() != found.original.encode():
+            raise InputError(f"{file} was changed during the search, and is left as it is: give the command again")
         if target is output or found.found:
             with atomic_file(target) as path:
                 path.write_bytes(found.program.encode())
+                if target.exists():
+                    shutil.copymode(target, path)
     if json:
         print_json(document(found))
         return
@@ -284,6 +295,11 @@ def _print_optimised(found: Any) -> None:
     tested = ", ".join(f"{count} {what}" for what, count in found.tested.items())
     known = "; ".join(f"{name}({kinds})" for name, kinds in found.functions.items())
     tell(f"the same   on {tested}; arguments as the tests have them: {known}")
+    if found.left_out:
+        calls = ", ".join(f"{count} of {name}" for name, count in found.left_out.items())
+        tell(
+            f"unknown    calls of the tests with values that are not plain, or that answer differently each time: {calls}"
+        )
     words = "" if found.ratio.low == found.ratio.high else f" ({found.ratio.low:.3g} to {found.ratio.high:.3g}, 95 %)"
     how = METERS[found.meter].how
     tell(

@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from assay.codebench.optimised import lines_of
 from assay.errors import InputError
 from assay.methods.core.programs import values
 from assay.methods.core.programs.processes import Program, pytest_suite
@@ -129,6 +131,9 @@ def _assay_observed(calls, _assay_all=globals()):
         if isinstance(value, dict) or kind.__name__ == "dict_items":
             pairs = list(value.items() if isinstance(value, dict) else value)
             return [kind.__name__, [[told(key, depth + 1), told(item, depth + 1)] for key, item in pairs]]
+        for base in (str, bytes, int, float, complex):
+            if isinstance(value, base):
+                return [kind.__name__, base.__repr__(value), told(getattr(value, "__dict__", {}), depth + 1)]
         if isinstance(value, (bytearray, memoryview)):
             return [kind.__name__, bytes(value)]
         if hasattr(value, "__next__"):
@@ -175,7 +180,10 @@ def _assay_observed(calls, _assay_all=globals()):
 COSTER = """
 
 def _assay_cost(calls):
+    kept = [one for one in globals().values() if type(one).__name__ == "_lru_cache_wrapper"]
     for args, kwargs in calls:
+        for one in kept:  # each call is costed as if it were the only one
+            one.cache_clear()
         value = {name}(*args, **kwargs)
         if hasattr(value, "__next__"):
             for _ in value:
@@ -213,15 +221,22 @@ class Suite:
 
     def of(self, source: str, more: Mapping[str, bytes] | None = None) -> Program:
         """The tests beside a version of the program."""
-        whole = pytest_suite(self.tests.parent, [self.tests.name])
-        command = list(whole.command)
-        if not self.plugins:
-            command[-1] = f"import os; os.environ['PYTEST_DISABLE_PLUGIN_AUTOLOAD'] = '1'; {command[-1]}"
-        return Program(
-            tuple(command),
-            "python",
-            {self.tests.name: self.tests.read_bytes(), self.name: source.encode(), **(more or {})},
+        whole = tests_alone(self.tests, {self.name: source.encode(), **(more or {})})
+        if self.plugins:
+            return whole
+        *start, last = whole.command
+        return replace(
+            whole, command=(*start, f"import os; os.environ['PYTEST_DISABLE_PLUGIN_AUTOLOAD'] = '1'; {last}")
         )
+
+
+def tests_alone(tests: Path, files: Mapping[str, bytes]) -> Program:
+    """A file of tests with these files beside it, and nothing else of its folder, which may be large."""
+    given = tests.read_bytes()
+    with TemporaryDirectory() as folder:
+        Path(folder, tests.name).write_bytes(given)
+        whole = pytest_suite(Path(folder), [tests.name])
+    return replace(whole, files={tests.name: given, **files})
 
 
 def fails(sandbox: Sandbox, suite: Suite, source: str, limits: Limits) -> str:
@@ -292,7 +307,7 @@ def alike(
 
 def hottest(source: str, seconds: Mapping[int, float]) -> Counter[str]:
     """Seconds by the text of a line, so that they are found again where edits have moved it."""
-    lines = source.splitlines()
+    lines = lines_of(source)
     found: Counter[str] = Counter()
     for number, spent in seconds.items():
         if 0 < number <= len(lines):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from assay import checks
+from assay.codebench.behaviour import tests_alone
 from assay.codebench.cases import Input, entry_point_of
 from assay.errors import InputError, MissingError
 from assay.measure.stats import Interval, paired_ratio
@@ -234,9 +235,7 @@ def _suite(path: Path, tests: Path | None, name: str) -> Program:
     if path.is_dir() and tests is None:
         return pytest_suite(path)
     if path.is_file() and tests is not None and tests.is_file():
-        whole = pytest_suite(tests.parent, [tests.name])
-        files = {tests.name: tests.read_bytes(), name: path.read_bytes()}
-        return Program(whole.command, "python", files)
+        return tests_alone(tests, {name: path.read_bytes()})
     raise InputError(f"--pytest wants two folders with tests, or two files and a file of tests, got {path} and {tests}")
 
 

@@ -12,8 +12,10 @@ result is handed over and by how much it is cheaper.
 from __future__ import annotations
 
 import ast
+import io
 import statistics
 import time
+import tokenize
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,8 +26,8 @@ from assay import checks
 from assay.codebench import retrieval
 from assay.codebench.behaviour import COSTER, Call, Observer, Recorded, Suite, alike, fails, hottest, record
 from assay.codebench.costs import EXACT, PAIRS, _ratio, _sandbox
-from assay.codebench.optimised import Class, Optimised, Step
-from assay.codebench.variations import grown, shape, size, varied
+from assay.codebench.optimised import Class, Optimised, Step, lines_of
+from assay.codebench.variations import grown, shape, size, text, varied
 from assay.errors import InputError
 from assay.measure.stats import Interval
 from assay.methods.core.programs.rewriting import edits
@@ -91,6 +93,8 @@ def optimise(
     source = _read(file)
     if not tests.is_file():
         raise InputError(f"--tests must be a file of tests for pytest, got {tests}")
+    if tests.name == file.name:
+        raise InputError(f"--tests must have another name than FILE, by which it imports FILE, got {tests}")
     search = _Search(
         file,
         tests,
@@ -108,10 +112,14 @@ def _read(file: Path) -> str:
     if file.suffix != ".py" or not file.is_file():
         raise InputError(f"FILE must be a Python file, got {file}")
     try:
-        source = file.read_bytes().decode("utf-8")
+        data = file.read_bytes()
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        source = data.decode(encoding)
         ast.parse(source)
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not Python: {error}") from None
+        raise InputError(f"{file} is not Python that can be read: {error}") from None
+    if encoding != "utf-8":
+        raise InputError(f"{file} must be UTF-8 without a byte order mark, it is {encoding}: save it as that first")
     return source
 
 
@@ -151,7 +159,12 @@ class _Search:
             self.suite = replace(self.suite, plugins=True)
             why = fails(self.sandbox, self.suite, self.source, self.suite_limits)
         if why:
-            raise InputError(f"{self.tests} must pass on {self.file} as it is: {_first_failure(why)}")
+            alone = any(
+                word in why for word in ("ModuleNotFoundError", "ImportError", "FileNotFoundError", "fixture '")
+            )
+            there = f" (in the sandbox there are {self.file.name} and {self.tests.name} alone: no other file of yours)"
+            hint = there if alone else ""
+            raise InputError(f"{self.tests} must pass on {self.file} as it is: {_first_failure(why)}{hint}")
         say("recording what the tests call")
         seen = record(self.sandbox, self.suite, self.source, self.suite_limits)
         if not seen.calls:
@@ -166,17 +179,20 @@ class _Search:
                 f"{self.file} cannot be compared: on {len(seen.calls) - known} of {len(seen.calls)} calls of the tests it does something "
                 "else each time, takes too long, or returns what is no plain value"
             )
+        left_out = Counter(call.function for call in seen.calls) + Counter(seen.opaque)
+        left_out -= Counter(call.function for batch in asked for call in batch.calls)
         made = varied(seen.calls, VARIED, seed)
         names = list(dict.fromkeys(call.function for call in seen.calls))
         searched = self._small(made[::2], names)
         say("looking for inputs that are dear")
-        dear, kept_dear = self._dear(seen.calls, names, (time.monotonic() + until) / 2, say)
+        dear, kept_dear = self._dear([*seen.calls, *made], seen.calls, names, (time.monotonic() + until) / 2, say)
         told = Optimised(
             str(self.file),
             self.meter,
             self.source,
             self.source,
             functions={name: _shapes(seen.calls, name) for name in names},
+            left_out=dict(left_out),
         )
         program, steps = self._greedy(seen, [*asked, *searched, *dear], _costing([*searched, *dear]), until, say)
         if not steps:
@@ -245,10 +261,12 @@ class _Search:
         return found
 
     def _dear(
-        self, calls: Sequence[Call], names: Sequence[str], until: float, say: Say
+        self, used: Sequence[Call], calls: Sequence[Call], names: Sequence[str], until: float, say: Say
     ) -> tuple[list[_Batch], list[_Batch]]:
-        """Grown inputs of each function, for the search and to be kept back: as large as a fifth of a second allows."""
+        """Grown inputs of each function, for the search and to be kept back, none of them in `used` or in both: as large as a fifth of a
+        second allows."""
         both: tuple[list[_Batch], list[_Batch]] = ([], [])
+        seen = set(map(text, used))
         for name in names:
             own = [call for call in calls if call.function == name]
             found: tuple[list[_Batch], list[_Batch]] = ([], [])
@@ -258,7 +276,10 @@ class _Search:
                 say(f"inputs of {name}: {2**doublings:,} times as large")
                 costs: list[float] = []
                 for which in (0, 1):
-                    new = [(call, self._seconds(call)) for call in grown(own, doublings, 2, seed=which).get(name, [])]
+                    made = {text(call): call for call in grown(own, doublings, 6, seed=which).get(name, [])}
+                    fresh = [key for key in made if key not in seen][:2]
+                    seen.update(fresh)
+                    new = [(made[key], self._seconds(made[key])) for key in fresh]
                     costs += [cost if cost is not None else 2 * ENOUGH_SECONDS for _, cost in new]
                     held = [call for call, cost in new if cost is not None]
                     known = self._known(f"{name}, {_sizes(held)}", held)
@@ -323,7 +344,7 @@ class _Search:
     def _proposals(
         self, program: str, heat: Counter[str], observed: Mapping[str, list[tuple[Any, ...]]], *, first: bool
     ) -> list[tuple[str, int, str, str]]:
-        lines = program.splitlines()
+        lines = lines_of(program)
         found = []
         for edit in edits(program, observed=observed):
             warmth = max((heat[line.strip()] for line in lines[edit.line - 1 : edit.end_line]), default=0.0)
@@ -407,7 +428,9 @@ def _first_failure(said: str) -> str:
     """The line of pytest's report that says what failed."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     told = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))]
-    return (told or lines or ["no tests ran"])[-1]
+    reasons = [line[1:].strip() for line in told if line.startswith("E  ")]
+    last = (told or lines or ["no tests ran"])[-1]
+    return f"{last}: {reasons[-1]}" if reasons and last.startswith(("FAILED", "ERROR")) and " - " not in last else last
 
 
 def _costing(batches: Sequence[_Batch]) -> dict[str, list[Call]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,8 @@ class Optimised:
     """What was found. `program` is the one given where nothing was (`why` says so), `ratio` that of all kept back inputs together.
 
     `refused` counts candidates by what they failed; `tested` the inputs on which the result did what the program did: calls of the tests,
-    made inputs that the search used, and those that were kept back.
+    made inputs that the search used, and those that were kept back; `left_out` counts the calls of the tests that could not be compared, by
+    function.
     """
 
     file: str
@@ -55,6 +57,7 @@ class Optimised:
     classes: tuple[Class, ...] = ()
     tested: Mapping[str, int] = field(default_factory=dict)
     functions: Mapping[str, str] = field(default_factory=dict)
+    left_out: Mapping[str, int] = field(default_factory=dict)
     candidates: int = 0
     refused: Mapping[str, int] = field(default_factory=dict)
 
@@ -66,9 +69,14 @@ class Optimised:
     @property
     def diff(self) -> str:
         """The result as a unified diff; empty where nothing was found."""
-        old, new = (text.splitlines(keepends=True) for text in (self.original, self.program))
+        old, new = map(lines_of, (self.original, self.program))
         lines = difflib.unified_diff(old, new, f"a/{Path(self.file).name}", f"b/{Path(self.file).name}")
         return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines as Python and `patch` count them: a form feed ends none."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
 def document(found: Optimised) -> dict[str, Any]:
@@ -100,6 +108,7 @@ def document(found: Optimised) -> dict[str, Any]:
         ],
         "tested": dict(found.tested),
         "functions": dict(found.functions),
+        "left_out": dict(found.left_out),
         "candidates": found.candidates,
         "refused": dict(found.refused),
         "diff": found.diff,

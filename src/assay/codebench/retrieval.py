@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import lru_cache
 
+from assay.codebench.optimised import lines_of
+from assay.methods.core.programs.rewriting.source import Source
 from assay.workloads.programs.task import Task, bank
 
 GRAM = 4
@@ -112,10 +114,14 @@ def _with_expert(source: str, node: ast.FunctionDef, task: Task) -> str | None:
             own |= {one.id for one in ast.walk(part) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
     renamed = {name: f"_{node.name}_{name}".replace("__", "_") for name in own}
     imported = [one for one in expert.body if isinstance(one, (ast.Import, ast.ImportFrom))]
+    known, wanted = _imports(ast.parse(source)), _imports(expert)
+    new = {*renamed.values(), *(name for name, what in wanted.items() if known.get(name) != what)}
+    if Source(source).identifiers & new:
+        return None  # they mean something else there
     rest = [one for one in expert.body if one not in imported]
     body = [ast.unparse(_Renamed(renamed).visit(one)) for one in rest]
     start = node.body[1:] and isinstance(node.body[0], ast.Expr) and isinstance(node.body[0].value, ast.Constant)
-    lines = source.splitlines(keepends=True)
+    lines = lines_of(source)
     first = min([node.lineno, *(one.lineno for one in node.decorator_list)]) - 1
     head = "".join(lines[first : node.body[0].lineno - 1])
     if node.body[0].lineno == node.lineno:
@@ -125,12 +131,22 @@ def _with_expert(source: str, node: ast.FunctionDef, task: Task) -> str | None:
     call = f"{indent}return {renamed[task.entry_point]}({', '.join(names)})\n"
     before = "\n".join(ast.unparse(one) for one in imported)
     text = "\n\n\n".join(part for part in (before, *body) if part)
-    new = "".join(lines[:first]) + text + "\n\n\n" + head + docstring + call + "".join(lines[node.end_lineno :])
+    program = "".join(lines[:first]) + text + "\n\n\n" + head + docstring + call + "".join(lines[node.end_lineno :])
     try:
-        ast.parse(new)
+        ast.parse(program)
     except SyntaxError:
         return None
-    return new
+    return program
+
+
+def _imports(tree: ast.Module) -> dict[str, tuple[str | None, str]]:
+    """What the imports at the top of a program bind: module and name."""
+    return {
+        alias.asname or alias.name: (getattr(one, "module", None), alias.name)
+        for one in tree.body
+        if isinstance(one, (ast.Import, ast.ImportFrom))
+        for alias in one.names
+    }
 
 
 class _Renamed(ast.NodeTransformer):

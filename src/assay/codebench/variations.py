@@ -31,7 +31,7 @@ def varied(calls: Sequence[Call], count: int, seed: int = 0) -> list[Call]:
     """
     chance = random.Random(seed)
     groups = [group for group in rows(calls).values() if group[0].args]
-    known = {_text(call) for call in calls}
+    known = {text(call) for call in calls}
     found: list[Call] = []
     for number in range(count * 6 if groups else 0):
         group = groups[number % len(groups)]
@@ -52,9 +52,11 @@ def varied(calls: Sequence[Call], count: int, seed: int = 0) -> list[Call]:
             args[one] = args[other]
         if number % 6 == 0:
             args = [_odd(value, chance) for value in args]
-        new = Call(chosen.function, copy.deepcopy(tuple(args)), chosen.kwargs)  # nothing shared with another call
-        if _text(new) not in known:
-            known.add(_text(new))
+        new = Call(
+            chosen.function, copy.deepcopy(tuple(args)), copy.deepcopy(chosen.kwargs)
+        )  # nothing shared with another call
+        if text(new) not in known:
+            known.add(text(new))
             found.append(new)
         if len(found) == count:
             break
@@ -104,7 +106,8 @@ def shape(value: Any) -> str:
     return "None" if value is None else type(value).__name__
 
 
-def _text(call: Call) -> str:
+def text(call: Call) -> str:
+    """What tells a call from others."""
     return f"{call.function}{call.args!r}{sorted(call.kwargs.items())!r}"
 
 

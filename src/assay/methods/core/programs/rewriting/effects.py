@@ -70,6 +70,8 @@ class Effects:
     def __init__(self, source: Source, kinds: Kinds) -> None:
         self.source, self.kinds = source, kinds
         self._pure: dict[ast.AST, bool] = {}
+        self._open: list[ast.AST] = []
+        self._rows: dict[tuple[ast.AST, str], bool] = {}
 
     # ------------------------------------------------------------------------------------------------------------ containers
 
@@ -133,7 +135,7 @@ class Effects:
         if isinstance(parent, ast.Attribute):
             call = self.source.parent[parent]
             known = parent.attr in PURE_METHODS | MUTATORS and parent.attr not in self.source.methods
-            lasting = parent.attr in ("keys", "values", "items") and not self._passing(call)
+            lasting = parent.attr in ("keys", "values", "items") and not self.passing(call)
             return known and isinstance(call, ast.Call) and call.func is parent and not lasting
         if isinstance(parent, ast.Call) and use in parent.args:
             called = self.source.called(parent)
@@ -141,7 +143,9 @@ class Effects:
                 called in (".join", ".extend", ".update", ".union", "heapq.heappop", "heapq.heapify")
                 or called in READERS
             ):
-                return called not in ("min", "max") or len(parent.args) == 1
+                if called in ("min", "max"):  # what they are asked to choose from
+                    return len(parent.args) == 1
+                return parent.args.index(use) < {"sum": 1, "functools.reduce": 2}.get(called, 9)  # what they begin with
             if called in (
                 "heapq.heappush",
                 "bisect.bisect",
@@ -151,7 +155,7 @@ class Effects:
             ):
                 return parent.args[0] is use
             return called in ("enumerate", "zip", "reversed", "map", "filter", "print") and (
-                called == "print" or self._passing(parent)
+                called == "print" or self.passing(parent)
             )
         if isinstance(parent, ast.BoolOp):
             return self._tested(parent)
@@ -165,7 +169,7 @@ class Effects:
             isinstance(parent, (ast.If, ast.While, ast.IfExp)) and parent.test is node
         )
 
-    def _passing(self, node: ast.AST) -> bool:
+    def passing(self, node: ast.AST) -> bool:
         """Whether an iterator is used up where it is made."""
         parent = self.source.parent[node]
         if isinstance(parent, ast.For):
@@ -179,12 +183,12 @@ class Effects:
         if isinstance(parent, ast.Call):
             called = self.source.called(parent)
             if called in ("enumerate", "zip", "reversed", "map", "filter"):
-                return self._passing(parent)
-            return called in READERS or called == ".join"
+                return self.passing(parent)
+            return called in READERS or called in (".join", ".extend", ".update", "next")
         return False
 
     def _consumed(self, part: ast.comprehension) -> bool:
-        return self._passing(self.source.parent[part])
+        return self.passing(self.source.parent[part])
 
     # ----------------------------------------------------------------------------------------------------------------- loops
 
@@ -221,23 +225,72 @@ class Effects:
             ):
                 yield None
             elif isinstance(one, (ast.Subscript, ast.Attribute)) and not isinstance(one.ctx, ast.Load):
-                yield _root(one)
-            elif isinstance(one, ast.AugAssign) and isinstance(one.target, ast.Name):
-                if not self.kinds.of(one.target).immutable:
-                    yield one.target.id
+                yield from self._owners(one)
+            elif isinstance(one, ast.AugAssign):  # of a container it changes in place
+                if self.kinds.of(one.value).name not in NUMBERS and not self.kinds.of(one.target).immutable:
+                    yield from self._owners(one.target, 1)
             elif isinstance(one, ast.Call):
                 yield from self._changed_by(one)
+
+    def _owners(self, node: ast.expr, depth: int = 0) -> Iterator[str | None]:
+        """The name of the container in which a place is changed, and None where that is deeper than what is certainly its own."""
+        while isinstance(node, (ast.Subscript, ast.Attribute)):
+            node, depth = node.value, depth + 1
+        if not isinstance(node, ast.Name):
+            yield None
+            return
+        yield node.id
+        if depth > 1:
+            home = self.source.home(node)
+            if home is None or depth > 2 or not self._own_rows(home, node.id):
+                yield None
+
+    def _own_rows(self, scope: Scope, name: str) -> bool:
+        """Whether all containers that a container of the scope holds are made for it: `[[0] * n for _ in range(n)]`."""
+        key = (scope, name)
+        if key not in self._rows:
+            bindings = self.source.bindings(scope)[name]
+            made = all(one.how == "value" and not one.path and self._rowed(one.value) for one in bindings)
+            put = made and all(map(self._row_put, self.source.uses(scope, name)))
+            self._rows[key] = put and self.kept_in(scope, name)
+        return self._rows[key]
+
+    def _rowed(self, node: ast.expr | None) -> bool:
+        if isinstance(node, (ast.List, ast.Dict)):
+            return all(map(self._row, node.elts if isinstance(node, ast.List) else node.values))
+        if isinstance(node, (ast.ListComp, ast.DictComp)):
+            return self._row(node.elt if isinstance(node, ast.ListComp) else node.value)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            return self._rowed(node.left)
+        if isinstance(node, ast.Call) and self.source.called(node) == "collections.defaultdict":
+            return bool(node.args) and self.source.builtin(node.args[0]) in ("list", "set", "dict", "int")
+        return isinstance(node, ast.Call) and not node.args and self.source.called(node) in FRESH_CALLS
+
+    def _row(self, node: ast.expr) -> bool:
+        return self.fresh_value(node) or self.kinds.of(node).immutable
+
+    def _row_put(self, use: ast.Name) -> bool:
+        """Whether a mention puts nothing into a container but rows of its own."""
+        parent = self.source.parent[use]
+        above = self.source.parent.get(parent)
+        if isinstance(parent, ast.Subscript) and parent.value is use and not isinstance(parent.ctx, ast.Load):
+            plain = isinstance(above, ast.Assign) and not isinstance(parent.slice, ast.Slice)
+            return isinstance(parent.ctx, ast.Del) or (plain and self._row(above.value))  # type: ignore[union-attr]
+        if isinstance(parent, ast.Attribute) and isinstance(above, ast.Call) and above.func is parent:
+            puts = parent.attr in ("append", "appendleft", "insert", "setdefault")
+            return all(map(self._row, above.args)) if puts else parent.attr not in ("extend", "update", "extendleft")
+        return not isinstance(parent, ast.AugAssign)
 
     def _changed_by(self, call: ast.Call) -> Iterator[str | None]:
         called = self.source.called(call)
         if called in FIRST_CHANGES:
-            yield _root(call.args[0]) if call.args else None
+            yield from self._owners(call.args[0], 1) if call.args else (None,)
         elif called.startswith("."):
             name = called[1:]
             if name in self.source.methods or name not in PURE_METHODS | MUTATORS:
                 yield None
             elif name in MUTATORS:
-                yield _root(call.func)
+                yield from self._owners(call.func)
                 if name == "sort" and any(
                     not self._pure_function(one.value) for one in call.keywords if one.arg == "key"
                 ):
@@ -279,7 +332,11 @@ class Effects:
         """Whether a function changes nothing that was there before its call; what it prints counts as nothing."""
         if function in self._pure:
             return self._pure[function]
-        self._pure[function] = True  # while it is looked at: one that calls itself is as pure as the rest of it
+        if (
+            function in self._open
+        ):  # one that calls itself is as pure as the rest of it; of others in a circle nothing is known
+            return function is self._open[-1]
+        self._open.append(function)
         found = not function.decorator_list or all(_caches(self.source, one) for one in function.decorator_list)
         for node in self.source.inside(function):
             if isinstance(node, (ast.Global, ast.Nonlocal, ast.AsyncFunctionDef, ast.FunctionDef, ast.ClassDef)):
@@ -287,6 +344,7 @@ class Effects:
         if found:
             body = ast.Module(body=function.body, type_ignores=[])
             found = all(root is not None and self.own(function, root) for root in self.changed(body))
+        self._open.pop()
         self._pure[function] = found
         return found
 
@@ -382,12 +440,6 @@ class Effects:
 def _alone(statement: ast.AST) -> bool:
     """Whether an assignment has one target: `a = b = []` makes one list with two names."""
     return not isinstance(statement, ast.Assign) or len(statement.targets) == 1
-
-
-def _root(node: ast.AST) -> str | None:
-    while isinstance(node, (ast.Subscript, ast.Attribute)):
-        node = node.value
-    return node.id if isinstance(node, ast.Name) else None
 
 
 def _caches(source: Source, node: ast.expr) -> bool:

@@ -30,7 +30,32 @@ from assay.methods.core.programs.rewriting.kinds import (
     Kind,
     join,
 )
-from assay.methods.core.programs.rewriting.source import COMPREHENSIONS, FUNCTIONS, Scope, Source, targets
+from assay.methods.core.programs.rewriting.source import BUILTINS, COMPREHENSIONS, FUNCTIONS, Scope, Source, targets
+
+PUTTING = (
+    "heapq.heappush",
+    "heapq.heappushpop",
+    "heapq.heapreplace",
+    "bisect.insort",
+    "bisect.insort_left",
+    "bisect.insort_right",
+)
+KNOWN = BUILTINS | {
+    "heapq",
+    "bisect",
+    "random",
+    "math",
+    "itertools",
+    "functools",
+    "collections",
+    "operator",
+    "copy",
+    "re",
+    "json",
+}
+"""Built-in functions, and modules, that give what they are given no other name, and put in nothing else."""
+
+ASKING = ("isinstance", "type", "hasattr", "callable", "getattr")
 
 
 class Kinds:
@@ -43,6 +68,7 @@ class Kinds:
         self._returns: dict[ast.FunctionDef, Kind | None] = {}
         self._names: dict[tuple[int, str], Kind | None] = {}
         self._open: set[tuple[int, str]] = set()
+        self._calls: list[ast.FunctionDef] = []
 
     def of(self, node: ast.expr | None) -> Kind:
         """The kind of an expression."""
@@ -187,7 +213,9 @@ class Kinds:
             return Kind("iterator", OF_BUILTINS[self.source.builtin(given[0])])
         if called == "collections.Counter":
             return Kind("dict", first.held if given else None, INT)
-        if called in ("dict", "collections.defaultdict"):
+        if called == "collections.defaultdict":
+            return Kind("dict", None, OF_BUILTINS.get(self.source.builtin(given[0]), UNKNOWN) if given else None)
+        if called == "dict":
             return Kind("dict")
         if isinstance(node.func, ast.Attribute) and called.startswith("."):
             return self._method(node.func, given)
@@ -199,14 +227,19 @@ class Kinds:
         inside = self.source.inside(function)
         if function.decorator_list or any(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in inside):
             return UNKNOWN
+        if (
+            function in self._calls
+        ):  # what one that calls itself returns, the rest of it says; in a wider circle nothing is known
+            return None if function is self._calls[-1] else UNKNOWN
         if function not in self._returns:
-            self._returns[function] = None
+            self._calls.append(function)
             values = [node.value for node in inside if isinstance(node, ast.Return)]
             kinds = [NONE if value is None else self._of(value) for value in values]
             known = [kind for kind in kinds if kind is not None]
             self._returns[function] = (
                 join(*known, *([] if _always_returns(function.body) else [NONE])) if known else UNKNOWN
             )
+            self._calls.pop()
         return self._returns[function]
 
     def _method(self, function: ast.Attribute, given: list[ast.expr]) -> Kind | None:
@@ -270,12 +303,13 @@ class Kinds:
                 self._names[key] = self._found(scope, name)
             finally:
                 self._open.discard(key)
-            if self._open:  # what is known by half is not kept
+            if self._open or self._calls:  # what is known by half is not kept
                 return self._names.pop(key)
         return self._names[key]
 
     def _found(self, scope: Scope, name: str) -> Kind | None:
         kinds: list[Kind] = []
+        once = sum(one.how != "augmented" for one in self.source.bindings(scope)[name]) == 1
         for binding in self.source.bindings(scope)[name]:
             kind: Kind | None
             if binding.how == "parameter":
@@ -299,7 +333,8 @@ class Kinds:
                 kind = UNKNOWN
             if kind is not None:
                 used = kind.name == "?" and binding.how not in ("other", "import")
-                kinds.append(self._by_use(scope, name) if used else kind)
+                region = scope if once else binding.node if binding.how == "item" else None  # where it is this one
+                kinds.append(self._by_use(region, name) if used and region is not None else kind)
         if not kinds:
             return None
         kind = join(*kinds)
@@ -318,9 +353,13 @@ class Kinds:
         return next((value for one, value in pairs if one.arg == name), None)
 
     def _filled(self, scope: Scope, name: str, kind: Kind) -> Kind:
-        """A container with what is put into it under this name; what others put in under other names is not seen."""
+        """A container with what is put into it under this name; nothing is known where others may put something in."""
         held, value = kind.item, kind.value
-        for use in self.source.uses(scope, name):
+        uses = self.source.uses(scope, name)
+        given = any(one.how == "parameter" for one in self.source.bindings(scope)[name])
+        if not given and any(self._lent(use, set()) for use in uses):
+            return Kind(kind.name, UNKNOWN, UNKNOWN)
+        for use in uses:
             parent = self.source.parent[use]
             call = self.source.parent.get(parent)
             new: list[Kind] = []
@@ -331,6 +370,13 @@ class Kinds:
                     new = [self.of(call.args[1])]
                 elif parent.attr in ("extend", "update", "extendleft"):
                     new = [self.of(one).held for one in call.args]
+                    if kind.name == "dict":
+                        new, value = [*new, UNKNOWN], UNKNOWN
+                elif parent.attr == "setdefault":
+                    new = [self.of(one) for one in call.args[:1]]
+                    value = _and(value, self.of(call.args[1]) if len(call.args) > 1 else NONE)
+            elif isinstance(parent, ast.Call) and self.source.called(parent) in PUTTING and parent.args[0] is use:
+                new = [self.of(one) for one in parent.args[1:]]
             elif isinstance(parent, ast.Subscript) and parent.value is use and isinstance(parent.ctx, ast.Store):
                 if kind.name == "dict":
                     held = _and(held, self.of(parent.slice))
@@ -339,9 +385,48 @@ class Kinds:
                     new = [self._assigned(parent)]
             elif isinstance(parent, ast.AugAssign) and parent.target is use:
                 new = [self.of(parent.value).held]
+                value = UNKNOWN if kind.name == "dict" else value
             for one in new:
                 held = _and(held, one)
         return Kind(kind.name, held, value, kind.parts)
+
+    def _lent(self, use: ast.Name, seen: set[ast.FunctionDef]) -> bool:
+        """Whether something may be put into a container by a mention of it: it gets another name, or a function that puts in."""
+        parent = self.source.parent[use]
+        if isinstance(parent, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
+            return parent.value is use
+        if not isinstance(parent, ast.Call) or use not in parent.args:
+            return isinstance(parent, ast.keyword) and not self.source.called(self.source.parent[parent])
+        called = self.source.called(parent)
+        if called:
+            return called[1:] in self.source.methods or not (called[0] == "." or called.split(".")[0] in KNOWN)
+        function = self.source.definition(parent.func) if isinstance(parent.func, ast.Name) else None
+        if function is None:
+            return True
+        places, place = [*function.args.posonlyargs, *function.args.args], parent.args.index(use)
+        if place >= len(places) or any(isinstance(one, ast.Starred) for one in parent.args):
+            return True
+        if function in seen:
+            return False
+        seen.add(function)
+        return any(self._puts(one) or self._lent(one, seen) for one in self.source.uses(function, places[place].arg))
+
+    def _puts(self, use: ast.Name) -> bool:
+        parent = self.source.parent[use]
+        if isinstance(parent, ast.Attribute):
+            return parent.attr in (
+                "append",
+                "add",
+                "appendleft",
+                "insert",
+                "extend",
+                "extendleft",
+                "update",
+                "setdefault",
+            )
+        if isinstance(parent, ast.Call):
+            return self.source.called(parent) in PUTTING
+        return isinstance(parent, ast.AugAssign) or not isinstance(getattr(parent, "ctx", ast.Load()), ast.Load)
 
     def _assigned(self, target: ast.expr) -> Kind:
         statement = self.source.parent[target]
@@ -402,7 +487,11 @@ class Kinds:
         uses = [
             node for node in nodes if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)
         ]
-        sized = sliced = False
+        if not isinstance(scope, COMPREHENSIONS):
+            uses = [use for use in uses if name not in self.source.comprehension_names(use)]
+        if any(self._asked(self.source.parent[use]) for use in uses):  # it may be one thing here and another there
+            return UNKNOWN
+        sized = False
         held: Kind | None = None
         for use in uses:
             parent = self.source.parent[use]
@@ -424,10 +513,7 @@ class Kinds:
                 if called == "ord":
                     return LETTER
                 sized = sized or called == "len"
-                if called in ("set", "collections.Counter", "frozenset", "dict.fromkeys") and len(parent.args) == 1:
-                    held = ATOM
             elif isinstance(parent, ast.Subscript) and parent.value is use:
-                sliced = sliced or isinstance(parent.slice, ast.Slice)
                 sized = True
             elif isinstance(parent, ast.For) and parent.iter is use and isinstance(parent.target, ast.Name):
                 kind = self._by_use(parent, parent.target.id)
@@ -435,6 +521,11 @@ class Kinds:
         if held is not None and held.name in NUMBERS and sized:
             return Kind("sized", held)
         return UNKNOWN
+
+    def _asked(self, node: ast.AST) -> bool:
+        """Whether something is asked what it is."""
+        compared = isinstance(node, ast.Compare) and any(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops)
+        return compared or self.source.called(node) in ASKING
 
 
 def _always_returns(body: list[ast.stmt]) -> bool:

@@ -101,7 +101,7 @@ def list_concatenation(view: View) -> Iterator[Change]:
                 continue
             if not view.effects.private(function, name) or _run_through(view, node, name, function):
                 continue
-            if view.source.indent(node) is None:  # type: ignore[arg-type]
+            if view.source.indent(node) is None or view.handled(node, function):  # type: ignore[arg-type]
                 continue
             if isinstance(value, ast.List) and len(value.elts) == 1 and not isinstance(value.elts[0], ast.Starred):
                 text = f"{name}.append({view.source.text(value.elts[0])})"
@@ -129,6 +129,8 @@ def pop_front(view: View) -> Iterator[Change]:
             uses = view.source.uses(function, name)
             front = [use for use in uses if _at_front(view, use)]
             if not any(view.source.loops(use, function) for use in front) or not view.effects.private(function, name):
+                continue
+            if view.kind(front[0]).name != "list":  # pop(0) of a dictionary is something else
                 continue
             line = view.source.can_import("collections", "deque")
             changes: list[tuple[int, int, str]] | None = []
@@ -264,24 +266,27 @@ def append_loop(view: View) -> Iterator[Change]:
 def _comprehended(view: View, loop: ast.For, name: str, method: str) -> tuple[str, list[str], set[str]] | None:
     parts: list[str] = []
     bound: set[str] = set()
+    read: set[str] = set()  # by parts behind the first iterable, which a comprehension evaluates around itself
     node: ast.stmt = loop
     while True:
         if isinstance(node, ast.For) and not node.orelse and len(node.body) == 1 and _simple(node.target):
             mentioned = names_of(node.iter)
             parts.append(f"for {view.source.text(node.target)} in {view.source.operand(node.iter)}")
-            if _walrus(node.iter) or (bound and names_of(node.target) & bound):
+            read |= mentioned if bound else set()
+            if _walrus(view, node.iter) or names_of(node.target) & (bound | read | {name}):
                 return None
             bound |= names_of(node.target)
             node = node.body[0]
         elif isinstance(node, ast.If) and not node.orelse and len(node.body) == 1:
             mentioned = names_of(node.test)
             parts.append(f"if {view.source.operand(node.test)}")
-            if _walrus(node.test):
+            read |= mentioned
+            if _walrus(view, node.test):
                 return None
             node = node.body[0]
         else:
             value = appended(node, name, method)
-            if value is None or name in names_of(value) or _walrus(value):
+            if value is None or name in names_of(value) or _walrus(view, value):
                 return None
             return view.source.operand(value), parts, bound
         if name in mentioned:
@@ -294,9 +299,13 @@ def _simple(target: ast.expr) -> bool:
     )
 
 
-def _walrus(node: ast.AST) -> bool:
+def _walrus(view: View, node: ast.AST) -> bool:
+    """Whether an expression means something else within a comprehension, or may be evaluated later."""
     return any(
-        isinstance(one, (ast.NamedExpr, ast.Yield, ast.YieldFrom, ast.Await, ast.Lambda)) for one in ast.walk(node)
+        isinstance(one, (ast.NamedExpr, ast.Yield, ast.YieldFrom, ast.Await, ast.Lambda))
+        or (isinstance(one, ast.GeneratorExp) and not view.effects.passing(one))
+        or (isinstance(one, ast.Name) and one.id in ("super", "__class__"))
+        for one in ast.walk(node)
     )
 
 

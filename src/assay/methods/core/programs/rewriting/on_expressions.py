@@ -100,6 +100,8 @@ def double_copy(view: View) -> Iterator[Change]:
                 plain = not inner.keywords or all(one.arg == "reverse" for one in inner.keywords)
                 orders = outer in ("list", "tuple") or bool(node.keywords)  # the order decides between equal keys
                 known = known and kind.held.exact and plain and not orders
+            if outer in ("set", "frozenset"):  # the order in which a set gets its values decides the order that it has
+                known = name != "sorted" and (kind.text or kind.name in ("list", "tuple", "range", "deque"))
             if outer == "list" and name == "list":
                 known = True  # the outer one is dropped, nothing else changes
             if known:
@@ -120,13 +122,10 @@ def list_argument(view: View) -> Iterator[Change]:
             continue
         parts = [inner.elt, *(one for part in inner.generators for one in part.ifs)]
         iterables = [part.iter for part in inner.generators]
+        parts += iterables[1:]
         first, *others = map(view.kind, iterables)
-        again = first.name in SIZED or first.text or first.name == "iterator"
-        fine = (
-            again
-            and all(kind.name in SIZED or kind.text for kind in others)
-            and all(map(view.effects.quiet, iterables))
-        )
+        again = first.name in SIZED or first.text or view.plain_iterator(iterables[0])
+        fine = again and all(kind.name in SIZED or kind.text for kind in others) and view.effects.quiet(iterables[0])
         if fine and all(map(view.effects.total, parts)):
             text = view.source.text(inner)[1:-1].strip()
             yield Change((view.source.replaced(inner, text),), f"{view.source.called(node)} stops at the first answer")
@@ -135,8 +134,12 @@ def list_argument(view: View) -> Iterator[Change]:
 def generator_argument(view: View) -> Iterator[Change]:
     """`"".join(x for ...)`, `list(x for ...)`, `set(...)` and `tuple(...)` make their own list of it: a comprehension does that faster.
 
-    Also `list(map(lambda x: ..., xs))` and `list(filter(lambda x: ..., xs))`.
+    Also `list(map(lambda x: ..., xs))` and `list(filter(lambda x: ..., xs))`. Not where StopIteration may come out of it: a generator
+    makes RuntimeError of that, and `map` ends.
     """
+    ends = any(len(node.args) == 1 for node in view.calls("next"))
+    if ends or view.source.identifiers & {"StopIteration", "__next__"}:
+        return
     for node in view.source.walk(view.source.tree):
         if not isinstance(node, ast.Call) or not _one_argument(node):
             continue
@@ -146,11 +149,7 @@ def generator_argument(view: View) -> Iterator[Change]:
                 isinstance(one, ast.NamedExpr) for one in view.source.walk(inner)
             ):
                 continue
-            text = view.source.text(inner)
-            if text.startswith("(") and view.source.end(inner) == view.source.end(node):
-                text = text[1:-1]  # the brackets of the call are those of the generator
-            elif text.startswith("("):
-                text = text[1:-1]
+            text = view.source.text(inner)[1:-1]  # in its own brackets, or in those of the call
             if called in ("list", "set"):
                 brackets = "[]" if called == "list" else "{}"
                 yield Change(
@@ -175,7 +174,8 @@ def generator_argument(view: View) -> Iterator[Change]:
                 not single
                 or arguments.posonlyargs
                 or any(
-                    isinstance(one, (ast.Yield, ast.NamedExpr, ast.Lambda)) for one in view.source.walk(function.body)
+                    isinstance(one, (ast.Yield, ast.NamedExpr, ast.Lambda, ast.GeneratorExp))
+                    for one in view.source.walk(function.body)
                 )
             ):
                 continue

@@ -11,7 +11,7 @@ from assay.methods.core.programs.rewriting.source import COMPREHENSIONS, Loop
 from assay.methods.core.programs.rewriting.text import Change
 from assay.methods.core.programs.rewriting.view import View, names_of, repeated, without
 
-HOISTED = ("len", "max", "min", "sum", "set", "tuple", "frozenset", "str", "abs")
+HOISTED = ("len", "max", "min", "sum", "set", "tuple", "frozenset", "abs")
 
 
 def sort_in_loop(view: View) -> Iterator[Change]:
@@ -83,7 +83,7 @@ def _cannot_raise(view: View, called: str, given: ast.Name, loop: Loop) -> bool:
         return sized and kind.held.hashable
     if called == "tuple":
         return sized
-    return kind.name in ("int", "str", "letter") if called == "str" else kind.name in ("int", "float", "number")
+    return kind.name in ("int", "float", "number")
 
 
 def _runs_through(view: View, given: ast.expr, name: str) -> bool:
@@ -155,6 +155,8 @@ def range_len(view: View) -> Iterator[Change]:
             continue
         if any(isinstance(part, COMPREHENSIONS) and at in _targets(part) for part in view.source.walk(loop)):
             continue
+        if any(map(view.late, items)):
+            continue
         inside = set(within)
         elsewhere = [one for one in view.source.uses(scope, at) if one not in inside and one is not loop.target]
         leaks = any(isinstance(one.ctx, ast.Load) and not _bound_anew(view, one, at, loop) for one in elsewhere)
@@ -220,7 +222,7 @@ def early_exit(view: View) -> Iterator[Change]:
                 continue
             name = flag.targets[0].id
             kind = view.kind(loop.iter)
-            again = kind.name in SIZED or kind.text or _plain_iterator(view, loop.iter)
+            again = kind.name in SIZED or kind.text or view.plain_iterator(loop.iter)
             if not isinstance(flag.value, ast.Constant) or not again or view.source.indent(flag) is None:
                 continue
             if not view.effects.total(test.test) or not view.effects.quiet(test.test) or name in names_of(test.test):
@@ -236,14 +238,6 @@ def early_exit(view: View) -> Iterator[Change]:
             if any(view.source.captured(function, one) for one in (*bound, name)) or name in bound:
                 continue
             yield Change((view.source.after(flag, ["break"]),), f"once {name} is set, nothing more can change")
-
-
-def _plain_iterator(view: View, node: ast.expr) -> bool:
-    return (
-        isinstance(node, ast.Call)
-        and view.source.called(node) in ("enumerate", "zip", "reversed")
-        and all(view.kind(one).name in SIZED or view.kind(one).text for one in node.args)
-    )
 
 
 FOLDS = {"sum": ("initial=0", ""), "max": ("max", " - 1"), "min": ("min", " - 1")}

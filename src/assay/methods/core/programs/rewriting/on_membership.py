@@ -253,11 +253,12 @@ def nested_join(view: View) -> Iterator[Change]:
 
 
 def _key(view: View, side: ast.expr) -> bool:
-    """Whether a key certainly can be taken."""
+    """Whether a key certainly can be taken, and stays as it is."""
     if isinstance(side, ast.Subscript) and isinstance(side.value, ast.Name) and isinstance(side.slice, ast.Constant):
         kind, at = view.kind(side.value), side.slice.value
         return bool(kind.parts) and type(at) is int and 0 <= at < len(kind.parts)
-    return view.effects.total(side)
+    names = [one for one in ast.walk(side) if isinstance(one, ast.Name) and not view.source.builtin(one)]
+    return view.effects.total(side) and all(view.kind(one).immutable for one in names)
 
 
 def _rebinds(node: ast.AST, names: set[str]) -> bool:

@@ -87,6 +87,11 @@ class Source(Text):
         return frozenset(found)
 
     @cached_property
+    def strings(self) -> list[ast.AST]:
+        """Every f-string."""
+        return [node for node in self.walk(self.tree) if isinstance(node, ast.JoinedStr)]
+
+    @cached_property
     def bound(self) -> frozenset[str]:
         """Every name that is given a value anywhere, however."""
         found: set[str] = set()

@@ -8,7 +8,7 @@ from typing import Any
 
 from assay.methods.core.programs.rewriting.effects import Effects
 from assay.methods.core.programs.rewriting.inference import Kinds
-from assay.methods.core.programs.rewriting.kinds import Kind, of_values
+from assay.methods.core.programs.rewriting.kinds import SIZED, Kind, of_values
 from assay.methods.core.programs.rewriting.source import COMPREHENSIONS, FUNCTIONS, Loop, Scope, Source
 from assay.methods.core.programs.rewriting.text import Change
 
@@ -34,6 +34,14 @@ class View:
         ]
         yield from sorted(found, key=lambda node: (node.lineno, node.col_offset))
 
+    def plain_iterator(self, node: ast.expr) -> bool:
+        """Whether a node makes an iterator that runs nothing, over containers."""
+        return (
+            isinstance(node, ast.Call)
+            and self.source.called(node) in ("enumerate", "zip", "reversed")
+            and all(self.kind(one).name in SIZED or self.kind(one).text for one in node.args)
+        )
+
     def functions(self) -> Iterator[ast.FunctionDef]:
         """The functions of a program."""
         for node in self.source.walk(self.source.tree):
@@ -43,6 +51,8 @@ class View:
     def steady_loop(self, node: ast.AST, names: set[str], scope: Scope) -> Loop | None:
         """The outermost loop around a node in which these names of the scope keep what they hold; None where the innermost changes it."""
         found: Loop | None = None
+        if self.late(node):
+            return None
         for loop in self.source.loops(node, scope):
             if not all(self.effects.unchanged(name, loop, scope) for name in names):
                 break
@@ -52,6 +62,12 @@ class View:
                 break
             found = loop
         return found
+
+    def late(self, node: ast.AST) -> bool:
+        """Whether a node may be evaluated later than its statement: by a generator that is not used up where it is made."""
+        return any(
+            isinstance(one, ast.GeneratorExp) and not self.effects.passing(one) for one in self.source.ancestors(node)
+        )
 
     def local(self, node: ast.AST, names: set[str]) -> Scope | None:
         """The function (or module) whose variables all these names are where a node mentions them; None where they are not of one."""
@@ -83,7 +99,7 @@ class View:
 
     def not_empty(self, name: str, node: ast.AST, scope: Scope) -> bool:
         """Whether a container of the scope certainly holds something where a node runs: the node stands behind a test, or within one."""
-        if not self.effects.unchanged(name, scope, scope) and not isinstance(scope, ast.Module):
+        if not self.effects.unchanged(name, scope, scope) or "len" in self.source.bound:
             return False
         if len(self.source.bindings(scope)[name]) != 1:
             return False
@@ -162,6 +178,8 @@ def comprehension(view: View, node: ast.AST) -> ast.AST | None:
     """The outermost comprehension that evaluates a node again and again, within one statement and one function."""
     found: ast.AST | None = None
     child = node
+    if view.late(node):
+        return None
     for one in view.source.ancestors(node):
         if isinstance(one, (ast.stmt, ast.Lambda)):
             return None if isinstance(one, ast.Lambda) else found
