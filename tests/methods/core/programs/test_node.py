@@ -361,6 +361,7 @@ def test_cost_grows_with_work_and_is_not_what_the_program_says(workers):
         assert outcome.charged == (where != "after a while"), where
 
 
+@pytest.mark.slow  # times of milliseconds: on a quiet machine
 def test_reading_long_arguments_and_writing_long_answers_is_free(workers):
     long = list(range(100_000))
     assert not one(workers, SAME, long).charged
