@@ -8,6 +8,9 @@ sanitizers, before it is timed against pillow's own function.
 
 The other places are shown beside it, each with all that was tried at it: the same extrema with NumPy and in Python alone, and two in
 Python's own library that assay spends time in. Where no candidate pays, that is what the details say.
+
+What decides was changed once after a look: the candidate was to work on every row without a branch, until pillow was seen to stop at a row
+once 0 and 255 are known. The reference got that exit then, and the candidate that differs from it by one change decides.
 """
 
 from __future__ import annotations
