@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+from tests.tools import needs_sandbox
 
 from assay.cli.main import main
 from assay.codebench import optimise as module
@@ -14,7 +15,7 @@ from assay.codebench.optimise import optimise
 from assay.codebench.optimised import Optimised
 from assay.codebench.variations import grown, size, varied
 from assay.errors import InputError
-from assay.methods.core.sandbox import Limits, Sandbox, protections
+from assay.methods.core.sandbox import Limits, Sandbox
 
 SLOW = '''"""Words."""
 
@@ -37,8 +38,7 @@ LIMITS = Limits(cpu_seconds=10, wall_seconds=60, memory_mib=1024, output_bytes=2
 
 @pytest.fixture(autouse=True)
 def namespaces():
-    if not protections().full:
-        pytest.skip(protections().missing[0])
+    needs_sandbox()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 from tests.properties.sabotage import PAYS, record_of, verdict_of
-from tests.tools import needs
+from tests.tools import needs, needs_sandbox
 
 from assay.evidence.types import Verdict
 from assay.experiments.code import pie_code_edits as experiments
@@ -12,7 +12,7 @@ from assay.experiments.code import pie_code_edits_optimisers as optimisers
 from assay.methods.code import pie_code_edits as room
 from assay.methods.code.pie_code_edits import Pair, Submission
 from assay.methods.core.programs.workers import Workers
-from assay.methods.core.sandbox import Sandbox, protections
+from assay.methods.core.sandbox import Sandbox
 from assay.workloads.programs.submissions import problems
 from assay.workloads.programs.task import bank
 
@@ -164,8 +164,7 @@ def test_the_bank_has_problems_with_authors_who_come_back():
 def test_a_problem_in_cpp_is_compiled_judged_and_measured_by_both_meters(monkeypatch):
     for tool in ("g++", "valgrind"):
         needs(tool)
-    if not protections().full:
-        pytest.skip("no sandbox here")
+    needs_sandbox()
     problem = problems()["stair_ways"]
     short = experiments.replace(
         problem, submissions=(problem.submissions[-1], problem.submissions[-1])
@@ -181,8 +180,7 @@ def test_a_problem_in_cpp_is_compiled_judged_and_measured_by_both_meters(monkeyp
 
 
 def test_a_task_of_humaneval_is_measured_and_wrong_programs_have_no_cost(monkeypatch):
-    if not protections().full:
-        pytest.skip("no sandbox here")
+    needs_sandbox()
     task = bank()["HumanEval/34"]
     monkeypatch.setattr(experiments, "REPEATS", 1)
     with Workers("cpu_seconds") as seconds, Workers("operations") as operations:

@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 from tests.tiny import tiny_model
-from tests.tools import needs
+from tests.tools import needs, needs_sandbox
 
 from assay.methods.code import pie_code_edits as room
 from assay.methods.code.pie_code_edits import (
@@ -38,7 +38,7 @@ from assay.methods.code.pie_code_edits import (
     write_records,
 )
 from assay.methods.code.pie_code_edits.scores import THRESHOLDS
-from assay.methods.core.sandbox import Limits, Sandbox, protections
+from assay.methods.core.sandbox import Limits, Sandbox
 
 NAMES = "abcdefghij"
 
@@ -341,8 +341,7 @@ WRONG = FAST.replace("n + 1", "n")
 def sandbox():
     needs("gcc")
     needs("valgrind")
-    if not protections().full:
-        pytest.skip("no sandbox here")
+    needs_sandbox()
     return Sandbox(Limits(wall_seconds=60))
 
 
