@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 from pathlib import Path
@@ -31,7 +32,8 @@ def python_blocks():
 
 @pytest.mark.parametrize(("name", "more", "code"), python_blocks())
 def test_python_blocks_run(name, more, code, tmp_path, monkeypatch):
-    """Of the README, which uses the demo's result, what is imported; a block marked no-run finds a tiny result of `assay tune`."""
+    """Of the README, which uses the demo's result, what is imported; a block marked no-run finds a tiny result of `assay tune`
+    and a log of samples."""
     monkeypatch.chdir(tmp_path)
     assert more in ("", "no-run")
     tree = ast.parse(code)
@@ -40,7 +42,19 @@ def test_python_blocks_run(name, more, code, tmp_path, monkeypatch):
     if more == "no-run":
         (tmp_path / "out").mkdir()
         write_tiny_llama(tmp_path / "out" / "first")
+        (tmp_path / "results").mkdir()
+        write_log(tmp_path / "results" / "samples_gsm8k.jsonl")
     exec(compile(tree, f"{name}.md", "exec"), {"__name__": "example"})
+
+
+def write_log(path, items=30, samples=16):
+    """Questions of every difficulty, in the harness's layout."""
+    right = [[(7 * sample) % items >= item for sample in range(samples)] for item in range(items)]
+    lines = [
+        {"doc_id": i, "target": "7", "arguments": [["3 + 4 =", {}]], "resps": [["7" if ok else "it is 8" for ok in own]], "filtered_resps": ["7"]}
+        for i, own in enumerate(right)
+    ]  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, lines)))
 
 
 def written(text: str) -> list[str]:
