@@ -51,9 +51,15 @@ def write_log(path, items=30, samples=16):
     """Questions of every difficulty, in the harness's layout."""
     right = [[(7 * sample) % items >= item for sample in range(samples)] for item in range(items)]
     lines = [
-        {"doc_id": i, "target": "7", "arguments": [["3 + 4 =", {}]], "resps": [["7" if ok else "it is 8" for ok in own]], "filtered_resps": ["7"]}
+        {
+            "doc_id": i,
+            "target": "7",
+            "arguments": [["3 + 4 =", {}]],
+            "resps": [["7" if ok else "it is 8" for ok in own]],
+            "filtered_resps": ["7"],
+        }
         for i, own in enumerate(right)
-    ]  # fmt: skip
+    ]
     path.write_text("\n".join(map(json.dumps, lines)))
 
 
