@@ -13,7 +13,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n $(WORKERS) --dist loadfile
 
 define HELP
-make demo             tune the bundled model, twelve minutes
+make demo             tune the bundled model, twelve minutes; demo-images: two image models, trained here first
 make test             lint, types and every test but the slow ones and the sweep
 make room SLUG=x      lint, types and tests of one paper and of what imports it
 make test-times       the same tests as `make test`, and what each file and the costliest tests take
@@ -29,7 +29,7 @@ make mutants          plant sixty faults, count how many the tests notice (an ho
 endef
 export HELP
 
-.PHONY: help setup demo test lint check-environment kernels room sweep test-times test-slow bench bench-packed bench-meters bench-serve evidence evidence-pages \
+.PHONY: help setup demo demo-images test lint check-environment kernels room sweep test-times test-slow bench bench-packed bench-meters bench-serve evidence evidence-pages \
 	evidence-stale rates mutants clean
 
 setup: $(STAMP)
@@ -49,6 +49,10 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 
 demo: setup
 	"$(BIN)/assay" tune smollm2-135m --goal ttft --prompt-tokens 4096 --max-drop 0.01 --minutes 12 -o out/demo
+
+# Two image models, trained on photographs first.
+demo-images: setup
+	"$(BIN)/python" benchmarks/images.py
 
 test: setup lint check-environment kernels
 	$(PYTEST) -m "not slow and not sweep and not gpu"

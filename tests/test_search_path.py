@@ -139,7 +139,9 @@ def test_a_child_of_a_deleted_folder(tmp_path, monkeypatch):
         ["papers"],
         ["paper", "xattention"],
         ["evidence", "list"],
-        ["verify", "fp8_vs_int8/int8-not-worse-ptq", "--scale", "smoke"],  # one point: one child
+        pytest.param(
+            ["verify", "fp8_vs_int8/int8-not-worse-ptq", "--scale", "smoke"], marks=pytest.mark.slow
+        ),  # one point: one child
     ],
     ids=" ".join,
 )

@@ -69,6 +69,7 @@ def plain(capsys, *words: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_on_a_real_terminal_of_80_columns(capsys):
     with Store() as store:
         store.add([LONG])

@@ -171,6 +171,7 @@ def test_a_paper_shows_what_it_was_measured_with(page, address):
     expect(page.get_by_role("heading", level=1)).to_have_text("dtype + fp8_vs_int8 + xattention")
 
 
+@pytest.mark.slow
 def test_an_export_opened_from_disk(page, shelf, tmp_path):
     export(shelf.library(), tmp_path / "site")
     page.goto((tmp_path / "site" / "index.html").as_uri())

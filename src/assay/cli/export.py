@@ -17,7 +17,7 @@ def export(
         typer.Option(
             help="compressed-tensors (a folder for transformers and vLLM), gguf (a file for llama.cpp), or torchao (a folder for "
             "transformers with torchao 0.18, 8 bits alone: the layout is a prototype of torchao's, and its 4 bits are made for its GPU "
-            "kernels)."
+            "kernels), or onnx (a file, of image classifiers alone)."
         ),
     ],
     output: Annotated[
@@ -38,7 +38,8 @@ def export(
     from assay.tuner.export import export as write
 
     name = Path(model).name or "model"
-    place = output if output is not None else Path(model).with_name(f"{name}.gguf" if to == "gguf" else f"{name}-{to}")
+    file = f"{name}.{to}" if to in ("gguf", "onnx") else f"{name}-{to}"
+    place = output if output is not None else Path(model).with_name(file)
     done = write(model, to, place, weights=weights, allow_download=allow_download)
     if json:
         print_json({"format": done.format, "path": str(done.path), "bytes": done.bytes, "left": list(done.left)})

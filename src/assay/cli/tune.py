@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,12 @@ SOON = 1.0  # seconds after which something is said, if nothing was yet
 
 def tune(
     model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id in the local cache, or smollm2-135m.")],
-    goal: Annotated[str, typer.Option(help="ttft | decode | throughput | memory | energy | goodput")],
+    goal: Annotated[
+        str,
+        typer.Option(
+            help="ttft | decode | throughput | memory | energy | goodput; of an image model latency | throughput | memory"
+        ),
+    ],
     prompt_tokens: Annotated[
         int | None, typer.Option(help="Length of the prompt; 512, or what the context has room for.")
     ] = None,
@@ -33,7 +39,10 @@ def tune(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the artefact.")] = Path("assay-out"),
     workload: Annotated[
         Path | None,
-        typer.Option(help='Your own prompts to run and to measure perplexity on: JSON lines of {"prompt": ...}.'),
+        typer.Option(
+            help='Your own prompts to run and to measure perplexity on: JSON lines of {"prompt": ...}. Of an image model: a folder of '
+            "pictures, in subfolders by class where these are known."
+        ),
     ] = None,
     eval_: Annotated[
         str | None,
@@ -60,13 +69,12 @@ def tune(
     allow_download: Annotated[bool, typer.Option(help="Allow a hub id to be downloaded.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Find, prove and save a cheaper version of MODEL.
+    """Find, prove and save a cheaper version of MODEL, a language model or an image classifier.
 
     For goodput, the requests a second that are answered within the limits of --slo, half the time goes into tuning for throughput, and
     the other half into loading `assay serve` with what was found, as loaded, and with other settings.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
     early = threading.Timer(SOON, _print, (console, f"tuning {model} for {goal} in {minutes:g} minutes"))
@@ -75,6 +83,16 @@ def tune(
 
     from assay.cli.output import print_json
     from assay.errors import InterruptedRun
+    from assay.tuner.images.models import is_image_model
+
+    if is_image_model(model):
+        for option, given in {
+            "--prompt-tokens": prompt_tokens, "--new-tokens": new_tokens, "--eval": eval_, "--slo": slo, "--ray": ray,
+        }.items():  # fmt: skip
+            _refuse_for_images(option, given)
+        early.cancel()
+        _tune_images(model, goal, max_drop, minutes, output, workload, resume, memory_gib, json, console)
+        return
     from assay.tuner.tune import tune as run
     from assay.tuner.work import settings_for
 
@@ -91,14 +109,7 @@ def tune(
         allow_download=allow_download,
         eval=eval_,
     )
-    columns = (SpinnerColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("starting", total=max(minutes, 0.0) * 60)
-
-        def say(text: str) -> None:
-            progress.update(bar, description=text, completed=progress.tasks[0].elapsed or 0.0)
-            if not console.is_terminal:
-                _print(console, text)
+    with _progress(console, minutes) as say:
 
         def found() -> dict[str, Any]:
             outcome = run(
@@ -126,6 +137,89 @@ def tune(
     print_summary(document, str(output))
     if limits is not None:
         print_goodput(document["goodput"], slo or "")
+
+
+@contextmanager
+def _progress(console: Any, minutes: float) -> Iterator[Callable[[str], None]]:
+    """A bar on the terminal that shows the last message, or a line a message in a log."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("starting", total=max(minutes, 0.0) * 60)
+
+        def say(text: str) -> None:
+            progress.update(bar, description=text, completed=progress.tasks[0].elapsed or 0.0)
+            if not console.is_terminal:
+                _print(console, text)
+
+        yield say
+
+
+def _refuse_for_images(option: str, given: Any) -> None:
+    """Raise InputError for an option that an image model has no use for."""
+    from assay.errors import InputError
+
+    if given is not None:
+        raise InputError(f"{option} is for language models; this is an image classifier")
+
+
+def _tune_images(
+    model: str, goal: str, max_drop: float, minutes: float, output: Path, workload: Path | None, resume: bool,
+    memory_gib: float | None, json: bool, console: Any,
+) -> None:  # fmt: skip
+    """`assay tune` of an image classifier, on the user's pictures, or on crops of bundled photographs where none are named."""
+    from assay.cli.output import print_json
+    from assay.errors import InterruptedRun
+    from assay.tuner.images.tune import tune_images
+    from assay.tuner.images.work import Settings
+    from assay.workloads.pictures import bundled_pictures
+
+    wanted: Any = goal  # checked by Settings
+    settings = Settings(model, wanted, str(workload if workload is not None else bundled_pictures()))
+    try:
+        with _progress(console, minutes) as say:
+            document = tune_images(
+                settings, output, max_drop=max_drop, minutes=minutes, resume=resume, memory_gib=memory_gib, say=say
+            )
+    except KeyboardInterrupt as stop:
+        raise InterruptedRun(str(stop)) from None
+    if json:
+        print_json(document)
+    else:
+        print_images(document)
+
+
+def print_images(document: dict[str, Any]) -> None:
+    """The answer about an image model in a few lines."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from assay.tuner.images.report import quality_words
+
+    out = Console()
+    table = Table(title=f"{document['model']}, goal {document['goal']}")
+    for heading in ("", document["best"]["unit"], "95 % interval"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for name, key in (("as loaded", "baseline"), ("free", "free_baseline"), ("best", "best")):
+        row = document[key]
+        table.add_row(name, f"{row['value']:,.2f}", f"{row['low']:,.2f} to {row['high']:,.2f}")
+    out.print(table)
+    _print(out, f"free     {document['free_baseline']['label']}")
+    _print(out, f"best     {document['best']['label']}")
+    speed, free = document["speedup"], document["speedup_vs_free"]
+    _print(
+        out,
+        f"{free['median']:.2f}x what is free ({free['low']:.2f} to {free['high']:.2f}), "
+        f"{speed['median']:.2f}x as loaded ({speed['low']:.2f} to {speed['high']:.2f})",
+    )
+    _print(out, quality_words(document["quality"], document["max_drop"]))
+    for note in document["notes"]:
+        _print(out, f"Note: {note}.")
+    if document["noisy"]:
+        _print(out, "The machine was busy during the final run: treat these figures as noisy.")
+    _print(out, f"\nreport   {document['report']}")
+    _print(out, f'load     python -c "import assay; model = assay.load({document["artefact"]!r})"')
 
 
 def _limits(goal: str, slo: str | None, clients: int) -> Any:

@@ -103,23 +103,30 @@ class Comparison:
         return "dearer" if self.ratio.high < 1 else "no difference seen"
 
 
+def usual_meters(path: Path, cases: Sequence[Input]) -> tuple[str, ...]:
+    """What a program is measured by where nothing is asked for: operations are counted of Python functions alone."""
+    counted = _calls(cases) and path.suffix not in (".js", ".cjs")
+    return ("cpu_seconds", "operations", "peak_bytes") if counted else ("cpu_seconds", "peak_bytes")
+
+
 def measure(
     path: Path,
     cases: Sequence[Input],
     *,
     entry: str | None = None,
-    meters: Sequence[str] = ("cpu_seconds", "operations", "peak_bytes"),
+    meters: Sequence[str] | None = None,
     repeats: int = 5,
     limits: Limits | None = None,
     say: Say = lambda _: None,
 ) -> Measured:
-    """Run a program on all cases, judge it where the answer is known, and say what it costs by each meter.
+    """Run a program on all cases, judge it where the answer is known, and say what it costs by each meter (None: `usual_meters`).
 
     Raises InputError for a file of no known kind, a meter that cannot measure it, or a program that defines no such function; MissingError
     where the sandbox, a compiler or valgrind is missing.
     """
     checks.whole("repeats", repeats, low=1)
     calls = _calls(cases)
+    meters = usual_meters(path, cases) if meters is None else meters
     with _Bench(path, calls=calls, entry=entry, limits=limits) as bench:
         for meter in meters:
             bench.allows(meter)

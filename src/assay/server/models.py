@@ -81,7 +81,8 @@ class Models:
 
         Where models share their blocks, this one joins them, and InputError is also raised for one that cannot.
         """
-        from assay.tuner.artefact import RECIPE, load_tuned
+        from assay.tuner.artefact import load_tuned
+        from assay.tuner.names import RECIPE
 
         with self._changing:
             self._require_free(name)
@@ -298,7 +299,7 @@ class Models:
 
 def find_recipe(source: str) -> str | None:
     """The text of the recipe in a model's folder; None where there is none."""
-    from assay.tuner.artefact import RECIPE
+    from assay.tuner.names import RECIPE
     from assay.workloads.models import find_model
 
     found = find_model(source)

@@ -18,6 +18,7 @@ FIRST = (
     "models",
     "workloads",
     "methods",
+    "images",
     "serving",
     "simulate",
     "audit",

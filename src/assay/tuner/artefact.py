@@ -32,6 +32,7 @@ from assay.methods.core.generation.loop import plain_generation
 from assay.methods.transform import TuneContext
 from assay.paths import atomic_dir
 from assay.tuner import packed
+from assay.tuner.names import CALIBRATION, EVIDENCE, RECIPE, REPORT
 from assay.tuner.outcome import Outcome, finite
 from assay.tuner.recipe import Recipe, apply_recipe
 from assay.tuner.transforms import get_transform
@@ -40,16 +41,18 @@ from assay.tuner.work import calibration_for, check_vocabulary
 if TYPE_CHECKING:
     from assay.workloads.models import LoadedModel
 
-RECIPE, CALIBRATION, REPORT, EVIDENCE = "recipe.toml", "calibration.safetensors", "report.html", "evidence.jsonl"
 MOST_CALIBRATION = 1 << 24  # token ids read from an artefact; assay itself writes some thousands
 
 
 def load(folder: Path | str) -> nn.Module:
-    """The tuned model of an artefact: a transformers model that generates. A plain model folder is loaded as it is.
+    """The tuned model of an artefact: a transformers model that generates, or an image classifier. A plain model folder is loaded as it is.
 
-    Raises InputError when the folder holds no readable model, when its recipe does not fit, or when the token ids it calibrates on
-    are damaged.
+    Raises InputError when the folder holds no readable model, when its recipe does not fit, or when what it calibrates on is damaged.
     """
+    from assay.tuner.images import artefact as images
+
+    if images.is_image_artefact(folder):
+        return images.load(folder).model
     return load_tuned(folder).model
 
 
@@ -64,6 +67,12 @@ def load_tuned(
     `before_recipe` may change the loaded weights before a recipe is applied to them: an adapter is merged there. Packed weights
     take no such change, and InputError says so.
     """
+    from assay.tuner.images.models import is_image_model
+
+    if is_image_model(source):
+        raise InputError(
+            f"{source}: an image classifier, which generates no text; `assay.load` and `assay tune` take it"
+        )
     loaded: LoadedModel = packed.load_source(source, allow_download=allow_download)
     if before_recipe is not None:
         if packed.has_packed_layers(loaded.model):

@@ -23,10 +23,12 @@ from assay.methods.core.quantize.groups import GROUP, quantize_groups
 from assay.methods.core.quantize.int8_linear import quantize_linears
 from assay.paths import atomic_dir
 from assay.tuner import gguf_file, packed, torchao_folder
-from assay.tuner.artefact import RECIPE, _disk_errors, held_steps
+from assay.tuner.artefact import _disk_errors, held_steps
+from assay.tuner.images.models import is_image_model
+from assay.tuner.names import RECIPE
 from assay.tuner.recipe import Recipe
 
-FORMATS = ("compressed-tensors", "gguf", "torchao")
+FORMATS = ("compressed-tensors", "gguf", "torchao", "onnx")
 WEIGHTS = ("w8a8", "w8a16", "w4a16", "w4a16-asymmetric")
 
 
@@ -47,6 +49,7 @@ def export(
 
     "compressed-tensors" gives a folder that transformers and vLLM load; "gguf" a file for llama.cpp (Q8_0, Q4_0 or Q4_1); "torchao" a
     folder that transformers loads through torchao 0.18 (8 bits alone: see `torchao_folder`).
+    "onnx" gives a file of an image classifier, and of nothing else (`images.onnx_file`).
     "w8a8": int8 weights by output, inputs rounded by token. "w8a16", "w4a16": 8 or 4 bits with a scale per 32 inputs;
     "w4a16-asymmetric" with a minimum too, which GGUF knows and compressed-tensors does not. The output layer stays as it is.
     Raises InputError, naming the reason, for what the format cannot hold, and for a place that holds something else; OSError when
@@ -58,6 +61,18 @@ def export(
         raise InputError(f"--weights must be one of {', '.join(WEIGHTS)}, got {str(weights)[:40]!r}")
     if output.exists() and (output.is_file() or any(output.iterdir())):
         raise InputError(f"--output {output} is there already; name another place")
+    if (to == "onnx") != is_image_model(source):
+        raise InputError(
+            f"{source}: image classifiers are written as onnx, and language models in the other formats, got --to {to}"
+        )
+    if to == "onnx":
+        from assay.tuner.images import onnx_file
+
+        if weights is not None:
+            raise InputError("--weights is for language models: an image classifier is written as its recipe has it")
+        with _disk_errors(output):
+            behind = onnx_file.write(source, output)
+        return Exported(to, output, output.stat().st_size, behind)
     loaded = packed.load_source(source, allow_download=allow_download)
     left = _left(loaded)
     if packed.has_packed_layers(loaded.model):

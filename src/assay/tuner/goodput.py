@@ -30,8 +30,8 @@ from assay.loadtest.generator import Block, Load, Measured, drive, order
 from assay.loadtest.process import ServerProcess, free_port
 from assay.loadtest.report import Slo, comparison, figures
 from assay.loadtest.traces import Lengths, Prompts, Request, alike, made_up
-from assay.tuner.artefact import RECIPE
 from assay.tuner.journal import Journal, file_hash, identity, model_hash
+from assay.tuner.names import RECIPE
 from assay.tuner.work import Settings
 
 START_SECONDS = 300.0  # that a server has to load its model

@@ -112,7 +112,8 @@ def test_a_model_is_trained_once(tmp_path, monkeypatch):
 POINT = {"frames": 4, "side": 8, "clusters": [32, 64], "steps": 3, "updates": 5, "clips": 3}
 
 
-@pytest.mark.parametrize("kind", ["wan", pytest.param("hunyuan", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wan", "hunyuan"])
 def test_random_clusters_change_the_verdict(monkeypatch, kind):
     """Honest clusters lie nearer than the margin; those of random tokens do not, nor do the controls."""
     point = {**POINT, "top_p": 0.95 if kind == "wan" else 0.97}

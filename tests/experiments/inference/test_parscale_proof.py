@@ -123,7 +123,7 @@ def test_experiments_load():
             assert point["streams"] == point["task"]["streams"]  # what is timed is what is judged
 
 
-@pytest.mark.parametrize("broken", [first_stream_alone, equal_streams])
+@pytest.mark.parametrize("broken", [pytest.param(first_stream_alone, marks=pytest.mark.slow), equal_streams])
 def test_streams_that_do_not_differ_are_worth_less_than_any_control(planted, broken):
     whole, loss = record_of(WORTH, TINY), record_of(LATENCY, ANSWER).quality
     broken(planted)

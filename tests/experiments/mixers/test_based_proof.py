@@ -47,6 +47,7 @@ def test_experiments_load():
     assert {e.claim for e in experiments_of("based")} == {"based/generation-throughput", "based/recall-gain"}
 
 
+@pytest.mark.slow
 def test_random_recall_is_noticed(monkeypatch, honest, broken):
     point = {**TINY, "arms": ["based", "elu linear attention"]}
     monkeypatch.setattr(room, "recall_scores", given(honest))

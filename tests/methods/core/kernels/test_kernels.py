@@ -34,6 +34,7 @@ def test_no_compiler_is_a_condition_and_not_an_error(monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_two_processes_build_one_library_in_a_path_with_spaces(tmp_path):
     folder = tmp_path / "a cache with spaces"
     code = "from assay.methods.core import kernels; print(kernels.build('memory'))"
