@@ -7,7 +7,12 @@ import pytest
 
 
 def needs(tool: str) -> None:
-    """Skip the test that calls this, with the reason, unless `tool` is installed."""
+    """Skip the test that calls this, with the reason, unless `tool` is installed.
+
+    `ASSAY_WITHOUT` names tools that are there and of no use, such as npm where its registry cannot be reached.
+    """
+    if tool in os.environ.get("ASSAY_WITHOUT", "").split():
+        pytest.skip(f"{tool} is of no use here")
     if shutil.which(tool) is None:
         assert not os.environ.get("ASSAY_TEST_ALL"), f"{tool} is not installed, and every test was asked for"
         pytest.skip(f"{tool} is not installed")

@@ -1,0 +1,2 @@
+"use strict";
+globalThis.jsts = require("./jsts.min.js");
