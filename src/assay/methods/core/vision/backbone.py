@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,8 @@ class Backbone(nn.Module):
     """
 
     classifier_name: ClassVar[str] = "head"
+    layouts: ClassVar[Mapping[str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]]] = {}
+    """By name, what turns a state dict in somebody's layout into ours (`weights.load_weights`)."""
     strides: tuple[int, ...]
     channels: tuple[int, ...]
     num_features: int

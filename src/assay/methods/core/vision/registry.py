@@ -16,7 +16,7 @@ from __future__ import annotations
 import fnmatch
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -31,11 +31,10 @@ B = TypeVar("B", bound=type[Backbone])
 
 @dataclass(frozen=True)
 class Registered:
-    """A model that can be built: its class, its settings, and the layouts of state dicts that its weights may come in."""
+    """A model that can be built: its class and its settings."""
 
     make: type[Backbone]
     settings: Mapping[str, Any]
-    layouts: Mapping[str, Layout] = field(default_factory=dict)
 
 
 _MODELS: dict[str, Registered] = {}
@@ -51,7 +50,8 @@ def backbones(
             known = _MODELS.get(name)
             if known is not None and known.make.__qualname__ != cls.__qualname__:
                 raise ValueError(f"model {name!r} is registered already, by {known.make.__module__}")
-            _MODELS[name] = Registered(cls, settings, layouts or {})
+            _MODELS[name] = Registered(cls, settings)
+        cls.layouts = dict(layouts or {})
         return cls
 
     return register
@@ -73,7 +73,6 @@ def build(
     """
     found = registered(name)
     model = found.make(num_classes=num_classes, in_chans=in_chans, **{**found.settings, **overrides})
-    model.__dict__["layouts"] = found.layouts
     return FeaturesOnly(model, out_indices) if features_only else model
 
 

@@ -25,7 +25,7 @@ def load_weights(model: Backbone, state: Mapping[str, Tensor] | str | Path, *, l
         from safetensors.torch import load_file
 
         state = load_file(state)
-    layouts = {"assay": dict, **model.__dict__.get("layouts", {})}
+    layouts = {"assay": dict, **model.layouts}
     if layout != "auto" and layout not in layouts:
         raise ValueError(f"layout must be auto, {', '.join(layouts)}, got {layout!r}")
     faults = {}
