@@ -23,7 +23,6 @@ from assay.methods.vision.sret import (
     SReT,
     Stage,
     distillation_loss,
-    from_official,
     make_recursive,
     register_sliced_attention,
     slice_sizes,

@@ -22,7 +22,6 @@ from assay.methods.vision.t2t_vit import (
     T2TViT,
     TokenBlock,
     TokensToToken,
-    from_official,
     orthogonal_rows,
     random_feature_attention,
     register_random_features,
