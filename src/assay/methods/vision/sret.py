@@ -392,7 +392,7 @@ class SReT(Backbone):
 
     def stages(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         x = self.patch_embed(x)
-        positions = self.pos_embed
+        positions: Tensor = self.pos_embed
         if x.shape[2:] != positions.shape[2:]:
             resized = F.interpolate(positions.float(), size=x.shape[2:], mode="bicubic", align_corners=False)
             positions = resized.to(positions.dtype)
