@@ -132,7 +132,8 @@ FOUR = Step(transform="weight_only", config={"bits": 4, "head_bits": None})
         (WIDE, "gguf", "GGUF's Q8_0 has float16 scales of groups of 32"),
         (TURNED, "torchao", "torchao cannot hold this model: it knows no rotation of a layer's inputs"),
         (FOUR, "torchao", "torchao cannot hold this model: it knows no minimum of a group"),
-        (WIDE, "onnx", "--to must be one of compressed-tensors, gguf, torchao, got 'onnx'"),
+        (WIDE, "mlx", "--to must be one of compressed-tensors, gguf, torchao, onnx, got 'mlx'"),
+        (WIDE, "onnx", "language models in the other formats, got --to onnx"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused_by_name_and_nothing_is_written(tmp_path, capsys, step, to, says):
