@@ -15,7 +15,7 @@ from torch import nn
 from assay.experiments.core import Figure, Guard, Operator, Quality, Trained, Trial, experiment
 from assay.experiments.rates import chosen, searched
 from assay.experiments.vision.swin import photographs
-from assay.experiments.vision.training import Judged, difference, error_for_choice, judged
+from assay.experiments.vision.training import Judged, difference, error_for_choice, guarded, judged
 from assay.measure.cost import count_cost
 from assay.methods.core.vision.backbone import Backbone
 from assay.methods.vision.ms_mlp import KERNELS, SHIFTS, MixShift, MsMlp, fuse_mixing
@@ -187,10 +187,8 @@ def faster_than_swin(embed_dim: int, size: int, batch: int, steps: int, seeds: i
 
     def quality() -> Quality:
         found = {name: learned(arm, steps, seeds) for name, arm in arms.items()}
-        gap, low, high = difference(found["ms"], found["swin"])
-        base = found["swin"].accuracy
-        controls = {name: found[name].accuracy for name in ("deleted", "rival")}
-        return Quality(base + gap, base, base + low, base + high, controls, "ConvNeXt")
+        controls = {name: found[name] for name in ("deleted", "rival")}
+        return guarded(found["ms"], found["swin"], controls, "ConvNeXt")
 
     def trained() -> dict[str, Trained]:
         return {arm: learned(arm, steps, seeds).trained for arm in arms.values()}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from assay.experiments.core import Quality, Trained
-from assay.experiments.vision.training import Judged, difference
+from assay.experiments.vision.training import Judged, guarded
 from assay.measure.cost import count_cost
 from assay.workloads.pictures import PICTURES
 
@@ -107,12 +107,8 @@ def widest(make: Callable[[int], nn.Module], wanted: int, size: Callable[[nn.Mod
 
 def quality(arms: Mapping[str, Judged], candidate: str, baseline: str, rival: str, said: str) -> Quality:
     """The candidate's accuracy against the baseline's, paired over photographs and seeds; `UNTRAINED` and the rival beside it."""
-    gain, low, high = difference(arms[candidate], arms[baseline])
-    base = arms[baseline].accuracy
-    controls = {"deleted": "pixels", "random": "random features", "rival": rival}
-    return Quality(
-        base + gain, base, base + low, base + high, {name: arms[arm].accuracy for name, arm in controls.items()}, said
-    )
+    controls = {"deleted": arms["pixels"], "random": arms["random features"], "rival": arms[rival]}
+    return guarded(arms[candidate], arms[baseline], controls, said)
 
 
 def trained(arms: Mapping[str, Judged]) -> dict[str, Trained]:

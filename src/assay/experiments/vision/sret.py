@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from assay.experiments.core import Figure, Guard, Operator, Quality, Trained, Trial, experiment
 from assay.experiments.rates import Rate, chosen, searched
-from assay.experiments.vision.training import Judged, difference, error_for_choice, judged
+from assay.experiments.vision.training import Judged, difference, error_for_choice, guarded, judged
 from assay.measure.cost import count_cost
 from assay.methods.vision.sret import CONFIGS, SLICED, WHOLE, SReT
 
@@ -147,16 +147,8 @@ def slicing_saving(model: str, size: int, batch: int, steps: int) -> Trial:
 
     def quality() -> Quality:
         found.update(shown(("sliced", "whole", "alone", "first stage once"), steps))
-        _, low, high = difference(found["sliced"], found["whole"])
-        base = found["whole"].accuracy
-        return Quality(
-            found["sliced"].accuracy,
-            base,
-            base + low,
-            base + high,
-            controls={"deleted": found["alone"].accuracy, "rival": found["first stage once"].accuracy},
-            rival="the unsliced network whose first stage is used once",
-        )
+        controls = {"deleted": found["alone"], "rival": found["first stage once"]}
+        return guarded(found["sliced"], found["whole"], controls, "the unsliced network whose first stage is used once")
 
     def details() -> dict[str, Any]:
         macs = {

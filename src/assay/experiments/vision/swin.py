@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from assay.experiments.core import Figure, Guard, Operator, Quality, Trained, Trial, experiment
 from assay.experiments.rates import chosen, searched
-from assay.experiments.vision.training import Judged, difference, error_for_choice, judged
+from assay.experiments.vision.training import Judged, difference, error_for_choice, guarded, judged
 from assay.methods.core.vision.pyramid import Pyramid
 from assay.methods.core.vision.windows import (
     MASKED,
@@ -214,10 +214,8 @@ def window_attention_speedup(
 
     def quality() -> Quality:
         found = {name: learned(arm, steps, seeds) for name, arm in arms.items()}
-        gap, low, high = difference(found["shift"], found["global"])
-        base = found["global"].accuracy
-        controls = {name: found[name].accuracy for name in ("deleted", "rival")}
-        return Quality(base + gap, base, base + low, base + high, controls, "windows of a grid")
+        controls = {name: found[name] for name in ("deleted", "rival")}
+        return guarded(found["shift"], found["global"], controls, "windows of a grid")
 
     def trained() -> dict[str, Trained]:
         return {arm: learned(arm, steps, seeds).trained for arm in arms.values()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from assay.experiments.core import Figure, Guard, Operator, Quality, Trained, Trial, experiment
 from assay.experiments.rates import chosen, searched
-from assay.experiments.vision.training import Judged, difference, error_for_choice, judged
+from assay.experiments.vision.training import Judged, difference, error_for_choice, guarded, judged
 from assay.measure.cost import count_cost
 from assay.methods.vision.t2t_vit import CONFIGS, RandomFeatureAttention, SoftSplit, T2TViT, TokensToToken
 
@@ -252,16 +252,8 @@ def token_module_speedup(size: int, batch: int, steps: int) -> Trial:
 
     def quality() -> Quality:
         found.update(shown(("t2t", "softmax", "values only", "convolution"), steps))
-        _, low, high = difference(found["t2t"], found["softmax"])
-        base = found["softmax"].accuracy
-        return Quality(
-            found["t2t"].accuracy,
-            base,
-            base + low,
-            base + high,
-            controls={"deleted": found["values only"].accuracy, "rival": found["convolution"].accuracy},
-            rival="three strided convolutions",
-        )
+        controls = {"deleted": found["values only"], "rival": found["convolution"]}
+        return guarded(found["t2t"], found["softmax"], controls, "three strided convolutions")
 
     def details() -> dict[str, Any]:
         from assay.measure.memory import peak_memory

@@ -11,7 +11,7 @@ gain = difference(shown["shift"], shown["no shift"])          # points, resample
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from assay.experiments.core import Trained
+from assay.experiments.core import Quality, Trained
 from assay.experiments.rates import Rate
 from assay.workloads.pictures import CHANCE, PICTURES, Part, photo_crops
 
@@ -130,6 +130,20 @@ def difference(arm: Judged, other: Judged) -> tuple[float, float, float]:
     """Points of accuracy that `arm` is better than `other` by, with a 95 % interval: photographs and seeds resampled, in pairs."""
     gap = 100 * (arm.right - other.right)
     return _interval(gap)
+
+
+def guarded(arm: Judged, base: Judged, controls: Mapping[str, Judged], rival: str = "") -> Quality:
+    """The accuracy of `arm` in per cent beside `base`'s, with the interval of their difference, for a `Guard` in points."""
+    gain, low, high = difference(arm, base)
+    start = base.accuracy
+    return Quality(
+        start + gain,
+        start,
+        start + low,
+        start + high,
+        controls={name: control.accuracy for name, control in controls.items()},
+        rival=rival,
+    )
 
 
 def level(arm: Judged) -> tuple[float, float, float]:

@@ -31,6 +31,7 @@ class Rollouts:
 
 
 def logits_of(policy: nn.Module, ids: Tensor) -> Tensor:
+    """Logits (n, length, vocabulary) of tokens (n, length), of a model of transformers or a module that gives them as they are."""
     out = policy(ids)
     logits: Tensor = out.logits if hasattr(out, "logits") else out
     return logits
