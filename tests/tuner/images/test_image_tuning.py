@@ -111,7 +111,7 @@ def in_process(monkeypatch):
         except Exception as error:  # what a child's reply would say
             return ChildResult("failed", None, f"{type(error).__name__}: {error}", 0.0, 0, 0.0)
         peak = 2**30 - (2**28 if kwargs.get("recipe", {}).get("steps") else 0)
-        return ChildResult("ok", value, "", 0.0, peak, 0.0)
+        return ChildResult("ok", value, "", 0.1, peak, 0.0)
 
     def rounds(functions, **_):
         return compare_many(functions, rounds=6, warmup=1)
@@ -246,6 +246,15 @@ def test_a_failing_option_is_a_row_and_not_the_end(models, pictures, tmp_path, i
     broken = next(row for row in found["rows"] if row["label"].endswith("channels_last"))
     assert broken["status"] == "failed"
     assert "no such instruction" in broken["error"]
+
+
+def test_a_time_that_is_over_leaves_out_recipes_and_never_the_proof(models, pictures, tmp_path, in_process):
+    found = tune.tune_images(settings(models["residual"], pictures), tmp_path / "out", max_drop=0.1, minutes=0.001)
+    assert [row["kind"] for row in found["rows"]] == ["baseline"]
+    assert {"judge", "prove"} <= set(in_process)
+    assert found["best"]["label"] == "as loaded"
+    assert any("no time was left to try" in note for note in found["notes"])
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_not_finite_logits_are_never_right():

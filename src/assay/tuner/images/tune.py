@@ -33,7 +33,7 @@ from assay.measure.stats import Interval, paired_ratio, positive_median
 from assay.tuner.budget import LEAST_PAIRS, Budget
 from assay.tuner.images.options import OPTIONS
 from assay.tuner.images.recipe import ImageRecipe, ImageStep
-from assay.tuner.images.work import UNITS, Settings, scores
+from assay.tuner.images.work import TOGETHER, UNITS, Settings, scores
 from assay.tuner.journal import Journal, model_hash
 from assay.tuner.noninferiority import score_interval
 from assay.tuner.outcome import finite
@@ -43,7 +43,8 @@ Say = Callable[[str], None]
 ALPHA = 0.025  # of accepting a candidate whose true loss is at the limit
 PAIRS = 15  # rounds of the proof, if there is time
 ASSESSING = 0.06  # share of the time that one candidate may be timed for
-PROVING = 0.2  # share that is kept for the proof
+LEAST_TIMING = 2.0  # seconds of the proof's rounds, also when the time is over
+SLOWER = 5.0  # times as long as expected: what the two steps that cannot be left out may take
 LESS = 0.98  # of the peak memory: what counts as less, between processes that differ by about a hundredth
 CONFLICTS = {"int8_convolutions": ("compile",)}  # a step, and what leaves the recipe for it
 PEAKS = 3  # processes a peak is taken from
@@ -103,13 +104,21 @@ class Run:
             timeout_s=max(limit, 1.0), memory_bytes=self.memory,
         )  # fmt: skip
 
+    def judging(self) -> float:
+        """Seconds that judging is expected to take, by what the survey took: three models on the proof's pictures."""
+        return float(self.survey["took"] + 3 * self.survey["proof"] * self.survey["seconds"])
+
+    def reserve(self) -> float:
+        """Seconds to keep for the proof: judging, and the least rounds of timing."""
+        return self.judging() + float(self.survey["took"] + 3 * (3 + LEAST_PAIRS) * TOGETHER * self.survey["seconds"])
+
     def kept(self, key: str, function: str, limit: float, **arguments: Any) -> dict[str, Any]:
         """The same, from the journal if it is there; a failure is a value with its status and error."""
 
         def make() -> dict[str, Any]:
             found = self.child(function, limit, **arguments)
             if found.ok:
-                return {**found.value, "status": "ok", "peak": found.peak_rss_bytes}
+                return {**found.value, "status": "ok", "peak": found.peak_rss_bytes, "took": found.seconds}
             return {"status": found.status, "error": found.error}
 
         return self.journal.get(key, make)
@@ -260,7 +269,7 @@ def _step(run: Run, kind: str, current: Row, steps: list[ImageStep]) -> Row | No
     """The best of some steps on top of `current`; None where none pays."""
     good: list[tuple[float, Row]] = []
     for step in steps:
-        if run.budget.left() < (PROVING + ASSESSING) * run.budget.total:
+        if run.budget.left() < run.reserve() + run.survey["took"] + ASSESSING * run.budget.total:
             run.note(f"no time was left to try {step.label()}")
             break
         row = _tried(run, kind, current, step)
@@ -289,7 +298,7 @@ def _tried(run: Run, kind: str, current: Row, step: ImageStep) -> Row:
     if any(step.option in CONFLICTS.get(other.option, ()) for other in current.recipe.steps):
         row.status, row.error = "unfit", f"it does not go together with {current.recipe.label()}"
         return row
-    limit = run.budget.left() - 0.5 * PROVING * run.budget.total
+    limit = run.budget.left() - run.reserve()
     if run.settings.goal == "memory":
         found = run.kept(f"said:{recipe.key()}", "said", limit, recipe=recipe.model_dump(mode="json"))
         if found["status"] == "ok":
@@ -335,7 +344,9 @@ def _proof(run: Run, baseline: Row, free: Row, best: Row) -> dict[str, Any]:
     recipes = {name: row.recipe.model_dump(mode="json") for name, row in rows.items()}
     distinct = {name: recipes[name] for name in rows if _first(rows, name) == name}
     run.tell(f"judging {best.recipe.label()} on pictures that the search did not see")
-    limit = max(run.budget.left(), 0.5 * PROVING * run.budget.total)
+    limit = max(
+        run.budget.left(), SLOWER * run.judging()
+    )  # it cannot be left out, and a busy machine is no reason to lose all
     key = ":".join(row.recipe.key() for row in rows.values())
     judged = run.kept(f"judge:{key}", "judge", limit, recipes=distinct)
     if judged["status"] != "ok":
@@ -346,8 +357,9 @@ def _proof(run: Run, baseline: Row, free: Row, best: Row) -> dict[str, Any]:
     if run.settings.goal == "memory":
         timed: dict[str, Any] = {"samples": {name: rows[name].samples for name in rows}, "noisy": False, "trend": False}
     else:
-        seconds = max(0.6 * run.budget.left(), 0.3 * PROVING * run.budget.total)
-        timed = run.kept(f"prove:{key}", "prove", 2 * seconds + 60, recipes=distinct, pairs=PAIRS, seconds=seconds)
+        seconds = max(0.6 * run.budget.left(), LEAST_TIMING)
+        limit = SLOWER * (run.reserve() + seconds)
+        timed = run.kept(f"prove:{key}", "prove", limit, recipes=distinct, pairs=PAIRS, seconds=seconds)
         if timed["status"] != "ok":
             raise _failure(timed, "timing what was found")
         timed["samples"] = {name: timed["samples"][_first(rows, name)] for name in rows}
