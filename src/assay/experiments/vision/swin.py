@@ -85,7 +85,7 @@ def network(arm: str) -> Pyramid:
     )
 
 
-@searched(ACCURACY, arms=ARMS, grid=(1e-3, 3e-3, 1e-2))
+@searched(ACCURACY, arms=ARMS, grid=(1e-3, 3e-3, 1e-2, 3e-2))
 def score(arm: str, rate: float) -> float:
     return error_for_choice(lambda: network(arm), rate, STEPS)
 
