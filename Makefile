@@ -22,6 +22,7 @@ make sweep            every transform on every architecture
 make bench            measure this machine
 make bench-packed     size, seconds to load and peak of packed weights
 make bench-meters     do the meters of programs agree, and what does each differ by
+make bench-backbones  image backbones side by side: counts, times, accuracy
 make bench-serve      assay serve against the CPU engines, an hour and more
 make evidence         measure every claim at small scale (hours); evidence-stale: what is older than its code; evidence-pages
 make rates            search the learning rates of the experiments; SLUG=x for one paper
@@ -29,7 +30,7 @@ make mutants          plant sixty faults, count how many the tests notice (an ho
 endef
 export HELP
 
-.PHONY: help setup demo demo-images test lint check-environment kernels room sweep test-times test-slow bench bench-packed bench-meters bench-serve evidence evidence-pages \
+.PHONY: help setup demo demo-images test lint check-environment kernels room sweep test-times test-slow bench bench-packed bench-meters bench-backbones bench-serve evidence evidence-pages \
 	evidence-stale rates mutants clean
 
 setup: $(STAMP)
@@ -93,6 +94,10 @@ bench: setup
 # Do the meters of `assay code` agree, and how much does each differ from run to run? On a quiet machine.
 bench-meters: setup
 	"$(BIN)/python" benchmarks/meters.py --out evidence/meters.jsonl
+
+# Image backbones side by side: what is counted, what it takes, what small ones learn.
+bench-backbones: setup
+	"$(BIN)/python" benchmarks/backbones.py --out evidence/backbones.jsonl --chart evidence/backbones.png
 
 # What packed weights take: on disk, to load, and until the first token.
 bench-packed: setup

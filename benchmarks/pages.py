@@ -38,6 +38,7 @@ INDEX = """# What was measured
 | `throughput.jsonl` | `assay tune smollm2-135m --goal throughput -o out/throughput` |
 | `memory.jsonl` | `assay tune smollm2-135m --goal memory -o out/memory` |
 | `mixers.jsonl` | `python benchmarks/mixers.py --out evidence/mixers.jsonl --chart evidence/mixers.html` (the picture: `mixers.png`) |
+| `backbones.jsonl` | `make bench-backbones` (the picture: `backbones.png`) |
 | `attention.jsonl` | `python benchmarks/attention.py --out evidence/attention.jsonl`, on two machines |
 | `serve.jsonl` | `make bench-serve`, or the command in its lines for some of the servers |
 | `continuous.jsonl` | `python benchmarks/continuous.py --tokens 32 --rounds 3 --out evidence/continuous.jsonl` |
