@@ -82,6 +82,7 @@ def vit_small() -> nn.Module:
         "num_attention_heads": 6,
         "intermediate_size": 1536,
         "num_labels": 1000,
+        "attn_implementation": "sdpa",
     }
     return Logits(ViTForImageClassification(ViTConfig(**shape)))
 
@@ -365,11 +366,11 @@ def table(rows: Sequence[Row]) -> str:
     ]
     for count in COUNTS:
         of = {row["batch"]: row["rank_correlation"] for row in published if row.get("count") == count}
-        told = (
+        spans = (
             f"{of[batch]['median']:.2f} ({of[batch]['low']:.2f} to {of[batch]['high']:.2f})" if batch in of else "-"
             for batch in (1, 16)
         )
-        lines.append(f"| {count} | {' | '.join(told)} |")
+        lines.append(f"| {count} | {' | '.join(spans)} |")
     lines += [
         "",
         "| small network | accuracy | MACs | bytes moved | ms, one image | ms an image, of sixteen |",
