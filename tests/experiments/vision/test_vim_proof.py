@@ -160,11 +160,12 @@ def test_slopes_are_exponents_in_the_number_of_patches():
 
 
 @pytest.mark.slow
-def test_training_notices_a_method_that_does_not_scan(monkeypatch):
-    claim, point = "vim/bidirectional-accuracy", {"steps": room.STEPS}
-    honest = record_of(claim, point)
-    assert honest.measured.low > honest.controls["deleted"]
-    monkeypatch.setattr(method.Direction, "forward", lambda self, x: torch.nn.functional.silu(self.convolved(x)))
-    broken = record_of(claim, point)
-    assert broken.details["accuracy"]["both ways"] < honest.details["accuracy"]["both ways"] - 5
+def test_training_notices_a_second_direction_that_is_not_turned(monkeypatch):
+    def unturned(self, x):
+        u, z = self.in_proj(x).chunk(2, -1)
+        y = self.ahead(u) if self.back is None else (self.ahead(u) + self.back(u)) / 2
+        return self.out_proj(y * torch.nn.functional.silu(z))
+
+    monkeypatch.setattr(method.BiMamba, "forward", unturned)
+    broken = record_of("vim/bidirectional-accuracy", {"steps": room.STEPS})
     assert judge(broken).verdict not in PAYS

@@ -168,7 +168,8 @@ class Vim(Backbone):
 
     Images are (B, in_chans, H, W) of any size; `img_size` is the side that the positions are learned for. `forward_features` gives all
     tokens (B, M + 1, embed_dim) after the last norm, the class token at M // 2; there is one map, of stride `stride` (None: `patch_size`).
-    `bidirectional`, `halve`, `states`, `expand` and `backend` are those of `BiMamba`. Raises ValueError for sizes below 1.
+    `bidirectional`, `halve`, `states`, `expand` and `backend` are those of `BiMamba`. `torch.export` wants `backend="chunked"`. Raises
+    ValueError for sizes below 1.
 
     >>> model = Vim(embed_dim=32, depth=2, img_size=64, num_classes=10)
     >>> model(torch.zeros(1, 3, 80, 64)).shape
