@@ -1,14 +1,19 @@
-"""Build every compiled kernel before the tests begin, as many at once as there are processors, so that no test waits for one."""
+"""Before the tests begin: build every compiled kernel, as many at once as there are processors, and hash the sources once.
+
+No test then waits for either.
+"""
 
 from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+from assay.evidence import hashes
 from assay.methods.core import kernels
 
 
 def main() -> None:
+    hashes.keep_everything()
     if kernels.compiler() is None:
         print("no C++ compiler: the torch paths serve")
         return

