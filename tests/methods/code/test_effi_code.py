@@ -158,7 +158,7 @@ class Box:
         text = "def total(self, n):"
         return sum(i * i for i in range(200 * n))
 
-def outer(n):
+def outer(n: int):
     def inner(k):
         """async def outer"""
         return k + 1
@@ -171,6 +171,8 @@ def outer(n):
     found = [asyncio.run(waited(i)) for i in range(n)]
     for k in counted(n): found.append(k)
     return found, Box().total(n)
+
+assert outer.__annotations__["n"] is int, "a feature of __future__ that it did not ask for"
 '''
 
 
@@ -244,13 +246,14 @@ def test_a_measured_run_has_no_profiling_in_it(workers):
 
 HOLDS = """
 import time
-def f(mib, seconds):
+def f(mib: int, seconds):
     held = bytearray(mib * 2**20)
     time.sleep(seconds)
     if mib == 1:
         raise KeyError("one")
     print("loaded")
     return len(held)
+assert f.__annotations__["mib"] is int, "a feature of __future__ that it did not ask for"
 """
 
 
@@ -669,17 +672,24 @@ def test_similarity_is_symmetric_and_of_the_shorter_text():
         room.apart_from([], {"a": ("x", "y")}, alike=0.0)
 
 
-def test_chat_lines_are_read_by_a_tokenizer_as_its_trainer_would(tmp_path):
-    from tests.tiny import tiny_tokenizer
-
+def test_chat_lines_hold_what_was_asked_and_the_program_in_a_block(tmp_path):
     path = tmp_path / "train.jsonl"
     room.write_chat(path, [item(), item("b", program="def f(n):\n    return 'é'\n")])
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert len(lines) == 2
-    text = tiny_tokenizer().apply_chat_template(lines[1]["messages"], tokenize=False)
+    lines = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
+    assert lines == [room.chat(item())["messages"], lines[1]]
+    assert [one["role"] for one in lines[1]] == ["user", "assistant"]
+    assert lines[1][0]["content"].startswith("Add one to a number")
+    assert lines[1][1]["content"] == "```python\ndef f(n):\n    return 'é'\n```"
+    assert room.extracted(lines[0][1]["content"], "f").program == TEXTS["fast"] + "\n"
+
+
+@pytest.mark.slow  # it imports transformers
+def test_chat_lines_are_read_by_a_tokenizer_as_its_trainer_would():
+    from tests.tiny import tiny_tokenizer
+
+    text = tiny_tokenizer().apply_chat_template(room.chat(item())["messages"], tokenize=False)
     assert text.startswith("<|im_start|>user\nAdd one to a number")
-    assert text.endswith("<|im_start|>assistant\n```python\ndef f(n):\n    return 'é'\n```<|im_end|>\n")
-    assert room.extracted(lines[0]["messages"][1]["content"], "f").program == TEXTS["fast"] + "\n"
+    assert text.endswith(f"<|im_start|>assistant\n```python\n{TEXTS['fast']}\n```<|im_end|>\n")
 
 
 def test_what_is_no_data_is_not_written(tmp_path):

@@ -177,6 +177,60 @@ def test_who_does_not_compile_is_an_attempt_too():
     assert len(bench.attempts) == 1
 
 
+class Failing(Simulated):
+    """Programs with "fails" in them go wrong under the sanitizers, or only once they are timed."""
+
+    def __init__(self, at, error):
+        super().__init__()
+        self.at, self.error = at, error
+
+    def build(self, candidate):
+        made = super().build(candidate)
+        if "fails" in candidate.source:
+
+            def fail(*_):
+                raise self.error
+
+            setattr(made, self.at, fail)
+        return made
+
+
+@pytest.mark.parametrize(
+    ("at", "error", "state"),
+    [
+        ("seconds", room.RunError("it ended otherwise: time"), "wrong"),
+        ("faults", room.BuildError("main is defined twice"), "does not build"),
+    ],
+)
+def test_who_fails_behind_the_gate_is_an_attempt_too(at, error, state, tmp_path):
+    candidate = program(1.0, "sum(x)  # fails")
+    ledger = Ledger(tmp_path / "attempts.jsonl")
+    bench = Bench(sums(), Failing(at, error))
+    found = converse(bench, Scripted([f"```\n{candidate.source}```", answer(1.0)]), rounds=2, ledger=ledger)
+    assert [one.state for one in found.attempts] == [state, "faster"]
+    assert found.attempts[0].gate.why == str(error)
+    assert found.attempts[0].compared is None
+    assert ledger.attempts() == found.attempts == bench.attempts
+
+
+def test_a_reference_that_fails_while_it_is_timed_is_no_candidates_fault():
+    bench = Bench(sums(program(2.0, "sum(x)  # fails")), Failing("seconds", room.RunError("time")))
+    with pytest.raises(ValueError, match="the reference of 'sums' cannot be timed: time"):
+        bench.attempt(program(1.0))
+    assert bench.attempts == []
+
+
+def test_what_a_text_raises_while_it_is_loaded_is_told():
+    for text, why in (
+        ("def f(x: List[int]): return x", "NameError"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("def g(x): return x", "f"),
+        ("def f(: 1", "SyntaxError"),
+    ):
+        with pytest.raises(room.BuildError, match=why):
+            PythonHere("f").build(Candidate("c", text))
+
+
 def gate_of(reference, candidate, args, **more):
     case = Case("case", "", Candidate("r", reference), (Input("one", "k", args),), "k", **more)
     return Bench(case, PythonHere("f"), FAST).gate(Candidate("c", candidate))
@@ -233,6 +287,11 @@ def test_own_objects_are_called_here_as_they_are():
         (np.array([0.1 + 0.2, np.nan]), np.array([0.3, np.nan]), 1e-9, True),
         (np.array([0.1 + 0.2]), np.array([0.3]), None, False),
         (np.array([np.inf]), np.array([1.0]), 1e-9, False),
+        (complex("nan"), complex("nan"), None, True),
+        (0j, -0j, None, False),
+        (1 + 1j, 1 + (1 + 1e-12) * 1j, 1e-9, True),
+        (np.array(["".join(["a", "bc"])], dtype=object), np.array(["".join(["ab", "c"])], dtype=object), None, True),
+        (np.array([1], dtype=object), np.array([True], dtype=object), None, False),
     ],
 )
 def test_same(one, other, tolerance, equal):
@@ -353,6 +412,30 @@ def test_a_conversation_is_kept_whole(tmp_path):
     assert text.index("Think of short") < text.index("decision: reject. wrong") < text.index("decision: accept")
 
 
+@pytest.mark.parametrize(
+    ("said", "program"),
+    [
+        ("```python\na = 1\n```\nthen\n```\na = 2\n```", "a = 2\n"),
+        ("Here:\r\n```python\r\na = 1\r\n```\r\n", "a = 1\r\n"),
+        ('```python title="x.py"\na = 1\n```\nGood luck.\n', "a = 1\n"),
+        ('```c\nchar *a = "```";\n```', 'char *a = "```";\n'),
+        ("  ```\na = 1\n  ```", "a = 1\n"),
+        ("I cannot.", ""),
+        ("```python\na = 1", ""),
+    ],
+)
+def test_the_program_of_an_answer_is_its_last_block(said, program):
+    assert room.program_of(said) == program
+
+
+def test_what_an_expert_says_is_kept_to_the_letter_and_a_key_is_not_shown():
+    hints = [Hint("hint", "On.", "see f. *args is slow. *"), Hint("accept")]
+    text = converse(Bench(sums(), Simulated()), Scripted([answer(1.0)] * 2), rounds=2, hints=hints).transcript()
+    assert "*The expert's decision: hint. see f. *args is slow. **" in text
+    assert "*The expert's decision: accept.*" in text
+    assert "secret" not in repr(Endpoint("http://localhost/v1", "tiny", key="secret"))
+
+
 def test_without_the_table_only_the_word_is_told():
     found = converse(
         Bench(sums(), Simulated()), Scripted([answer(1.0), ""]), rounds=2, hints=[Hint("hint", "On.")], feed_back=False
@@ -408,12 +491,26 @@ def test_a_models_program_goes_through_the_sandbox():
     case = sums(Candidate("r", "def f(x):\n    return sum(sorted(x))"), random=None)
     reply = "```python\nimport os\ndef f(x):\n    return sum(x) if os.environ['HOME'] == '/scratch' else -1\n```"
     quits = "```python\ndef f(x):\n    raise SystemExit\n```"
+    in_place = "```python\ndef f(x):\n    x.sort()\n    return sum(x)\n```"
+    case = replace(case, inputs=(*case.inputs, Input("falling", "falling", ([2, 1],))))
+    raises = "def f(x):\n    if x: return sum(x)\n    raise ValueError('none')"
+    nothing = [Candidate("r", f"import os\ndef f(x):\n    {body}") for body in ("os._exit(0)", "return object()")]
     with PythonSandboxed("f") as backend:
-        found = converse(Bench(case, backend, FAST), Scripted([reply, quits]), rounds=2)
-    right, wrong = found.attempts
+        found = converse(Bench(case, backend, FAST), Scripted([reply, quits, in_place]), rounds=3)
+        for one in nothing:  # nothing could be told from it
+            with pytest.raises(ValueError, match="the reference of 'sums' must answer on short"):
+                Bench(replace(case, reference=one), backend, FAST).attempt(one)
+        errors = Bench(replace(case, reference=Candidate("r", raises)), backend, FAST)
+        assert errors.gate(Candidate("c", raises + "  # too")).passed
+        assert "ValueError: no, not ValueError: none" in errors.gate(Candidate("c", raises.replace("none", "no"))).why
+    right, wrong, leaves = found.attempts
     assert right.gate.passed
     assert right.compared is not None
     assert wrong.state == "wrong"
+    assert (leaves.state, leaves.gate.why) == (
+        "wrong",
+        "on falling: it leaves its arguments otherwise than the reference does",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- extrema
@@ -579,6 +676,7 @@ def test_a_diff_fits_or_is_refused():
         (lambda: replace(sums(), decides="tall"), ValueError, "decides"),
         (lambda: replace(sums(), tolerance=0.0), ValueError, "tolerance"),
         (lambda: room.digest_of({1, 2}), TypeError, "plain values"),
+        (lambda: room.digest_of(np.array([{}], dtype=object)), TypeError, "plain values"),
         (lambda: Endpoint("localhost", "m"), ValueError, "url"),
         (lambda: Hint("maybe"), ValueError, "decision"),
         (lambda: converse(Bench(sums(), Simulated()), Scripted([]), rounds=0), ValueError, "rounds"),

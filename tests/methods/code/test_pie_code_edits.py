@@ -321,6 +321,16 @@ def test_all_lines_count_and_as_released_does_not_look_behind_the_last():
     assert accuracy("1\n", "1\n2\n", variant="as_released") == 1
     assert accuracy("1\n2\n3\n4\n", "1\n2\n", variant="as_released") == accuracy("1\n2\n3\n4\n", "1\n2\n") == 0.5
     assert accuracy("0.5 a", "0.5004 a") == 1
+    assert accuracy("0 -0 +7 007", "-0 0 7 +7") == 1
+    for expected, wrote in (
+        ("3", "²"),
+        ("5", "--5"),
+        ("5", "-5"),
+        ("9" * 5000, "9" * 4999 + "8"),
+        ("10", "1"),
+        ("1", "+-1"),
+    ):
+        assert accuracy(expected, wrote) == 0  # whatever a program writes is judged
     assert accuracy("1000 a", "1001 a") == accuracy("0.5", "0.502") == accuracy("1", "nan") == accuracy("7", "x") == 0
 
 
@@ -360,6 +370,7 @@ def test_samples_are_judged_and_cost_what_they_cost_every_time(sandbox):
         task.measure(FAST, sandbox, meter="operations")
 
 
+@pytest.mark.slow  # the meter's own tests have it too
 def test_a_program_cannot_write_its_own_count(sandbox):
     liar = SLOW.replace(
         "#include <stdio.h>",

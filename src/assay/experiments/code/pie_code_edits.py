@@ -335,7 +335,8 @@ def figures(rows: Sequence[Row], arm: str, k: int) -> dict[str, Any]:
         "flags": "-O3, C++17",
     },
     departures={
-        "programs": "assay's own, written for these problems with slow and fast forms: CodeNet's archive is not shipped",
+        "programs": "assay's own, written for these problems with slow and fast forms: CodeNet's archive is not shipped; at small "
+        "the first slow one alone of each problem, the slowest as a rule, for optimisers and people alike",
         "optimiser": "rules and the edits of similar pairs, written by the hand that wrote the programs: no trained model is here",
         "meter": "instructions that valgrind counts, which see no waiting for memory; seconds stand beside them",
         "flags": "linked statically too: loading the library at every start costs as much as many a program of the bank",

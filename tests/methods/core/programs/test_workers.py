@@ -65,6 +65,13 @@ def test_how_programs_end(timed):
     assert all(one(timed, "def f(): return 1").cost is not None for _ in range(2))
 
 
+def test_a_program_means_what_it_means_outside(timed):
+    """No feature of `__future__` is its own that it did not ask for: an annotation that names nothing raises."""
+    program = "def f(x: int): return str(f.__annotations__['x'])"
+    assert one(timed, program, 1).value == "<class 'int'>"
+    assert one(timed, f"from __future__ import annotations\n{program}", 1).value == "int"
+
+
 def test_a_case_that_failed_is_not_repeated(timed):
     [bad, good] = timed.run("def f(n): return 1 // n", "f", [(0,), (1,)], repeats=3)
     assert [len(bad), len(good)] == [1, 3]

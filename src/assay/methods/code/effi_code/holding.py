@@ -23,7 +23,7 @@ def main(entry: str) -> None:
     module = type(sys)("program")
     sys.modules["program"] = module
     try:
-        exec(compile(source, "<program>", "exec"), module.__dict__)
+        exec(compile(source, "<program>", "exec", dont_inherit=True), module.__dict__)
         function = module.__dict__[entry]
         write(said, b"loaded\n")
         word = read(told, 64)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from assay import checks
+from assay.methods.code.effi_code import holding, tracing  # noqa: F401  sent as texts; records hash what is imported
 from assay.methods.code.effi_code.metrics import Overhead, Variant, et_mu_tmu
 from assay.methods.core.programs.workers import Workers
 from assay.methods.core.sandbox import Limits, Sandbox

@@ -23,7 +23,7 @@ def lines_of(program: str, entry: str, calls: Sequence[Sequence[Any]], memory: b
     """Rows (line, times reached, seconds, bytes kept, most bytes held) of all calls together; the last two are 0 without `memory`."""
     module = type(sys)("profiled")
     sys.modules["profiled"] = module
-    exec(compile(program, NAME, "exec"), module.__dict__)
+    exec(compile(program, NAME, "exec", dont_inherit=True), module.__dict__)
     function = module.__dict__.get(entry)
     if not callable(function):
         raise NameError(f"the program defines no function {entry!r}")

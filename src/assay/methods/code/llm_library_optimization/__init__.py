@@ -35,6 +35,7 @@ from assay.methods.code.llm_library_optimization.backends import (
     Program,
     PythonHere,
     PythonSandboxed,
+    RunError,
     shared_library,
 )
 from assay.methods.code.llm_library_optimization.bench import Attempt, Bench, Gate
@@ -100,6 +101,7 @@ __all__ = [
     "PythonHere",
     "PythonSandboxed",
     "Rules",
+    "RunError",
     "Scripted",
     "Tree",
     "applied",

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import filelock
 
-from assay.methods.code.llm_library_optimization.case import Args, Candidate
+from assay.methods.code.llm_library_optimization.case import Args, Candidate, same
 from assay.methods.code.llm_library_optimization.timing import timed
 from assay.methods.core.programs import processes
 from assay.methods.core.programs.processes import CompileError, compiled, run_program
@@ -33,6 +33,18 @@ NO_LEAKS = 'const char *__asan_default_options(void) { return "detect_leaks=0"; 
 """Looking for leaks needs rights that the sandbox does not give."""
 FAULTS = ("ERROR: AddressSanitizer", "runtime error")
 """What the line of a report holds that says what is wrong."""
+LEAVING = """
+
+def _assay_leaving(*args):
+    try:
+        value, error = {entry}(*args), ""
+    except MemoryError:
+        raise
+    except Exception as raised:
+        value, error = None, f"{{type(raised).__name__}}: {{raised}}"
+    return value, error, args
+"""
+"""A call that tells its exception and the arguments afterwards as values, so that no other end of it is an answer."""
 WIDE = Limits(wall_seconds=120, cpu_seconds=60, memory_mib=2048, output_bytes=64 * 2**20)
 
 
@@ -40,13 +52,21 @@ class BuildError(ValueError):
     """A candidate that does not compile, or does not define what it should; the text says why."""
 
 
+class RunError(ValueError):
+    """A program that was right before ended otherwise while it was timed; the text says how."""
+
+
 @dataclass(frozen=True)
 class Answer:
-    """What a call did: it returned `value`, or raised or broke as `error` says. `left` are its arguments afterwards, if it changed them."""
+    """What a call did: it returned `value`, or raised or broke as `error` says. `left` are its arguments afterwards, if it changed them.
+
+    `broke` tells that it has no answer, which another program could give too: it met a limit, crashed, or returned no plain value.
+    """
 
     value: Any = None
     error: str = ""
     left: bytes | None = None
+    broke: bool = False
 
 
 class Program(Protocol):
@@ -57,7 +77,7 @@ class Program(Protocol):
         ...
 
     def seconds(self, args: Args, calls: int) -> float:
-        """Seconds that so many calls take."""
+        """Seconds that so many calls take. Raises RunError where one of them ends otherwise than it did before."""
         ...
 
     def faults(self, cases: Sequence[Args]) -> str:
@@ -113,9 +133,9 @@ class PythonHere:
         if self.package:
             module.__package__ = self.package
         try:
-            exec(compile(candidate.source, f"<{candidate.name}>", "exec"), module.__dict__)
+            exec(compile(candidate.source, f"<{candidate.name}>", "exec", dont_inherit=True), module.__dict__)
             function = getattr(module, self.entry) if isinstance(self.entry, str) else self.entry(module)
-        except (SyntaxError, AttributeError, NameError, ImportError) as error:
+        except Exception as error:  # whatever its text raises while it is loaded
             raise BuildError(f"{candidate.name}: {type(error).__name__}: {error}") from None
         return _Here(function, self.clock)
 
@@ -150,7 +170,7 @@ def _picture(args: Args) -> bytes:
     """Arguments as bytes, to see whether a call changes them; nothing for objects that cannot be pickled, which nobody watches."""
     try:
         return pickle.dumps(args)
-    except (pickle.PicklingError, TypeError, AttributeError):
+    except (pickle.PicklingError, TypeError, AttributeError, RecursionError):
         return b""
 
 
@@ -158,7 +178,8 @@ def _picture(args: Args) -> bytes:
 class PythonSandboxed:
     """Python in the sandbox, one fresh process a call: for programs of a model, or of anybody. Arguments are plain values.
 
-    Their processor seconds are read from outside and their answers compared outside. Close it, or use it in a `with`.
+    Their processor seconds are read from outside and their answers compared outside. What is left of the arguments is told from within,
+    where they return. Close it, or use it in a `with`.
     """
 
     entry: str
@@ -180,8 +201,8 @@ class PythonSandboxed:
 
     def build(self, candidate: Candidate) -> _Sandboxed:
         try:
-            compile(candidate.source, f"<{candidate.name}>", "exec")
-        except (SyntaxError, ValueError) as error:
+            compile(candidate.source, f"<{candidate.name}>", "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             raise BuildError(f"{candidate.name}: {type(error).__name__}: {error}") from None
         return _Sandboxed(candidate.source, self.entry, self.workers)
 
@@ -193,15 +214,19 @@ class _Sandboxed:
     workers: Workers
 
     def answers(self, cases: Sequence[Args]) -> list[Answer]:
-        outcomes = [found for (found,) in self.workers.run(self.source, self.entry, cases)]
-        return [
-            Answer(one.value) if one.state == "returned" else Answer(error=one.error or one.state) for one in outcomes
-        ]
+        rows = self.workers.run(self.source + LEAVING.format(entry=self.entry), "_assay_leaving", cases)
+        return [self._answer(outcome, args) for (outcome,), args in zip(rows, cases, strict=True)]
+
+    def _answer(self, outcome: Outcome, args: Args) -> Answer:
+        if outcome.state != "returned":
+            return Answer(error=outcome.error or outcome.state, broke=True)
+        value, error, left = outcome.value
+        return Answer(value, error, None if same(tuple(args), left) else pickle.dumps(left))
 
     def seconds(self, args: Args, calls: int) -> float:
         (outcomes,) = self.workers.run(self.source, self.entry, [args], repeats=calls)
         if outcomes[-1].state != "returned":
-            raise ValueError(f"a program that was right before ended otherwise when it was timed: {outcomes[-1].error}")
+            raise RunError(f"it ended otherwise when it was timed: {outcomes[-1].error}")
         return math.fsum(outcome.cost or 0.0 for outcome in outcomes)
 
     def faults(self, cases: Sequence[Args]) -> str:
@@ -293,7 +318,7 @@ class _CProgram:
         outcome = self._run(cases, 1, self.flags)
         lines = outcome.value.splitlines() if outcome.state == "returned" else []
         if len(lines) != len(cases):
-            return [Answer(error=outcome.error or "it did not answer every case")] * len(cases)
+            return [Answer(error=outcome.error or "it did not answer every case", broke=True)] * len(cases)
         return [Answer(self.interface.decode(line)) for line in lines]
 
     def seconds(self, args: Args, calls: int) -> float:
@@ -301,7 +326,7 @@ class _CProgram:
             return self.binding.repeat(args, calls)
         outcome = self._run([args], calls, self.flags)
         if outcome.state != "returned":
-            raise ValueError(f"a program that was right before ended otherwise when it was timed: {outcome.error}")
+            raise RunError(f"it ended otherwise when it was timed: {outcome.error}")
         return float(outcome.cost or 0.0)
 
     def faults(self, cases: Sequence[Args]) -> str:

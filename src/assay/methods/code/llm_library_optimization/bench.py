@@ -9,8 +9,15 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Literal
 
-from assay.methods.code.llm_library_optimization.backends import Answer, Backend, BuildError, Program, processor
-from assay.methods.code.llm_library_optimization.case import Candidate, Case, Input, patch_between, same
+from assay.methods.code.llm_library_optimization.backends import (
+    Answer,
+    Backend,
+    BuildError,
+    Program,
+    RunError,
+    processor,
+)
+from assay.methods.code.llm_library_optimization.case import Args, Candidate, Case, Input, patch_between, same
 from assay.methods.code.llm_library_optimization.timing import (
     PROTOCOL,
     Compared,
@@ -23,7 +30,7 @@ from assay.methods.code.llm_library_optimization.timing import (
 )
 
 State = Literal["does not build", "wrong", "faster", "slower", "no change"]
-"""What came of an attempt. Only "faster" is accepted; the first two were never timed."""
+"""What came of an attempt. Only "faster" is accepted; the first two have no times."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,8 @@ class Bench:
     """Takes attempts at a case on a backend. `attempts` are all of them, failures included; a `Ledger` keeps them in a file.
 
     The reference is built, and its answers are taken, when they are first needed. Raises BuildError then if it does not build, and
-    ValueError where sanitizers find fault with it.
+    ValueError where sanitizers find fault with it, or it has no answer: it meets a limit, crashes, or returns no plain value in the
+    sandbox.
 
     >>> from assay.methods.code.llm_library_optimization import PythonHere
     >>> loop = Candidate("a loop", "def f(n): return sum(range(n))")
@@ -95,7 +103,11 @@ class Bench:
         """What the reference answers."""
         if fault := self.reference.faults([self.case.arguments(one) for one in self.inputs]):
             raise ValueError(f"the reference of {self.case.name!r} is at fault itself: {fault}")
-        return self.reference.answers([self.case.arguments(one) for one in self.inputs])
+        found = self.reference.answers([self.case.arguments(one) for one in self.inputs])
+        for one, answer in zip(self.inputs, found, strict=True):
+            if answer.broke:
+                raise ValueError(f"the reference of {self.case.name!r} must answer on {one.name}, but: {answer.error}")
+        return found
 
     @cached_property
     def environment(self) -> dict[str, str]:
@@ -113,12 +125,15 @@ class Bench:
         wanted = self.wanted  # before anything is tried: a reference that does not work is no candidate's fault
         try:
             program = self.backend.build(candidate)
-        except BuildError as error:
+            gate = self._gate(program, wanted)
+        except BuildError as error:  # for the sanitizers it is built another time
             return self._kept(replace(about, gate=Gate(False, 0, str(error))))
-        gate = self._gate(program, wanted)
         if not gate.passed:
             return self._kept(replace(about, state="wrong", gate=gate))
-        compared, used = self._timed(program)
+        try:
+            compared, used = self._timed(program)
+        except RunError as error:
+            return self._kept(replace(about, state="wrong", gate=replace(gate, passed=False, why=str(error))))
         return self._kept(replace(about, state=compared.found, gate=gate, compared=compared, energy=used))
 
     def _changed(self, candidate: Candidate) -> str:
@@ -151,24 +166,30 @@ class Bench:
             for one in self.case.inputs:
                 mine, its = self.case.arguments(one), self.case.arguments(one)
                 calls, reference, candidate = in_turns(
-                    lambda n, args=mine: self.reference.seconds(args, n),  # type: ignore[misc]
+                    lambda n, args=mine: self._reference_seconds(args, n),  # type: ignore[misc]
                     lambda n, args=its: program.seconds(args, n),  # type: ignore[misc]
                     self.rules,
                 )
                 found.append(Measurement(one.name, one.kind, calls, tuple(reference), tuple(candidate)))
                 if one.kind == self.case.decides and not used:
                     used = {
-                        "reference": energy(lambda n, args=mine: self.reference.seconds(args, n), calls, self.rules),  # type: ignore[misc]
+                        "reference": energy(lambda n, args=mine: self._reference_seconds(args, n), calls, self.rules),  # type: ignore[misc]
                         "candidate": energy(lambda n, args=its: program.seconds(args, n), calls, self.rules),  # type: ignore[misc]
                     }
         return Compared(tuple(found), self.case.decides, self.rules), used
+
+    def _reference_seconds(self, args: Args, calls: int) -> float:
+        try:
+            return self.reference.seconds(args, calls)
+        except RunError as error:  # no candidate's fault
+            raise ValueError(f"the reference of {self.case.name!r} cannot be timed: {error}") from None
 
 
 def _difference(wanted: Answer, got: Answer, tolerance: float | None) -> str:
     """How an answer differs from what was wanted; "" if it does not. Errors are compared by type and text."""
     from assay.checks import shown
 
-    if wanted.error != got.error:
+    if got.broke or wanted.error != got.error:
         return f"{got.error or 'it returned'}, not {wanted.error or shown(wanted.value)}"
     if not same(wanted.value, got.value, tolerance):
         return f"it gave {shown(got.value)}, not {shown(wanted.value)}"

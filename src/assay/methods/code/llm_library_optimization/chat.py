@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import urllib.error
@@ -18,7 +19,7 @@ from assay.methods.code.llm_library_optimization.ledger import Ledger, table
 
 Decision = Literal["accept", "reject", "hint"]
 DECISIONS = ("accept", "reject", "hint")
-FENCE = re.compile(r"```[\w+-]*[ \t]*\n(.*?)```", re.DOTALL)
+FENCE = re.compile(r"^[ \t]*```[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
 ASK = "Answer with the whole program in one block of code."
 
 
@@ -69,7 +70,7 @@ class Endpoint:
 
     url: str
     model: str
-    key: str = ""
+    key: str = field(default="", repr=False)
     temperature: float = 0.0
     seconds: float = 300.0
 
@@ -92,7 +93,9 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             words = error.read(500).decode("utf-8", "replace")
             raise OSError(f"{self.url} answers {error.code}: {words}") from None
-        except json.JSONDecodeError as error:
+        except http.client.HTTPException as error:
+            raise OSError(f"{self.url} does not answer in full: {error!r}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.url} answers with something that is no JSON: {error}") from None
         try:
             return str(said["choices"][0]["message"]["content"] or "")
@@ -122,7 +125,8 @@ class Conversation:
         for message in self.messages:
             parts.append(f"## {message.role}\n\n{message.content}")
             if message.role == "assistant" and (decided := next(rounds, None)) is not None:
-                parts.append(f"*The expert's decision: {decided.decision}. {decided.reason}*".replace(". *", ".*"))
+                reason = f" {decided.reason}" if decided.reason else ""
+                parts.append(f"*The expert's decision: {decided.decision}.{reason}*")
         return "\n\n".join(parts) + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from assay.methods.core.sandbox import Limits, Sandbox
 FLAGS = ("-O3",)
 """The paper's; the standard is C++17."""
 TOLERANCE = 1e-3
+WHOLE = re.compile(r"[+-]?[0-9]+")
 
 
 class TooCheap(ValueError):
@@ -64,13 +66,19 @@ def _alike(wanted: str, given: str) -> bool:
 def _same(word: str, found: str) -> bool:
     if word == found:
         return True
-    if word.lstrip("+-").isdigit() and found.lstrip("+-").isdigit():
-        return int(word) == int(found)  # whole numbers have no tolerance
+    if WHOLE.fullmatch(word) and WHOLE.fullmatch(found):  # they have no tolerance, and may have any length
+        return _bare(word) == _bare(found)
     try:
         one, other = float(word), float(found)
     except ValueError:
         return False
     return math.isfinite(one) and math.isfinite(other) and abs(one - other) <= TOLERANCE
+
+
+def _bare(word: str) -> str:
+    """A whole number without what says nothing: a plus, zeros before it, the sign of 0."""
+    digits = word.lstrip("+-").lstrip("0")
+    return f"-{digits}" if digits and word[0] == "-" else digits
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ where a program can put something else.
 
 `once` is the same without a copy, for counting a whole process: everything lies in files, the value goes to stdout. `timed` starts a whole
 program and says what processor time it took, with all the processes that it waited for.
-"""
 
-from __future__ import annotations
+No feature of `__future__` is turned on here: programs that are compiled here would have it too.
+"""
 
 import builtins
 import contextlib

@@ -2,9 +2,9 @@
 
 This file is sent along with the program and imports nothing of assay. Whatever a program returns is plain data when it leaves: bools,
 whole numbers, floats, texts, None, lists, and dictionaries as {"__dict__": [[key, value], ...]}.
-"""
 
-from __future__ import annotations
+No feature of `__future__` is turned on here: programs that are compiled here would have it too.
+"""
 
 import contextlib
 import ctypes

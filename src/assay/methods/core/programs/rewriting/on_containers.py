@@ -6,7 +6,7 @@ import ast
 from collections.abc import Callable, Iterator
 
 from assay.methods.core.programs.rewriting.text import Change
-from assay.methods.core.programs.rewriting.view import View, appended, names_of
+from assay.methods.core.programs.rewriting.view import View, appended, names_of, needs_value
 
 
 def string_concatenation(view: View) -> Iterator[Change]:
@@ -320,7 +320,7 @@ def _seen_elsewhere(view: View, loop: ast.For, names: set[str], function: ast.Fu
                 if view.source.scope(use) is not function:
                     return True
                 continue
-            if isinstance(use.ctx, ast.Store) or name in view.source.comprehension_names(use):
+            if not needs_value(view, use) or name in view.source.comprehension_names(use):
                 continue
             anew = any(
                 isinstance(one, ast.For)

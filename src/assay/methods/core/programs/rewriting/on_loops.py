@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from assay.methods.core.programs.rewriting.kinds import SEQUENCES, SIZED
 from assay.methods.core.programs.rewriting.source import COMPREHENSIONS, Loop
 from assay.methods.core.programs.rewriting.text import Change
-from assay.methods.core.programs.rewriting.view import View, names_of, repeated, without
+from assay.methods.core.programs.rewriting.view import View, names_of, needs_value, repeated, without
 
 HOISTED = ("len", "max", "min", "sum", "set", "tuple", "frozenset", "abs")
 
@@ -159,7 +159,7 @@ def range_len(view: View) -> Iterator[Change]:
             continue
         inside = set(within)
         elsewhere = [one for one in view.source.uses(scope, at) if one not in inside and one is not loop.target]
-        leaks = any(isinstance(one.ctx, ast.Load) and not _bound_anew(view, one, at, loop) for one in elsewhere)
+        leaks = any(needs_value(view, one) and not _bound_anew(view, one, at, loop) for one in elsewhere)
         name = view.source.fresh(f"{over.id}_item")
         only = len(items) == len(within) and not leaks
         head = (view.source.start(loop.target), view.source.end(loop.iter))

@@ -155,6 +155,12 @@ def without(node: ast.AST, skipped: ast.AST) -> Iterator[ast.AST]:
             yield from without(child, skipped)
 
 
+def needs_value(view: View, use: ast.Name) -> bool:
+    """Whether a mention of a name raises where the name has no value: it is read, deleted, or has something put behind it."""
+    parent = view.source.parent[use]
+    return not isinstance(use.ctx, ast.Store) or (isinstance(parent, ast.AugAssign) and parent.target is use)
+
+
 def names_of(node: ast.AST) -> set[str]:
     """All names below a node."""
     return {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
