@@ -19,7 +19,7 @@ from assay.methods.core.sandbox import Limits
 from assay.workloads.programs.task import bank
 
 PASS, FASTER = "acecode/pass-at-1", "acecode/faster-share"
-RECIPE = {**room.RECIPE, "tasks": 5, "judged": 60}
+RECIPE = {**room.RECIPE, "tasks": 2, "judged": 60}
 POINT = {"recipe": RECIPE}
 HONEST = {
     room.BASE: (0.66, (0.2, 1.0, 1.0, 3.0)),

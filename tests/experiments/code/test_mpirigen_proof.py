@@ -6,6 +6,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tests.properties.sabotage import PAYS, record_of, verdict_of
 
 from assay.evidence.types import Verdict
@@ -114,7 +115,7 @@ def with_usual_arguments(one, seed=0):
     found = []
     for item in one.items:
         for call in item.calls:
-            filled = usual(call.function, len(call.arguments))
+            filled = usual(call.function, len(call.arguments), one.code)
             found.append(Item(item.line, item.index, f"{call.function}({', '.join(filled)});"))
     return found
 
@@ -187,6 +188,25 @@ def test_what_is_seen_from_left_to_right_does_not_depend_on_what_follows():
     for place in range(1, 10):
         assert seen(whole, place, "left to right") == seen(shorter, place, "left to right")
     assert seen(whole, 9, "whole program") != seen(shorter, 9, "whole program")
+
+
+@pytest.mark.parametrize("form", model.FORMS)
+def test_what_is_answered_is_what_the_features_say(form):
+    """Place by place, by all numbers of what is seen there: `answers` looks at the code once."""
+    made, code = model.Model(LEARNED), JUDGED[0].code
+    torch.nn.init.normal_(made.weights.weight, generator=torch.Generator().manual_seed(3))
+    looked, leans = model.Program(code), (0.0, 40.0)
+    for lean, answer in zip(leans, made.answers(code, form, leans), strict=True):
+        put: list[str] = []
+        for place in range(1, len(code) + 1):
+            there = [item.calls[0].function for item in answer if item.line == place]
+            for here, function in enumerate([*there, ""][: model.AT_A_PLACE]):
+                scores = made.weights.weight.detach()[looked.features(place, put, here, form)].sum(0)
+                scores[model.NONE] -= lean
+                assert made.functions[int(scores.argmax())] == function
+                put += [function] if function else []
+        assert len(put) == len(answer)
+    assert made.answer([], form) == []
 
 
 def test_both_forms_learn_from_as_many_examples():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.properties.sabotage import PAYS, record_of
+from tests.properties.sabotage import record_of
 
 from assay.evidence.types import Verdict
 from assay.evidence.verdict import judge
@@ -14,13 +14,14 @@ from assay.methods.vision.mpcvit import mixtures
 
 VIT = {"share": 0.1, "steps": 3, "seeds": 3}
 MPCFORMER = {"share": 0.3, "steps": 3, "seeds": 3}
-NEEDED = {"mpcvit/latency-vs-vit": [(0, 1), (0, 2)], "mpcvit/latency-vs-mpcformer": [(1, 0), (1, 1), (1, 2), (1, 3)]}
+NEEDED = {"mpcvit/accuracy-vs-vit": [(0, 1), (0, 2)], "mpcvit/accuracy-vs-mpcformer": [(1, 0), (1, 1), (1, 2), (1, 3)]}
 """The heads that need ReLU softmax in the world below."""
+TEACHER = "the network that is not distilled"
 
 
 @pytest.fixture
 def world(monkeypatch):
-    """Nothing is trained: a network loses three points for each head that needs ReLU softmax and has something less."""
+    """Nothing is trained: three points are lost for each head that needs ReLU softmax and has something less, four without distillation."""
 
     def enter(claim):
         needed = NEEDED[claim]
@@ -32,13 +33,12 @@ def world(monkeypatch):
             return alphas
 
         def right(heads):
-            lost = sum(heads[layer][head] in ("scaling", "two_quad") for layer, head in needed)
-            if claim.endswith("mpcformer") and heads[0][0] == "two_quad":
-                lost = 0  # there 2Quad is the baseline
-            return [0.8 - 0.03 * lost] * 12
+            if heads == TEACHER:
+                return [0.76] * 12
+            return [0.8 - 0.03 * sum(heads[layer][head] in ("scaling", "two_quad") for layer, head in needed)] * 12
 
         monkeypatch.setattr(room, "rate_of", lambda name, arm: rates.Rate(3e-3, room.GRID))
-        monkeypatch.setattr(room, "teacher", lambda seed, steps, rate: [("softmax",) * room.HEADS] * room.DEPTH)
+        monkeypatch.setattr(room, "teacher", lambda seed, steps, rate: TEACHER)
         monkeypatch.setattr(room, "student", lambda heads, seed, steps, rate, of: heads)
         monkeypatch.setattr(room, "search", search)
         monkeypatch.setattr(room, "right", right)
@@ -50,10 +50,10 @@ def world(monkeypatch):
 @pytest.mark.parametrize("claim", NEEDED)
 def test_where_few_heads_matter_and_are_found_the_claim_holds(claim, world):
     record = record_of(*world(claim))
-    assert judge(record).verdict in PAYS
-    assert record.quality.candidate == pytest.approx(record.quality.baseline)
-    assert record.measured.median > 1
-    assert record.free is not None  # ReLU softmax in all heads is as accurate, and slower
+    assert judge(record).verdict is Verdict.REPRODUCED
+    assert record.measured.median == pytest.approx(12 if claim.endswith("mpcformer") else 4)
+    assert record.details["free"] == "scaling"  # what is cheaper; the other kinds are not
+    assert record.details[room.LESS]["scaling"] > record.details[room.LESS]["searched"] > 1
 
 
 @pytest.mark.parametrize("claim", NEEDED)
@@ -61,43 +61,74 @@ def test_the_heads_with_the_least_alpha_in_their_place_are_noticed(claim, world,
     monkeypatch.setattr(
         room, "select", lambda alphas, share, real=room.select: real([-alpha for alpha in alphas], share)
     )
-    broken = judge(record_of(*world(claim)))
-    assert broken.verdict is Verdict.DOES_NOT_PAY
-    assert "is worse" in broken.reason or "is better" in broken.reason
+    assert judge(record_of(*world(claim))).verdict in (Verdict.DOES_NOT_PAY, Verdict.REFUTED)
 
 
 @pytest.mark.parametrize("claim", NEEDED)
 def test_heads_that_are_not_spared_gain_nothing(claim, world, monkeypatch):
+    """ReLU softmax in every head is as accurate; but then one kind for all is as cheap, or the baseline is cheaper."""
     monkeypatch.setattr(
         room, "harden", lambda model, picked: [m.set_kinds(["relu_softmax"] * 4) for m in mixtures(model)]
     )
-    assert judge(record_of(*world(claim))).verdict in (Verdict.DOES_NOT_PAY, Verdict.REFUTED)
+    found = judge(record_of(*world(claim)))
+    assert found.verdict is (Verdict.REFUTED if claim.endswith("mpcformer") else Verdict.DOES_NOT_PAY)
 
 
 def test_scaling_that_is_as_accurate_in_all_heads_wins(world, monkeypatch):
-    claim, point = world("mpcvit/latency-vs-vit")
-    monkeypatch.setattr(room, "right", lambda heads: [0.8] * 12)
+    claim, point = world("mpcvit/accuracy-vs-vit")
+    monkeypatch.setattr(room, "right", lambda heads: [0.76 if heads == TEACHER else 0.8] * 12)
     found = judge(record_of(claim, point))
     assert found.verdict is Verdict.DOES_NOT_PAY
-    assert "is better" in found.reason
+    assert "no gain against" in found.reason
 
 
 def test_random_heads_that_are_as_good_show_nothing(world, monkeypatch):
     """The essential ablation: where any heads will do, it is not the search that does it."""
-    claim, point = world("mpcvit/latency-vs-vit")
-    right = lambda heads: [0.8 if any("relu_softmax" in its for its in heads) or heads[0][0] == "softmax" else 0.7] * 12  # noqa: E731
+    claim, point = world("mpcvit/accuracy-vs-vit")
+
+    def right(heads):
+        return [0.76 if heads == TEACHER else 0.8 if any("relu_softmax" in its for its in heads) else 0.7] * 12
+
     monkeypatch.setattr(room, "right", right)
     found = judge(record_of(claim, point))
     assert found.verdict is Verdict.QUALITY_NOT_SHOWN
     assert "random choice" in found.reason
 
 
+def test_a_searched_network_that_is_less_accurate_is_refuted(world, monkeypatch):
+    claim, point = world("mpcvit/accuracy-vs-vit")
+    monkeypatch.setattr(room, "right", lambda heads: [0.76 if heads == TEACHER else 0.7] * 12)
+    assert judge(record_of(claim, point)).verdict is Verdict.REFUTED
+
+
 def test_every_experiment_declares_what_decides():
     found = {each.claim: each for each in experiments_of("mpcvit")}
-    assert set(found) == set(NEEDED)
-    assert found["mpcvit/latency-vs-vit"].decides["small"] == {"share": 0.1, "steps": room.STEPS, "seeds": 3}
-    assert found["mpcvit/latency-vs-mpcformer"].decides["small"]["share"] == 0.3
-    assert all(each.guard.margin == room.MARGIN for each in found.values())
+    latencies = {"mpcvit/latency-vs-vit": 0.1, "mpcvit/latency-vs-mpcformer": 0.3}
+    assert set(found) == set(NEEDED) | set(latencies)
+    assert found["mpcvit/accuracy-vs-vit"].decides["small"] == {"share": 0.1, "steps": room.STEPS, "seeds": 3}
+    assert found["mpcvit/accuracy-vs-mpcformer"].decides["small"]["share"] == 0.3
+    for claim, share in latencies.items():
+        assert found[claim].decides["small"] == {"share": share}
+
+
+def test_latencies_are_computed_and_depend_on_where_the_kept_heads_lie(monkeypatch):
+    """Thirty-three heads in nine layers send all rounds of ReLU softmax: then 2Quad in all heads takes less."""
+    vit, mpcformer = (
+        record_of("mpcvit/latency-vs-vit", {"share": 0.1}),
+        record_of("mpcvit/latency-vs-mpcformer", {"share": 0.3}),
+    )
+    assert judge(vit).verdict is judge(mpcformer).verdict is Verdict.COMPUTED
+    assert mpcformer.measured.median < 1 < mpcformer.arms[f"kept heads {room.PACKED}"] < vit.measured.median
+    assert vit.measured.median < vit.arms[f"kept heads {room.PACKED}"] < vit.arms[room.ADDED]
+    name = f"the paper's own seconds, {room.ADDED}"
+    assert vit.arms[name] == pytest.approx(6.2, abs=0.1)
+    assert mpcformer.arms[name] == pytest.approx(
+        2.1, abs=0.1
+    )  # and not 2.9: the table's seconds are those of two tenths
+    monkeypatch.setattr(room, "kept_count", lambda total, share: total)  # nothing is spared
+    unspared = record_of("mpcvit/latency-vs-vit", {"share": 0.1})
+    assert unspared.measured.median == pytest.approx(unspared.details["seconds"]["Tiny-ImageNet"]["softmax"]
+                                                     / unspared.details["seconds"]["Tiny-ImageNet"]["relu_softmax"])  # fmt: skip
 
 
 def test_random_heads_cost_what_the_searched_ones_do_and_are_others():
@@ -151,16 +182,15 @@ def test_seconds_of_the_published_networks_order_as_the_paper_measured():
         ours = room.published(name, 0.1)
         order = ("scaling", "two_quad", "relu_softmax", "softmax")
         assert sorted(order, key=ours.__getitem__) == sorted(order, key=paper.__getitem__) == list(order)
-        assert ours["0.1, added up"] < ours["0.1, in as many layers as there are"]
-        assert ours["0.1, in as few layers as can be"] < ours["0.1, in as many layers as there are"]
+        assert ours[room.ADDED] < ours[room.PACKED] < ours[room.SPREAD]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("claim", "point"), [("mpcvit/latency-vs-vit", VIT), ("mpcvit/latency-vs-mpcformer", MPCFORMER)]
+    ("claim", "point"), [("mpcvit/accuracy-vs-vit", VIT), ("mpcvit/accuracy-vs-mpcformer", MPCFORMER)]
 )
 def test_a_run_from_end_to_end(claim, point, monkeypatch):
     monkeypatch.setattr(room, "rate_of", lambda name, arm: rates.Rate(3e-3, room.GRID))
     record = record_of(claim, point)
     assert judge(record).verdict is Verdict.UNDECIDED  # three steps train nothing
-    assert set(record.quality.controls) >= {"deleted", "random", "rival"}
+    assert set(record.controls) >= {"deleted", "random", "rival"}

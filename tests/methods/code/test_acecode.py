@@ -1,5 +1,6 @@
 """ACECode: the order of rewards, the executor, trl's call, and the gradients of PPO and GRPO against what they must be."""
 
+import copy
 import itertools
 import math
 import statistics
@@ -218,11 +219,15 @@ def test_programs_are_taken_out_of_what_a_model_says():
     assert program_in("x = 1") == "x = 1"
     assert program_in("First\n```py\na = 1\n```\nbetter:\n```python\nb = 2\n```\n") == "b = 2\n"
     assert program_in("```python\ncut = 0") == "cut = 0"
+    quoting = "```python\nx = '```'\n```\nA fence is written ```so```\nand stands on its own line."
+    assert program_in(quoting) == "x = '```'\n"
     assert program_in([{"role": "user", "content": "?"}, {"role": "assistant", "content": "y = 1"}]) == "y = 1"
     assert normalised("f(1,\n 2)  # why") == normalised("f(1, 2)")
     assert normalised("(" * 5000) is None
     with pytest.raises(TypeError, match="completion"):
         program_in([])
+    with pytest.raises(TypeError, match="content"):
+        program_in([{"role": "assistant", "content": [{"type": "text", "text": "x"}]}])
 
 
 def test_it_is_called_as_trls_trainer_calls_it():
@@ -446,6 +451,8 @@ def test_all_three_ways_learn_what_is_rewarded_and_leave_the_policy_given_alone(
     assert reached(base) < 0.35
     assert reached(climbed.policy) > 0.8
     assert len(climbed.rounds) == 12
+    assert climbed.rounds[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert climbed.kl > 0.1
     assert climbed.rounds[-1]["reward"] > climbed.rounds[0]["reward"] + 0.3
 
 
@@ -660,6 +667,7 @@ def test_words_come_as_often_as_the_model_says():
 def test_a_transformers_model_climbs(llama):
     critic = Critic(llama)
     assert not critic(torch.tensor([[1, 2]])).any()
+    assert Critic(copy.deepcopy(llama).to("meta", torch.bfloat16)).head.weight.device.type == "meta"
     before = {name: value.clone() for name, value in llama.state_dict().items()}
     few = replace(QUICK, rounds=8, lr=0.02)
     climbed = climb(llama, PROMPTS, fives, end=END, settings=few, critic=critic)

@@ -94,6 +94,9 @@ def test_a_label_is_read_as_a_model_may_have_written_it():
     text = '(1 1, f(")", \';\', (a));) noise (2 x, g();) (3 1, h("open);) (4 2, MPI_Send(&a, 1'
     assert room.read(text) == [Item(1, 1, "f(\")\", ';', (a));")]
     assert room.read("") == []
+    assert (
+        room.read(f"({'9' * 5000} 1, MPI_Init(0, 0);) (1 {'1' * 5000}, f();)") == []
+    )  # digits without an end are no place
     many = [Item(3, 10, "MPI_Barrier(c);"), Item(3, 1, "MPI_Barrier(c);")]
     assert room.read(room.write(many)) == many  # index 10 is not index 1
 
@@ -261,6 +264,7 @@ def test_the_released_scorer_is_as_it_is():
     twice = "(2 1, MPI_Barrier(a);) (2 1, MPI_Barrier(b);)"
     assert room.score_as_released(twice, "(2 1, MPI_Barrier(b);)", tolerance=0) == (1.0, 1.0, 1.0)
     assert room.score_as_released("(2 1, MPI_Send(';');)", "(2 1, MPI_Send(';');)", tolerance=0)[2] == 1.0
+    assert (room.calls_as_released(twice), len(room.read(twice))) == (1, 2)  # a place holds one call
     with pytest.raises(ValueError, match="label must hold"):
         room.score_as_released("", "(2 1, MPI_Init(0, 0);)")
 
@@ -307,6 +311,16 @@ def test_chance_puts_as_many_calls_as_programs_have(known):
     assert chance(known[0].code) == chance(known[0].code)
     assert {len(chance(one.code)) for one in known} <= {len(one.items) for one in known}
     assert all(0 <= item.line <= len(one.code) for one in known for item in chance(one.code))
+
+
+def test_usual_arguments_are_those_whose_names_the_program_has(known):
+    """Another program's names would make counting a weaker rival than it is."""
+    other = "int main(void)\n{\nint me;\nMPI_Comm_rank(MPI_COMM_WORLD, &me);\n}"
+    usual = room.usual_arguments([*known, room.take_out(other)])
+    assert usual("MPI_Comm_rank", 2, ["int rank, me;"]) == ("MPI_COMM_WORLD", "&rank")
+    assert usual("MPI_Comm_rank", 2, ["int me;", 'puts("rank");']) == ("MPI_COMM_WORLD", "&me")
+    assert usual("MPI_Comm_rank", 2, ["int k;"]) == ("MPI_COMM_WORLD", "&rank")
+    assert usual("MPI_Comm_rank", 3, ["int rank;"]) == ()
 
 
 def test_without_known_programs_there_is_nothing_to_count():

@@ -418,6 +418,7 @@ def test_rank_correlation():
         (lambda: equal_macs(8, 12), ValueError, "channels must be one of"),
         (lambda: rank_correlation([1], [1]), ValueError, "length of at least 2"),
         (lambda: rank_correlation([1, 1], [1, 2]), ValueError, "all equal"),
+        (lambda: rank_correlation([1, float("nan")], [1, 2]), ValueError, "a and b must be finite"),
         (lambda: tiny()(torch.zeros(1, 1, 64, 64)), ValueError, "^x must have shape"),
     ],
 )

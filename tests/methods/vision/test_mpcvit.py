@@ -186,6 +186,17 @@ def test_sums_of_half_precision_are_taken_in_float32():
         assert float(attend(kind, q, k, k).squeeze()) == pytest.approx(1, rel=0.02)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_scaling_attention_in_float16_stays_in_its_range(causal):
+    """Sums of thousands of products pass 65,504, and a share of thousands of keys falls below what float16 can tell."""
+    for size in (0.02, 10.0):
+        q, k, v = (size * (1 + 0.1 * t) for t in qkv(batch=1, heads=1, n=700, dim=32))
+        exact = attend("scaling", q, k, v, causal=causal)
+        out = attend("scaling", q.half(), k.half(), v.half(), causal=causal)
+        assert out.dtype == torch.float16
+        assert float(((out - exact) / exact.abs().mean()).abs().max()) < 0.02
+
+
 def test_two_quad_with_the_shift_of_its_own_paper():
     q, k, v = qkv()
     torch.testing.assert_close(
@@ -344,6 +355,9 @@ def test_all_heads_of_one_kind_at_the_ends_and_no_work_for_the_other():
     out = half(q, k, v, mask=mask)
     torch.testing.assert_close(out[:, 1], attend("relu_softmax", q, k, v, mask=mask)[:, 1])
     torch.testing.assert_close(out[:, 3], attend("scaling", q, k, v, mask=mask)[:, 3])
+    torch.testing.assert_close(
+        half(q, k, v, mask=mask[0]), half(q, k, v, mask=mask[:1])
+    )  # one mask a head, without a batch
 
 
 def test_alpha_learns_from_the_loss_and_stays_between_0_and_1():

@@ -315,6 +315,12 @@ def test_what_is_refused():
         WAN.network(searched)
     with pytest.raises(ValueError, match="heads must name kinds for 2 layers"):
         WAN.network(searched, heads=[("scaling",) * 4])
+    with pytest.raises(ValueError, match="heads must name kinds for 4 heads a layer, got 3"):
+        WAN.network(searched, heads=[("scaling",) * 4, ("scaling",) * 3])
+    with pytest.raises(ValueError, match="heads must be one of"):
+        WAN.network(searched, heads=[("scaling",) * 4, ("linear",) * 4])
+    with pytest.raises(ValueError, match="kind must be one of"):
+        WAN.attention("linear", 4, 5, 4)
     with pytest.raises(ValueError, match="8 pixels a side"):
         private_forward(hard_model(), torch.zeros(1, 1, 12, 12), parties)
     plus = MPCViT(**TINY, linear_gelu=True, attention="scaling").eval()

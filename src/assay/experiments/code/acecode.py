@@ -318,7 +318,8 @@ PAPER = {"models": "four code models of 1.3 to 7 billion weights", "tasks": "uns
 DEPARTURES = {
     "models": "a transformer of two layers over whole lines, which first learnt the programs of the tasks evenly",
     "tasks": "those that it was trained on, judged on other inputs: a policy over known programs does not generalise to others",
-    "reward": "a step function in the order that the paper describes; its constants are our choice, for the paper's are not public",
+    "reward": "a step function in the order that the paper describes; its constants and the settings of PPO are our choice, for the "
+    "paper's are not public",
 }
 POINTS = {"smoke": [{"recipe": SMOKE}], "small": [{"recipe": RECIPE}], "full": [{"recipe": FULL}]}
 ARMS = (GROUPS, CORRECT, SPEED, MANY)
@@ -451,6 +452,6 @@ def faster_share_of_cases(recipe: Recipe) -> Figure:
     """The share of cases that run faster than the original model's, against that of the original model sampled again.
 
     A case is a sample where the original model's is right; a wrong one is never faster, so that becoming right alone makes more cases
-    faster. Deleted is therefore PPO on a reward without speed.
+    faster. Deleted is therefore PPO on a reward without speed, but for the time-out at five times the reference.
     """
     return figure_of(recipe, "%", faster, CORRECT)

@@ -12,7 +12,7 @@ import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -72,38 +72,60 @@ class Program:
         for line in code:
             depth += (line == "{") - (line in ("}", "};"))
             self.depths.append(depth)
-        self.behind = [sorted(seen) for seen in _growing(self.lines, "behind")]
-        self.ahead = [sorted(seen) for seen in _growing(self.lines[::-1], "ahead")][::-1]
+        self.behind, self.ahead = _growing(self.lines, "behind"), _growing(self.lines[::-1], "ahead")[::-1]
 
     def features(self, place: int, put: Sequence[str], here: int, form: Form) -> NDArray[np.int64]:
         """Numbers of what is seen at a place: after `place` lines, when the functions `put` stand before, `here` of them at this place."""
-        last = put[-1] if put else ""
-        seen = [f"depth {min(self.depths[place], 4)}", f"here {min(here, 4)}", f"last {last} {min(here, 1)}"]
-        seen += [f"put {function}" for function in {*put}] + [
-            f"no {function}" for function in FOUR if function not in put
-        ]
+        return np.concatenate([self.now(place, put, here, form), self.always(place, form)])
+
+    def always(self, place: int, form: Form) -> NDArray[np.int64]:
+        """Those of the code alone."""
+        seen = [f"depth {min(self.depths[place], 4)}"]
         for distance in range(NEAR):
-            words = self.lines[place - 1 - distance] if place - 1 - distance >= 0 else ["<start>"]
-            seen += [f"-{distance} {word}" for word in words] + [f"-{distance} first {words[0]} {last}"]
+            seen += [f"-{distance} {word}" for word in self._before(place, distance)]
         start = self.anchors.get("top of main")
         seen.append(f"since main {min(place - start, 12) if start is not None and place >= start else 'not'}")
-        bag = self.behind[place]
+        bags = [self.behind[place]]
         if form == "whole program":
             for distance in range(NEAR):
-                words = self.lines[place + distance] if place + distance < len(self.lines) else ["<end>"]
-                seen += [f"+{distance} {word}" for word in words] + [f"+{distance} first {words[0]} {last}"]
+                seen += [f"+{distance} {word}" for word in self._after(place, distance)]
             seen += [f"{name} {max(-6, min(6, line - place))}" for name, line in self.anchors.items()]
             seen.append(f"left {min(len(self.lines) - place, 12)}")
-            bag = bag + self.ahead[place]
-        return np.array([*map(bucket, seen), *bag], dtype=np.int64)
+            bags.append(self.ahead[place])
+        return np.concatenate([_numbers(seen), *bags])
+
+    def now(self, place: int, put: Sequence[str], here: int, form: Form) -> NDArray[np.int64]:
+        """Those that the calls put so far have a part in."""
+        last = put[-1] if put else ""
+        seen = [f"here {min(here, 4)}", f"last {last} {min(here, 1)}"]
+        seen += [f"put {function}" for function in {*put}]
+        seen += [f"no {function}" for function in FOUR if function not in put]
+        for distance in range(NEAR):
+            seen.append(f"-{distance} first {self._before(place, distance)[0]} {last}")
+            if form == "whole program":
+                seen.append(f"+{distance} first {self._after(place, distance)[0]} {last}")
+        return _numbers(seen)
+
+    def _before(self, place: int, distance: int) -> list[str]:
+        return self.lines[place - 1 - distance] if place - 1 - distance >= 0 else ["<start>"]
+
+    def _after(self, place: int, distance: int) -> list[str]:
+        return self.lines[place + distance] if place + distance < len(self.lines) else ["<end>"]
 
 
-def _growing(lines: Sequence[Sequence[str]], tag: str) -> list[set[int]]:
-    """The words of the first 0, 1, 2, ... lines."""
-    found: list[set[int]] = [set()]
+def _numbers(seen: Iterable[str]) -> NDArray[np.int64]:
+    return np.fromiter(map(bucket, seen), np.int64)
+
+
+def _growing(lines: Sequence[Sequence[str]], tag: str) -> list[NDArray[np.int64]]:
+    """Numbers of the words of the first 0, 1, 2, ... lines, each once."""
+    known: dict[int, None] = {}
+    sizes = [0]
     for line in lines:
-        found.append(found[-1] | {bucket(f"{tag} {word}") for word in line})
-    return found
+        known.update(dict.fromkeys(bucket(f"{tag} {word}") for word in line))
+        sizes.append(len(known))
+    every = np.array([*known], dtype=np.int64)
+    return [every[:size] for size in sizes]
 
 
 def _plain(kind: str, text: str) -> str:
@@ -161,22 +183,32 @@ class Model:
         out: Tensor = self.weights(torch.from_numpy(np.concatenate(seen)), torch.from_numpy(offsets))
         return out
 
-    @torch.no_grad()
     def answer(self, code: Sequence[str], form: Form) -> list[Item]:
         """The calls that the model puts, from the first line to the last, each the likeliest at its place."""
-        looked = Program(code)
-        put: list[str] = []
-        found: list[tuple[int, str]] = []
-        for place in range(1, len(code) + 1):
-            for here in range(AT_A_PLACE):
-                scores = self._logits([looked.features(place, put, here, form)])[0]
-                scores[NONE] -= self.lean
-                best = int(scores.argmax())
-                if best == NONE:
-                    break
-                put.append(self.functions[best])
-                found.append((place, self.fill(self.functions[best], code)))
-        return room.numbered_items(found)
+        return self.answers(code, form, [self.lean])[0]
+
+    @torch.no_grad()
+    def answers(self, code: Sequence[str], form: Form, leans: Sequence[float]) -> list[list[Item]]:
+        """The answer for each lean. What is the same whatever was put is looked at once."""
+        if not code:
+            return [[] for _ in leans]
+        looked, weights = Program(code), self.weights.weight.detach().numpy()
+        fixed = self._logits([looked.always(place, form) for place in range(1, len(code) + 1)]).numpy()
+        found = []
+        for lean in leans:
+            put: list[str] = []
+            texts: list[tuple[int, str]] = []
+            for place in range(1, len(code) + 1):
+                for here in range(AT_A_PLACE):
+                    scores = fixed[place - 1] + weights[looked.now(place, put, here, form)].sum(0)
+                    scores[NONE] -= lean
+                    best = int(scores.argmax())
+                    if best == NONE:
+                        break
+                    put.append(self.functions[best])
+                    texts.append((place, self.fill(self.functions[best], code)))
+            found.append(room.numbered_items(texts))
+        return found
 
 
 def texts_of(learned: Sequence[Stripped]) -> Callable[[str, Sequence[str]], str]:
@@ -199,26 +231,34 @@ def texts_of(learned: Sequence[Stripped]) -> Callable[[str, Sequence[str]], str]
     return text_of
 
 
-def trained(learned: Sequence[Stripped], form: Form, size: Size, seed: int, rate: float) -> tuple[Model, int]:
-    """A model fitted to the learned programs, and the number of its examples.
+def apart(learned: Sequence[Stripped]) -> tuple[list[Stripped], list[Stripped]]:
+    """The programs that a model is fitted to, and a fifth that is kept to choose its lean."""
+    return programs.split(learned, KEPT, seed=2)
 
-    A fifth of the programs is kept to choose how far it leans towards a call: where one is likely at each of several places, and surely at
-    none, the likeliest everywhere would be none at all.
+
+def trained(
+    fitted: Sequence[Stripped], kept: Sequence[Stripped], form: Form, size: Size, seed: int, rate: float
+) -> tuple[Model, int]:
+    """A model fitted to some programs, and the number of its examples.
+
+    Others choose how far it leans towards a call: where one is likely at each of several places, and surely at none, the likeliest
+    everywhere would be none at all.
     """
-    fitted, kept = programs.split(learned, KEPT, seed=2)
     model = Model(fitted)
     many = model.train(fitted, form, size, seed, rate)
-    marks = {}
-    for lean in LEANS:
-        model.lean = lean
-        marks[lean] = sum(room.score(one.calls, room.placed(model.answer(one.code, form))).f1 for one in kept)
-    model.lean = max(marks, key=lambda lean: marks[lean])
+    marks = np.zeros(len(LEANS))
+    for one in kept:
+        marks += [room.score(one.calls, room.placed(each)).f1 for each in model.answers(one.code, form, LEANS)]
+    model.lean = LEANS[int(marks.argmax())]
     return model, many
 
 
 def models(learned: Sequence[Stripped], size: Size, seeds: Sequence[int]) -> dict[Form, list[tuple[Model, int]]]:
     """Both forms under each seed, which gives the order of the examples; the rates are those that were searched."""
-    return {form: [trained(learned, form, size, seed, chosen(SEARCH, form).rate) for seed in seeds] for form in FORMS}
+    fitted, kept = apart(learned)
+    return {
+        form: [trained(fitted, kept, form, size, seed, chosen(SEARCH, form).rate) for seed in seeds] for form in FORMS
+    }
 
 
 @searched(SEARCH, arms=FORMS, grid=(0.03, 0.1, 0.3, 1.0))
@@ -226,6 +266,6 @@ def search(arm: str, rate: float) -> float:
     """One less the mean F1, one to one, on a quarter of the learned programs that is kept for the choice."""
     form: Form = "whole program" if arm == "whole program" else "left to right"
     learned, kept = programs.split(programs.parts("released").learned, 0.25, seed=1)
-    model, _ = trained(learned, form, Size(), 100, rate)
+    model, _ = trained(*apart(learned), form, Size(), 100, rate)
     seen = [room.score(one.calls, room.placed(model.answer(one.code, form))).f1 for one in kept]
     return 1 - float(sum(seen)) / len(seen)

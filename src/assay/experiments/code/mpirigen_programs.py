@@ -14,7 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,8 @@ def split(found: Sequence[Stripped], share: float, *, seed: int) -> tuple[list[S
     return first, second
 
 
-def shingles(one: Stripped) -> set[int]:
+@lru_cache(maxsize=2**11)
+def shingles(one: Stripped) -> frozenset[int]:
     """Runs of four words of a program with its calls, identifiers renamed; hashed."""
     names = room.naming(one.code, [item.text for item in one.items])
     words = [
@@ -150,7 +151,7 @@ def shingles(one: Stripped) -> set[int]:
         if not line.startswith("#")
         for token in room.line_tokens(room.renamed(line, names))
     ]
-    return {hash(tuple(words[at : at + 4])) for at in range(len(words) - 3)}
+    return frozenset(hash(tuple(words[at : at + 4])) for at in range(len(words) - 3))
 
 
 def digest(found: Sequence[Stripped]) -> str:

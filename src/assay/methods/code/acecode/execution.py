@@ -21,7 +21,8 @@ LEAST_SECONDS = 0.05
 """No program is stopped before this: starting a process is noisy. Its cost is held against `TIME_OUT` all the same, so that this decides
 nothing. Our choice."""
 REPEATS = 3
-FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL)
+FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+"""A fence stands on a line of its own: what a program says or a text quotes within a line is none."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def program_in(completion: str | Sequence[Mapping[str, str]]) -> str:
         if not completion or not isinstance(completion[-1], Mapping) or "content" not in completion[-1]:
             raise TypeError(f"a completion must be a text or a list of messages, got {checks.shown(completion)}")
         completion = completion[-1]["content"] or ""
+        if not isinstance(completion, str):
+            raise TypeError(f"the content of a message must be a text, got {checks.shown(completion)}")
     blocks = FENCED.findall(completion)
     return blocks[-1] if blocks else completion
 

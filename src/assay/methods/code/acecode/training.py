@@ -83,7 +83,8 @@ class Critic(nn.Module):
     def __init__(self, policy: Any) -> None:
         super().__init__()
         self.body = copy.deepcopy(policy.base_model)
-        self.head = nn.Linear(policy.config.hidden_size, 1, dtype=next(policy.parameters()).dtype)
+        weight = next(policy.parameters())
+        self.head = nn.Linear(policy.config.hidden_size, 1, dtype=weight.dtype, device=weight.device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -206,8 +207,8 @@ def climb(
         drawn = _draw(found, rows, end, s, seed, number)
         scores = _scored(score, rows, drawn, end)
         with torch.no_grad():
-            old, entropy = token_logprobs(found, drawn.ids, s.temperature)
-            reference, _ = token_logprobs(first, drawn.ids, s.temperature)
+            old, reference, figures = _told(found, first, drawn, scores, s)
+            told.append(figures)
             if critic is None:
                 each = group_normalised(scores, s.samples).to(old)
                 advantages, returns = torch.where(drawn.mask, each[:, None], 0.0), None
@@ -216,14 +217,6 @@ def climb(
                 values = critic(drawn.ids[:, :-1])
                 advantages, returns = gae(rewards, values, drawn.mask, gamma=s.gamma, lam=s.lam)
                 advantages = whitened(advantages, drawn.mask)
-        told.append(
-            {
-                "reward": float(scores.mean()),
-                "kl": float(_mean(k3(old, reference), drawn.mask)),
-                "entropy": float(_mean(entropy, drawn.mask)),
-                "tokens": float(drawn.mask.sum(1).double().mean()),
-            }
-        )
         for _ in range(s.epochs):
             for part in torch.randperm(len(rows), generator=chance).chunk(s.parts):
                 ids, mask = drawn.ids[part], drawn.mask[part]
@@ -254,6 +247,7 @@ def rejection(
     """
     s = settings or PPO()
     found, rows = copy.deepcopy(policy).eval(), _repeated(prompts, s.samples)
+    first = copy.deepcopy(policy).eval() if policy.training else policy
     weights = list(found.parameters())
     optimizer = torch.optim.AdamW(weights, lr=s.lr, weight_decay=0.0)
     chance, told = torch.Generator().manual_seed(checks.whole("seed", seed, low=0)), []
@@ -261,7 +255,8 @@ def rejection(
     for number in range(s.rounds):
         drawn = _draw(found, rows, end, s, seed, number)
         scores = _scored(score, rows, drawn, end)
-        told.append({"reward": float(scores.mean()), "tokens": float(drawn.mask.sum(1).double().mean())})
+        with torch.no_grad():
+            told.append(_told(found, first, drawn, scores, s)[-1])
         for prompt, text, value in zip(rows, drawn.completions(end), scores.tolist(), strict=True):
             most, kept = best.get(tuple(prompt), (least, []))
             if value > most:
@@ -298,6 +293,21 @@ def _scored(score: Score, rows: list[list[int]], drawn: Rollouts, end: int) -> T
     if scores.shape != (len(rows),) or not bool(scores.isfinite().all()):
         raise ValueError(f"score must give {len(rows)} finite numbers, got {checks.shown(scores.tolist())}")
     return scores.to(drawn.ids.device)
+
+
+def _told(
+    policy: nn.Module, first: nn.Module, drawn: Rollouts, scores: Tensor, s: PPO
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """What both policies say of the tokens drawn, and what is told of the round."""
+    logp, entropy = token_logprobs(policy, drawn.ids, s.temperature)
+    reference, _ = token_logprobs(first, drawn.ids, s.temperature)
+    figures = {
+        "reward": float(scores.mean()),
+        "kl": float(_mean(k3(logp, reference), drawn.mask)),
+        "entropy": float(_mean(entropy, drawn.mask)),
+        "tokens": float(drawn.mask.sum(1).double().mean()),
+    }
+    return logp, reference, figures
 
 
 def _pairs(

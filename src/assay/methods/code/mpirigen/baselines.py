@@ -6,7 +6,7 @@ import difflib
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,19 +50,35 @@ def at_random(known: Sequence[Stripped], *, seed: int = 0) -> Annotator:
     return annotate
 
 
-def usual_arguments(known: Sequence[Stripped]) -> Callable[[str, int], tuple[str, ...]]:
-    """The most frequent arguments of a function in the known programs, among calls of that many arguments; none where there are none.
+def usual_arguments(known: Sequence[Stripped]) -> Callable[[str, int, Sequence[str]], tuple[str, ...]]:
+    """For a function, a number of arguments and the lines of a program: the most frequent arguments of such calls in known programs.
 
-    >>> stripped = Stripped(("x;",), (Item(1, 1, "MPI_Init(0, 0);"), Item(1, 2, "MPI_Init(&argc, &argv);"), Item(1, 3, "MPI_Init(0, 0);")))
-    >>> usual_arguments([stripped])("MPI_Init", 2)
-    ('0', '0')
+    Those whose names the program has come first; none where no such call is known.
+
+    >>> items = [Item(1, n, f"MPI_Wait({name}, 0);") for n, name in enumerate("aab", 1)]
+    >>> usual = usual_arguments([Stripped(("x;",), tuple(items))])
+    >>> usual("MPI_Wait", 2, ["int c;"]), usual("MPI_Wait", 2, ["int b;"]), usual("MPI_Wait", 1, ["int b;"])
+    (('a', '0'), ('b', '0'), ())
     """
     seen: dict[tuple[str, int], Counter[tuple[str, ...]]] = {}
     for one in _some(known):
         for _, call in one.calls:
             seen.setdefault((call.function, len(call.arguments)), Counter())[call.arguments] += 1
-    usual = {key: counts.most_common(1)[0][0] for key, counts in seen.items()}
-    return lambda function, many: usual.get((function, many), ())
+    usual = {key: [given for given, _ in counts.most_common()] for key, counts in seen.items()}
+    names = {given: {name for name in _names(given) if not stays(name)} for each in usual.values() for given in each}
+
+    def arguments(function: str, many: int, code: Sequence[str]) -> tuple[str, ...]:
+        choice, held = usual.get((function, many)), _names(code)
+        return next((given for given in choice if names[given] <= held), choice[0]) if choice else ()
+
+    return arguments
+
+
+def _names(lines: Iterable[str]) -> set[str]:
+    """The identifiers in lines, but for directives."""
+    return {
+        token.text for line in lines if not line.startswith("#") for token in line_tokens(line) if token.kind == "name"
+    }
 
 
 def everywhere(known: Sequence[Stripped]) -> Annotator:
@@ -159,13 +175,7 @@ class Template:
     def __call__(self, code: Sequence[str]) -> list[Item]:
         """The calls for a program without; none where it has no main."""
         found = anchors(code)
-        held = {
-            token.text
-            for line in code
-            if not line.startswith("#")
-            for token in line_tokens(line)
-            if token.kind == "name"
-        }
+        held = _names(code)
         placed = []
         for part in self.parts:
             if part.anchor in found:

@@ -12,7 +12,7 @@ from assay.methods.code.mpirigen.tokens import Call, calls, indented, layout, li
 
 SEPARATOR = "parallel"
 """The word between the code and the calls."""
-_ITEM = re.compile(r"\((\d+) (\d+),\s*")
+_ITEM = re.compile(r"\(([0-9]{1,9}) ([0-9]{1,9}),\s*")
 _PIECE = re.compile(r"\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'|[()]|[^()\"']+|.", re.DOTALL)
 Pick = Callable[[str], bool]
 """Whether a line is taken out."""

@@ -186,6 +186,11 @@ def score_as_released(label: str, predicted: str, *, tolerance: int = 2) -> tupl
     return located / len(truth), same / located, float(np.mean(shares)) if shares else None
 
 
+def calls_as_released(label: str) -> int:
+    """How many calls the released scorer sees in a text: by this the authors' tables choose programs of at most so many."""
+    return len(_released(label))
+
+
 def _released(label: str) -> dict[int, tuple[str, list[str]]]:
     """Calls by place, in hundredths of a line."""
     found = {}

@@ -163,10 +163,12 @@ def fused_and_not(size: int, channels: int, *, expansion: float = 4) -> list[Cas
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     """Spearman's rank correlation, ties at their mean rank: of MACs with seconds, 1 where MACs order modules as times do.
 
-    Raises ValueError for lists of other lengths, of fewer than two, or all equal.
+    Raises ValueError for lists of other lengths, of fewer than two, all equal, or not finite.
     """
     if len(a) != len(b) or len(a) < 2:
         raise ValueError(f"a and b must have the same length of at least 2, got {len(a)} and {len(b)}")
+    if not all(np.isfinite(values).all() for values in (a, b)):
+        raise ValueError("a and b must be finite, got NaN or infinity: it has no rank")
     ranks = [_ranks(np.asarray(values, dtype=float)) for values in (a, b)]
     if min(float(rank.std()) for rank in ranks) == 0:
         raise ValueError("a and b must not be all equal: there is no order to compare")

@@ -45,7 +45,8 @@ def attend(
     (default dim ** -0.5). `mask` is bool and broadcasts to (batch, heads, queries, keys), True where a key is seen; `causal`: query i
     sees the keys up to i + keys - queries. What is not seen has weight 0, and "scaling" divides by the number of keys that are seen.
     A query that sees none gets zeros. `dropout` is applied to P. `shift` is added to A before "two_quad" squares it.
-    Sums are taken in float32 where the inputs have fewer bits.
+    Sums are taken in float32 where the inputs have fewer bits; all of "scaling" is, of float16, whose range K^T V and shares of many keys
+    leave.
 
     "scaling" is computed as Q (K^T V) where it may be and where that is less work: without dropout, and with no mask or one that is the
     same for all queries (a dimension of 1); causal without a mask, by chunks of queries. Raises TypeError and ValueError for tensors that
@@ -62,7 +63,9 @@ def attend(
     _check(q, k, v, mask)
     dropout = checks.number("dropout", dropout, low=0, below=1)
     scale = q.shape[-1] ** -0.5 if scale is None else checks.number("scale", scale)
-    groups = q.shape[1] // k.shape[1]
+    groups, dtype = q.shape[1] // k.shape[1], q.dtype
+    if kind == "scaling" and dtype == torch.float16:
+        q, k, v = q.float(), k.float(), v.float()
     if mask is not None:
         mask = mask[(None,) * (4 - mask.ndim)].expand(-1, -1, -1, k.shape[2])
     if groups > 1:  # queries of a group share their keys: (batch, key heads, group, queries, dim)
@@ -77,7 +80,7 @@ def attend(
         kernels.ran(f"{kind} attention", "all weights")
         p = weights(kind, q, k, scale=scale, mask=mask, causal=causal, shift=shift)
         out = F.dropout(p, dropout) @ v if dropout else p @ v
-    return out.flatten(1, 2) if groups > 1 else out
+    return (out.flatten(1, 2) if groups > 1 else out).to(dtype)
 
 
 def weights(

@@ -112,6 +112,7 @@ class MPCCostModel:
 
     def attention(self, kind: Kind, heads: int, tokens: int, dim: int) -> Traffic:
         """Heads of one kind, together; `heads` times the batch."""
+        checks.choice("kind", kind, KINDS)
         n, scores, rows = heads * tokens * dim, heads * tokens * tokens, heads * tokens
         if kind == "scaling":
             return self.multiply(n, n) + self.multiply(n, heads * dim * dim)
@@ -144,6 +145,10 @@ class MPCCostModel:
                     "model must have heads of fixed kinds, but its heads are searched: harden it, or give heads"
                 )
             attention = block.self_attn
+            if len(its) != attention.heads:
+                raise ValueError(f"heads must name kinds for {attention.heads} heads a layer, got {len(its)}")
+            for kind in its:
+                checks.choice("heads", kind, KINDS)
             for kind, count in sorted(Counter(its).items(), key=lambda item: KINDS.index(item[0])):
                 found["attention"] += self.attention(kind, batch * count, tokens // batch, width // attention.heads)
             found["linear"] += self.linear(tokens, attention.qkv) + self.linear(tokens, attention.proj)

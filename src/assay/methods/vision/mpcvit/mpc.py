@@ -37,7 +37,7 @@ GELU_BUMP = (-0.004097, 0.553820, -0.565801, 0.197171, -0.023285)
 
 @dataclass(frozen=True)
 class Protocol:
-    """The numbers that decide how exact, and how dear, a computation on shares is. Those of CrypTen, but for `rsqrt_steps` (3 there).
+    """The numbers that decide how exact, and how dear, a computation on shares is: those of CrypTen unless told otherwise.
 
     `fraction`: bits after the point. Steps: squarings of the exponential, Newton's iterations.
     """

@@ -66,6 +66,8 @@ class HeadMixture(nn.Module):
         mask: Tensor | None = None,
         causal: bool = False,
     ) -> Tensor:
+        if mask is not None and mask.ndim == 3:
+            mask = mask[None]  # heads are picked from it below
         if q.shape[1] != self.heads:
             raise ValueError(f"q must have {self.heads} heads, got {q.shape[1]}")
         if k.shape[1] != self.heads:  # one key head for several: the mixture goes by query heads
