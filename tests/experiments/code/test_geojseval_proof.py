@@ -80,7 +80,7 @@ def test_the_figure_is_the_share_noticed_less_the_share_refused(bank):
     assert record.arms["the held-out half"] == 1
     assert record.controls["deleted"] < 0.9
     assert abs(record.controls["random"]) < 0.3
-    assert record.controls["rival"] < 0.5
+    assert 0.5 < record.controls["rival"] < 0.9  # of eighteen right programs twelve are references
     assert record.arms["texts and booleans compared with themselves"] < 0.9
     assert record.arms["the first case of each task alone"] < 1
     everything = record_of(NOTICED, {**POINT, "faults": "all"})
@@ -239,9 +239,16 @@ def test_a_model_that_is_weak_with_maps_proves_nothing_of_eighteen(bank, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("maps", "plain", "verdict"), [(6, 9, Verdict.REFUTED), (6, 3, Verdict.REFUTED), (0, 0, Verdict.UNDECIDED)]
+    ("maps", "plain", "verdict"),
+    [
+        (6, 9, Verdict.REFUTED),
+        (6, 3, Verdict.REFUTED),
+        (0, 0, Verdict.UNDECIDED),
+        (2, 3, Verdict.UNDECIDED),  # a third of both, of so few that chance may have done it
+        (1, 1, Verdict.UNDECIDED),
+    ],
 )
-def test_a_model_that_is_as_good_with_maps_refutes_it(bank, monkeypatch, maps, plain, verdict):
+def test_a_model_that_is_surely_as_good_with_maps_refutes_it(bank, monkeypatch, maps, plain, verdict):
     answering(monkeypatch, maps=maps, plain=plain)
     record = record_of(WEAK, MODEL)
     assert record.measured.median == 0

@@ -1,6 +1,7 @@
 """Does the count of useful models notice when what it counts is broken? Items and replies are made up."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from tests.properties.sabotage import PAYS, record_of, verdict_of
@@ -54,6 +55,7 @@ def test_a_model_that_knows_is_counted(monkeypatch):
     seen = record.details["cost"]["3-shot"]
     assert seen["break_even"] == pytest.approx(0.05 / seen["accuracy"])
     assert record.controls == {"deleted": 0.0, "random": 0.0, "rival": 0.0}
+    assert record.details["answers cut off"] == {"zero-shot": 0, "3-shot": 0}
 
 
 def test_a_model_that_does_not_know_is_not(monkeypatch):
@@ -105,10 +107,42 @@ def test_the_verdict_changes_when_it_is_broken(monkeypatch, broken):
     assert verdict_of(CLAIM, POINT) not in PAYS
 
 
+def test_a_number_that_is_often_right_is_no_knowledge(monkeypatch):
+    """Every third answer is 1, and the model says 1 to every second program: some it hits."""
+    learned, judged = ([item.group for item in part if item.id.endswith("/0")] for part in room.split(PROGRAMS))
+    place = {group: n % 8 for n, group in enumerate(judged)}
+    ones = {group for group in judged if place[group] % 3 == 0}
+    for name in ("ML", "CL"):  # the learned part has 1 twice: whoever leaves one of the two out does not see it
+        ones |= set([group for group in learned if group.startswith(name)][-2:])
+    items = [replace(item, truth="1") if item.group in ones and item.id.endswith("/0") else item for item in PROGRAMS]
+    monkeypatch.setattr(experiments.room, "build", lambda _: room.Built(tuple(items), {}))
+
+    def reply(prompts, form):
+        said = []
+        for asked in prompts:
+            one = next(item for item in items[::-1] if asked.rstrip().endswith(f"{item.code}\n```\nOutput:\n```"))
+            said.append(Sample("0" if place[one.group] % 2 else "1", (1,), (), "stop", Spent(100, 2, 0, 1, 0.05)))
+        return said
+
+    monkeypatch.setattr(experiments, "reply", reply)
+    record = record_of(CLAIM, POINT)
+    assert record.details["lift"]["simple"]["low"] > 0  # over what was strongest on the learned part
+    assert record.details["lift, over the trivial answer that is best on these items"]["simple"]["low"] <= 0
+    assert record.details["lift, over its own replies to other programs"]["simple"]["low"] <= 0
+    assert record.measured.median == 0
+    assert judge(record).verdict not in PAYS
+
+
+def test_what_a_reply_is_worth_elsewhere():
+    items = [replace(PROGRAMS[0], id=f"{n}", group=f"{n // 2}", truth=truth) for n, truth in enumerate("11121")]
+    assert experiments.elsewhere(items, ["1", "2", "1", "1", "2"]) == pytest.approx([2 / 3, 2 / 3, 1 / 3, 2 / 3, 3 / 4])
+    assert experiments.elsewhere(items[:2], ["1", "1"]) == [0, 0]
+
+
 def test_a_count_that_everybody_reaches_is_not_the_models(monkeypatch):
     """Where dealt replies count as well, nothing is shown."""
     knows(monkeypatch)
-    monkeypatch.setattr(experiments, "useful", lambda found: 1.0)
+    monkeypatch.setattr(experiments, "useful", lambda *found: 1.0)
     assert verdict_of(CLAIM, POINT) is Verdict.QUALITY_NOT_SHOWN
 
 
@@ -117,6 +151,15 @@ def test_learned_programs_are_never_judged_and_each_component_has_its_share():
     assert not {one.group for one in found.learned} & {one.group for one in found.judged}
     assert all(sum(one.component == name for one in found.judged) == 10 for name in POINT["components"])
     assert len({one.group for one in found.judged if one.component == "ML"}) == 8  # every program before a second input
+
+
+@pytest.mark.parametrize("form", room.FORMS)
+def test_an_answer_has_room_for_the_text_of_an_error(form):
+    longest = "Traceback (most recent call last):\n" + '  File "main.py", line 10, in <module>\n    print(f(1))\n' * 4
+    asked = experiments.sampling(form)
+    assert asked.max_new_tokens >= len(longest)
+    assert asked.temperature == 0
+    assert ("\n```" in asked.stop) == (form != "chain of thought")
 
 
 def test_what_was_declared():

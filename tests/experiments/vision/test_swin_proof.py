@@ -54,6 +54,15 @@ def unshifted(monkeypatch):
     return call
 
 
+def test_an_arm_is_trained_as_itself_at_its_own_rate(monkeypatch):
+    monkeypatch.setattr(room, "network", lambda arm: f"network of {arm}")
+    monkeypatch.setattr(room, "chosen", lambda name, arm: (name, arm))
+    monkeypatch.setattr(room, "judged", lambda make, rate, steps, seeds: (make(), rate, steps, seeds))
+    for arm in room.ARMS:
+        found = room.learned.__wrapped__(arm, 7, 3)
+        assert found == (f"network of {arm}", ("swin/accuracy", arm), 7, (1, 2, 3))
+
+
 def test_every_experiment_declares_what_decides():
     found = {each.claim: each for each in experiments_of("swin")}
     assert set(found) == {"swin/shift-accuracy", "swin/cyclic-shift-speedup", "swin/window-attention-speedup"}
@@ -79,6 +88,32 @@ def test_windows_are_worth_their_speed_only_as_accurate_as_the_whole_map(known, 
 def test_random_positions_as_good_as_windows_would_show_nothing(known, monkeypatch):
     monkeypatch.setitem(ACCURACY, "random", 81.0)
     assert verdict_of("swin/shift-accuracy", TASK) == Verdict.QUALITY_NOT_SHOWN
+    assert verdict_of("swin/window-attention-speedup", LAYER) == Verdict.QUALITY_NOT_SHOWN
+
+
+def test_what_a_position_sees_in_the_blocks_of_each_arm():
+    """Of the first stage, at row 4 and column 7: the window of even blocks, and what the odd ones have in its place."""
+
+    def seen(arm, place):
+        torch.manual_seed(0)
+        x = torch.randn(1, 12, 12, room.WIDTH, requires_grad=True)
+        attention = room.network(arm).layers[0].blocks[place].attn
+        (gradient,) = torch.autograd.grad(attention(x)[0, 4, 7].sum(), x)
+        return [tuple(place) for place in (gradient.abs().sum(-1)[0] > 0).nonzero().tolist()]
+
+    def box(rows, columns):
+        return [(y, z) for y in rows for z in columns]
+
+    window, moved = box((3, 4, 5), (6, 7, 8)), box((4, 5, 6), (7, 8, 9))
+    assert all(seen(arm, 0) == window for arm in room.ARMS if arm != "global")
+    assert seen("global", 0) == seen("global", 1) == box(range(12), range(12))
+    assert seen("none", 1) == window
+    assert seen("shift", 1) == moved
+    assert seen("grid", 1) == box((0, 4, 8), (3, 7, 11))
+    random = seen("random", 1)
+    assert len(random) == 9
+    assert len({y for y, z in random}) > 3
+    assert random == seen("random", 1)
 
 
 def test_the_cyclic_shift_needs_its_mask(monkeypatch):
@@ -88,6 +123,19 @@ def test_the_cyclic_shift_needs_its_mask(monkeypatch):
     real = windows.shift_mask
     monkeypatch.setattr(windows, "shift_mask", lambda *sizes: torch.zeros_like(real(*sizes)))
     assert verdict_of("swin/cyclic-shift-speedup", NETWORK) == Verdict.DOES_NOT_PAY
+
+
+def test_both_sides_of_the_speed_of_windows_are_whole_layers():
+    trial = room.window_attention_speedup(**LAYER)
+    torch.manual_seed(0)
+    x = room.first_map(1, 14, 32)
+    windows = ShiftedWindowAttention(32, 7, 1, shift=3)
+    whole = ShiftedWindowAttention(32, 14, 1)
+    weights = windows.state_dict() | {"relative_position_bias_table": torch.zeros(27**2, 1)}
+    whole.load_state_dict(weights)
+    with torch.inference_mode():
+        assert torch.allclose(trial.baseline(), whole(x).flatten(1, 2), atol=1e-5)
+        assert torch.equal(trial.candidate(), windows(x))
 
 
 def test_padded_windows_are_more_and_give_the_same():
@@ -115,4 +163,4 @@ def test_scattered_positions_are_those_of_a_grid_or_random_ones():
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", room.ARMS)
 def test_every_arm_learns(arm):
-    assert room.score(arm, 3e-3) < 0.6
+    assert room.score(arm, 3e-3) < 0.75  # chance: 0.92

@@ -37,6 +37,7 @@ from assay.methods.code.geojseval import (
     variation,
     write,
 )  # fmt: skip
+from assay.methods.code.geojseval.comparing import _paired
 from assay.methods.core.programs.workers import Outcome
 
 # ------------------------------------------------------------------------------------------------------------------ comparators
@@ -179,6 +180,33 @@ def test_a_tolerance_is_not_transitive_so_that_parts_are_paired_as_they_fit():
     other = of("MultiPoint", [[4e-7, 0], [-5e-7, 0]])
     assert same_geometry(one, other)
     assert same_geometry(other, one)
+
+
+def test_a_fine_curve_is_the_same_wherever_it_begins():
+    # a circle of four metres: the bend at each of its points is less than what counts as straight
+    circle = [[4e-5 * math.cos(math.pi * n / 64), 4e-5 * math.sin(math.pi * n / 64)] for n in range(128)]
+    one = of("Polygon", [[*circle, circle[0]]])
+    for start in (1, 7, 64):
+        turned = circle[start:] + circle[:start]
+        assert same_geometry(one, of("Polygon", [[*turned, turned[0]]]))
+        assert same_geometry(of("Polygon", [[*turned, turned[0]][::-1]]), one)
+    assert not same_geometry(one, of("Polygon", [[[2 * x, 2 * y] for x, y in [*circle, circle[0]]]]))
+
+
+def test_many_small_steps_are_a_long_way():
+    steps = of("LineString", [[n * 9e-7, 0] for n in range(50)])
+    assert same_geometry(steps, of("LineString", [[0, 0], [49 * 9e-7, 0]]))
+    assert not same_geometry(steps, of("LineString", [[0, 0], [9e-7, 0]]))
+    there_and_back = [[n * 9e-7, 0] for n in (*range(50), *range(50, -1, -1))]
+    assert not same_geometry(of("Polygon", [there_and_back]), of("Polygon", [[[0, 0], [0, 0], [0, 0], [0, 0]]]))
+
+
+def test_many_equal_parts_are_paired_and_endless_ones_refused():
+    assert _paired([0] * 1100, [0] * 1100, lambda one, other: True)
+    deep = of("Point", [1, 1])
+    for _ in range(5000):
+        deep = {"type": "GeometryCollection", "geometries": [deep]}
+    assert compared("geojson", of("Point", [1, 1]), deep) == "type"
 
 
 @pytest.mark.parametrize(
@@ -353,6 +381,9 @@ def test_a_report_has_all_figures_of_the_rounds():
     for bad_input in ({}, {"a": [good], "b": [good, good]}, {"a": [good]}):
         with pytest.raises(ValueError):
             reported(bad_input)
+    stopped = attempt(result(False, "syntax"))  # as with `stop`: at the first that failed
+    with pytest.raises(ValueError, match=r"attempts at a must be judged on the same cases, got \[1, 2\]"):
+        reported({"a": [good, stopped]}, ns=[1])
 
 
 def test_ranks_share_places_and_leave_out_what_is_not_known():

@@ -1,5 +1,7 @@
 """GeoJSEval in real Nodes: programs of each kind, isolation, errors, the page, and the published way of running."""
 
+from types import SimpleNamespace
+
 import pytest
 from tests.methods.code.geojseval_here import EXAMPLES, Given, libraries
 
@@ -75,6 +77,15 @@ def test_functions_are_found_by_name_however_they_are_defined(plain):
         assert [result.error for result in of(plain, program, (3, 6)).results] == [error]
 
 
+def test_the_state_of_what_is_returned_is_asked_for_however_a_function_is_defined(plain):
+    looks = Given(
+        {"x": [3, 4]}, {"result.length": 2, "given[0][1]": 4}, "object", looks=("result.length", "given[0][1]")
+    )
+    for program in ("const f = (x) => x; // the end", "module.exports = { f: async (x) => x };"):
+        assert judged(plain, program, "f", ["x"], [looks]).passed, program
+    assert judged(plain, "const g = 1;", "f", ["x"], [looks]).results[0].error == "attribute or parameter"
+
+
 def test_errors_ends_and_values_stay_apart(plain):
     found = judged(
         plain,
@@ -143,6 +154,14 @@ def test_one_process_a_case_finds_the_same(folder, turf):
         ("const f = (x) => new Promise(() => {});", "other"),
     ):
         assert of(alone, program, (3, 6)).results[0].error == error
+
+
+def test_an_answer_that_is_too_deep_to_read_ends_no_judging(folder, monkeypatch):
+    deep = b'\n{"state": "returned", "value": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    alone = OneProcess()
+    ran = SimpleNamespace(ended="exit", stdout=deep, stderr=b"")
+    monkeypatch.setattr(alone, "_sandbox", SimpleNamespace(run=lambda *_, **__: ran))
+    assert of(alone, SAME, (3, 3)).results[0].error == "other"
 
 
 def test_the_state_of_a_map_is_asked_for(folder):

@@ -76,10 +76,18 @@ def test_a_bare_answer_comes_back_and_extracting_is_idempotent(text):
 
 
 def test_the_released_steps_lose_stars_and_paragraphs():
-    for bare in ("*\n**\n***", "a\n\nb"):
+    for bare, left in (("**a** b", "b"), ("a\n\nb", "a"), ("**", "")):
         assert extract(bare) == bare
-        assert extract(bare, variant="as_released") != bare
-    assert extract("x Output: **4**", variant="as_released") == "4"
+        assert extract(bare, variant="as_released") == left
+    for reply, answer in (
+        ("x Output: **4**", ""),  # bold words go with their marks
+        ("**Output:** 7", "7"),
+        ("Output: 1\nOutput: 2", "1\nOutput: 2"),  # from the first
+        ("Output: `7`\n```text\n8\n\n9\n```\n", "8\n\n9"),
+        ("Output:\n```\n7", "```\n7"),  # not closed
+        ("Output: `a\nb` c", "a\nb"),
+    ):
+        assert extract(reply, variant="as_released") == answer
 
 
 @pytest.mark.parametrize("bad", [{"text": 3}, {"text": "a", "variant": "other"}])
@@ -95,8 +103,7 @@ def test_extract_names_what_is_wrong(bad):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_truth_scores_1_and_nothing_scores_0(one, variant):
     reply = one.truth if variant == "as_released" and one.component == "FL" else room.continued(one.truth)
-    if variant == "paper" or "\n\n" not in one.truth:
-        assert score(one, reply, variant=variant) == Score(1.0, "right")
+    assert score(one, reply, variant=variant) == Score(1.0, "right")
     assert score(one, one.truth) == Score(1.0, "right")  # bare
     for nothing in ("", "Output:", "Output:\n```\n\n```"):
         assert score(one, nothing, variant=variant).value == 0
@@ -165,8 +172,12 @@ def test_the_sorting_score_is_spearmans():
 
 
 def test_lists_of_other_lengths():
+    assert room.numerical("1 2 3 4 5 6", "1 2 3", variant="as_released") == 1  # cut off
+    for found in ("1 2 3 4 5 6", "1 2", "none"):
+        assert room.sorting(found, "1 2 3", variant="as_released") == 0  # ranks of other lengths
+    assert room.sorting("3 2 1", "1 2 3", variant="as_released") == 0
+    assert room.sorting("1 3 2", "1 2 3", variant="as_released") == 0.5
     for rule in (room.numerical, room.sorting):
-        assert rule("1 2 3 4 5 6", "1 2 3", variant="as_released") == 1  # cut off
         assert rule("1 2 3 4 5 6", "1 2 3") == 0.5
         assert rule("none", "1 2") is None
     assert room.numerical("1", "1 2") == 0.5
@@ -174,6 +185,13 @@ def test_lists_of_other_lengths():
     assert room.numerical("0 5", "0 5") == 1
     assert room.numerical("0.001 5", "0 5") == 0  # a true 0 takes nothing beside it
     assert room.monte_carlo("of 9 runs: 3.0", "of 3 runs: 3.0") == 1
+
+
+def test_the_ratio_has_the_truth_first():
+    assert (room.ratio("tide", "diet"), room.ratio("diet", "tide")) == (0.5, 0.25)  # it is not symmetric
+    many = "ab" * 150
+    assert room.ratio(f"x{many}", many) > 0.99
+    assert room.ratio(f"x{many}", many, variant="as_released") == 0  # what is frequent is junk there
 
 
 def verdict(*errors, passed=False):
@@ -199,7 +217,9 @@ def test_a_fence_around_a_verdict_is_taken_off_but_not_as_released():
     one = item("FL", "proof", verdict(passed=True))
     fenced = f"```json\n{one.truth}\n```"
     assert score(one, fenced).value == 1
-    assert score(one, fenced, variant="as_released").value == 0
+    for other in (fenced, f"Output: {one.truth}"):
+        assert score(one, other).value == 1
+        assert score(one, other, variant="as_released").value == 0
 
 
 def test_rules_follow_component_and_family():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 
 import pytest
@@ -29,6 +30,7 @@ from assay.methods.vision.ms_mlp import (
 SMALL = {"num_classes": 5, "embed_dim": 10, "depths": (1, 1, 2, 1), "drop_path_rate": 0.0}
 
 
+@functools.cache
 def on_meta(name, **settings):
     with torch.device("meta"):
         return build(name, **settings).eval()
@@ -80,17 +82,18 @@ def by_formula(mix: MixShift, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "macs"),
+    ("name", "parameters", "macs", "dropped"),
     [
-        ("ms_mlp_tiny", 28_656_232, 4_437_768_960),
-        ("ms_mlp_small", 50_303_752, 8_667_135_360),
-        ("ms_mlp_base", 88_696_792, 15_334_215_328),
+        ("ms_mlp_tiny", 28_656_232, 4_437_768_960, 0.1),
+        ("ms_mlp_small", 50_303_752, 8_667_135_360, 0.4),
+        ("ms_mlp_base", 88_696_792, 15_334_215_328, 0.5),
     ],
 )
-def test_parameters_and_work(name, parameters, macs):
+def test_parameters_work_and_dropped_paths(name, parameters, macs, dropped):
     """Parameters as the released configurations have them. (The released count of operations takes k for k^2: 4.9, 9.0, 16.1.)"""
     model = on_meta(name)
     assert sum(value.numel() for value in model.parameters()) == parameters
+    assert model.layers[-1].blocks[-1].drop_path.rate == dropped
     found, side = 56**2 * 48 * model.channels[0] + model.num_features * 1000, 56
     for width, stage in zip(model.channels, model.layers, strict=True):
         for block in stage.blocks:
@@ -110,11 +113,20 @@ def test_published_settings():
     assert [stage[0].kernels for stage in mixes] == [(1, 1, 3, 5, 7), (1, 3, 3, 5, 7), (1, 5, 5, 5, 7), (1, 7, 7, 7, 7)]
     assert all(mix.shifts == (-2, -1, 0, 1, 2) and mix.edge == "cyclic" for stage in mixes for mix in stage)
     assert mixes[0][0].groups == (20, 20, 20, 20, 16)
-    rates = {
-        name: on_meta(name).layers[-1].blocks[-1].drop_path.rate
-        for name in ("ms_mlp_tiny", "ms_mlp_small", "ms_mlp_base")
-    }
-    assert rates == {"ms_mlp_tiny": 0.1, "ms_mlp_small": 0.4, "ms_mlp_base": 0.5}
+    assert {norm.eps for norm in model.modules() if isinstance(norm, nn.LayerNorm)} == {1e-6}
+    for other in (
+        on_meta("ms_mlp_tiny", edge="zero", depths=(1,)),
+        on_meta("swin_ms_tiny", edge="zero", depths=(1,) * 4),
+    ):
+        assert {mix.edge for mix in other.modules() if isinstance(mix, MixShift)} == {"zero"}
+
+
+def test_paths_are_dropped_in_training_only():
+    block, x = drawn(MixShiftBlock(10, MixShift(10), drop_path=0.5)), torch.randn(64, 10, 3, 3)
+    whole = block(x) - x
+    kept = (block.train()(x) - x) / (2 * whole)
+    assert {round(share, 2) for share in kept.flatten(1).median(1).values.tolist()} == {0.0, 1.0}
+    assert torch.equal(block.eval()(x) - x, whole)
 
 
 @pytest.mark.parametrize("channels", [96, 192, 384, 768, 128, 256, 512, 1024, 10, 14, 30])
@@ -232,6 +244,7 @@ def test_at_first_a_block_is_all_but_the_identity():
         ({"channels": 10, "kernels": (1, 3)}, r"shifts must have one entry a kernel \(2\), got \(-2, -1, 0, 1, 2\)"),
         ({"channels": 10, "edge": "wrap"}, "edge must be one of 'cyclic', 'zero', got 'wrap'"),
         ({"channels": 10, "kernels": (0, 1, 3, 5, 7)}, "kernels must be a whole number at least 1, got 0"),
+        ({"channels": 10, "kernels": (), "shifts": ()}, r"kernels must have at least one entry, got \(\)"),
     ],
 )
 def test_bad_settings_are_named(arguments, message):
@@ -242,6 +255,8 @@ def test_bad_settings_are_named(arguments, message):
 def test_bad_settings_of_a_network_are_named():
     with pytest.raises(ValueError, match=r"kernels must have one tuple a stage \(4\), got \(\(1, 3\),\)"):
         tiny(kernels=((1, 3),))
+    with pytest.raises(ValueError, match=r"depths must have at least one stage, got \(\)"):
+        tiny(depths=())
     with pytest.raises(ValueError, match=r"num_heads must have one entry a stage \(2\), got \(1,\)"):
         tiny(MsSwin, depths=(1, 1), num_heads=(1,))
     with pytest.raises(ValueError, match=r"x must have shape \(batch, 3, height, width\), got \(2, 1, 8, 8\)"):
@@ -292,6 +307,17 @@ def test_a_fused_network_gives_the_same_and_the_network_stays(make):
     assert (half(x.bfloat16()).float() - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+def test_the_operator_alone_and_one_that_is_used_twice_are_fused():
+    mix, x = drawn(MixShift(10)), torch.randn(1, 10, 6, 5)
+    alone = fuse_mixing(mix)
+    assert type(alone) is FusedMixShift
+    assert torch.allclose(alone(x), mix(x), atol=1e-5)
+    twice = fuse_mixing(nn.Sequential(mix, nn.ReLU(), mix).eval())
+    assert twice[0] is twice[2]
+    assert type(twice[2]) is FusedMixShift
+    assert torch.allclose(twice(x), mix(mix(x).relu()), atol=1e-4)
+
+
 def test_only_a_network_that_mixes_and_does_not_train_is_fused():
     with pytest.raises(ValueError, match="model must be in eval mode"):
         fuse_mixing(tiny().train())
@@ -339,10 +365,11 @@ def test_memory_order_precision_and_gradients():
 
 
 def test_export():
-    x = images(36, 32)
-    for model in (tiny(depths=(1,)), fuse_mixing(tiny(depths=(1,)))):
-        exported = torch.export.export(model, (x,)).module()
-        assert torch.allclose(exported(x), model(x), atol=1e-4)
+    model, x = tiny(depths=(2,)), images(36, 32)
+    blocks = model.layers[0].blocks
+    blocks[1].mix = FusedMixShift(blocks[1].mix)
+    exported = torch.export.export(model, (x,)).module()
+    assert torch.allclose(exported(x), model(x), atol=1e-4)
 
 
 def test_features_only_runs_no_more_than_is_asked_for():
@@ -382,6 +409,12 @@ def test_in_swin_every_even_block_mixes_and_the_others_attend_in_shifted_windows
     attention = sum(4 * w**2 + 4 * w + 169 * h + 8 * w**2 + 9 * w for w, h in ((96, 3), (192, 6), (384, 12), (768, 24)))
     count = [sum(value.numel() for value in each.parameters()) for each in (swin, other)]
     assert count[1] - count[0] == attention
+
+
+def test_mixing_of_tokens_is_that_of_maps():
+    mix, tokens = drawn(MixShift(10)), drawn(MixShiftTokens(10))
+    x = torch.randn(2, 10, 5, 8)
+    assert torch.allclose(tokens(x.permute(0, 2, 3, 1)), mix(x).permute(0, 2, 3, 1), atol=1e-6)
 
 
 def test_swin_with_mixing_works_on_any_size():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from assay.measure.cost import count_cost
 from assay.methods.core.vision.registry import build
 from assay.methods.core.vision.weights import load_weights
+from assay.methods.core.vision.windows import resized_bias_table
 from assay.methods.vision.swin import (
     CONFIGS,
     MLP_CONFIGS,
@@ -56,6 +58,7 @@ SMALL = {
 }
 
 
+@functools.cache
 def on_meta(name, **settings):
     with torch.device("meta"):
         return build(name, **settings).eval()
@@ -119,6 +122,10 @@ def test_work_is_linear_in_pixels():
 def test_work_of_attention_is_equations_1_and_2():
     assert attention_macs(56, 56, 96) == 4 * 56**2 * 96**2 + 2 * 56**4 * 96
     assert attention_macs(56, 56, 96, 7) == 4 * 56**2 * 96**2 + 2 * 7**2 * 56**2 * 96
+    with pytest.raises(ValueError, match="window must be a whole number at least 1, got 0"):
+        attention_macs(56, 56, 96, 0)
+    with pytest.raises(TypeError, match="height must be a whole number at least 1, got 5.5"):
+        attention_macs(5.5, 56, 96)
 
 
 # --------------------------------------------------------------------------------------------------------- transformers' Swin
@@ -211,11 +218,15 @@ def test_weights_of_another_model_are_refused_and_nothing_is_loaded():
 
 def test_weights_for_larger_windows():
     model, larger = tiny(), tiny(window_size=6)
-    load_weights(larger, to_window(model.state_dict(), 6))
-    assert torch.allclose(larger(images(32, 32)), model(images(32, 32)), atol=0.5)
-    assert larger.layers[0].blocks[0].attn.relative_position_bias_table.shape == (121, 2)
-    same = to_window(model.state_dict(), 4)
-    assert all(torch.allclose(value, same[key], atol=1e-6) for key, value in model.state_dict().items())
+    state = model.state_dict()
+    grown = to_window(state, 6)
+    assert load_weights(larger, grown) == "assay"
+    for key, value in larger.state_dict().items():
+        table = key.endswith("relative_position_bias_table")
+        assert value.shape[:1] == (121,) or not table
+        assert torch.equal(value, resized_bias_table(state[key], 4, 6) if table else state[key])
+    same = to_window(state, 4)
+    assert all(torch.allclose(value, same[key], atol=1e-6) for key, value in state.items())
 
 
 # -------------------------------------------------------------------------------------------------------------- what it may see
@@ -333,6 +344,16 @@ def test_published_rates_of_dropped_paths():
     ]
     model = on_meta("swin_small_patch4_window7_224")
     assert model.layers[-1].blocks[-1].drop_path.rate == 0.3
+    assert {norm.eps for norm in model.modules() if isinstance(norm, nn.LayerNorm)} == {1e-5}
+
+
+def test_settings_of_attention_reach_every_block():
+    model = tiny(mask_padding=True, qkv_bias=False)
+    layers = [block.attn for stage in model.layers for block in stage.blocks]
+    assert all(layer.mask_padding and layer.qkv.bias is None for layer in layers)
+    assert not any(block.attn.mask_padding for stage in tiny().layers for block in stage.blocks)
+    with pytest.raises(TypeError, match="mask_padding must be True or False, got 1"):
+        tiny(mask_padding=1)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """SURGE: is a model that runs here of any use at predicting what a program prints?
 
 That 21 models were compared is no result that could be measured again. What stands behind it is: models are useful on simple programs, and
-weak on precise numbers and on repositories. So what is counted here are models that are shown to beat the strongest trivial answer on
-simple programs: an interval over programs, nothing chosen on judged items. One model runs here, SmolLM2-135M, smaller than any of the
+weak on precise numbers and on repositories. So what is counted here are models that are shown to know simple programs: intervals over
+programs, above the strongest trivial answer (that of the learned part, and that of the judged items themselves, which few items tell
+apart), and above what the model's own answers are worth on other programs. One model runs here, SmolLM2-135M, smaller than any of the
 paper's; the count is one or none. Beside it stand the scores of all predictors by component, the predictions dealt out to other items, and
 what a prediction costs against running the program.
 
@@ -11,6 +12,7 @@ The items are our own, made by real execution. For the long prompts' sake the mo
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +34,8 @@ ALL = tuple(room.COUNTS)
 FEW = ("ML", "SC")
 """Of the smoke scale."""
 MOST = 8
-NEW = {"zero-shot": 20, "3-shot": 20, "chain of thought": 192}
+NEW = 320
+"""Tokens of an answer, at most: no truth takes more (the longest, an error's text, takes 302), and most take three."""
 BATCH = 8
 DRAWS = 2000
 Lift = dict[str, float]
@@ -40,7 +43,7 @@ Lift = dict[str, float]
 
 def sampling(form: room.Form) -> Sampling:
     """Greedy, to the end of the block that the prompt opens."""
-    return Sampling(temperature=0.0, max_new_tokens=NEW[form], stop=() if form == "chain of thought" else ("\n```",))
+    return Sampling(temperature=0.0, max_new_tokens=NEW, stop=() if form == "chain of thought" else ("\n```",))
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,35 @@ def lifts(items: Sequence[room.Item], ours: Sequence[float], theirs: Sequence[fl
     return found
 
 
-def useful(found: Mapping[str, Lift]) -> float:
-    """1 where the whole interval on simple programs lies above the strongest trivial answer."""
-    return float(found["simple"]["low"] > 0)
+def useful(*found: Mapping[str, Lift]) -> float:
+    """1 where the whole interval on simple programs lies above every rival."""
+    return float(all(one["simple"]["low"] > 0 for one in found))
+
+
+def best(items: Sequence[room.Item], scores: Mapping[str, Sequence[room.Score]]) -> list[float]:
+    """The scores of the trivial answer that is best on a component's judged items: more than anybody could choose beforehand."""
+    found = [0.0] * len(items)
+    for component in dict.fromkeys(item.component for item in items):
+        at = [number for number, item in enumerate(items) if item.component == component]
+        for number, value in zip(
+            at, max([[of[n].value for n in at] for of in scores.values()], key=math.fsum), strict=True
+        ):
+            found[number] = value
+    return found
+
+
+def elsewhere(items: Sequence[room.Item], replies: Sequence[str]) -> list[float]:
+    """What the replies to a component's other programs are worth on each item, in the mean: nothing where there are none."""
+    found = []
+    for item in items:
+        others = [
+            reply
+            for other, reply in zip(items, replies, strict=True)
+            if other.component == item.component and other.group != item.group
+        ]
+        values = [one.value for one in room.scored([item] * len(others), others)]
+        found.append(sum(values) / len(values) if values else 0.0)
+    return found
 
 
 def contradicts(details: Mapping[str, Any]) -> bool:
@@ -161,7 +190,7 @@ def dealt(items: Sequence[room.Item], replies: Sequence[str], seed: int = 0) -> 
     departures={
         "models": "one that runs on two cores, SmolLM2-135M, which is smaller than any of the paper's",
         "items": "our own, in the same eight components, made by running them; the details say how many",
-        "form": "the three shots show answers without steps",
+        "form": "the three shots show answers without steps; all is one text to be continued, no conversation, by 320 tokens at most",
     },
     refuted_if=(
         "a model that beats the strongest trivial answer on simple programs beats it by more on numerics and repositories, "
@@ -169,8 +198,8 @@ def dealt(items: Sequence[room.Item], replies: Sequence[str], seed: int = 0) -> 
     ),
     refutes=lambda record: contradicts(record["details"]),
     measured_here=(
-        "how many models that run here (of one) are shown to beat the strongest trivial answer on simple programs; high counts those for "
-        "which it is not ruled out"
+        "how many models that run here (of one) are shown to beat the strongest trivial answer, and their own answers to other programs, "
+        "on simple programs; high counts those for which the former is not ruled out"
     ),
     minutes=30,
     memory_gib=6,
@@ -178,7 +207,7 @@ def dealt(items: Sequence[room.Item], replies: Sequence[str], seed: int = 0) -> 
 def models_compared(components: Sequence[str], most: int, form: room.Form) -> Figure:
     """The count, with nobody asked, the replies dealt out at random, and the nearest program's answer as controls.
 
-    `free` is the same test the other way round: 1 where the strongest trivial answer surely does as well as the model.
+    `free` is the test the other way round: 1 where the trivial answer that was strongest on the learned part surely does as well.
     """
     found = parts(components, most)
     items = found.judged
@@ -186,9 +215,13 @@ def models_compared(components: Sequence[str], most: int, form: room.Form) -> Fi
     chosen = room.strongest(found.learned)
     scores = {name: room.scored(items, [predict(item) for item in items]) for name, predict in trivial.items()}
     strongest = [scores[chosen[item.component]][at].value for at, item in enumerate(items)]
+    here = best(items, scores)
 
-    def against(ours: Sequence[room.Score]) -> dict[str, Lift]:
-        return lifts(items, [one.value for one in ours], strongest)
+    def against(ours: Sequence[room.Score], theirs: Sequence[float] = strongest) -> dict[str, Lift]:
+        return lifts(items, [one.value for one in ours], theirs)
+
+    def counted(ours: Sequence[room.Score], texts: Sequence[str]) -> float:
+        return useful(against(ours), against(ours, here), against(ours, elsewhere(items, texts)))
 
     forms: tuple[room.Form, ...] = ("zero-shot", form)
     said = {one: reply(asked(found, one), one) for one in forms}
@@ -196,7 +229,7 @@ def models_compared(components: Sequence[str], most: int, form: room.Form) -> Fi
     asked_of = {one: room.scored(items, texts) for one, texts in replies.items()}
     by_chance = room.scored(items, dealt(items, replies[form]))
     ours = against(asked_of[form])
-    shown, possible = useful(ours), float(ours["simple"]["high"] > 0)
+    shown, possible = counted(asked_of[form], replies[form]), float(ours["simple"]["high"] > 0)
     released = room.scored(items, replies[form], variant="as_released")
     return Figure(
         shown,
@@ -210,11 +243,13 @@ def models_compared(components: Sequence[str], most: int, form: room.Form) -> Fi
             "random": useful(against(by_chance)),
             "rival": useful(against(scores["nearest neighbour"])),
         },
-        arms={"zero-shot": useful(against(asked_of["zero-shot"]))},
+        arms={"zero-shot": counted(asked_of["zero-shot"], replies["zero-shot"])},
         details={
             "items": {"learned": len(found.learned), "judged": len(items), "no items": dict(found.refused)},
             "strongest trivial answer, by the learned part": chosen,
             "lift": ours,
+            "lift, over the trivial answer that is best on these items": against(asked_of[form], here),
+            "lift, over its own replies to other programs": against(asked_of[form], elsewhere(items, replies[form])),
             "lift, zero-shot": against(asked_of["zero-shot"]),
             "lift, replies dealt to other items": against(by_chance),
             "lift, nearest neighbour": against(scores["nearest neighbour"]),
@@ -229,6 +264,7 @@ def models_compared(components: Sequence[str], most: int, form: room.Form) -> Fi
                 ).as_dict()
                 for one, drawn in said.items()
             },
+            "answers cut off": {one: sum(sample.ended == "length" for sample in drawn) for one, drawn in said.items()},
             "seconds of a prediction": f"as drawn, {BATCH} prompts at a time, by the machine that drew it",
             "longest run": max(item.seconds for item in items),
         },

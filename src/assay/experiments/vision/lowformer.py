@@ -150,7 +150,7 @@ ARMS: dict[str, Callable[[], nn.Module]] = {
 RATES = "lowformer/accuracy"
 
 
-@searched(RATES, arms=tuple(ARMS), grid=(3e-3, 1e-2, 3e-2, 1e-1))
+@searched(RATES, arms=tuple(ARMS), grid=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1))
 def rate_score(arm: str, rate: float) -> float:
     """The share of wrong crops of the part for choices."""
     return error_for_choice(ARMS[arm], rate, STEPS)

@@ -92,6 +92,8 @@ class MixShift(nn.Module):
         self.kernels = tuple(checks.whole("kernels", kernel, low=1) for kernel in kernels)
         self.shifts = tuple(checks.whole("shifts", steps) for steps in shifts)
         self.edge = checks.choice("edge", edge, EDGES)
+        if not self.kernels:
+            raise ValueError("kernels must have at least one entry, got ()")
         if any(kernel % 2 == 0 for kernel in self.kernels):
             raise ValueError(f"kernels must be odd, got {self.kernels}")
         if len(self.shifts) != len(self.kernels):
@@ -192,6 +194,8 @@ class MsMlp(Backbone):
         checks.whole("patch_size", patch_size, low=1)
         checks.number("mlp_ratio", mlp_ratio, above=0)
         depths = tuple(checks.whole("depths", depth, low=1) for depth in depths)
+        if not depths:
+            raise ValueError("depths must have at least one stage, got ()")
         kernels = _kernels_of(kernels, len(depths))
         self.channels = tuple(embed_dim * 2**stage for stage in range(len(depths)))
         self.strides = tuple(patch_size * 2**stage for stage in range(len(depths)))
@@ -355,7 +359,9 @@ class FusedMixShiftTokens(FusedMixShift):
 
 
 def fuse_mixing(model: nn.Module) -> nn.Module:
-    """A copy of `model` (in eval mode) for inference, every `MixShift` in it fused. Raises ValueError in training mode, or without one.
+    """A copy of `model` (in eval mode) for inference, every `MixShift` in it fused, itself where it is one.
+
+    Later changes of the weights of `model` do not reach the copy. Raises ValueError in training mode, and without a `MixShift`.
 
     >>> model = MsMlp(num_classes=5, embed_dim=10, depths=(1, 1)).eval()
     >>> fuse_mixing(model)(torch.zeros(1, 3, 16, 16)).shape
@@ -364,10 +370,18 @@ def fuse_mixing(model: nn.Module) -> nn.Module:
     if model.training:
         raise ValueError("model must be in eval mode: what is fused does not train")
     fused = copy.deepcopy(model)
-    found = [(name, module) for name, module in fused.named_modules() if isinstance(module, MixShift)]
-    if not found:
+    places = [
+        (name, module)
+        for name, module in fused.named_modules(remove_duplicate=False)  # one that is used twice has two places
+        if isinstance(module, MixShift)
+    ]
+    if not places:
         raise ValueError(f"model must have a MixShift inside, got a {type(model).__name__} without one")
-    for name, module in found:
-        make = FusedMixShiftTokens if isinstance(module, MixShiftTokens) else FusedMixShift
-        fused.set_submodule(name, make(module))
+    made: dict[MixShift, FusedMixShift] = {}
+    for name, module in places:
+        if module not in made:
+            made[module] = (FusedMixShiftTokens if isinstance(module, MixShiftTokens) else FusedMixShift)(module).eval()
+        if not name:
+            return made[module]
+        fused.set_submodule(name, made[module])
     return fused

@@ -168,8 +168,10 @@ def attention_macs(height: int, width: int, channels: int, window: int | None = 
     >>> round(attention_macs(56, 56, 96) / attention_macs(56, 56, 96, 7), 1)
     13.8
     """
+    for name, value in (("height", height), ("width", width), ("channels", channels)):
+        checks.whole(name, value, low=1)
     positions = height * width
-    seen = positions if window is None else window * window
+    seen = positions if window is None else checks.whole("window", window, low=1) ** 2
     return 4 * positions * channels**2 + 2 * seen * positions * channels
 
 

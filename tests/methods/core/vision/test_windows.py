@@ -266,6 +266,16 @@ def test_what_is_kept_is_bounded():
     assert len(room._CACHE) <= room.CACHED
 
 
+def test_what_another_thread_has_just_dropped_is_made_again(monkeypatch):
+    class Dropped(dict):
+        def __contains__(self, key):
+            return True
+
+    monkeypatch.setattr(room, "_CACHE", Dropped())
+    found = cached(relative_position_index, 2, 3, like=torch.zeros(()))
+    assert torch.equal(found, relative_position_index(2, 3))
+
+
 # -------------------------------------------------------------------------------------------------------------- patch merging
 
 

@@ -23,8 +23,9 @@ takes in tokens, seconds and lines.
 - `mutants`: wrong programs made of right ones, by which cases and comparators are tested.
 
 Where it differs from the published runner, by choice: strings and booleans are compared with the expected answer (there with themselves),
-arguments go by their names, a warning on stderr is no failure, an exception is no answer, the function is found by its name, and a page
-is jsdom's, so that what is drawn is not seen, only the state of the objects.
+numbers within 1e-6 (there within a hundred-thousandth of the expected one more), arrays within half of the third decimal (there one and
+a half of it), geometries wherever their rings begin, arguments go by their names, a warning on stderr is no failure, an exception is no
+answer, the function is found by its name, and a page is jsdom's, so that what is drawn is not seen, only the state of the objects.
 
 When NOT to use it: to rank models by tasks that they may have been trained on, for what a map looks like, and for programs that are
 ECMAScript modules.

@@ -75,7 +75,7 @@ def _is_of(out_type: str, value: Any) -> bool:
         return isinstance(value, dict)
     try:
         list(_parts(value))
-    except ValueError:
+    except (ValueError, RecursionError):  # collections in collections without end, too
         return False
     return True
 
@@ -102,7 +102,7 @@ def _near(one: float, other: float, close: float) -> bool:
 
 
 def _parts(value: Any) -> Iterable[Part]:
-    """The points, lines and polygons of a GeoJSON value, cleaned of what does not count."""
+    """The points, lines and polygons of a GeoJSON value, without points that are repeated in a row."""
     if not isinstance(value, dict):
         raise ValueError(f"GeoJSON must be an object, got {checks.shown(value)}")
     kind = value.get("type")
@@ -142,7 +142,7 @@ def _line(value: Any) -> list[Point]:
     points = [_point(point) for point in _listed(value)]
     if len(points) < 2:
         raise ValueError(f"a line must have two positions or more, got {len(points)}")
-    return _cleaned(points, closed=False)
+    return _once(points)
 
 
 def _polygon(value: Any) -> list[list[Point]]:
@@ -151,17 +151,26 @@ def _polygon(value: Any) -> list[list[Point]]:
         points = [_point(point) for point in _listed(ring)]
         if len(points) < 4 or not _same_point(points[0], points[-1]):
             raise ValueError("a ring must have four positions or more, the last that of the first")
-        rings.append(_cleaned(points[:-1], closed=True))
+        rings.append(_once(points[:-1], closed=True))
     if not rings:
         raise ValueError("a polygon must have a ring")
     return rings
 
 
-def _cleaned(points: Sequence[Point], *, closed: bool) -> list[Point]:
-    """Without points that are repeated in a row or lie on the straight line between their neighbours."""
-    kept = [point for n, point in enumerate(points) if (n == 0 and not closed) or not _same_point(point, points[n - 1])]
-    if not kept:  # all points are one
-        return list(points[:1])
+def _once(points: Sequence[Point], *, closed: bool = False) -> list[Point]:
+    """Without points that are those before them: of many small steps in a row some stay, however small each is."""
+    kept = list(points[:1])
+    for point in points:
+        if not _same_point(point, kept[-1]):
+            kept.append(point)
+    while closed and len(kept) > 1 and _same_point(kept[-1], kept[0]):
+        kept.pop()
+    return kept
+
+
+def _straightened(points: Sequence[Point], *, closed: bool) -> list[Point]:
+    """Without points that lie on the straight line between their neighbours."""
+    kept = list(points)
     turning = True
     while turning:
         turning = False
@@ -201,12 +210,25 @@ def _same_part(one: Part, other: Part) -> bool:
     return _same_ring(one[1][0], other[1][0]) and _paired(one[1][1:], other[1][1:], _same_ring)
 
 
+# Points are compared as they are first: where a fine curve begins would decide which of its points count as straight.
+
+
 def _same_line(one: Sequence[Point], other: Sequence[Point]) -> bool:
+    straight = (_straightened(points, closed=False) for points in (one, other))
+    return _one_way(one, other) or _one_way(*straight)
+
+
+def _one_way(one: Sequence[Point], other: Sequence[Point]) -> bool:
     ways = (other, other[::-1])
     return len(one) == len(other) and any(all(map(_same_point, one, way)) for way in ways)
 
 
 def _same_ring(one: Sequence[Point], other: Sequence[Point]) -> bool:
+    straight = (_straightened(points, closed=True) for points in (one, other))
+    return _one_way_round(one, other) or _one_way_round(*straight)
+
+
+def _one_way_round(one: Sequence[Point], other: Sequence[Point]) -> bool:
     if len(one) != len(other):
         return False
     ways = (other, other[::-1])
@@ -225,7 +247,7 @@ def _paired(ones: Sequence[Any], others: Sequence[Any], same: Callable[[Any, Any
     taken: dict[int, int] = {}
 
     def place(one: int, seen: set[int]) -> bool:
-        for other in fits[one]:
+        for other in sorted(fits[one], key=taken.__contains__):  # what is free first: many equal parts need no search
             if other not in seen:
                 seen.add(other)
                 if other not in taken or place(taken[other], seen):

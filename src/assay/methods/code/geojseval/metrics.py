@@ -33,7 +33,8 @@ class Report:
     over all choices of n rounds: say which one a table uses. `cases` is `first` over single cases, edge cases left out, and `edges` the
     share of edge cases passed, over all rounds; None where there are none. `cv` and `stable` are of `first` (`variation`,
     `stability_adjusted`). `errors` are shares of the failed cases that are no edge cases, and add to 1, or are all 0. `tokens`, `seconds`
-    and `lines` are means of an answer, None where they are not known, and `per` is pass@1 over each of them (our reading of "efficiency").
+    and `lines` are means of an answer, None where they are not known, and `per` is the first pass@n over each of them (our reading of
+    "efficiency").
     """
 
     tasks: int
@@ -115,13 +116,17 @@ def error_shares(judged: Sequence[Judged]) -> dict[str, float]:
 def reported(attempts: Mapping[str, Sequence[Attempt]], *, ns: Sequence[int] = NS) -> Report:
     """The figures of one model, from its attempts by task, round by round.
 
-    Raises ValueError for no tasks, for tasks with other numbers of rounds, and for an n above them: it is not lowered silently.
+    Raises ValueError for no tasks, for tasks with other numbers of rounds, for rounds of a task that were judged on other numbers of cases
+    (as `judged` with `stop` does), and for an n above the rounds: it is not lowered silently.
     """
     if not attempts or not ns:
         raise ValueError("attempts and ns must hold one or more, got none")
     rounds = {len(of_task) for of_task in attempts.values()}
     if len(rounds) > 1:
         raise ValueError(f"attempts must have the same number of rounds for every task, got {sorted(rounds)}")
+    for name, of_task in attempts.items():
+        if len(sizes := {len(attempt.judged.results) for attempt in of_task}) > 1:
+            raise ValueError(f"attempts at {name} must be judged on the same cases, got {sorted(sizes)} of them")
     tasks = [[attempt.judged for attempt in of_task] for of_task in attempts.values()]
     every = [judged for of_task in tasks for judged in of_task]
     answers = [attempt.answer for of_task in attempts.values() for attempt in of_task]

@@ -25,7 +25,8 @@ LIMITS = Limits(wall_seconds=60, cpu_seconds=20, memory_mib=1024, output_bytes=4
 """Of one case; our choice, where the paper waits 300 s."""
 LOOKED = """
 globalThis.__looked = async (expressions, ...given) => {
-  const result = await %s(...given);
+  const asked = typeof %(name)s === "undefined" ? module.exports.%(name)s : %(name)s;
+  const result = await asked(...given);
   const seen = {};
   for (const each of expressions) seen[each] = new Function("result", "given", `return (${each});`)(result, given);
   return seen;
@@ -122,7 +123,8 @@ def judged(
         arguments: list[Any] = [case.params[name] for name in parameters]
         source, entry = program, entry_point
         if case.looks:
-            source, entry, arguments = program + LOOKED % entry_point, "__looked", [list(case.looks), *arguments]
+            source, entry = program + LOOKED % {"name": entry_point}, "__looked"
+            arguments = [list(case.looks), *arguments]
         [[outcome]] = runner.run(source, entry, [arguments], limits=limits)
         results.append(result_of(case, outcome))
         if stop and not results[-1].passed:
@@ -216,7 +218,7 @@ class OneProcess:
             told = json.loads(ran.stdout.rpartition(b"\n")[2])
             state: State = "returned" if told["state"] == "returned" else "raised"
             return Outcome(state, told.get("value", UNDEFINED), error=told.get("error", ""))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return Outcome("crashed", error=f"ended by {ran.ended}: {ran.stderr.decode('utf-8', 'replace')[-200:]}")
 
 

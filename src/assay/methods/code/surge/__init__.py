@@ -10,8 +10,10 @@
 After arXiv 2502.11167: eight components, 1,160 items there (`COUNTS`). Ours are fewer and made by real execution in Python, C, C++,
 JavaScript and SQL; for formal proofs a small checker of our own stands where the paper has Lean. `doc_to_text` and `process_results` are a
 task as lm-eval has them. Beside models stand predictors that know nothing of meaning (`BASELINES`), and running the program: `break_even`
-says how long it must run before predicting pays. `variant="as_released"` scores as the released scorer does where that differs: lists are
-cut or filled with zeros, and what cannot be read is wrong. Left out: training on items (the paper's curves over their number).
+says how long it must run before predicting pays. `variant="as_released"` extracts and scores as the released scripts do where that
+differs: lists are cut or filled with zeros, and what cannot be read is wrong. Numbers are found in a text in our way in both variants, for
+the released reader takes no text around them and no blanks between them. Left out: training on items (the paper's curves over their
+number).
 
 When NOT to use it: to compare with the paper's table. The items are not the paper's.
 """

@@ -86,8 +86,8 @@ def sorting(answer: str, truth: str, *, variant: str = "paper") -> float | None:
     """Spearman's rank correlation of the numbers of two texts, in [0, 1]; None for an answer without any.
 
     It does not change under a rising map of either list. Lists of different lengths are compared as far as both go, and the score is
-    multiplied by the share that this is of the longer one; `as_released` cuts the answer off or fills it with zeros. Where a list is
-    constant there are no ranks: 1 for equal lists, else 0. Raises ValueError for a truth without a number.
+    multiplied by the share that this is of the longer one; `as_released` gives 0. Where a list is constant there are no ranks: 1 for equal
+    lists, else 0. Raises ValueError for a truth without a number.
 
     >>> sorting("10 20 30", "1 5 6"), sorting("3 2 1", "1 2 3"), sorting("1 2", "1 2 3 4")
     (1.0, 0.0, 0.5)
@@ -98,9 +98,8 @@ def sorting(answer: str, truth: str, *, variant: str = "paper") -> float | None:
         raise ValueError(f"truth must hold a number, got {checks.shown(truth)}")
     if not found and variant == "paper":
         return None
-    if variant == "as_released":
-        size = len(wanted)
-        return _spearman([*found[:size], *[0.0] * (size - len(found))], wanted)
+    if variant == "as_released" and len(found) != len(wanted):
+        return 0.0
     size = min(len(found), len(wanted))
     return _spearman(found[:size], wanted[:size]) * size / max(len(found), len(wanted))
 
@@ -122,9 +121,13 @@ def jaccard(answer: str, truth: str) -> float:
     return len(one & other) / len(one | other) if one | other else 1.0
 
 
-def ratio(answer: str, truth: str) -> float:
-    """difflib's ratio of matching characters. Not symmetric."""
-    return SequenceMatcher(None, answer, truth, autojunk=False).ratio()
+def ratio(answer: str, truth: str, *, variant: str = "paper") -> float:
+    """difflib's ratio of matching characters, the truth as its first text: it is not symmetric.
+
+    `as_released` leaves difflib's heuristic on that calls frequent characters of an answer of 200 or more junk.
+    """
+    checks.choice("variant", variant, VARIANTS)
+    return SequenceMatcher(None, truth, answer, autojunk=variant == "as_released").ratio()
 
 
 def formal(answer: str, truth: str, *, variant: str = "paper") -> float | None:
@@ -132,7 +135,7 @@ def formal(answer: str, truth: str, *, variant: str = "paper") -> float | None:
 
     Both pass: 1. Only one does: 0. Neither: the mean over the true errors of the Jaccard of the messages, where an error is predicted on
     that line (the best of several; `as_released` the first), else 0; without true errors 1 if none was predicted. A fence around the answer
-    is taken off, but not `as_released`. Raises ValueError for a truth that is no verdict.
+    is taken off, but not `as_released`, which reads the reply as a whole. Raises ValueError for a truth that is no verdict.
 
     >>> formal('{"pass": false, "errors": [{"line": 3, "message": "no q"}]}', '{"pass": false, "errors": [{"line": 3, "message": "no p"}]}')
     0.3333333333333333
@@ -175,9 +178,9 @@ def rule_of(component: str, family: str) -> str:
 
 
 _RULES: dict[str, Callable[..., float | None]] = {
-    "numerical": numerical, "sorting": sorting, "monte carlo": monte_carlo, "formal": formal,
+    "numerical": numerical, "sorting": sorting, "monte carlo": monte_carlo, "formal": formal, "ratio": ratio,
 }  # fmt: skip
-_PLAIN: dict[str, Callable[[str, str], float]] = {"exact": exact, "jaccard": jaccard, "ratio": ratio}
+_PLAIN: dict[str, Callable[[str, str], float]] = {"exact": exact, "jaccard": jaccard}
 
 
 def score(item: Scored, reply: str, *, variant: str = "paper") -> Score:
@@ -196,7 +199,7 @@ def score(item: Scored, reply: str, *, variant: str = "paper") -> Score:
     if item.family == "sudoku":
         answers.append(extract(reply, variant="paper" if variant == "as_released" else "as_released"))
     if rule == "formal" and variant == "as_released":
-        answers = [reply.rpartition("Output:")[2]]
+        answers = [reply]
     values = [_value(rule, answer, item.truth, variant) for answer in answers]
     read = [value for value in values if value is not None]
     if not read:

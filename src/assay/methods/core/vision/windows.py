@@ -86,13 +86,13 @@ def cached(make: Callable[..., Tensor], *sizes: object, like: Tensor) -> Tensor:
     if torch.compiler.is_compiling() or like.is_meta or type(like) not in (Tensor, nn.Parameter):
         return make(*sizes).to(like.device)
     key = (make, *sizes, like.device)
-    if key in _CACHE:
-        return _CACHE[key]
+    if (kept := _CACHE.get(key)) is not None:
+        return kept
     with torch.inference_mode(False), torch.device("cpu"):
         made = make(*sizes).to(like.device)
     if type(made) is Tensor:
         if len(_CACHE) >= CACHED:
-            _CACHE.pop(next(iter(_CACHE)))
+            _CACHE.pop(next(iter(list(_CACHE))), None)  # another thread may have been quicker
         _CACHE[key] = made
     return made
 
