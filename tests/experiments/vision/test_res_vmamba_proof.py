@@ -51,6 +51,8 @@ def test_skip_paths_without_a_gain_are_refuted_or_do_not_pay(scores):
     assert honest.measured.median == pytest.approx(80)
     assert honest.baseline == pytest.approx(70)
     assert honest.arms["projections drawn anew in every call, as released"] == pytest.approx(68)
+    scores["redrawn"] = 0.1  # the release may fail to train: it decides nothing
+    assert verdict_of(ACCURACY, {"steps": 1}) in PAYS
     scores["learned"] = 0.65
     assert verdict_of(ACCURACY, {"steps": 1}) is Verdict.REFUTED
     scores["learned"] = 0.72  # zeros for the new channels are better and cost nothing
@@ -58,19 +60,43 @@ def test_skip_paths_without_a_gain_are_refuted_or_do_not_pay(scores):
     scores.update(HONEST)
     scores["frozen_random"] = 0.82
     assert verdict_of(ACCURACY, {"steps": 1}) is Verdict.QUALITY_NOT_SHOWN
+    scores.update(HONEST)
+    scores["none"] = 0.1  # a baseline that was not trained proves nothing
+    assert verdict_of(ACCURACY, {"steps": 1}) is Verdict.UNDECIDED
 
 
-def test_speed_without_accuracy_does_not_pay(scores):
+def test_speed_without_accuracy_does_not_pay(scores, monkeypatch):
+    monkeypatch.setitem(room.WIDTHS, "res_vmamba_tiny", 64)
+    monkeypatch.setattr(room, "build", lambda name: method.ResVMamba(embed_dim=8, depths=(1, 1)))
     honest = record_of(TIME, TIMED)
     assert judge(honest).verdict in PAYS
     counted = honest.details["parameters and MACs"]
-    assert counted["Res-VMamba"]["parameters"] == 22_893_448 + 388_416
-    assert 0.8 < counted["vision transformer"]["parameters"] / counted["Res-VMamba"]["parameters"] < 1.2
+    assert set(counted) == {"Res-VMamba", "vision transformer"}
+    assert all(found["parameters"] > 0 and found["macs"] > 0 for found in counted.values())
     scores["learned"] = scores["no scan"]
     assert verdict_of(TIME, TIMED) is Verdict.DOES_NOT_PAY
     scores.update(HONEST)
     scores["random order"] = 0.79
     assert verdict_of(TIME, TIMED) is Verdict.QUALITY_NOT_SHOWN
+
+
+@pytest.mark.parametrize("name", room.WIDTHS)
+def test_the_networks_that_are_timed_have_about_as_many_parameters(name):
+    with torch.device("meta"):
+        ours, theirs = room.build(name), room.transformer(name, 224, "sdpa")
+        assert theirs(torch.zeros(1, 3, 224, 224)).logits.shape == (1, 1000)
+    sizes = [sum(value.numel() for value in model.parameters()) for model in (ours, theirs)]
+    assert 0.9 < sizes[1] / sizes[0] < 1.12
+
+
+def test_stored_scores_and_fused_attention_are_the_same_transformer(monkeypatch):
+    monkeypatch.setitem(room.WIDTHS, "res_vmamba_tiny", 64)
+    eager, fused = (room.transformer("res_vmamba_tiny", 32, attention) for attention in ("eager", "sdpa"))
+    assert (eager.config._attn_implementation, fused.config._attn_implementation) == ("eager", "sdpa")
+    fused.load_state_dict(eager.state_dict())
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(eager(x).logits, fused(x).logits, rtol=1e-3, atol=1e-4)
 
 
 def test_every_arm_is_what_it_is_called():
@@ -88,6 +114,13 @@ def test_every_arm_is_what_it_is_called():
     assert sizes["none"] == sizes["redrawn"] == sizes["zeros"] == sizes["frozen_random"]
     assert sizes["learned"] == sizes["random order"] == sizes["none"] + 2 * 16 * 16 + 32 + 2 * 32 * 32 + 64
     assert sizes["no scan"] < sizes["learned"]
+    assert sizes["attention"] == pytest.approx(sizes["learned"], rel=0.15)
+
+
+def test_attention_begins_with_weights_that_fit_its_width():
+    layers = [layer for layer in room.network("attention").model.modules() if isinstance(layer, torch.nn.Linear)]
+    assert all(layer.weight.std() > 0.5 * layer.in_features**-0.5 for layer in layers)
+    assert len(layers) == 3 * 6
 
 
 def test_zeros_keep_the_pooled_map_and_add_nothing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -66,15 +67,22 @@ def parameters(model):
     return sum(value.numel() for value in model.parameters())
 
 
+@functools.cache
+def counted(dim):
+    """Both networks with one block a stage, and their costs; no weights are made."""
+    with torch.device("meta"):
+        models = [ResVMamba(embed_dim=dim, depths=(1, 1, 1, 1), residual=residual) for residual in ("none", "learned")]
+        return models, [count_cost(model, torch.zeros(1, 3, 224, 224)) for model in models]
+
+
 @pytest.mark.parametrize("size", ["tiny", "small", "base"])
 def test_parameters_and_macs_of_the_published_sizes(size, monkeypatch):
-    """Counted with one block a stage, of which the others are copies; no weights are made."""
+    """Counted with one block a stage, of which the others are copies."""
     no_scan(monkeypatch)
-    with torch.device("meta"):
-        plain, ours = (build(f"{name}_{size}", depths=(1, 1, 1, 1)) for name in ("vssm", "res_vmamba"))
-        x = torch.zeros(1, 3, 224, 224)
-        costs = [count_cost(model, x) for model in (plain, ours)]
-    dim, depths = plain.channels[0], CONFIGS[f"vssm_{size}"]["depths"]
+    settings = CONFIGS[f"vssm_{size}"]
+    assert settings == CONFIGS[f"res_vmamba_{size}"] | {"residual": "none"}
+    dim, depths = settings["embed_dim"], settings["depths"]
+    (plain, ours), costs = counted(dim)
     counts, macs = parameters(plain), costs[0].macs
     for stage, depth in enumerate(depths):
         block = f"layers.{stage}.blocks.0."
@@ -92,8 +100,10 @@ def test_parameters_and_macs_of_the_published_sizes(size, monkeypatch):
 
 
 def test_the_smallest_published_size_is_whole():
-    assert parameters(build("vssm_tiny")) == 22_893_448
-    assert parameters(build("res_vmamba_tiny")) == 22_893_448 + 388_416
+    with torch.device("meta"):
+        plain, ours = build("vssm_tiny"), build("res_vmamba_tiny")
+    assert parameters(plain) == 22_893_448
+    assert parameters(ours) == 22_893_448 + 388_416
 
 
 def test_cost_is_linear_in_the_cells(monkeypatch):
@@ -291,6 +301,9 @@ def test_a_skip_path_is_a_projection_of_the_pooled_map():
     weight, bias = model.shortcuts[0].proj.weight[:, :, 0, 0], model.shortcuts[0].proj.bias
     second = model.layers[1].blocks(model.layers[0].downsample(y) + pooled @ weight.T + bias)
     torch.testing.assert_close(model.forward_features(x), model.norm(second), rtol=1e-4, atol=1e-5)
+    before = model.feature_maps(x)  # in front of the skip paths
+    torch.testing.assert_close(before[2], y.permute(0, 3, 1, 2))
+    torch.testing.assert_close(before[4], second.permute(0, 3, 1, 2), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("residual", ["learned", "frozen_random", "none"])
@@ -375,9 +388,14 @@ def test_drop_path_rises_to_its_rate():
     model = tiny(depths=(1, 2), drop_path_rate=0.3)
     rates = [block.drop_path.rate for layer in model.layers for block in layer.blocks]
     assert rates == pytest.approx([0.0, 0.15, 0.3])
-    x = torch.randn(2, 4, 4, 8)
+    x = torch.randn(16, 2, 2, 8)
     block = VSSBlock(8, 0.5, states=4)
-    assert torch.equal(block.eval()(x), x + block.op(block.norm(x)))
+    added = block.op(block.norm(x))
+    assert torch.equal(block.eval()(x), x + added)
+    trained = block.train()(x)
+    left_out = (trained == x).flatten(1).all(1)
+    assert 0 < left_out.sum() < 16
+    torch.testing.assert_close(trained[~left_out], (x + 2 * added)[~left_out])
 
 
 def test_every_parameter_has_a_gradient_and_dynamics_get_no_decay():

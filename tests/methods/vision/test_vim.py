@@ -82,7 +82,8 @@ def test_parameters_and_macs_of_the_published_sizes(name, monkeypatch):
 
 
 def test_the_smallest_published_size_is_whole():
-    model = build("vim_tiny_patch16_224")
+    with torch.device("meta"):
+        model = build("vim_tiny_patch16_224")
     assert len(model.layers) == 24
     assert parameters(model) == 7_148_008
     assert inspect.signature(Vim).parameters["depth"].default == 24  # of all sizes
@@ -317,6 +318,8 @@ def test_other_sizes_of_image(height, width, grid):
     x = torch.randn(2, 3, height, width)
     ((stride, found),) = model.feature_maps(x).items()
     assert (stride, tuple(found.shape)) == (4, (2, 16, *grid))
+    tokens, middle = model.forward_features(x), grid[0] * grid[1] // 2
+    assert torch.equal(found.flatten(2).mT, torch.cat([tokens[:, :middle], tokens[:, middle + 1 :]], 1))
     placed = model.positions(grid)
     count, old = grid[0] * grid[1], torch.cat([model.pos_embed[:, :12], model.pos_embed[:, 13:]], 1)
     assert placed.shape == (1, count + 1, 16)
@@ -376,6 +379,7 @@ def test_it_begins_as_published():
 def test_drop_path_rises_to_its_rate_and_rests_in_use():
     model = tiny(depth=3, drop_path_rate=0.3)
     assert [layer.drop_path.rate for layer in model.layers] == pytest.approx([0.0, 0.15, 0.3])
+    assert [name for name, settings in CONFIGS.items() if "drop_path_rate" in settings] == ["vim_small_patch16_224"]
     plain = tiny(depth=3)
     plain.load_state_dict(model.state_dict())
     x = torch.randn(8, 3, 20, 20)

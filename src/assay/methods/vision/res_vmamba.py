@@ -216,8 +216,8 @@ class ResVMamba(Backbone):
 
     Images are (B, in_chans, H, W) of any size. `forward_features` gives the last map (B, H / 32, W / 32, 8 embed_dim) after the norm.
     The maps of `stages` are those after the blocks of each stage, before its skip path. `residual` is described in the module; `states`,
-    `expand` and `backend` are those of `SS2D`. `torch.export` wants `backend="chunked"`. Raises ValueError for sizes below 1, no stages, and
-    another `residual`.
+    `expand` and `backend` are those of `SS2D`. `torch.export` wants `backend="chunked"`. Raises ValueError for sizes below 1, no stages,
+    and another `residual`.
 
     >>> model = ResVMamba(embed_dim=8, depths=(1, 1), num_classes=10)
     >>> model(torch.zeros(1, 3, 32, 32)).shape

@@ -36,7 +36,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "vim_tiny_patch16_224": {"embed_dim": 192},
     "vim_tiny_patch16_stride8_224": {"embed_dim": 192, "stride": 8},  # "Vim-Ti+": fine-tuned with patches that overlap
     "vim_small_patch16_224": {"embed_dim": 384, "drop_path_rate": 0.05},
-    "vim_small_patch16_stride8_224": {"embed_dim": 384, "stride": 8, "drop_path_rate": 0.05},
+    "vim_small_patch16_stride8_224": {"embed_dim": 384, "stride": 8},
     "vim_base_patch16_224": {"embed_dim": 768},
 }
 
