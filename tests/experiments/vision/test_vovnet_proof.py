@@ -10,7 +10,7 @@ from tests.experiments.vision.given import judged
 from tests.properties.sabotage import PAYS, record_of
 
 from assay.errors import MissingError
-from assay.evidence.types import Verdict
+from assay.evidence.types import Estimate, Verdict
 from assay.evidence.verdict import judge
 from assay.experiments import experiments_of
 from assay.experiments.vision import rivals
@@ -18,20 +18,22 @@ from assay.experiments.vision import vovnet as room
 from assay.methods.vision.vovnet import DenseBlock, OsaBlock
 
 ACCURACY = {"osa": 0.6, "dense": 0.6, "last only": 0.5, "resnet": 0.58, "random features": 0.4, "pixels": 0.3}
-SPEED = {"size": 64, "batch": 1, "layers": 5, "steps": 20}
+SPEED = {"size": 64, "batch": 1, "steps": 20}
 
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Accuracies as given instead of trained, a narrow network instead of the published one."""
+    """Accuracies as given instead of trained, small networks instead of the published ones."""
     given = dict(ACCURACY)
     monkeypatch.setattr(room, "shown", lambda arm, steps: judged(given[arm]))
 
-    def networks(layers):
+    def networks():
+        torch.manual_seed(0)
         return {
-            "osa": room.network(share=0.25, layers=layers),
-            "dense": room.network("dense", share=0.25, layers=layers),
-            "resnet": room.residual(0.25),
+            "vovnet": room.network(share=0.1),
+            "dense blocks": room.network("dense", share=0.1),
+            "densenet": room.densenet((1, 2, 2, 1), 8),
+            "resnet": room.residual(0.1),
         }
 
     monkeypatch.setattr(room, "networks", networks)
@@ -41,7 +43,7 @@ def figures(monkeypatch):
 def test_every_experiment_declares_what_decides():
     found = {each.claim: each for each in experiments_of("vovnet")}
     assert set(found) == {"vovnet/detector-speedup", "vovnet/energy", "vovnet/memory-access"}
-    assert found["vovnet/detector-speedup"].decides["small"]["layers"] == 5
+    assert found["vovnet/detector-speedup"].decides["small"]["size"] == 224
     assert found["vovnet/energy"].needs == ("cuda",)
     assert found["vovnet/memory-access"].computed
 
@@ -51,22 +53,31 @@ def test_speed_without_accuracy_does_not_pay(figures):
     honest = record_of(claim, SPEED)
     assert judge(honest).verdict in PAYS
     elements = honest.details["elements by the paper's model"]
-    assert elements["osa"] < elements["dense"]
-    count = honest.details["parameters"]
-    for rival in ("dense", "resnet"):
-        assert 0.9 * count["osa"] < count[rival] <= count["osa"]
+    assert elements["vovnet"] < elements["dense blocks"]
+    folded = honest.details["norms folded, of how many"]
+    assert tuple(folded.pop("densenet")) == (7, 17)  # the norms of what was joined stay: no convolution gave it
+    assert all(done == norms > 0 for done, norms in folded.values())
+    slower = Estimate(median=0.9, low=0.85, high=0.95)
+    assert judge(honest.model_copy(update={"measured": slower})).verdict is Verdict.REFUTED
     figures["osa"] = 0.5
     assert judge(record_of(claim, SPEED)).verdict is Verdict.DOES_NOT_PAY
-    figures |= {"osa": 0.6, "pixels": 0.6}
+    figures |= {"osa": 0.6, "last only": 0.59}  # a chain that joins nothing does as well
     assert judge(record_of(claim, SPEED)).verdict is Verdict.QUALITY_NOT_SHOWN
 
 
-def test_a_slower_backbone_is_refuted(figures):
-    from assay.evidence.types import Estimate
+def test_what_is_timed_are_the_published_networks():
+    with torch.device("meta"):
+        count = {name: rivals.parameters(model) for name, model in room.networks().items()}
+    assert (count["vovnet"], count["densenet"], count["resnet"]) == (22_600_296, 20_013_928, 25_557_032)
+    assert 0.95 * count["vovnet"] < count["dense blocks"] <= count["vovnet"]
 
-    record = record_of("vovnet/detector-speedup", SPEED)
-    slower = Estimate(median=0.9, low=0.85, high=0.95)
-    assert judge(record.model_copy(update={"measured": slower})).verdict is Verdict.REFUTED
+
+@torch.no_grad()
+def test_densenets_layer_joins_its_output_to_its_input():
+    layer, x = room.DenseLayer(6, 4).eval(), torch.randn(2, 6, 5, 5)
+    y = layer.conv2(torch.relu(layer.norm2(layer.conv1(torch.relu(layer.norm1(x))))))
+    assert torch.equal(layer(x), torch.cat([x, y], 1))
+    assert room.densenet((1, 2, 2, 1), 8).eval()(torch.zeros(2, 3, 64, 64)).shape == (2, 1000)
 
 
 class Meter:
@@ -93,9 +104,9 @@ def gpu(monkeypatch, figures):
     measured = room.joules_per_image
 
     def named(model, x, images):
-        dense = any(isinstance(module, DenseBlock) for module in model.modules())
-        osa = any(isinstance(module, OsaBlock) for module in model.modules())
-        Meter.running = "dense" if dense else "osa" if osa else "resnet"
+        kinds = {DenseBlock: "dense blocks", OsaBlock: "vovnet", room.DenseLayer: "densenet"}
+        found = {name for module in model.modules() for kind, name in kinds.items() if isinstance(module, kind)}
+        Meter.running = found.pop() if found else "resnet"
         return measured(model, x, images)
 
     monkeypatch.setattr(room, "joules_per_image", named)
@@ -103,13 +114,14 @@ def gpu(monkeypatch, figures):
 
 def test_equal_energy_pays_nothing_and_less_does(gpu):
     claim, point = "vovnet/energy", {"size": 32, "batch": 2, "images": 4, "steps": 20}
-    Meter.costs = {"dense": 8.0, "osa": 4.0, "resnet": 6.0}
+    Meter.costs = {"densenet": 8.0, "vovnet": 4.0, "dense blocks": 5.0, "resnet": 6.0}
     honest = record_of(claim, point)
     assert judge(honest).verdict in PAYS
-    assert honest.details["joules an image"] == {"osa": [1.0] * 6, "dense": [2.0] * 6, "resnet": [1.5] * 6}
-    Meter.costs = {"dense": 4.0, "osa": 4.0, "resnet": 6.0}
+    joules = {name: [cost / 4] * 6 for name, cost in Meter.costs.items()}
+    assert honest.details["joules an image"] == joules
+    Meter.costs = {**Meter.costs, "densenet": 4.0}
     assert judge(record_of(claim, point)).verdict is Verdict.DOES_NOT_PAY
-    Meter.costs = {"dense": 8.0, "osa": 4.0, "resnet": 3.0}
+    Meter.costs = {**Meter.costs, "densenet": 8.0, "resnet": 3.0}
     assert judge(record_of(claim, point)).verdict is Verdict.DOES_NOT_PAY  # the ResNet takes less
 
 

@@ -31,6 +31,7 @@ from assay.methods.vision.t2t_vit import (
 TINY = {"embed_dim": 16, "depth": 2, "num_heads": 2, "token_dim": 8, "input_size": 32}
 MILLIONS = {7: 4.3, 10: 5.9, 12: 6.9, 14: 21.5, 19: 39.2, 24: 64.1}  # the released table, 14 at 384 pixels has 21.7
 GMACS = {7: 1.1, 10: 1.5, 12: 1.8, 14: 4.8, 19: 8.5, 24: 13.8}
+COUNTED = {"t2t_vit_7": 1, "t2t_vit_14": 2, "t2t_vit_14_384": 1, "t2t_vit_t_19": 1, "t2t_vit_14_wide": 1}
 GMACS_SOFTMAX = {14: 6.1, 19: 9.8, 24: 15.0}
 
 
@@ -73,18 +74,18 @@ def macs_by_hand(name, depth=None):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_parameters_and_macs_of_every_configuration(name, monkeypatch):
-    """The operations are counted with one layer (all layers are alike), and once with all."""
+    """The operations are counted with one layer or two: all layers are alike."""
     monkeypatch.setattr(
         nn.init, "trunc_normal_", lambda tensor, **spread: tensor
     )  # there is nothing to fill on the meta device
     with torch.device("meta"):
-        model, short = build(name), build(name, depth=1).eval()
-        images = torch.zeros(1, 3, model.input_size, model.input_size)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert (trained, sum(p.numel() for p in model.parameters()) - trained) == parameters_by_hand(name)
-    assert count_cost(short, images).macs == macs_by_hand(name, 1)
-    if name == "t2t_vit_14":
-        assert count_cost(model.eval(), images).macs == macs_by_hand(name)
+        model = build(name)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert (trained, sum(p.numel() for p in model.parameters()) - trained) == parameters_by_hand(name)
+        if name in COUNTED:
+            images = torch.zeros(1, 3, model.input_size, model.input_size)
+            short = build(name, depth=COUNTED[name]).eval()
+            assert count_cost(short, images).macs == macs_by_hand(name, COUNTED[name])
 
 
 def test_the_published_numbers():
@@ -240,14 +241,6 @@ def test_what_the_features_estimate():
     assert alike(released, gaussian) > alike(released, softmax) + 0.2
 
 
-def test_keys_that_are_not_there_have_no_weight():
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 12, 8)
-    rows, seen = orthogonal_rows(4, 8, 2.0), torch.arange(12) < 9
-    with_gaps = random_feature_attention(q, k, v, rows, seen=seen.expand(2, -1))
-    torch.testing.assert_close(with_gaps, random_feature_attention(q, k[:, :9], v[:, :9], rows))
-
-
 def test_bad_input_is_named():
     q = torch.randn(2, 10, 8)
     rows = orthogonal_rows(4, 8, 2.0)
@@ -259,6 +252,21 @@ def test_bad_input_is_named():
         random_feature_attention(q, q, q[:, :5], rows)
     with pytest.raises(ValueError, match="k must not be empty"):
         random_feature_attention(q, q[:, :0], q[:, :0], rows)
+    with pytest.raises(ValueError, match="k must have the leading dimensions of q"):
+        random_feature_attention(q, q[:1], q[:1], rows)
+    with pytest.raises(ValueError, match="rows must have shape"):
+        random_feature_attention(q, q, q, rows[0])
+    with pytest.raises(ValueError, match="count"):
+        orthogonal_rows(0, 8, 1.0)
+    with pytest.raises(ValueError, match="linear must take 3 x 3 x 3 numbers"):
+        SoftSplit(3, 2, 1).fused(torch.zeros(1, 3, 8, 8), nn.Linear(8, 4))
+    with pytest.raises(ValueError, match="x must have 4 dimensions"):
+        SoftSplit(3, 2, 1).fused(torch.zeros(3, 8, 8), nn.Linear(27, 4))
+    with pytest.raises(ValueError, match="splits must be three"):
+        tiny(splits=SPLITS[:2])
+    for name, value in {"input_size": 15, "token_drop_rate": 1.0, "drop_path_rate": 1.0, "mlp_ratio": 0}.items():
+        with pytest.raises(ValueError, match=name):
+            tiny(**{name: value})
     with pytest.raises(ValueError, match="row_norm"):
         RandomFeatureAttention(8, 4, row_norm=0)
     with pytest.raises(ValueError, match="epsilon"):
@@ -386,7 +394,7 @@ def test_tables_have_no_gradient_and_are_in_the_state_dict():
 
 
 @pytest.mark.parametrize("kind", ["performer", "transformer", "convolution", "patches"])
-@pytest.mark.parametrize("size", [(32, 32), (48, 32), (33, 45)])
+@pytest.mark.parametrize("size", [(32, 32), (33, 45)])
 def test_every_kind_takes_other_sizes_and_gives_maps(kind, size):
     model = tiny(tokens_type=kind)
     images = torch.randn(2, 3, *size)
@@ -402,6 +410,7 @@ def test_every_kind_takes_other_sizes_and_gives_maps(kind, size):
     torch.testing.assert_close(model(images.contiguous(memory_format=torch.channels_last)), out, rtol=1e-4, atol=1e-5)
     pooled = model.forward_head(model.forward_features(images), pre_logits=True)
     torch.testing.assert_close(model.head(pooled), out)
+    assert model(images[:0]).shape == (0, 5)
 
 
 def test_without_attention_and_soft_splits_the_tokens_are_plain_convolutions():
@@ -435,6 +444,18 @@ def test_bfloat16_is_near_float32():
     assert (half(images.bfloat16()).float() - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_are_made_under_another_default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        model = tiny()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.pos_embed.dtype == dtype
+    assert model.tokens_to_token.attention1.features.w.dtype == torch.float32  # the directions are always that
+    assert model(torch.randn(2, 3, 32, 32, dtype=dtype)).dtype == dtype
+
+
 def test_dropout_and_drop_path_are_for_training_only():
     model, images = tiny(drop_path_rate=0.5), torch.randn(4, 3, 32, 32)
     assert torch.equal(model(images), model(images))
@@ -446,6 +467,7 @@ def test_dropout_and_drop_path_are_for_training_only():
     assert torch.equal(plain(tokens), plain(tokens))
 
 
+@pytest.mark.slow
 def test_the_graph_can_be_exported():
     model, images = tiny(depth=1), torch.randn(1, 3, 32, 32)
     exported = torch.export.export(model, (images,)).module()
@@ -472,7 +494,10 @@ def test_an_encoder_of_transformers_runs_on_random_features():
     errors = []
     for features in (4, 2048):
         model.set_attn_implementation(register_random_features("assay_random_features_test", features=features))
-        found = model(images).last_hidden_state
+        with torch.inference_mode():
+            model(images)
+        found = model(images).last_hidden_state  # trains with the directions that inference has drawn
+        found.sum().backward()
         errors.append(float((found - expected).detach().norm() / expected.detach().norm()))
     assert 0 < errors[1] < 0.02
     assert errors[1] < errors[0]

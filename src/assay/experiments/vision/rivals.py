@@ -46,10 +46,12 @@ def resnet(
 
 
 def mobilenet(share: float = 1.0, *, classes: int = 1000, channels: int = 3) -> nn.Module:
-    """MobileNetV2 with widths times `share`."""
+    """MobileNetV2 with widths times `share`; padded inside its convolutions, as in PyTorch's weights, not by an operator of its own."""
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
-    config = MobileNetV2Config(num_channels=channels, depth_multiplier=share, min_depth=4, **_labels(classes))
+    config = MobileNetV2Config(
+        num_channels=channels, depth_multiplier=share, min_depth=4, tf_padding=False, **_labels(classes)
+    )
     return Logits(MobileNetV2ForImageClassification(config))
 
 

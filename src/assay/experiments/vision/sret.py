@@ -7,14 +7,14 @@ of the published networks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from assay.experiments.core import Figure, Guard, Operator, Quality, Trained, Trial, experiment
-from assay.experiments.rates import Rate, chosen, searched
+from assay.experiments.rates import chosen, searched
 from assay.experiments.vision.training import Judged, difference, error_for_choice, guarded, judged
 from assay.measure.cost import count_cost
 from assay.methods.vision.sret import CONFIGS, SLICED, WHOLE, SReT
@@ -29,24 +29,26 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 TOKENS = tuple((SIDE // stride) ** 2 for stride in (4, 8, 16))
 ONCE, NAIVE = ((1,), (1,), (1,)), {**SMALL, "np_mlp_ratio": 0.0}
+FIRST_ONCE = ((1,), (1, 1), (1, 1))
+RIVAL, LONGER = "unsliced, first stage once", "once, trained longer"
 SETTINGS: dict[str, dict[str, Any]] = {
     "sliced": {**SMALL, "groups": SLICED},
     "whole": {**SMALL, "groups": WHOLE},
     "alone": {**SMALL, "groups": tuple((tokens, tokens) for tokens in TOKENS)},
-    "first stage once": {**SMALL, "groups": ((1,), (1, 1), (1, 1))},
+    RIVAL: {**SMALL, "groups": FIRST_ONCE},
     "once": {**NAIVE, "groups": ONCE},
     "twice": {**NAIVE, "groups": WHOLE},
     "frozen": {**NAIVE, "groups": ONCE, "depths": tuple(2 * depth for depth in DEPTHS)},
     "unshared": {**NAIVE, "groups": ONCE, "depths": tuple(2 * depth for depth in DEPTHS)},
+    LONGER: {**NAIVE, "groups": ONCE},
 }
 """Arms: the first four have projections, as published; the others have none, so that recursion adds no parameter."""
-LONGER = "once, trained twice as long"
 
 SLICING = Operator("attention of a recursive transformer", free="the same network unsliced, by torch's fused attention")
-RECURSION = Operator("depth of a transformer", free="the network without recursion, trained for twice as many steps")
+RECURSION = Operator("depth of a transformer", free="the network without recursion, trained for as many operations")
 DEPARTURES = {
     "data": "crops of 32 pixels of twelve photographs: ImageNet comes with no package",
-    "net": "widths of 16, 32 and 64, blocks (1, 2, 1), 64 tokens in the first stage: it trains in seconds",
+    "net": "widths of 16, 32 and 64, blocks (1, 2, 1), 64 tokens in the first stage, no stochastic depth: it trains in seconds",
     "training": f"{STEPS} steps of 48 crops, AdamW, with the rate of each arm searched",
 }
 PAPER: dict[str, Any] = {"data": "ImageNet-1K", "net": "SReT-T at 224 pixels", "training": "300 epochs of 1024 images"}
@@ -65,24 +67,27 @@ def make(arm: str) -> nn.Module:
     return model
 
 
-@searched(RATES, arms=tuple(SETTINGS), grid=(1e-3, 3e-3, 1e-2))
+@cache
+def _work_of_recursion() -> float:
+    """Multiply-adds of a step with both uses of each block over those with one: the stem and the head are run once in both."""
+    images = torch.zeros(1, 1, SIDE, SIDE)
+    return _cost(make("twice"), images)["macs"] / _cost(make("once"), images)["macs"]
+
+
+def steps_of(arm: str, steps: int) -> int:
+    """How many steps an arm is trained for: the longer training costs what the recursion costs."""
+    return round(steps * _work_of_recursion()) if arm == LONGER else steps
+
+
+@searched(RATES, arms=tuple(SETTINGS), grid=(1e-3, 3e-3, 1e-2, 3e-2))
 def rate_score(arm: str, rate: float) -> float:
     """The share of wrong crops of the part for choices."""
-    return error_for_choice(partial(make, arm), rate, STEPS, size=SIDE)
-
-
-def rate_of(arm: str) -> Rate:
-    """The rate that was searched for an arm; trained for longer, the network keeps that of as many steps as all others have."""
-    return chosen(RATES, "once" if arm == LONGER else arm)
+    return error_for_choice(partial(make, arm), rate, steps_of(arm, STEPS), size=SIDE)
 
 
 def shown(arms: Sequence[str], steps: int) -> dict[str, Judged]:
     """Every arm trained with three seeds."""
-    found = {}
-    for arm in arms:
-        name, times = ("once", 2) if arm == LONGER else (arm, 1)
-        found[arm] = judged(partial(make, name), rate_of(arm), times * steps, size=SIDE)
-    return found
+    return {arm: judged(partial(make, arm), chosen(RATES, arm), steps_of(arm, steps), size=SIDE) for arm in arms}
 
 
 def trained(found: dict[str, Judged]) -> dict[str, Trained]:
@@ -130,13 +135,14 @@ def _cost(model: nn.Module, images: Tensor) -> dict[str, int]:
 def slicing_saving(model: str, size: int, batch: int, steps: int) -> Trial:
     """A forward pass of the published network sliced and unsliced: same weights, both on torch's fused attention.
 
-    Quality is the accuracy of small networks. With the method deleted every token attends to itself only; the rival spends about as few
-    multiply-adds without slices: its first stage is used once.
+    Quality is the accuracy of small networks. With the method deleted every token attends to itself only; the rival, timed as an arm too,
+    spends about as few multiply-adds without slices: the blocks of its first stage are used once.
     """
     torch.manual_seed(0)
     sliced = SReT(**CONFIGS[model]).eval()
     whole = SReT(**{**CONFIGS[model], "groups": WHOLE}).eval()
     whole.load_state_dict(sliced.state_dict())
+    rival = SReT(**{**CONFIGS[model], "groups": FIRST_ONCE}).eval()
     images = torch.randn(batch, 3, size, size)
     found: dict[str, Judged] = {}
 
@@ -146,14 +152,14 @@ def slicing_saving(model: str, size: int, batch: int, steps: int) -> Trial:
         return out
 
     def quality() -> Quality:
-        found.update(shown(("sliced", "whole", "alone", "first stage once"), steps))
-        controls = {"deleted": found["alone"], "rival": found["first stage once"]}
-        return guarded(found["sliced"], found["whole"], controls, "the unsliced network whose first stage is used once")
+        found.update(shown(("sliced", "whole", "alone", RIVAL), steps))
+        controls = {"deleted": found["alone"], "rival": found[RIVAL]}
+        return guarded(found["sliced"], found["whole"], controls, RIVAL)
 
     def details() -> dict[str, Any]:
         macs = {
             name: int(count_cost(network, images).macs) // batch
-            for name, network in (("sliced", sliced), ("whole", whole))
+            for name, network in (("sliced", sliced), ("whole", whole), (RIVAL, rival))
         }
         small = torch.zeros(1, 1, SIDE, SIDE)
         return {
@@ -166,6 +172,7 @@ def slicing_saving(model: str, size: int, batch: int, steps: int) -> Trial:
     return Trial(
         baseline=lambda: run(whole),
         candidate=lambda: run(sliced),
+        arms={RIVAL: lambda: run(rival)},
         quality=quality,
         trained=lambda: trained(found),
         details=details,
@@ -189,9 +196,9 @@ def recursion_gain(steps: int) -> Figure:
     """Points over the network that uses each block once: the naive recursion, two uses of each block, not a parameter more, no slices.
 
     Controls, as points over that network: the method deleted is that network itself (0); random, a second use with weights that stay as
-    they were drawn; the rival, and free baseline, that network trained for as much longer as recursion takes. Arms: the blocks of
-    both uses unshared (twice the parameters), and the recursion with projections between, as published. Photographs and seeds are
-    resampled.
+    they were drawn; the rival, and free baseline, that network trained for more steps, as many multiply-adds as the recursion takes.
+    Arms: the blocks of both uses unshared (twice the parameters), and the recursion with projections between, as published.
+    Photographs and seeds are resampled.
     """
     found = shown(("once", "twice", "frozen", LONGER, "unshared", "whole"), steps)
     gain, low, high = difference(found["twice"], found["once"])
@@ -210,6 +217,6 @@ def recursion_gain(steps: int) -> Figure:
         details={
             "accuracy": {arm: each.accuracy for arm, each in found.items()},
             "over the longer training": difference(found["twice"], found[LONGER]),
-            "costs": {arm: _cost(make(arm), small) for arm in SETTINGS if arm in found},
+            "costs": {arm: {**_cost(make(arm), small), "steps": steps_of(arm, steps)} for arm in found},
         },
     )

@@ -7,9 +7,10 @@ for ImageNet (released in 2022 and 2023) first by strides. The head is a global 
     model = build("simplenetv1_5m_m2", num_classes=10)
     print(design_card(model.eval(), images).table())
 
-Widths, strides and the two 1x1 layers are those of the released code, whose models keep the names. It has four variants that the paper
-does not: `_extra_pool` is the arrangement that the first PyTorch weights for CIFAR were trained in, and weights from before 2023
-want `pointwise_padding=1`, since the 1x1 layers were padded then.
+Widths, strides and the two 1x1 layers are those of the released code, whose models keep the names. `_extra_pool` is the arrangement that
+the first PyTorch weights for CIFAR were trained in, by mistake; weights from before 2023 want `pointwise_padding=1`, since the 1x1 layers
+were padded then. Dropout after a pool is the same as before it, of whole channels, so `drop_rates` counts convolutions only (the released
+code counts pools too).
 """
 
 from __future__ import annotations
@@ -206,6 +207,10 @@ class SimpleNet(Backbone):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         x = F.dropout(F.adaptive_max_pool2d(x, 1).flatten(1), self.drop_rate, self.training and self.drop_rate > 0)
         return x if pre_logits else self.classifier(x)
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        return {**super().default_cfg, "crop_pct": 0.875}
 
     def check_images(self, x: Any) -> None:
         super().check_images(x)

@@ -90,15 +90,16 @@ def sliced_attention(
     """
     checks.tensor("q", q, ndim=4)
     checks.together(q=q, k=k, v=v)
-    for name, given in (("k", k), ("v", v)):
-        if given.shape[:3] != q.shape[:3]:
-            raise ValueError(
-                f"{name} must have the heads and tokens of q, {tuple(q.shape[:3])}, got {tuple(given.shape[:3])}"
-            )
-    if isinstance(order, Tensor) and not torch.equal(
-        order.sort().values, torch.arange(len(order), device=order.device)
-    ):
-        raise ValueError(f"order must be a permutation of the tokens, got {checks.shown(order)}")
+    if k.shape != q.shape:
+        raise ValueError(
+            f"k must have the heads and tokens of q, and its width, {tuple(q.shape)}, got {tuple(k.shape)}"
+        )
+    if v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"v must have the heads and tokens of q, {tuple(q.shape[:3])}, got {tuple(v.shape[:3])}")
+    if isinstance(order, Tensor):
+        checks.tensor("order", order, shape=(q.shape[2],), dtype="integer")
+        if not torch.equal(order.sort().values.long(), torch.arange(len(order), device=order.device)):
+            raise ValueError(f"order must be a permutation of the tokens, got {checks.shown(order)}")
     # tokens before heads, as projections leave them: then groups are cut off without a copy
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     permutation = _permutation(order, q.shape[1], groups, q.device)
@@ -137,6 +138,7 @@ class SlicedAttention(nn.Module):
     """Multi-head attention of tokens (B, N, width) inside of groups: `forward(x, groups, order)`, see `sliced_attention`.
 
     The weights, `qkv` and `proj`, are those of full attention: a model can be sliced after training, and by another number at each call.
+    Whether a tensor given for `order` is a permutation is not checked here: that would wait for the GPU in every layer.
     """
 
     def __init__(self, width: int, heads: int, *, qkv_bias: bool = True) -> None:
@@ -217,6 +219,8 @@ class Recursive(nn.Module):
         for loop, projection in enumerate(self.projections):
             out = self.block(x, *args, **kwargs)
             y = out[0] if isinstance(out, tuple) else out
+            if y.shape != x.shape:
+                raise ValueError(f"block must give what it takes, {tuple(x.shape)}, got {tuple(y.shape)}")
             if self.gates is None:
                 x = projection(y)
             else:
@@ -239,7 +243,8 @@ def make_recursive(
     trained model gives what it gave before, and fine-tuning opens the gates (our choice; a model trained from scratch needs none).
 
     Blocks must be of one class with parameters of the same shapes, and give what they take: (..., width). Raises ValueError
-    otherwise. Time grows `loops`-fold. Not for decoders that generate: passes cannot share a layer's cache, and are refused with one.
+    otherwise, for the latter when they run. Time grows `loops`-fold. Not for decoders that generate: passes cannot share a layer's
+    cache, and are refused with one.
 
     >>> layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(3))
     >>> twice = make_recursive(layers, 2, lambda: Projection(8))
@@ -250,6 +255,10 @@ def make_recursive(
     if not isinstance(module_list, nn.ModuleList) or not len(module_list):
         raise TypeError(f"module_list must be an nn.ModuleList with blocks in it, got {checks.shown(module_list)}")
     shapes = [(type(block), {name: p.shape for name, p in block.named_parameters()}) for block in module_list]
+    if not shapes[0][1]:
+        raise ValueError(f"module_list must hold blocks with parameters to share, got {type(module_list[0]).__name__}")
+    if isinstance(projection, nn.Module):
+        raise TypeError("projection must be a function that makes a module for each use, got a module")
     for place, shape in enumerate(shapes):
         if shape != shapes[0]:
             raise ValueError(

@@ -88,7 +88,12 @@ class SoftSplit(nn.Module):
 
     def fused(self, x: Tensor, linear: nn.Linear) -> Tensor:
         """The map (B, out, h, w) of `linear(self(x))`: a convolution with the weight reshaped; the tokens are never made."""
+        checks.tensor("x", x, ndim=4, empty=True)
         self.grid(*x.shape[2:])
+        if linear.in_features != x.shape[1] * self.kernel**2:
+            raise ValueError(
+                f"linear must take {x.shape[1]} x {self.kernel} x {self.kernel} numbers a token, got {linear.in_features}"
+            )
         weight = linear.weight.unflatten(1, (x.shape[1], self.kernel, self.kernel))
         return F.conv2d(x, weight, linear.bias, self.stride, self.padding)
 
@@ -98,21 +103,22 @@ class SoftSplit(nn.Module):
 
 def orthogonal_rows(count: int, dim: int, norm: float, *, generator: torch.Generator | None = None) -> Tensor:
     """Random directions, float32 (count, dim) on the CPU, each of length `norm`, orthogonal to each other in blocks of `dim` rows."""
+    checks.whole("count", count, low=1)
+    checks.whole("dim", dim, low=1)
+    checks.number("norm", norm, above=0)
     blocks = []
     for start in range(0, count, dim):
-        square = torch.randn(dim, dim, generator=generator, device="cpu")
+        square = torch.randn(dim, dim, generator=generator, dtype=torch.float32, device="cpu")
         q, r = torch.linalg.qr(square)
         blocks.append((q * r.diagonal().sign()).T[: count - start])  # the signs make the distribution uniform
     return norm * torch.cat(blocks)
 
 
-def random_feature_attention(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, *, seen: Tensor | None = None, epsilon: float = 0.0
-) -> Tensor:
+def random_feature_attention(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, *, epsilon: float = 0.0) -> Tensor:
     """Attention with weights phi(q) . phi(k), phi(z) = exp(rows z - |z|^2 / 2), normalised over the keys, in time linear in them.
 
-    q (..., N, d), k (..., M, d), v (..., M, e), rows (m, d); returns (..., N, e) in the dtype of v. `seen`, bool (..., M), says which keys
-    there are (all). Positive features: every output lies within the values of its sequence. M m (d + e) + N m (d + e + 1) MACs.
+    q (..., N, d), k (..., M, d), v (..., M, e), rows (m, d); returns (..., N, e) in the dtype of v. Positive features: every output lies
+    within the values of its sequence. M m (d + e) + N m (d + e + 1) MACs.
 
     The exponents, features and sums are float32 at least, under autocast too. The largest exponent of each feature over the keys goes
     over to the queries, and the largest of each query is taken away: both cancel in the ratio, so that nothing overflows and the
@@ -123,9 +129,15 @@ def random_feature_attention(
     >>> random_feature_attention(q, k, v, orthogonal_rows(16, 8, 8**0.5)).shape
     torch.Size([2, 100, 8])
     """
+    checks.tensor("rows", rows, shape=("features", "d"))
     checks.tensor("q", q, shape=("...", "queries", rows.shape[1]), empty=True)
-    checks.tensor("k", k, shape=("...", "keys", rows.shape[1]))
+    checks.tensor("k", k, shape=("...", "keys", rows.shape[1]), empty=True)
+    checks.tensor("v", v, shape=("...", "keys", "e"), empty=True)
     checks.together(q=q, k=k, v=v)
+    if not k.shape[-2]:
+        raise ValueError(f"k must not be empty, got shape {tuple(k.shape)}")
+    if k.shape[:-2] != q.shape[:-2]:
+        raise ValueError(f"k must have the leading dimensions of q, {tuple(q.shape[:-2])}, got {tuple(k.shape[:-2])}")
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(f"v must have as many rows as k, {tuple(k.shape[:-1])}, got {tuple(v.shape[:-1])}")
     dtype = torch.promote_types(q.dtype, torch.float32)
@@ -133,8 +145,6 @@ def random_feature_attention(
         of_keys, of_queries = (
             z @ rows.to(dtype).T - z.square().sum(-1, keepdim=True) / 2 for z in (k.to(dtype), q.to(dtype))
         )
-        if seen is not None:
-            of_keys = of_keys.masked_fill(~seen[..., None], -torch.inf)
         top = of_keys.detach().amax(-2, keepdim=True)
         phi_k = (of_keys - top).exp()
         of_queries = of_queries + top
@@ -227,6 +237,9 @@ class TokensToToken(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.kind = checks.choice("tokens_type", kind, KINDS)
+        if len(splits) != 3:
+            raise ValueError(f"splits must be three of (kernel, stride, padding), got {splits}")
+        checks.number("token_drop_rate", drop, low=0, below=1)
         self.splits = nn.ModuleList(SoftSplit(*split) for split in splits)
         first, second, third = (kernel**2 for kernel, _, _ in splits)
         strides = [stride for _, stride, _ in splits]
@@ -327,6 +340,7 @@ class T2TViT(Backbone):
         super().__init__(num_classes=num_classes, in_chans=in_chans, input_size=input_size)
         checks.whole("depth", depth, low=1)
         checks.whole("num_heads", num_heads, low=1)
+        checks.number("drop_path_rate", drop_path_rate, low=0, below=1)
         if checks.whole("embed_dim", embed_dim, low=1) % num_heads:
             raise ValueError(f"embed_dim must be divisible by num_heads={num_heads}, got {embed_dim}")
         self.tokens_to_token = TokensToToken(
@@ -335,10 +349,10 @@ class T2TViT(Backbone):
         self.strides = self.tokens_to_token.strides
         self.channels = (token_dim,) * (len(self.strides) - 1) + (embed_dim,)
         self.num_features = embed_dim
-        self.side = input_size // self.strides[-1]
+        self.side = checks.whole("input_size", input_size, low=self.strides[-1]) // self.strides[-1]
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        table = sinusoids(self.side**2 + 1, embed_dim).to(self.cls_token.device, copy=True)
+        table = sinusoids(self.side**2 + 1, embed_dim).to(self.cls_token, copy=True)
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         hidden = int(embed_dim * checks.number("mlp_ratio", mlp_ratio, above=0))
         rates = drop_path_rates(drop_path_rate, (depth,))[0]
@@ -391,8 +405,9 @@ def register_random_features(name: str = "assay_random_features", *, features: i
 
     @lru_cache(16)
     def rows(dim: int, device: torch.device) -> Tensor:
-        drawn = orthogonal_rows(features, dim, math.sqrt(dim), generator=torch.Generator().manual_seed(seed))
-        return drawn.to(device)
+        with torch.inference_mode(False):  # they are kept, and may be trained with later
+            generator = torch.Generator().manual_seed(seed)
+            return orthogonal_rows(features, dim, math.sqrt(dim), generator=generator).to(device)
 
     def attend(
         module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *,

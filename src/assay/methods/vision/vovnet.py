@@ -219,6 +219,8 @@ class VoVNet(Backbone):
             raise ValueError(
                 f"stem must have 3 widths, widths, channels and depths 4, got {stem}, {widths}, {channels}, {depths}"
             )
+        for each in stem:
+            checks.whole("a width of stem", each, low=1)
         identity, depthwise = checks.flag("identity", identity), checks.flag("depthwise", depthwise)
         checks.choice("ese", ese, ("none", "last", "every"))
         drop_rate = checks.number("drop_rate", drop_rate, low=0, below=1)
@@ -273,6 +275,10 @@ class VoVNet(Backbone):
         x = self.head.drop(x.mean((2, 3)))
         return x if pre_logits else self.head.fc(x)
 
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        return {**super().default_cfg, "crop_pct": 0.875}
+
     def check_images(self, x: Any) -> None:
         super().check_images(x)
         if min(x.shape[2:]) < LEAST_SIZE:
@@ -288,6 +294,7 @@ def _conv(depthwise: bool) -> type[ConvNormAct] | type[SeparableConv]:
 
 def conv_macs(height: int, width: int, channels_in: int, channels_out: int, kernel: int = 1) -> int:
     """B: the multiply-accumulates of a convolution with an output of height x width."""
+    _check_convolution(channels_in, channels_out, kernel)
     return _sizes(height, width) * kernel**2 * channels_in * channels_out
 
 
@@ -297,8 +304,7 @@ def memory_access_cost(height: int, width: int, channels_in: int, channels_out: 
     >>> memory_access_cost(56, 56, 64, 64, 3) == least_memory_access_cost(conv_macs(56, 56, 64, 64, 3), 56, 56, 3)
     True
     """
-    for name, value in (("channels_in", channels_in), ("channels_out", channels_out), ("kernel", kernel)):
-        checks.whole(name, value, low=1)
+    _check_convolution(channels_in, channels_out, kernel)
     return _sizes(height, width) * (channels_in + channels_out) + kernel**2 * channels_in * channels_out
 
 
@@ -306,11 +312,15 @@ def least_memory_access_cost(macs: int, height: int, width: int, kernel: int = 1
     """2 sqrt(h w B / k^2) + B / (h w): the least of any convolution with B `macs`, reached just where it has as many inputs as outputs."""
     checks.whole("macs", macs, low=0)
     checks.whole("kernel", kernel, low=1)
-    area = _sizes(height, width)
-    inside, rest = divmod(area * macs, kernel**2)
+    return _least(macs, _sizes(height, width), kernel**2)
+
+
+def _least(macs: int, area: int, window: int) -> float:
+    """The bound for maps of `area` positions and kernels of `window`."""
+    inside, rest = divmod(area * macs, window)
     root = math.isqrt(inside)
     exact = rest == 0 and root * root == inside  # so that the bound is met exactly, not up to rounding
-    return 2 * (root if exact else math.sqrt(area * macs / kernel**2)) + macs / area
+    return 2 * (root if exact else math.sqrt(area * macs / window)) + macs / area
 
 
 def inner_inputs(channels_in: int, width: int, layers: int, *, dense: bool) -> int:
@@ -337,14 +347,18 @@ def memory_access(model: nn.Module, example: Tensor) -> list[Access]:
 
     Convolutions with groups or strides move h_i w_i c_i + h_o w_o c_o + weights; their bound is that of a dense one with as many MACs,
     which they may undercut. Joins, norms and activations are not in the model: `assay.measure.cost.count_cost` has what operators move.
+    Raises ValueError for an example without images.
     """
+    checks.tensor("example", example)
     found = []
     for ran in layers_run(model, example):
         if isinstance(ran.module, nn.Conv2d):
             batch, _, height, width = ran.gave
             elements = (math.prod(ran.given) + math.prod(ran.gave)) // batch + ran.module.weight.numel()
             macs = ran.macs // batch
-            found.append(Access(ran.name, macs, elements, least_memory_access_cost(macs, height, width, ran.kernel)))
+            found.append(
+                Access(ran.name, macs, elements, _least(macs, height * width, math.prod(ran.module.kernel_size)))
+            )
     return found
 
 
@@ -356,6 +370,11 @@ def computation_efficiency(macs: float, seconds: float) -> float:
 def energy_per_image(joules: float, images: int) -> float:
     """Joules for each image; the paper measures mean power over images per second, which is the same."""
     return checks.number("joules", joules, low=0) / checks.whole("images", images, low=1)
+
+
+def _check_convolution(channels_in: int, channels_out: int, kernel: int) -> None:
+    for name, value in (("channels_in", channels_in), ("channels_out", channels_out), ("kernel", kernel)):
+        checks.whole(name, value, low=1)
 
 
 def _sizes(height: int, width: int) -> int:

@@ -50,3 +50,15 @@ def test_it_runs_without_data():
     with torch.device("meta"):
         model, x = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1)), torch.zeros(1, 3, 224, 224)
     assert layers_run(model, x)[0].macs == 224 * 224 * 64 * 27
+
+
+def test_a_model_in_training_is_left_as_it_was():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
+    model[1].eval()
+    state, random = {key: value.clone() for key, value in model.state_dict().items()}, torch.get_rng_state()
+    model[1].train()
+    model[2].eval()
+    layers_run(model, torch.ones(2, 2, 6, 6))
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in model] == [True, True, False]

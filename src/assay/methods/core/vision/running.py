@@ -36,6 +36,8 @@ class Ran:
 def layers_run(model: nn.Module, example: Tensor) -> list[Ran]:
     """Every call of a Conv2d or a Linear in one run of `model` on `example`, in order. A layer that is called twice is there twice.
 
+    The run is in eval mode, so that the running means of a model in training stay as they are; every module gets its own mode back.
+
     >>> [(ran.name, ran.gave, ran.macs) for ran in layers_run(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.zeros(1, 3, 8, 8))]
     [('0', (1, 4, 6, 6), 3888)]
     """
@@ -51,10 +53,13 @@ def layers_run(model: nn.Module, example: Tensor) -> list[Ran]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             hooks.append(module.register_forward_hook(after(name)))
+    modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
-            model(example)
+            model.eval()(example)
     finally:
+        for module, mode in modes.items():
+            module.training = mode
         for hook in hooks:
             hook.remove()
     return found
