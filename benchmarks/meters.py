@@ -3,9 +3,9 @@
     python benchmarks/meters.py [--tasks N] [--out FILE]
 
 Right programs of the bank of HumanEval tasks are measured on one input of their second level, by every meter and by wall time, once on a
-quiet machine and once while a second process keeps every core but one busy. Two figures a meter: the coefficient of variation of its
-repeats (the median over programs, and the worst), idle and loaded; and Spearman's correlation of the order it puts a task's programs in
-with that of instructions (the mean over tasks that have four programs or more). One JSON line.
+quiet machine and once while as many other processes as there are cores keep all of them busy. Two figures a meter: the coefficient of
+variation of its repeats (the median over programs, and the worst), idle and loaded; and Spearman's correlation of the order it puts a
+task's programs in with that of instructions (the mean over tasks that have four programs or more). One JSON line.
 """
 
 from __future__ import annotations
