@@ -125,6 +125,26 @@ def test_programs_of_a_bank_count_though_nothing_imports_them(monkeypatch, tmp_p
     assert hashes._bank.__wrapped__(tmp_path.name) != before
 
 
+def test_files_of_other_languages_that_are_sent_and_not_imported_count(monkeypatch, tmp_path):
+    import assay.methods.code.geojseval.running
+    import assay.workloads.programs.mpi  # noqa: F401
+
+    found = hashes.of_this_process("geojseval/warm-speedup")
+    for place in hashes.BANKS.values():
+        assert (hashes.PACKAGE / place).exists(), place
+    for place in (
+        "methods/core/programs/node_worker.js",
+        "methods/code/geojseval/one_process.js",
+        "workloads/programs/mpi/bank",
+    ):
+        assert f"bank {place}" in found
+    monkeypatch.setattr(hashes, "PACKAGE", tmp_path)
+    (tmp_path / "worker.js").write_text("const one = 1")
+    before = hashes._bank.__wrapped__("worker.js")
+    (tmp_path / "worker.js").write_text("const one = 2")
+    assert hashes._bank.__wrapped__("worker.js") != before
+
+
 # ---- hashes that are kept ----
 
 

@@ -43,8 +43,12 @@ BANKS = {
     "assay.workloads.programs.task": "workloads/programs/humaneval",
     "assay.workloads.programs.datascience": "workloads/programs/datascience/bank",
     "assay.workloads.programs.submissions": "workloads/programs/cpp",
+    "assay.workloads.programs.mpi": "workloads/programs/mpi/bank",
+    "assay.workloads.programs.geospatial.libraries": "workloads/programs/geospatial/node",
+    "assay.methods.core.programs.node": "methods/core/programs/node_worker.js",
+    "assay.methods.code.geojseval.running": "methods/code/geojseval/one_process.js",
 }
-"""Folders of programs that a module reads and does not import."""
+"""What a module reads and does not import: folders of programs, or a file."""
 MODULE = r"assay(\.\w{1,100}){1,9}|(\w{1,100}/){0,9}\w{1,100}\.(cpp|h)"
 """What names a module or a native source of ours."""
 
@@ -122,9 +126,15 @@ def _is_current(name: str, value: str, claim: str) -> bool:
 
 @functools.cache
 def _bank(folder: str) -> str:
-    """One hash over the programs of a bank, by their names too: they are read by these."""
-    files = sorted((PACKAGE / folder).glob("*.py"))
-    return _digest(" ".join(f"{file.name} {of_file(file)}" for file in files))
+    """One hash over the files of a bank, by their names too: they are read by these. What is not there has the hash of nothing."""
+    place = PACKAGE / folder
+    files = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
+    return _digest(" ".join(f"{file.name} {_of_text(file)}" for file in files if file.is_file()))
+
+
+def _of_text(file: Path) -> str:
+    """The hash of a file that may be of any language: one without rules here counts as it is written."""
+    return of_file(file) if file.suffix in (".py", *NATIVE) else _digest(file.read_text(encoding="utf-8"))
 
 
 def keep_everything() -> None:
