@@ -229,6 +229,15 @@ def optimise(
     write: Annotated[bool, typer.Option("--write", help="Write the new program over FILE.")] = False,
     meter: Annotated[str, typer.Option(help="cpu_seconds, operations (CPython's) or peak_bytes.")] = "cpu_seconds",
     minutes: Annotated[float, typer.Option(help="For how long to search; deciding comes on top.")] = 5.0,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|URL",
+            help="A language model that is asked where rules find nothing more: a folder of safetensors, or the address of a server "
+            "that ends with /v1 (ASSAY_API_KEY is its key).",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Answers that the model is asked for, a round.")] = 4,
     seconds: Annotated[float, typer.Option(help="Processor time that one run may take.")] = 10.0,
     memory: Annotated[int, typer.Option(help="MiB that it may hold.")] = 1024,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -238,6 +247,7 @@ def optimise(
     import shutil
 
     from assay.cli.output import print_json, saying
+    from assay.codebench.by_model import model_of
     from assay.codebench.optimise import optimise as search
     from assay.codebench.optimised import document
     from assay.errors import InputError
@@ -252,8 +262,14 @@ def optimise(
         folder = next(one for one in (target.absolute().parent, *target.absolute().parents) if one.exists())
         if target.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
             raise InputError(f"{target} cannot be written: name a file in a folder that you may write to")
+    samples = _whole("--samples", samples)
+    asked = None
+    if model is not None:
+        from assay.cli.serve import checked_keys
+
+        asked = model_of(model, next(iter(checked_keys(None, None)), ""))
     with saying("starting the sandbox") as say:
-        found = search(file, tests, meter=meter, minutes=minutes, limits=limits, say=say)
+        found = search(file, tests, meter=meter, minutes=minutes, limits=limits, model=asked, samples=samples, say=say)
     for target in [one for one in (output, file if write else None) if one is not None]:
         if target is file and found.found and file.read_bytes() != found.original.encode():
             raise InputError(f"{file} was changed during the search, and is left as it is: give the command again")
@@ -287,6 +303,8 @@ def _print_optimised(found: Any) -> None:
         tell(f"inputs     {one.name}: {costs}, {one.ratio.median:.3g}x ({spread}): {one.verdict}")
     tried = f"{found.candidates} candidates tried" + "".join(f", {count} {why}" for why, count in found.refused.items())
     tell(f"search     {tried}")
+    if found.model is not None:
+        tell(f"model      {_asked(found.model)}")
     if not found.found:
         tell(f"result     {found.why}")
         return
@@ -305,6 +323,13 @@ def _print_optimised(found: Any) -> None:
     )
     if dearer := [one.name for one in found.classes if one.verdict == "dearer"]:
         tell(f"but        dearer on {'; '.join(dearer)}")
+
+
+def _asked(model: Any) -> str:
+    named = f"{model.name} ({model.fingerprint})" if model.fingerprint else model.name
+    tokens = "tokens that nobody counted" if model.tokens is None else f"{model.tokens:,} tokens"
+    trouble = f"; {model.trouble}" if model.trouble else ""
+    return f"{named}: {model.questions} questions, {tokens}, {model.seconds:.3g} s{trouble}"
 
 
 def _print_measured(found: Any, meters: list[str]) -> None:

@@ -286,10 +286,17 @@ class Observer:
 
     def does(self, source: str, calls: Sequence[Call]) -> tuple[list[list[str]], dict[str, str]] | None:
         """What a version does on calls, one after another in one process, and its global variables at the end: texts to be compared, or
-        what they hash to. None where it meets a limit."""
+        what they hash to. None where it meets a limit, or tells something else."""
         given = [(call.function, call.args, dict(call.kwargs)) for call in calls]
         [[outcome]] = self.workers.run(source.rstrip("\n") + "\n" + OBSERVER, "_assay_observed", [(given,)])
-        return None if outcome.state != "returned" else (outcome.value[0], outcome.value[1])
+        return (outcome.value[0], outcome.value[1]) if _is_told(outcome.value, len(calls)) else None
+
+
+def _is_told(value: Any, calls: int) -> bool:
+    """Whether a value is what the observer says: a program beside it could have put something else in its place."""
+    if not isinstance(value, list) or len(value) != 2 or not isinstance(value[1], dict):
+        return False
+    return isinstance(value[0], list) and len(value[0]) == calls and all(isinstance(one, list) for one in value[0])
 
 
 def alike(

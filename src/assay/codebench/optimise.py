@@ -3,10 +3,12 @@
     found = optimise(Path("mine.py"), Path("test_mine.py"))
     print(found.diff)
 
-Candidates are edits of `methods.core.programs.rewriting`, those of the hottest lines first, and the bank's expert programs for functions
-that resemble one of its tasks. Each must do what the program did on the calls that the tests make and on inputs made of those, and be
-cheaper beyond noise; they are accepted one after another. Half of the made inputs are kept back: only they decide, at the end, whether the
-result is handed over and by how much it is cheaper.
+Candidates are edits of `methods.core.programs.rewriting`, those of the hottest lines first, the bank's expert programs for functions
+that resemble one of its tasks, and, where those find nothing more and a model is given, what it proposes. Each must do what the program did
+on the calls that the tests make and on inputs made of those, and be cheaper beyond noise; they are accepted one after another. Half of the
+made inputs are kept back: only they decide, at the end, whether the result is handed over and by how much it is cheaper.
+
+A program that a model had a hand in is judged and costed by `outside` before anything that shares an interpreter with it is believed.
 """
 
 from __future__ import annotations
@@ -17,16 +19,18 @@ import statistics
 import time
 import tokenize
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from assay import checks
-from assay.codebench import retrieval
+from assay.codebench import by_model, retrieval
 from assay.codebench.behaviour import COSTER, Call, Observer, Recorded, Suite, alike, fails, hottest, record
 from assay.codebench.costs import EXACT, PAIRS, _ratio, _sandbox
 from assay.codebench.optimised import Class, Optimised, Step, lines_of
+from assay.codebench.outside import Outside
 from assay.codebench.variations import grown, shape, size, text, varied
 from assay.errors import InputError
 from assay.measure.stats import Interval
@@ -67,6 +71,8 @@ PLUGINS = (
 )
 """What pytest says where a plugin is missing, which it looks for in all packages: that takes seconds each time."""
 Say = Callable[[str], None]
+Proposal = tuple[str, int, str, str]
+"""A rule, a line, the program, and why."""
 
 
 def optimise(
@@ -77,9 +83,12 @@ def optimise(
     minutes: float = 5.0,
     limits: Limits | None = None,
     seed: int = 0,
+    model: by_model.Model | None = None,
+    samples: int = 4,
     say: Say = lambda _: None,
 ) -> Optimised:
-    """Search for a cheaper program that does the same; see the module.
+    """Search for a cheaper program that does the same; see the module. A `model` is asked for `samples` proposals a round, until a round
+    brings nothing.
 
     `tests` is a file of pytest that imports `file` by its name. What must stay the same: what is returned (types, order, and which objects
     are one), arguments and global variables afterwards, what is printed, and the type of an exception. Raises InputError where the tests
@@ -89,7 +98,12 @@ def optimise(
     """
     if meter not in METERS or meter == "instructions":
         raise InputError(f"--meter must be one of cpu_seconds, operations, peak_bytes, got {meter!r}")
+    if model is not None and meter != "cpu_seconds":
+        raise InputError(
+            f"--meter must be cpu_seconds with --model, got {meter!r}: by others a model's program could choose its own figures"
+        )
     checks.number("minutes", minutes, above=0)
+    checks.whole("samples", samples, low=1)
     source = _read(file)
     if not tests.is_file():
         raise InputError(f"--tests must be a file of tests for pytest, got {tests}")
@@ -101,6 +115,8 @@ def optimise(
         source,
         meter,
         limits or Limits(cpu_seconds=10, wall_seconds=50, memory_mib=1024, output_bytes=64 * 2**20),
+        model,
+        samples,
     )
     try:
         return search.run(time.monotonic() + 60 * minutes, seed, say)
@@ -138,14 +154,30 @@ class _Batch:
 
 
 class _Search:
-    def __init__(self, file: Path, tests: Path, source: str, meter: str, limits: Limits) -> None:
+    def __init__(
+        self,
+        file: Path,
+        tests: Path,
+        source: str,
+        meter: str,
+        limits: Limits,
+        model: by_model.Model | None = None,
+        samples: int = 1,
+    ) -> None:
         self.file, self.tests, self.source, self.meter, self.limits = file, tests, source, meter, limits
+        self.model, self.samples = model, samples
         self.suite = Suite(tests, file.name)
         self.sandbox: Sandbox = _sandbox(limits)
         self.suite_limits = replace(limits, cpu_seconds=600, wall_seconds=600, memory_mib=max(limits.memory_mib, 4096))
         self.observer = Observer(self.sandbox, limits)
         self.costs = Workers(meter, limits=limits, sandbox=self.sandbox)
-        self.refused: Counter[str] = Counter()
+        self.outside = Outside(source, self.costs, limits)
+        self.apart = False
+        """Whether what is judged and costed now is a stranger's program in part."""
+        self.by_rules: tuple[str, tuple[Step, ...]] | None = None
+        """What there was before the first step of a model."""
+        self.refused: list[tuple[str, str]] = []
+        """What candidates failed, in words that are counted, and all that is known of it."""
         self.candidates = 0
 
     def close(self) -> None:
@@ -193,29 +225,47 @@ class _Search:
             self.source,
             functions={name: _shapes(seen.calls, name) for name in names},
             left_out=dict(left_out),
+            model=self.model.asked if self.model is not None else None,
         )
         program, steps = self._greedy(seen, [*asked, *searched, *dear], _costing([*searched, *dear]), until, say)
         if not steps:
             early = " in the time there was: give more --minutes" if time.monotonic() > until else ""
             return self._nothing(told, f"nothing found that is cheaper beyond noise{early}")
         say("deciding by what was kept back")
-        kept = self._small(made[1::2], names)
-        if wrong := self._wrong(program, [*kept, *kept_dear]):
+        kept = [*self._small(made[1::2], names), *kept_dear]
+        tested = {
+            "calls of the tests": known,
+            "made inputs": _count([*searched, *dear]),
+            "kept back": _count(kept),
+        }
+        found = self._handed_over(told, program, steps, kept, tested, say)
+        if not found.found and self.by_rules is not None and self.model is not None:
+            self.model.asked.trouble = f"what it wrote was left out: {found.why}"
+            self.apart = False
+            found = self._handed_over(told, *self.by_rules, kept, tested, say)
+        return found
+
+    def _handed_over(
+        self,
+        told: Optimised,
+        program: str,
+        steps: Sequence[Step],
+        kept: Sequence[_Batch],
+        tested: Mapping[str, int],
+        say: Say,
+    ) -> Optimised:
+        """The result, if what was kept back speaks for it."""
+        if wrong := self._differs(program, kept):
             return self._nothing(
                 told, f"nothing handed over: what was found did something else on an input that was kept back, {wrong}"
             )
         if fails(self.sandbox, self.suite, program, self.suite_limits):
             return self._nothing(told, "nothing handed over: the tests do not pass on what was found")
-        ratio, classes = self._decided(program, _costing([*kept, *kept_dear]), say)
+        ratio, classes = self._decided(program, _costing(kept), say)
         if ratio.low <= 1:
             return self._nothing(
                 replace(told, classes=classes), "nothing found that is cheaper beyond noise on what was kept back"
             )
-        tested = {
-            "calls of the tests": known,
-            "made inputs": _count([*searched, *dear]),
-            "kept back": _count([*kept, *kept_dear]),
-        }
         return replace(
             told,
             program=program,
@@ -224,11 +274,14 @@ class _Search:
             classes=classes,
             tested=tested,
             candidates=self.candidates,
-            refused=dict(self.refused),
+            refused=self._counted(),
         )
 
     def _nothing(self, told: Optimised, why: str) -> Optimised:
-        return replace(told, why=why, candidates=self.candidates, refused=dict(self.refused))
+        return replace(told, why=why, candidates=self.candidates, refused=self._counted())
+
+    def _counted(self) -> dict[str, int]:
+        return dict(Counter(what for what, _ in self.refused))
 
     # ----------------------------------------------------------------------------------------------------------------- inputs
 
@@ -320,30 +373,45 @@ class _Search:
         again = True
         while again and time.monotonic() < until:
             again = False
-            for rule, line, candidate, why in self._proposals(program, heat, observed, first=not steps):
+            rules = self._proposals(program, heat, observed, first=not steps)
+            for rule, line, candidate, why in chain(rules, self._asked(program, seen, costing, until, say)):
                 if candidate in tried or time.monotonic() > until:
                     continue
                 tried.add(candidate)
                 self.candidates += 1
                 say(f"line {line}: {rule}")
-                if self._wrong(candidate, batches):
-                    self.refused["does something else"] += 1
+                strange = any(step.by_model for step in steps)
+                self.apart = strange or rule == by_model.MODEL
+                ratio = self._gained(program, candidate, batches, costing)
+                if ratio is None:
                     continue
-                ratio = self._ratio(program, candidate, costing)
-                if ratio is None or ratio.low <= 1:
-                    self.refused["not cheaper beyond noise"] += 1
-                    continue
-                if fails(self.sandbox, self.suite, candidate, self.suite_limits):
-                    self.refused["the tests fail"] += 1
-                    continue
+                if self.apart and steps and not strange:
+                    self.by_rules = program, tuple(steps)
                 program, again = candidate, True
-                steps.append(Step(rule, line, why, ratio))
+                steps.append(Step(rule, line, why, ratio, rule == by_model.MODEL))
                 break
+        self.apart = any(step.by_model for step in steps)
         return program, steps
+
+    def _gained(
+        self, program: str, candidate: str, batches: Sequence[_Batch], costing: Mapping[str, list[Call]]
+    ) -> Interval | None:
+        """How much cheaper a candidate is; None, and the reason in `refused`, where it is not or does something else."""
+        if wrong := self._differs(candidate, batches):
+            self.refused.append(("does something else", wrong))
+            return None
+        ratio = self._ratio(program, candidate, costing)
+        if ratio is None or ratio.low <= 1:
+            self.refused.append(("not cheaper beyond noise", "it is not faster, beyond what differs from run to run"))
+            return None
+        if why := fails(self.sandbox, self.suite, candidate, self.suite_limits):
+            self.refused.append(("the tests fail", f"the tests fail: {_first_failure(why)}"))
+            return None
+        return ratio
 
     def _proposals(
         self, program: str, heat: Counter[str], observed: Mapping[str, list[tuple[Any, ...]]], *, first: bool
-    ) -> list[tuple[str, int, str, str]]:
+    ) -> list[Proposal]:
         lines = lines_of(program)
         found = []
         for edit in edits(program, observed=observed):
@@ -359,8 +427,38 @@ class _Search:
                 ]
         return proposals
 
+    def _asked(
+        self, program: str, seen: Recorded, costing: Mapping[str, list[Call]], until: float, say: Say
+    ) -> Iterator[Proposal]:
+        """What the model makes of the hottest function, one after another: each is judged before the next is asked for."""
+        if self.model is None or not costing:
+            return
+        if blind := self.outside.blind(costing):
+            self.model.asked.trouble = (
+                f"not asked: what {blind} returns is no plain value, which cannot be judged outside of the sandbox"
+            )
+            return
+        profile = by_model.profiled(program, costing, self.costs, self.limits)
+        node = by_model.hottest(program, profile)
+        if node is None:
+            return
+        calls = [call for call in (*seen.calls, *seen.inner) if call.function == node.name]
+        proposed = by_model.proposals(
+            self.model, program, node.name, profile, calls, self.refused, samples=self.samples, until=until, say=say
+        )
+        for candidate in proposed:
+            yield by_model.MODEL, node.lineno, candidate, f"the model {self.model.asked.name!r} wrote {node.name}"
+
+    def _differs(self, program: str, batches: Sequence[_Batch]) -> str:
+        """The first call on which a version does something else, judged outside first where it is a stranger's."""
+        if self.apart:
+            for call in (call for batch in batches for call in batch.calls):
+                if wrong := self.outside.wrong(program, call):
+                    return wrong
+        return self._wrong(program, batches)
+
     def _wrong(self, program: str, batches: Sequence[_Batch]) -> str:
-        """The first call on which a version does something else."""
+        """The same by what the observer sees."""
         for batch in batches:
             at = alike(batch.does, self.observer.does(program, batch.calls))
             if at is not None:
@@ -378,15 +476,19 @@ class _Search:
         for calls in groups.values():
             costs = [0.0, 0.0]
             for which in (1, 0) if turned else (0, 1):
-                text = programs[which] + COSTER.format(name=calls[0].function)
-                [[outcome]] = self.costs.run(
-                    text, "_assay_cost", [([(call.args, dict(call.kwargs)) for call in calls],)]
-                )
-                if outcome.cost is None:
+                cost = self._cost(programs[which], calls)
+                if cost is None:
                     return None
-                costs[which] = float(outcome.cost)
+                costs[which] = cost
             found.append((costs[0], costs[1]))
         return found
+
+    def _cost(self, program: str, calls: Sequence[Call]) -> float | None:
+        if self.apart:
+            return self.outside.cost(program, calls)
+        text = program + COSTER.format(name=calls[0].function)
+        [[outcome]] = self.costs.run(text, "_assay_cost", [([(call.args, dict(call.kwargs)) for call in calls],)])
+        return None if outcome.cost is None else float(outcome.cost)
 
     def _ratio(self, before: str, after: str, groups: Mapping[str, list[Call]]) -> Interval | None:
         totals: list[tuple[float, float]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,23 @@ class Step:
     line: int
     why: str
     ratio: Interval
+    by_model: bool = False
+
+
+@dataclass
+class Asked:
+    """A model, and what asking it took so far: questions, tokens of questions and answers (None where nobody counted them), seconds.
+
+    `fingerprint` is a hash of its files, known once it was asked; `trouble` says why it was not asked, or not any more, or why
+    nothing of it was taken in the end.
+    """
+
+    name: str
+    fingerprint: str = ""
+    questions: int = 0
+    tokens: int | None = 0
+    seconds: float = 0.0
+    trouble: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,7 +61,7 @@ class Optimised:
 
     `refused` counts candidates by what they failed; `tested` the inputs on which the result did what the program did: calls of the tests,
     made inputs that the search used, and those that were kept back; `left_out` counts the calls of the tests that could not be compared, by
-    function.
+    function. `model` is the one that was given.
     """
 
     file: str
@@ -60,6 +77,7 @@ class Optimised:
     left_out: Mapping[str, int] = field(default_factory=dict)
     candidates: int = 0
     refused: Mapping[str, int] = field(default_factory=dict)
+    model: Asked | None = None
 
     @property
     def found(self) -> bool:
@@ -68,10 +86,13 @@ class Optimised:
 
     @property
     def diff(self) -> str:
-        """The result as a unified diff; empty where nothing was found."""
+        """The result as a unified diff; empty where nothing was found. What a model wrote is said above it, where `patch` reads nothing."""
         old, new = map(lines_of, (self.original, self.program))
         lines = difflib.unified_diff(old, new, f"a/{Path(self.file).name}", f"b/{Path(self.file).name}")
-        return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
+        marks = [f"# line {step.line}: {step.why}\n" for step in self.steps if step.by_model]
+        return "".join(
+            line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in (*marks, *lines)
+        )
 
 
 def lines_of(text: str) -> list[str]:
@@ -94,7 +115,10 @@ def document(found: Optimised) -> dict[str, Any]:
         "why": found.why,
         "meter": found.meter,
         "ratio": of(found.ratio),
-        "steps": [{"rule": one.rule, "line": one.line, "why": one.why, "ratio": of(one.ratio)} for one in found.steps],
+        "steps": [
+            {"rule": one.rule, "line": one.line, "why": one.why, "ratio": of(one.ratio), "by_model": one.by_model}
+            for one in found.steps
+        ],
         "classes": [
             {
                 "inputs": one.name,
@@ -111,6 +135,7 @@ def document(found: Optimised) -> dict[str, Any]:
         "left_out": dict(found.left_out),
         "candidates": found.candidates,
         "refused": dict(found.refused),
+        "model": None if found.model is None else asdict(found.model),
         "diff": found.diff,
         "program": found.program,
     }
