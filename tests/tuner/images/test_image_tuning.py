@@ -110,6 +110,8 @@ def in_process(monkeypatch):
             value = json.loads(json.dumps(getattr(child, name)(**kwargs)))
         except Exception as error:  # what a child's reply would say
             return ChildResult("failed", None, f"{type(error).__name__}: {error}", 0.0, 0, 0.0)
+        if name == "survey":  # what is tried must not hang on how busy this machine is
+            value["seconds"] = 0.01
         peak = 2**30 - (2**28 if kwargs.get("recipe", {}).get("steps") else 0)
         return ChildResult("ok", value, "", 0.1, peak, 0.0)
 
