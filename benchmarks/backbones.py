@@ -66,13 +66,6 @@ WIDTH, HEADS, WINDOW = 96, 3, 7  # of the third panel: Swin-T's first stage
 # ------------------------------------------------------------------------------------------------------------------ the networks
 
 
-def resnet50() -> nn.Module:
-    """ResNet-50 of transformers."""
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    return Logits(ResNetForImageClassification(ResNetConfig(num_labels=1000)))  # type: ignore[call-arg]
-
-
 def vit_small() -> nn.Module:
     """ViT-S/16 of transformers, with torch's fused attention."""
     from transformers import ViTConfig, ViTForImageClassification
@@ -101,7 +94,7 @@ NAMES = {
 }
 RIVALS: dict[str, Make] = {
     "resnet18": resnet,
-    "resnet50": resnet50,
+    "resnet50": vovnet.resnet50,
     "mobilenet_v2": mobilenet,
     "vit_small_16": vit_small,
 }
