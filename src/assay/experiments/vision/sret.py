@@ -79,7 +79,7 @@ def steps_of(arm: str, steps: int) -> int:
     return round(steps * _work_of_recursion()) if arm == LONGER else steps
 
 
-@searched(RATES, arms=tuple(SETTINGS), grid=(1e-3, 3e-3, 1e-2, 3e-2))
+@searched(RATES, arms=tuple(SETTINGS), grid=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1))
 def rate_score(arm: str, rate: float) -> float:
     """The share of wrong crops of the part for choices."""
     return error_for_choice(partial(make, arm), rate, steps_of(arm, STEPS), size=SIDE)
