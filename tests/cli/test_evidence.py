@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 sys.path.insert(0, str(Path(__file__).parents[1] / "evidence"))
 
 from evidence_maker import estimate, make
+from tuned_maker import image_line, image_run
+from tuned_maker import run as tuned_run
 
 from assay.cli.evidence import app
 from assay.cli.main import main
@@ -195,3 +197,70 @@ def test_stale_lists_what_to_measure_again(tmp_path, monkeypatch):
     text = run("stale")
     assert "it was made before records held hashes" in text.stdout
     assert "1 of the shipped claims are stale" in text.stderr
+
+
+# Runs of `assay tune` --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_runs(filled):
+    runs = [tuned_run(minutes=-10), image_run(minutes=9)]
+    with Store() as store:
+        store.add_runs(runs)
+    return runs
+
+
+def test_runs_are_listed_after_the_records(with_runs):
+    found = json.loads(run("list", "--json").stdout)
+    assert [(one["id"], one["kind"], one["word"]) for one in found["runs"]] == [
+        (with_runs[0].id, "language", "proven"),
+        (with_runs[1].id, "images", "proven"),
+    ]
+    assert len(found["evidence"]) == 3
+    text = run("list").stdout
+    assert "assay tune, my-classifier, latency: proven" in text
+    assert "2x [1.9, 2.1] what is free; accuracy 79.6 % of 400 pictures" in text
+    assert "perplexity (prefill) +0.50 % [0.30, 0.70]" in text
+    for words in (("--slug", "toy"), ("--status", "timeout")):
+        assert json.loads(run("list", "--json", *words).stdout)["runs"] == []
+
+
+def test_the_newest_are_of_both(with_runs):
+    found = json.loads(run("list", "--json", "--last", "2").stdout)
+    assert [one["id"] for one in found["evidence"]] == [RECORDS[2].id]
+    assert [one["id"] for one in found["runs"]] == [with_runs[1].id]
+
+
+def test_a_run_is_shown_whole(with_runs):
+    language, images = with_runs
+    text = run("show", images.id[:10]).stdout
+    for words in (
+        "my-classifier (resnet)",
+        "latency; 670 pictures of my-pictures, 400 of them for the proof",
+        "2 ms a picture [1.8, 2.2]",
+        "1 point allowed: holds",
+        "Run CPU, 2 threads (mine)",
+    ):
+        assert words in text
+    assert "prompts of 4,096 tokens, 32 generated" in run("show", language.id).stdout
+    shown = json.loads(run("show", images.id, "--json").stdout)
+    assert (shown["pictures"]["total"], len(shown["rows"]), shown["changed"]) == (670, 5, [])
+
+
+def test_runs_are_exported_and_imported_with_the_records(with_runs, tmp_path, monkeypatch):
+    file = tmp_path / "e.jsonl"
+    assert json.loads(run("export", file, "--json").stdout) == {"exported": 3, "file": str(file), "runs": 2}
+    assert run("export", "-").stdout == file.read_text()
+    assert "3 records and 2 runs of assay tune written" in run("export", file).stdout
+    monkeypatch.setenv("ASSAY_DATA_DIR", str(tmp_path / "another"))
+    assert json.loads(run("import", file, "--json").stdout)["added"] == 5
+    assert [one["id"] for one in json.loads(run("list", "--json").stdout)["runs"]] == [one.id for one in with_runs]
+    folder = tmp_path / "mlruns"
+    assert json.loads(run("export", folder, "--to", "mlflow", "--json").stdout) == {"exported": 3, "file": str(folder)}
+
+
+def test_the_evidence_of_an_image_artefact_is_imported(tmp_path):
+    file = tmp_path / "evidence.jsonl"
+    file.write_text(json.dumps(image_line()) + "\n")
+    assert run("import", file).stdout == "1 record added, 0 known already\n"
+    assert "my-classifier" in run("list").stdout

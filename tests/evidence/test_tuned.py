@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from evidence_maker import make
-from tuned_maker import MODULES, TRIED, lines, row, run
+from tuned_maker import IMAGES_TRIED, MODULES, TRIED, image_line, image_run, lines, row, run
 
 from assay.errors import InputError
 from assay.evidence import hashes, shipped, tuned
-from assay.evidence.store import Store
+from assay.evidence.reading import read_file
+from assay.evidence.store import Store, merge_jsonl, tuned_table, write_jsonl
+
+GOLDEN = "ed0988bd4d05901a4c47f4d6b9cd0540"  # the id of `run(fresh=False)`
 
 
 def test_a_run_is_what_its_lines_say():
@@ -239,3 +242,150 @@ def test_the_authors_runs_can_be_read():
     assert len(found) > 1
     assert not any(one.proven for one in found if not one.verdict)
     assert any(pair.joint is not None and pair.expected is not None for one in found for pair in tuned.pairs(one))
+
+
+# Image classifiers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_of_an_image_classifier_is_what_its_line_says(tmp_path):
+    found = image_run()
+    assert (found.kind, found.format, found.goal, found.architecture) == ("images", 2, "latency", "resnet")
+    assert tuned.label(found.steps) == "fold_batch_norm + int8_convolutions + channels_last"
+    assert (found.metric, found.drop, found.drop_low, found.drop_high) == ("accuracy", 0.004, -0.002, 0.008)
+    assert (found.pictures.total, found.pictures.proof, found.pictures.same) == (670, 400, 0.97)
+    assert (found.best.value, found.best.unit, found.over_free.low, found.over_exact) == (
+        2.0,
+        "ms a picture",
+        1.9,
+        None,
+    )
+    assert [row.cost for row in found.rows] == [*IMAGES_TRIED.values(), None]
+    assert found.rows[1].ratio.median == 1.5
+    assert len(found.rows[-1].error) == 500
+    assert (found.fingerprint, found.machine["cpu"], found.machine["cores"]) == ("mine", "Run CPU", 2)
+    assert found.proven
+    assert (
+        tuned.lost_text(found) == "accuracy 79.6 % of 400 pictures, 80.0 % as loaded, lost +0.40 points [-0.20, 0.80]"
+    )
+    again = tuned.parse(found.to_json())
+    assert again == found
+    assert again.id == found.id != image_run(minutes=1).id
+    assert run().kind == "language"
+    file = tmp_path / "evidence.jsonl"
+    file.write_text(json.dumps(image_line()) + "\n")
+    assert tuned.read(file) == found
+    pairs = {tuple(step.transform for step in pair.steps): pair for pair in tuned.pairs(found)}
+    assert pairs["int8_convolutions", "channels_last"].joint.median == pytest.approx(3.0)
+    assert len(pairs) == 3
+
+
+def test_a_run_of_a_language_model_is_as_it_was_before_there_were_images():
+    """Its line and its id: rows of an older store are found again, and an older assay reads new ones."""
+    line = run(fresh=False).to_json()
+    assert json.loads(line)["format"] == 1
+    assert "pictures" not in line
+    assert tuned.parse(line).id == GOLDEN
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda line: line.pop("goal"), "KeyError: 'goal'"),
+        (lambda line: line.update(quality=None), "TypeError"),
+        (lambda line: line.update(recipe=[]), "TypeError"),
+        (lambda line: line["quality"].update(candidate=1.5), "pictures.candidate"),
+        (lambda line: line["quality"].update(pictures=0), "pictures.proof"),
+        (lambda line: line.update(unfit=["x"]), "pictures.unfit"),
+        (lambda line: line["rows"][0].update(cost=-1.0), "rows.0.cost"),
+        (lambda line: line["rows"][0].update(kind="winner"), "rows.0.row"),
+        (lambda line: line["rows"].extend([line["rows"][0]] * 1001), "rows"),
+        (lambda line: line.update(speedup={"median": 3, "low": 4, "high": 5}), "over_baseline"),
+        (lambda line: line.update(machine={}), "KeyError: 'fingerprint'"),
+    ],
+)
+def test_a_line_that_is_no_run_of_images_is_refused_by_name(change, says):
+    line = image_line()
+    change(line)
+    with pytest.raises(InputError, match=says) as caught:
+        tuned.of_lines([line], "the file")
+    assert str(caught.value).startswith("the file: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"prompt_tokens": 4, "new_tokens": 4}, {"pictures": None}, {"format": 1}, {"format": 3}],
+)
+def test_the_two_kinds_do_not_mix(changes):
+    document = json.loads(image_run().to_json()) | changes
+    del document["id"]
+    with pytest.raises(InputError, match="format"):
+        tuned.parse(json.dumps(document))
+
+
+def test_a_language_run_without_its_lengths_is_none():
+    document = json.loads(run().to_json())
+    del document["id"], document["new_tokens"]
+    with pytest.raises(InputError, match="has prompt_tokens and new_tokens"):
+        tuned.parse(json.dumps(document))
+
+
+def test_options_are_stale_when_their_code_changes_and_those_of_torch_with_the_packages(monkeypatch):
+    found = image_run()
+    assert tuned.changes(found) == set()
+    assert tuned.word_of(found, tuned.changes(found)) == "proven"
+    assert tuned.changes(image_run(fresh=False)) == {"fold_batch_norm", "int8_convolutions", "channels_last"}
+    now = hashes.of_closure
+    monkeypatch.setattr(hashes, "of_closure", lambda name: "other" if name.endswith("int8_conv") else now(name))
+    assert tuned.changes(found) == {"int8_convolutions"}
+    assert tuned.word_of(found, tuned.changes(found)) == "stale"
+    monkeypatch.setattr(hashes, "versions", lambda: {"package torch": "0"})
+    assert "channels_last" in tuned.changes(found)
+
+
+def test_the_store_keeps_both_kinds_and_takes_them_from_a_file(url, tmp_path):
+    first, second = run(), image_run()
+    file = tmp_path / "all.jsonl"
+    write_jsonl([make()], file, [first, second])
+    with Store(url) as store:
+        assert (store.import_jsonl(file).added, store.import_jsonl(file).known) == (3, 3)
+        assert store.runs() == [first, second]
+        assert store.find(second.id[:6]) == second
+        with pytest.raises(InputError, match="and no record"):
+            store.get(second.id)
+        assert store.read_runs(last=1).runs == (second,)
+    merge_jsonl([make(seed=1)], file)
+    assert read_file(file).runs == (first, second)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"run": {"format": 3}}', "newer assay"),
+        ('{"run": 7}', "must be a JSON object"),
+        ('{"run": {}, "more": 1}', "holds nothing else"),
+        ('{"run": ', "not JSON"),
+        ('{"run": ' + "[" * 9000, "not JSON"),
+        ('{"run": {"model": NaN}}', "model"),
+    ],
+)
+def test_a_file_with_a_damaged_run_is_refused_whole(line, says, tmp_path):
+    file = tmp_path / "all.jsonl"
+    write_jsonl([make()], file, [image_run()])
+    file.write_text(file.read_text() + line + "\n")
+    assert says in read_file(file).damaged[0].why
+    with Store(f"sqlite:///{tmp_path / 'e.db'}") as store:
+        with pytest.raises(InputError, match="line 3"):
+            store.import_jsonl(file)
+        assert (store.count(), store.runs()) == (0, [])
+
+
+def test_a_damaged_run_of_the_store_stands_in_nobodys_way(tmp_path):
+    with Store(f"sqlite:///{tmp_path / 'e.db'}") as store:
+        store.add_runs([image_run()])
+        with store._begin(write=True) as connection:
+            connection.execute(sa.insert(tuned_table).values(id="bad0", fingerprint="x", run='{"format": 2}'))
+        assert store.runs() == [image_run()]
+        [damaged] = store.read_runs().damaged
+        assert damaged.where == "run 2 of the store, id bad0"
+        assert store.find("bad") == damaged

@@ -93,3 +93,81 @@ def lines(tried=None, *, best=("dtype", "fp8_vs_int8", "xattention"), minutes=0,
 def run(tried=None, *, rows=(), **changes):
     """The run itself; `rows` are further lines."""
     return tuned.of_lines([*lines(tried, **changes), *rows])
+
+
+# Image classifiers ---------------------------------------------------------------------------------------------------------
+
+FOLDED, LAST, ROUNDED = "fold_batch_norm", "channels_last", "int8_convolutions"
+OPTION_MODULES = {
+    FOLDED: "assay.methods.core.vision.folding",
+    ROUNDED: "assay.methods.core.vision.int8_conv",
+    LAST: "",  # torch's own
+}
+IMAGES_TRIED = {(): 0.008, (FOLDED,): 0.006, (FOLDED, LAST): 0.004, (FOLDED, ROUNDED, LAST): 0.002}
+
+
+def options(*names):
+    return [{"option": name, "config": {}} for name in names]
+
+
+def image_line(*, minutes=0, fresh=True, quality=None, **changes):
+    """The one line of a run of an image classifier that proved its best recipe, twice what is free; one option failed."""
+
+    def level(value, *names):
+        return {"label": " + ".join(names) or "as loaded", "words": "x", "unit": "ms a picture", "value": value,
+                "low": 0.9 * value, "high": 1.1 * value}  # fmt: skip
+
+    def tried(names, cost, **more):
+        kind = "baseline" if not names else "candidate" if ROUNDED in names else "free"
+        ratio = None if kind == "baseline" else {"median": 1.5, "low": 1.4, "high": 1.6}
+        return {"kind": kind, "label": "x", "words": "x", "status": "ok", "cost": cost, "samples": [cost] * 5, "ratio": ratio,
+                "lost": 0.0 if kind == "baseline" else 0.0025, "kept": True, "error": "", "recipe": options(*names)} | more  # fmt: skip
+
+    best = (FOLDED, ROUNDED, LAST)
+    failed = {"status": "failed", "samples": [], "ratio": None, "lost": None, "error": "x" * 900}
+    line = {
+        "kind": "images",
+        "goal": "latency",
+        "model": "my-classifier",
+        "workload": "my-pictures",
+        "max_drop": 0.01,
+        "helped": True,
+        "recipe": {"kind": "images", "format": 1, "goal": "latency", "architecture": "resnet", "steps": options(*best)},
+        "baseline": level(8.0),
+        "free_baseline": level(4.0, FOLDED, LAST),
+        "best": level(2.0, *best),
+        "speedup": {"median": 4.0, "low": 3.9, "high": 4.1},
+        "speedup_vs_free": {"median": 2.0, "low": 1.9, "high": 2.1},
+        "quality": {
+            "metric": "accuracy", "pictures": 400, "baseline": 0.8, "candidate": 0.796, "lost": 0.004, "low": -0.002, "high": 0.008,
+            "level": 0.95, "verdict": "holds", "same": 0.97,
+        } | (quality or {}),
+        "judged": {"label": "x", "verdict": "holds"},
+        "pairs": 9,
+        "noisy": False,
+        "trend": False,
+        "pictures": 670,
+        "unfit": {"merge_tokens": "tokens can be merged in ViT <b>alone</b>"},
+        "rows": [
+            *(tried(names, cost) for names, cost in IMAGES_TRIED.items()),
+            tried((FOLDED, ROUNDED), None, **failed),
+        ],
+        "notes": [],
+        "seconds": 60.0,
+        "minutes": 1.0,
+        "machine": {"cpu": "Run CPU", "cores": 2, "threads": 2, "flags": ["avx2", "fma"], "ram_bytes": 2**32, "fingerprint": "mine"},
+        "artefact": "out",
+        "report": "out/report.html",
+        "command": "assay tune my-classifier --goal latency -o out",
+        "commit": "c0ffee",
+        "created": (START + timedelta(minutes=minutes)).isoformat(),
+        "load": 0.1,
+    }  # fmt: skip
+    if fresh:
+        line |= tuned.code_of(OPTION_MODULES)
+    return line | changes
+
+
+def image_run(**changes):
+    """The run itself."""
+    return tuned.of_lines([image_line(**changes)])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
+
+if TYPE_CHECKING:
+    from assay.evidence.record import Evidence
+    from assay.evidence.tuned import TuneRun
 
 app = typer.Typer(help="The store of what was measured.", no_args_is_help=True)
 
@@ -22,9 +26,12 @@ def list_evidence(
     last: Annotated[int | None, typer.Option(min=1, help="Only so many of the newest.")] = None,
     json: Json = False,
 ) -> None:
-    """List records, oldest first."""
+    """List records, oldest first, then runs of `assay tune`, which are left out where a paper, a claim, a scale, a verdict or a status is
+    asked for."""
     from assay.cli.output import print_json, wrapped
     from assay.errors import InputError
+    from assay.evidence import tuned
+    from assay.evidence.reading import Reading
     from assay.evidence.report import documented, estimate_text, point_text, verdict_text
     from assay.evidence.store import Store
     from assay.evidence.types import Scale, Status, Verdict
@@ -33,19 +40,26 @@ def list_evidence(
     for name, given in (("scale", scale), ("verdict", verdict), ("status", status)):
         if given is not None and given not in allowed[name]:
             raise InputError(f"--{name} must be one of {', '.join(allowed[name])}; got {given!r}")
+    alone = (slug, claim, scale, verdict, status) != (None,) * 5  # what runs do not have
     with Store() as store:
         read = store.read(slug=slug, claim=claim, scale=scale, status=status, last=None if verdict else last)
-    found, damaged = list(read.records), read.damaged
+        theirs = Reading() if alone else store.read_runs(last=last)
+    found, damaged, runs = list(read.records), (*read.damaged, *theirs.damaged), theirs.runs
     if verdict is not None:
         found = [record for record in found if verdict_text(record).removesuffix(" *") == verdict][-(last or 0) :]
         damaged = ()  # they have none
+    if last is not None and runs:
+        both: list[Evidence | TuneRun] = [*found, *runs]
+        newest = {one.id for one in sorted(both, key=lambda one: one.created)[-last:]}
+        found, runs = [one for one in found if one.id in newest], tuple(one for one in runs if one.id in newest)
     if json:
         shown = [{"where": one.where, "why": one.why} for one in damaged]
-        print_json({"evidence": [documented(record) for record in found], "damaged": shown})
+        told = [tuned.documented(run) for run in runs]
+        print_json({"evidence": [documented(record) for record in found], "runs": told, "damaged": shown})
         return
     for one in damaged:
         typer.echo(wrapped(f"damaged: {one}", hang=4), err=True)
-    if not found:
+    if not found and not runs:
         typer.echo("no evidence; `assay verify SLUG` measures some", err=True)
         return
     for record in found:
@@ -54,15 +68,22 @@ def list_evidence(
         taken = f"{record.created:%Y-%m-%d %H:%M} UTC"
         typer.echo(wrapped(head, hang=10))
         typer.echo(wrapped(f"          {seen}; {taken}", hang=12))
+    for run in runs:
+        head = f"{run.id[:8]}  assay tune, {run.model}, {run.goal}: {tuned.word_of(run, tuned.changes(run))}"
+        seen = f"{tuned.label(run.steps)}: {tuned.ratio_text(run.over_free)} what is free; {tuned.lost_text(run)}"
+        typer.echo(wrapped(head, hang=10))
+        typer.echo(wrapped(f"          {seen}; {run.created:%Y-%m-%d %H:%M} UTC", hang=12))
 
 
 @app.command()
 def show(
-    id: Annotated[str, typer.Argument(metavar="ID", help="The record's id, or how it begins.")],
+    id: Annotated[str, typer.Argument(metavar="ID", help="The id of a record or of a run, or how it begins.")],
     json: Json = False,
 ) -> None:
-    """Show one record with everything that was kept of it; of a damaged one, why it is none and what stands there."""
+    """Show one record, or one run of `assay tune`, with everything that was kept of it; of a damaged one, why it is none and what stands
+    there."""
     from assay.cli.output import print_json, wrapped
+    from assay.evidence import tuned
     from assay.evidence.reading import Damaged
     from assay.evidence.report import (
         documented,
@@ -78,6 +99,12 @@ def show(
 
     with Store() as store:
         record = store.find(id)
+    if isinstance(record, tuned.TuneRun):
+        if json:
+            print_json(tuned.documented(record))
+        else:
+            _show_run(record)
+        return
     if isinstance(record, Damaged):
         if json:
             print_json({"damaged": record.why, "where": record.where, "text": record.text})
@@ -117,6 +144,44 @@ def show(
         typer.echo(wrapped(f"{name:<14} {detail}", hang=15))
 
 
+def _show_run(run: TuneRun) -> None:
+    """A run of `assay tune` in lines; `--json` has every recipe that was measured too."""
+    from assay.cli.output import wrapped
+    from assay.evidence.tuned import allowed_text, changes, label, level_text, lost_text, ratio_text, word_of
+
+    changed = sorted(changes(run))
+    if run.pictures is not None:
+        asked = (
+            f"{run.pictures.total:,} pictures of {run.pictures.folder}, {run.pictures.proof:,} of them for the proof"
+        )
+    else:
+        asked = f"prompts of {run.prompt_tokens:,} tokens, {run.new_tokens:,} generated"
+    lines = {
+        "id": run.id,
+        "model": f"{run.model} ({run.architecture or 'unknown architecture'})",
+        "goal": f"{run.goal}; {asked}",
+        "recipe": label(run.steps),
+        "as loaded": level_text(run.baseline),
+        "free": f"{level_text(run.free)}, {run.free.label}",
+        "found": level_text(run.best),
+        "over free": ratio_text(run.over_free),
+        "over loaded": ratio_text(run.over_baseline),
+        **({} if run.pictures else {"over exact": ratio_text(run.over_exact)}),
+        "quality": f"{lost_text(run)}, {allowed_text(run)}: {run.verdict or 'not judged'}",
+        "proof": word_of(run, changed) + (f" (changed since: {', '.join(changed)})" if changed else ""),
+        "tried": f"{len(run.rows)} recipe{'s' * (len(run.rows) != 1)} in {run.seconds:.0f} s"
+        + (", on a busy machine" if run.noisy else ""),
+        "machine": f"{run.machine.get('cpu', '?')}, {run.machine.get('threads', '?')} threads ({run.fingerprint})",
+        "assay": run.commit or "-",
+        "taken": f"{run.created:%Y-%m-%d %H:%M:%S} UTC",
+        "again": run.command,
+    }
+    for name, value in lines.items():
+        typer.echo(wrapped(f"{name:<14} {value}", hang=15))
+    for note in run.notes:
+        typer.echo(wrapped(f"{'note':<14} {note}", hang=15))
+
+
 @app.command()
 def export(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write; `-` is standard output.")],
@@ -128,11 +193,13 @@ def export(
     ] = "jsonl",
     json: Json = False,
 ) -> None:
-    """Write every record, oldest first: one line of JSON each, or as a folder for an experiment tracker."""
+    """Write every record, oldest first, and every run of `assay tune`: one line of JSON each. Or the records alone, as a folder for an
+    experiment tracker."""
     from assay.checks import choice
     from assay.cli.output import print_json, wrapped
     from assay.errors import InputError
     from assay.evidence import trackers
+    from assay.evidence.reading import Reading, run_line
     from assay.evidence.store import Store, write_jsonl
     from assay.paths import expanded, output_file
 
@@ -150,21 +217,26 @@ def export(
         file = output_file(file, "FILE")
     with Store() as store:
         found = store.read()
-    for one in found.damaged:
+        theirs = store.read_runs() if to == "jsonl" else Reading()
+    for one in (*found.damaged, *theirs.damaged):
         typer.echo(wrapped(f"assay: damaged, and left out: {one}", hang=4), err=True)
     if standard:
         for record in found.records:
             typer.echo(record.to_json())
+        for run in theirs.runs:
+            typer.echo(run_line(run))
         return
     if to == "jsonl":
-        write_jsonl(found.records, file)
+        write_jsonl(found.records, file, theirs.runs)
     else:
         trackers.export(found, file, to)
     if json:
         document = {"exported": len(found.records), "file": str(file)}
-        print_json(document | ({"damaged": len(found.damaged)} if found.damaged else {}))
+        more = {"runs": len(theirs.runs), "damaged": len(found.damaged) + len(theirs.damaged)}
+        print_json(document | {name: count for name, count in more.items() if count})
         return
-    typer.echo(f"{len(found.records)} record{'s' * (len(found.records) != 1)} written to {file}")
+    also = f" and {len(theirs.runs)} run{'s' * (len(theirs.runs) != 1)} of assay tune" if theirs.runs else ""
+    typer.echo(f"{len(found.records)} record{'s' * (len(found.records) != 1)}{also} written to {file}")
     if to != "jsonl":
         typer.echo(f"show them: {trackers.command(file, to)}")
 
@@ -183,7 +255,8 @@ def import_evidence(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Import records, all or none of them; known ones are left alone. Unless they are --mine, they count as others'."""
+    """Import records and runs of `assay tune`, all or none of them; known ones are left alone. Unless they are --mine, they count as
+    others'."""
     from assay.cli.output import print_json
     from assay.evidence.store import Store
     from assay.paths import expanded

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from assay.measure.profile import Profile
+    from assay.measure.profile import Profile, Row
     from assay.methods.compression.resource_efficient_llm_survey import Forecast
 
 PAGE = """<!doctype html>
@@ -32,7 +32,7 @@ svg { max-width: 100%; height: auto; }
 </head>
 <body>
 <h1>Profile of {{ model }}</h1>
-<p>{{ p.prompt_tokens }} prompt tokens, {{ p.new_tokens }} new ones. {{ limits }} Times are measured; MACs (1 MAC = 2 FLOPs), bytes
+<p>{{ subject }} {{ limits }} Times are measured; MACs (1 MAC = 2 FLOPs), bytes
 and attainable times are modelled.</p>
 {% for line in foretold %}<p>{{ line }}</p>
 {% endfor %}
@@ -52,6 +52,7 @@ and attainable times are modelled.</p>
 <figure role="img" aria-label="{{ drawing.label }}, {{ phase }}">{{ drawing.svg | safe }}</figure>
 {% endfor %}
 {% endfor %}
+{% if runtime %}
 <h2>Runtime model</h2>
 <p>T(p, o) = T_prompt(p) + (o - 1) x {{ "%.2f"|format(1e3 * runtime.seconds_per_token) }} ms; r² = {{ "%.3f"|format(runtime.r2) }}</p>
 <table>
@@ -64,6 +65,7 @@ and attainable times are modelled.</p>
 {% for line in words_lines %}<li>{{ line }}</li>
 {% endfor %}
 </ul>
+{% endif %}
 <h2>Machine</h2>
 <table>
 {% for name, value in machine.items() %}<tr><th>{{ name }}</th><td>{{ value }}</td></tr>
@@ -75,9 +77,15 @@ and attainable times are modelled.</p>
 
 
 def profile(
-    model: Annotated[str, typer.Argument(help="A folder, a .gguf file, a hub id in the local cache, or smollm2-135m.")],
-    prompt_tokens: Annotated[int, typer.Option(help="Length of the prompt, real text.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate after it.")] = 16,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, a .gguf file, a hub id in the local cache, or smollm2-135m; or the folder of an image classifier."
+        ),
+    ],
+    prompt_tokens: Annotated[int | None, typer.Option(help="Length of the prompt, real text; 512 by default.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Tokens to generate after it; 16 by default.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Of an image model: pictures at a time; 1 by default.")] = None,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Say what it would need and how fast it would be, and load nothing.")
     ] = False,
@@ -87,11 +95,26 @@ def profile(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Say whether MODEL fits and how fast it will be; then show where its time and its bytes go, against what this machine could do, and
-    fit its runtime model T(p, o)."""
+    fit its runtime model T(p, o). Of an image classifier: where the time and the bytes of a picture go."""
     from assay.cli.output import print_json, saying
     from assay.errors import InputError
     from assay.paths import output_file
+    from assay.tuner.images.models import is_image_model
 
+    if is_image_model(model):
+        language = {"--prompt-tokens": prompt_tokens, "--new-tokens": new_tokens}
+        language |= {"--estimate": estimate or None, "--anyway": anyway or None}
+        for name, given in language.items():
+            if given is not None:
+                raise InputError(f"{name} is for language models; {model} is an image classifier")
+        _profile_images(model, 1 if batch is None else batch, html, png, json)
+        return
+    if batch is not None:
+        raise InputError(f"--batch is for image classifiers, which {model} is not")
+    prompt_tokens, new_tokens = (
+        512 if prompt_tokens is None else prompt_tokens,
+        16 if new_tokens is None else new_tokens,
+    )
     for name, value in (("--prompt-tokens", prompt_tokens), ("--new-tokens", new_tokens)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
@@ -109,7 +132,8 @@ def profile(
             told |= {"measured": held_against(found, measured)}
         if html is not None:
             say("drawing")
-            write_page(model, measured, runtime, moved, html, forecast_lines(told))
+            subject = f"{prompt_tokens} prompt tokens, {new_tokens} new ones."
+            write_page(model, measured, html, forecast_lines(told), notes(measured), subject, runtime, moved)
         if png is not None:
             write_png(measured, png)
     if json:
@@ -121,6 +145,48 @@ def profile(
     if estimate:
         return
     print_tables(model, measured, runtime, moved)
+    for path in (html, png):
+        if path is not None:
+            typer.echo(f"wrote {path}")
+
+
+def _profile_images(model: str, batch: int, html: Path | None, png: Path | None, json: bool) -> None:
+    """`assay profile` of an image classifier, whose pictures are crops of bundled photographs."""
+    from assay import checks
+    from assay.cli.output import print_json, saying
+    from assay.errors import InputError
+    from assay.paths import output_file
+
+    try:
+        checks.whole("--batch", batch, low=1, high=1024)
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from None
+    html = None if html is None else output_file(html, "--html")
+    png = None if png is None else output_file(png, "--png")
+    with saying("loading the model") as say:
+        from assay.tuner.images.profile import grouped, profile_images
+
+        found = profile_images(model, batch, say)
+        subject = f"{found.architecture}, {batch} picture{'s' * (batch > 1)} at a time, from pixel values to logits."
+        told = [
+            f"Decoding and preparing a picture takes {1e3 * found.prepare_seconds:,.1f} ms more, before the model runs."
+        ]
+        remarks = [*notes(found.measured), *found.notes]
+        if html is not None:
+            say("drawing")
+            write_page(model, found.measured, html, told, remarks, subject)
+        if png is not None:
+            write_png(found.measured, png)
+    if json:
+        print_json({"model": model, **found.as_dict()})
+        return
+    out = _console()
+    out.print(subject, markup=False)
+    for phase in found.measured.seconds:
+        out.print(phase_table(model, found.measured, phase, grouped(found.measured.rows)))
+    out.print(f"{limits(found.measured)} 1 MAC = 2 FLOPs.")
+    for line in (*told, *remarks):
+        out.print(line, markup=False)
     for path in (html, png):
         if path is not None:
             typer.echo(f"wrote {path}")
@@ -411,34 +477,42 @@ def limits(measured: Profile) -> str:
     )
 
 
+LONGEST_NAME = (
+    44  # characters of a module's name in the table of an image model: the end of it, which tells modules apart
+)
 SHOWN = 0.005  # share of the time below which a module gets no line of its own; --json has them all
 
 
-def phase_table(name: str, measured: Profile, phase: Any) -> Any:
-    """Modules in the order they run, the small ones together, then the kinds of work."""
+def phase_table(name: str, measured: Profile, phase: Any, rows: list[Row] | None = None) -> Any:
+    """Modules in the order they run, the small ones together, then the kinds of work.
+
+    With `rows` these, their parameters in place of operations a byte, and all of it.
+    """
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
-    title = f"{name}, {phase}: {1e3 * measured.seconds[phase]:,.1f} ms"
+    title = f"{escape(name)}, {phase}: {1e3 * measured.seconds[phase]:,.1f} ms"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("module", overflow="ellipsis", no_wrap=True)
     table.add_column("kind", no_wrap=True)
-    for heading in ("ms", "time", "MMACs", "MB", "op/byte", "attainable", "of it"):
+    own = rows is not None
+    for heading in ("ms", "time", "MMACs", "MB", "parameters" if own else "op/byte", "attainable", "of it"):
         table.add_column(heading, justify="right", no_wrap=True)
-    rows = measured.grouped(phase)
+    rows = measured.grouped(phase) if rows is None else rows
     whole = sum(row.seconds for row in rows)
 
     def add(label: str, kind: str, together: list[Any]) -> None:
-        fields = ("seconds", "attainable_seconds", "macs", "bytes")
-        spent, attainable, macs, moved = (sum(getattr(row, field) for row in together) for field in fields)
+        fields = ("params", "seconds", "attainable_seconds", "macs", "bytes")
+        held, spent, attainable, macs, moved = (sum(getattr(row, field) for row in together) for field in fields)
         table.add_row(
-            label,
+            f"...{label[3 - LONGEST_NAME :]}" if own and len(label) > LONGEST_NAME else label,
             kind,
             f"{1e3 * spent:,.2f}",
             f"{100 * spent / whole:.1f} %" if whole else "",
             f"{macs / 1e6:,.1f}",
             f"{moved / 1e6:,.1f}",
-            f"{2 * macs / moved:,.1f}" if moved else "",
+            f"{held:,}" if own else f"{2 * macs / moved:,.1f}" if moved else "",
             f"{1e3 * attainable:,.2f}",
             "" if not spent else "void" if measured.void else f"{100 * attainable / spent:.0f} %",
         )
@@ -452,16 +526,22 @@ def phase_table(name: str, measured: Profile, phase: Any) -> Any:
     table.add_section()
     for kind in ("linear", "attention", "other"):
         add(f"all {kind}", kind, [row for row in rows if row.kind == kind])
+    if own:
+        add("all", "", rows)
     return table
+
+
+def _console() -> Any:
+    """Standard output; where it is no terminal, with room for the tables."""
+    from rich.console import Console
+
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=120)
 
 
 def print_tables(name: str, measured: Profile, runtime: dict[str, Any], moved: dict[str, Any]) -> None:
     """Modules by phase, kinds of work, the runtime model, the words that attention moves."""
-    from rich.console import Console
-
-    out = Console(highlight=False)
-    if not out.is_terminal:
-        out = Console(highlight=False, width=120)
+    out = _console()
     for phase in measured.seconds:
         out.print(phase_table(name, measured, phase))
     out.print(f"{limits(measured)} 1 MAC = 2 FLOPs.")
@@ -479,12 +559,14 @@ def print_tables(name: str, measured: Profile, runtime: dict[str, Any], moved: d
 def write_page(
     name: str,
     measured: Profile,
-    runtime: dict[str, Any],
-    moved: dict[str, Any],
     path: Path,
     foretold: list[str],
+    remarks: list[str],
+    subject: str,
+    runtime: dict[str, Any] | None = None,
+    moved: dict[str, Any] | None = None,
 ) -> None:
-    """One HTML file with its plots inside, readable without a network; whole or not at all."""
+    """One HTML file with its plots inside, readable without a network; whole or not at all. `subject` says what was run."""
     from jinja2 import Environment
 
     from assay.measure import plots
@@ -505,10 +587,11 @@ def write_page(
             foretold=foretold,
             p=measured.as_dict(),
             runtime=runtime,
-            words_heading=words_heading(moved),
-            words_lines=words_lines(moved),
+            words_heading="" if moved is None else words_heading(moved),
+            words_lines=[] if moved is None else words_lines(moved),
+            subject=subject,
             drawings=drawings,
-            notes=notes(measured),
+            notes=remarks,
             limits=limits(measured),
             machine=measured.machine.describe(),
         )

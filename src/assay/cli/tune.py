@@ -220,6 +220,7 @@ def print_images(document: dict[str, Any]) -> None:
         _print(out, "The machine was busy during the final run: treat these figures as noisy.")
     _print(out, f"\nreport   {document['report']}")
     _print(out, f'load     python -c "import assay; model = assay.load({document["artefact"]!r})"')
+    _print(out, f"replay   assay apply MODEL --recipe {shlex.quote(document['artefact'] + '/recipe.toml')} -o DIR")
 
 
 def _limits(goal: str, slo: str | None, clients: int) -> Any:

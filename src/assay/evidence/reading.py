@@ -6,6 +6,7 @@ pages and the digest. Behind it no number of a record can break a verdict, a rem
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -38,18 +39,22 @@ class Reading:
     records: tuple[Evidence, ...] = ()
     damaged: tuple[Damaged, ...] = ()
     imported: frozenset[str] = frozenset()
+    runs: tuple[tuned.TuneRun, ...] = ()
 
     @staticmethod
-    def of(found: Iterable[Evidence | Damaged]) -> Reading:
-        """Records and damaged texts, each in their order."""
+    def of(found: Iterable[Evidence | tuned.TuneRun | Damaged]) -> Reading:
+        """Records, runs of `assay tune` and damaged texts, each in their order."""
         records: list[Evidence] = []
+        runs: list[tuned.TuneRun] = []
         damaged: list[Damaged] = []
         for one in found:
             if isinstance(one, Damaged):
                 damaged.append(one)
+            elif isinstance(one, tuned.TuneRun):
+                runs.append(one)
             else:
                 records.append(one)
-        return Reading(tuple(records), tuple(damaged))
+        return Reading(tuple(records), tuple(damaged), runs=tuple(runs))
 
     def whole(self) -> list[Evidence]:
         """The records, for who would lose the rest by writing them. Raises InputError for the first damaged text."""
@@ -100,6 +105,29 @@ def read_run(text: str, where: str) -> tuned.TuneRun | Damaged:
     return Damaged(where, why, text) if why else run
 
 
+RUN = re.compile(r'\s*\{\s*"run"\s*:')
+"""How a line begins that holds a run of `assay tune`, and no record: `{"run": {...}}`, as `run_line` writes it."""
+
+
+def run_line(run: tuned.TuneRun) -> str:
+    """A run as a line of a file that holds records too."""
+    return f'{{"run":{run.to_json()}}}'
+
+
+def read_line(text: str, where: str) -> Evidence | tuned.TuneRun | Damaged:
+    """The record or the run in a line of a file, or why there is none."""
+    if not RUN.match(text):
+        return read(text, where)
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return Damaged(where, f"not JSON ({shown(str(error))})", text)
+    if set(found) != {"run"}:
+        return Damaged(where, "a line with a run of `assay tune` holds nothing else", text)
+    inner = read_run(json.dumps(found["run"]), where)
+    return Damaged(where, inner.why, text) if isinstance(inner, Damaged) else inner
+
+
 def _misnamed(fingerprint: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", fingerprint):
         return ""
@@ -107,7 +135,7 @@ def _misnamed(fingerprint: str) -> str:
 
 
 def read_file(path: Path | str) -> Reading:
-    """A file of JSON lines; blank lines are skipped. Raises InputError for a file that cannot be read."""
+    """A file of JSON lines, records and runs of `assay tune`; blank lines are skipped. Raises InputError for one that cannot be read."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -115,7 +143,7 @@ def read_file(path: Path | str) -> Reading:
     return Reading.of(_lines(content, path))
 
 
-def _lines(content: bytes, path: Path | str) -> Iterator[Evidence | Damaged]:
+def _lines(content: bytes, path: Path | str) -> Iterator[Evidence | tuned.TuneRun | Damaged]:
     for number, line in enumerate(content.split(b"\n"), 1):
         where = f"{path}, line {number}"
         try:
@@ -124,4 +152,4 @@ def _lines(content: bytes, path: Path | str) -> Iterator[Evidence | Damaged]:
             yield Damaged(where, "not UTF-8 text", line.decode("utf-8", "replace"))
             continue
         if text:
-            yield read(text, where)
+            yield read_line(text, where)

@@ -32,7 +32,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from assay.errors import AssayError, InputError, MissingError
 from assay.evidence import tuned
-from assay.evidence.reading import Damaged, Reading, read, read_file, read_run
+from assay.evidence.reading import Damaged, Reading, read, read_file, read_run, run_line
 from assay.evidence.record import Evidence
 from assay.evidence.types import point_key
 from assay.paths import atomic_file, data_dir
@@ -153,10 +153,19 @@ class Store:
                 hint = "the record could be written nowhere else and is printed above as a line of JSON"
             raise StoreError(f"{error}; {hint}") from error
 
-    def add(self, records: Iterable[Evidence], *, imported: bool = False) -> Imported:
-        """Store records, all or none of them; existing ones are left alone, `imported` or not as they came in first."""
+    def add(
+        self, records: Iterable[Evidence], *, runs: Iterable[tuned.TuneRun] = (), imported: bool = False
+    ) -> Imported:
+        """Store records and runs of `assay tune`, all or none; existing ones are left alone, `imported` or not as they came in first."""
         insert = sqlite.insert if self._is_sqlite else postgresql.insert
         added = total = 0
+
+        def put(into: sa.Table, row: dict[str, Any]) -> None:
+            nonlocal added, total
+            statement = insert(into).values(row).on_conflict_do_nothing(index_elements=["id"]).returning(into.c.seq)
+            added += connection.execute(statement).scalar() is not None
+            total += 1
+
         with self._errors("write to"), self._begin(write=True) as connection:
             for record in records:
                 row = {
@@ -169,29 +178,15 @@ class Store:
                     "record": record.to_json(),
                     "imported": imported,
                 }
-                statement = (
-                    insert(table).values(row).on_conflict_do_nothing(index_elements=["id"]).returning(table.c.seq)
-                )
-                added += connection.execute(statement).scalar() is not None
-                total += 1
+                put(table, row)
+            for run in runs:
+                row = {"id": run.id, "fingerprint": run.fingerprint, "run": run.to_json(), "imported": imported}
+                put(tuned_table, row)
         return Imported(added, total - added)
 
     def add_runs(self, runs: Iterable[tuned.TuneRun], *, imported: bool = False) -> Imported:
-        """Store runs of `assay tune`, all or none of them; existing ones are left alone, `imported` or not as they came in first."""
-        insert = sqlite.insert if self._is_sqlite else postgresql.insert
-        added = total = 0
-        with self._errors("write to"), self._begin(write=True) as connection:
-            for run in runs:
-                row = {"id": run.id, "fingerprint": run.fingerprint, "run": run.to_json(), "imported": imported}
-                statement = (
-                    insert(tuned_table)
-                    .values(row)
-                    .on_conflict_do_nothing(index_elements=["id"])
-                    .returning(tuned_table.c.seq)
-                )
-                added += connection.execute(statement).scalar() is not None
-                total += 1
-        return Imported(added, total - added)
+        """Store runs of `assay tune` alone, as `add` does."""
+        return self.add((), runs=runs, imported=imported)
 
     def check_writable(self) -> None:
         """Raise StoreError now rather than after an hour of measuring."""
@@ -235,12 +230,14 @@ class Store:
         """The records that `read` finds, without the damaged ones."""
         return list(self.read(**wanted).records)
 
+    def read_runs(self, *, last: int | None = None) -> Reading:
+        """The runs of `assay tune`, oldest first, and the damaged rows among them; with `last` only that many of the newest rows."""
+        found = reversed(self._run_rows(sa.select(tuned_table).order_by(tuned_table.c.seq.desc()).limit(last)))
+        return Reading.of(row.read_run() for row in found)
+
     def runs(self) -> list[tuned.TuneRun]:
-        """The runs of `assay tune`, oldest first."""
-        query = sa.select(tuned_table.c.run).order_by(tuned_table.c.seq)
-        with self._errors("read"), self._begin() as connection:
-            found = list(connection.execute(query).scalars())
-        return [tuned.parse(_text(text), f"a run in {self.name}") for text in found]
+        """The runs of `assay tune` that `read_runs` finds, without what is damaged."""
+        return list(self.read_runs().runs)
 
     def news(self, *, after: int = 0, runs_after: int = 0) -> list[Row]:
         """The rows behind the record `after` and the run `runs_after`, in one question: records first, each kind oldest first."""
@@ -264,18 +261,26 @@ class Store:
                 Row(row.seq, row.id, _text(row.text), bool(row.imported), row.kind) for row in connection.execute(query)
             ]
 
-    def find(self, id: str) -> Evidence | Damaged:
-        """What stands in the row whose id is or begins with `id`. Raises InputError when there is none, or more than one."""
-        found = self._rows(sa.select(table).where(table.c.id.startswith(id, autoescape=True)).limit(2))
+    def find(self, id: str) -> Evidence | tuned.TuneRun | Damaged:
+        """What stands in the row whose id is or begins with `id`: a record, or a run of `assay tune`.
+
+        Raises InputError when there is none, or more than one.
+        """
+        found = [
+            *self._rows(sa.select(table).where(table.c.id.startswith(id, autoescape=True)).limit(2)),
+            *self._run_rows(sa.select(tuned_table).where(tuned_table.c.id.startswith(id, autoescape=True)).limit(2)),
+        ]
         if not found or not id:
             raise InputError(f"no evidence with the id {id!r}; `assay evidence list` shows what is there")
         if len(found) > 1:
             raise InputError(f"more than one id begins with {id!r}; give more of it")
-        return found[0].read()
+        return found[0].read() if found[0].kind == "record" else found[0].read_run()
 
     def get(self, id: str) -> Evidence:
-        """The record that `find` finds. Raises InputError for a damaged one too."""
+        """The record that `find` finds. Raises InputError for a damaged one too, and for a run."""
         found = self.find(id)
+        if isinstance(found, tuned.TuneRun):
+            raise InputError(f"{id!r} is a run of `assay tune`, and no record")
         if isinstance(found, Damaged):
             raise InputError(str(found))
         return found
@@ -288,20 +293,27 @@ class Store:
     # JSON lines
 
     def import_jsonl(self, path: Path | str, *, mine: bool = False) -> Imported:
-        """Import the records of a JSON-lines file, all or none of them; known ones are left alone.
+        """Import the records and the runs of a JSON-lines file, all or none of them; known ones are left alone.
 
         They count as imported unless they are `mine` (a backup, or the fallback file). The `evidence.jsonl` of an artefact of
         `assay tune` is imported as the one run it is of. Raises InputError naming the line for anything that is not a record.
         """
         if _is_run(Path(path)):
             return self.add_runs([tuned.read(Path(path))], imported=not mine)
-        return self.add(read_jsonl(path), imported=not mine)
+        found = read_file(path)
+        return self.add(found.whole(), runs=found.runs, imported=not mine)
 
     # Inside
 
     def _rows(self, query: sa.Select[Any]) -> list[Row]:
         with self._errors("read"), self._begin() as connection:
             return [Row(row.seq, row.id, _text(row.record), bool(row.imported)) for row in connection.execute(query)]
+
+    def _run_rows(self, query: sa.Select[Any]) -> list[Row]:
+        with self._errors("read"), self._begin() as connection:
+            return [
+                Row(row.seq, row.id, _text(row.run), bool(row.imported), "run") for row in connection.execute(query)
+            ]
 
     @property
     def _is_sqlite(self) -> bool:
@@ -449,10 +461,11 @@ def _append_whole(path: Path, data: bytes) -> None:
             raise
 
 
-def write_jsonl(records: Iterable[Evidence], path: Path | str) -> None:
-    """Write records to a file, one line of JSON each, whole or not at all."""
+def write_jsonl(records: Iterable[Evidence], path: Path | str, runs: Iterable[tuned.TuneRun] = ()) -> None:
+    """Write records, and runs of `assay tune` after them, to a file, one line of JSON each, whole or not at all."""
     with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(record.to_json() + "\n" for record in records)
+        file.writelines(run_line(run) + "\n" for run in runs)
 
 
 def _is_run(path: Path) -> bool:
@@ -462,21 +475,22 @@ def _is_run(path: Path) -> bool:
             first = json.loads(file.readline())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(first, dict) and first.get("kind") == "summary"
+    return isinstance(first, dict) and first.get("kind") in tuned.FIRST
 
 
 def merge_jsonl(records: Iterable[Evidence], path: Path | str) -> None:
-    """Merge records into a file that may hold others: a point measured again replaces its old record, the rest stays."""
+    """Merge records into a file that may hold others: a point measured again replaces its old record, the rest and runs stay."""
 
     def point(record: Evidence) -> tuple[str, ...]:
         return record.claim, point_key(record.point), record.scale, record.fingerprint
 
-    kept = {point(record): record for record in (read_jsonl(path) if Path(path).exists() else [])}
-    write_jsonl((kept | {point(record): record for record in records}).values(), path)
+    before = read_file(path) if Path(path).exists() else Reading()
+    kept = {point(record): record for record in before.whole()}
+    write_jsonl((kept | {point(record): record for record in records}).values(), path, before.runs)
 
 
 def read_jsonl(path: Path | str) -> list[Evidence]:
-    """Read a file of JSON lines; blank lines are skipped. Raises InputError naming the file and the line that is no record."""
+    """The records of a file of JSON lines; blank lines are skipped. Raises InputError naming the file and the line that is damaged."""
     return read_file(path).whole()
 
 

@@ -2,7 +2,8 @@
 
 It is made of the lines of an artefact's `evidence.jsonl` (`of_lines`), so that a run of an earlier version, or of somebody else's, is
 read as one's own is. Like a record of evidence it is never changed once made, and nothing in it is judged: whether its code has
-changed since is asked when it is read (`changes`).
+changed since is asked when it is read (`changes`). A run of an image classifier has `pictures` in place of lengths in tokens, and is of
+format 2, which an earlier assay refuses by name.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,9 +26,15 @@ from assay.evidence import hashes
 from assay.evidence.types import Frozen, plain
 from assay.measure.unpaired import unpaired_ratio
 
-FORMAT = 1
+FORMAT = 2
 MOST_ROWS = 1000  # measured recipes of a run
 MOST_STEPS = 30  # of a recipe
+MOST_ERROR = 500  # characters of what a failed recipe said
+SUMMARY, IMAGES = "summary", "images"
+FIRST = (
+    SUMMARY,
+    IMAGES,
+)  # what the first line of an artefact's evidence is: of a language model, of an image classifier
 DTYPE = "dtype"  # what all candidates build on: no partner of anything
 SAME = 1e-6  # a cost that differs more from the median of its samples was corrected, and they are not comparable
 
@@ -80,7 +87,10 @@ class StepRecord(Frozen):
 
 
 class Tried(Frozen):
-    """A recipe that was measured in the search: its cost (lower is better), and the loss of quality on the search's text."""
+    """A recipe that was measured in the search: its cost (lower is better), and the loss of quality on the search's text or pictures.
+
+    `ratio` is over the recipe it was built on, timed in turns with it: of image classifiers alone.
+    """
 
     row: Literal["baseline", "free", "candidate"]
     steps: tuple[StepRecord, ...] = Field(max_length=MOST_STEPS)
@@ -90,6 +100,7 @@ class Tried(Frozen):
     drop: float | None = None
     drop_low: float | None = None
     drop_high: float | None = None
+    ratio: Span | None = None
     error: str = ""
 
     def label(self) -> str:
@@ -97,10 +108,29 @@ class Tried(Frozen):
 
 
 class CodeRecord(Frozen):
-    """The code of a transform when the run was made: its module, and one hash over that and all it imports of assay's."""
+    """The code of a transform when the run was made: its module, and one hash over that and all it imports of assay's.
+
+    Both are empty for what torch does alone: of that the packages decide.
+    """
 
     module: str
     hash: str
+
+
+class Pictures(Frozen):
+    """What an image classifier was tuned on and judged by: how many pictures there were, and how many of them were the proof's.
+
+    `baseline` and `candidate` are the shares of the proof's pictures that score, as loaded and as found; `same` the share of which both
+    say the same. `unfit` has the options that do not fit the model, and why.
+    """
+
+    folder: str
+    total: int = Field(ge=1)
+    proof: int = Field(ge=1)
+    baseline: float = Field(ge=0, le=1)
+    candidate: float = Field(ge=0, le=1)
+    same: float = Field(ge=0, le=1)
+    unfit: dict[str, str] = {}
 
 
 class TuneRun(Frozen):
@@ -109,15 +139,17 @@ class TuneRun(Frozen):
     `over_exact` is over the best of our own code that loses nothing: None where the recipe holds no paper's method, or the run had no
     time for it. `drop` is the relative increase of perplexity with the interval that decided, `verdict` what was decided ("holds",
     "lost", "undecided"; "" in runs made before there was a proof of quality). `code` is by transform; a run without it is stale.
+    Of an image classifier (format 2), which has `pictures` and no tokens, `drop` is the share of the proof's pictures that is lost.
     """
 
-    format: Literal[1] = 1
+    format: Literal[1, 2] = 1
     id: str = ""
     model: str
     goal: str
     architecture: str = ""
-    prompt_tokens: int
-    new_tokens: int
+    prompt_tokens: int | None = None
+    new_tokens: int | None = None
+    pictures: Pictures | None = None
     max_drop: float
     steps: tuple[StepRecord, ...] = Field(max_length=MOST_STEPS)
     baseline: Level
@@ -146,6 +178,15 @@ class TuneRun(Frozen):
     machine: dict[str, JsonValue] = {}
 
     @model_validator(mode="after")
+    def _of_one_kind(self) -> TuneRun:
+        tokens = (self.prompt_tokens, self.new_tokens)
+        if self.format == 1 and (None in tokens or self.pictures is not None):
+            raise ValueError("a run of a language model (format 1) has prompt_tokens and new_tokens, and no pictures")
+        if self.format == 2 and (tokens != (None, None) or self.pictures is None):
+            raise ValueError("a run of an image classifier (format 2) has pictures, and no prompt_tokens or new_tokens")
+        return self
+
+    @model_validator(mode="after")
     def _identified(self) -> TuneRun:
         content = self.model_dump(mode="json", exclude={"id", "machine"}, exclude_defaults=True)
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -159,13 +200,18 @@ class TuneRun(Frozen):
         return hash(self.id)
 
     @property
+    def kind(self) -> Literal["language", "images"]:
+        """What kind of model it is of."""
+        return "language" if self.pictures is None else "images"
+
+    @property
     def proven(self) -> bool:
-        """Whether what was found beat the free baseline for certain, and was shown to keep the quality on text of its own."""
+        """Whether what was found beat the free baseline for certain, and was shown to keep the quality on inputs of its own."""
         return self.helped and self.verdict == "holds" and self.over_free.low is not None and self.over_free.low > 1
 
     def to_json(self) -> str:
         """The run as one line of JSON; fields that hold their default are left out."""
-        document = {"format": FORMAT} | self.model_dump(mode="json", exclude_defaults=True)
+        document = {"format": self.format} | self.model_dump(mode="json", exclude_defaults=True)
         return json.dumps(document, separators=(",", ":"), allow_nan=False)
 
 
@@ -217,43 +263,96 @@ def read(path: Path) -> TuneRun:
 
 
 def of_lines(lines: Sequence[Mapping[str, Any]], where: str = "the run") -> TuneRun:
-    """A run from the lines of its artefact's `evidence.jsonl`: the summary, and a line a measured recipe.
+    """A run from the lines of its artefact's `evidence.jsonl`: the summary, and a line a measured recipe; of images all in one line.
 
     Raises InputError, one line that begins with `where`, for lines that are no run.
     """
-    if not lines or not all(isinstance(line, Mapping) for line in lines) or lines[0].get("kind") != "summary":
+    if not lines or not all(isinstance(line, Mapping) for line in lines) or lines[0].get("kind") not in FIRST:
         raise InputError(f"{where}: must begin with the summary of a run of `assay tune`")
-    found = lines[0]
+    make = _of_images if lines[0]["kind"] == IMAGES else _of_text
     try:
-        quality, machine = found["quality"], found["machine"]
-        exact = found.get("papers") or {}
-        document = {
-            **{name: found[name] for name in _AS_THEY_ARE},
-            **{name: found[name] for name in _IF_THERE if name in found},
-            "steps": found["recipe"],
-            "free": found["free_baseline"],
-            "over_baseline": _span(found["speedup"]),
-            "over_free": _span(found["speedup_vs_free"]),
-            "over_exact": _span(exact.get("speedup")) if exact.get("exact") else None,
-            "metric": quality["metric"],
-            "drop": quality["drop"],
-            "drop_low": quality["low"],
-            "drop_high": quality["high"],
-            "drop_level": quality.get("level", 0.95),
-            "verdict": quality.get("verdict", "") if quality.get("judged") else "",
-            "rows": [_row(line) for line in lines[1:] if line.get("kind") == "trial"],
-            "fingerprint": machine["fingerprint"],
-            "machine": facts_of(machine),
-        }
+        document = make(lines)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{where}: is no run of `assay tune` ({type(error).__name__}: {error})") from None
     return _checked(plain(document), where)
 
 
-_AS_THEY_ARE = (
-    "model", "goal", "prompt_tokens", "new_tokens", "max_drop", "baseline", "best", "helped", "seconds", "command", "created",
-)  # fmt: skip
-_IF_THERE = ("architecture", "code", "packages", "noisy", "notes", "commit")
+def _of_text(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A language model's run as a document; what is missing in the lines raises KeyError and its like."""
+    found = lines[0]
+    quality, machine = found["quality"], found["machine"]
+    exact = found.get("papers") or {}
+    return {
+        **{name: found[name] for name in (*_AS_THEY_ARE, "prompt_tokens", "new_tokens", "baseline", "best")},
+        **{name: found[name] for name in (*_IF_THERE, "architecture") if name in found},
+        "steps": found["recipe"],
+        "free": found["free_baseline"],
+        "over_baseline": _span(found["speedup"]),
+        "over_free": _span(found["speedup_vs_free"]),
+        "over_exact": _span(exact.get("speedup")) if exact.get("exact") else None,
+        "metric": quality["metric"],
+        "drop": quality["drop"],
+        "drop_low": quality["low"],
+        "drop_high": quality["high"],
+        "drop_level": quality.get("level", 0.95),
+        "verdict": quality.get("verdict", "") if quality.get("judged") else "",
+        "rows": [_row(line) for line in lines[1:] if line.get("kind") == "trial"],
+        "fingerprint": machine["fingerprint"],
+        "machine": facts_of(machine),
+    }
+
+
+def _of_images(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The same of an image classifier's, whose options stand in the place of transforms."""
+    found = lines[0]
+    quality, machine = found["quality"], found["machine"]
+    levels = {"baseline": "baseline", "free": "free_baseline", "best": "best"}
+    return {
+        "format": 2,
+        **{name: found[name] for name in _AS_THEY_ARE},
+        **{name: found[name] for name in _IF_THERE if name in found},
+        **{name: {key: found[key_of][key] for key in Level.model_fields} for name, key_of in levels.items()},
+        "architecture": found["recipe"]["architecture"],
+        "steps": _options(found["recipe"]["steps"]),
+        "over_baseline": _span(found["speedup"]),
+        "over_free": _span(found["speedup_vs_free"]),
+        "metric": quality["metric"],
+        "drop": quality["lost"],
+        "drop_low": quality["low"],
+        "drop_high": quality["high"],
+        "drop_level": quality["level"],
+        "verdict": quality["verdict"],
+        "rows": [
+            {
+                "row": row["kind"],
+                "steps": _options(row["recipe"]),
+                "status": row["status"],
+                "cost": row["cost"],
+                "samples": row.get("samples", []),
+                "drop": row["lost"],
+                "ratio": _span(row["ratio"]),
+                "error": str(row["error"])[:MOST_ERROR],
+            }
+            for row in found["rows"]
+        ],
+        "pictures": {
+            "folder": found["workload"],
+            "total": found["pictures"],
+            "proof": quality["pictures"],
+            **{name: quality[name] for name in ("baseline", "candidate", "same")},
+            "unfit": found["unfit"],
+        },
+        "fingerprint": machine["fingerprint"],
+        "machine": {name: value for name, value in machine.items() if name != "load"},
+    }
+
+
+def _options(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{"transform": step["option"], "config": step["config"]} for step in steps]
+
+
+_AS_THEY_ARE = ("model", "goal", "max_drop", "helped", "seconds", "command", "created")
+_IF_THERE = ("code", "packages", "noisy", "notes", "commit")
 
 
 def _row(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,7 +366,7 @@ def _row(line: Mapping[str, Any]) -> dict[str, Any]:
         "drop": drop.get("median"),
         "drop_low": drop.get("low"),
         "drop_high": drop.get("high"),
-        "error": str(line.get("error", ""))[:500],
+        "error": str(line.get("error", ""))[:MOST_ERROR],
     }
 
 
@@ -307,8 +406,14 @@ _DESCRIBED = ("processor", "threads", "SIMD", "memory", "GPU", "system", "govern
 
 
 def code_of(modules: Mapping[str, str]) -> dict[str, Any]:
-    """What a run keeps of the code of its transforms (`modules`: the module of each), and of the packages that decide about figures."""
-    code = {name: {"module": module, "hash": hashes.of_closure(module) or ""} for name, module in modules.items()}
+    """What a run keeps of the code of its transforms (`modules`: the module of each), and of the packages that decide about figures.
+
+    A transform whose module is "" is done by torch alone.
+    """
+    code = {
+        name: {"module": module, "hash": (hashes.of_closure(module) or "") if module else ""}
+        for name, module in modules.items()
+    }
     return {"code": code, "packages": hashes.versions()}
 
 
@@ -324,7 +429,70 @@ def changes(run: TuneRun) -> frozenset[str]:
 
 
 def _is_current(code: CodeRecord) -> bool:
-    return bool(code.hash) and hashes.of_closure(code.module) == code.hash
+    return code.module == code.hash == "" or bool(code.hash) and hashes.of_closure(code.module) == code.hash
+
+
+def word_of(run: TuneRun, changed: Iterable[str]) -> str:
+    """What is said of the recipe that was found, of which `changed` (see `changes`) may be a part: "proven", "not proven" or "stale"."""
+    if {step.transform for step in run.steps} & set(changed):
+        return "stale"
+    return "proven" if run.proven else "not proven"
+
+
+# Words ---------------------------------------------------------------------------------------------------------------------
+
+
+def ratio_text(found: Span | None) -> str:
+    """A ratio with its interval.
+
+    >>> ratio_text(Span(median=1.5, low=1.4, high=1.6)), ratio_text(None)
+    ('1.5x [1.4, 1.6]', 'not measured')
+    """
+    if found is None:
+        return "not measured"
+    return f"{found.median:.3g}x" + ("" if found.low is None else f" [{found.low:.3g}, {found.high:.3g}]")
+
+
+def level_text(level: Level) -> str:
+    """A figure with its interval and its unit.
+
+    >>> level_text(Level(label="x", value=12.5, unit="ms a picture", low=12.0, high=13.0))
+    '12.5 ms a picture [12, 13]'
+    """
+    ends = "" if level.low is None or level.high is None else f" [{level.low:,.4g}, {level.high:,.4g}]"
+    return f"{level.value:,.4g} {level.unit}{ends}"
+
+
+def unit_of_loss(run: TuneRun) -> str:
+    """What a hundredth of `drop` is: a per cent of perplexity, or a point of the share of pictures."""
+    return "%" if run.kind == "language" else "points"
+
+
+def allowed_text(run: TuneRun) -> str:
+    """What may be lost, such as "1 % allowed" or "2 points allowed"."""
+    most = f"{100 * run.max_drop:g}"
+    return f"{most} {'point' if unit_of_loss(run) == 'points' and most == '1' else unit_of_loss(run)} allowed"
+
+
+def lost_text(run: TuneRun) -> str:
+    """What was found to be lost, with its interval."""
+    unit = unit_of_loss(run)
+    ends = (
+        ""
+        if run.drop_low is None or run.drop_high is None
+        else f" [{100 * run.drop_low:.2f}, {100 * run.drop_high:.2f}]"
+    )
+    lost = "not measured" if run.drop is None else f"{100 * run.drop:+.2f} {unit}{ends}"
+    if run.pictures is None:
+        return f"{run.metric} {lost}"
+    seen = run.pictures
+    return f"{run.metric} {100 * seen.candidate:.1f} % of {seen.proof:,} pictures, {100 * seen.baseline:.1f} % as loaded, lost {lost}"
+
+
+def documented(run: TuneRun) -> dict[str, Any]:
+    """The run for `--json`: its fields, its kind, what is said of it now, and which of its steps have changed since."""
+    changed = sorted(changes(run))
+    return run.model_dump(mode="json") | {"kind": run.kind, "word": word_of(run, changed), "changed": changed}
 
 
 # Pairs ---------------------------------------------------------------------------------------------------------------------

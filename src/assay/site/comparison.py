@@ -201,13 +201,17 @@ def _percent(quality: QualityRecord, value: float) -> float:
 def recipe_row(library: Library, one: Tuned, against: Against, *, older: bool = False) -> dict[str, Any] | None:
     """A proven recipe as a row of the comparison; None when it is not, when it is stale (unless `older`), or lacks that ratio.
 
-    What a claim's gain over the paper's baseline is, is for a recipe the gain over the model as loaded.
+    What a claim's gain over the paper's baseline is, is for a recipe the gain over the model as loaded. Pictures that are lost are, as a
+    claim's quality, a share of those that the model as loaded has.
     """
     run = one.run
     ratio: Span | None = {"free": run.over_free, "paper": run.over_baseline, "exact": run.over_exact}[against]
-    if not run.proven or one.stale() and not older or ratio is None or run.drop is None:
+    whole = 1.0 if run.pictures is None else run.pictures.baseline
+    if not run.proven or one.stale() and not older or ratio is None or run.drop is None or not whole:
         return None
-    if not (0 < ratio.median < LARGEST and abs(100 * run.drop) < LARGEST):
+    lost = 100 * run.drop / whole
+    ends = [None if end is None else 100 * end / whole for end in (run.drop_low, run.drop_high)]
+    if not (0 < ratio.median < LARGEST and all(abs(value) < LARGEST for value in (lost, *ends) if value is not None)):
         return None
     return {
         "kind": "recipe",
@@ -219,9 +223,9 @@ def recipe_row(library: Library, one: Tuned, against: Against, *, older: bool = 
         "low": ratio.low,
         "high": ratio.high,
         "quality": run.metric,
-        "quality_lost_percent": 100 * run.drop,
-        "quality_lost_low": None if run.drop_low is None else 100 * run.drop_low,
-        "quality_lost_high": None if run.drop_high is None else 100 * run.drop_high,
+        "quality_lost_percent": lost,
+        "quality_lost_low": ends[0],
+        "quality_lost_high": ends[1],
         "verdict": one.word,
         "scale": "",
         "model": run.model,

@@ -71,7 +71,7 @@ class Tuned:
     @property
     def word(self) -> str:
         """Of the recipe: "proven", "not proven", or "stale"."""
-        return "stale" if self.stale() else "proven" if self.run.proven else "not proven"
+        return tuned.word_of(self.run, self.changed)
 
 
 @dataclass(frozen=True)

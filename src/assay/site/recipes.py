@@ -7,7 +7,7 @@ from typing import Any
 
 from assay.catalogue import Paper
 from assay.errors import InputError
-from assay.evidence.tuned import Pair, Span, StepRecord, Tried, TuneRun, label
+from assay.evidence.tuned import Pair, Span, StepRecord, Tried, TuneRun, allowed_text, label, unit_of_loss
 from assay.site.charts import LARGEST, Point, pareto
 from assay.site.library import ORIGINS, Library, Tuned
 from assay.tuner.recipe import as_toml
@@ -16,7 +16,7 @@ PAIRS = 60  # lines of a paper's page about pairs
 RUNS = 200  # lines of the page of runs
 ROWS = 100  # measured recipes of a run that its page lists
 PROOF = {
-    "proven": "it beat what is free for certain, and kept the quality on text that the search did not see",
+    "proven": "it beat what is free for certain, and kept the quality on text or pictures that the search did not see",
     "not proven": "it did not beat what is free for certain, or its quality was not shown to be kept",
 }
 """What is said of a recipe, besides that it is stale."""
@@ -55,6 +55,7 @@ def recipe_line(library: Library, one: Tuned) -> dict[str, Any]:
         "label": label(run.steps),
         "papers": facts(library, run.steps)["papers"],
         "model": run.model,
+        "kind": run.kind,
         "goal": run.goal,
         "prompt_tokens": run.prompt_tokens,
         "new_tokens": run.new_tokens,
@@ -62,6 +63,9 @@ def recipe_line(library: Library, one: Tuned) -> dict[str, Any]:
         "over_free": _span(run.over_free),
         "over_baseline": _span(run.over_baseline),
         "over_exact": _span(run.over_exact),
+        "metric": run.metric,
+        "unit": unit_of_loss(run),
+        "allowed": allowed_text(run),
         "drop": run.drop,
         "drop_low": run.drop_low,
         "drop_high": run.drop_high,
@@ -88,7 +92,7 @@ def recipe_page(library: Library, id: str) -> dict[str, Any]:
         "by_words": ORIGINS[one.origin],
         "changed": sorted(one.changed),
         "verdict": run.verdict,
-        "metric": run.metric,
+        "pictures": None if run.pictures is None else run.pictures.model_dump(mode="json"),
         "drop_level": run.drop_level,
         "levels": {
             name: {"label": found.label, "value": found.value, "low": found.low, "high": found.high, "unit": found.unit}
@@ -121,6 +125,7 @@ def _tried(row: Tried, base: Tried | None, run: TuneRun) -> dict[str, Any]:
         "drop": row.drop,
         "drop_low": row.drop_low,
         "drop_high": row.drop_high,
+        "built_on": _span(row.ratio),
         "found": row.steps == run.steps,
     }
 
@@ -146,6 +151,10 @@ def _points(rows: Sequence[dict[str, Any]]) -> list[Point]:
 
 def toml(run: TuneRun) -> str:
     """The recipe as the file that `assay apply --recipe` replays."""
+    if run.kind == "images":
+        options = [{"option": step.transform, "config": step.config} for step in run.steps]
+        head = {"kind": "images", "format": 1, "goal": run.goal, "architecture": run.architecture}
+        return as_toml({**head, "steps": options})
     document: dict[str, Any] = {
         "format": 1,
         "architecture": run.architecture,
@@ -230,6 +239,8 @@ def pair_line(library: Library, one: Tuned, pair: Pair, slug: str = "") -> dict[
         "first_alone": _span(own),
         "second_alone": _span(other),
         "product": pair.expected,
+        "unit": unit_of_loss(one.run),
+        "allowed": allowed_text(one.run),
         "drop": pair.drop,
         "drop_low": pair.drop_low,
         "drop_high": pair.drop_high,

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from assay.errors import InputError
+from assay.errors import AssayError, InputError
 from assay.methods.core.generation.loop import plain_generation
 from assay.methods.transform import TuneContext
 from assay.paths import atomic_dir
@@ -71,7 +71,7 @@ def load_tuned(
 
     if is_image_model(source):
         raise InputError(
-            f"{source}: an image classifier, which generates no text; `assay.load` and `assay tune` take it"
+            f"{source}: an image classifier, which generates no text; `assay.load` and `assay tune`, `apply` and `profile` take it"
         )
     loaded: LoadedModel = packed.load_source(source, allow_download=allow_download)
     if before_recipe is not None:
@@ -236,6 +236,21 @@ def save(outcome: Outcome, after: dict[str, Any], limits: Any) -> list[dict[str,
 
     write(outcome.artefact, loaded.model, loaded.tokenizer, outcome.best.recipe, work.calibration, extra)
     return lines
+
+
+def remember(lines: list[dict[str, Any]], folder: Path, note: Callable[[str], None]) -> None:
+    """Add a run to the evidence store: `lines` are those of its evidence, which the artefact in `folder` holds by now.
+
+    Where the store takes nothing, `note` is told so, and the artefact stays.
+    """
+    from assay.evidence import tuned
+    from assay.evidence.store import Store
+
+    try:
+        with Store() as store:
+            store.add_runs([tuned.of_lines(lines)])
+    except AssayError as error:
+        note(f"the evidence store does not hold this run ({error}); assay evidence import {folder / EVIDENCE} adds it")
 
 
 def _modules(recipes: Iterable[Recipe]) -> dict[str, str]:

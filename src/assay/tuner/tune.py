@@ -26,7 +26,7 @@ import filelock
 import torch
 
 from assay import checks
-from assay.errors import AssayError, InputError, MissingError
+from assay.errors import InputError, MissingError
 from assay.tuner.assessing import Asked, assess, assess_one, base_steps, dtypes, expected, promised, reserve, within
 from assay.tuner.budget import LEAST_PAIRS, SURVEY, Budget, Costs
 from assay.tuner.evaluation import check_eval
@@ -358,16 +358,10 @@ def _save(run: Run, best: Row, final: dict[str, Any], helped: bool) -> Outcome:
 
 
 def _remember(run: Run, lines: list[dict[str, Any]]) -> None:
-    """Add the run to the evidence store. The artefact is written by now: where the store takes nothing, that is said, and it stays."""
-    from assay.evidence import tuned
-    from assay.evidence.store import Store
+    """Add the run to the evidence store."""
+    from assay.tuner.artefact import remember
 
-    try:
-        with Store() as store:
-            store.add_runs([tuned.of_lines(lines)])
-    except AssayError as error:
-        file = run.output / "evidence.jsonl"
-        run.note(f"the evidence store does not hold this run ({error}); assay evidence import {file} adds it")
+    remember(lines, run.output, run.note)
 
 
 @contextlib.contextmanager

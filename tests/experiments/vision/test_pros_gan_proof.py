@@ -14,6 +14,7 @@ from assay.evidence.verdict import judge
 from assay.experiments import experiments_of
 from assay.experiments.rates import Rate
 from assay.experiments.vision import pros_gan as room
+from assay.measure.cost import count_cost
 from assay.methods.vision.pros_gan import DHTA, Noise, Victim, change, train_on_attacked
 
 ATTACK = {"size": 16, "width": 4, "epochs": 1, "queries": 16, "steps": 2, "seeds": 3}
@@ -24,7 +25,7 @@ class Strong(DHTA):
     """In place of the generator's training: an attack that works, at the radius a generator might take."""
 
     def __init__(self):
-        super().__init__(steps=60, step=0.01, bound=0.12, norm="rms", direction="unit", name="pros_gan")
+        super().__init__(steps=20, step=0.03, bound=0.12, norm="rms", direction="unit", name="pros_gan")
 
 
 class Blind(Strong):
@@ -39,6 +40,15 @@ class Idle(Strong):
 
     def __call__(self, images, targets, *, bound=None):
         return Noise(norm="rms").fit(self.victim, self.database)(images, targets, bound=0.12)
+
+
+class Half(Strong):
+    """An attack that works on every second image."""
+
+    def __call__(self, images, targets, *, bound=None):
+        found = Noise(norm="rms").fit(self.victim, self.database)(images, targets, bound=0.12)
+        found[::2] = super().__call__(images, targets, bound=bound)[::2]
+        return found
 
 
 @cache
@@ -70,7 +80,7 @@ def put(monkeypatch):
     def call(attack, step=0.1):
         room.attacked.cache_clear()
         monkeypatch.setattr(
-            room, "chosen", lambda name, arm: Rate(3e-3 if name == room.LEARN else step, (1e-3, 3e-3, 0.1))
+            room, "chosen", lambda name, arm: Rate(3e-3 if name != room.STEP else step, (1e-3, 3e-3, 0.1))
         )
         monkeypatch.setattr(room, "generator_of", lambda seed, size, width, epochs, rate=None: attack())
 
@@ -136,12 +146,52 @@ def test_all_arms_stay_within_what_the_generator_changed(put, monkeypatch):
 
 def test_a_pass_of_the_generator_is_a_few_steps_of_the_victim():
     work = room.passes(16, 8)
-    assert room.equal_steps(16, 8) == round(work["generator"] / (3 * work["victim"])) < room.QUICK
+    model = count_cost(room.Hasher(16).eval(), torch.zeros(1, 1, 16, 16)).macs
+    assert work["step"] == 2 * model  # forwards, and back to the image: nobody asks for the weights' gradients
+    label = 10 * room.HIDDEN + room.HIDDEN * 512
+    assert work["generator"] > label
+    assert room.equal_steps(16, 8) == round(work["generator"] / work["step"]) < room.QUICK
+
+
+def test_costs_are_those_of_all_steps_and_training_is_paid_back(put):
+    put(Strong)
+    found = room.costs(room.compared(16, 4, 1, 16, 2, 3), 16, 4, 2)
+    macs = found["multiply-accumulates of an image"]
+    assert macs["dhta-2"] == 2 * macs["quick-1"] == 2 * room.passes(16, 4)["step"]
+    assert set(found["milliseconds of an image"]) == set(macs)
+    assert room.break_even(10.0, 6.0, 1.0) == 2000
+    assert room.break_even(10.0, 1.0, 1.0) is None
+
+
+def test_an_attack_that_finds_less_is_refuted_by_a_baseline_that_works(put):
+    put(Half, step=1000)
+    assert verdict_of("pros_gan/single-pass-attack", ATTACK) == Verdict.REFUTED
+    put(Idle, step=1000)  # not even trained
+    assert verdict_of("pros_gan/single-pass-attack", ATTACK) == Verdict.UNDECIDED
+
+
+def test_iterative_attacks_are_tuned_within_what_the_generator_changes(put, monkeypatch):
+    put(Strong, step=1000)
+    bounds = []
+    real = room.DHTA.__call__
+
+    def watched(self, images, targets, *, bound=None):
+        bounds.append(bound)
+        return real(self, images, targets, bound=bound)
+
+    monkeypatch.setattr(room.DHTA, "__call__", watched)
+    room.attack_for_choice.cache_clear()
+    assert room.step_score("20", 1000.0) < room.step_score("20", 1e-6)
+    known = room.digits_at(16).choose[:60]
+    targets = room.targets_of(0, room.digits_at(16).choose_labels[:60], room.Database(torch.ones(10, 8), torch.eye(10)))
+    expected = change(known, room.attack_for_choice(3e-3)(known, targets))
+    room.attack_for_choice.cache_clear()
+    assert any(bound is not None and torch.equal(bound, expected) for bound in bounds)
 
 
 @pytest.mark.slow
 def test_the_real_generator_learns_to_attack(monkeypatch):
-    monkeypatch.setattr(room, "chosen", lambda name, arm: Rate(3e-3 if name == room.LEARN else 1.0, (1e-3, 3e-3, 1e-2)))
+    monkeypatch.setattr(room, "chosen", lambda name, arm: Rate(3e-3 if name != room.STEP else 1.0, (1e-3, 3e-3, 1e-2)))
     room.attacked.cache_clear()
     found = room.attacked(1, room.SIZE, room.WIDTH, room.EPOCHS, 60, 20)
     room.attacked.cache_clear()

@@ -87,14 +87,20 @@ def test_parameters_are_the_published_ones(name):
     assert sum(value.numel() for value in on_meta(name).parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize(
-    "name", ["pem_stdc1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pem_stdc2", "pem_resnet50"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_work_is_the_published_one(name):
     model, images = on_meta(name), torch.empty(1, 3, 1024, 2048, device="meta")
     found = count_cost(model, images, auxiliary=True).macs
     assert found / 1e9 == pytest.approx(GIGA_MACS[name], rel=0.005)
     assert found - count_cost(model, images).macs > 0.05 * found  # earlier masks are made at their own size
+
+
+def test_earlier_masks_are_made_at_their_own_size():
+    model, images = tiny(), randn(1, 3, 64, 96)
+    saved = count_cost(model, images, auxiliary=True).macs - count_cost(model, images).macs
+    pixels = 4 * 16 * 24 - (2 * 3 + 4 * 6 + 8 * 12 + 2 * 3)  # of four masks, and what is made of them
+    assert saved == 7 * (24 * pixels + 4 * 16 * 6)  # seven queries, on 24 features; and their classes
 
 
 def test_parameters_of_a_layer():
@@ -198,6 +204,8 @@ def test_similarities_are_taken_in_float32():
     pixels[0, 0, 200, 1] = 2**-6  # 1 + 2^-12 after the product: lost in eight bits
     queries = torch.tensor([[[[1.0, 2**-6]]]], dtype=torch.bfloat16)
     assert nearest_pixels(queries, pixels, chunk=64).item() == 200
+    with torch.autocast("cpu", torch.bfloat16):
+        assert nearest_pixels(queries.float(), pixels.float(), chunk=64).item() == 200
 
 
 def test_only_selected_pixels_matter():
@@ -602,6 +610,11 @@ def test_weights_in_the_released_layout(backbone):
     assert torch.equal(model.decoder.layers[1].cross.query_proj.weight, state[f"{predictor}.query_proj.1.weight"])
     assert torch.equal(model.pixel_decoder.steps[2].conv.weight, state[f"{steps}.dcn.weight"])
     assert torch.equal(model.pixel_decoder.steps[2].norm.weight, state[f"{steps}.dcn_bn.weight"])
+    for level in range(4):  # the released ones are called from the coarsest map on, and the projections from the finest
+        theirs = state[f"sem_seg_head.pixel_decoder.csm.{3 - level}.mlp.0.mlp.3.weight"]
+        assert torch.equal(model.pixel_decoder.modulations[level].expand.weight, theirs)
+        theirs = state[f"sem_seg_head.pixel_decoder.in_projections.{level}.conv.weight"]
+        assert torch.equal(model.pixel_decoder.projections[level].conv.weight, theirs)
     assert torch.equal(model.decoder.mask_head[4].weight, state["sem_seg_head.predictor.mask_embed.layers.2.weight"])
     if backbone == "stdc":
         last = state["backbone.features.7.conv_list.3.bn.running_mean"]

@@ -17,14 +17,19 @@ from transformers import (
 )
 
 import assay
+from assay.cli.main import main
 from assay.errors import InputError
+from assay.evidence import tuned
+from assay.evidence.store import Store
 from assay.measure.clock import compare_many
 from assay.measure.isolate import ChildResult
-from assay.tuner.images import artefact, child, tune
+from assay.tuner.artefact import remember
+from assay.tuner.images import artefact, child, replay, tune
 from assay.tuner.images.models import is_image_model, load_image_model, logits, save_backbone
 from assay.tuner.images.options import OPTIONS, Option
 from assay.tuner.images.recipe import ImageRecipe, ImageStep, apply
 from assay.tuner.images.work import Settings, build, scores
+from assay.tuner.recipe import Recipe
 
 SIZE = 16
 NAMES = ("red", "green", "blue")
@@ -119,6 +124,7 @@ def in_process(monkeypatch):
         return compare_many(functions, rounds=6, warmup=1)
 
     monkeypatch.setattr(tune, "run_isolated", run)
+    monkeypatch.setattr("assay.tuner.artefact.remember", lambda *_: None)
     monkeypatch.setattr(child, "compare_many", rounds)
     before = dict(OPTIONS)  # put back whole: their order is that of recipes
     for name in ("compile", "bfloat16"):
@@ -262,6 +268,127 @@ def test_a_time_that_is_over_leaves_out_recipes_and_never_the_proof(models, pict
 def test_not_finite_logits_are_never_right():
     assert scores([0, 1], [-1, 1], None) == ([1.0, 1.0], [0.0, 1.0])
     assert scores([-1], [-1], [0]) == ([0.0], [0.0])
+
+
+# ------------------------------------------------------------------------------------------------------ the evidence store
+
+
+def test_the_run_is_in_the_store_as_in_the_artefact(models, pictures, tmp_path, in_process, monkeypatch):
+    monkeypatch.setattr("assay.tuner.artefact.remember", remember)
+    found = tune.tune_images(settings(models["residual"], pictures), tmp_path / "out", max_drop=0.1, minutes=10)
+    with Store() as store:
+        [run] = store.runs()
+    assert run == tuned.read(tmp_path / "out" / "evidence.jsonl")
+    assert (run.kind, run.goal, run.architecture) == ("images", "latency", "resnet")
+    assert tuned.label(run.steps) == found["best"]["label"]
+    assert (run.pictures.total, run.pictures.proof) == (120, 72)
+    assert run.drop == found["quality"]["lost"]
+    assert [row.cost for row in run.rows] == [row["cost"] for row in found["rows"]]
+    assert all(row.samples for row in run.rows if row.status == "ok")
+    assert tuned.changes(run) == set()
+    assert set(run.code) == {step.transform for row in run.rows for step in row.steps}
+    assert run.machine["cores"] >= 1
+
+
+def test_a_store_that_takes_nothing_loses_no_artefact(models, pictures, tmp_path, in_process, monkeypatch):
+    monkeypatch.setattr("assay.tuner.artefact.remember", remember)
+    monkeypatch.setenv("ASSAY_DATABASE_URL", f"sqlite:///{tmp_path / 'text.db'}")
+    (tmp_path / "text.db").write_text("this is no database" * 100)
+    found = tune.tune_images(settings(models["residual"], pictures), tmp_path / "out", max_drop=0.1, minutes=0.001)
+    [note] = [note for note in found["notes"] if "evidence store" in note]
+    assert f"assay evidence import {tmp_path / 'out' / 'evidence.jsonl'}" in note
+    assert (tmp_path / "out" / "recipe.toml").is_file()
+
+
+def test_every_option_names_the_module_that_does_its_work():
+    for option in OPTIONS.values():
+        assert option.module == "" or tuned.code_of({option.name: option.module})["code"][option.name]["hash"], option
+    assert {name for name, option in OPTIONS.items() if not option.module} == {"channels_last", "compile"}
+
+
+# ------------------------------------------------------------------------------------------------------ assay apply
+
+
+def applied(*words):
+    return main(["apply", *map(str, words)])
+
+
+def test_a_recipe_is_replayed_on_another_classifier(models, pictures, tmp_path, capsys):
+    steps = (ImageStep(option="fold_batch_norm"), ImageStep(option="int8_convolutions"))
+    recipe = ImageRecipe(goal="throughput", architecture="another", steps=steps)
+    recipe.save(tmp_path / "recipe.toml")
+    words = (models["residual"], "--recipe", tmp_path / "recipe.toml", "-o", tmp_path / "out", "--workload", pictures)
+    assert applied(*words, "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["recipe"] == [
+        {"option": "fold_batch_norm", "config": {}},
+        {"option": "int8_convolutions", "config": {}},
+    ]
+    work = build(settings(models["residual"], pictures))
+    expected = apply(work.loaded.model, recipe, work.calibration())
+    pixels = work.pixels(work.pictures.part("proof").read())
+    with torch.inference_mode():
+        assert torch.equal(logits(assay.load(tmp_path / "out"), pixels), logits(expected, pixels))
+    assert not (tmp_path / "out" / "report.html").exists()  # nothing was measured
+    assert applied(*words) == 0  # an artefact is replaced
+    assert "INT8 convolutions" in capsys.readouterr().out
+
+
+def test_kinds_that_do_not_match_are_refused_both_ways(models, pictures, tmp_path, capsys):
+    from tests.tiny import write_tiny_llama
+
+    llama = write_tiny_llama(tmp_path / "llama")
+    ImageRecipe(steps=(ImageStep(option="channels_last"),)).save(tmp_path / "images.toml")
+    Recipe.model_validate({"steps": [{"transform": "dtype", "config": {"dtype": "bfloat16"}}]}).save(
+        tmp_path / "text.toml"
+    )
+    (tmp_path / "broken.toml").write_text("kind = ")
+    out = ("-o", tmp_path / "out")
+    for words, says in {
+        (models["residual"], "--recipe", tmp_path / "text.toml", *out): "is for language models, and",
+        (llama, "--recipe", tmp_path / "images.toml", *out): "is for image classifiers, and MODEL must be",
+        (
+            tmp_path / "nothing",
+            "--recipe",
+            tmp_path / "images.toml",
+            *out,
+        ): "is for image classifiers, and MODEL must be",
+        (llama, "--recipe", tmp_path / "text.toml", *out, "--workload", pictures): "--workload is for image models",
+        (models["residual"], "--recipe", tmp_path / "broken.toml", *out): "broken.toml is not a recipe",
+        (models["residual"], "--recipe", tmp_path / "none.toml", *out): "none.toml",
+        (
+            models["residual"],
+            "--recipe",
+            tmp_path / "images.toml",
+            *out,
+            "--workload",
+            tmp_path / "no",
+        ): "no such folder",
+        (models["residual"], "--recipe", tmp_path / "images.toml", "-o", pictures): "not an artefact",
+    }.items():
+        assert applied(*words) == 2
+        assert says in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_that_does_not_fit_or_leaves_nothing_that_runs_is_refused(models, pictures, tmp_path, monkeypatch):
+    def replayed(option):
+        ImageRecipe(steps=(ImageStep(option=option),)).save(tmp_path / "recipe.toml")
+        return replay.apply_to(str(models["residual"]), tmp_path / "recipe.toml", tmp_path / "out", pictures)
+
+    with pytest.raises(InputError, match="merge_tokens cannot be applied"):
+        replayed("merge_tokens")
+    for made, says in ((nn.Linear(3, 3), "that does not run"), (Nan(), "not finite")):
+        broken = Option("channels_last", "x", True, True, lambda model: "", lambda model, calibration, made=made: made)
+        monkeypatch.setitem(OPTIONS, "channels_last", broken)
+        with pytest.raises(InputError, match=says):
+            replayed("channels_last")
+    assert not (tmp_path / "out").exists()
+
+
+class Nan(nn.Module):
+    def forward(self, x):
+        return torch.full((len(x), 3), float("nan"))
 
 
 # ------------------------------------------------------------------------------------------------------ models, recipes, files

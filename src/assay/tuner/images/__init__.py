@@ -7,5 +7,7 @@ work.py      one run of the work, and what a model says of pictures
 child.py     what runs in child processes
 tune.py      survey, search, proof, artefact
 artefact.py  the folder that is written, and how it is loaded
+replay.py    a recipe replayed on another model, for `assay apply`
 report.py    the page in it
+profile.py   where a picture's time goes, for `assay profile`
 """

@@ -27,26 +27,29 @@ from assay.tuner.names import CALIBRATION, EVIDENCE, RECIPE, REPORT
 MOST_CALIBRATION = 1 << 28  # numbers read from an artefact
 
 
-def write(folder: Path, settings: Settings, recipe: ImageRecipe, document: dict[str, Any]) -> None:
-    """Write an artefact, completely or not at all."""
-    from safetensors.torch import save_file
-
+def save(folder: Path, settings: Settings, recipe: ImageRecipe, document: dict[str, Any]) -> None:
+    """Write what tuning found, with its report and its evidence, completely or not at all."""
     from assay.tuner.images.report import render
 
     work = build(settings)
+    texts = {REPORT: render(document), EVIDENCE: json.dumps(document, allow_nan=False) + "\n"}
+    write(folder, work.loaded, recipe, work.calibration() if recipe.steps else [], texts)
+
+
+def write(
+    folder: Path, loaded: ImageModel, recipe: ImageRecipe, calibration: list[Tensor], texts: dict[str, str]
+) -> None:
+    """Write an artefact, completely or not at all: the model as it was, the recipe, what its ranges are taken from, and files of text."""
+    from safetensors.torch import save_file
+
     with atomic_dir(folder) as temporary:
-        _model(work.loaded, temporary)
+        _model(loaded, temporary)
         recipe.save(temporary / RECIPE)
         if recipe.steps:
-            batches = work.calibration()
-            save_file(
-                {f"batch{number:03}": batch.contiguous() for number, batch in enumerate(batches)},
-                temporary / CALIBRATION,
-            )
-        (temporary / REPORT).write_text(render(document), encoding="utf-8")
-        (temporary / EVIDENCE).write_text(
-            json.dumps({**document, "kind": "images"}, allow_nan=False) + "\n", encoding="utf-8"
-        )
+            batches = {f"batch{number:03}": batch.contiguous() for number, batch in enumerate(calibration)}
+            save_file(batches, temporary / CALIBRATION)
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
 
 
 def load(folder: Path | str) -> ImageModel:

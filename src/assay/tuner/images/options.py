@@ -22,7 +22,10 @@ LEAST_SHARE = 0.5  # of the model's multiply-accumulates or weights: an option t
 
 @dataclass(frozen=True)
 class Option:
-    """`why_not(model)` is "" where it fits; `apply(model, calibration, **settings)` changes it (calibration: batches of inputs)."""
+    """`why_not(model)` is "" where it fits; `apply(model, calibration, **settings)` changes it (calibration: batches of inputs).
+
+    `module` is the one that does the work, "" where torch does it alone: when its code changes, what was measured with it is stale.
+    """
 
     name: str
     words: str
@@ -30,6 +33,7 @@ class Option:
     exact: bool
     why_not: Callable[[nn.Module], str]
     apply: Callable[..., nn.Module]
+    module: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # worth trying, by setting
 
@@ -126,10 +130,34 @@ def _dtype(model: nn.Module) -> torch.dtype:
 OPTIONS: dict[str, Option] = {
     option.name: option
     for option in (
-        Option("fold_batch_norm", "BatchNorm folded into the convolutions", True, True, _no_norms, _fold),
-        Option("bfloat16", "bfloat16", True, True, _has_float32, _bfloat16),
-        Option("int8_convolutions", "INT8 convolutions", False, False, _no_int8_convolutions, _int8_convolutions),
-        Option("int8_linears", "INT8 linear layers", False, False, _few_linears, _int8_linears),
+        Option(
+            "fold_batch_norm",
+            "BatchNorm folded into the convolutions",
+            True,
+            True,
+            _no_norms,
+            _fold,
+            "assay.methods.core.vision.folding",
+        ),
+        Option("bfloat16", "bfloat16", True, True, _has_float32, _bfloat16, "assay.methods.builtin.dtype"),
+        Option(
+            "int8_convolutions",
+            "INT8 convolutions",
+            False,
+            False,
+            _no_int8_convolutions,
+            _int8_convolutions,
+            "assay.methods.core.vision.int8_conv",
+        ),
+        Option(
+            "int8_linears",
+            "INT8 linear layers",
+            False,
+            False,
+            _few_linears,
+            _int8_linears,
+            "assay.methods.core.quantize.int8_linear",
+        ),
         Option(
             "merge_tokens",
             "{tokens} tokens merged after each block",
@@ -137,6 +165,7 @@ OPTIONS: dict[str, Option] = {
             False,
             token_merging.why_not,
             lambda model, calibration, tokens: token_merging.merge_tokens(model, tokens),
+            "assay.methods.core.vision.token_merging",
             {"tokens": 8},
             {"tokens": (4, 8, 16)},
         ),  # fmt: skip

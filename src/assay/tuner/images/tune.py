@@ -70,7 +70,7 @@ class Row:
     def document(self) -> dict[str, Any]:
         return {
             "kind": self.kind, "label": self.recipe.label(), "words": self.recipe.words(), "status": self.status, "cost": self.cost,
-            "ratio": self.ratio, "lost": self.lost, "kept": self.kept, "error": self.error,
+            "samples": self.samples, "ratio": self.ratio, "lost": self.lost, "kept": self.kept, "error": self.error,
             "recipe": [step.model_dump() for step in self.recipe.steps],
         }  # fmt: skip
 
@@ -379,7 +379,7 @@ def _proof(run: Run, baseline: Row, free: Row, best: Row) -> dict[str, Any]:
         run.note(f"what is free ({free.recipe.label()}) loses more than is allowed: the model as loaded is saved")
     samples = {**timed["samples"], "best": timed["samples"][saved]}
     return {
-        "kind": "images", "goal": run.settings.goal, "model": run.settings.model, "workload": run.settings.workload,
+        "goal": run.settings.goal, "model": run.settings.model, "workload": run.settings.workload,
         "max_drop": run.max_drop, "helped": helped, "recipe": rows[saved].recipe.model_dump(mode="json"),
         "baseline": _level(run, baseline, samples["baseline"]), "free_baseline": _level(run, free, samples["free"]),
         "best": _level(run, rows[saved], samples["best"]),
@@ -434,17 +434,22 @@ def _span(found: Interval) -> dict[str, float]:
 
 
 def _save(run: Run, document: dict[str, Any], machine: dict[str, Any]) -> dict[str, Any]:
+    """Write the artefact and add the run to the evidence store; the whole document."""
+    from assay.evidence import tuned
     from assay.evidence.place import here
-    from assay.tuner.images.artefact import write
+    from assay.tuner.artefact import remember
+    from assay.tuner.images.artefact import save
 
     document |= {
         "notes": run.notes, "seconds": run.budget.spent(), "minutes": run.budget.minutes, "machine": machine,
         "artefact": str(run.output), "report": str(run.output / "report.html"), "command": " ".join(["assay", *sys.argv[1:]]),
         "commit": here().commit, "created": datetime.now(UTC).isoformat(timespec="seconds"), "load": os.getloadavg()[0],
+        **tuned.code_of({step.option: step.of.module for row in run.rows for step in row.recipe.steps}),
     }  # fmt: skip
-    document = {key: finite(value) for key, value in document.items()}
+    document = {"kind": tuned.IMAGES, **{key: finite(value) for key, value in document.items()}}
     run.tell("writing the artefact")
-    write(run.output, run.settings, ImageRecipe.model_validate(document["recipe"]), document)
+    save(run.output, run.settings, ImageRecipe.model_validate(document["recipe"]), document)
+    remember([document], run.output, run.note)
     run.journal.path.unlink(missing_ok=True)
     assert math.isfinite(document["best"]["value"])
-    return document
+    return document | {"notes": run.notes}

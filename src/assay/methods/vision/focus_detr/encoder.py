@@ -163,6 +163,8 @@ class FocusEncoder(nn.Module):
         references = self._model_owns[0].get_reference_points(tuple(shapes), valid_ratios, device=values.device)
 
         rank = scores.detach().float()
+        if valid is not None and self.variant == "as_released":
+            rank = rank.masked_fill(~valid, rank.min())
         order = None
         if min(map(min, budgets)) < total:
             order = best_tokens(rank, max(map(max, budgets)), valid=valid)

@@ -100,8 +100,8 @@ class ForegroundScorer(nn.Module):
 def level_ranges(strides: Sequence[int], variant: Variant = "paper") -> list[tuple[float, float]]:
     """Which distances each level is for, in pixels: above the first number, up to the second.
 
-    "paper": neighbours share half of a range, so that each begins in the middle of the one before. "as_released": one begins where the
-    one before ends. Where a range ends is the released code's: 8 strides, and nowhere for the coarsest level.
+    "as_released": one begins where the one before ends, at 8 strides; the coarsest level's has no end. "paper": neighbours overlap by half
+    of a range, as the paper says without numbers; that each begins in the middle of the one before, and ends as released, is our reading.
 
     >>> level_ranges([8, 16, 32])
     [(-1.0, 64.0), (32.0, 128.0), (80.0, inf)]

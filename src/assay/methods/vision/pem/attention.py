@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,8 +23,8 @@ def nearest_pixels(queries: Tensor, pixels: Tensor, *, seen: Tensor | None = Non
 
     queries (B, heads, Q, c), pixels (B, heads, N, c), `seen` bool (B, Q, N): where a query may look; None: everywhere. A query that may
     look nowhere gets 0. Similarities are taken `chunk` pixels at a time (None: `TILE` of them) with a running maximum, so that
-    they are never all in memory, and in float32 where the inputs have fewer bits: rounded to eight bits many would be equal. The
-    choice has no gradient.
+    they are never all in memory, and in float32 where the inputs have fewer bits, under autocast too: rounded to eight bits many would
+    be equal. The choice has no gradient.
 
     Raises TypeError and ValueError for tensors that do not fit together, and for a chunk below 1.
 
@@ -42,7 +43,7 @@ def nearest_pixels(queries: Tensor, pixels: Tensor, *, seen: Tensor | None = Non
         chunk = max(1, TILE.get(queries.device.type, TILE["cuda"]) // (batch * heads * count))
     chunk = checks.whole("chunk", chunk, low=1)
     kernels.ran("nearest pixels", "chunks" if chunk < total else "all at once")
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(queries.device.type):
         wide = torch.promote_types(queries.dtype, torch.float32)
         asked = queries.to(wide)
         best, where = None, None
@@ -67,6 +68,11 @@ def nearest_pixels_reference(queries: Tensor, pixels: Tensor, *, seen: Tensor | 
     if seen is not None:
         scores = scores.masked_fill(~seen[:, None], float("-inf"))
     return scores.argmax(-1)
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    known = torch.amp.is_autocast_available(device)  # not on the meta device
+    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
 def by_heads(x: Tensor, heads: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from assay import checks
+from assay.methods.vision.pem.attention import without_autocast
 from assay.methods.vision.pem.network import Predictions
 
 
@@ -61,7 +62,7 @@ def match_queries(
     from scipy.optimize import linear_sum_assignment
 
     pairs = []
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(found.mask_logits.device.type):
         points = torch.rand(len(labels), settings.points, 2, device=found.mask_logits.device)
         guesses = at_points(found.mask_logits, points).float()
         chances = found.class_logits.float().softmax(-1)

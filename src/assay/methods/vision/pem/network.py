@@ -206,7 +206,7 @@ _HEAD = (
     (r"^sem_seg_head\.pixel_decoder\.", "pixel_decoder."),
     (r"^sem_seg_head\.predictor\.", "decoder."),
     (r"^pixel_decoder\.in_projections\.", "pixel_decoder.projections."),
-    (r"^pixel_decoder\.csm\.", "pixel_decoder.modulations."),
+    (r"^pixel_decoder\.csm\.(\d)\.", lambda m: f"pixel_decoder.modulations.{3 - int(m[1])}."),  # theirs: coarse to fine
     (r"^pixel_decoder\.dcn\.", "pixel_decoder.steps."),
     (r"^(pixel_decoder\.(?:projections\.\d|conv_avg|out))\.bn\.", r"\1.norm."),
     (r"^pixel_decoder\.conv_avg\.", "pixel_decoder.context."),

@@ -33,6 +33,7 @@ from assay.methods.vision.pros_gan.retrieval import (
 Direction = Literal["gradient", "sign", "unit"]
 DIRECTIONS: tuple[Direction, ...] = ("gradient", "sign", "unit")
 BOUND = 8 / 255
+ROUNDS = 50  # in which noise that is cut at 0 and 1 is brought to its size, at most
 SLOPES = ((0.5, 0.1), (0.6, 0.2), (0.7, 0.3), (0.8, 0.5), (0.9, 0.7), (1.0, 1.0))
 """Up to which share of the steps which slope of the tanh holds. The released code gives them for 2000 steps; for others, our choice."""
 
@@ -171,9 +172,10 @@ class P2P(DHTA):
 
 
 class Noise(Attack):
-    """No attack: every pixel is moved by the bound, up or down at random, but inwards where it would leave [0, 1].
+    """No attack: pixels are moved at random, by the bound under "linf", by normal draws whose `change` is the bound under "rms".
 
-    It shows what a model does at such a change anyway. Under both norms the change is exactly the bound, if that is at most 0.5.
+    What would leave [0, 1] moves the other way, where there is more room. It shows what a model does at such a change anyway. The change
+    is exactly the bound wherever there is room for it: up to 0.4 always.
     """
 
     bound: float
@@ -189,10 +191,25 @@ class Noise(Attack):
         self.ready(images, targets)
         limits = limits_of(self.bound if bound is None else bound, len(images), images)
         generator = torch.Generator().manual_seed(self.seed)
-        signs = bits_of(torch.rand(images.shape, generator=generator) - 0.5).to(images)
-        moves = limits.view(-1, 1, 1, 1).expand_as(images)
-        signs = torch.where(images < moves, 1.0, torch.where(images > 1 - moves, -1.0, signs)).to(images)
-        return (images + signs * moves).clamp(0, 1)
+        drawn = torch.randn(images.shape, generator=generator).to(images)
+        size = limits.view(-1, 1, 1, 1)
+        if self.norm == "linf":
+            return _moved(images, bits_of(drawn) * size)
+        scale = size
+        for _ in range(ROUNDS):
+            attacked = _moved(images, drawn * scale)
+            short = limits / change(images, attacked).clamp(min=1e-20)
+            if bool(((short - 1).abs() < 1e-5).all()):
+                break
+            scale = scale * short.view(-1, 1, 1, 1)
+        return attacked
+
+
+def _moved(images: Tensor, moves: Tensor) -> Tensor:
+    """Images moved within [0, 1]: the other way where a move would leave it and there is more room there."""
+    room = torch.where(moves >= 0, 1 - images, images)
+    turned = (moves.abs() > room) & (room < 0.5)
+    return (images + torch.where(turned, -moves, moves)).clamp(0, 1)
 
 
 def limits_of(bound: float | Tensor, images: int, like: Tensor) -> Tensor:

@@ -246,11 +246,12 @@ def perceptibility(images: Tensor, attacked: Tensor) -> float:
 def within(attacked: Tensor, images: Tensor, bound: float | Tensor, norm: Norm = "linf") -> Tensor:
     """`attacked` brought within `bound` of `images` and into [0, 1]; differentiable.
 
-    "linf" bounds the change of every pixel, "rms" an image's `change`, whose direction is kept. `bound` is one number, or one an image.
+    "linf" bounds the change of every pixel, "rms" an image's `change`: what leaves [0, 1] is cut first, so that it takes no share of the
+    bound, then the change is shortened in its direction. `bound` is one number, or one an image.
     """
     if isinstance(bound, Tensor):
         bound = bound.view(-1, 1, 1, 1)
-    delta = attacked - images
+    delta = attacked.clamp(0, 1) - images
     if norm == "linf":
         limit = torch.as_tensor(bound, dtype=delta.dtype, device=delta.device)
         delta = delta.clamp(-limit, limit)
