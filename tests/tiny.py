@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -100,33 +101,43 @@ def write_tiny_llama(
     return folder
 
 
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
 def tiny_tokenizer(vocab: int = 512, context: int = 2048):
     """A byte-level BPE tokenizer trained on the Python documentation, with SmolLM2's special tokens (257 + at least 2)."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained(vocab)),
+        unk_token=SPECIAL[0],
+        bos_token=SPECIAL[1],
+        eos_token=SPECIAL[2],
+        pad_token=SPECIAL[2],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=context,
+    )
+
+
+@functools.cache
+def _trained(vocab: int) -> str:
+    """The tokenizer as text: many tests want one, and training takes longer than reading."""
     from pydoc_data.topics import topics
 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=special,
+        special_tokens=list(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator([topics["compound"], topics["debugger"]], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token=special[0],
-        bos_token=special[1],
-        eos_token=special[2],
-        pad_token=special[2],
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=context,
-    )
+    return backend.to_str()
 
 
 def write_gguf(loaded, path: Path, *, architecture: str = "llama") -> Path:

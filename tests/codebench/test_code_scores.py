@@ -104,7 +104,7 @@ def test_costs_that_the_meter_does_not_see_are_left_out_and_told(sample):
 def test_the_command_line_scores_a_file_of_samples(tmp_path, capsys):
     from assay.workloads.programs.task import bank
 
-    task = min(bank().values(), key=lambda task: task.sizes[-1])
+    task = bank()["HumanEval/139"]  # factorials of factorials: of all, it counts the fewest operations
     samples = tmp_path / "samples.jsonl"
     lines = [
         {"task_id": task.id, "solution": task.programs["expert"]},

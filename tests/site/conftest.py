@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import socket
@@ -44,6 +45,7 @@ def wait_for(happens, seconds=30):
         time.sleep(0.02)
 
 
+@functools.cache
 def known_records():
     """Records of one claim on three machines, and of another claim that failed."""
     mine = make(
@@ -76,16 +78,26 @@ def known_records():
     return [mine, better, other, failed, old]
 
 
+@pytest.fixture(scope="session")
+def nothing_yet(tmp_path_factory):
+    """A store that was just made: to make one takes longer than to copy it."""
+    file = tmp_path_factory.mktemp("store") / "evidence.db"
+    Store(f"sqlite:///{file}").close()
+    return file
+
+
 @pytest.fixture
-def store(tmp_path, monkeypatch):
+def store(tmp_path, monkeypatch, nothing_yet):
     """An empty store, and no shipped records or runs."""
     monkeypatch.setattr(shipped, "read", lambda *_, **__: Reading())
     monkeypatch.setattr(shipped, "runs", lambda *_: [])
+    shutil.copy(nothing_yet, tmp_path / "evidence.db")
     url = f"sqlite:///{tmp_path / 'evidence.db'}"
     with Store(url) as opened:
         yield opened
 
 
+@functools.cache
 def known_runs():
     """Two runs of `assay tune`, on this machine and on another: a pair and each alone; a pair whose second was not tried alone."""
     pair = {("dtype",): 4.0, ("dtype", "attention_backend"): 3.0, ("dtype", "fp8_vs_int8", "attention_backend"): 1.5}
@@ -103,13 +115,34 @@ def shelf(store):
     made.close()
 
 
+@pytest.fixture(scope="session")
+def command_pages():
+    """The guide's pages about the command line."""
+    texts = commands(typer.main.get_command(build()))
+    return tuple(Page(f"command-{name}", f"assay {name}", text) for name, text in texts.items())
+
+
 @pytest.fixture
-def app(shelf):
-    pages = tuple(
-        Page(f"command-{name}", f"assay {name}", text)
-        for name, text in commands(typer.main.get_command(build())).items()
-    )
-    return create_app(shelf, searcher=Searcher(start=False), commands=pages)
+def app(shelf, command_pages):
+    return create_app(shelf, searcher=Searcher(start=False), commands=command_pages)
+
+
+@pytest.fixture(scope="session")
+def standing(tmp_path_factory, nothing_yet, command_pages):
+    """A client of one application for all tests that only read: to make one takes longer than to ask it."""
+    from starlette.testclient import TestClient
+
+    file = shutil.copy(nothing_yet, tmp_path_factory.mktemp("standing") / "evidence.db")
+    with pytest.MonkeyPatch.context() as patch, Store(f"sqlite:///{file}") as opened:
+        patch.setattr(shipped, "read", lambda *_, **__: Reading())
+        patch.setattr(shipped, "runs", lambda *_: [])
+        opened.add(known_records())
+        opened.add_runs(known_runs())
+        shelf = Shelf(str(opened._url), here="mine", machine=HERE)
+        shelf.library()
+    made = create_app(shelf, searcher=Searcher(start=False), commands=command_pages)
+    yield TestClient(made, base_url="http://127.0.0.1", raise_server_exceptions=False)
+    shelf.close()
 
 
 @pytest.fixture

@@ -29,23 +29,23 @@ DATA = ("/api/papers", "/api/papers/xattention", f"/api/claims/{CLAIM}", "/api/r
 
 
 @pytest.mark.parametrize("path", PAGES + DATA)
-def test_answers_are_safe_and_cacheable(client, path):
-    answer = client.get(path)
+def test_answers_are_safe_and_cacheable(standing, path):
+    answer = standing.get(path)
     assert answer.status_code == 200
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert "default-src 'none'" in answer.headers["content-security-policy"]
     if path == "/api/openapi.json":
         return
     tag = answer.headers["etag"]
-    again = client.get(path, headers={"If-None-Match": f'"other", W/{tag}'})
+    again = standing.get(path, headers={"If-None-Match": f'"other", W/{tag}'})
     assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tag)
-    assert client.get(path, headers={"If-None-Match": '"other"'}).status_code == 200
+    assert standing.get(path, headers={"If-None-Match": '"other"'}).status_code == 200
 
 
 @pytest.mark.parametrize("path", PAGES)
-def test_pages_hold_nothing_that_the_policy_forbids(client, path):
-    text = client.get(path).text
-    assert "script-src 'self'" in client.get(path).headers["content-security-policy"]
+def test_pages_hold_nothing_that_the_policy_forbids(standing, path):
+    text = standing.get(path).text
+    assert "script-src 'self'" in standing.get(path).headers["content-security-policy"]
     assert not re.search(r"<script(?![^>]*\ssrc=)", text)
     assert not re.search(r"\son[a-z]+\s*=|\sstyle\s*=|javascript:", text)
     assert not re.search(
@@ -53,11 +53,11 @@ def test_pages_hold_nothing_that_the_policy_forbids(client, path):
     )
 
 
-def test_what_records_hold_is_escaped(client):
-    page = client.get("/papers/svg2").text
+def test_what_records_hold_is_escaped(standing):
+    page = standing.get("/papers/svg2").text
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
-    assert "<b>fast</b>" not in client.get("/machines").text
+    assert "<b>fast</b>" not in standing.get("/machines").text
 
 
 def test_the_etag_changes_with_the_records(client, store):
@@ -93,18 +93,18 @@ def test_the_etag_changes_with_the_records(client, store):
         ("/static/%2e%2e/app.py", 404, "Not Found"),
     ],
 )
-def test_what_does_not_exist_is_named(client, path, status, says):
-    answer = client.get(path)
+def test_what_does_not_exist_is_named(standing, path, status, says):
+    answer = standing.get(path)
     assert answer.status_code == status
     text = answer.json()["error"] if path.startswith("/api/") else answer.text
     assert says in text
 
 
-def test_nothing_can_be_sent(client):
+def test_nothing_can_be_sent(standing):
     for path in ("/", "/papers/xattention", "/api/papers", "/audit"):
         for method in ("POST", "PUT", "DELETE", "PATCH"):
             if (path, method) != ("/audit", "POST"):  # which answers, and changes nothing
-                assert client.request(method, path).status_code == 405
+                assert standing.request(method, path).status_code == 405
 
 
 FIGURE = "before,after\n" + "".join(f"{2 + i % 3 / 50},{1 + i % 4 / 70}\n" for i in range(8))
@@ -134,14 +134,14 @@ def test_audit_answers_what_was_pasted_and_keeps_nothing(client, shelf):
     )  # no green for what is not to be believed
 
 
-def test_audit_escapes_all_that_was_pasted(client):
+def test_audit_escapes_all_that_was_pasted(standing):
     evil = "</textarea><script>alert(1)</script>"
     for samples in (
         f"{evil},after\n" + "1,2\n" * 12,
         f"before,after\n1,{evil}\n",
         '{"<script>alert(1)</script>": [1], "x": [0]}',
     ):
-        text = client.post("/audit", data={"samples": samples, "before": evil if "{" not in samples else ""}).text
+        text = standing.post("/audit", data={"samples": samples, "before": evil if "{" not in samples else ""}).text
         assert "<script>alert" not in text
         assert "alert(1)" in text
 
@@ -155,8 +155,8 @@ def test_audit_escapes_all_that_was_pasted(client):
         ('{"a": [1], "b": [NaN]}', "nan"),
     ],
 )
-def test_audit_says_what_is_no_samples_beside_the_form(client, samples, says):
-    answer = client.post("/audit", data={"samples": samples})
+def test_audit_says_what_is_no_samples_beside_the_form(standing, samples, says):
+    answer = standing.post("/audit", data={"samples": samples})
     assert answer.status_code == 400
     assert says in re.search(r'<p class="warning" role="alert">(.*?)</p>', answer.text)[1]
     assert 'id="samples"' in answer.text
@@ -180,31 +180,31 @@ def test_audit_says_what_is_no_samples_beside_the_form(client, samples, says):
         ({"Host": "evil.example"}, 421),
     ],
 )
-def test_audit_takes_forms_of_its_own_pages_only(client, headers, status):
-    assert client.post("/audit", data={"samples": FIGURE}, headers=headers).status_code == status
+def test_audit_takes_forms_of_its_own_pages_only(standing, headers, status):
+    assert standing.post("/audit", data={"samples": FIGURE}, headers=headers).status_code == status
 
 
-def test_audit_takes_one_megabyte_of_a_form_and_nothing_else(client):
+def test_audit_takes_one_megabyte_of_a_form_and_nothing_else(standing):
     whole = {"content-type": "application/x-www-form-urlencoded"}
     large = b"samples=" + b"1" * (1 << 20)
-    assert client.post("/audit", content=large, headers=whole).status_code == 413
-    assert client.post("/audit", content=iter([large]), headers=whole).status_code == 413
-    assert client.post("/audit", content=large[: 1 << 20], headers=whole).status_code == 400
-    assert client.post("/audit", content=b"samples=%FF", headers=whole).status_code == 400
-    assert client.post("/audit", content=b"a=1&" * 50, headers=whole).status_code == 400
-    assert client.post("/audit", content=b"\xff\xfe", headers=whole).status_code == 400
-    assert client.post("/audit", content=b"{}", headers={"content-type": "application/json"}).status_code == 415
-    assert client.post("/audit", content=b"").status_code == 415
+    assert standing.post("/audit", content=large, headers=whole).status_code == 413
+    assert standing.post("/audit", content=iter([large]), headers=whole).status_code == 413
+    assert standing.post("/audit", content=large[: 1 << 20], headers=whole).status_code == 400
+    assert standing.post("/audit", content=b"samples=%FF", headers=whole).status_code == 400
+    assert standing.post("/audit", content=b"a=1&" * 50, headers=whole).status_code == 400
+    assert standing.post("/audit", content=b"\xff\xfe", headers=whole).status_code == 400
+    assert standing.post("/audit", content=b"{}", headers={"content-type": "application/json"}).status_code == 415
+    assert standing.post("/audit", content=b"").status_code == 415
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "", "localhost.evil", "10.0.0.1"])
-def test_a_name_of_somebody_elses_is_not_served(client, host):
-    assert client.get("/", headers={"Host": host}).status_code == 421
+def test_a_name_of_somebody_elses_is_not_served(standing, host):
+    assert standing.get("/", headers={"Host": host}).status_code == 421
 
 
 @pytest.mark.parametrize("host", ["localhost:8080", "127.0.0.1", "[::1]:99", "LOCALHOST", "127.9.9.9:1"])
-def test_loopback_is_served_by_all_its_names(client, host):
-    assert client.get("/health", headers={"Host": host}).status_code == 200
+def test_loopback_is_served_by_all_its_names(standing, host):
+    assert standing.get("/health", headers={"Host": host}).status_code == 200
 
 
 def test_behind_a_proxy_links_begin_with_its_path(shelf):
@@ -219,10 +219,10 @@ def test_behind_a_proxy_links_begin_with_its_path(shelf):
     assert all(link.startswith("/assay/") for link in links)
 
 
-def test_claims_have_an_address_that_stays(client):
-    answer = client.get(f"/claims/{CLAIM}", follow_redirects=False)
+def test_claims_have_an_address_that_stays(standing):
+    answer = standing.get(f"/claims/{CLAIM}", follow_redirects=False)
     assert answer.headers["location"] == "/papers/xattention#attention-speedup"
-    assert 'id="attention-speedup"' in client.get("/papers/xattention").text
+    assert 'id="attention-speedup"' in standing.get("/papers/xattention").text
 
 
 def test_a_run_has_a_page_a_file_and_a_document(client, shelf):
@@ -261,27 +261,27 @@ def test_the_comparison_keeps_what_was_chosen_in_its_address(client, shelf):
     ]
 
 
-def test_the_filter_is_in_the_address_and_in_the_form(client):
-    text = client.get("/?family=attention&verdict=reproduced&q=blocks").text
+def test_the_filter_is_in_the_address_and_in_the_form(standing):
+    text = standing.get("/?family=attention&verdict=reproduced&q=blocks").text
     assert '<option value="attention" selected>' in text
     assert '<option value="reproduced" selected>' in text
     assert 'value="blocks"' in text
     assert re.search(r"1 paper\b", text)
 
 
-def test_a_part_of_the_page_is_the_list_alone(client):
-    whole, part = client.get("/?family=mixers"), client.get("/?family=mixers", headers={"HX-Request": "true"})
+def test_a_part_of_the_page_is_the_list_alone(standing):
+    whole, part = standing.get("/?family=mixers"), standing.get("/?family=mixers", headers={"HX-Request": "true"})
     assert part.text.strip() in whole.text
     assert "<html" not in part.text
     assert part.headers["vary"] == "HX-Request"
     assert whole.headers["etag"] != part.headers["etag"]
 
 
-def test_search_by_words_until_the_model_is_there(client):
-    found = client.get("/api/papers?q=kolmogorov-arnold").json()
+def test_search_by_words_until_the_model_is_there(standing):
+    found = standing.get("/api/papers?q=kolmogorov-arnold").json()
     assert found["found_by"] == "bm25"
     assert found["papers"][0]["slug"] == "kat"
-    assert client.get("/api/papers?q=zzzzqqq").json()["papers"] == []
+    assert standing.get("/api/papers?q=zzzzqqq").json()["papers"] == []
 
 
 def test_search_by_meaning_when_it_is_ready(shelf, monkeypatch):
@@ -301,26 +301,26 @@ def test_search_by_meaning_when_it_is_ready(shelf, monkeypatch):
     assert (found["found_by"], [paper["slug"] for paper in found["papers"]]) == ("embedding", ["zero", "kat"])
 
 
-def test_records_in_pages(client):
-    first = client.get("/api/records?limit=2").json()
-    rest = client.get("/api/records?limit=2&offset=2").json()
+def test_records_in_pages(standing):
+    first = standing.get("/api/records?limit=2").json()
+    rest = standing.get("/api/records?limit=2&offset=2").json()
     assert (first["total"], len(first["records"]), len(rest["records"])) == (5, 2, 2)
     ids = [r["id"] for r in first["records"] + rest["records"]]
     assert len(set(ids)) == 4
-    whole = client.get(f"/api/records/{ids[0]}").json()
+    whole = standing.get(f"/api/records/{ids[0]}").json()
     assert (whole["id"], whole["by"]) == (ids[0], first["records"][0]["by"])
-    assert client.get(f"/api/records?claim={CLAIM}&machine=mine").json()["total"] == 1
+    assert standing.get(f"/api/records?claim={CLAIM}&machine=mine").json()["total"] == 1
 
 
-def test_the_json_says_what_the_page_says(client):
-    seen = client.get("/api/papers/xattention").json()
+def test_the_json_says_what_the_page_says(standing):
+    seen = standing.get("/api/papers/xattention").json()
     claim = next(c for c in seen["claims"] if c["id"] == CLAIM)
     assert [(s["machine"], s["word"], s["origin"]) for s in claim["seen"]] == [
         ("mine", "reproduced", "you"),
         ("other", "refuted here", "others"),
         ("better", "reproduced", "others"),
     ]
-    assert claim == client.get(f"/api/claims/{CLAIM}").json()
+    assert claim == standing.get(f"/api/claims/{CLAIM}").json()
     assert "drawing" not in str(seen)
 
 

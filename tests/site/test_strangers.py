@@ -38,6 +38,10 @@ PARAMETERS = (
 )
 
 
+EVERY = pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)], ids=["a third", "all"])
+"""A third of the values at each place, another third at the next: each place meets many, and each value every kind of place."""
+
+
 @pytest.fixture
 def open_to_all(shelf, tmp_path):
     app = create_app(shelf, searcher=Searcher(start=False), jobs=Jobs(tmp_path / "jobs", tmp_path), token=TOKEN)
@@ -80,7 +84,8 @@ def harmless(answer, path):
     assert not where.startswith(("//", "/\\")), path
 
 
-def test_odd_values_in_every_place_of_every_address(open_to_all):
+@EVERY
+def test_odd_values_in_every_place_of_every_address(open_to_all, every):
     app, client = open_to_all
     found = sorted(set(addresses(app)))
     assert {
@@ -91,24 +96,25 @@ def test_odd_values_in_every_place_of_every_address(open_to_all):
         "/jobs/@/events",
         "/api/records/@",
     } <= set(found)
-    for path in found:
-        for value in ODD if "@" in path else ():
+    for place, path in enumerate(path for path in found if "@" in path):
+        for value in ODD[place % every :: every]:
             full = path.replace("@", asked(value))
             harmless(client.get(full), full)
 
 
+@EVERY
 @pytest.mark.parametrize(
     "path", ["/", "/compare", "/compare.csv", "/compare.svg", f"/charts/{CLAIM}.svg", "/papers/xattention", "/api/papers",
              "/api/papers/xattention", "/api/records", "/api/compare", "/api/jobs", "/jobs", "/enter", "/feed.atom", "/audit", "/guide"]
 )  # fmt: skip
-def test_odd_values_in_every_parameter(open_to_all, path):
+def test_odd_values_in_every_parameter(open_to_all, path, every):
     app, client = open_to_all
     routes = [
         route for route in app.routes if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", getattr(route, "path", "-")), path)
     ]
     known = {field.name for route in routes if "GET" in route.methods for field in route.dependant.query_params}
-    for name in PARAMETERS:
-        for value in ODD if name in known or path == "/" else ODD[:2]:
+    for place, name in enumerate(PARAMETERS, len(path)):
+        for value in ODD[place % every :: every] if name in known or path == "/" else ODD[:2]:
             full = f"{path}?{name}={asked(value)}"
             harmless(client.get(full), full)
     for question in (
@@ -123,10 +129,11 @@ def test_odd_values_in_every_parameter(open_to_all, path):
         harmless(client.get(f"{path}?{question}"), question[:40])
 
 
+@EVERY
 @pytest.mark.parametrize(
     "path", ["/audit", "/jobs", "/jobs/20260101-000000-abcdef/cancel", "/jobs/20260101-000000-abcdef/again"]
 )
-def test_odd_values_in_every_field(open_to_all, path):
+def test_odd_values_in_every_field(open_to_all, path, every):
     _, client = open_to_all
     client.get(f"/enter?token={TOKEN}")
     word = client.get("/jobs").text.split('name="word" value="')[1].split('"')[0]
@@ -147,7 +154,7 @@ def test_odd_values_in_every_field(open_to_all, path):
     good = {"kind": "tune", "model": "m", "goal": "none", "minutes": "1", "max_drop": "0.01", "samples": "a,b\n1,2\n"}
     for kind in ("tune", "verify"):  # neither form is whole: nothing is started
         for name in fields:
-            for value in ODD[fields.index(name) % 3 :: 3]:
+            for value in ODD[(fields.index(name) + len(path + kind)) % (3 * every) :: 3 * every]:
                 given = {**good, "kind": kind, "word": word, name: value}
                 body = "&".join(f"{key}={asked(held)}" for key, held in given.items())
                 answer = client.post(

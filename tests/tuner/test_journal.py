@@ -191,7 +191,7 @@ def hears_ctrl_c():
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-@pytest.mark.parametrize("extra", [[], ["--json"]])
+@pytest.mark.parametrize("extra", [[], pytest.param(["--json"], marks=pytest.mark.slow)])
 def test_ctrl_c_says_what_is_kept_and_the_command_that_goes_on(model, tmp_path, extra):
     command = [sys.executable, "-m", "assay", "tune", str(model), "--goal", "ttft", "--prompt-tokens", "64"]
     command += ["--max-drop", "0.02", "-o", str(tmp_path / "the out"), *extra]

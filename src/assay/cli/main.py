@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import shlex
@@ -79,6 +80,14 @@ def build() -> Any:
     return app
 
 
+@functools.cache
+def _command() -> Any:
+    """What `build` gives, made ready to run: reading all the options takes longer than many a command."""
+    import typer
+
+    return typer.main.get_command(build())
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 not met, 2 bad input, 3 something missing, 130 interrupted.
 
@@ -121,7 +130,7 @@ def _run(words: list[str]) -> int:
     from assay.errors import InterruptedRun
 
     try:
-        result = build()(args=words, prog_name="assay", standalone_mode=False)
+        result = _command()(args=words, prog_name="assay", standalone_mode=False)
     except InterruptedRun as stop:
         raise InterruptedRun(_interrupted(words, str(stop))) from stop
     except Exception as error:

@@ -9,6 +9,7 @@ the database, and the error names that file; `assay evidence import FILE --mine`
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -354,10 +355,7 @@ class Store:
             yield connection
 
     def _migrate(self) -> None:
-        config = Config()
-        config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
-        config.set_main_option("path_separator", "newline")
-        script = ScriptDirectory.from_config(config)
+        script = _migrations()
         if self._is_current(script):
             return
         with self._migration_lock():
@@ -367,6 +365,7 @@ class Store:
                 with contextlib.closing(self._engine.raw_connection()) as raw:
                     raw.execute("PRAGMA journal_mode=WAL")
             with self._begin(write=True) as connection:
+                config = _configuration()
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
 
@@ -406,6 +405,19 @@ class Store:
             raise StoreError(
                 f"cannot {doing} the evidence store {self.name}: {' '.join(str(error).split())}"
             ) from error
+
+
+def _configuration() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.set_main_option("path_separator", "newline")
+    return config
+
+
+@functools.cache
+def _migrations() -> ScriptDirectory:
+    """Read once: it takes longer than asking a store for its version."""
+    return ScriptDirectory.from_config(_configuration())
 
 
 def _checked_url(text: str) -> URL:
