@@ -228,7 +228,7 @@ def test_a_letter_that_is_half_written_comes_whole(jobs):
 
 @pytest.mark.parametrize(
     ("slug", "scale", "says"),
-    [("nothing", "small", "no paper"), ("mobilesamv2", "small", "planned"), ("xattention", "huge", "scale must be"),
+    [("nothing", "small", "no paper"), ("flightllm", "small", "planned"), ("xattention", "huge", "scale must be"),
      ("--all", "small", "no paper"), ("xattention/x", "small", "no claim"), ("", "small", "no paper")],
 )  # fmt: skip
 def test_what_cannot_be_measured(slug, scale, says):
@@ -320,7 +320,7 @@ def test_bad_forms_are_named(working, jobs):
     tune = {"kind": "tune", "goal": "ttft", "minutes": "1", "max_drop": "0.01", "word": word}
     for form, status, says in (
         ({"kind": "rm", "word": word}, 400, "kind must be"),
-        ({**FORM, "paper": "mobilesamv2", "word": word}, 400, "planned"),
+        ({**FORM, "paper": "flightllm", "word": word}, 400, "planned"),
         ({**FORM, "scale": "x" * 21_000, "word": word}, 413, "at most"),
         ({**FORM, **{f"f{i}": "x" for i in range(40)}, "word": word}, 400, "no form"),
         ({**tune, "model": "~nosuchuser/model"}, 400, "no home folder is known"),

@@ -182,7 +182,7 @@ def test_bibtex_is_made_of_what_is_certain():
 
 def test_when_not_to_use_it_comes_from_the_docstring():
     assert "decoding" in views.when_not(catalogue.get("xattention"))
-    assert views.when_not(catalogue.get("mobilesamv2")) == ""
+    assert views.when_not(catalogue.get("flightllm")) == ""
 
 
 def test_lineage_goes_both_ways():
