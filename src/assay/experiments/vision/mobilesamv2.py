@@ -101,7 +101,7 @@ def outcome_of_detector(detector: Any, some: Sequence[Scene]) -> list[Any]:
 MAKE: dict[str, tuple[Make, Loss]] = {"sam": (small_sam, sam_loss), "detector": (Detector, detector_loss)}
 
 
-@searched(SAM, arms=["sam"], grid=(3e-4, 1e-3, 3e-3))
+@searched(SAM, arms=["sam"], grid=(3e-4, 1e-3, 3e-3, 1e-2))
 def score_sam(arm: str, rate: float) -> float:
     return error_for_choice(
         *MAKE[arm], loss_on_scenes, lambda losses: 1 - float(np.mean(losses)), rate, STEPS, size=SIDE, batch=BATCH
