@@ -10,7 +10,6 @@ The published runner starts a Node for each case; ours keeps one warm and gives 
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import math
 import random
@@ -19,11 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
-
 from assay.experiments.core import Figure, Guard, Operator, Quality, Trial, experiment
-from assay.measure import clock
-from assay.measure.clock import OthersWatch
 from assay.methods.code.geojseval import (
     NS,
     Answer,
@@ -401,31 +396,10 @@ def _end(outcome: Outcome) -> tuple[State, Any]:
     return outcome.state, outcome.value if outcome.state == "returned" else outcome.error
 
 
-class OwnWatch(OthersWatch):
-    """The clock's watch, which would take our warm processes for other programs: they are killed in the end, and what a killed sandbox
-    has used is in nobody's count."""
-
-    killed = 0.0  # processor seconds of ours that ended so
-
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        now, busy, own = OthersWatch._now()
-        return now, busy, own + OwnWatch.killed
-
-
-def ending() -> None:
-    """Count what the processes below this one have used; they are about to be killed."""
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            used = child.cpu_times()
-            OwnWatch.killed += used.user + used.system
-
-
 def in_one_realm(library: Library, jobs: Sequence[Job], *, anew: bool) -> list[tuple[State, Any]]:
     """All jobs in one process and one realm; `anew` evaluates the program again for each of its cases."""
     with NodeWorkers(modules=[module_of(library)], node_modules=node_modules(), keep=1) as workers:
         [[outcome]] = workers.run(ONE_REALM, "all", [[[list(job) for job in jobs], anew]])
-        ending()
     if outcome.state != "returned":
         return [("crashed", outcome.error)] * len(jobs)
     return [(state, value) for state, value in outcome.value]
@@ -487,13 +461,9 @@ def warm_speedup(library: Library, programs: int) -> Trial:
 
     def warm(given: Sequence[Job], *, apart: bool = False, of: Library = library) -> list[tuple[State, Any]]:
         with Warm([module_of(of)], folder, apart=apart) as runner:
-            try:
-                return told(runner, given)
-            finally:
-                ending()
+            return told(runner, given)
 
     leaks: list[Job] = [(program, entry, given) for program, entry, cases in LEAKS for given in cases]
-    vars(clock)["OthersWatch"] = OwnWatch
 
     def isolation() -> Quality:
         right = told(OneProcess(modules=[module_of("turf")], node_modules=folder), leaks)
