@@ -71,6 +71,7 @@ def nearest_pixels_reference(queries: Tensor, pixels: Tensor, *, seen: Tensor | 
 
 
 def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """In which nothing on `device` is cast to fewer bits; where the device knows no autocast, nothing is done."""
     known = torch.amp.is_autocast_available(device)  # not on the meta device
     return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 

@@ -139,6 +139,7 @@ class Decoder(nn.Module):
 
 
 def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps (B, C, H, W) in another size, bilinear: (B, C, *size)."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
@@ -268,6 +269,7 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def renamed(key: str, rules: Any) -> str:
+    """A key after all rules (pattern, replacement), in their order."""
     for pattern, ours in rules:
         key = re.sub(pattern, ours, key)
     return key
