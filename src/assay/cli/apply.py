@@ -29,7 +29,7 @@ def apply(
     """Replay a recipe on MODEL and save the result. Nothing is measured: `assay tune` does that."""
     from assay.cli.output import print_json
     from assay.errors import InputError
-    from assay.tuner.images.models import is_image_model
+    from assay.tuner.images.kind import is_image_model
     from assay.tuner.images.recipe import is_image_recipe
 
     if is_image_model(model):

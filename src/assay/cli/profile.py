@@ -99,7 +99,7 @@ def profile(
     from assay.cli.output import print_json, saying
     from assay.errors import InputError
     from assay.paths import output_file
-    from assay.tuner.images.models import is_image_model
+    from assay.tuner.images.kind import is_image_model
 
     if is_image_model(model):
         language = {"--prompt-tokens": prompt_tokens, "--new-tokens": new_tokens}

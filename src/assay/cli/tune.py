@@ -83,7 +83,7 @@ def tune(
 
     from assay.cli.output import print_json
     from assay.errors import InterruptedRun
-    from assay.tuner.images.models import is_image_model
+    from assay.tuner.images.kind import is_image_model
 
     if is_image_model(model):
         for option, given in {

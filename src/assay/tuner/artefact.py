@@ -67,7 +67,7 @@ def load_tuned(
     `before_recipe` may change the loaded weights before a recipe is applied to them: an adapter is merged there. Packed weights
     take no such change, and InputError says so.
     """
-    from assay.tuner.images.models import is_image_model
+    from assay.tuner.images.kind import is_image_model
 
     if is_image_model(source):
         raise InputError(

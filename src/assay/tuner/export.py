@@ -24,7 +24,7 @@ from assay.methods.core.quantize.int8_linear import quantize_linears
 from assay.paths import atomic_dir
 from assay.tuner import gguf_file, packed, torchao_folder
 from assay.tuner.artefact import _disk_errors, held_steps
-from assay.tuner.images.models import is_image_model
+from assay.tuner.images.kind import is_image_model
 from assay.tuner.names import RECIPE
 from assay.tuner.recipe import Recipe
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from assay.errors import InputError
 from assay.paths import atomic_dir
+from assay.tuner.images.kind import BACKBONE, SUFFIX, is_image_model
 from assay.workloads.files import check_folder, check_safetensors
 
-BACKBONE, WEIGHTS = "assay_backbone.json", "model.safetensors"
-SUFFIX = "ForImageClassification"
+WEIGHTS = "model.safetensors"
 LARGEST_SIDE = 4096
 
 
@@ -34,19 +34,6 @@ class ImageModel:
     folder: Path
     architecture: str
     processor: Any = None
-
-
-def is_image_model(source: str | Path) -> bool:
-    """Whether a source is a folder with an image classifier; nothing but its configuration is read."""
-    folder = Path(source)
-    if (folder / BACKBONE).is_file():
-        return True
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    names = config.get("architectures") if isinstance(config, dict) else None
-    return isinstance(names, list) and any(isinstance(name, str) and name.endswith(SUFFIX) for name in names)
 
 
 def load_image_model(source: str | Path) -> ImageModel:
