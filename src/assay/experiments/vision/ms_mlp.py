@@ -187,7 +187,7 @@ def faster_than_swin(embed_dim: int, size: int, batch: int, steps: int, seeds: i
     plain = MsMlp(embed_dim=embed_dim, layer_scale=1.0).eval()
     swin = Swin(embed_dim=embed_dim, num_heads=[embed_dim * 2**stage // 32 for stage in range(4)]).eval()
     widths = [embed_dim * 2**stage for stage in range(4)]
-    config = ConvNextConfig(hidden_sizes=widths, num_labels=1000)  # type: ignore[call-arg]
+    config = ConvNextConfig(hidden_sizes=widths, num_labels=1000)
     convnext = ConvNextForImageClassification(config).eval()
     fused = fuse_mixing(plain)
 

@@ -352,7 +352,7 @@ def mask2former(num_labels: int = 19) -> nn.Module:
 
     stages: Any = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
     backbone = ResNetConfig(**stages)
-    config = Mask2FormerConfig(backbone_config=backbone, num_labels=num_labels)  # type: ignore[call-arg]
+    config = Mask2FormerConfig(backbone_config=backbone, num_labels=num_labels)
     model: nn.Module = Mask2FormerForUniversalSegmentation(config).eval()
     return model
 

@@ -315,7 +315,7 @@ def cyclic_shift_speedup(embed_dim: int, depths: list[int], size: int, batch: in
     heads = [embed_dim * 2**stage // (32 if embed_dim % 32 == 0 else 24) for stage in range(len(depths))]
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"image_size": size, "embed_dim": embed_dim, "depths": depths, "num_heads": heads}
-    config = SwinConfig(window_size=7, num_labels=1000, attn_implementation="sdpa", **sizes)  # type: ignore[call-arg]
+    config = SwinConfig(window_size=7, num_labels=1000, attn_implementation="sdpa", **sizes)
     theirs = SwinForImageClassification(config).eval()
     for name, value in theirs.named_parameters():
         if "bias_table" in name:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from assay.errors import InputError
 from assay.paths import atomic_dir
-from assay.tuner.images.models import BACKBONE, WEIGHTS, ImageModel, load_image_model
+from assay.tuner.images.kind import BACKBONE
+from assay.tuner.images.models import WEIGHTS, ImageModel, load_image_model
 from assay.tuner.images.recipe import ImageRecipe, apply, is_image_recipe
 from assay.tuner.images.work import Settings, build
 from assay.tuner.names import CALIBRATION, EVIDENCE, RECIPE, REPORT

@@ -26,7 +26,7 @@ class DenoiserOutput(BaseOutput):
     latents: Tensor
 
 
-class FITDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class FITDenoiser(ModelMixin, ConfigMixin):
     """FIT for diffusion, in place of a `UNet2DModel`: `DDPMPipeline(unet=FITDenoiser(...), scheduler=...)`.
 
     Images (batch, in_channels, up to height, up to width) in patches and tiles (`group_image`); `sample_size` is (height, width), or

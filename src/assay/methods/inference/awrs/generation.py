@@ -194,7 +194,7 @@ class ModelRows:
     def advance(self, parents: list[int], tokens: list[int]) -> None:
         device = self._model.device
         if parents != list(range(len(self.logits))):
-            self._cache.reorder_cache(torch.tensor(parents, device=device))  # type: ignore[arg-type]
+            self._cache.reorder_cache(torch.tensor(parents, device=device))
         out = self._model(
             input_ids=torch.tensor(tokens, device=device)[:, None], cache=self._cache, use_cache=True, logits_to_keep=1
         )

@@ -535,7 +535,7 @@ class EncDecForSeq2SeqLM(PreTrainedModel, GenerationMixin):
                 whole.layer_types = ["full_attention"] * whole.num_hidden_layers
             tokens = model_kwargs["encoder_outputs"][0].shape[1]
             read = StaticCache(config=whole, max_cache_len=tokens)
-        cache.cross_attention_cache = read  # type: ignore[assignment]
+        cache.cross_attention_cache = read
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
@@ -577,7 +577,7 @@ class AnswerCache(Cache):
         return self.mask.shape[1] + self.answered
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.inner.reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self.inner.reorder_cache(beam_idx)
         self.mask = self.mask[beam_idx.to(self.mask.device)]
 
     def batch_repeat_interleave(self, repeats: int) -> None:

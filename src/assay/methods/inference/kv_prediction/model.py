@@ -348,7 +348,7 @@ class KVPredictor(WrappedForCausalLM):
         """transformers' prefill of a prompt. Raises ValueError for one in chunks: only the first would be predicted."""
         if getattr(generation_config, "prefill_chunk_size", None) is not None:
             raise ValueError(f"prefill_chunk_size must be None: {self.whole_prompts}")
-        return super()._prefill(input_ids, generation_config, *args, **kwargs)  # type: ignore[misc]
+        return super()._prefill(input_ids, generation_config, *args, **kwargs)
 
 
 def _padding(mask: Any) -> Tensor | None:

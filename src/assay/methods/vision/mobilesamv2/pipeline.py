@@ -46,9 +46,7 @@ class MaskGeneration(MaskGenerationPipeline):
                 raise TypeError(f"proposer must be callable with an image, or None, got {checks.shown(proposer)}")
             self.everything = SegmentEverything(self.model, proposer, batch=batch, snap=snap, share=share)
 
-    def preprocess(  # type: ignore[override]
-        self, image: Any, timeout: float | None = None, **grid: Any
-    ) -> Iterator[dict[str, Any]]:
+    def preprocess(self, image: Any, timeout: float | None = None, **grid: Any) -> Iterator[dict[str, Any]]:
         if self.everything is None:
             yield from super().preprocess(image, timeout=timeout, **grid)
             return
@@ -60,7 +58,7 @@ class MaskGeneration(MaskGenerationPipeline):
         size = picture.height, picture.width
         yield {"boxes": self.everything.scaled(boxes, size), "is_last": True, **inputs}
 
-    def _forward(self, model_inputs: dict[str, Any], **filters: Any) -> Any:  # type: ignore[override]
+    def _forward(self, model_inputs: dict[str, Any], **filters: Any) -> Any:
         if self.everything is None:
             return super()._forward(model_inputs, **filters)
         threshold = filters.pop("mask_threshold", 0.0)
@@ -90,7 +88,7 @@ class MaskGeneration(MaskGenerationPipeline):
             "iou_scores": torch.cat(scores),
         }
 
-    def postprocess(self, model_outputs: list[dict[str, Any]], **output: Any) -> Any:  # type: ignore[override]
+    def postprocess(self, model_outputs: list[dict[str, Any]], **output: Any) -> Any:
         if self.everything is not None:
             _refuse({name: output.pop(name) for name in list(output) if name == "crops_nms_thresh"})
         view = copy.copy(self)  # what is put in place there is seen by this call alone
