@@ -14,9 +14,10 @@ PYTEST := OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n $(WORKERS) --dist loadf
 
 define HELP
 make demo             tune the bundled model, twelve minutes; demo-images: two image models, trained here first
-make test             lint, types and every test but the slow ones and the sweep
+make test             lint, types and every test but the slow ones, the sweep, and proofs that have passed on the same sources
 make room SLUG=x      lint, types and tests of one paper and of what imports it
 make test-times       the same tests as `make test`, and what each file and the costliest tests take
+make test-proofs      every proof: trains what experiments compare, breaks it; half an hour
 make test-slow        tests that take minutes: whole commands, Ray clusters, kernels for other processors
 make sweep            every transform on every architecture
 make bench            measure this machine
@@ -30,7 +31,7 @@ make mutants          plant sixty faults, count how many the tests notice (an ho
 endef
 export HELP
 
-.PHONY: help setup demo demo-images test lint check-environment kernels room sweep test-times test-slow bench bench-packed bench-meters bench-backbones bench-serve evidence evidence-pages \
+.PHONY: help setup demo demo-images test lint check-environment kernels room sweep test-times test-proofs test-slow bench bench-packed bench-meters bench-backbones bench-serve evidence evidence-pages \
 	evidence-stale rates mutants clean
 
 setup: $(STAMP)
@@ -57,7 +58,7 @@ demo-images: setup
 	"$(BIN)/python" benchmarks/images.py
 
 test: setup lint check-environment kernels
-	$(PYTEST) -m "not slow and not sweep and not gpu"
+	$(PYTEST) -m "not slow and not sweep and not gpu" --changed-proofs
 
 # The compiled kernels, all at once, so that no test waits for one.
 kernels: setup
@@ -73,7 +74,11 @@ sweep: setup kernels
 
 # What each test file and the costliest tests take, in processor seconds.
 test-times: setup kernels
-	$(PYTEST) -m "not slow and not sweep and not gpu" --room-times
+	$(PYTEST) -m "not slow and not sweep and not gpu" --changed-proofs --room-times
+
+# Every proof, also those that have passed on the same sources; what passes is written down in tests/proofs.json.
+test-proofs: setup kernels
+	$(PYTEST) tests/experiments/*/test_*_proof.py -m "not slow and not gpu" --keep-proofs
 
 lint: setup
 	"$(BIN)/ruff" check .

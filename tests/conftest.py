@@ -76,6 +76,54 @@ def _own_data(tmp_path, monkeypatch):
     monkeypatch.delenv("ASSAY_DATABASE_URL", raising=False)
 
 
+# Proofs that have passed on the same sources are left out where that is asked for, and written down by `make test-proofs`: tests/proofs.py.
+
+_left_out: set[str] = set()
+_outcomes: dict[str, set[str]] = {}
+
+
+def pytest_configure(config):
+    if not config.getoption("--changed-proofs"):
+        return
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist leaves out what its head does
+        _left_out.update(config.workerinput["proofs"])
+        return
+    from tests import proofs
+
+    _left_out.update(proofs.unchanged())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    node.workerinput["proofs"] = sorted(_left_out)
+
+
+def pytest_ignore_collect(collection_path, config):
+    if not collection_path.is_relative_to(config.rootpath):
+        return None
+    return collection_path.relative_to(config.rootpath).as_posix() in _left_out or None  # None: let others say
+
+
+def pytest_report_header(config):
+    return (
+        f"{len(_left_out)} proofs have passed on these sources and are left out; `make test-proofs` tries them all"
+        if _left_out
+        else None
+    )
+
+
+def pytest_runtest_logreport(report):
+    _outcomes.setdefault(report.nodeid.split("::", 1)[0], set()).add(report.outcome)
+
+
+def _keep_proofs():
+    from tests import proofs
+
+    done = {name: seen for name, seen in _outcomes.items() if name.endswith("_proof.py")}
+    failed = {name for name, seen in done.items() if seen != {"passed"}}  # what was skipped has shown nothing
+    proofs.keep(done.keys() - failed, failed)
+
+
 # What each room costs: processor seconds of its tests, their children included. `make test-times` prints them.
 
 _seconds: Counter[str] = Counter()
@@ -83,6 +131,12 @@ _seconds: Counter[str] = Counter()
 
 def pytest_addoption(parser):
     parser.addoption("--room-times", action="store_true", help="print the processor seconds of test files and tests")
+    parser.addoption(
+        "--changed-proofs", action="store_true", help="leave out proofs that have passed on the same sources"
+    )
+    parser.addoption(
+        "--keep-proofs", action="store_true", help="write down which proofs have passed, in tests/proofs.json"
+    )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -99,10 +153,12 @@ def _cpu() -> float:
     return time.process_time() + used.children_user + used.children_system
 
 
-def pytest_sessionfinish(session):
+def pytest_sessionfinish(session, exitstatus):
     output = getattr(session.config, "workeroutput", None)
     if output is not None:  # this is a worker of pytest-xdist
         output["seconds"] = dict(_seconds)
+    elif session.config.getoption("--keep-proofs") and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        _keep_proofs()
 
 
 @pytest.hookimpl(optionalhook=True)
