@@ -251,7 +251,6 @@ def test_the_evidence_comes_in_the_order_of_the_plan_in_whichever_order_points_a
         newest = [step.record for step in done if step.record]
         assert newest == found[::-1]
         assert store.records() == newest  # which keeps them in the order in which they came
-        monkeypatch.setattr(runner, "Here", Here)
         more = ["toy", "toyslow", "toyneeds"]
         found = verify(more, scale="smoke", store=store, resume=True)  # what is recorded comes back in its place
     assert [(r.claim, r.point) for r in found] == [(job.claim, job.point) for job in plan(more, "smoke").jobs]

@@ -721,16 +721,18 @@ def test_bad_arguments():
 
 
 @pytest.mark.model
-def test_smollm2_with_a_budget(smollm2):
+@pytest.mark.parametrize("layers", [2, pytest.param(30, marks=pytest.mark.slow)])
+def test_smollm2_with_a_budget(layers, request):
     from assay.workloads.text import long_prompt
 
-    ids = long_prompt(smollm2.tokenizer, 200)
-    model = use_eviction(copy.deepcopy(smollm2.model))
-    wanted = generated(smollm2.model, ids, None, new=8)
+    loaded = request.getfixturevalue("smollm2" if layers == 30 else "smollm2_slice")
+    ids = long_prompt(loaded.tokenizer, 200)
+    model = use_eviction(copy.deepcopy(loaded.model))
+    wanted = generated(loaded.model, ids, None, new=8)
     assert torch.equal(generated(model, ids, EvictionCache(1000), new=8), wanted)
     cache = EvictionCache(0.5)
     assert generated(model, ids, cache, new=8).shape == (1, 208)
-    assert cache.entries == [100] * 30
+    assert cache.entries == [100] * layers
 
 
 @pytest.mark.parametrize("policy", ["h2o", "sinks", "local"])

@@ -590,6 +590,21 @@ def test_bad_arguments():
 
 
 @pytest.mark.model
+def test_two_layers_of_smollm2_keep_their_answers_where_everything_is_kept(smollm2_slice):
+    from assay.workloads.text import long_prompt
+
+    ids = long_prompt(smollm2_slice.tokenizer, 512)
+    model = copy.deepcopy(smollm2_slice.model)
+    with torch.no_grad():
+        dense = model(ids).logits
+        transform.apply(model, {"tau": 1.0, "block": 64}, CONTEXT)
+        torch.testing.assert_close(model(ids).logits, dense, atol=2e-3, rtol=1e-3)
+        transform.apply(model, {"tau": 0.5, "block": 64}, CONTEXT)
+        assert (model(ids).logits - dense).abs().max() > 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.model
 def test_smollm2_on_real_text(smollm2):
     from assay.workloads.text import long_prompt
 

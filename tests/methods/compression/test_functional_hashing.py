@@ -776,6 +776,7 @@ def test_an_optuna_objective_is_memoised():
 # The experiment
 
 
+@pytest.mark.slow
 def test_the_experiment_counts_what_is_saved_at_equal_candidates():
     from assay.experiments.compression.functional_hashing import evaluations_saved
     from assay.experiments.core import experiments_of

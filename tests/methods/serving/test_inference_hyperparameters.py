@@ -667,6 +667,7 @@ def test_a_search_over_a_real_engine(tiny):
     assert all(trial.metrics["mismatch_rate"] == 0 for trial in found.trials)
 
 
+@pytest.mark.slow
 def test_a_trial_of_its_own_process_survives_running_out_of_memory(tiny):
     engine = IsolatedEngine(tiny, prompts(3), new_tokens=2, timeout_s=120)
     outcome = engine({"batch_size": 1})
