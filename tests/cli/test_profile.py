@@ -207,6 +207,7 @@ def test_one_new_token_still_gives_a_time_per_token():
     assert command.grid(1, 3) == ([1], [1, 2, 3])
 
 
+@pytest.mark.slow
 @pytest.mark.model
 def test_bundled_model(capsys):
     code, out, _ = run(capsys, "smollm2-135m", "--prompt-tokens", 32, "--new-tokens", 2, "--json")
