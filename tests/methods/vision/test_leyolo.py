@@ -431,6 +431,24 @@ def test_images_of_any_size_are_filled_up_with_grey(size):
         assert len(one.labels) <= 300
 
 
+@pytest.mark.parametrize(("classes", "channels"), [(1, 1), (200, 4)])
+def test_one_class_in_grey_and_two_hundred_in_more_than_colour(classes, channels):
+    torch.manual_seed(0)
+    model, images = leyolo("nano", width=0.15, num_classes=classes, in_chans=channels), torch.rand(1, channels, 64, 96)
+    last = losses(model, model(images), [torch.tensor([[8.0, 8, 40, 48]])], [torch.tensor([classes - 1])])
+    last.total.backward()
+    biases = torch.stack([branch[-1].bias.grad for branch in model.head.label])
+    assert (biases != 0).all()
+    assert (biases.argmin(1) == classes - 1).any()  # the one to learn
+    (found,) = model.eval().detect(images[..., :33, :47], threshold=0.0, overlap=1.0, most=3)
+    assert found.boxes.shape == (3, 4)
+    assert 0 <= int(found.labels.min()) <= int(found.labels.max()) < classes
+    with pytest.raises(
+        ValueError, match=rf"images must have shape \(batch, {channels}, height, width\), got \(1, 3, 33, 47\)"
+    ):
+        model.detect(torch.rand(1, 3, 33, 47))
+
+
 def test_nothing_is_found_where_nothing_is_sure():
     found = select(torch.zeros(4, 4), torch.zeros(4, 3), threshold=0.5)
     assert found.boxes.shape == (0, 4)
@@ -606,6 +624,10 @@ def test_a_file_of_the_family(tmp_path):
     ("old", "new", "message"),
     [
         ("nc: 4", "nc: !!python/object/apply:os.system ['true']", "is no YAML that can be read as data"),
+        ("nc: 4", 'nc: !!int ""', "is no YAML that can be read as data"),
+        ("nc: 4", 'nc: !!bool "x"', "is no YAML that can be read as data"),
+        ("nc: 4", 'nc: !!timestamp "x"', "is no YAML that can be read as data"),
+        ("nc: 4", "nc: " + "9" * 5000, "mine.yaml: is no YAML that can be read as data"),
         ("nc: 4", "nc: &a 4\nother: *a", "must not refer to other parts of itself"),
         ("nc: 4", "nc: " + "[" * 9000, "nor nest deeper than 16"),
         ("nc: 4", "nc: 0", "nc must be"),
@@ -620,6 +642,8 @@ def test_a_file_of_the_family(tmp_path):
         ('Detect, [nc]]', 'SPPF, [64]]', "layer 5 .*must read one layer"),
         ("[0, 1, Mob", "[0, 65, Mob", r"backbone\[2\]: repeats must be"),
         ("[256, 5,", "[99999999, 5,", r"layer 2 .*channels must be"),
+        ("[64, 3, 2]", "[64, 4, 2]", r"layer 0 .*kernel must be odd or the stride, 2, for maps of a whole size, got 4"),
+        ("[64, 3, 2]", "[64, 2, 1]", r"layer 0 .*kernel must be odd or the stride, 1"),
         ("[256, 5,", "[256, 4,", r"layer 2 .*kernel must be odd"),
         ("[256, 5,", "[256, 5.0,", r"layer 2 .*kernel must be a whole number"),
         ('"HS"', '"__import__"', r"layer 2 .*activation must be one of"),
@@ -655,6 +679,18 @@ def test_files_beyond_the_limits_are_refused(tmp_path):
     rows = [[-1, 1, "mn_conv", [16384, 1, 1]]] * 6 + [[-1, 1, "Detect", ["nc"]]]
     with pytest.raises(ValueError, match=r"at most 1073741824 parameters, got 1\d{9}"):
         LeYOLO(graph_of({"nc": 1, "backbone": rows, "head": []}))
+    for row, message in (
+        ([-1, 64, "mn_conv", [8, 3, 1]], r"layer 1 .*at most 1024 layers with their repeats, got 2048 so far"),
+        ([-1, 2, "mn_conv", [8, 3, 2]], r"layer 0 .*a stride of at most 4096, got 1 \* 2\*\*32"),
+        ([-1, 1, "SPPF", [8, 4]], r"layer 0 .*kernel must be odd, got 4"),
+    ):
+        graph = graph_of(
+            {"nc": 1, "scales": {"n": [16, 1, 8]}, "backbone": [row] * 2, "head": [[-1, 1, "Detect", ["nc"]]]}
+        )
+        with pytest.raises(ValueError, match=message):
+            LeYOLO(graph)
+    with pytest.raises(ValueError, match="SPPF must read at least 2 channels"):
+        LeYOLO(Graph((Node("SPPF", (8,)), Node("Detect")), 1), in_chans=1)
     with pytest.raises(ValueError, match="1 to 512 layers"):
         LeYOLO(Graph(()))
     (tmp_path / "b.yaml").write_text(MINE)

@@ -31,6 +31,7 @@ Wiring = Literal["intended", "as_released"]
 WIRINGS: tuple[Wiring, ...] = ("intended", "as_released")
 MOST_BYTES, MOST_ROWS, MOST_REPEATS, MOST_CHANNELS, MOST_KERNEL, MOST_PARAMETERS = 2**18, 512, 64, 16384, 31, 2**30
 MOST_DEPTH = 16  # of lists in lists
+MOST_LAYERS, MOST_STRIDE = 1024, 4096  # with their repeats; of a map
 """Limits, which no detector reaches, so that a file from anywhere cannot fill the memory."""
 
 
@@ -134,14 +135,21 @@ Builder = Callable[[Place], Made]
 def in_a_row(place: Place, out: int, stride: int, make: Callable[[int], nn.Module]) -> Made:
     """`make(channels_in)` as often as the node says; the stride is taken each time."""
     count = place.repeats
+    whole = place.strides[0] * stride**count
+    if whole > MOST_STRIDE:
+        raise ValueError(
+            f"a map must have a stride of at most {MOST_STRIDE}, got {place.strides[0]} * {stride}**{count}"
+        )
     layers = [make(place.one if at == 0 else out) for at in range(count)]
     module = layers[0] if count == 1 else nn.Sequential(*layers)
-    return Made(module, out, place.strides[0] * stride**count)
+    return Made(module, out, whole)
 
 
 def _conv(place: Place, bias: bool) -> Made:
     args = place.arguments(1, 4)
     out, kernel, stride = place.width(args[0]), _kernel(args[1:2]), _stride(args[2:3])
+    if kernel % 2 == 0 and kernel != stride:
+        raise ValueError(f"kernel must be odd or the stride, {stride}, for maps of a whole size, got {kernel}")
     act = _activation(args[3]) if len(args) > 3 else nn.SiLU
     return in_a_row(place, out, stride, lambda c: ConvNorm(c, out, kernel, stride, bias=bias, act=act))
 
@@ -163,6 +171,10 @@ def _bottleneck(place: Place) -> Made:
 def _pooled(place: Place) -> Made:
     args = place.arguments(1, 2)
     out, kernel = place.width(args[0]), _kernel(args[1:2] or [5])
+    if kernel % 2 == 0:
+        raise ValueError(f"kernel must be odd, got {kernel}")
+    if place.one < 2:
+        raise ValueError("SPPF must read at least 2 channels, got 1")
     return in_a_row(place, out, 1, lambda c: PooledPyramid(c, out, kernel))
 
 
@@ -232,13 +244,18 @@ def built(graph: Graph, in_chans: int, modules: Mapping[str, Builder] = MODULES)
 def made(graph: Graph, in_chans: int, modules: Mapping[str, Builder] = MODULES) -> list[Made]:
     """Every layer of the graph. Raises ValueError or TypeError that names the layer for what cannot be built or joined."""
     found: list[Made] = []
+    layers = 0
     checks.whole("num_classes", graph.num_classes, low=1, high=MOST_CHANNELS)
     if not 1 <= len(graph.nodes) <= MOST_ROWS:
         raise ValueError(f"a graph must have 1 to {MOST_ROWS} layers, got {len(graph.nodes)}")
     for number, node in enumerate(graph.nodes):
         try:
             checks.choice("module", node.module, tuple(modules))
-            checks.whole("repeats", node.repeats, low=1, high=MOST_REPEATS)
+            layers += graph.times(checks.whole("repeats", node.repeats, low=1, high=MOST_REPEATS))
+            if layers > MOST_LAYERS:
+                raise ValueError(
+                    f"a graph must have at most {MOST_LAYERS} layers with their repeats, got {layers} so far"
+                )
             read = [found[at] if at >= 0 else Made(nn.Identity(), in_chans, 1) for at in places(number, node)]
             place = Place(tuple(each.channels for each in read), tuple(each.stride for each in read), node, graph)
             found.append(modules[node.module](place))
@@ -281,16 +298,25 @@ def read_graph(path: str | Path, *, scale: str = "") -> Graph:
 def _parsed(text: bytes, path: Path) -> Any:
     import yaml
 
+    nested = False
     try:
         depth = 0
         for event in yaml.parse(text, yaml.SafeLoader):  # one by one: what is nested deeply takes the reader for ever
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MOST_DEPTH or isinstance(event, yaml.AliasEvent):
-                raise ValueError(f"{path}: must not refer to other parts of itself, nor nest deeper than {MOST_DEPTH}")
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+                nested = True
+                break
+        if not nested:
+            return yaml.safe_load(text)
+    except (
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+    ) as error:  # the last three: no value of its own tag
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: is no YAML that can be read as data ({said})") from None
+    raise ValueError(f"{path}: must not refer to other parts of itself, nor nest deeper than {MOST_DEPTH}")
 
 
 def graph_of(given: Any, *, scale: str = "") -> Graph:
