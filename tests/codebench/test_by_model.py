@@ -1,8 +1,10 @@
 """A model's proposals: what is taken of an answer, what is refused, and that no program which only looks good is handed over."""
 
+import io
 import json
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -177,6 +179,7 @@ def test_a_model_that_fails_is_not_asked_again():
     assert list(proposals(model, SLOW, "match", Profile(()), [], refused, **again)) == []
     assert list(proposals(model, SLOW, "match", Profile(()), [], refused, **again)) == []
     assert (model.asked.questions, model.asked.trouble, refused) == (1, "not asked again: gone away", [])
+    assert model.asked.tokens is None  # what it wrote before nobody counted
     late = Model("m", lambda *_: Reply(FAST))
     assert list(proposals(late, SLOW, "match", Profile(()), [], [], samples=3, until=0.0)) == []
 
@@ -453,6 +456,31 @@ def test_a_model_that_cannot_be_had_takes_one_line(folder, capsys, monkeypatch, 
     error = capsys.readouterr().err
     assert why in error
     assert "Traceback" not in error
+
+
+def test_a_server_that_still_loads_its_model_is_told_apart(monkeypatch):
+    monkeypatch.setattr(by_model.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(b'{"data": []}'))
+    with pytest.raises(InputError, match="may still be loading its model"):
+        model_of("http://127.0.0.1:9/v1")
+
+
+def test_a_model_that_is_too_slow_is_told_the_time_it_had():
+    def complete(*_):
+        raise TimeoutError("timed out")
+
+    model = Model("m", complete)
+    assert list(proposals(model, SLOW, "match", Profile(()), [], [], samples=1, until=time.monotonic() + 100)) == []
+    assert re.search(r"timed out \(half of the (100|99\.\d) s that were left\)", model.asked.trouble)
+
+
+def test_loading_is_part_of_the_time_that_an_answer_may_take(monkeypatch):
+    given = []
+    monkeypatch.setattr(by_model._Loaded, "_load", lambda _: None)
+    monkeypatch.setattr(by_model._Loaded, "_answer", lambda *told: given.append(told[3]) or Reply(""))
+    by_model._Loaded("m")("?", 0, 60.0)
+    assert 0 < given[0] < 60
+    with pytest.raises(TimeoutError, match="while it was loaded"):
+        by_model._Loaded("m")("?", 0, 0.0)
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """Figures of one run of samples, held against sums done by hand."""
 
+import gzip
 import json
 
 import pytest
+from tests.tools import needs_sandbox
 
 from assay.cli.main import main
 from assay.codebench.scores import document, dps_of, eff_scores, problem_of, score
@@ -65,7 +67,7 @@ def test_a_task_that_does_not_answer_is_told_and_in_no_figure():
     broken = Run("T/2", [], unjudged="T/2: the right program must pass its own test")
     found = score([broken, RUN], SETTINGS, [1])
     assert found.figures == score([RUN], SETTINGS, [1]).figures
-    assert "T/2 in all figures: T/2: the right program must pass its own test" in found.left_out
+    assert "T/2 in all figures: the right program must pass its own test" in found.left_out
     assert document([broken, RUN], found, SETTINGS)["tasks"][0]["unjudged"].startswith("T/2")
     with pytest.raises(ValueError, match="must pass its own test"):
         score([broken], SETTINGS)
@@ -139,3 +141,33 @@ def test_the_command_line_scores_a_file_of_samples(tmp_path, capsys):
     ]:
         assert main(["code", "score", *arguments]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_files_that_are_broken_within_take_one_line(tmp_path, capsys):
+    deep, packed = tmp_path / "deep.jsonl", tmp_path / "broken.jsonl.gz"
+    deep.write_text("[" * 100_000)
+    whole = bytearray(gzip.compress(b'{"task_id": "HumanEval/0", "completion": ""}\n' * 500))
+    whole[15] ^= 255
+    whole[20] ^= 255
+    packed.write_bytes(whole)
+    for path in (deep, packed):
+        for arguments in ((str(path), "--tasks", "humaneval"), (str(deep), "--tasks", str(path))):
+            assert main(["code", "score", *arguments]) == 2
+            assert f"{path} cannot be read" in capsys.readouterr().err
+
+
+def test_samples_that_are_only_judged_are_held_against_no_reference(tmp_path, capsys):
+    needs_sandbox()
+    tasks, samples = tmp_path / "tasks.jsonl", tmp_path / "samples.jsonl"
+    tasks.write_text(
+        json.dumps({"task_id": 1, "text": "", "code": "def f(n):\n    return n\n", "test_list": ["assert f(3) == 3"]})
+    )
+    texts = ["def f(n): return n", "def f(n): exit(0)", "def f(n): import os; os._exit(0)"]
+    samples.write_text("".join(json.dumps({"task_id": 1, "solution": text}) + "\n" for text in texts))
+    assert (
+        main(["code", "score", str(samples), "--tasks", str(tasks), "--journal", str(tmp_path / "j"), "--k", "1,2"])
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert [line.split()[:2] for line in out.splitlines()[:2]] == [["pass@1", "0.333"], ["pass@2", "0.667"]]
+    assert "references and inputs" not in out

@@ -146,6 +146,28 @@ def test_a_version_whose_tests_fail_is_wrong(folder, capsys):
     assert "wrong.py: its tests do not pass" in found["wrong"]
 
 
+def test_a_version_that_ends_the_tests_with_0_is_wrong(folder, capsys):
+    (folder / "test_total.py").write_text(SUITE)
+    (folder / "ends.py").write_text("import os\ndef total(n):\n    os._exit(0)\n")
+    run = ("code", "compare", folder / "slow.py", folder / "ends.py", "--pytest", "--tests", folder / "test_total.py")
+    found = json.loads(said(capsys, *run, "--check", "--json", code=1).out)
+    assert found["wrong"] == "ends.py: its tests do not pass: the program ended the process in the middle of them"
+
+
+def test_the_first_wrong_case_is_the_last_that_is_run(folder, capsys):
+    (folder / "raises.py").write_text("def total(n):\n    raise ValueError\n")
+    said_ = said(capsys, "code", "measure", folder / "raises.py", "--cases", folder / "cases.jsonl", code=1)
+    assert "wrong      case 1 raised: ValueError: a program that is wrong has no cost" in said_.out
+    assert [line for line in said_.err.splitlines() if "case" in line] == ["assay: raises.py: cpu_seconds, case 1 of 3"]
+
+
+def test_of_a_traceback_the_last_line_is_told(folder, capsys):
+    (folder / "fails.py").write_text("def f():\n    raise KeyError('x')\nf()\n")
+    (folder / "stdin.jsonl").write_text('{"stdin": ""}')
+    out = said(capsys, "code", "measure", folder / "fails.py", "--cases", folder / "stdin.jsonl", code=1).out
+    assert "case 1 raised: ended by exit with 1: KeyError: 'x': a program" in out
+
+
 @pytest.mark.slow
 def test_two_versions_are_compared_by_their_tests(folder, capsys):
     (folder / "test_total.py").write_text(SUITE)
@@ -206,12 +228,25 @@ def test_a_javascript_function_is_called(folder, capsys):
         (("measure", "broken.py", "--cases", "cases.jsonl"), "is not Python"),
         (("compare", "slow.py", "quick.py"), "give either --cases FILE or --pytest"),
         (("compare", "slow.py", "quick.py", "--pytest"), "two folders with tests"),
+        (("compare", "slow.py", "quick.py", "--cases", "cases.jsonl", "--tests", "x.py"), "--tests goes with --pytest"),
+        (("compare", "slow.py", "quick.py", "--pytest", "--entry", "total"), "--entry goes with --cases"),
+        (
+            ("compare", "slow.py", "quick.py", "--cases", "cases.jsonl", "--check", "--pairs", "5"),
+            "at least 6 with --check",
+        ),
+        (("compare", "hollow", "hollow", "--pytest"), "hollow cannot be used: folder must hold files"),
+        (("measure", "hollow", "--cases", "stdin.jsonl"), "folder with a __main__.py, got hollow"),
+        (
+            ("measure", "slow.py", "--cases", "stdin.jsonl", "--meter", "hardware_instructions"),
+            "hardware_instructions counts calls of Python functions",
+        ),
         (("compare", "slow.py", "quick.py", "--cases", "bad.jsonl"), "bad.jsonl, line 1: the expression NameError"),
     ],
 )
 def test_bad_input_takes_one_line(folder, capsys, monkeypatch, arguments, says):
     monkeypatch.chdir(folder)
     (folder / "notes.txt").write_text("")
+    (folder / "hollow").mkdir()
     (folder / "two.py").write_text("def a(): pass\ndef b(): pass")
     (folder / "slow.c").write_text("int main(void) { return 0; }")
     (folder / "broken.c").write_text("int main(void) { return x; }")

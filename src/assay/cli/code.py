@@ -92,11 +92,20 @@ def compare(
     from assay.cli.output import print_json, saying, wrapped
     from assay.codebench import compare as run
     from assay.codebench import compare_suites, read_cases
+    from assay.codebench.costs import EXACT, LEAST_PAIRS
     from assay.errors import InputError
 
     if pytest == (cases is not None):
         raise InputError("give either --cases FILE or --pytest")
+    if cases is not None and tests is not None:
+        raise InputError("--tests goes with --pytest: --cases has inputs, and needs no tests")
+    if pytest and entry is not None:
+        raise InputError("--entry goes with --cases: tests call what they import")
     pairs = _whole("--pairs", pairs)
+    if check and pairs < (least := 2 if meter in EXACT else LEAST_PAIRS):
+        raise InputError(
+            f"--pairs must be at least {least} with --check by {meter}, got {pairs}: fewer can show no difference"
+        )
     limits = _limits(seconds, memory)
     with saying("starting the sandbox") as say:
         if cases is not None:
@@ -163,11 +172,12 @@ def score(
 ) -> None:
     """Run a model's programs once and say how often they are right, and how efficient: pass@k, eff@k, DPS, efficient@k."""
     import hashlib
+    import zlib
     from dataclasses import replace
 
     from assay.cli.output import print_json, saying, wrapped
     from assay.codebench import scores
-    from assay.codebench.costs import check_meter
+    from assay.codebench.costs import check_meter, without_sandbox
     from assay.errors import InputError, MissingError
     from assay.measure.machine import machine as here
     from assay.methods.core.programs.runs import Settings, run_all
@@ -182,11 +192,16 @@ def score(
         raise InputError(f"--k must be whole numbers with commas between them, got {k!r} ({error})") from None
     _limits(seconds, memory)
     settings = Settings(meter, _whole("--repeats", repeats), seconds=seconds, memory_mib=memory)
-    if tasks == "humaneval":
-        known = {task.id: task for task in humaneval()} | bank()
-    else:
-        known = {task.id: task for task in read_tasks(Path(tasks))}
-    given = read_samples(samples, known)
+    reading = Path(tasks)
+    try:
+        if tasks == "humaneval":
+            known = {task.id: task for task in humaneval()} | bank()
+        else:
+            known = {task.id: task for task in read_tasks(reading)}
+        reading = samples
+        given = read_samples(samples, known)
+    except (RecursionError, zlib.error) as error:  # too many brackets, or a .gz that is broken in its middle
+        raise InputError(f"{reading} cannot be read: {error}") from None
     if not given:
         raise InputError(f"{samples} must hold at least one sample")
     named = f"{Path(samples).resolve()}".encode()
@@ -195,7 +210,7 @@ def score(
         with saying("starting the sandbox") as say:
             runs = run_all(given, known, settings, journal=journal, machine=here().fingerprint, say=say)
     except SandboxMissing as error:
-        raise MissingError(f"{error} (assay code runs no program without it)") from None
+        raise MissingError(without_sandbox(error)) from None
     except ValueError as error:
         raise InputError(str(error)) from None
     try:
@@ -214,11 +229,11 @@ def score(
         print(wrapped(f"{figure.name:<22}{shown:>8}{spread}  over {figure.tasks} tasks", 32))
     for why in found.left_out:
         print(wrapped(f"left out: {why}", 10))
-    print(
-        wrapped(
-            f"On assay's own references and inputs, by {meter}; these are no leaderboard's figures. Kept in {journal}"
-        )
+    measured = any(run.measured for run in runs)
+    how = (
+        f"On assay's own references and inputs, by {meter}" if measured else "By the answers of the canonical programs"
     )
+    print(wrapped(f"{how}; these are no leaderboard's figures. Kept in {journal}"))
 
 
 @app.command()

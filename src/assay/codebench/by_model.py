@@ -85,6 +85,9 @@ class Model:
         asked.questions += 1
         try:
             reply = self.complete(question, draw, seconds)
+        except BaseException:
+            asked.tokens = None  # it may have written many
+            raise
         finally:
             asked.seconds += time.monotonic() - began
         asked.fingerprint = reply.fingerprint
@@ -121,7 +124,10 @@ def _served(url: str, key: str) -> Model:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         request = urllib.request.Request(f"{url.rstrip('/')}/models", headers=headers)
         with urllib.request.urlopen(request, timeout=10) as answer:
-            name = str(json.loads(answer.read(2**20))["data"][0]["id"])
+            listed = json.loads(answer.read(2**20))["data"]
+        if listed == []:
+            raise ValueError("the list is empty: a server may still be loading its model")
+        name = str(listed[0]["id"])
     except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(f"--model: {url}/models lists no model ({why}): give the address that ends with /v1") from None
@@ -143,10 +149,14 @@ class _Loaded:
         self.fingerprint = ""
 
     def __call__(self, question: str, draw: int, seconds: float) -> Reply:
+        until = time.monotonic() + seconds
         if self.model is None:
             self._load()
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out while it was loaded")
         try:
-            return self._answer(question, draw, seconds)
+            return self._answer(question, draw, left)
         except AssayError:
             raise
         except Exception as error:  # templates and settings are the model's author's, and fail as they like
@@ -289,7 +299,8 @@ def proposals(
         try:
             reply = model(asked, draw, left / 2)  # what it says takes time to judge
         except (AssayError, OSError, ValueError) as error:
-            model.asked.trouble = f"not asked again: {' '.join(str(error).split())[:300]}"
+            late = f" (half of the {left:.3g} s that were left)" if isinstance(error, TimeoutError) else ""
+            model.asked.trouble = f"not asked again: {' '.join(str(error).split())[:300]}{late}"
             return
         try:
             found = put_in(program, function, reply)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from assay import checks
-from assay.codebench.behaviour import tests_alone
+from assay.codebench.behaviour import END, tests_alone, told_end, unfinished
 from assay.codebench.cases import Input, entry_point_of
 from assay.errors import InputError, MissingError
 from assay.measure.stats import Interval, paired_ratio
@@ -130,18 +130,17 @@ def measure(
     with _Bench(path, calls=calls, entry=entry, limits=limits) as bench:
         for meter in meters:
             bench.allows(meter)
+        checked = sum(case.expected is not UNKNOWN for case in cases)
         costs: list[Cost] = []
-        wrong = ""
         for meter in meters:
             for number, case in enumerate(cases):
                 say(f"{path.name}: {meter}, case {number + 1} of {len(cases)}")
                 outcomes = bench.run(meter, case, repeats)
-                wrong = wrong or _wrong(number, case, outcomes)
-                if not wrong:
-                    found = tuple(float(outcome.cost or 0.0) for outcome in outcomes)
-                    costs.append(Cost(meter, number, found, any(outcome.charged for outcome in outcomes)))
-    checked = sum(case.expected is not UNKNOWN for case in cases)
-    return Measured(str(path), checked, len(cases), wrong, () if wrong else tuple(costs))
+                if wrong := _wrong(number, case, outcomes):  # the rest need not be run, and may never end
+                    return Measured(str(path), checked, len(cases), wrong)
+                found = tuple(float(outcome.cost or 0.0) for outcome in outcomes)
+                costs.append(Cost(meter, number, found, any(outcome.charged for outcome in outcomes)))
+    return Measured(str(path), checked, len(cases), "", tuple(costs))
 
 
 def compare(
@@ -215,7 +214,7 @@ def compare_suites(
     """
     checks.whole("pairs", pairs, low=1)
     limits = limits or Limits(wall_seconds=600, cpu_seconds=600, memory_mib=4096)
-    programs = [_suite(path, tests, before.name) for path in (before, after)]
+    programs = [told_end(_suite(path, tests, before.name)) for path in (before, after)]
     names = (str(before), str(after))
     sandbox = _sandbox(limits)
     totals = []
@@ -224,12 +223,10 @@ def compare_suites(
         costs = [0.0, 0.0]
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
             [[outcome]] = run_program(sandbox, programs[which], [b""], limits=limits)
-            if outcome.state != "returned":
-                return Comparison(
-                    *names,
-                    "cpu_seconds",
-                    f"{(before, after)[which].name}: its tests do not pass: {outcome.error[-300:]}",
-                )
+            passed = outcome.state == "returned"
+            why = unfinished(str(outcome.value)) if passed else " ".join(outcome.error.replace(END, "").split())[-300:]
+            if why:
+                return Comparison(*names, "cpu_seconds", f"{(before, after)[which].name}: its tests do not pass: {why}")
             costs[which] = float(outcome.cost or 0.0)
         if pair:
             totals.append((costs[0], costs[1]))
@@ -240,7 +237,10 @@ def compare_suites(
 
 def _suite(path: Path, tests: Path | None, name: str) -> Program:
     if path.is_dir() and tests is None:
-        return pytest_suite(path)
+        try:
+            return pytest_suite(path)
+        except (OSError, ValueError) as error:
+            raise InputError(f"--pytest: {path} cannot be used: {error}") from None
     if path.is_file() and tests is not None and tests.is_file():
         return tests_alone(tests, {name: path.read_bytes()})
     raise InputError(f"--pytest wants two folders with tests, or two files and a file of tests, got {path} and {tests}")
@@ -278,8 +278,15 @@ def _wrong(number: int, case: Input, outcomes: Sequence[Outcome]) -> str:
         expected = outcome.value if case.expected is UNKNOWN else case.expected
         found = judge([expected], [outcome], _lines if case.stdin is not None else case.same)
         if not found.right:
-            return found.why.replace("case 0", f"case {number + 1}", 1)
+            return _brief(found.why.replace("case 0", f"case {number + 1}", 1))
     return ""
+
+
+def _brief(why: str) -> str:
+    """In one line: of what a program printed before it ended, a traceback mostly, the last one."""
+    first, *rest = [line.strip() for line in why.splitlines() if line.strip()]
+    whole = f"{first.removesuffix('Traceback (most recent call last):').rstrip()} {rest[-1]}" if rest else first
+    return whole.rstrip(": ")  # an exception may say nothing
 
 
 def _lines(expected: Any, got: Any) -> bool:
@@ -301,7 +308,13 @@ def _sandbox(limits: Limits | None) -> Sandbox:
     try:
         return Sandbox(limits)
     except SandboxMissing as error:
-        raise MissingError(f"{error} (assay code runs no program without it)") from None
+        raise MissingError(without_sandbox(error)) from None
+
+
+def without_sandbox(error: SandboxMissing) -> str:
+    """What a command says where there is no sandbox: that programs can be run without one is for those who write Python."""
+    why = str(error).partition(" Install it, or ")[0].rstrip(".")
+    return f"{why}; assay code runs no program without it"
 
 
 class _Bench:
@@ -314,6 +327,8 @@ class _Bench:
         self._workers: dict[str, Workers | NodeWorkers] = {}
         self.entry = ""
         if path.is_dir() and not calls:
+            if not (path / "__main__.py").is_file():
+                raise InputError(f"FILE must be a package's folder with a __main__.py, got {path}")
             self.language, self.source = "python", ""
             self.program = python_package(path.parent, path.name)
             return
@@ -353,6 +368,10 @@ class _Bench:
         check_meter(meter)
         if meter == "operations" and not self.calls:
             raise InputError("--meter operations counts calls of Python functions: whole programs have no such count")
+        if meter == "hardware_instructions" and not self.calls:
+            raise InputError(
+                "--meter hardware_instructions counts calls of Python functions, not whole programs: take instructions"
+            )
         if self.calls and self.language == "node" and meter not in NODE_METERS:
             raise InputError(f"--meter must be {' or '.join(NODE_METERS)} for a JavaScript function, got {meter!r}")
 

@@ -64,7 +64,11 @@ def score(runs: Sequence[Run], settings: Settings, ks: Sequence[int] = (1,)) -> 
     A k above the samples of a task that counts is left out and told, never lowered; so is a task whose own programs do not answer, or of
     which the meter sees no cost.
     """
-    left_out = [f"{run.task} in all figures: {run.unjudged}" for run in runs if run.unjudged]
+    left_out = [
+        f"{run.task} in all figures: {run.unjudged.removeprefix(f'{run.task}: ').rstrip(': ')}"
+        for run in runs
+        if run.unjudged
+    ]
     runs = [run for run in runs if not run.unjudged]
     if not runs:
         raise ValueError("; ".join(left_out) or "runs must be one or more, got none")
