@@ -19,7 +19,8 @@ from assay.methods.vision.focus_detr.foreground import WEIGHT, Variant, foregrou
 class FocusLoss:
     """The loss of a detector of transformers with that of the foreground score added, `WEIGHT` times; in its parts "loss_foreground".
 
-    Sizes of images in pixels are the labels' "size" (height, width), or else those of the real tokens of the finest level.
+    Sizes of images in pixels are the labels' "size" (height, width), or else those of the real tokens of the finest level. Once the encoder
+    has been taken out of the model, it is the loss before.
     """
 
     encoder: FocusEncoder
@@ -30,7 +31,8 @@ class FocusLoss:
     def __call__(self, logits: Tensor, labels: Sequence[Mapping[str, Any]], *rest: Any, **kwargs: Any) -> Any:
         loss, parts, auxiliary = self.detector(logits, labels, *rest, **kwargs)
         seen = self.encoder.focused
-        assert seen is not None
+        if seen is None:
+            return loss, parts, auxiliary
         targets = []
         for image, label in enumerate(labels):
             height, width = label["size"].tolist() if "size" in label else self._pixels(seen, image)
@@ -87,8 +89,10 @@ def apply_focus(
     """Give transformers' DeformableDetrForObjectDetection (or DeformableDetrModel) a `FocusEncoder`; in place, the model comes back.
 
     A two-stage model's class head and embedding are shared, as released. `strides` of the feature levels in pixels, the finest first:
-    8, 16, 32, ... unless given (32 where there is one level). Called with labels, the model's loss has the term of the score. The new
-    weights are drawn anew: load their checkpoints after this call. Names of weights that were there stay the same.
+    unless given, 32 for the backbone's last map, half of it for each one before and twice for each level after: 8, 16, 32, 64 for three
+    maps and four levels. Give those of a backbone whose last map has another. Called with labels, the model's loss has the term of the
+    score. The new weights are drawn anew: load their checkpoints after this call, with `strict=False` those of `save_pretrained`, which
+    writes some of the old weights by other names (`from_pretrained` before this call reads them). Names of weights that were there stay.
 
     Then the model has to be trained. Raises ValueError for other models, for one that has been given it, and as `FocusEncoder`.
 
@@ -108,13 +112,15 @@ def apply_focus(
     encoder = FocusEncoder(body.encoder, rho, betas, topk, variant=variant, embed=embed, class_head=head)
     levels = encoder.layers[0].self_attn.n_levels
     if strides is None:
-        strides = [8 * 2**level for level in range(levels)] if levels > 1 else [32]
+        maps = len(body.backbone.intermediate_channel_sizes)
+        strides = [2 ** max(0, 6 - maps + level) for level in range(levels)]
     if len(strides) != levels:
         raise ValueError(f"strides must have one entry a level ({levels}), got {tuple(strides)}")
     sizes = tuple(checks.whole("strides", stride, low=1) for stride in strides)
     body.encoder = encoder.train(model.training)
     if body is not model:
         wrapped: Any = model
+        _remove_loss(wrapped)  # of an encoder that was taken out of the model inside
         wrapped.loss_function = FocusLoss(encoder, wrapped.loss_function, sizes, wrapped.__dict__.get("_loss_function"))
     return model
 
@@ -129,11 +135,15 @@ def remove_focus(model: nn.Module) -> nn.Module:
     if not isinstance(encoder, FocusEncoder):
         raise ValueError(f"model must have a FocusEncoder, got {type(encoder).__name__}")
     body.encoder = encoder._model_owns[0].train(model.training)
+    encoder.focused = None
+    _remove_loss(model)
+    return model
+
+
+def _remove_loss(model: Any) -> None:
     loss = getattr(model, "_loss_function", None)
     if isinstance(loss, FocusLoss):
-        wrapped: Any = model
         if loss.replaced is None:
-            del wrapped._loss_function
+            del model._loss_function
         else:
-            wrapped.loss_function = loss.replaced
-    return model
+            model.loss_function = loss.replaced

@@ -80,9 +80,9 @@ class FocusEncoder(nn.Module):
     """Takes the place of transformers' DeformableDetrEncoder, whose layers it keeps; arguments and result are the same.
 
     `rho`, `betas`: see `token_budgets`; `topk`: how many tokens of a layer attend to each other, 0 for none. With rho and all betas 1
-    and topk 0 it is the dense encoder with values that are not refreshed. `embed`: the layers from the map to what is scored (of a
-    two-stage model its own), `class_head`: from a token to class logits; both belong to the model and are not registered here. Without
-    `embed` it has its own, without `class_head` tokens are ranked by the foreground score alone (our choice).
+    and topk 0 it is the dense encoder with values that are not refreshed, except that padding leaves as it came. `embed`: the layers from
+    the map to what is scored (of a two-stage model its own), `class_head`: from a token to class logits; both belong to the model and are
+    not registered here. Without `embed` it has its own, without `class_head` tokens are ranked by the foreground score alone (our choice).
 
     A token's rank is its highest class probability times its foreground probability (our choice); "as_released" multiplies the logits, so
     that two very negative ones rank high. Padding is kept out of the level's mean and of the attention among objects, and counts are
@@ -142,7 +142,7 @@ class FocusEncoder(nn.Module):
         level_start_index: Tensor | None = None,
         valid_ratios: Tensor | None = None,
         *,
-        output_hidden_states: bool = False,
+        output_hidden_states: bool | None = None,
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> Any:
@@ -150,6 +150,8 @@ class FocusEncoder(nn.Module):
 
         if output_attentions:
             raise ValueError("output_attentions must be False: each layer has other tokens")
+        if output_hidden_states is None:  # the model's configuration says it, as in the dense encoder
+            output_hidden_states = getattr(getattr(self._model_owns[0], "config", None), "output_hidden_states", False)
         assert spatial_shapes_list is not None
         assert valid_ratios is not None
         values, positions, shapes = inputs_embeds, spatial_position_embeddings, [(h, w) for h, w in spatial_shapes_list]
