@@ -17,7 +17,7 @@ SIDES = [64, 384]
 @pytest.fixture(scope="module")
 def roomy():
     """A small and a larger image, each in a process of its own, far below the limit."""
-    return fit.upwards("fit", SIDES, gigabytes=8, seconds=60, **SIZES)
+    return fit.upwards("fit", SIDES, gigabytes=8, seconds=240, **SIZES)
 
 
 def test_a_mosaic_is_made_of_the_photographs_pixels():
@@ -56,7 +56,7 @@ def test_a_lower_limit_gives_fewer_tokens(roomy):
     small, large = (row["peak_bytes"] for row in roomy)
     assert large > small + 20e6
     limit = (small + large) / 2e9
-    rows = fit.upwards("fit", [SIDES[1]], gigabytes=limit, seconds=60, **SIZES)
+    rows = fit.upwards("fit", [SIDES[1]], gigabytes=limit, seconds=240, **SIZES)
     assert [row["status"] for row in rows] == ["out of memory"]
     assert "tokens" not in rows[0]
     assert "memory limit" in rows[0]["why"]
@@ -117,4 +117,4 @@ def test_a_peak_that_nobody_saw_in_time_does_not_count(monkeypatch):
 
 def test_a_fault_is_not_taken_for_a_limit():
     with pytest.raises(AssayError, match="size must be a multiple of 16, got 40"):
-        fit.upwards("fit", [40], gigabytes=8, seconds=60, **SIZES)
+        fit.upwards("fit", [40], gigabytes=8, seconds=240, **SIZES)
