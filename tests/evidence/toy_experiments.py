@@ -82,7 +82,7 @@ ACCURACY = Guard("accuracy", 0.05, higher_is_better=True, relative=False)
     points={"smoke": [{"n": 1}, {"n": 2}], "small": [{"n": 3}]},
     decides={"smoke": {"n": 2}},
     guard=ACCURACY,
-    minutes=5,
+    minutes=1,
     **DECLARED | {"paper": {"n": 5}},
     departures={"n": "five would take too long"},
 )
@@ -98,23 +98,23 @@ def speedup(n):
     )
 
 
-@experiment("toy/loss", points={"smoke": [{}]}, minutes=5, **DECLARED)
+@experiment("toy/loss", points={"smoke": [{}]}, minutes=1, **DECLARED)
 def loss():
     controls = {"deleted": 3.0, "random": 2.9}
     return Figure(2.1, "nats", low=2.05, high=2.15, baseline=2.5, controls=controls, details={"seen": True})
 
 
-@experiment("toyrefuted/speedup", points={"smoke": [{}]}, minutes=5, **DECLARED)
+@experiment("toyrefuted/speedup", points={"smoke": [{}]}, minutes=1, **DECLARED)
 def slower():
     return Trial(baseline=lambda: time.sleep(0.003), candidate=lambda: time.sleep(0.03), pairs=6)
 
 
-@experiment("toybroken/raises", points={"smoke": [{}]}, minutes=5, **DECLARED)
+@experiment("toybroken/raises", points={"smoke": [{}]}, minutes=1, **DECLARED)
 def raises():
     raise ValueError("the stars are wrong")
 
 
-@experiment("toybroken/crash", points={"smoke": [{}]}, minutes=5, **DECLARED)
+@experiment("toybroken/crash", points={"smoke": [{}]}, minutes=1, **DECLARED)
 def crash():
     os.abort()
 
@@ -124,25 +124,25 @@ def hang():
     time.sleep(600)
 
 
-@experiment("toybroken/memory", points={"smoke": [{}]}, minutes=5, memory_gib=1.0, **DECLARED)
+@experiment("toybroken/memory", points={"smoke": [{}]}, minutes=1, memory_gib=1.0, **DECLARED)
 def memory():
     hoard = [bytearray(b"x" * 2**26) for _ in range(40)]
     time.sleep(30)
     return Figure(len(hoard), "x")
 
 
-@experiment("toybroken/unit", points={"smoke": [{}]}, minutes=5, **DECLARED)
+@experiment("toybroken/unit", points={"smoke": [{}]}, minutes=1, **DECLARED)
 def wrong_unit():
     return Figure(4.0, "bytes")
 
 
-@experiment("toyneeds/gpu", points={"smoke": [{"n": 1}, {"n": 2}]}, needs=("no_such_flag",), minutes=5, **DECLARED)
+@experiment("toyneeds/gpu", points={"smoke": [{"n": 1}, {"n": 2}]}, needs=("no_such_flag",), minutes=1, **DECLARED)
 def needs_what_is_not_there(n):
     note("needs")
     return Figure(4.0, "x")
 
 
-@experiment("toyslow/points", points={"smoke": [{"n": n} for n in range(3)]}, guard=ACCURACY, minutes=5, **DECLARED)
+@experiment("toyslow/points", points={"smoke": [{"n": n} for n in range(3)]}, guard=ACCURACY, minutes=1, **DECLARED)
 def slow(n):
     note(f"slow {n}")
     time.sleep(0.5)
